@@ -1,0 +1,77 @@
+"""What can go wrong, by whose hand it is mended: each kind has its exit code.
+
+Every error is also a standard class, so that a caller who doesn't know this package can catch it.
+A message says where (the setting, file or tensor by its full name), what was found, what was
+expected, and what to do.
+"""
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USER = 2
+EXIT_PLAN = 3
+EXIT_DAMAGED = 4
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may start the run again
+
+
+class DistLoraError(Exception):
+    """Any error that is told to the user as one message, without a traceback."""
+
+    exit_code = EXIT_FAILED
+
+
+class ConfigError(DistLoraError, ValueError):
+    """A config file, an override or an argument is wrong."""
+
+    exit_code = EXIT_USER
+
+
+class DataError(DistLoraError, ValueError):
+    """The training or evaluation data is not what was said of it."""
+
+    exit_code = EXIT_USER
+
+
+class PlanError(DistLoraError, MemoryError):
+    """The run does not fit the machines it is given."""
+
+    exit_code = EXIT_PLAN
+
+
+class WeightsError(DistLoraError, OSError):
+    """A file of the base model is missing, damaged or of another model."""
+
+    exit_code = EXIT_DAMAGED
+
+
+class AdapterError(DistLoraError, OSError):
+    """An adapter folder is damaged or doesn't belong to this base."""
+
+    exit_code = EXIT_DAMAGED
+
+
+class CheckpointError(DistLoraError, OSError):
+    """A checkpoint is damaged or incomplete."""
+
+    exit_code = EXIT_DAMAGED
+
+
+class SaveError(DistLoraError, OSError):
+    """Something could not be written: disk full, no permission."""
+
+
+class TrainingError(DistLoraError, ArithmeticError):
+    """The numbers of a run went wrong: NaN, infinity, an adapter without a gradient."""
+
+
+class RankError(DistLoraError, RuntimeError):
+    """Another process of the run failed; this one ends with it, silently and with the same code."""
+
+    def __init__(self, message: str, *, exit_code: int = EXIT_FAILED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class StoppedOnRequest(DistLoraError, InterruptedError):
+    """A signal asked the run to stop; everything is saved and the same command goes on."""
+
+    exit_code = EXIT_STOPPED
