@@ -141,7 +141,8 @@ def open_index(folder: Path) -> WeightIndex:
 
     Reads headers only, and checks all that can be known without the weights: every file there and of the
     length that its header asks for, types BF16, F16 or F32, tensors without gap or overlap, the same names in
-    `model.safetensors.index.json` and in the files. Where both exist, the single file counts, as in transformers.
+    `model.safetensors.index.json` and in the files. Where both exist, the single file counts, as in
+    transformers.
 
     Raises:
         WeightsError: anything of this is not so; tells all damaged files at once.
@@ -233,8 +234,8 @@ def _check_types(tensors: Sequence[TensorOnDisk], *, file: Path) -> None:
     if foreign:
         raise WeightsError(
             f"{file} holds {len(foreign):,} tensors of a type other than BF16, F16 and F32: "
-            f"{first_few([f'{tensor.name} ({tensor.dtype})' for tensor in foreign])}. 8-bit types mean that the "
-            "model is quantized already: take the unquantized one."
+            f"{first_few([f'{tensor.name} ({tensor.dtype})' for tensor in foreign])}. 8-bit types "
+            "mean that the model is quantized already: take the unquantized one."
         )
 
 
@@ -243,7 +244,8 @@ def _check_places(tensors: Sequence[TensorOnDisk], *, file: Path, data_start: in
     for tensor in tensors:
         needed = math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
         if tensor.num_bytes != needed:
-            what = f"{tensor.name}, {tensor.dtype} {tensor.shape}, takes {needed:,} bytes and has {tensor.num_bytes:,}"
+            kind = f"{tensor.dtype} {tensor.shape}"
+            what = f"{tensor.name}, {kind}, takes {needed:,} bytes and has {tensor.num_bytes:,}"
             raise WeightsError(_damaged(file, what))
         if tensor.start != expected:
             raise WeightsError(
@@ -292,7 +294,7 @@ def _disagreements(places: Mapping[str, str], found: Mapping[str, Sequence[Tenso
         if file not in holders.get(name, [])
     ]
     unnamed = [
-        f"{files[0]} holds {name}, which {INDEX_FILE} does not name. They are not of one model; fetch both again."
+        f"{files[0]} holds {name}, which {INDEX_FILE} does not name. Fetch both again, of one model."
         for name, files in holders.items()
         if name not in places
     ]

@@ -1,4 +1,4 @@
-"""Rows of the base from disk to their place, a slice at a time: nobody holds more than their rows and a slice.
+"""Rows of the base from disk to their place, slice by slice: nobody holds more than their rows and a slice.
 
 Files are read with `pread` into one buffer that is used again and again, not mapped: mapped pages would count
 as this process's memory, and a read that fails would kill it (SIGBUS) instead of raising.
@@ -27,8 +27,8 @@ SLICE_BYTES = 64 * 2**20
 class Slot:
     """Rows `first_row` to `first_row + num_rows` of tensor `name`, and where they go.
 
-    `shape` is the whole tensor's; `destination` is `(num_rows, *shape[1:])`, contiguous, of any float type and
-    device. Of a 1-D tensor each element is a row. A slot may have no rows.
+    `shape` is the whole tensor's; `destination` is `(num_rows, *shape[1:])`, contiguous, of any float type
+    and device. Of a 1-D tensor each element is a row. A slot may have no rows.
     """
 
     name: str
@@ -97,8 +97,8 @@ class SliceReader:
                 raise unreadable(tensor.file, error, tensor_name=tensor.name) from error
             if got == 0:
                 raise WeightsError(
-                    f"{tensor.file} ends at byte {start + done:,}, within {tensor.name}, which goes on to byte "
-                    f"{tensor.start + tensor.num_bytes:,}: the file has become shorter. Fetch it again."
+                    f"{tensor.file} ends at byte {start + done:,}, within {tensor.name}, which goes on to "
+                    f"byte {tensor.start + tensor.num_bytes:,}: the file has become shorter. Fetch it again."
                 )
             done += got
         return content
@@ -173,8 +173,8 @@ def _check_slots(slots: Sequence[Slot], *, index: WeightIndex) -> None:
     ]
     if faults:
         raise WeightsError(
-            f"{len(faults):,} tensors of {index.folder} are not what the model needs. Take weights and config.json "
-            "of one and the same model.\n  " + "\n  ".join(faults[:5])
+            f"{len(faults):,} tensors of {index.folder} are not what the model needs. Take weights and "
+            "config.json of one and the same model.\n  " + "\n  ".join(faults[:5])
         )
     ends: dict[str, int] = {}
     for slot in sorted(slots, key=lambda slot: (slot.name, slot.first_row, slot.num_rows)):
