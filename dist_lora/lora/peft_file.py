@@ -1,0 +1,528 @@
+"""An adapter as a folder that PEFT and vLLM load: written without a network, read with every fault named.
+
+The format is PEFT's own: `adapter_config.json`, and `adapter_model.safetensors` with two tensors a module,
+`base_model.model.<module>.lora_A.weight` `(R, D_in)` and `lora_B` `(D_out, R)`. `dist_lora.json` beside them says
+which base the adapter belongs to. In memory the keys are `<module>.lora_A` and `<module>.lora_B`, with modules as
+`model.layers.0.self_attn.q_proj`. Letters: R LoRA rank, D_in and D_out the linear's widths.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Literal
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import dist_lora
+from dist_lora.base.index import TensorOnDisk, first_few, hash_config, open_index, read_header
+from dist_lora.base.stream import read_tensor
+from dist_lora.errors import AdapterError, ConfigError, SaveError, WeightsError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+ORIGIN_FILE = "dist_lora.json"
+
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_MODULE = re.compile(r"model\.layers\.(\d+)\.(?:self_attn\.([qkvo]_proj)|mlp\.((?:gate|up|down)_proj))")
+_PEFT_KEY = re.compile(r"base_model\.model\.(.+\.lora_[AB])\.weight")
+_NOT_GATHERED = "not gathered: a process holds only its part of a sharded tensor"
+_FORMAT = 1
+
+# Settings of PEFT that make an adapter more than B A on a linear (PEFT 0.21.2's LoraConfig), and what they are.
+_REFUSED = {
+    "use_dora": "DoRA",
+    "modules_to_save": "whole modules beside the adapters",
+    "rank_pattern": "ranks that differ by layer",
+    "alpha_pattern": "alphas that differ by layer",
+    "lora_bias": "biases",
+    "fan_in_fan_out": "transposed weights",
+    "trainable_token_indices": "trained token embeddings",
+    "layer_replication": "repeated layers",
+    "target_parameters": "adapters on bare parameters",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+}
+# These start from a base whose weights were changed too; PEFT writes `true` where it has converted them back.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Which model an adapter was trained on; what is not known is None.
+
+    `name` is a member's name, a hub id or a folder's last component; the hashes are `WeightIndex.content_hash` and
+    `hash_config`.
+    """
+
+    name: str | None
+    revision: str | None = None
+    content_hash: str | None = None
+    config_hash: str | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in memory: tensors `<module>.lora_A` `(R, D_in)` and `<module>.lora_B` `(D_out, R)`, fp32.
+
+    `targets` are linears in the model's order, `layers` the layers that are adapted or None for all, and
+    `scale` is what B A is multiplied by: alpha / R, or alpha / sqrt(R) for rsLoRA.
+    """
+
+    tensors: dict[str, Tensor]
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+    layers: tuple[int, ...] | None
+    scale: float
+    base: BaseIdentity
+
+
+@dataclass(frozen=True)
+class AdapterOnDisk:
+    """An adapter whose headers are checked and whose tensors are read one pair at a time; see `Adapter`."""
+
+    folder: Path
+    pairs: dict[str, tuple[TensorOnDisk, TensorOnDisk]]
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+    layers: tuple[int, ...] | None
+    scale: float
+    base: BaseIdentity
+
+    def read_pair(self, module: str) -> tuple[Tensor, Tensor]:
+        """A `(R, D_in)` and B `(D_out, R)` of a module, fp32, in host memory.
+
+        Raises:
+            AdapterError: the file cannot be read, or a value is NaN or infinite.
+        """
+        try:
+            first, second = (read_tensor(half, dtype=torch.float32) for half in self.pairs[module])
+        except WeightsError as error:
+            raise AdapterError(str(error)) from error
+        self._refuse_infinite({f"{module}.lora_A": first, f"{module}.lora_B": second})
+        return first, second
+
+    def _refuse_infinite(self, tensors: Mapping[str, Tensor]) -> None:
+        infinite = [_peft_key(key) for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        if infinite:
+            raise AdapterError(
+                f"{self.folder / WEIGHTS_FILE} holds NaN or infinity in {first_few(infinite)}. The run that made it "
+                "went wrong; take one of its earlier checkpoints."
+            )
+
+
+def identify_base(folder: Path, *, name: str | None = None, revision: str | None = None) -> BaseIdentity:
+    """The identity of the base in `folder`, with both hashes.
+
+    Local, reads headers and a few bytes of each tensor; call it on one rank.
+
+    Args:
+        name: a member's name or hub id. Without it: the hub id that config.json's `_name_or_path` gives, or the
+            folder's last component.
+
+    Raises:
+        WeightsError: the folder is damaged.
+    """
+    config_hash = hash_config(folder)
+    if name is None:
+        noted = json.loads((folder / "config.json").read_bytes()).get("_name_or_path")
+        is_hub_id = isinstance(noted, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", noted)
+        name = noted if is_hub_id else folder.resolve().name
+    return BaseIdentity(name, revision, open_index(folder).content_hash(), config_hash)
+
+
+def open_adapter(folder: Path) -> AdapterOnDisk:
+    """The adapter in `folder`, ours or PEFT's, with everything checked that its JSON and its header can tell.
+
+    Raises:
+        AdapterError: the folder is damaged, or is no plain LoRA on a Llama's seven linears with one rank and one
+            alpha. Names the keys: the half of a pair that is missing, a key that has no place, a wrong rank, a
+            zero-size or 1-D tensor.
+    """
+    config = _read_json(folder / CONFIG_FILE)
+    _refuse_kinds(config, folder=folder)
+    rank, alpha, dropout = _numbers(config, folder=folder)
+    found = _headers(folder)
+    keys = {name: match[1] if (match := _PEFT_KEY.fullmatch(name)) else name for name in found}
+    shapes = {keys[name]: tensor.shape for name, tensor in found.items()}
+    targets, layers = _coverage(config, shapes, folder=folder)
+    faults = _faults(shapes, rank=rank, targets=targets, layers=layers, names=_peft_key)
+    if faults:
+        raise AdapterError(
+            f"{folder / WEIGHTS_FILE} does not hold the adapter that its {CONFIG_FILE} describes (r = {rank}):\n  "
+            + "\n  ".join(faults)
+        )
+    by_key = {keys[name]: tensor for name, tensor in found.items()}
+    modules = sorted({key.rpartition(".")[0] for key in by_key}, key=_module_order)
+    pairs = {module: (by_key[f"{module}.lora_A"], by_key[f"{module}.lora_B"]) for module in modules}
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    base = _read_origin(folder, config)
+    return AdapterOnDisk(folder, pairs, rank, alpha, dropout, targets, layers, scale, base)
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter in `folder`, whole, in fp32 in host memory. Raises AdapterError as `open_adapter` and `read_pair`."""
+    opened = open_adapter(folder)
+    tensors: dict[str, Tensor] = {}
+    for module in opened.pairs:
+        tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"] = opened.read_pair(module)
+    return Adapter(
+        tensors,
+        opened.rank,
+        opened.alpha,
+        opened.dropout,
+        opened.targets,
+        opened.layers,
+        opened.scale,
+        opened.base,
+    )
+
+
+def write_adapter(
+    folder: Path,
+    *,
+    tensors: Mapping[str, Tensor],
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: Sequence[str],
+    base: BaseIdentity,
+    layers: Sequence[int] | None = None,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+) -> None:
+    """Writes the adapter folder, whole or not at all, replacing an adapter that lies there.
+
+    Call it on one rank, with whole (gathered) tensors. No network. A writer that is killed leaves the former
+    adapter; between its two last renames under the name `.<folder>.replaced`, until the next writer is done.
+
+    Args:
+        tensors: `<module>.lora_A` `(R, D_in)` and `<module>.lora_B` `(D_out, R)`, any float type and device.
+        layers: the layers that are adapted; None means all of the model.
+        base: paths in its name are cut to their last component, so that no file tells of this machine.
+
+    Raises:
+        AdapterError: a tensor is not whole ("not gathered"), not finite, has no place or lacks its other half;
+            nothing is written.
+        ConfigError: something that is no adapter lies at `folder`.
+        SaveError: the system refuses to write.
+    """
+    chosen = None if layers is None else tuple(sorted(layers))
+    _refuse_tensors(tensors, rank=rank, targets=targets, layers=chosen)
+    if (
+        folder.exists()
+        and not (folder / CONFIG_FILE).exists()
+        and not (folder.is_dir() and not any(folder.iterdir()))
+    ):
+        raise ConfigError(
+            f"{folder} exists and is no adapter (it has no {CONFIG_FILE}). Choose another place for it."
+        )
+    partial = folder.with_name(f".{folder.name}.partial")
+    base = BaseIdentity(_public_name(base.name), base.revision, base.content_hash, base.config_hash)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        kept = torch.bfloat16 if dtype == "bf16" else torch.float32
+        content = {
+            _peft_key(key): tensor.detach().to("cpu", kept).contiguous() for key, tensor in tensors.items()
+        }
+        save_file(content, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        config = _peft_config(rank, alpha, dropout, targets=targets, layers=chosen, base=base)
+        _write_json(partial / CONFIG_FILE, config)
+        _write_json(partial / ORIGIN_FILE, {"format": _FORMAT, "base": asdict(base), "software": _versions()})
+        (partial / "README.md").write_text(_card(base, rank=rank, alpha=alpha, targets=targets))
+        sync_folder(partial)
+        _put_in_place(partial, folder)
+    except OSError as error:
+        raise SaveError(
+            f"The adapter could not be written to {folder}: {error.strerror or error}."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings the folder and the files directly in it from the page cache to the disk."""
+    for path in [*(path for path in folder.iterdir() if path.is_file()), folder]:
+        sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """Brings one file, or the names in one folder, from the page cache to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    former = folder.with_name(f".{folder.name}.replaced")
+    if folder.exists():
+        shutil.rmtree(former, ignore_errors=True)  # a writer was killed before it removed it
+        os.rename(folder, former)
+    try:
+        os.rename(partial, folder)
+    except OSError:
+        if former.exists():
+            os.rename(former, folder)
+        raise
+    sync_path(folder.parent)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _refuse_tensors(
+    tensors: Mapping[str, Tensor], *, rank: int, targets: Sequence[str], layers: tuple[int, ...] | None
+) -> None:
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    faults = _faults(shapes, rank=rank, targets=targets, layers=layers, names=str)
+    infinite = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.detach()).all()]
+    if infinite:
+        faults.append(f"NaN or infinity in {first_few(infinite)}")
+    if faults:
+        raise AdapterError(f"The adapter cannot be written (rank {rank}):\n  " + "\n  ".join(faults))
+
+
+def _faults(
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    rank: int,
+    targets: Sequence[str],
+    layers: tuple[int, ...] | None,
+    names: Callable[[str], str],
+) -> list[str]:
+    """One line for each kind of fault among keys `<module>.lora_A` / `.lora_B`, told by `names`; [] if there is none."""
+    known = {key: shape for key, shape in shapes.items() if _linear_of(key)}
+    whole = {key: shape for key, shape in known.items() if len(shape) == 2 and math.prod(shape)}
+    ranks = {key: shape[0 if key.endswith("A") else 1] for key, shape in whole.items()}
+    modules = {key.rpartition(".")[0] for key in known}
+    expected = _expected_modules(modules, targets=targets, layers=layers)
+    halves = {f"{module}.lora_{half}" for module in modules | expected for half in "AB"}
+    kinds = (
+        ("no place in a Llama for", [names(key) for key in sorted(set(shapes) - set(known))]),
+        (_NOT_GATHERED, [f"{names(key)} has shape {known[key]}" for key in sorted(set(known) - set(whole))]),
+        (
+            "wrong rank",
+            [f"{names(key)} has rank {found}" for key, found in sorted(ranks.items()) if found != rank],
+        ),
+        (
+            "not among the targets and layers that were named",
+            [names(key) for key in sorted(known) if expected and key.rpartition(".")[0] not in expected],
+        ),
+        ("missing", [names(key) for key in sorted(halves - set(known))]),
+    )
+    faults = [f"{kind}: {first_few(keys)}" for kind, keys in kinds if keys]
+    return faults or ([] if known else ["missing: there is no adapter in it at all"])
+
+
+def _linear_of(key: str) -> tuple[int, str] | None:
+    """Layer and linear of `<module>.lora_A` or `.lora_B`; None if it is no linear of a Llama."""
+    module, _, half = key.rpartition(".")
+    match = _MODULE.fullmatch(module)
+    if match is None or half not in ("lora_A", "lora_B"):
+        return None
+    return int(match[1]), match[2] or match[3]
+
+
+def _expected_modules(
+    modules: Iterable[str], *, targets: Sequence[str], layers: tuple[int, ...] | None
+) -> set[str]:
+    """All modules that targets and layers call for; without a range of layers: 0 to the highest that is there."""
+    if layers is None:
+        layers = tuple(range(1 + max((_module_order(module)[0] for module in modules), default=-1)))
+    return {module_path(layer, target) for layer in layers for target in targets}
+
+
+def module_path(layer: int, linear: str) -> str:
+    """The name of a linear in the model: `model.layers.0.self_attn.q_proj`."""
+    part = "self_attn" if linear in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+    return f"model.layers.{layer}.{part}.{linear}"
+
+
+def _module_order(module: str) -> tuple[int, int]:
+    layer, linear = _linear_of(f"{module}.lora_A") or (0, _LINEARS[0])
+    return layer, _LINEARS.index(linear)
+
+
+def _peft_key(key: str) -> str:
+    """The name in PEFT's file; a key that is not ours is one that was read there, and stays."""
+    return f"base_model.model.{key}.weight" if _linear_of(key) else key
+
+
+def _refuse_kinds(config: Mapping[str, Any], *, folder: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(
+            f"{folder / CONFIG_FILE} describes an adapter of type {config.get('peft_type')!r}; only LORA is read."
+        )
+    told = [f"{key} ({what})" for key, what in _REFUSED.items() if config.get(key)]
+    if config.get("bias", "none") != "none":
+        told.append(f"bias: {config['bias']} (trained biases)")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+        told.append(f"init_lora_weights: {start} (needs a changed base; let PEFT convert it at its save)")
+    if told:
+        raise AdapterError(
+            f"{folder / CONFIG_FILE} asks for more than plain LoRA on the seven linears: {', '.join(told)}. "
+            "Such an adapter cannot be read here."
+        )
+
+
+def _numbers(config: Mapping[str, Any], *, folder: Path) -> tuple[int, float, float]:
+    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
+    if (
+        type(rank) is not int
+        or rank < 1
+        or type(alpha) not in (int, float)
+        or type(dropout) not in (int, float)
+    ):
+        raise AdapterError(
+            f"{folder / CONFIG_FILE} has r = {rank!r}, lora_alpha = {alpha!r}, lora_dropout = {dropout!r}; "
+            "a whole number from 1 and two numbers were expected. The file is damaged."
+        )
+    return rank, float(alpha or 0), float(dropout)
+
+
+def _headers(folder: Path) -> dict[str, TensorOnDisk]:
+    file = folder / WEIGHTS_FILE
+    if not file.exists() and (folder / "adapter_model.bin").exists():
+        raise AdapterError(
+            f"{folder} holds adapter_model.bin: pickled weights are never read, for they can run code. Save the "
+            "adapter again with a PEFT that writes safetensors."
+        )
+    try:
+        return {tensor.name: tensor for tensor in read_header(file)}
+    except WeightsError as error:
+        raise AdapterError(str(error)) from error
+
+
+def _coverage(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, folder: Path
+) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    """Which linears of which layers there must be, by the config; by the keys where the config has a pattern."""
+    named, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if isinstance(named, str) or config.get("exclude_modules"):
+        found = [place for key in shapes if (place := _linear_of(key))]
+        in_file = {linear for _, linear in found}
+        return tuple(linear for linear in _LINEARS if linear in in_file), tuple(sorted({n for n, _ in found}))
+    last_parts = [str(name).rpartition(".")[2] for name in named] if isinstance(named, list) else []
+    foreign = [name for name in last_parts if name not in _LINEARS]
+    if foreign or not last_parts:
+        raise AdapterError(
+            f"{folder / CONFIG_FILE} names target_modules {first_few(foreign) or 'none'}; a list of a Llama's linears "
+            f"({' '.join(_LINEARS)}) was expected."
+        )
+    targets = tuple(linear for linear in _LINEARS if linear in last_parts)
+    if type(layers) is int:
+        layers = [layers]
+    return targets, tuple(sorted(layers)) if layers else None
+
+
+def _read_origin(folder: Path, config: Mapping[str, Any]) -> BaseIdentity:
+    file = folder / ORIGIN_FILE
+    if not file.exists():
+        return BaseIdentity(config.get("base_model_name_or_path"), config.get("revision"))
+    origin = _read_json(file)
+    base = origin.get("base")
+    if origin.get("format") != _FORMAT or not isinstance(base, dict):
+        raise AdapterError(
+            f"{file} has format {origin.get('format')!r}, and format {_FORMAT} is read. Update dist-lora."
+        )
+    return BaseIdentity(*(base.get(key) for key in ("name", "revision", "content_hash", "config_hash")))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except OSError as error:
+        raise AdapterError(
+            f"{file} cannot be read: {error.strerror or error}. An adapter folder with {CONFIG_FILE} and "
+            f"{WEIGHTS_FILE} was expected."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{file} is damaged: it is not JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{file} is damaged: a JSON object was expected.")
+    return value
+
+
+def _peft_config(
+    rank: int,
+    alpha: float,
+    dropout: float,
+    *,
+    targets: Sequence[str],
+    layers: tuple[int, ...] | None,
+    base: BaseIdentity,
+) -> dict[str, Any]:
+    # Only settings that PEFT has had since 0.9 and vLLM reads: an older PEFT refuses names it does not know,
+    # and the newer ones that are left out mean "off".
+    return {
+        "alpha_pattern": {},
+        "auto_mapping": None,
+        "base_model_name_or_path": base.name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None if layers is None else "layers",
+        "layers_to_transform": None if layers is None else list(layers),
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {},
+        "revision": base.revision,
+        "target_modules": sorted(targets),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _card(base: BaseIdentity, *, rank: int, alpha: float, targets: Sequence[str]) -> str:
+    hub_id = f"base_model: {base.name}\n" if base.name and "/" in base.name else ""
+    return (
+        f"---\nlibrary_name: peft\n{hub_id}tags:\n- lora\n- llama\n---\n\n"
+        f"LoRA adapter of {base.name or 'a Llama'}: rank {rank}, alpha {alpha:g}, on {' '.join(targets)}. Made by "
+        "dist_lora; loads in PEFT (`PeftModel.from_pretrained(model, folder)`) and vLLM (`--lora-modules`).\n"
+        f"{ORIGIN_FILE} tells which weights it belongs to.\n"
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "dist_lora": dist_lora.__version__,
+        "torch": torch.__version__,
+        "safetensors": safetensors.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _public_name(name: str | None) -> str | None:
+    """The name, or the last component of what is a path on this machine."""
+    if name and (PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or name[0] in "~."):
+        return PureWindowsPath(name).name  # splits at both kinds of slash
+    return name
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
