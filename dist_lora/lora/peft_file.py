@@ -1,9 +1,9 @@
 """An adapter as a folder that PEFT and vLLM load: written without a network, read with every fault named.
 
 The format is PEFT's own: `adapter_config.json`, and `adapter_model.safetensors` with two tensors a module,
-`base_model.model.<module>.lora_A.weight` `(R, D_in)` and `lora_B` `(D_out, R)`. `dist_lora.json` beside them says
-which base the adapter belongs to. In memory the keys are `<module>.lora_A` and `<module>.lora_B`, with modules as
-`model.layers.0.self_attn.q_proj`. Letters: R LoRA rank, D_in and D_out the linear's widths.
+`base_model.model.<module>.lora_A.weight` `(R, D_in)` and `lora_B` `(D_out, R)`. `dist_lora.json` beside them
+says which base the adapter belongs to. In memory the keys are `<module>.lora_A` and `<module>.lora_B`, with
+modules as `model.layers.0.self_attn.q_proj`. Letters: R LoRA rank, D_in and D_out the linear's widths.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PEFT_KEY = re.compile(r"base_model\.model\.(.+\.lora_[AB])\.weight")
 _NOT_GATHERED = "not gathered: a process holds only its part of a sharded tensor"
 _FORMAT = 1
 
-# Settings of PEFT that make an adapter more than B A on a linear (PEFT 0.21.2's LoraConfig), and what they are.
+# Settings that make an adapter more than B A on a linear (LoraConfig of PEFT 0.21.2), and what they are.
 _REFUSED = {
     "use_dora": "DoRA",
     "modules_to_save": "whole modules beside the adapters",
@@ -66,8 +66,8 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 class BaseIdentity:
     """Which model an adapter was trained on; what is not known is None.
 
-    `name` is a member's name, a hub id or a folder's last component; the hashes are `WeightIndex.content_hash` and
-    `hash_config`.
+    `name` is a member's name, a hub id or a folder's last component; the hashes are those of
+    `WeightIndex.content_hash` and `hash_config`.
     """
 
     name: str | None
@@ -125,8 +125,8 @@ class AdapterOnDisk:
         infinite = [_peft_key(key) for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         if infinite:
             raise AdapterError(
-                f"{self.folder / WEIGHTS_FILE} holds NaN or infinity in {first_few(infinite)}. The run that made it "
-                "went wrong; take one of its earlier checkpoints."
+                f"{self.folder / WEIGHTS_FILE} holds NaN or infinity in {first_few(infinite)}. The run that "
+                "made it went wrong; take one of its earlier checkpoints."
             )
 
 
@@ -136,8 +136,8 @@ def identify_base(folder: Path, *, name: str | None = None, revision: str | None
     Local, reads headers and a few bytes of each tensor; call it on one rank.
 
     Args:
-        name: a member's name or hub id. Without it: the hub id that config.json's `_name_or_path` gives, or the
-            folder's last component.
+        name: a member's name or hub id. Without it: the hub id that config.json's `_name_or_path` gives,
+            or the folder's last component.
 
     Raises:
         WeightsError: the folder is damaged.
@@ -154,9 +154,9 @@ def open_adapter(folder: Path) -> AdapterOnDisk:
     """The adapter in `folder`, ours or PEFT's, with everything checked that its JSON and its header can tell.
 
     Raises:
-        AdapterError: the folder is damaged, or is no plain LoRA on a Llama's seven linears with one rank and one
-            alpha. Names the keys: the half of a pair that is missing, a key that has no place, a wrong rank, a
-            zero-size or 1-D tensor.
+        AdapterError: the folder is damaged, or is no plain LoRA on a Llama's seven linears with one rank and
+            one alpha. Names the keys: the half of a pair that is missing, a key that has no place, a wrong
+            rank, a zero-size or 1-D tensor.
     """
     config = _read_json(folder / CONFIG_FILE)
     _refuse_kinds(config, folder=folder)
@@ -168,7 +168,7 @@ def open_adapter(folder: Path) -> AdapterOnDisk:
     faults = _faults(shapes, rank=rank, targets=targets, layers=layers, names=_peft_key)
     if faults:
         raise AdapterError(
-            f"{folder / WEIGHTS_FILE} does not hold the adapter that its {CONFIG_FILE} describes (r = {rank}):\n  "
+            f"{folder / WEIGHTS_FILE} does not hold the adapter of its {CONFIG_FILE} (r = {rank}):\n  "
             + "\n  ".join(faults)
         )
     by_key = {keys[name]: tensor for name, tensor in found.items()}
@@ -180,7 +180,7 @@ def open_adapter(folder: Path) -> AdapterOnDisk:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """The adapter in `folder`, whole, in fp32 in host memory. Raises AdapterError as `open_adapter` and `read_pair`."""
+    """The adapter in `folder`, whole, fp32, in host memory. Raises what `open_adapter` and `read_pair` raise."""
     opened = open_adapter(folder)
     tensors: dict[str, Tensor] = {}
     for module in opened.pairs:
@@ -220,8 +220,8 @@ def write_adapter(
         base: paths in its name are cut to their last component, so that no file tells of this machine.
 
     Raises:
-        AdapterError: a tensor is not whole ("not gathered"), not finite, has no place or lacks its other half;
-            nothing is written.
+        AdapterError: a tensor is not whole ("not gathered"), not finite, has no place or lacks its other
+            half; nothing is written.
         ConfigError: something that is no adapter lies at `folder`.
         SaveError: the system refuses to write.
     """
@@ -309,9 +309,9 @@ def _faults(
     layers: tuple[int, ...] | None,
     names: Callable[[str], str],
 ) -> list[str]:
-    """One line for each kind of fault among keys `<module>.lora_A` / `.lora_B`, told by `names`; [] if there is none."""
+    """A line for each kind of fault among keys `<module>.lora_A` and `.lora_B`, which `names` spells."""
     known = {key: shape for key, shape in shapes.items() if _linear_of(key)}
-    whole = {key: shape for key, shape in known.items() if len(shape) == 2 and math.prod(shape)}
+    whole = {key: shape for key, shape in known.items() if len(shape) == 2 and min(shape) > 0}
     ranks = {key: shape[0 if key.endswith("A") else 1] for key, shape in whole.items()}
     modules = {key.rpartition(".")[0] for key in known}
     expected = _expected_modules(modules, targets=targets, layers=layers)
@@ -345,7 +345,7 @@ def _linear_of(key: str) -> tuple[int, str] | None:
 def _expected_modules(
     modules: Iterable[str], *, targets: Sequence[str], layers: tuple[int, ...] | None
 ) -> set[str]:
-    """All modules that targets and layers call for; without a range of layers: 0 to the highest that is there."""
+    """All modules that targets and layers call for; without layers: those from 0 to the highest there is."""
     if layers is None:
         layers = tuple(range(1 + max((_module_order(module)[0] for module in modules), default=-1)))
     return {module_path(layer, target) for layer in layers for target in targets}
@@ -370,7 +370,8 @@ def _peft_key(key: str) -> str:
 def _refuse_kinds(config: Mapping[str, Any], *, folder: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise AdapterError(
-            f"{folder / CONFIG_FILE} describes an adapter of type {config.get('peft_type')!r}; only LORA is read."
+            f"{folder / CONFIG_FILE} describes an adapter of type {config.get('peft_type')!r}; "
+            "only LORA is read."
         )
     told = [f"{key} ({what})" for key, what in _REFUSED.items() if config.get(key)]
     if config.get("bias", "none") != "none":
@@ -404,8 +405,8 @@ def _headers(folder: Path) -> dict[str, TensorOnDisk]:
     file = folder / WEIGHTS_FILE
     if not file.exists() and (folder / "adapter_model.bin").exists():
         raise AdapterError(
-            f"{folder} holds adapter_model.bin: pickled weights are never read, for they can run code. Save the "
-            "adapter again with a PEFT that writes safetensors."
+            f"{folder} holds adapter_model.bin: pickled weights are never read, for they can run code. "
+            "Save the adapter again with a PEFT that writes safetensors."
         )
     try:
         return {tensor.name: tensor for tensor in read_header(file)}
@@ -416,7 +417,7 @@ def _headers(folder: Path) -> dict[str, TensorOnDisk]:
 def _coverage(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, folder: Path
 ) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
-    """Which linears of which layers there must be, by the config; by the keys where the config has a pattern."""
+    """Which linears of which layers there must be: by the config, or by the keys if it has a pattern."""
     named, layers = config.get("target_modules"), config.get("layers_to_transform")
     if isinstance(named, str) or config.get("exclude_modules"):
         found = [place for key in shapes if (place := _linear_of(key))]
@@ -426,8 +427,8 @@ def _coverage(
     foreign = [name for name in last_parts if name not in _LINEARS]
     if foreign or not last_parts:
         raise AdapterError(
-            f"{folder / CONFIG_FILE} names target_modules {first_few(foreign) or 'none'}; a list of a Llama's linears "
-            f"({' '.join(_LINEARS)}) was expected."
+            f"{folder / CONFIG_FILE} names target_modules {first_few(foreign) or 'none'}; a list of a Llama's "
+            f"linears ({' '.join(_LINEARS)}) was expected."
         )
     targets = tuple(linear for linear in _LINEARS if linear in last_parts)
     if type(layers) is int:
@@ -502,8 +503,8 @@ def _card(base: BaseIdentity, *, rank: int, alpha: float, targets: Sequence[str]
     hub_id = f"base_model: {base.name}\n" if base.name and "/" in base.name else ""
     return (
         f"---\nlibrary_name: peft\n{hub_id}tags:\n- lora\n- llama\n---\n\n"
-        f"LoRA adapter of {base.name or 'a Llama'}: rank {rank}, alpha {alpha:g}, on {' '.join(targets)}. Made by "
-        "dist_lora; loads in PEFT (`PeftModel.from_pretrained(model, folder)`) and vLLM (`--lora-modules`).\n"
+        f"LoRA adapter of {base.name or 'a Llama'}: rank {rank}, alpha {alpha:g}, on {' '.join(targets)}. Made "
+        "by dist_lora; loads in PEFT (`PeftModel.from_pretrained(model, folder)`) and vLLM (`--lora-modules`).\n"
         f"{ORIGIN_FILE} tells which weights it belongs to.\n"
     )
 
