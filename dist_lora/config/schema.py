@@ -150,34 +150,36 @@ class ModelSection(Section):
 
     name: Text = Field(description="A herd member (3.1-8b-instruct), a model folder, or a hub id (org/name).")
     quant: Literal["none"] = Field(
-        "none", description="How the frozen base is kept in memory: none is as in dtype."
+        default="none", description="How the frozen base is kept in memory: none is as in dtype."
     )
     dtype: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="Number format of the base: auto is bf16 on GPUs and fp32 on CPUs."
+        default="auto", description="Number format of the base: auto is bf16 on GPUs and fp32 on CPUs."
     )
     attention: Literal["auto", "sdpa", "varlen", "eager"] = Field(
-        "auto", description="Attention kernel: auto takes the fastest one that works on this machine."
+        default="auto", description="Attention kernel: auto takes the fastest one that works on this machine."
     )
 
 
 class LoraSection(Section):
     """The adapters that are trained beside the base."""
 
-    rank: int = Field(16, ge=1, description="Rank r of the adapters: A is (r, in), B is (out, r).")
-    alpha: float = Field(32.0, gt=0, description="The adapters' output is scaled by alpha / rank.")
+    rank: int = Field(default=16, ge=1, description="Rank r of the adapters: A is (r, in), B is (out, r).")
+    alpha: float = Field(default=32.0, gt=0, description="The adapters' output is scaled by alpha / rank.")
     dropout: float = Field(
-        0.0, ge=0, lt=1, description="Share of the adapters' inputs that is dropped in training."
+        default=0.0, ge=0, lt=1, description="Share of the adapters' inputs that is dropped in training."
     )
     targets: Annotated[
         Literal["all"] | list[Annotated[LinearName, BeforeValidator(_check_target)]],
         AfterValidator(_check_some),
-    ] = Field("all", description="Linears that get an adapter: all seven, or a list as [q_proj, v_proj].")
+    ] = Field(
+        default="all", description="Linears that get an adapter: all seven, or a list as [q_proj, v_proj]."
+    )
     layers: Annotated[Literal["all"] | LayerRange | list[LayerIndex], AfterValidator(_check_some)] = Field(
-        "all",
+        default="all",
         description="Layers that get adapters: all, a list as [0, 1], or a range as 8-15 (both ends in).",
     )
     start_from: FilePath | None = Field(
-        None,
+        default=None,
         description="An adapter's folder whose weights training starts from (weights only, not a resume).",
     )
 
@@ -215,27 +217,27 @@ class DataSection(Section):
         description="Training data: a file (jsonl, json, csv, parquet), a hub id, or a list of them."
     )
     eval: Text | Fraction | None = Field(
-        None,
+        default=None,
         description="Held-out data: a file, a hub id, or the share of train to hold out, as 0.05.",
     )
     format: Literal["auto", "messages", "alpaca", "prompt-completion", "text"] = Field(
-        "auto", description="Shape of a sample: auto recognises it by its columns."
+        default="auto", description="Shape of a sample: auto recognises it by its columns."
     )
     train_on: Literal["assistant", "last", "all"] = Field(
-        "assistant",
+        default="assistant",
         description="Tokens that are learned: all assistant turns, only the last one, or everything.",
     )
     on_no_target: Literal["error", "drop"] = Field(
-        "error", description="What to do with a sample that has nothing to learn."
+        default="error", description="What to do with a sample that has nothing to learn."
     )
     on_too_long: Literal["truncate", "drop", "error"] = Field(
-        "truncate", description="What to do with a sample longer than train.sequence_length."
+        default="truncate", description="What to do with a sample longer than train.sequence_length."
     )
     chat_template: Text | None = Field(
-        None, description="llama3, chatml, or a Jinja file; null is the tokenizer's own template."
+        default=None, description="llama3, chatml, or a Jinja file; null is the tokenizer's own template."
     )
     cache_dir: FilePath | None = Field(
-        None, description="Folder for the tokenised data; null is the user's cache."
+        default=None, description="Folder for the tokenised data; null is the user's cache."
     )
 
 
@@ -243,21 +245,27 @@ class TrainSection(Section):
     """How long, and how much at once."""
 
     steps: int | None = Field(
-        None, ge=1, description="Optimizer steps to train; give steps or epochs (neither: one epoch)."
+        default=None, ge=1, description="Optimizer steps to train; give steps or epochs (neither: one epoch)."
     )
-    epochs: float | None = Field(None, gt=0, description="Passes over the data; give steps or epochs.")
+    epochs: float | None = Field(
+        default=None, gt=0, description="Passes over the data; give steps or epochs."
+    )
     global_batch: int = Field(
-        16, ge=1, description="Sequences a step, over all GPUs; how many are accumulated follows from it."
+        default=16,
+        ge=1,
+        description="Sequences a step, over all GPUs; how many are accumulated follows from it.",
     )
-    micro_batch: int = Field(2, ge=1, description="Sequences that one GPU takes in one pass.")
-    sequence_length: int = Field(2048, ge=2, description="Tokens of the longest sequence.")
+    micro_batch: int = Field(default=2, ge=1, description="Sequences that one GPU takes in one pass.")
+    sequence_length: int = Field(default=2048, ge=2, description="Tokens of the longest sequence.")
     packing: bool = Field(
-        True, description="Fill each sequence with several samples that do not see each other."
+        default=True, description="Fill each sequence with several samples that do not see each other."
     )
     activation_checkpointing: Literal["auto"] | bool = Field(
-        "auto", description="Recompute activations in the backward: less memory, more time."
+        default="auto", description="Recompute activations in the backward: less memory, more time."
     )
-    seed: int = Field(0, ge=0, description="Seeds the adapters, dropout and the order of the samples.")
+    seed: int = Field(
+        default=0, ge=0, description="Seeds the adapters, dropout and the order of the samples."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -293,48 +301,59 @@ class TrainSection(Section):
 class OptimSection(Section):
     """AdamW and its learning rate."""
 
-    lr: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    lr: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="How the learning rate falls after the warm-up."
+        default="cosine", description="How the learning rate falls after the warm-up."
     )
-    warmup_steps: int = Field(10, ge=0, description="Steps in which the learning rate rises from 0 to lr.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, on the adapters.")
+    warmup_steps: int = Field(
+        default=10, ge=0, description="Steps in which the learning rate rises from 0 to lr."
+    )
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="AdamW's decoupled weight decay, on the adapters."
+    )
     max_grad_norm: float | None = Field(
-        1.0, gt=0, description="Gradients are scaled down to this global norm; null is never."
+        default=1.0, gt=0, description="Gradients are scaled down to this global norm; null is never."
     )
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the gradient's mean.")
-    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the gradient's square.")
-    eps: float = Field(1e-8, gt=0, description="AdamW's term that keeps the division finite.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the gradient's mean.")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the gradient's square.")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's term that keeps the division finite.")
 
 
 class ParallelSection(Section):
     """How the run is spread over GPUs."""
 
     engine: Literal["auto", "fsdp2", "none"] = Field(
-        "auto", description="What shards the model: auto is none on one GPU and fsdp2 on more."
+        default="auto", description="What shards the model: auto is none on one GPU and fsdp2 on more."
     )
     base_shard: Literal["auto", "node", "world"] = Field(
-        "auto", description="Split the base over the GPUs of each node (copied on each), or over all GPUs."
+        default="auto",
+        description="Split the base over the GPUs of each node (copied on each), or over all GPUs.",
     )
-    adapters: Literal["auto", "replicate"] = Field("auto", description="Every GPU keeps all adapters.")
-    hang_timeout: float = Field(600.0, gt=0, description="Seconds without progress after which the run ends.")
+    adapters: Literal["auto", "replicate"] = Field(
+        default="auto", description="Every GPU keeps all adapters."
+    )
+    hang_timeout: float = Field(
+        default=600.0, gt=0, description="Seconds without progress after which the run ends."
+    )
     node_size: int | None = Field(
-        None, ge=1, description="GPUs of a node; null asks the launcher (torchrun, SLURM, deepspeed)."
+        default=None, ge=1, description="GPUs of a node; null asks the launcher (torchrun, SLURM, deepspeed)."
     )
 
 
 class CheckpointSection(Section):
     """What is saved to go on after an interruption."""
 
-    every: int = Field(50, ge=1, description="Steps between two checkpoints.")
-    keep: int = Field(2, ge=1, description="Newest checkpoints to keep; older ones are deleted.")
-    keep_best: bool = Field(False, description="Keep the checkpoint with the lowest held-out loss too.")
+    every: int = Field(default=50, ge=1, description="Steps between two checkpoints.")
+    keep: int = Field(default=2, ge=1, description="Newest checkpoints to keep; older ones are deleted.")
+    keep_best: bool = Field(
+        default=False, description="Keep the checkpoint with the lowest held-out loss too."
+    )
     resume: Literal["auto", "never"] | FilePath = Field(
-        "auto",
+        default="auto",
         description="auto goes on from the run's newest whole checkpoint; never; or a checkpoint's folder.",
     )
     save_at_start: bool = Field(
-        False, description="Save once before the first step, so that a full disk shows at once."
+        default=False, description="Save once before the first step, so that a full disk shows at once."
     )
 
     @field_serializer("resume")
@@ -347,22 +366,22 @@ class LogSection(Section):
     """What is told of the run while it goes."""
 
     trackers: Annotated[list[TrackerName], AfterValidator(_refuse_twice)] = Field(
-        ["tensorboard"],
+        default=["tensorboard"],
         description="Where curves go beside metrics.jsonl: tensorboard, wandb, mlflow, ...; [] is nowhere.",
     )
-    every: int = Field(1, ge=1, description="Steps between two lines of the log.")
+    every: int = Field(default=1, ge=1, description="Steps between two lines of the log.")
 
 
 class EvalSection(Section):
     """How the held-out data is judged."""
 
-    every: int = Field(50, ge=1, description="Steps between two evaluations of data.eval.")
+    every: int = Field(default=50, ge=1, description="Steps between two evaluations of data.eval.")
     exact_match: bool = Field(
-        False, description="Also generate answers and count those that are exactly right."
+        default=False, description="Also generate answers and count those that are exactly right."
     )
-    max_new_tokens: int = Field(64, ge=1, description="Longest generated answer, in tokens.")
+    max_new_tokens: int = Field(default=64, ge=1, description="Longest generated answer, in tokens.")
     batch: int | None = Field(
-        None, ge=1, description="Sequences a GPU evaluates at once; null is train.micro_batch."
+        default=None, ge=1, description="Sequences a GPU evaluates at once; null is train.micro_batch."
     )
 
 
@@ -372,28 +391,18 @@ class Config(Section):
     run: Annotated[str, AfterValidator(_check_run)] = Field(
         description="Name of the run and of its folder; the same name goes on where it stopped."
     )
-    runs_dir: FilePath = Field(Path("runs"), description="Folder that the runs' folders lie in.")
+    runs_dir: FilePath = Field(default=Path("runs"), description="Folder that the runs' folders lie in.")
     model: ModelSection = Field(description="The frozen base model.")
-    lora: LoraSection = Field(
-        default_factory=lambda: LoraSection(), description="The adapters that are trained."
-    )
+    lora: LoraSection = Field(default_factory=LoraSection, description="The adapters that are trained.")
     data: DataSection = Field(description="What is learned, and what is held out.")
-    train: TrainSection = Field(
-        default_factory=lambda: TrainSection(), description="How long, and how much at once."
-    )
-    optim: OptimSection = Field(
-        default_factory=lambda: OptimSection(), description="AdamW and its learning rate."
-    )
+    train: TrainSection = Field(default_factory=TrainSection, description="How long, and how much at once.")
+    optim: OptimSection = Field(default_factory=OptimSection, description="AdamW and its learning rate.")
     parallel: ParallelSection = Field(
-        default_factory=lambda: ParallelSection(), description="How the run is spread over GPUs."
+        default_factory=ParallelSection, description="How the run is spread over GPUs."
     )
     checkpoint: CheckpointSection = Field(
-        default_factory=lambda: CheckpointSection(),
+        default_factory=CheckpointSection,
         description="What is saved to go on after an interruption.",
     )
-    log: LogSection = Field(
-        default_factory=lambda: LogSection(), description="What is told of the run while it goes."
-    )
-    eval: EvalSection = Field(
-        default_factory=lambda: EvalSection(), description="How the held-out data is judged."
-    )
+    log: LogSection = Field(default_factory=LogSection, description="What is told of the run while it goes.")
+    eval: EvalSection = Field(default_factory=EvalSection, description="How the held-out data is judged.")
