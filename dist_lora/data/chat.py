@@ -320,7 +320,7 @@ class _Renderer:
     def _render(self, messages: list[dict[str, Any]], *, has_prompt: bool) -> str:
         from jinja2 import TemplateError
 
-        tools = list(self.chat.tools) or None
+        tools: list[Any] | None = list(self.chat.tools) or None
         template = self.tokenizer.get_chat_template(tools=tools)
         if any("tool_calls" in message for message in messages) and "tool_calls" not in template:
             raise DataError(
@@ -446,6 +446,13 @@ def _with_starts(
     A tokenizer that trims its offsets leaves the blank before a word out, so a token begins at the
     latest where the one before it ended; the bytes of one character share that character's place.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = ord(text[error.start])
+        raise DataError(
+            f"a text holds U+{found:04X} alone, half of a surrogate pair: it is cut or wrongly escaped"
+        ) from None
     encoded = tokenizer(
         text,
         add_special_tokens=False,
