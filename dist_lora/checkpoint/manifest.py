@@ -53,7 +53,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements ``[start, stop)`` of a flattened tensor, of one kind: the adapter or one of AdamW's moments."""
+    """Elements ``[start, stop)`` of a flattened tensor, of one kind: adapter or one of AdamW's moments."""
 
     name: str
     kind: Kind
@@ -149,11 +149,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
     Raises:
         CheckpointError: it would not be read back: an element in no file or in two.
+        ValueError, TypeError: ``progress``, ``base`` or ``adapter`` is not plain JSON, or holds a NaN.
         OSError: it can't be written.
     """
     path = folder / MANIFEST_FILE
     _raise_if_any(path, _faults(manifest))
-    content = _MANIFEST.dump_python(manifest, mode="json")
+    # There and back, so that what is hashed is what will be read: no tuples, no keys but strings, no NaN.
+    content = json.loads(json.dumps(_MANIFEST.dump_python(manifest), allow_nan=False))
     text = json.dumps(content | {"checksum": _own_checksum(content)}, indent=1, allow_nan=False)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
@@ -237,7 +239,7 @@ def _raise_if_any(path: Path, faults: Iterable[str]) -> None:
 def _faults(manifest: Manifest) -> Iterator[str]:
     """All that contradicts itself in a manifest of the right types."""
     if len(manifest.files) != manifest.world_size:
-        yield f"world_size is {manifest.world_size} and there are {len(manifest.files)} files, expected one a rank"
+        yield f"world_size is {manifest.world_size}, files are {len(manifest.files)}: expected one a rank"
     for rank, file in enumerate(manifest.files):
         expected = rank_file(rank, manifest.world_size)
         if file.name != expected:

@@ -222,13 +222,13 @@ def _write_file(path: Path, share: Mapping[Piece, Tensor], step: int) -> FileEnt
         header[piece.key] = {"dtype": "F32", "shape": [piece.num_elements], "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    chunks = [len(text).to_bytes(8, "little") + text, *(_bytes_of(values) for values in share.values())]
+    chunks = [memoryview(len(text).to_bytes(8, "little") + text), *map(_bytes_of, share.values())]
     digest = xxhash.xxh3_128()
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         for chunk in chunks:
             digest.update(chunk)
-            write_all(fd, memoryview(chunk))
+            write_all(fd, chunk)
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -237,7 +237,7 @@ def _write_file(path: Path, share: Mapping[Piece, Tensor], step: int) -> FileEnt
 
 
 def _bytes_of(values: Tensor) -> memoryview:
-    return memoryview(values.detach().contiguous().numpy()).cast("B")
+    return values.detach().contiguous().numpy().data.cast("B")
 
 
 def _publish(place: _Place, manifest: Manifest) -> None:
