@@ -69,7 +69,7 @@ def failing(function: str, number: int, *, at: str):
 def test_rows_of_each_rank_come_back_bit_for_bit_and_the_whole_has_all(
     tmp_path: Path, world_size: int
 ) -> None:
-    """Each rank fills its rows with a constant of its own; rank 3 and 5 rows, so that worlds 2 and 3 cut unevenly."""
+    """Each rank fills its rows with a constant of its own; 3 and 5 rows are cut unevenly."""
 
     def rows_of(world_rank: int) -> dict[Piece, torch.Tensor]:
         share = {}
