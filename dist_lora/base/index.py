@@ -1,0 +1,413 @@
+"""What a model folder holds: name, type, shape and place of each tensor, from the files' headers alone.
+
+A safetensors file is 8 bytes (little-endian length N), N bytes of JSON, then the tensors' bytes without a gap
+(format: github.com/huggingface/safetensors). Nothing here reads more than a header and, for the content hash,
+256 bytes of each tensor, so that the 405B's 812 GB are indexed in a moment.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import xxhash
+
+from dist_lora.errors import WeightsError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+ITEM_BYTES: Mapping[str, int] = {"F32": 4, "BF16": 2, "F16": 2}
+
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+_MAX_NAMED = 5
+_SAMPLE_BYTES = 256
+_LFS_MARK = b"version https://git-lfs"
+_INCOMPLETE = "The download is incomplete; fetch that file again."
+
+
+@dataclass(frozen=True)
+class TensorOnDisk:
+    """One tensor of a safetensors file: `start` is its byte offset from the beginning of `file`."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class WeightIndex:
+    """All tensors of a model folder by name. Made by `open_index`; holds no open file."""
+
+    folder: Path
+    tensors: dict[str, TensorOnDisk]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors, without the headers."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    def expect(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Checks that the folder holds exactly these tensors, each with this shape.
+
+        `lm_head.weight` may lie there although `shapes` lacks it (tied embeddings: some files repeat it), and
+        `...rotary_emb.inv_freq`, which old files carry, is ignored.
+
+        Raises:
+            WeightsError: some are missing, left over or have another shape; names up to five of each.
+        """
+        spare = {name for name in self.tensors if name.endswith("rotary_emb.inv_freq")} | {"lm_head.weight"}
+        missing = [name for name in shapes if name not in self.tensors]
+        left_over = [name for name in self.tensors if name not in shapes and name not in spare]
+        differing = [
+            f"{name} (found {self.tensors[name].shape}, expected {tuple(shape)})"
+            for name, shape in shapes.items()
+            if name in self.tensors and self.tensors[name].shape != tuple(shape)
+        ]
+        faults = [("lacks", missing), ("has other shapes for", differing), ("has no place for", left_over)]
+        told = [f"  {what} {len(names):,} tensors: {first_few(names)}" for what, names in faults if names]
+        if told:
+            raise WeightsError(
+                f"The weights in {self.folder} are not those of the model that its config.json describes "
+                f"({len(shapes):,} tensors). The folder\n"
+                + "\n".join(told)
+                + "\nFetch config.json and the weights again from one and the same model."
+            )
+
+    def content_hash(self) -> str:
+        """What identifies the weights: xxh3_128 of names, types, shapes and a sample of each tensor, in hex.
+
+        The sample is the 256 bytes in the middle of each tensor, which tells a fine-tuned model from its base
+        although all headers are the same. How the tensors are split over files does not matter. Costs one
+        short read a tensor; call it on one rank.
+
+        Raises:
+            WeightsError: a file cannot be read or has become shorter.
+        """
+        digest = xxhash.xxh3_128()
+        samples: dict[str, bytes] = {}
+        for file, tensors in by_file(self.tensors.values()):
+            with open_weights(file) as descriptor:
+                samples |= {tensor.name: _sample(descriptor, tensor) for tensor in tensors}
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name]
+            digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode() + samples[name])
+        return digest.hexdigest()
+
+
+@contextmanager
+def open_weights(file: Path) -> Iterator[int]:
+    """A descriptor for reading `file` within `with`.
+
+    Raises:
+        WeightsError: the file cannot be opened.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except OSError as error:
+        raise unreadable(file, error) from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def by_file(tensors: Iterable[TensorOnDisk]) -> Iterator[tuple[Path, list[TensorOnDisk]]]:
+    """The tensors of each file, files by name and tensors by place: so each file is read forward, once."""
+    groups: dict[Path, list[TensorOnDisk]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.file, []).append(tensor)
+    for file in sorted(groups):
+        yield file, sorted(groups[file], key=lambda tensor: (tensor.start, tensor.num_bytes))
+
+
+def first_few(names: Sequence[str]) -> str:
+    """`a, b, c, d, e and 12 more`: at most five names and the count of the rest."""
+    told = ", ".join(names[:_MAX_NAMED])
+    return told if len(names) <= _MAX_NAMED else f"{told} and {len(names) - _MAX_NAMED:,} more"
+
+
+def open_index(folder: Path) -> WeightIndex:
+    """The tensors of a model folder: of `model.safetensors`, or of the files that its index names.
+
+    Reads headers only, and checks all that can be known without the weights: every file there and of the
+    length that its header asks for, types BF16, F16 or F32, tensors without gap or overlap, the same names in
+    `model.safetensors.index.json` and in the files. Where both exist, the single file counts, as in
+    transformers.
+
+    Raises:
+        WeightsError: anything of this is not so; tells all damaged files at once.
+    """
+    if not folder.is_dir():
+        raise WeightsError(
+            f"{folder} is not a folder; a folder with config.json and *.safetensors was expected."
+        )
+    if (folder / SINGLE_FILE).exists():
+        return WeightIndex(folder, {tensor.name: tensor for tensor in read_header(folder / SINGLE_FILE)})
+    if not (folder / INDEX_FILE).exists():
+        raise WeightsError(_why_no_weights(folder))
+    places = _read_places(folder)
+    files = sorted(set(places.values()))
+    missing = [file for file in files if not (folder / file).exists()]
+    if missing:
+        raise WeightsError(
+            f"{folder} lacks {len(missing):,} of the {len(files):,} files that {INDEX_FILE} names: "
+            f"{first_few(missing)}. The download is incomplete; fetch them."
+        )
+    found, faults = _read_headers(folder, files)
+    if not faults:
+        faults = _disagreements(places, found)
+    if faults:
+        heading = "" if len(faults) == 1 else f"{len(faults):,} faults in {folder}:\n  "
+        raise WeightsError(heading + "\n  ".join(faults[:_MAX_NAMED]) + _and_more(faults))
+    return WeightIndex(folder, {tensor.name: tensor for tensors in found.values() for tensor in tensors})
+
+
+def hash_config(folder: Path) -> str:
+    """What identifies a model's config.json, 32 hex digits: xxh3_128 of its settings in sorted order.
+
+    Left out are `_name_or_path` and `transformers_version`: where a copy lies and who wrote it is no matter.
+
+    Raises:
+        WeightsError: config.json is missing or is not a JSON object.
+    """
+    file = folder / "config.json"
+    config = _parse_object(_read_small(file), file=file)
+    kept = {
+        key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")
+    }
+    return xxhash.xxh3_128(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def read_header(file: Path) -> tuple[TensorOnDisk, ...]:
+    """The tensors of one safetensors file, in the order of their bytes.
+
+    Raises:
+        WeightsError: it cannot be read, is a git-lfs pointer, cut off or too long, its header is damaged, or
+            a tensor's type is none of BF16, F16, F32.
+    """
+    with open_weights(file) as descriptor:
+        file_bytes = os.fstat(descriptor).st_size
+        beginning = _read_at(descriptor, len(_LFS_MARK), 0, file=file)
+        _refuse_lfs_pointer(beginning, file=file)
+        header_bytes = int.from_bytes(beginning[:8], "little") if len(beginning) >= 8 else 0
+        if file_bytes < 8 or header_bytes > file_bytes - 8:
+            raise WeightsError(
+                f"{file} is {file_bytes:,} bytes long and its header alone would take {8 + header_bytes:,}. "
+                + _INCOMPLETE
+            )
+        if header_bytes > _MAX_HEADER_BYTES:
+            raise WeightsError(_damaged(file, f"its header claims {header_bytes:,} bytes"))
+        header = _parse_object(_read_at(descriptor, header_bytes, 8, file=file), file=file)
+    header.pop("__metadata__", None)
+    tensors = sorted(
+        (_entry(name, value, file=file, data_start=8 + header_bytes) for name, value in header.items()),
+        key=lambda tensor: (tensor.start, tensor.num_bytes),
+    )
+    _check_types(tensors, file=file)
+    _check_places(tensors, file=file, data_start=8 + header_bytes, file_bytes=file_bytes)
+    return tuple(tensors)
+
+
+def _entry(name: str, value: Any, *, file: Path, data_start: int) -> TensorOnDisk:
+    try:
+        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+        if not (isinstance(dtype, str) and whole and begin <= end):
+            raise ValueError
+    except (TypeError, KeyError, ValueError) as error:
+        raise WeightsError(_damaged(file, f"the entry of {name} in its header makes no sense")) from error
+    return TensorOnDisk(name, file, dtype, shape, data_start + begin, end - begin)
+
+
+def _check_types(tensors: Sequence[TensorOnDisk], *, file: Path) -> None:
+    foreign = [tensor for tensor in tensors if tensor.dtype not in ITEM_BYTES]
+    if foreign:
+        raise WeightsError(
+            f"{file} holds {len(foreign):,} tensors of a type other than BF16, F16 and F32: "
+            f"{first_few([f'{tensor.name} ({tensor.dtype})' for tensor in foreign])}. 8-bit types "
+            "mean that the model is quantized already: take the unquantized one."
+        )
+
+
+def _check_places(tensors: Sequence[TensorOnDisk], *, file: Path, data_start: int, file_bytes: int) -> None:
+    expected = data_start
+    for tensor in tensors:
+        needed = math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+        if tensor.num_bytes != needed:
+            kind = f"{tensor.dtype} {tensor.shape}"
+            what = f"{tensor.name}, {kind}, takes {needed:,} bytes and has {tensor.num_bytes:,}"
+            raise WeightsError(_damaged(file, what))
+        if tensor.start != expected:
+            raise WeightsError(
+                _damaged(
+                    file,
+                    f"{tensor.name} begins at byte {tensor.start:,} and the one before ends at {expected:,}",
+                )
+            )
+        expected += tensor.num_bytes
+    if file_bytes < expected:
+        raise WeightsError(
+            f"{file} is {file_bytes:,} bytes long and its header speaks of {expected:,}. {_INCOMPLETE}"
+        )
+    if file_bytes > expected:
+        raise WeightsError(
+            _damaged(file, f"it is {file_bytes:,} bytes long and its header speaks of {expected:,}")
+        )
+
+
+def _read_headers(
+    folder: Path, files: Sequence[str]
+) -> tuple[dict[str, tuple[TensorOnDisk, ...]], list[str]]:
+    found: dict[str, tuple[TensorOnDisk, ...]] = {}
+    faults: list[str] = []
+    for file in files:
+        try:
+            found[file] = read_header(folder / file)
+        except WeightsError as error:
+            faults.append(str(error))
+    return found, faults
+
+
+def _disagreements(places: Mapping[str, str], found: Mapping[str, Sequence[TensorOnDisk]]) -> list[str]:
+    holders: dict[str, list[str]] = {}
+    for file, tensors in found.items():
+        for tensor in tensors:
+            holders.setdefault(tensor.name, []).append(file)
+    twice = [
+        f"{name} is in {len(files)} files: {first_few(files)}. They are not of one model; fetch them again."
+        for name, files in holders.items()
+        if len(files) > 1
+    ]
+    lacking = [
+        f"{file} lacks {name}, which the index places there. {_INCOMPLETE}"
+        for name, file in places.items()
+        if file not in holders.get(name, [])
+    ]
+    unnamed = [
+        f"{files[0]} holds {name}, which {INDEX_FILE} does not name. Fetch both again, of one model."
+        for name, files in holders.items()
+        if name not in places
+    ]
+    return twice + lacking + unnamed
+
+
+def _read_places(folder: Path) -> dict[str, str]:
+    file = folder / INDEX_FILE
+    places = _parse_object(_read_small(file), file=file).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(value, str) for value in places.values()):
+        raise WeightsError(_damaged(file, "it has no weight_map from tensor names to file names"))
+    leaving = sorted({value for value in places.values() if not _stays_inside(value)})
+    if leaving:
+        raise WeightsError(
+            f"{file} names files outside of its folder: {first_few(leaving)}. Nothing is read from there."
+        )
+    return places
+
+
+def _stays_inside(file_name: str) -> bool:
+    path = PurePosixPath(file_name)
+    return (
+        path.suffix == ".safetensors"
+        and not path.is_absolute()
+        and not {"..", "\\"} & {*path.parts, *file_name}
+    )
+
+
+def _why_no_weights(folder: Path) -> str:
+    convert = (
+        "convert it with transformers (from_pretrained, then save_pretrained), which writes safetensors."
+    )
+    inside = {path.name for path in folder.iterdir()} | {path.name for path in folder.glob("original/*")}
+    for ending, what in (
+        (
+            ".pth",
+            "Meta's own format (consolidated.*.pth), whose names and q/k rows differ from Hugging Face's",
+        ),
+        (".bin", "pickled weights (*.bin), which are never read, for they can run code"),
+        (".gguf", "a GGUF file, which is quantized"),
+    ):
+        found = sorted(name for name in inside if name.endswith(ending))
+        if found and not any(name.endswith(".safetensors") for name in inside):
+            return (
+                f"{folder} holds {what}: {first_few(found)}. Take the model's safetensors files, or {convert}"
+            )
+    shards = sorted(name for name in inside if name.endswith(".safetensors"))
+    if shards:
+        return (
+            f"{folder} holds {first_few(shards)} but neither {SINGLE_FILE} nor {INDEX_FILE}, so nobody knows "
+            "whether this is all. Fetch the index too."
+        )
+    return f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}. Fetch the model's safetensors files."
+
+
+def _read_small(file: Path) -> bytes:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise unreadable(file, error) from error
+    _refuse_lfs_pointer(content, file=file)
+    return content
+
+
+def _parse_object(content: bytes, *, file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        what = "its header" if file.suffix == ".safetensors" else "it"
+        raise WeightsError(_damaged(file, f"{what} is not JSON ({error})")) from error
+    if not isinstance(value, dict):
+        raise WeightsError(_damaged(file, "a JSON object was expected"))
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if repeated:
+        raise ValueError(f"named twice: {first_few(repeated)}")
+    return dict(pairs)
+
+
+def _sample(descriptor: int, tensor: TensorOnDisk) -> bytes:
+    count = min(_SAMPLE_BYTES, tensor.num_bytes)
+    sample = _read_at(descriptor, count, tensor.start + (tensor.num_bytes - count) // 2, file=tensor.file)
+    if len(sample) < count:
+        raise WeightsError(f"{tensor.file} ends within {tensor.name}: it has become shorter. {_INCOMPLETE}")
+    return sample
+
+
+def _read_at(descriptor: int, count: int, offset: int, *, file: Path) -> bytes:
+    try:
+        return os.pread(descriptor, count, offset)
+    except OSError as error:
+        raise unreadable(file, error) from error
+
+
+def _refuse_lfs_pointer(beginning: bytes, *, file: Path) -> None:
+    if beginning.startswith(_LFS_MARK):
+        raise WeightsError(
+            f"{file} is a git-lfs pointer, not the file itself. Run `git lfs pull` in its folder."
+        )
+
+
+def _damaged(file: Path, what: str) -> str:
+    return f"{file} is damaged: {what}. Fetch it again."
+
+
+def _and_more(faults: Sequence[str]) -> str:
+    return "" if len(faults) <= _MAX_NAMED else f"\n  and {len(faults) - _MAX_NAMED:,} more"
+
+
+def unreadable(file: Path, error: OSError, *, tensor_name: str = "") -> WeightsError:
+    """The error for a file that the system refuses to open or read."""
+    within = f" within {tensor_name}" if tensor_name else ""
+    return WeightsError(f"{file} cannot be read{within}: {error.strerror or error}.")

@@ -1,0 +1,1 @@
+"""The adapters: their layer, where they are attached, and their file."""
