@@ -61,9 +61,10 @@ class Documents:
 
         starts = torch.tensor(self.bounds, dtype=torch.int32).to(query.device, non_blocking=True)
         longest = max(b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False))
-        attended: Tensor = varlen_attn(
+        attended = varlen_attn(
             query, key, value, starts, starts, longest, longest, window_size=(-1, 0), enable_gqa=True
         )
+        assert isinstance(attended, Tensor)
         return attended
 
     def _eager(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

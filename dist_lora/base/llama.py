@@ -52,7 +52,8 @@ class RMSNorm(nn.Module):
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         # In 16 bits the normed row is rounded before the weight is applied, as Llama was trained.
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+        normed = F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+        return torch.mul(self.weight, normed)
 
 
 class SelfAttention(nn.Module):
@@ -130,6 +131,8 @@ class Decoder(nn.Module):
 class Head(nn.Module):
     """From hidden rows to the loss over their labels, or to their logits."""
 
+    weight: nn.Parameter
+
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape.vocab, shape.hidden), requires_grad=False)
@@ -138,7 +141,7 @@ class Head(nn.Module):
         """Sum of the cross entropy of ``hidden`` ``(K, D)`` over ``labels`` ``(K,)``, an fp32 scalar; or logits."""
         if labels is None:
             return F.linear(hidden, self.weight).float()
-        loss: Tensor = SumOfCrossEntropy.apply(hidden, self.weight, labels)
+        loss: Tensor = SumOfCrossEntropy.apply(hidden, self.weight, labels)  # type: ignore[no-untyped-call]
         return loss
 
 
@@ -150,7 +153,7 @@ class SumOfCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if needs_gradient else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -169,7 +172,7 @@ class SumOfCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # noqa: D102
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * d_total.to(gradient.dtype), None, None
 
@@ -185,7 +188,7 @@ class Llama(nn.Module):
         self.model = Decoder(shape)
         self.lm_head = Head(shape)
         if shape.tied:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.register_parameter("weight", self.model.embed_tokens.weight)
         # Made on the CPU at once: what is on the meta device here is lost, and no checkpoint has it.
         self.register_buffer("inv_freq", inverse_frequencies(shape), persistent=False)
 
@@ -218,6 +221,10 @@ class Llama(nn.Module):
         hidden = self.model.norm(x.index_select(0, rows))
         result: Tensor = self.lm_head(hidden, labels)
         return result
+
+    def blocks(self) -> list[Block]:
+        """The layers, first to last."""
+        return [block for block in self.model.layers if isinstance(block, Block)]
 
     def linears(self) -> dict[str, FrozenLinear]:
         """Every linear that can carry an adapter, by its full name, first layer first."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from dist_lora.base.attention import Backend, Documents
@@ -112,7 +113,7 @@ def _until_stop(ids: Sequence[int], stop_ids: frozenset[int]) -> list[int]:
     return list(ids)
 
 
-def last_answer(ids: Sequence[int], is_target: Sequence[bool]) -> tuple[list[int], list[int]]:
+def last_answer(ids: np.ndarray, is_target: np.ndarray) -> tuple[list[int], list[int]]:
     """A sample's prompt, up to its last run of targets, and that run."""
     stop = len(ids)
     while stop > 0 and not is_target[stop - 1]:

@@ -56,7 +56,7 @@ class KeyValueCache:
         keys[each, :, self.lengths] = key
         values[each, :, self.lengths] = value
         # The query heads that share a key head are taken as that head's rows: (B, G, H / G, E).
-        rows = query.unflatten(1, (keys.shape[1], -1))
+        rows = query.view(len(query), keys.shape[1], -1, query.shape[-1])
         seen = torch.arange(keys.shape[2], device=query.device) <= self.lengths[:, None]
         attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=seen[:, None, None, :])
         return attended.flatten(1, 2)

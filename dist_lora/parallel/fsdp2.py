@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -62,8 +60,7 @@ class Fsdp2(SingleProcess):
     def keep_gathered(self, model: Llama, gathered: bool) -> None:
         """See ``SingleProcess.keep_gathered``. All ranks call it."""
         for module in _sharded_modules(model):
-            is_root = module is cast(nn.Module, model)
-            module.set_reshard_after_forward(gathered is False and not is_root, recurse=False)
+            module.set_reshard_after_forward(not gathered and not isinstance(module, Llama), recurse=False)
             if not gathered:
                 module.reshard()
 

@@ -129,7 +129,7 @@ def build(config: Config, base: Base, world: World) -> Trainee:
     model = build_on_meta(base.shape, dtype=dtype)
     tensors = attach_adapters(model, config.lora)
     wanted = config.train.activation_checkpointing
-    for block in model.model.layers:
+    for block in model.blocks():
         # With a GPU memory is what is short; on a CPU it is time.
         block.recompute = world.device.type == "cuda" if wanted == "auto" else wanted
     engine = make_engine(config.parallel, world)

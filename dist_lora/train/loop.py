@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_lora.checkpoint.manifest import Manifest, Piece, TensorSpec, read_manifest
+from dist_lora.checkpoint.manifest import KINDS, Kind, Manifest, Piece, TensorSpec, read_manifest
 from dist_lora.checkpoint.resume import load_pieces, newest_whole, verify
 from dist_lora.checkpoint.shards import rotate, save_checkpoint
 from dist_lora.config.load import dump_config
@@ -30,7 +30,6 @@ from dist_lora.train.signals import StopRequest
 
 log = logging.getLogger("dist_lora")
 
-KINDS = ("adapter", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -215,7 +214,7 @@ class Run:
     def _specs(self) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(name, shape) for name, shape in self.adapters.shapes.items())
 
-    def _flat(self) -> dict[str, Tensor]:
+    def _flat(self) -> dict[Kind, Tensor]:
         values = (self.adapters.parameter.data, self.optimizer.exp_avg, self.optimizer.exp_avg_sq)
         return dict(zip(KINDS, values, strict=True))
 

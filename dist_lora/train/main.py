@@ -206,7 +206,7 @@ def _print_sample(tokens: TokenSet, base: Base) -> None:
     console = Console(soft_wrap=True, highlight=False)
     console.print("\nThe first sample; what is trained is green, or between ⟦ and ⟧:\n")
     has_colour = console.color_system is not None
-    console.print(render_sample(ids, is_target, tokenizer=base.tokenizer, has_colour=has_colour))
+    console.print(render_sample(ids.tolist(), is_target.tolist(), tokenizer=base.tokenizer, has_colour=has_colour))
 
 
 def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str, Any]:
