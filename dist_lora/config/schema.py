@@ -141,7 +141,7 @@ class Section(BaseModel):
     """What all sections share: frozen, strict types, an unknown name is an error."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, defer_build=True
     )
 
 
