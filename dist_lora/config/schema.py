@@ -94,7 +94,7 @@ def _check_some(values: Any) -> Any:
     """Refuse an empty list, and one that names something twice."""
     if isinstance(values, list):
         if not values:
-            raise ValueError("the list is empty; leave the setting out for its default, or name something")
+            raise ValueError("the list is empty, expected at least one")
         _refuse_twice(values)
     return values
 
