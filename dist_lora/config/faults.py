@@ -210,7 +210,9 @@ def _alternatives(annotation: Any, metadata: Sequence[Any]) -> list[str]:
         return [str(choice) for choice in get_args(annotation)]
     if origin is list:
         return [f"a list of {_plural(get_args(annotation)[0])}"]
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    if annotation is bool:
+        return ["true", "false"]
+    words = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
     return [words[annotation] + _bounds(metadata)]
 
 

@@ -220,16 +220,17 @@ def _apply(overrides: Sequence[str], *, source: _Source) -> Iterator[str]:
             continue
         for repeated, _, _ in _repeated(root):
             yield f"{text} (argument): {repeated}: set twice"
-        _set(source, tuple(parts), value, text=text)
+        blocked = _set(source, tuple(parts), value, text=text)
+        if blocked is not None:
+            yield f"{text} (argument): no such setting: {blocked} is no section"
 
 
-def _set(source: _Source, path: tuple[str, ...], value: Any, *, text: str) -> None:
+def _set(source: _Source, path: tuple[str, ...], value: Any, *, text: str) -> str | None:
+    """Write one value; gives the name that stands in the way where there is no section to write in."""
     settings = source.settings
-    for part in path[:-1]:
-        if part not in settings:
-            settings[part] = {}
-        if not isinstance(settings[part], dict):
-            return  # the file has no section there, which is told as the file's own fault
+    for depth, part in enumerate(path[:-1], start=1):
+        if not isinstance(settings.setdefault(part, {}), dict):
+            return ".".join(path[:depth])
         settings = settings[part]
     settings[path[-1]] = value
     source.arguments.pop(path, None)
@@ -237,6 +238,7 @@ def _set(source: _Source, path: tuple[str, ...], value: Any, *, text: str) -> No
     other = {"train.steps": "epochs", "train.epochs": "steps"}.get(".".join(path))
     if other is not None and value is not None and source.argument_of(("train", other)) is None:
         settings.pop(other, None)
+    return None
 
 
 if __name__ == "__main__":

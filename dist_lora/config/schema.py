@@ -94,7 +94,7 @@ def _check_some(values: Any) -> Any:
     """Refuse an empty list, and one that names something twice."""
     if isinstance(values, list):
         if not values:
-            raise ValueError("the list is empty; leave the setting out for its default, or name something")
+            raise ValueError("the list is empty, expected at least one")
         _refuse_twice(values)
     return values
 
@@ -141,7 +141,7 @@ class Section(BaseModel):
     """What all sections share: frozen, strict types, an unknown name is an error."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, defer_build=True
     )
 
 
