@@ -17,7 +17,6 @@ What is guaranteed:
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,8 +91,10 @@ def load_tokenizer(folder: Path, *, chat_template: str | None) -> PreTrainedToke
     except Exception as error:
         there = sorted(name for name in _TOKENIZER_FILES if (folder / name).exists())
         raise WeightsError(
-            f"{folder}: no tokenizer could be loaded (of its files these are there: {', '.join(there) or 'none'}): "
-            f"{str(error).strip().splitlines()[0]}. Fetch tokenizer.json and tokenizer_config.json of the model"
+            f"{folder}: no tokenizer could be loaded "
+            f"(of its files these are there: {', '.join(there) or 'none'}): "
+            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}. "
+            "Fetch tokenizer.json and tokenizer_config.json of the model"
         ) from error
     if chat_template is not None:
         tokenizer.chat_template = _template_text(chat_template)
@@ -101,7 +102,7 @@ def load_tokenizer(folder: Path, *, chat_template: str | None) -> PreTrainedToke
         if lacking:
             raise DataError(
                 f"data.chat_template: {chat_template} needs the special tokens {', '.join(lacking)}, "
-                f"which the tokenizer in {folder} lacks. Leave the setting out to use the model's own template"
+                f"which the tokenizer in {folder} lacks. Leave the setting out to use the model's own"
             )
     return tokenizer
 
@@ -288,7 +289,7 @@ class _Renderer:
         )
 
     def span(self, index: int, whole: str) -> _Span:
-        """The characters of ``whole`` that belong to a turn; an assistant's begin after its generation prompt.
+        """The characters of ``whole`` that belong to a turn; an assistant's begin after its prompt.
 
         Raises:
             DataError: the template writes the turns before or up to this one otherwise when more follow.
@@ -298,24 +299,26 @@ class _Renderer:
         through = self.upto(index + 1)
         for text in (before, through):
             if not whole.startswith(text):
-                same = len(os.path.commonprefix([text, whole]))
+                same = _common_prefix(text, whole)
                 raise DataError(
-                    f"the chat template writes the turns up to number {index} otherwise when later turns follow "
-                    f"(from character {same}: {text[same : same + 30]!r}, later {whole[same : same + 30]!r}), so its "
-                    "targets cannot be told. Set data.train_on: last, or data.chat_template to another template"
+                    f"the chat template writes the turns up to number {index} otherwise when more follow "
+                    f"(from character {same}: {text[same : same + 30]!r}, "
+                    f"then {whole[same : same + 30]!r}), so its targets cannot be told. "
+                    "Set data.train_on: last, or data.chat_template to another template"
                 )
         if is_answer:
             through = _through_end_token(through, _special_pattern(self.tokenizer))
         return _Span(start=len(before), end=max(len(through), len(before)))
 
     def _before_first(self, *, is_answer: bool) -> str:
-        """What comes before the content of a conversation's first turn; most templates refuse no turn at all."""
+        """What comes before a first turn's content; most templates refuse to write no turn at all."""
         if not is_answer:
             return ""
         first = self.chat.turns[0]
-        return os.path.commonprefix(
-            [self._render([Turn(first.role, text).as_message()], has_prompt=False) for text in ("0", "1")]
+        one, other = (
+            self._render([Turn(first.role, text).as_message()], has_prompt=False) for text in ("0", "1")
         )
+        return one[: _common_prefix(one, other)]
 
     def _render(self, messages: list[dict[str, Any]], *, has_prompt: bool) -> str:
         from jinja2 import TemplateError
@@ -353,8 +356,14 @@ _WAYS_OUT = (
 _FIXED_DATE = "{%- macro strftime_now(format) -%}" + TEMPLATE_DATE + "{%- endmacro -%}"
 
 
+def _common_prefix(one: str, other: str) -> int:
+    """The number of characters with which both begin."""
+    pairs = zip(one, other, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
 def _through_end_token(text: str, special: re.Pattern[str]) -> str:
-    """The text without what a template writes after a turn's end token: a model that stops there never writes it."""
+    """The text without what follows a turn's end token: a model that stops there never writes it."""
     bare = text.rstrip()
     ends = [match.end() for match in special.finditer(bare)]
     return bare if ends and ends[-1] == len(bare) else text

@@ -93,7 +93,7 @@ class Loader:
         return divmod(step, self.steps_in_epoch(0))
 
     def batch(self, step: int) -> StepBatch:
-        """The batch of a step, counted from 0 over the run. Costs the epoch's plan once, then only its tokens."""
+        """The batch of a step, counted from 0 over the run. Costs the epoch's plan once."""
         epoch, index = self.locate(step)
         plan = self._plan_of(epoch)
         assert len(plan) == self._num_sequences, (
@@ -154,7 +154,7 @@ class EvalBatches:
 
 
 def deal(tokens: Sequence[int], *, world_size: int) -> list[list[int]]:
-    """Which sequences of a global batch each rank gets: counts that differ by one at most, tokens about equal.
+    """Which sequences of a global batch each rank gets: counts differ by one at most, tokens by little.
 
     The longest sequence goes first, to the rank that has fewest tokens among those with room. Each
     rank keeps the order of the batch.
@@ -178,12 +178,12 @@ def _ceil_div(amount: int, each: int) -> int:
 
 
 def _permutation(draws: np.random.Philox, size: int) -> np.ndarray:
-    """A permutation by sorting raw draws: the bit stream is stable over numpy's versions, ``shuffle`` is not."""
+    """A permutation by sorting raw draws: numpy keeps the bit stream over versions, not ``shuffle``."""
     return np.argsort(np.asarray(draws.random_raw(size), np.uint64), kind="stable")
 
 
 def _micro_batch(token_set: TokenSet, sequences: Sequence[np.ndarray]) -> MicroBatch:
-    """The documents of some sequences, flat; for none one token without a target, so that a rank keeps step."""
+    """The documents of some sequences, flat; for none one token without a target, to keep step."""
     if not sequences:
         nothing = torch.zeros(0, dtype=torch.int64)
         one = torch.zeros(1, dtype=torch.int64)

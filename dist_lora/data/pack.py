@@ -8,7 +8,7 @@ import numpy as np
 
 
 def pack_best_fit(lengths: np.ndarray, *, capacity: int, order: np.ndarray) -> list[np.ndarray]:
-    """The documents of each sequence, by best fit decreasing: the longest first, each where least room is left.
+    """The documents of each sequence, by best fit: the longest first, each where least room is left.
 
     ``order`` decides among documents of equal length, so that epochs mix them differently. How many
     sequences come out, and the lengths inside them, depend on the lengths alone: every epoch has the

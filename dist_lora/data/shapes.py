@@ -34,7 +34,7 @@ REQUIRED_COLUMNS: Mapping[Format, tuple[tuple[str, ...], ...]] = {
 """For each format the sets of columns of which one must be there whole."""
 
 EXAMPLES: Mapping[Format, str] = {
-    "messages": '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}',
+    "messages": '{"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}',
     "alpaca": '{"instruction": "Translate to French", "input": "cat", "output": "chat"}',
     "prompt-completion": '{"prompt": "2 + 2 =", "completion": " 4"}',
     "text": '{"text": "Once upon a time"}',

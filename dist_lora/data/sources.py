@@ -162,8 +162,8 @@ class JsonLines:
         num_bytes = int(self._lengths[index])
         if num_bytes > MAX_RECORD_BYTES:
             raise DataError(
-                f"a line of {num_bytes / 2**20:.1f} MiB; at most {MAX_RECORD_BYTES // 2**20} MiB, one record, "
-                "is expected. Write one JSON object a line"
+                f"a line of {num_bytes / 2**20:.1f} MiB; at most {MAX_RECORD_BYTES // 2**20} MiB, "
+                "one record, is expected. Write one JSON object a line"
             )
         line = os.pread(self._file.fileno(), num_bytes, int(self._starts[index]))
         try:
@@ -174,8 +174,8 @@ class JsonLines:
             ) from None
         except json.JSONDecodeError as error:
             raise DataError(
-                f"not JSON: {error.msg} at column {error.pos + 1}, {_near(error.doc, error.pos)}; one object a line "
-                f"is expected, e.g. {_EXAMPLE}"
+                f"not JSON: {error.msg} at column {error.pos + 1}, {_near(error.doc, error.pos)}; "
+                f"one object a line is expected, e.g. {_EXAMPLE}"
             ) from None
         except RecursionError:
             raise DataError("the JSON is nested too deep to be a record") from None
@@ -329,8 +329,8 @@ def _hub_trouble(name: str, repo: str, split: str, which: str, error: Exception)
     if "RepositoryNotFoundError" in kinds or "doesn't exist on the Hub" in words:
         return f"data.{which}: neither a file nor a data set of the hub is called {name!r}. Check the name"
     return (
-        f"data.{which}: the hub's data set {name!r} could not be read: {type(error).__name__}: {_first_line(words)}. "
-        "Without a network, give a local file (.jsonl .json .csv .parquet)"
+        f"data.{which}: the hub's data set {name!r} could not be read: {type(error).__name__}: "
+        f"{_first_line(words)}. Without a network, give a local file (.jsonl .json .csv .parquet)"
     )
 
 
@@ -440,8 +440,8 @@ def _elements(text: str, name: str) -> Iterator[tuple[int, Any]]:
         except json.JSONDecodeError as error:
             line += text.count("\n", counted, error.pos)
             raise DataError(
-                f"{name}:{line}: not JSON: {error.msg}, {_near(text, error.pos)}; a list of objects is expected, "
-                f"e.g. [{_EXAMPLE}]"
+                f"{name}:{line}: not JSON: {error.msg}, {_near(text, error.pos)}; "
+                f"a list of objects is expected, e.g. [{_EXAMPLE}]"
             ) from None
         yield line, value
 

@@ -55,7 +55,7 @@ _ARRAYS = {
 
 @dataclass(frozen=True)
 class TokenRules:
-    """What decides, beside text and tokenizer, which ids and targets come out (the settings of these names)."""
+    """What decides, beside text and tokenizer, which ids and targets come out (settings of these names)."""
 
     sequence_length: int
     format: Literal["auto"] | Format = "auto"
@@ -175,7 +175,7 @@ def split_eval(token_set: TokenSet, *, fraction: float, seed: int) -> tuple[Toke
     """
     if len(token_set) < 2:
         raise DataError(
-            f"data.eval: {fraction} of {len(token_set)} document cannot be held out; give a file, or more data"
+            f"data.eval: {fraction} of {len(token_set)} document cannot be held out; give a file or more data"
         )
     drawn = np.array(
         [
@@ -332,7 +332,7 @@ def _begin(
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Holds the lock file; waits for another job that builds the same. False where the disk knows no locks."""
+    """Holds the lock file, after any other job that builds the same; False where the disk has no locks."""
     with path.open("ab") as file:
         has_lock = _wait_for_lock(file)
         try:
@@ -436,7 +436,7 @@ class _Builder:
                 name: opened.enter_context((self._folder / f"{group.place}.{name}").open("wb"))
                 for name in _ARRAYS
             }
-            for done, index in enumerate(part):
+            for done, index in enumerate(part, start=1):
                 document = _encode_one(
                     records, index, tokenizer=self._tokenizer, rules=self._rules, counts=counts
                 )
@@ -505,8 +505,8 @@ def _verdict(counts: _Counts, *, which: Which, rules: TokenRules) -> DataError |
         )
     if counts.too_long.count and rules.on_too_long == "error":
         told.append(
-            f"data.{which}: {counts.too_long.count} of {total} samples are longer than train.sequence_length = "
-            f"{rules.sequence_length}:\n{counts.too_long.listed()}\n"
+            f"data.{which}: {counts.too_long.count} of {total} samples are longer than "
+            f"train.sequence_length = {rules.sequence_length}:\n{counts.too_long.listed()}\n"
             "Set data.on_too_long: truncate or drop, or a longer train.sequence_length."
         )
     if counts.no_target.count and rules.on_no_target == "error":
@@ -519,13 +519,14 @@ def _verdict(counts: _Counts, *, which: Which, rules: TokenRules) -> DataError |
         faults = "\n".join(text for text in (counts.too_long.listed(), counts.no_target.listed()) if text)
         told.append(
             f"data.{which}: none of {total} samples is left: {counts.too_long.count} are longer than "
-            f"train.sequence_length = {rules.sequence_length}, {counts.no_target.count} have no target tokens:\n{faults}"
+            f"train.sequence_length = {rules.sequence_length}, "
+            f"{counts.no_target.count} have no target tokens:\n{faults}"
         )
     return DataError("\n".join(told)) if told else None
 
 
 def _open_published(folder: Path) -> TokenSet | None:
-    """The tokens of a published folder; None where there is none, or its files are not as they were written."""
+    """The tokens of a published folder; None where there is none, or its files are not as written."""
     try:
         sizes = json.loads((folder / "summary.json").read_text())["sizes"]
         if any((folder / name).stat().st_size != sizes[name] for name in _ARRAYS):

@@ -24,7 +24,9 @@ def best_fit_one_by_one(lengths: list[int], capacity: int) -> list[int]:
 
 def packed(lengths, capacity, order=None):
     return pack_best_fit(
-        np.array(lengths), capacity=capacity, order=np.arange(len(lengths)) if order is None else np.array(order)
+        np.array(lengths),
+        capacity=capacity,
+        order=np.arange(len(lengths)) if order is None else np.array(order),
     )
 
 
