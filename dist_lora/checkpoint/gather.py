@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
@@ -17,7 +18,7 @@ from dist_lora.lora.peft_file import BaseIdentity, write_adapter
 
 @dataclass(frozen=True)
 class _AdapterFacts:
-    """A manifest's ``adapter``. A key that is not here is of a kind of adapter that this version can't write."""
+    """A manifest's ``adapter``. Any other key is of a kind of adapter that this version can't write."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -36,10 +37,12 @@ _BASE = TypeAdapter(BaseIdentity)
 def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True) -> Path:
     """The folder ``out`` with the adapter of a checkpoint, as PEFT and vLLM load it; returns ``out``.
 
-    Reads the adapter's bytes only (and with ``verify`` every byte once, for the checksums). Local: one process.
+    Reads the adapter's bytes only (and with ``verify`` every byte once, for the checksums). Local: one
+    process.
 
     Args:
-        checkpoint: a folder ``step-########``; or a run's folder or its ``checkpoints``, of which the newest whole
+        checkpoint: a folder ``step-########``; or a run's folder or its ``checkpoints``, of which the
+        newest whole
             checkpoint is taken, verified in any case.
 
     Raises:
@@ -71,7 +74,8 @@ def _checkpoint_folder(given: Path, is_to_verify: bool) -> Path:
     newest = newest_whole_here(root)
     if newest is None:
         raise CheckpointError(
-            f"{given} holds no checkpoint. Give a run's folder, its checkpoints folder, or a folder step-######## in it"
+            f"{given} holds no checkpoint. "
+            "Give a run's folder, its checkpoints folder, or a folder step-######## in it"
         )
     return newest
 
@@ -79,9 +83,9 @@ def _checkpoint_folder(given: Path, is_to_verify: bool) -> Path:
 def _facts(folder: Path, manifest: Manifest) -> tuple[_AdapterFacts, BaseIdentity]:
     part, content = "adapter", manifest.adapter
     try:
-        facts = _FACTS.validate_python(_tuples(content), strict=True)
+        facts = _FACTS.validate_json(json.dumps(content), strict=True)
         part, content = "base", manifest.base
-        return facts, _BASE.validate_python(content, strict=True)
+        return facts, _BASE.validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         faults = "; ".join(f"{part}.{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
         raise CheckpointError(
@@ -90,13 +94,10 @@ def _facts(folder: Path, manifest: Manifest) -> tuple[_AdapterFacts, BaseIdentit
         ) from error
 
 
-def _tuples(content: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
-
-
 def _whole_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     pieces = [Piece(spec.name, "adapter", 0, spec.num_elements) for spec in manifest.tensors]
     loaded = load_pieces(folder, manifest, pieces)
     return {
-        spec.name: loaded[piece].view(spec.shape) for spec, piece in zip(manifest.tensors, pieces, strict=True)
+        spec.name: loaded[piece].view(spec.shape)
+        for spec, piece in zip(manifest.tensors, pieces, strict=True)
     }

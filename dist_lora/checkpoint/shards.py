@@ -248,7 +248,7 @@ def _publish(place: _Place, manifest: Manifest) -> None:
         write_manifest(place.partial, manifest)
         sync_folder(place.partial)
         _swap_in(place)
-    _set_aside(place)
+    set_aside(place.root, above=place.step)
 
 
 def _expect_visible(path: Path, entry: FileEntry) -> None:
@@ -287,20 +287,27 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _set_aside(place: _Place) -> None:
-    later = [path for step, path in step_folders(place.root).items() if step > place.step]
-    for path in later:
+def set_aside(root: Path, *, above: int) -> list[Path]:
+    """Rename the checkpoints of steps later than ``above``, so that no resume or rotation sees them; the new paths.
+
+    They belong to a past that a run has left by going on from an earlier step. They are whole as they were, under
+    ``aside-step-########``, and are never deleted by us. One rank calls it. What can't be renamed is a warning.
+    """
+    renamed = []
+    for path in [path for step, path in step_folders(root).items() if step > above]:
         number, aside = 1, path.with_name(f"aside-{path.name}")
         while aside.exists():
             number, aside = number + 1, path.with_name(f"aside-{path.name}.{number + 1}")
         try:
             path.rename(aside)
         except OSError as error:
-            log.warning(f"{path} is of a later step than {place.step} and can't be renamed: {error}")
+            log.warning(f"{path} is of a later step than {above} and can't be renamed: {error}")
         else:
+            renamed.append(aside)
             log.warning(
-                f"{path} is of a later step than {place.step}, which was saved now: set aside as {aside.name}"
+                f"{path} is of a later step than {above}, from which this run goes on: now {aside.name}"
             )
+    return renamed
 
 
 def rotate(root: Path, *, keep: int, best: int | None) -> list[Path]:

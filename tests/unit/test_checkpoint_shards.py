@@ -20,7 +20,7 @@ from safetensors import safe_open
 from dist_lora.checkpoint import shards
 from dist_lora.checkpoint.manifest import KINDS, Piece, TensorSpec, read_manifest
 from dist_lora.checkpoint.resume import find_checkpoints, load_pieces, newest_whole_here, verify
-from dist_lora.checkpoint.shards import rotate
+from dist_lora.checkpoint.shards import rotate, set_aside
 from dist_lora.errors import CheckpointError, RankError, SaveError
 
 Usage = namedtuple("Usage", "total used free")
@@ -197,11 +197,20 @@ def test_checkpoints_of_later_steps_are_set_aside_and_not_deleted(tmp_path: Path
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"step-00000010", *(f"aside-{path.name}" for path in later), "aside-step-00000900.2"}
     assert (
-        f"{later[1]} is of a later step than 10, which was saved now: set aside as aside-step-00001000"
+        f"{later[1]} is of a later step than 10, from which this run goes on: now aside-step-00001000"
         in caplog.text
     )
     shutil.move(tmp_path / "aside-step-00001000", later[1])
     verify(later[1])
+
+
+def test_a_run_that_begins_anew_sets_all_former_checkpoints_aside(tmp_path: Path) -> None:
+    for step in (0, 7):
+        saved(tmp_path, step=step)
+    aside = [tmp_path / "aside-step-00000007", tmp_path / "aside-step-00000000"]
+    assert set_aside(tmp_path, above=-1) == aside
+    assert newest_whole_here(tmp_path) is None
+    assert rotate(tmp_path, keep=1, best=None) == [] and all(path.is_dir() for path in aside)
 
 
 def test_a_later_step_that_can_not_be_set_aside_is_said(tmp_path: Path, caplog, monkeypatch) -> None:
