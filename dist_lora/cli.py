@@ -61,7 +61,9 @@ def train(
 def evaluate(
     config: ConfigFile,
     overrides: Overrides = None,
-    adapter: Annotated[Path | None, typer.Option(help="The adapter's folder; without it the base is evaluated.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="The adapter's folder; without it the base is evaluated.")
+    ] = None,
     nproc: NumRanks = None,
     as_json: AsJson = False,
 ) -> None:
@@ -184,5 +186,3 @@ def main() -> NoReturn:
         report_error(error)
         sys.exit(error.exit_code)
     sys.exit(0)
-
-

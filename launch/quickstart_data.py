@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SYSTEM = "Answer with one JSON tool call."
 HELD_OUT_SHARE = 4  # every fourth value is kept for eval.jsonl
 
 Value = str | int
@@ -34,7 +33,7 @@ def _pairs(first: str, second: str) -> tuple[str, ...]:
     return tuple(f"{one} {other}" for one in _words(first) for other in _words(second))
 
 
-# The pools are large beside the 240 samples: a model that sees a value ten times learns the value by heart, one that
+# The pools are large beside the 256 samples: a model that sees a value ten times learns the value by heart, one that
 # sees it once learns to copy. No text lies in two pools, and a number is on the same side in all: "held out" is true
 # wherever a value stands.
 POOLS: Mapping[str, Sequence[Value]] = {
@@ -177,6 +176,9 @@ TOOLS: tuple[Tool, ...] = (
 )
 
 
+SYSTEM = f"Answer with one JSON call of a tool: {', '.join(tool.name for tool in TOOLS)}."
+
+
 def make_samples(num_samples: int, *, held_out: bool, seed: int) -> list[Sample]:
     """Different requests with their answers, the tools in turn, all values from one side of every pool.
 
@@ -260,12 +262,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the quickstart's requests and their tool calls.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the two files")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other requests (0)")
-    parser.add_argument("--train", type=int, default=240, metavar="N", help="requests to learn from (240)")
+    parser.add_argument("--train", type=int, default=256, metavar="N", help="requests to learn from (256)")
     parser.add_argument("--eval", type=int, default=40, metavar="N", help="held-out requests (40)")
     arguments = parser.parse_args()
-    train, held_out = write_data(
-        arguments.out, seed=arguments.seed, num_train=arguments.train, num_eval=arguments.eval
-    )
+    train, held_out = write_data(arguments.out, seed=arguments.seed, num_train=arguments.train, num_eval=arguments.eval)
     print(f"made {arguments.train} requests in {train} and {arguments.eval} held-out ones in {held_out}")
 
 

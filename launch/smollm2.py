@@ -57,7 +57,7 @@ def make_folder(folder: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HUB_OFFLINE"] = os.environ["TQDM_DISABLE"] = "1"
     warnings.filterwarnings("ignore")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -188,7 +188,7 @@ class Llama(nn.Module):
         self.model = Decoder(shape)
         self.lm_head = Head(shape)
         if shape.tied:
-            self.lm_head.register_parameter("weight", self.model.embed_tokens.weight)
+            self.lm_head.weight = self.model.embed_tokens.weight  # type: ignore[assignment]
         # Made on the CPU at once: what is on the meta device here is lost, and no checkpoint has it.
         self.register_buffer("inv_freq", inverse_frequencies(shape), persistent=False)
 

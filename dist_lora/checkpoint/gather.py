@@ -74,8 +74,7 @@ def _checkpoint_folder(given: Path, is_to_verify: bool) -> Path:
     newest = newest_whole_here(root)
     if newest is None:
         raise CheckpointError(
-            f"{given} holds no checkpoint. "
-            "Give a run's folder, its checkpoints folder, or a folder step-######## in it"
+            f"{given} holds no checkpoint. Give a run's folder, its checkpoints folder, or a folder step-######## in it"
         )
     return newest
 
@@ -97,7 +96,4 @@ def _facts(folder: Path, manifest: Manifest) -> tuple[_AdapterFacts, BaseIdentit
 def _whole_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     pieces = [Piece(spec.name, "adapter", 0, spec.num_elements) for spec in manifest.tensors]
     loaded = load_pieces(folder, manifest, pieces)
-    return {
-        spec.name: loaded[piece].view(spec.shape)
-        for spec, piece in zip(manifest.tensors, pieces, strict=True)
-    }
+    return {spec.name: loaded[piece].view(spec.shape) for spec, piece in zip(manifest.tensors, pieces, strict=True)}

@@ -267,9 +267,7 @@ def _coverage_faults(manifest: Manifest) -> Iterator[str]:
                 held.setdefault((piece.kind, piece.name), []).append((piece.start, piece.stop, file.name))
     for name, spec in specs.items():
         for kind in KINDS:
-            yield from _range_faults(
-                f"{kind} of {name}", sorted(held.get((kind, name), ())), spec.num_elements
-            )
+            yield from _range_faults(f"{kind} of {name}", sorted(held.get((kind, name), ())), spec.num_elements)
 
 
 def _range_faults(what: str, ranges: list[tuple[int, int, str]], num_elements: int) -> Iterator[str]:

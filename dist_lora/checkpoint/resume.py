@@ -53,9 +53,7 @@ def step_folders(root: Path) -> dict[int, Path]:
         CheckpointError: ``root`` can't be listed.
     """
     try:
-        found = {
-            step: path for path in root.iterdir() if (step := step_of(path)) is not None and path.is_dir()
-        }
+        found = {step: path for path in root.iterdir() if (step := step_of(path)) is not None and path.is_dir()}
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -78,9 +76,7 @@ def verify(folder: Path, *, checksums: bool = True) -> None:
     """
     manifest = read_manifest(folder)
     step = step_of(folder)
-    faults = [
-        fault for entry in manifest.files if (fault := _file_fault(folder, entry, checksums)) is not None
-    ]
+    faults = [fault for entry in manifest.files if (fault := _file_fault(folder, entry, checksums)) is not None]
     if step is not None and step != manifest.step:
         faults.insert(0, f"{MANIFEST_FILE} is that of step {manifest.step}")
     if faults:
@@ -184,9 +180,7 @@ def load_pieces(folder: Path, manifest: Manifest, wanted: Sequence[Piece]) -> di
     for piece in wanted:
         for holder in _overlapping(held.get((piece.kind, piece.name), []), piece, folder):
             parts.setdefault(holder.entry.name, []).append((piece, holder.piece))
-    faults = [
-        f for e in manifest.files if e.name in parts and (f := _file_fault(folder, e, False)) is not None
-    ]
+    faults = [f for e in manifest.files if e.name in parts and (f := _file_fault(folder, e, False)) is not None]
     if faults:
         raise CheckpointError(f"{folder} is damaged: {'; '.join(faults)}")
     loaded = {piece: torch.empty(piece.num_elements) for piece in wanted}
@@ -243,7 +237,6 @@ def _slice_of(file: Any, held: Piece, path: Path) -> Any:
         ) from error
     if found.get_dtype() != "F32" or found.get_shape() != [held.num_elements]:
         raise CheckpointError(
-            f"{path}: {held.key} is {found.get_dtype()} {found.get_shape()}, "
-            f"expected F32 [{held.num_elements}]"
+            f"{path}: {held.key} is {found.get_dtype()} {found.get_shape()}, expected F32 [{held.num_elements}]"
         )
     return found

@@ -304,9 +304,7 @@ def set_aside(root: Path, *, above: int) -> list[Path]:
             log.warning(f"{path} is of a later step than {above} and can't be renamed: {error}")
         else:
             renamed.append(aside)
-            log.warning(
-                f"{path} is of a later step than {above}, from which this run goes on: now {aside.name}"
-            )
+            log.warning(f"{path} is of a later step than {above}, from which this run goes on: now {aside.name}")
     return renamed
 
 

@@ -141,9 +141,7 @@ def unknown_setting(path: SettingPath) -> str:
         near = next((full for full in setting_names() if full.rpartition(".")[2] == near), None)
     if near is not None:
         return f"no such setting (nearest: {near})"
-    return (
-        f"no such setting ({section[0] + ' has' if section else 'there are'} {', '.join(model.model_fields)})"
-    )
+    return f"no such setting ({section[0] + ' has' if section else 'there are'} {', '.join(model.model_fields)})"
 
 
 def setting_names() -> list[str]:
@@ -162,9 +160,7 @@ def _found_and_expected(path: SettingPath, *, found: Any) -> str:
         inner = ", ".join(field.annotation.model_fields)
         return f"found {show(found)}, expected settings, as {path[0]}: {{...}} with {inner}"
     expected = _expected(field.annotation, field.metadata)
-    return (
-        f"found {show(found)}, expected {expected}{_hint(field.annotation, found=found, expected=expected)}"
-    )
+    return f"found {show(found)}, expected {expected}{_hint(field.annotation, found=found, expected=expected)}"
 
 
 def _hint(annotation: Any, *, found: Any, expected: str) -> str:
@@ -236,11 +232,7 @@ def _bounds(metadata: Sequence[Any]) -> str:
         annotated_types.Le: ("of at most", "le"),
         annotated_types.Lt: ("below", "lt"),
     }
-    said = [
-        f"{words[type(mark)][0]} {getattr(mark, words[type(mark)][1])}"
-        for mark in metadata
-        if type(mark) in words
-    ]
+    said = [f"{words[type(mark)][0]} {getattr(mark, words[type(mark)][1])}" for mark in metadata if type(mark) in words]
     return f" {' and '.join(said)}" if said else ""
 
 

@@ -97,11 +97,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _message(path: Path, faults: list[str]) -> str:
-    head = (
-        f"1 setting of {path} is wrong:"
-        if len(faults) == 1
-        else f"{len(faults)} settings of {path} are wrong:"
-    )
+    head = f"1 setting of {path} is wrong:" if len(faults) == 1 else f"{len(faults)} settings of {path} are wrong:"
     return "\n".join([head, *(f"  {fault}" for fault in faults)])
 
 
@@ -121,9 +117,7 @@ def _read(path: Path) -> tuple[_Source, list[str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file. Give the path of a YAML file, as configs/8b_one_node.yaml"
-        ) from None
+        raise ConfigError(f"{path}: no such file. Give the path of a YAML file, as configs/8b_one_node.yaml") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not text in UTF-8 (byte {error.start}); expected a YAML file") from None
     except OSError as error:
@@ -136,9 +130,7 @@ def _read(path: Path) -> tuple[_Source, list[str]]:
             f"{path}: found {show(value)}, expected settings with names, as\n"
             "  run: my-run\n  model: {name: 3.1-8b-instruct}\n  data: {train: train.jsonl}"
         )
-    twice = [
-        f"{path}:{line}: {name}: set twice (first in line {first})" for name, line, first in _repeated(root)
-    ]
+    twice = [f"{path}:{line}: {name}: set twice (first in line {first})" for name, line, first in _repeated(root)]
     return _Source(settings=_with_text_keys(value), root=root), twice
 
 
@@ -169,9 +161,7 @@ def _with_text_keys(settings: Mapping[Any, Any]) -> dict[str, Any]:
     return named
 
 
-def _repeated(
-    root: yaml.Node | None, *, seen: set[int] | None = None, at: str = ""
-) -> Iterator[tuple[str, int, int]]:
+def _repeated(root: yaml.Node | None, *, seen: set[int] | None = None, at: str = "") -> Iterator[tuple[str, int, int]]:
     """(full name, line, first line) of each key that a mapping has again."""
     seen = set() if seen is None else seen
     if root is None or id(root) in seen:
@@ -196,9 +186,7 @@ def _child(node: yaml.Node | None, part: str | int) -> tuple[yaml.Node, yaml.Nod
         for key, value in reversed(node.value):
             if isinstance(key, yaml.ScalarNode) and key.value == part:
                 return key, value
-        merged = [
-            value for key, value in node.value if isinstance(key, yaml.ScalarNode) and key.value == "<<"
-        ]
+        merged = [value for key, value in node.value if isinstance(key, yaml.ScalarNode) and key.value == "<<"]
         return next(filter(None, (_child(value, part) for value in merged)), None)
     if isinstance(node, yaml.SequenceNode) and isinstance(part, int):
         return node.value[part], node.value[part]

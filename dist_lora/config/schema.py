@@ -124,9 +124,7 @@ Text = Annotated[str, AfterValidator(_check_text)]
 # A path is typed as text; strict mode would want a Path object.
 FilePath = Annotated[Path, Field(strict=False)]
 # The trackers that accelerate knows by name.
-TrackerName = Literal[
-    "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"
-]
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
 LayerRange = Annotated[
     str,
     Field(pattern=r"^[0-9]+-[0-9]+$"),
@@ -171,9 +169,7 @@ class LoraSection(Section):
     targets: Annotated[
         Literal["all"] | list[Annotated[LinearName, BeforeValidator(_check_target)]],
         AfterValidator(_check_some),
-    ] = Field(
-        default="all", description="Linears that get an adapter: all seven, or a list as [q_proj, v_proj]."
-    )
+    ] = Field(default="all", description="Linears that get an adapter: all seven, or a list as [q_proj, v_proj].")
     layers: Annotated[Literal["all"] | LayerRange | list[LayerIndex], AfterValidator(_check_some)] = Field(
         default="all",
         description="Layers that get adapters: all, a list as [0, 1], or a range as 8-15 (both ends in).",
@@ -247,9 +243,7 @@ class TrainSection(Section):
     steps: int | None = Field(
         default=None, ge=1, description="Optimizer steps to train; give steps or epochs (neither: one epoch)."
     )
-    epochs: float | None = Field(
-        default=None, gt=0, description="Passes over the data; give steps or epochs."
-    )
+    epochs: float | None = Field(default=None, gt=0, description="Passes over the data; give steps or epochs.")
     global_batch: int = Field(
         default=16,
         ge=1,
@@ -263,9 +257,7 @@ class TrainSection(Section):
     activation_checkpointing: Literal["auto"] | bool = Field(
         default="auto", description="Recompute activations in the backward: less memory, more time."
     )
-    seed: int = Field(
-        default=0, ge=0, description="Seeds the adapters, dropout and the order of the samples."
-    )
+    seed: int = Field(default=0, ge=0, description="Seeds the adapters, dropout and the order of the samples.")
 
     @model_validator(mode="before")
     @classmethod
@@ -305,12 +297,8 @@ class OptimSection(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="How the learning rate falls after the warm-up."
     )
-    warmup_steps: int = Field(
-        default=10, ge=0, description="Steps in which the learning rate rises from 0 to lr."
-    )
-    weight_decay: float = Field(
-        default=0.0, ge=0, description="AdamW's decoupled weight decay, on the adapters."
-    )
+    warmup_steps: int = Field(default=10, ge=0, description="Steps in which the learning rate rises from 0 to lr.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay, on the adapters.")
     max_grad_norm: float | None = Field(
         default=1.0, gt=0, description="Gradients are scaled down to this global norm; null is never."
     )
@@ -329,12 +317,8 @@ class ParallelSection(Section):
         default="auto",
         description="Split the base over the GPUs of each node (copied on each), or over all GPUs.",
     )
-    adapters: Literal["auto", "replicate"] = Field(
-        default="auto", description="Every GPU keeps all adapters."
-    )
-    hang_timeout: float = Field(
-        default=600.0, gt=0, description="Seconds without progress after which the run ends."
-    )
+    adapters: Literal["auto", "replicate"] = Field(default="auto", description="Every GPU keeps all adapters.")
+    hang_timeout: float = Field(default=600.0, gt=0, description="Seconds without progress after which the run ends.")
     node_size: int | None = Field(
         default=None, ge=1, description="GPUs of a node; null asks the launcher (torchrun, SLURM, deepspeed)."
     )
@@ -345,9 +329,7 @@ class CheckpointSection(Section):
 
     every: int = Field(default=50, ge=1, description="Steps between two checkpoints.")
     keep: int = Field(default=2, ge=1, description="Newest checkpoints to keep; older ones are deleted.")
-    keep_best: bool = Field(
-        default=False, description="Keep the checkpoint with the lowest held-out loss too."
-    )
+    keep_best: bool = Field(default=False, description="Keep the checkpoint with the lowest held-out loss too.")
     resume: Literal["auto", "never"] | FilePath = Field(
         default="auto",
         description="auto goes on from the run's newest whole checkpoint; never; or a checkpoint's folder.",
@@ -397,9 +379,7 @@ class Config(Section):
     data: DataSection = Field(description="What is learned, and what is held out.")
     train: TrainSection = Field(default_factory=TrainSection, description="How long, and how much at once.")
     optim: OptimSection = Field(default_factory=OptimSection, description="AdamW and its learning rate.")
-    parallel: ParallelSection = Field(
-        default_factory=ParallelSection, description="How the run is spread over GPUs."
-    )
+    parallel: ParallelSection = Field(default_factory=ParallelSection, description="How the run is spread over GPUs.")
     checkpoint: CheckpointSection = Field(
         default_factory=CheckpointSection,
         description="What is saved to go on after an interruption.",

@@ -96,9 +96,7 @@ class Loader:
         """The batch of a step, counted from 0 over the run. Costs the epoch's plan once."""
         epoch, index = self.locate(step)
         plan = self._plan_of(epoch)
-        assert len(plan) == self._num_sequences, (
-            f"epoch {epoch} has {len(plan)} sequences, not {self._num_sequences}"
-        )
+        assert len(plan) == self._num_sequences, f"epoch {epoch} has {len(plan)} sequences, not {self._num_sequences}"
         sequences = plan[index * self._global_batch : (index + 1) * self._global_batch]
         documents = np.concatenate(sequences)
         tokens = [int(self._token_set.lengths[sequence].sum()) for sequence in sequences]
@@ -106,9 +104,7 @@ class Loader:
         num_passes = _ceil_div(_ceil_div(len(sequences), self._world_size), self._micro_batch)
         passes = [mine[at * self._micro_batch : (at + 1) * self._micro_batch] for at in range(num_passes)]
         return StepBatch(
-            micro_batches=tuple(
-                _micro_batch(self._token_set, [sequences[i] for i in chosen]) for chosen in passes
-            ),
+            micro_batches=tuple(_micro_batch(self._token_set, [sequences[i] for i in chosen]) for chosen in passes),
             target_tokens=int(self._token_set.num_targets[documents].sum()),
             tokens=int(self._token_set.lengths[documents].sum()),
             sample_ids=tuple(self._token_set.sample_ids[documents].tolist()),

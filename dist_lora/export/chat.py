@@ -25,7 +25,10 @@ def base_name(adapter: Path, base: str | None) -> str:
     of_run = adapter.parent / "config.yaml"
     if of_run.is_file():
         return str(yaml.safe_load(of_run.read_text())["model"]["name"])
-    return read_adapter(adapter).base.name
+    name = read_adapter(adapter).base.name
+    if name is None:
+        raise ConfigError(f"{adapter} does not say which model it was trained on; name it: --base MODEL")
+    return name
 
 
 def find_base(adapter: Path, base: str | None) -> Path:

@@ -41,9 +41,7 @@ class SingleProcess:
 
     def slots(self, model: Llama) -> list[Slot]:
         """For each base tensor the rows that this rank holds, and where they go."""
-        return [
-            Slot(name, tuple(p.shape), 0, p.shape[0], p.data) for name, p in model.base_parameters().items()
-        ]
+        return [Slot(name, tuple(p.shape), 0, p.shape[0], p.data) for name, p in model.base_parameters().items()]
 
     def adapters(self, tensors: list[AdapterTensor]) -> ReplicatedAdapters:
         """The trained tensors on this rank's device."""

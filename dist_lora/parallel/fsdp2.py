@@ -73,9 +73,7 @@ def _slot(name: str, parameter: nn.Parameter) -> Slot:
     sharded = parameter.data
     assert isinstance(sharded, DTensor), name
     assert all(placement in (Shard(0),) or placement.is_replicate() for placement in sharded.placements), name
-    local_shape, offset = compute_local_shape_and_global_offset(
-        sharded.shape, sharded.device_mesh, sharded.placements
-    )
+    local_shape, offset = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
     local: torch.Tensor = sharded.to_local()
     num_rows = local_shape[0] if local.numel() else 0
     return Slot(name, tuple(sharded.shape), int(offset[0]) if num_rows else 0, num_rows, local)

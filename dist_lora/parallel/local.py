@@ -60,9 +60,7 @@ def _start(arguments: Sequence[str], *, num_ranks: int, local_rank: int, folder:
     # More threads than cores make every rank slower; what the user set stands.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     # A session of its own: Ctrl-C reaches the ranks once, through us.
-    return subprocess.Popen(
-        [sys.executable, "-m", "dist_lora", *arguments], env=environment, start_new_session=True
-    )
+    return subprocess.Popen([sys.executable, "-m", "dist_lora", *arguments], env=environment, start_new_session=True)
 
 
 def _see_through(ranks: list[subprocess.Popen[bytes]]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -10,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from dist_lora.base.attention import Backend, choose_backend
-from dist_lora.base.index import WeightIndex, hash_config, open_index
+from dist_lora.base.index import WeightIndex, open_index
 from dist_lora.base.llama import Llama, build_on_meta
 from dist_lora.base.rope import check_frequencies
 from dist_lora.base.stream import fill_slots
 from dist_lora.config.schema import Config
 from dist_lora.data.chat import load_tokenizer
 from dist_lora.errors import AdapterError, ConfigError, DistLoraError, WeightsError
-from dist_lora.herd.facts import ResolvedModel, Shape, resolve_model
+from dist_lora.herd.facts import ResolvedModel, Shape, read_shape, resolve_model
 from dist_lora.lora.attach import AdapterTensor, attach_adapters
-from dist_lora.lora.peft_file import BaseIdentity, read_adapter
+from dist_lora.lora.peft_file import BaseIdentity, identify_base, read_adapter
 from dist_lora.parallel.adapters import ReplicatedAdapters
 from dist_lora.parallel.engine import SingleProcess, base_dtype, make_engine
 from dist_lora.parallel.world import World
@@ -62,8 +63,7 @@ def open_base(config: Config, world: World) -> Base:
     try:
         resolved = resolve_model(config.model.name)
         folder = folder_of(resolved, world)
-        where = folder / "config.json"
-        shape = Shape.from_config(json.loads(where.read_text()), where=str(where))
+        shape = read_shape(folder)
         config.lora.layer_indices(shape.num_layers)
         index = open_index(folder)
         index.expect(shape.tensor_shapes())
@@ -74,21 +74,19 @@ def open_base(config: Config, world: World) -> Base:
         error = WeightsError(f"{config.model.name}: can't be opened: {caught}")
     world.agree(f"opening {config.model.name}", error)
     # Not above: one rank makes it while the others wait, and whoever waits can't agree.
-    identity = _identity(resolved, folder, index, world)
+    identity = _identity(resolved, folder, world)
     return Base(resolved, folder, shape, index, tokenizer, identity)
 
 
-def _identity(resolved: ResolvedModel, folder: Path, index: WeightIndex, world: World) -> BaseIdentity:
-    """What the adapter will remember of its base; the weights' hash is made by one rank."""
-    key = "base/content-hash"
-    if world.is_first:
-        content_hash = index.content_hash()
-        world.share(key, content_hash.encode())
-    else:
-        content_hash = world.fetch(key).decode()
+def _identity(resolved: ResolvedModel, folder: Path, world: World) -> BaseIdentity:
+    """What the adapter will remember of its base: made by one rank, for it reads a little of each tensor."""
+    key = "base/identity"
+    if not world.is_first:
+        return BaseIdentity(**json.loads(world.fetch(key)))
     revision = folder.name if resolved.folder is None else None  # the hub's cache names a snapshot by its commit
-    name = resolved.hub_id or folder.resolve().name
-    return BaseIdentity(name=name, revision=revision, content_hash=content_hash, config_hash=hash_config(folder))
+    identity = identify_base(folder, name=resolved.hub_id, revision=revision)
+    world.share(key, json.dumps(dataclasses.asdict(identity)).encode())
+    return identity
 
 
 def folder_of(resolved: ResolvedModel, world: World) -> Path:
@@ -191,8 +189,10 @@ def load_adapter(adapters: ReplicatedAdapters, folder: Path, *, config: Config, 
             for what, names in (("lacks", lacking), ("holds beyond the config's", surplus), ("other shapes", wrong))
             if names
         ]
-        if not faults and adapter.alpha / adapter.rank != config.lora.alpha / config.lora.rank:
-            faults = [f"alpha / rank is {adapter.alpha / adapter.rank:g}, the config's {config.lora.alpha / config.lora.rank:g}"]
+        if not faults and adapter.scale != config.lora.alpha / config.lora.rank:
+            faults = [
+                f"B A is scaled by {adapter.scale:g}, the config's alpha / rank is {config.lora.alpha / config.lora.rank:g}"
+            ]
         if faults:
             raise AdapterError(
                 f"{folder} is not the adapter that lora.targets, lora.layers, lora.rank and lora.alpha speak of: "
@@ -208,4 +208,3 @@ def describe_trained(trainee: Trainee) -> dict[str, int]:
     """How many weights are trained and how many are frozen."""
     frozen = sum(p.numel() for p in trainee.model.base_parameters().values())
     return {"trainable": trainee.adapters.parameter.numel(), "frozen": frozen}
-

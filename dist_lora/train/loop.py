@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -29,7 +30,6 @@ from dist_lora.train.optim import AdamW, clip_, lr_at
 from dist_lora.train.signals import StopRequest
 
 log = logging.getLogger("dist_lora")
-
 
 
 @dataclass
@@ -196,7 +196,7 @@ class Run:
             world=self.world,
             progress={"best_step": self.progress.best_step, "best_loss": _plain(self.progress.best_loss)},
             config=dump_config(self.config),
-            base=base.to_dict(),
+            base=dataclasses.asdict(base),
             adapter={
                 "rank": lora.rank,
                 "alpha": lora.alpha,
@@ -243,9 +243,7 @@ class Run:
         manifest = read_manifest(path)
         self._check_same(path, manifest)
         pieces = [
-            Piece(name, kind, 0, stop - start)
-            for name, (start, stop) in self.adapters.ranges.items()
-            for kind in KINDS
+            Piece(name, kind, 0, stop - start) for name, (start, stop) in self.adapters.ranges.items() for kind in KINDS
         ]
         loaded = load_pieces(path, manifest, pieces)
         flat = self._flat()

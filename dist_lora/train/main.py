@@ -100,9 +100,7 @@ def train(config: Config, world: World, *, is_dry: bool = False) -> None:
         return
     assert folder is not None
     trainee = build(config, base, world)
-    run = Run(
-        config, trainee, loader=loader, held_out=held_out, num_steps=num_steps, folder=folder, world=world
-    )
+    run = Run(config, trainee, loader=loader, held_out=held_out, num_steps=num_steps, folder=folder, world=world)
     is_resumed = run.resume()
     if run.progress.step > num_steps:
         raise ConfigError(
@@ -217,7 +215,9 @@ def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str,
     base = open_base(config, world)
     held_out = tokens_of(config, base, world)[1]
     assert held_out is not None
-    trainee = build(config.model_copy(update={"lora": config.lora.model_copy(update={"start_from": None})}), base, world)
+    trainee = build(
+        config.model_copy(update={"lora": config.lora.model_copy(update={"start_from": None})}), base, world
+    )
     result: dict[str, Any] = {"model": base.identity.name}
     loss_of_base = _loss(config, trainee, held_out, world)  # B is zero: this is the base, exactly
     if adapter is None:

@@ -158,9 +158,7 @@ def saved(root: Path, *, step: int, world_size: int = 2, seed: int | None = None
     whole = whole_state(step if seed is None else seed)
     results = on_ranks(
         world_size,
-        lambda world: save(
-            root, world, step=step, share=cut(whole, flat_share(world.world_rank, world_size))
-        ),
+        lambda world: save(root, world, step=step, share=cut(whole, flat_share(world.world_rank, world_size))),
     )
     assert results == [root / f"step-{step:08d}"] * world_size, results
     return results[0]

@@ -197,9 +197,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_contradicts_itself_is_refused_by_name(
-    content: dict[str, Any], tmp_path: Path, fault: str
-) -> None:
+def test_what_contradicts_itself_is_refused_by_name(content: dict[str, Any], tmp_path: Path, fault: str) -> None:
     edit, told = FAULTS[fault]
     edited = copy.deepcopy(content)
     edit(edited)
@@ -282,9 +280,7 @@ JSON = st.recursive(
     | st.integers(-(2**70), 2**70)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=8)
-    | st.sampled_from(
-        ["../x", "/x", RANK_0, RANK_1, f"adapter/{NAME}/0-21", f"adapter/{NAME}/0-5", "\ud800", "\0"]
-    ),
+    | st.sampled_from(["../x", "/x", RANK_0, RANK_1, f"adapter/{NAME}/0-21", f"adapter/{NAME}/0-5", "\ud800", "\0"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
@@ -314,16 +310,12 @@ def clean_or_ours(folder: Path) -> None:
     ]
     for spec in manifest.tensors:
         for kind in KINDS:
-            held = [
-                p for file in manifest.files for p in file.pieces if (p.name, p.kind) == (spec.name, kind)
-            ]
+            held = [p for file in manifest.files for p in file.pieces if (p.name, p.kind) == (spec.name, kind)]
             elements = sorted(i for piece in held for i in range(piece.start, piece.stop))
             assert elements == list(range(spec.num_elements))
     try:
         verify(folder)
-        load_pieces(
-            folder, manifest, [Piece(s.name, k, 0, s.num_elements) for s in manifest.tensors for k in KINDS]
-        )
+        load_pieces(folder, manifest, [Piece(s.name, k, 0, s.num_elements) for s in manifest.tensors for k in KINDS])
     except CheckpointError:
         return
     assert manifest.files and len(manifest.tensors) == len(SPECS)
@@ -363,9 +355,7 @@ def test_any_bytes_for_a_manifest_are_our_error(fuzzed: Path, data: bytes) -> No
 
 @FUZZ
 @given(at=st.floats(0, 1), bit=st.integers(0, 7))
-def test_any_bit_turned_in_a_manifest_is_found(
-    fuzzed: Path, content: dict[str, Any], at: float, bit: int
-) -> None:
+def test_any_bit_turned_in_a_manifest_is_found(fuzzed: Path, content: dict[str, Any], at: float, bit: int) -> None:
     data = bytearray(sign(content))
     data[min(int(at * len(data)), len(data) - 1)] ^= 1 << bit
     try:
@@ -378,7 +368,5 @@ def test_any_bit_turned_in_a_manifest_is_found(
 
 
 def test_the_kinds_are_the_adapter_and_the_moments_of_adamw() -> None:
-    assert (
-        KINDS == ("adapter", "exp_avg", "exp_avg_sq") == tuple(dict.fromkeys(p.kind for p in whole_state(0)))
-    )
+    assert KINDS == ("adapter", "exp_avg", "exp_avg_sq") == tuple(dict.fromkeys(p.kind for p in whole_state(0)))
     assert manifest_module.ITEM_BYTES == 4

@@ -175,9 +175,7 @@ def test_asking_twice_in_one_world_gives_the_newer_answer(root: Path) -> None:
 
 def test_a_root_that_is_a_file_is_an_error_that_says_so(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(
-        CheckpointError, match=r"checkpoints can't be listed for checkpoints: Not a directory"
-    ):
+    with pytest.raises(CheckpointError, match=r"checkpoints can't be listed for checkpoints: Not a directory"):
         find_checkpoints(tmp_path / "checkpoints")
 
 
@@ -216,9 +214,7 @@ def test_a_rank_reads_only_the_files_that_hold_its_share(root: Path) -> None:
     manifest = read_manifest(folder)
     (folder / RANK_1).unlink()
     mine = flat_share(0, 2)
-    assert all(
-        map(torch.equal, load_pieces(folder, manifest, mine).values(), cut(whole_state(200), mine).values())
-    )
+    assert all(map(torch.equal, load_pieces(folder, manifest, mine).values(), cut(whole_state(200), mine).values()))
     with pytest.raises(CheckpointError, match=f"step-00000200 is damaged: {RANK_1} is missing"):
         load_pieces(folder, manifest, flat_share(0, 1))
 
@@ -252,9 +248,7 @@ def test_a_moment_that_its_file_lacks_is_named(root: Path) -> None:
     edit_header(folder / RANK_0, key, key.replace(b"exp_avg", b"exp_abc"))
     with pytest.raises(CheckpointError) as caught:
         load_pieces(folder, read_manifest(folder), list(whole_state(0)))
-    assert f"{RANK_0} lacks exp_avg of {SPECS[1].name}, elements 0-15, which the manifest places" in str(
-        caught.value
-    )
+    assert f"{RANK_0} lacks exp_avg of {SPECS[1].name}, elements 0-15, which the manifest places" in str(caught.value)
 
 
 def test_a_moment_of_another_type_is_named(root: Path) -> None:
@@ -278,9 +272,7 @@ def test_a_header_that_is_no_safetensors_is_an_error_of_ours(root: Path) -> None
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_file_with_any_bytes_changed_gives_ranges_of_the_right_size_or_our_error(
-    two_steps, tmp_path, data
-) -> None:
+def test_a_file_with_any_bytes_changed_gives_ranges_of_the_right_size_or_our_error(two_steps, tmp_path, data) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(two_steps / "step-00000200", folder, dirs_exist_ok=True)
     content = bytearray((folder / RANK_0).read_bytes())
@@ -320,9 +312,9 @@ def test_nothing_here_imports_pickle_or_a_collective() -> None:
     )
     for file in Path(resume.__file__).parent.glob("*.py"):
         assert not [name for name in imports_of(file) if name.startswith(refused)], file
-        assert not [
-            word for word in ("torch.load", "torch.save", "torch.distributed") if word in file.read_text()
-        ], file
+        assert not [word for word in ("torch.load", "torch.save", "torch.distributed") if word in file.read_text()], (
+            file
+        )
 
 
 def test_an_entry_is_plain_json_on_its_way_to_the_first_rank(root: Path) -> None:

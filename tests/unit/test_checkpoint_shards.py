@@ -40,9 +40,7 @@ def try_to_save(root: Path, *, step: int, world_size: int = 2) -> list[object]:
     whole = whole_state(step)
     return on_ranks(
         world_size,
-        lambda world: save(
-            root, world, step=step, share=cut(whole, flat_share(world.world_rank, world_size))
-        ),
+        lambda world: save(root, world, step=step, share=cut(whole, flat_share(world.world_rank, world_size))),
     )
 
 
@@ -66,9 +64,7 @@ def failing(function: str, number: int, *, at: str):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_rows_of_each_rank_come_back_bit_for_bit_and_the_whole_has_all(
-    tmp_path: Path, world_size: int
-) -> None:
+def test_rows_of_each_rank_come_back_bit_for_bit_and_the_whole_has_all(tmp_path: Path, world_size: int) -> None:
     """Each rank fills its rows with a constant of its own; 3 and 5 rows are cut unevenly."""
 
     def rows_of(world_rank: int) -> dict[Piece, torch.Tensor]:
@@ -133,9 +129,7 @@ def test_the_files_are_safetensors_that_the_library_reads(tmp_path: Path) -> Non
 
 
 def test_a_checkpoint_is_hardly_larger_than_the_adapter_and_its_two_moments(tmp_path: Path) -> None:
-    specs = [
-        TensorSpec(f"model.layers.{i}.self_attn.q_proj.lora_{h}", (8, 576)) for i in range(30) for h in "AB"
-    ]
+    specs = [TensorSpec(f"model.layers.{i}.self_attn.q_proj.lora_{h}", (8, 576)) for i in range(30) for h in "AB"]
     whole = whole_state(0, specs)
     share = [cut(whole, flat_share(rank, 2, specs)) for rank in range(2)]
     folder, *_ = on_ranks(2, lambda w: save(tmp_path, w, step=1, share=share[w.world_rank], specs=specs))
@@ -152,9 +146,7 @@ def test_a_rank_without_a_share_writes_an_empty_file_that_loads(tmp_path: Path) 
 
 def test_a_disk_that_takes_three_bytes_a_write_gets_the_whole_file(tmp_path, monkeypatch) -> None:
     real = os.write
-    monkeypatch.setattr(
-        shards.os, "write", lambda fd, data: real(fd, bytes(data[:3]) if len(data) < 4096 else data)
-    )
+    monkeypatch.setattr(shards.os, "write", lambda fd, data: real(fd, bytes(data[:3]) if len(data) < 4096 else data))
     folder = saved(tmp_path, step=2)
     verify(folder)
     assert_same(saved_state(folder), whole_state(2))
@@ -196,10 +188,7 @@ def test_checkpoints_of_later_steps_are_set_aside_and_not_deleted(tmp_path: Path
     assert find_checkpoints(tmp_path) == [10]
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"step-00000010", *(f"aside-{path.name}" for path in later), "aside-step-00000900.2"}
-    assert (
-        f"{later[1]} is of a later step than 10, from which this run goes on: now aside-step-00001000"
-        in caplog.text
-    )
+    assert f"{later[1]} is of a later step than 10, from which this run goes on: now aside-step-00001000" in caplog.text
     shutil.move(tmp_path / "aside-step-00001000", later[1])
     verify(later[1])
 
@@ -322,17 +311,13 @@ def test_too_little_room_is_found_before_anything_is_written(tmp_path: Path, mon
 
 def test_what_is_said_to_be_needed_holds_a_real_checkpoint(tmp_path: Path, monkeypatch) -> None:
     sizes = []
-    monkeypatch.setattr(
-        shards, "_swap_in", lambda place: sizes.append((place, list(place.partial.iterdir())))
-    )
+    monkeypatch.setattr(shards, "_swap_in", lambda place: sizes.append((place, list(place.partial.iterdir()))))
     try_to_save(tmp_path, step=1)
     ((place, files),) = sizes
     assert sum(path.stat().st_size for path in files) <= place.needed_bytes
 
 
-def test_a_file_that_the_first_rank_can_not_see_means_a_folder_that_is_not_shared(
-    tmp_path, monkeypatch
-) -> None:
+def test_a_file_that_the_first_rank_can_not_see_means_a_folder_that_is_not_shared(tmp_path, monkeypatch) -> None:
     real = shards._publish
 
     def publish(place, manifest):
@@ -365,9 +350,7 @@ def test_a_file_that_the_first_rank_sees_shorter_is_not_published(tmp_path: Path
 
 
 @pytest.mark.parametrize("world_rank", [0, 1])
-@pytest.mark.parametrize(
-    "stage", ["_begin", "_write_file", "write_all", "_publish", "write_manifest", "_swap_in"]
-)
+@pytest.mark.parametrize("stage", ["_begin", "_write_file", "write_all", "_publish", "write_manifest", "_swap_in"])
 def test_a_rank_that_dies_in_a_save_leaves_the_former_checkpoint_the_newest(
     tmp_path: Path, monkeypatch, stage: str, world_rank: int
 ) -> None:
@@ -501,21 +484,15 @@ def test_rotation_clears_what_killed_saves_left(tmp_path: Path) -> None:
     assert names(tmp_path) == ["notes", "step-00000002"]
 
 
-def test_a_checkpoint_that_can_not_be_deleted_is_a_warning_and_stays(
-    tmp_path: Path, caplog, monkeypatch
-) -> None:
+def test_a_checkpoint_that_can_not_be_deleted_is_a_warning_and_stays(tmp_path: Path, caplog, monkeypatch) -> None:
     for step in (1, 2, 3):
         saved(tmp_path, step=step)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system"))
-        )
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system")))
         assert rotate(tmp_path, keep=2, best=None) == []
     assert "step-00000001 can't be deleted: Read-only file system. It stays" in caplog.text
     with monkeypatch.context() as patch:
-        patch.setattr(
-            shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError(errno.EBUSY, "Device busy"))
-        )
+        patch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError(errno.EBUSY, "Device busy")))
         assert rotate(tmp_path, keep=2, best=None) == [tmp_path / "step-00000001"]
     assert "can't be deleted: Device busy. It takes room until someone does" in caplog.text
     assert find_checkpoints(tmp_path) == [3, 2]

@@ -26,9 +26,7 @@ def test_a_shipped_config_loads_and_names_the_schema(path: Path) -> None:
 
 def test_each_size_has_a_config_for_one_node_and_for_several() -> None:
     sizes = ("8b", "70b", "405b")
-    assert {path.stem for path in HERD_CONFIGS} == {
-        f"{s}_{n}" for s in sizes for n in ("one_node", "four_nodes")
-    }
+    assert {path.stem for path in HERD_CONFIGS} == {f"{s}_{n}" for s in sizes for n in ("one_node", "four_nodes")}
 
 
 @pytest.mark.parametrize("path", HERD_CONFIGS, ids=by_name)

@@ -270,17 +270,13 @@ def test_an_empty_section_has_its_defaults(tmp_path: Path) -> None:
 def test_anchors_and_merges_work_and_faults_in_them_have_their_line(tmp_path: Path) -> None:
     shared = "run: a\nmodel: {name: x/y}\ndata: {train: t}\nlora: &l\n  rank: 4\n"
     assert load_config(written(tmp_path, shared)).lora.rank == 4
-    text = complaint(
-        tmp_path, "run: a\nmodel: &m\n  name: 3.1-8b\n  every: x\ndata: {train: t}\neval:\n  <<: *m\n"
-    )
+    text = complaint(tmp_path, "run: a\nmodel: &m\n  name: 3.1-8b\n  every: x\ndata: {train: t}\neval:\n  <<: *m\n")
     assert "c.yaml:4: eval.every: found 'x', expected a whole number of at least 1" in text
     assert "c.yaml:3: eval.name: no such setting (did you mean model.name?)" in text
 
 
 def test_a_setting_that_contains_itself_is_told_not_followed(tmp_path: Path) -> None:
-    assert "lora.rank: found {'rank': {...}}, expected" in complaint(
-        tmp_path, SHORTEST + "lora: &a {rank: *a}\n"
-    )
+    assert "lora.rank: found {'rank': {...}}, expected" in complaint(tmp_path, SHORTEST + "lora: &a {rank: *a}\n")
 
 
 def test_arguments_stand_over_the_file_and_the_last_wins(tmp_path: Path) -> None:
@@ -297,16 +293,11 @@ def test_arguments_stand_over_the_file_and_the_last_wins(tmp_path: Path) -> None
 
 
 def test_an_argument_mends_a_fault_of_the_file(tmp_path: Path) -> None:
-    assert (
-        load_config(written(tmp_path, SHORTEST + "lora: {rank: x}\n"), overrides=["lora.rank=8"]).lora.rank
-        == 8
-    )
+    assert load_config(written(tmp_path, SHORTEST + "lora: {rank: x}\n"), overrides=["lora.rank=8"]).lora.rank == 8
 
 
 @pytest.mark.parametrize(("given_key", "other"), [("steps", "epochs"), ("epochs", "steps")])
-def test_steps_as_an_argument_take_the_place_of_the_files_epochs(
-    tmp_path: Path, given_key: str, other: str
-) -> None:
+def test_steps_as_an_argument_take_the_place_of_the_files_epochs(tmp_path: Path, given_key: str, other: str) -> None:
     path = written(tmp_path, SHORTEST + f"train: {{{other}: 3}}\n")
     train = load_config(path, overrides=[f"train.{given_key}=7"]).train
     assert (getattr(train, given_key), getattr(train, other)) == (7, None)
@@ -335,9 +326,7 @@ def test_an_argument_below_a_setting_is_told_not_dropped(tmp_path: Path) -> None
 
 
 def test_paths_are_kept_as_typed(tmp_path: Path) -> None:
-    config = load_config(
-        written(tmp_path, SHORTEST), overrides=["checkpoint.resume=runs/a", "data.train=../t.csv"]
-    )
+    config = load_config(written(tmp_path, SHORTEST), overrides=["checkpoint.resume=runs/a", "data.train=../t.csv"])
     assert (config.checkpoint.resume, config.data.train) == (Path("runs/a"), "../t.csv")
 
 
@@ -422,7 +411,5 @@ def test_reading_a_config_imports_neither_torch_nor_transformers() -> None:
         "import sys, dist_lora.config.load, dist_lora.herd.facts;"
         "print([m for m in ('torch', 'transformers', 'datasets', 'numpy') if m in sys.modules])"
     )
-    printed = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True
-    )
+    printed = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == "[]"

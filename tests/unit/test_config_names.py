@@ -40,8 +40,7 @@ def test_no_name_of_ours_is_called_another_trainers() -> None:
         ("train: {per_device_train_batch_size: 1}", "here it is train.micro_batch"),
         (
             "gradient_accumulation_steps: 4",
-            "here it is train.global_batch "
-            "(what is accumulated follows: global_batch / (micro_batch x GPUs))",
+            "here it is train.global_batch (what is accumulated follows: global_batch / (micro_batch x GPUs))",
         ),
         (
             "optim: {warmup_ratio: 0.1}",

@@ -97,9 +97,7 @@ def test_each_members_shape_is_that_of_metas_own_list(member: Member) -> None:
         arch["n_heads"],
         arch["n_kv_heads"],
     )
-    assert shape.ffn == metas_ffn(
-        arch["dim"], multiplier=arch["ffn_dim_multiplier"], multiple_of=arch["multiple_of"]
-    )
+    assert shape.ffn == metas_ffn(arch["dim"], multiplier=arch["ffn_dim_multiplier"], multiple_of=arch["multiple_of"])
     assert shape.head_dim == arch["dim"] // arch["n_heads"]
     assert (shape.vocab, shape.rope_theta, shape.norm_eps) == (128256, arch["rope_theta"], arch["norm_eps"])
     assert shape.context == meta.max_seq_length
@@ -110,12 +108,7 @@ def test_each_members_shape_is_that_of_metas_own_list(member: Member) -> None:
 
 def test_the_herd_is_complete() -> None:
     sizes = {"3": ["8b", "70b"], "3.1": ["8b", "70b", "405b"], "3.2": ["1b"]}
-    models = [
-        f"{release}-{size}{kind}"
-        for release in sizes
-        for size in sizes[release]
-        for kind in ("", "-instruct")
-    ]
+    models = [f"{release}-{size}{kind}" for release in sizes for size in sizes[release] for kind in ("", "-instruct")]
     assert list(MEMBERS) == [*models, "guard-3-8b", "guard-3-1b"]
     assert all(member.name == name for name, member in MEMBERS.items())
 
@@ -130,9 +123,7 @@ def test_the_herd_is_complete() -> None:
         ("guard-3-1b", 1_235_814_400),
     ],
 )
-def test_parameters_are_those_that_are_published_and_that_transformers_builds(
-    name: str, parameters: int
-) -> None:
+def test_parameters_are_those_that_are_published_and_that_transformers_builds(name: str, parameters: int) -> None:
     shape = MEMBERS[name].shape
     assert shape.num_parameters() == parameters
     assert sum(p.numel() for p in model_on_meta(hugging_face_config(shape)).parameters()) == parameters
@@ -179,9 +170,7 @@ def test_a_members_purpose_says_what_it_can() -> None:
         "Llama 3.1 Community License",
         "Llama 3.2 Community License",
     }
-    assert (
-        str(MEMBERS["3-70b"].released) == "2024-04-18" and str(MEMBERS["guard-3-8b"].released) == "2024-07-23"
-    )
+    assert str(MEMBERS["3-70b"].released) == "2024-04-18" and str(MEMBERS["guard-3-8b"].released) == "2024-07-23"
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -274,9 +263,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes_for_it() -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: found 0.5, expected 1.0"),
     ],
 )
-def test_a_model_that_is_no_plain_llama_is_refused_by_the_setting(
-    changes: dict[str, Any], fault: str
-) -> None:
+def test_a_model_that_is_no_plain_llama_is_refused_by_the_setting(changes: dict[str, Any], fault: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Shape.from_config(config_of(**changes), where="m/config.json")
     assert str(caught.value) == f"m/config.json: not a Llama that can be trained here:\n  {fault}"

@@ -93,9 +93,7 @@ def test_progress_ends_with_all_bytes(tmp_path):
     save_file({"w": torch.ones(10, 4), "v": torch.ones(3)}, tmp_path / "model.safetensors")
     told: list[tuple[int, int]] = []
     slots = [Slot("w", (10, 4), 0, 10, torch.empty(10, 4)), Slot("v", (3,), 1, 2, torch.empty(2))]
-    report = fill_slots(
-        slots, index=open_index(tmp_path), max_slice_bytes=64, on_progress=lambda *a: told.append(a)
-    )
+    report = fill_slots(slots, index=open_index(tmp_path), max_slice_bytes=64, on_progress=lambda *a: told.append(a))
     assert told[-1] == (168, 168) and {total for _, total in told} == {168}
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert (report.bytes_read, report.tensors) == (168, 2) and report.seconds >= 0
