@@ -31,18 +31,6 @@ def base_name(adapter: Path, base: str | None) -> str:
     return name
 
 
-def find_base(adapter: Path, base: str | None) -> Path:
-    """The folder of the base that ``adapter`` belongs to.
-
-    Raises:
-        ConfigError: it is neither here nor on the hub.
-    """
-    from dist_lora.herd.facts import resolve_model
-    from dist_lora.train.build import folder_of
-
-    return folder_of(resolve_model(base_name(adapter, base)), World.alone())
-
-
 def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Trainee:
     """The base whole on this process, with the adapter's values beside it."""
     found = read_adapter(adapter)

@@ -1,9 +1,6 @@
-"""An adapter as a folder that PEFT and vLLM load: written without a network, read with every fault named.
+"""The adapter's folder as PEFT and vLLM load it: written by us, without a call to the hub, and read back with every check.
 
-The format is PEFT's own: `adapter_config.json`, and `adapter_model.safetensors` with two tensors a module,
-`base_model.model.<module>.lora_A.weight` `(R, D_in)` and `lora_B` `(D_out, R)`. `dist_lora.json` beside them says
-which base the adapter belongs to. In memory the keys are `<module>.lora_A` and `<module>.lora_B`, with modules as
-`model.layers.0.self_attn.q_proj`. Letters: R LoRA rank, D_in and D_out the linear's widths.
+Beside PEFT's two files lies ``dist_lora.json``: which base the adapter was trained on.
 """
 
 from __future__ import annotations
@@ -16,55 +13,30 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dist_lora.base.index import TensorOnDisk, first_few, hash_config, open_index
-from dist_lora.base.stream import read_tensor
-from dist_lora.errors import AdapterError, ConfigError, SaveError, WeightsError
+from dist_lora import __version__
+from dist_lora.base.index import first_few, hash_config, open_index
+from dist_lora.errors import AdapterError, SaveError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-ORIGIN_FILE = "dist_lora.json"
+BASE_FILE = "dist_lora.json"
+PREFIX = "base_model.model."
 
-_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_MODULE = re.compile(r"model\.layers\.(\d+)\.(?:self_attn\.([qkvo]_proj)|mlp\.((?:gate|up|down)_proj))")
-_PEFT_KEY = re.compile(r"base_model\.model\.(.+\.lora_[AB])\.weight")
-_NOT_GATHERED = "not gathered: a process holds only its part of a sharded tensor"
-_FORMAT = 1
-
-# Settings of PEFT that make an adapter more than B A on a linear (PEFT 0.21.2's LoraConfig), and what they are.
-_REFUSED = {
-    "use_dora": "DoRA",
-    "modules_to_save": "whole modules beside the adapters",
-    "rank_pattern": "ranks that differ by layer",
-    "alpha_pattern": "alphas that differ by layer",
-    "lora_bias": "biases",
-    "fan_in_fan_out": "transposed weights",
-    "trainable_token_indices": "trained token embeddings",
-    "layer_replication": "repeated layers",
-    "target_parameters": "adapters on bare parameters",
-    "use_qalora": "QA-LoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "alora_invocation_tokens": "activated LoRA",
-    "arrow_config": "Arrow routing",
-    "kasa_config": "KaSA",
-    "velora_config": "VeLoRA",
-    "monteclora_config": "MonteCLoRA",
-}
-# These start from a base whose weights were changed too; PEFT writes `true` where it has converted them back.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_KEY = re.compile(r"base_model\.model\.(model\.layers\.(\d+)\.(?:self_attn|mlp)\.\w+)\.lora_([AB])\.weight")
 
 
 @dataclass(frozen=True)
 class BaseIdentity:
     """Which model an adapter was trained on; what is not known is None.
 
-    `name` is a member's name, a hub id or a folder's last component; the hashes are `WeightIndex.content_hash` and
-    `hash_config`.
+    ``name`` is a hub id or a folder's last component; the hashes are ``WeightIndex.content_hash`` and ``hash_config``.
     """
 
     name: str | None
@@ -75,10 +47,10 @@ class BaseIdentity:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter in memory: tensors `<module>.lora_A` `(R, D_in)` and `<module>.lora_B` `(D_out, R)`, fp32.
+    """An adapter in memory: tensors ``<module>.lora_A`` ``(R, D_in)`` and ``<module>.lora_B`` ``(D_out, R)``, fp32.
 
-    `targets` are linears in the model's order, `layers` the layers that are adapted or None for all, and
-    `scale` is what B A is multiplied by: alpha / R, or alpha / sqrt(R) for rsLoRA.
+    ``layers`` are the layers that are adapted, or None for all; ``scale`` is what B A is multiplied by: alpha / R, or
+    alpha / sqrt(R) for rsLoRA.
     """
 
     tensors: dict[str, Tensor]
@@ -91,50 +63,10 @@ class Adapter:
     base: BaseIdentity
 
 
-@dataclass(frozen=True)
-class AdapterOnDisk:
-    """An adapter whose headers are checked and whose tensors are read one pair at a time; see `Adapter`."""
-
-    folder: Path
-    pairs: dict[str, tuple[TensorOnDisk, TensorOnDisk]]
-    rank: int
-    alpha: float
-    dropout: float
-    targets: tuple[str, ...]
-    layers: tuple[int, ...] | None
-    scale: float
-    base: BaseIdentity
-
-    def read_pair(self, module: str) -> tuple[Tensor, Tensor]:
-        """A `(R, D_in)` and B `(D_out, R)` of a module, fp32, in host memory.
-
-        Raises:
-            AdapterError: the file cannot be read, or a value is NaN or infinite.
-        """
-        try:
-            first, second = (read_tensor(half, dtype=torch.float32) for half in self.pairs[module])
-        except WeightsError as error:
-            raise AdapterError(str(error)) from error
-        self._refuse_infinite({f"{module}.lora_A": first, f"{module}.lora_B": second})
-        return first, second
-
-    def _refuse_infinite(self, tensors: Mapping[str, Tensor]) -> None:
-        infinite = [_peft_key(key) for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-        if infinite:
-            raise AdapterError(
-                f"{self.folder / WEIGHTS_FILE} holds NaN or infinity in {first_few(infinite)}. The run that made it "
-                "went wrong; take one of its earlier checkpoints."
-            )
-
-
 def identify_base(folder: Path, *, name: str | None = None, revision: str | None = None) -> BaseIdentity:
-    """The identity of the base in `folder`, with both hashes.
+    """The identity of the base in ``folder``, with both hashes; reads headers and a few bytes of each tensor.
 
-    Local, reads headers and a few bytes of each tensor; call it on one rank.
-
-    Args:
-        name: a member's name or hub id. Without it: the hub id that config.json's `_name_or_path` gives, or the
-            folder's last component.
+    Without ``name`` it is the hub id that config.json's ``_name_or_path`` gives, or the folder's last component.
 
     Raises:
         WeightsError: the folder is damaged.
@@ -147,53 +79,6 @@ def identify_base(folder: Path, *, name: str | None = None, revision: str | None
     return BaseIdentity(name, revision, open_index(folder).content_hash(), config_hash)
 
 
-def open_adapter(folder: Path) -> AdapterOnDisk:
-    """The adapter in `folder`, ours or PEFT's, with everything checked that its JSON and its header can tell.
-
-    Raises:
-        AdapterError: the folder is damaged, or is no plain LoRA on a Llama's seven linears with one rank and one
-            alpha. Names the keys: the half of a pair that is missing, a key that has no place, a wrong rank, a
-            zero-size or 1-D tensor.
-    """
-    config = _read_json(folder / CONFIG_FILE)
-    _refuse_kinds(config, folder=folder)
-    rank, alpha, dropout = _numbers(config, folder=folder)
-    found = _headers(folder)
-    keys = {name: match[1] if (match := _PEFT_KEY.fullmatch(name)) else name for name in found}
-    shapes = {keys[name]: tensor.shape for name, tensor in found.items()}
-    targets, layers = _coverage(config, shapes, folder=folder)
-    faults = _faults(shapes, rank=rank, targets=targets, layers=layers, names=_peft_key)
-    if faults:
-        raise AdapterError(
-            f"{folder / WEIGHTS_FILE} does not hold the adapter that its {CONFIG_FILE} describes (r = {rank}):\n  "
-            + "\n  ".join(faults)
-        )
-    by_key = {keys[name]: tensor for name, tensor in found.items()}
-    modules = sorted({key.rpartition(".")[0] for key in by_key}, key=_module_order)
-    pairs = {module: (by_key[f"{module}.lora_A"], by_key[f"{module}.lora_B"]) for module in modules}
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    base = _read_origin(folder, config)
-    return AdapterOnDisk(folder, pairs, rank, alpha, dropout, targets, layers, scale, base)
-
-
-def read_adapter(folder: Path) -> Adapter:
-    """The adapter in `folder`, whole, in fp32 in host memory. Raises AdapterError as `open_adapter` and `read_pair`."""
-    opened = open_adapter(folder)
-    tensors: dict[str, Tensor] = {}
-    for module in opened.pairs:
-        tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"] = opened.read_pair(module)
-    return Adapter(
-        tensors,
-        opened.rank,
-        opened.alpha,
-        opened.dropout,
-        opened.targets,
-        opened.layers,
-        opened.scale,
-        opened.base,
-    )
-
-
 def write_adapter(
     folder: Path,
     *,
@@ -202,83 +87,202 @@ def write_adapter(
     alpha: float,
     dropout: float,
     targets: Sequence[str],
+    layers: Sequence[int] | None,
     base: BaseIdentity,
-    layers: Sequence[int] | None = None,
-    dtype: Literal["fp32", "bf16"] = "fp32",
 ) -> None:
-    """Writes the adapter folder, whole or not at all, replacing an adapter that lies there.
-
-    Call it on one rank, with whole (gathered) tensors. No network. A killed writer leaves the former adapter, if
-    need be under the name `.<folder>.replaced`, from where the next writer brings it back.
+    """Write the adapter's folder aside and rename it into place; one that is there is replaced.
 
     Args:
-        tensors: `<module>.lora_A` `(R, D_in)` and `<module>.lora_B` `(D_out, R)`, any float type and device.
-        layers: the layers that are adapted; None means all of the model.
-        base: paths in its name are cut to their last component, so that no file tells of this machine.
+        tensors: ``<module>.lora_A`` ``(rank, D_in)`` and ``<module>.lora_B`` ``(D_out, rank)``, whole.
 
     Raises:
-        AdapterError: a tensor is not whole ("not gathered"), not finite, has no place or lacks its other half;
-            nothing is written.
-        ConfigError: something that is no adapter lies at `folder`.
-        SaveError: the system refuses to write.
+        AdapterError: a tensor is not whole, has not this rank, lacks its other half, or is not finite; nothing is written.
+        SaveError: the disk refuses.
     """
-    chosen = None if layers is None else tuple(sorted(layers))
-    _refuse_tensors(tensors, rank=rank, targets=targets, layers=chosen)
-    if folder.exists() and not (folder / CONFIG_FILE).exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and is no adapter (it has no {CONFIG_FILE}). Choose another place for it.")
+    faults = _faults({name: tuple(t.shape) for name, t in tensors.items()}, rank=rank)
+    faults += [f"{name} is not finite" for name, t in tensors.items() if not torch.isfinite(t).all()]
+    if faults:
+        raise AdapterError(f"{folder} is not written: {'; '.join(faults[:5])}{_more(faults)}")
     partial = folder.with_name(f".{folder.name}.partial")
-    base = BaseIdentity(_public_name(base.name), base.revision, base.content_hash, base.config_hash)
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        kept = torch.bfloat16 if dtype == "bf16" else torch.float32
-        content = {_peft_key(key): tensor.detach().to("cpu", kept).contiguous() for key, tensor in tensors.items()}
-        save_file(content, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        config = _peft_config(rank, alpha, dropout, targets=targets, layers=chosen, base=base)
+        partial.mkdir()
+        named = {_peft_key(name): t.detach().contiguous().cpu() for name, t in sorted(tensors.items())}
+        save_file(named, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        config = _peft_config(rank, alpha, dropout, targets, layers, base)
         _write_json(partial / CONFIG_FILE, config)
-        _write_json(partial / ORIGIN_FILE, {"format": _FORMAT, "base": asdict(base), "software": _versions()})
-        (partial / "README.md").write_text(_card(base, rank=rank, alpha=alpha, targets=targets))
-        sync_folder(partial)
+        _write_json(partial / BASE_FILE, {"format": 1, "dist_lora": __version__, "base": asdict(base)})
+        (partial / "README.md").write_text(_card(rank, alpha, targets, base))
+        for path in [*partial.iterdir(), partial]:
+            _sync(path)
         _put_in_place(partial, folder)
     except OSError as error:
-        raise SaveError(f"The adapter could not be written to {folder}: {error.strerror or error}.") from error
-    finally:
         shutil.rmtree(partial, ignore_errors=True)
+        raise SaveError(f"{folder}: the adapter can't be written: {error.strerror or error}") from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Brings the folder and the files directly in it from the page cache to the disk."""
-    for path in [*(path for path in folder.iterdir() if path.is_file()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter in ``folder``, ours or PEFT's.
+
+    Raises:
+        AdapterError: a file is missing or damaged; it is of a kind that can't be read here (DoRA, trained embeddings,
+            biases, ranks that differ); or keys are lacking, unknown, of another rank, or not finite.
+    """
+    config = _read_config(folder)
+    path = folder / WEIGHTS_FILE
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except FileNotFoundError as error:
+        raise AdapterError(
+            f"{folder} has no {WEIGHTS_FILE}: it is not an adapter's folder, or a copy broke off"
+        ) from error
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} is damaged: {error}. Gather it from its checkpoint again") from error
+    strange = [key for key in found if not _KEY.fullmatch(key)]
+    if strange:
+        raise AdapterError(
+            f"{path} holds {len(strange)} keys that are no adapter of a Llama's linear: {first_few(strange)}; "
+            f"expected {PREFIX}model.layers.N.self_attn.q_proj.lora_A.weight and the like"
+        )
+    tensors = {key.removeprefix(PREFIX).removesuffix(".weight"): t.float() for key, t in found.items()}
+    rank = config["r"]
+    faults = _faults({name: tuple(t.shape) for name, t in tensors.items()}, rank=rank)
+    faults += [f"{name} is not finite" for name, t in tensors.items() if not torch.isfinite(t).all()]
+    targets = tuple(sorted({name.split(".")[-2] for name in tensors}))
+    named = config["target_modules"]
+    if isinstance(named, list) and set(named) != set(targets):
+        faults.append(f"{CONFIG_FILE} names the targets {sorted(named)} and the file holds {list(targets)}")
+    if faults:
+        raise AdapterError(f"{path}: {'; '.join(faults[:5])}{_more(faults)}")
+    layers = config.get("layers_to_transform")
+    return Adapter(
+        tensors=tensors,
+        rank=rank,
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout") or 0.0,
+        targets=targets,
+        layers=None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
+        scale=config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank),
+        base=_read_base(folder, config),
+    )
+
+
+def _faults(shapes: Mapping[str, tuple[int, ...]], *, rank: int) -> list[str]:
+    """What keeps these tensors from being whole pairs of this rank."""
+    if not shapes:
+        return ["it holds no tensor"]
+    faults = []
+    for name, shape in shapes.items():
+        other = name[:-1] + ("B" if name.endswith("lora_A") else "A")
+        if other not in shapes:
+            faults.append(f"{name} is there and {other} is not")
+        if len(shape) != 2 or 0 in shape:
+            faults.append(f"{name} has shape {shape}: it was not gathered from the ranks")
+        elif shape[0 if name.endswith("lora_A") else 1] != rank:
+            faults.append(f"{name} has shape {shape} and the rank is {rank}")
+    return faults
+
+
+def _more(faults: Sequence[str]) -> str:
+    return f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+
+
+def _peft_key(name: str) -> str:
+    return f"{PREFIX}{name}.weight"
+
+
+def _peft_config(
+    rank: int, alpha: float, dropout: float, targets: Sequence[str], layers: Sequence[int] | None, base: BaseIdentity
+) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.name,
+        "revision": base.revision,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": dropout,
+        "target_modules": sorted(targets),
+        "layers_to_transform": None if layers is None else list(layers),
+        "layers_pattern": None if layers is None else "layers",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_dora": False,
+        "use_rslora": False,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise AdapterError(f"{folder} has no {CONFIG_FILE}: it is not an adapter's folder") from error
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} can't be read: {error}") from error
+    needed = {"peft_type": str, "r": int, "lora_alpha": (int, float), "target_modules": (list, str)}
+    wrong = [
+        key for key, kind in needed.items() if not isinstance(config, dict) or not isinstance(config.get(key), kind)
+    ]
+    if wrong:
+        raise AdapterError(f"{path}: {', '.join(wrong)}: missing or of another type than PEFT writes")
+    refused = {
+        "its type is not LORA": config["peft_type"] != "LORA",
+        "r is below 1": config["r"] < 1,
+        "it is a DoRA (use_dora)": config.get("use_dora"),
+        "it trains whole modules too (modules_to_save)": config.get("modules_to_save"),
+        "it trains biases": config.get("bias", "none") != "none",
+        "its ranks differ by layer (rank_pattern)": config.get("rank_pattern"),
+        "its alphas differ by layer (alpha_pattern)": config.get("alpha_pattern"),
+    }
+    reasons = [reason for reason, is_so in refused.items() if is_so]
+    if reasons:
+        raise AdapterError(f"{path}: can't be used here: {'; '.join(reasons)}")
+    return dict(config)
+
+
+def _read_base(folder: Path, config: Mapping[str, Any]) -> BaseIdentity:
+    path = folder / BASE_FILE
+    if not path.exists():  # PEFT's own folder
+        return BaseIdentity(config.get("base_model_name_or_path"), config.get("revision"))
+    try:
+        return BaseIdentity(**json.loads(path.read_bytes())["base"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{path} can't be read: {error}. Gather the adapter again") from error
+
+
+def _card(rank: int, alpha: float, targets: Sequence[str], base: BaseIdentity) -> str:
+    return (
+        f"---\nbase_model: {base.name}\nlibrary_name: peft\npipeline_tag: text-generation\ntags: [lora]\n---\n\n"
+        f"A LoRA adapter of rank {rank}, alpha {alpha:g}, beside {', '.join(targets)} of {base.name}, "
+        f"trained with dist_lora {__version__}.\n"
+    )
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:
-    former = folder.with_name(f".{folder.name}.replaced")
-    if former.exists() and folder.exists():
-        shutil.rmtree(former)
+    """Rename ``partial`` to ``folder``; a folder can't be renamed over another, so the old one goes aside first."""
+    old = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        os.rename(folder, former)
-    try:
-        os.rename(partial, folder)
-    except OSError:
-        if former.exists():
-            os.rename(former, folder)
-        raise
-    sync_folder(folder.parent) if False else _sync_one(folder.parent)
-    shutil.rmtree(former, ignore_errors=True)
-
-
-def _refuse_tensors(
-    tensors: Mapping[str, Tensor], *, rank: int, targets: Sequence[str], layers: tuple[int, ...] | None
-) -> None:
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    faults = _faults(shapes, rank=rank, targets=targets, layers=layers, names=str)
-    infinite = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.detach()).all()]
-    if infinite:
-        faults.append(f"NaN or infinity in {first_few(infinite)}")
-    if faults:
-        raise AdapterError(f"The adapter cannot be written (rank {rank}):\n  " + "\n  ".join(faults))
+        os.rename(folder, old)
+    os.rename(partial, folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -77,9 +77,9 @@ class Run:
             if meter is not None:
                 meter.step(line)
             is_last = step == self.num_steps
-            if self.held_out is not None and (is_last or step % self.config.eval.every == 0):
+            if self.held_out is not None and _is_due(step, self.config.eval.every, is_last):
                 self._evaluate(step, meter)
-            if is_last or is_asked or step % section.every == 0:
+            if is_asked or _is_due(step, section.every, is_last) or is_last:
                 self.save()
             if is_asked and not is_last:
                 raise StoppedOnRequest(
@@ -229,7 +229,7 @@ class Run:
         return share
 
     def resume(self) -> bool:
-        """Take up the newest whole checkpoint, or the one that ``checkpoint.resume`` names; False where there is none."""
+        """Take up the newest whole checkpoint, or what ``checkpoint.resume`` names; False if there is none."""
         wanted = self.config.checkpoint.resume
         if wanted == "never":
             if self.world.is_first:
@@ -275,6 +275,11 @@ class Run:
                 f"{path} holds {len(manifest.tensors)} trained tensors and this config attaches "
                 f"{len(self._specs())}, or their names or shapes differ: it is another run's checkpoint"
             )
+
+
+def _is_due(step: int, every: int, is_last: bool) -> bool:
+    """Whether something that is done every so many steps (0: never) and at the end is due."""
+    return every > 0 and (is_last or step % every == 0)
 
 
 def _plain(value: float) -> float | None:
