@@ -114,7 +114,8 @@ class Block(nn.Module):
 
     def _layer(self, x: Tensor, turn: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), turn, attention)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        result: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return result
 
 
 class Decoder(nn.Module):

@@ -226,7 +226,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder} has no {CONFIG_FILE}: it is not an adapter's folder") from error
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path} can't be read: {error}") from error
-    needed = {"peft_type": str, "r": int, "lora_alpha": (int, float), "target_modules": (list, str)}
+    needed: dict[str, type | tuple[type, ...]] = {
+        "peft_type": str,
+        "r": int,
+        "lora_alpha": (int, float),
+        "target_modules": (list, str),
+    }
     wrong = [
         key for key, kind in needed.items() if not isinstance(config, dict) or not isinstance(config.get(key), kind)
     ]
