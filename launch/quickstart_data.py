@@ -2,9 +2,9 @@
 
     python launch/quickstart_data.py --out .cache/quickstart --seed 0
 
-writes DIR/train.jsonl and DIR/eval.jsonl, one sample a line, in the messages form. The held-out requests use the
-phrasings of the training, but none of its values: no name, city, number or time of eval.jsonl is an argument in
-train.jsonl. So what is measured is reading a request, not remembering one.
+writes DIR/train.jsonl and DIR/eval.jsonl, one sample a line, in the messages form. The held-out requests
+use the phrasings of the training, but none of its values: no name, city, number or time of eval.jsonl is an
+argument in train.jsonl. So what is measured is reading a request, not remembering one.
 
 The same arguments give the same bytes. Needs nothing but Python.
 """
@@ -12,14 +12,16 @@ The same arguments give the same bytes. Needs nothing but Python.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
-import string
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 HELD_OUT_SHARE = 4  # every fourth value is kept for eval.jsonl
+MOST_TRIES = 1000  # for values that give a request not made before
 
 Value = str | int
 Sample = dict[str, list[dict[str, str]]]
@@ -33,9 +35,9 @@ def _pairs(first: str, second: str) -> tuple[str, ...]:
     return tuple(f"{one} {other}" for one in _words(first) for other in _words(second))
 
 
-# The pools are large beside the 256 samples: a model that sees a value ten times learns the value by heart, one that
-# sees it once learns to copy. No text lies in two pools, and a number is on the same side in all: "held out" is true
-# wherever a value stands.
+# The pools are large beside the 256 samples: a model that sees a value ten times learns the value by heart,
+# one that sees it once learns to copy. No text lies in two pools, and a number is on the same side in all:
+# "held out" is true wherever a value stands.
 POOLS: Mapping[str, Sequence[Value]] = {
     "minutes": range(2, 90),
     "amount": range(105, 1000),
@@ -43,24 +45,27 @@ POOLS: Mapping[str, Sequence[Value]] = {
     "clock": tuple(f"{hour:02}:{minute:02}" for hour in range(7, 22) for minute in range(0, 60, 5)),
     "day": tuple(f"{month} {day}" for month in ("March", "April", "June", "October") for day in range(2, 29)),
     "label": _words(
-        "pasta, tea, laundry, pizza, eggs, yoga, rice, cookies, homework, break, soup, bread, coffee, stretching, oven,"
-        " potatoes, reading, dishes, meditation, chicken, piano, lasagna, walk, face mask, muffins, parking, dough,"
-        " shower, painting, beans, charger, noodles, roast, chess, plants, sauna, fish, pancakes, washing, ironing"
+        "pasta, tea, laundry, pizza, eggs, yoga, rice, cookies, homework, break, soup, bread, coffee,"
+        " stretching, oven, potatoes, reading, dishes, meditation, chicken, piano, lasagna, walk, face"
+        " mask, muffins, parking, dough, shower, painting, beans, charger, noodles, roast, chess, plants,"
+        " sauna, fish, pancakes, washing, ironing"
     ),
     "person": _words(
-        "Anna, Ben, Clara, David, Emma, Frank, Grace, Henry, Ivy, Jack, Karen, Liam, Mia, Noah, Olivia, Peter, Quinn,"
-        " Rosa, Sam, Tina, Uma, Victor, Wendy, Xavier, Yara, Zoe, Martin, Julia, Oscar, Nina, Paul, Laura, Simon,"
-        " Helen, George, Alice, Robert, Diana, Thomas, Sarah, Kevin, Maria, Daniel, Lucy, Eric, Sophie, Felix, Ruth"
+        "Anna, Ben, Clara, David, Emma, Frank, Grace, Henry, Ivy, Jack, Karen, Liam, Mia, Noah, Olivia,"
+        " Peter, Quinn, Rosa, Sam, Tina, Uma, Victor, Wendy, Xavier, Yara, Zoe, Martin, Julia, Oscar,"
+        " Nina, Paul, Laura, Simon, Helen, George, Alice, Robert, Diana, Thomas, Sarah, Kevin, Maria,"
+        " Daniel, Lucy, Eric, Sophie, Felix, Ruth"
     ),
     "text": _pairs(
         "the car, the package, the cake, the report, the ticket, the garden, the phone, the train, the bike, the key",
         "is ready, is gone, looks great, was found, is broken, is too small, came back today",
     ),
     "city": _words(
-        "Paris, London, Berlin, Madrid, Rome, Vienna, Lisbon, Dublin, Oslo, Helsinki, Prague, Warsaw, Athens, Cairo,"
-        " Tokyo, Sydney, Toronto, Chicago, Boston, Seattle, Denver, Miami, Nairobi, Mumbai, Bangkok, Seoul, Lima,"
-        " Zurich, Geneva, Munich, Hamburg, Venice, Naples, Barcelona, Houston, Dallas, Montreal, Dubai, Delhi, Milan,"
-        " Brussels, Stockholm, Budapest, Singapore, Manila, Havana, Portland, Atlanta"
+        "Paris, London, Berlin, Madrid, Rome, Vienna, Lisbon, Dublin, Oslo, Helsinki, Prague, Warsaw,"
+        " Athens, Cairo, Tokyo, Sydney, Toronto, Chicago, Boston, Seattle, Denver, Miami, Nairobi,"
+        " Mumbai, Bangkok, Seoul, Lima, Zurich, Geneva, Munich, Hamburg, Venice, Naples, Barcelona,"
+        " Houston, Dallas, Montreal, Dubai, Delhi, Milan, Brussels, Stockholm, Budapest, Singapore,"
+        " Manila, Havana, Portland, Atlanta"
     ),
     "title": _pairs(
         "team, family, board, morning, project, school, budget, music, garden",
@@ -70,14 +75,15 @@ POOLS: Mapping[str, Sequence[Value]] = {
         "dollars, euros, pounds, yen, francs, pesos, rupees, kroner, dinars, rubles, rand, lira, won, baht, yuan, kuna"
     ),
     "artist": _words(
-        "Mozart, Adele, Miles Davis, Queen, Bach, Madonna, Bob Marley, Coldplay, Nina Simone, Elvis, Beethoven,"
-        " Radiohead, Abba, Prince, Chopin, Johnny Cash, Pink Floyd, Vivaldi, Drake, David Bowie, Shakira, Sting,"
-        " Rihanna, Santana, Metallica, Blondie, Tina Turner, Bob Dylan, Elton John, Nirvana, Oasis, Eminem, Cher,"
-        " Beyonce, Aerosmith, Genesis, Ray Charles, Norah Jones, Frank Sinatra, Phil Collins"
+        "Mozart, Adele, Miles Davis, Queen, Bach, Madonna, Bob Marley, Coldplay, Nina Simone, Elvis,"
+        " Beethoven, Radiohead, Abba, Prince, Chopin, Johnny Cash, Pink Floyd, Vivaldi, Drake, David"
+        " Bowie, Shakira, Sting, Rihanna, Santana, Metallica, Blondie, Tina Turner, Bob Dylan, Elton"
+        " John, Nirvana, Oasis, Eminem, Cher, Beyonce, Aerosmith, Genesis, Ray Charles, Norah Jones,"
+        " Frank Sinatra, Phil Collins"
     ),
     "room": _words(
-        "kitchen, bedroom, living room, bathroom, office, garage, hallway, basement, attic, cellar, nursery, library,"
-        " dining room, guest room, balcony, studio, gym, barn, workshop, lobby"
+        "kitchen, bedroom, living room, bathroom, office, garage, hallway, basement, attic, cellar,"
+        " nursery, library, dining room, guest room, balcony, studio, gym, barn, workshop, lobby"
     ),
     "item": _pairs(
         "red, small, large, fresh, cheap, green, sweet",
@@ -180,20 +186,26 @@ SYSTEM = f"Answer with one JSON call of a tool: {', '.join(tool.name for tool in
 
 
 def make_samples(num_samples: int, *, held_out: bool, seed: int) -> list[Sample]:
-    """Different requests with their answers, the tools in turn, all values from one side of every pool.
+    """Different requests with their answers, all phrasings in turn, all values from one side of every pool.
 
     Args:
         num_samples: how many; all differ in their request.
         held_out: whether the values are those kept for the evaluation.
         seed: another seed, other requests.
+
+    Ends the program with a message when the pools don't hold so many different requests.
     """
     # A text as seed: Python hashes it by SHA-512, the same on every machine and in every process.
     rng = random.Random(f"{seed}/{'eval' if held_out else 'train'}")
     samples: dict[str, Sample] = {}
-    tools = _in_turn(TOOLS, rng)
-    while len(samples) < num_samples:
-        request, call = _ask(next(tools), rng=rng, held_out=held_out)
-        samples.setdefault(request, _sample(request, call))
+    for tool, phrasing in itertools.islice(_in_turn(rng), num_samples):
+        for _ in range(MOST_TRIES):
+            request, call = _ask(tool, phrasing, rng=rng, held_out=held_out)
+            if request not in samples:
+                break
+        else:
+            sys.exit(f"quickstart_data: {len(samples)} different requests are all there are; ask for fewer")
+        samples[request] = _sample(request, call)
     return list(samples.values())
 
 
@@ -203,7 +215,7 @@ def values_of(pool: str, *, held_out: bool) -> list[Value]:
 
 
 def write_data(folder: Path, *, seed: int, num_train: int, num_eval: int) -> tuple[Path, Path]:
-    """Writes train.jsonl and eval.jsonl into a folder, which is made where it lacks, and returns their paths."""
+    """Writes train.jsonl and eval.jsonl into a folder (made if it is not there); returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     train = make_samples(num_train, held_out=False, seed=seed)
     held_out = make_samples(num_eval, held_out=True, seed=seed)
@@ -226,19 +238,18 @@ def _is_held_out(value: Value, place: int) -> bool:
     return number % HELD_OUT_SHARE == HELD_OUT_SHARE - 1
 
 
-def _in_turn(tools: Sequence[Tool], rng: random.Random) -> Iterator[Tool]:
-    """The tools again and again, each round in another order: no tool is rare by chance."""
+def _in_turn(rng: random.Random) -> Iterator[tuple[Tool, str]]:
+    """Every tool with each of its phrasings, round by round in another order: none is rare by chance."""
+    ways = [(tool, phrasing) for tool in TOOLS for phrasing in tool.phrasings]
     while True:
-        yield from rng.sample(tools, len(tools))
+        yield from rng.sample(ways, len(ways))
 
 
-def _ask(tool: Tool, *, rng: random.Random, held_out: bool) -> tuple[str, dict[str, object]]:
+def _ask(tool: Tool, phrasing: str, *, rng: random.Random, held_out: bool) -> tuple[str, dict[str, object]]:
     arguments: dict[str, Value] = {}
     for name, pool in tool.arguments.items():
         free = [value for value in values_of(pool, held_out=held_out) if value not in arguments.values()]
         arguments[name] = rng.choice(free)
-    phrasing = rng.choice(tool.phrasings)
-    assert {field for _, field, _, _ in string.Formatter().parse(phrasing) if field} == set(arguments), phrasing
     return phrasing.format(**arguments), {"name": tool.name, "arguments": arguments}
 
 

@@ -205,7 +205,7 @@ import torch
 from dist_lora.base.index import open_index
 from dist_lora.base.stream import Slot, fill_slots
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]) * 1024
 index = open_index(Path(sys.argv[1]))
 torch.ones(8).bfloat16().float().sum()
 before = peak()
