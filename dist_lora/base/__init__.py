@@ -1,1 +1,1 @@
-"""The frozen base: what lies on disk, and how each rank reads its own rows of it."""
+"""The frozen base: Llama built on the meta device, and its weights streamed in row by row."""

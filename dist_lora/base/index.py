@@ -148,9 +148,7 @@ def open_index(folder: Path) -> WeightIndex:
         WeightsError: anything of this is not so; tells all damaged files at once.
     """
     if not folder.is_dir():
-        raise WeightsError(
-            f"{folder} is not a folder; a folder with config.json and *.safetensors was expected."
-        )
+        raise WeightsError(f"{folder} is not a folder; a folder with config.json and *.safetensors was expected.")
     if (folder / SINGLE_FILE).exists():
         return WeightIndex(folder, {tensor.name: tensor for tensor in read_header(folder / SINGLE_FILE)})
     if not (folder / INDEX_FILE).exists():
@@ -182,9 +180,7 @@ def hash_config(folder: Path) -> str:
     """
     file = folder / "config.json"
     config = _parse_object(_read_small(file), file=file)
-    kept = {
-        key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")
-    }
+    kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
     return xxhash.xxh3_128(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -256,18 +252,12 @@ def _check_places(tensors: Sequence[TensorOnDisk], *, file: Path, data_start: in
             )
         expected += tensor.num_bytes
     if file_bytes < expected:
-        raise WeightsError(
-            f"{file} is {file_bytes:,} bytes long and its header speaks of {expected:,}. {_INCOMPLETE}"
-        )
+        raise WeightsError(f"{file} is {file_bytes:,} bytes long and its header speaks of {expected:,}. {_INCOMPLETE}")
     if file_bytes > expected:
-        raise WeightsError(
-            _damaged(file, f"it is {file_bytes:,} bytes long and its header speaks of {expected:,}")
-        )
+        raise WeightsError(_damaged(file, f"it is {file_bytes:,} bytes long and its header speaks of {expected:,}"))
 
 
-def _read_headers(
-    folder: Path, files: Sequence[str]
-) -> tuple[dict[str, tuple[TensorOnDisk, ...]], list[str]]:
+def _read_headers(folder: Path, files: Sequence[str]) -> tuple[dict[str, tuple[TensorOnDisk, ...]], list[str]]:
     found: dict[str, tuple[TensorOnDisk, ...]] = {}
     faults: list[str] = []
     for file in files:
@@ -316,17 +306,11 @@ def _read_places(folder: Path) -> dict[str, str]:
 
 def _stays_inside(file_name: str) -> bool:
     path = PurePosixPath(file_name)
-    return (
-        path.suffix == ".safetensors"
-        and not path.is_absolute()
-        and not {"..", "\\"} & {*path.parts, *file_name}
-    )
+    return path.suffix == ".safetensors" and not path.is_absolute() and not {"..", "\\"} & {*path.parts, *file_name}
 
 
 def _why_no_weights(folder: Path) -> str:
-    convert = (
-        "convert it with transformers (from_pretrained, then save_pretrained), which writes safetensors."
-    )
+    convert = "convert it with transformers (from_pretrained, then save_pretrained), which writes safetensors."
     inside = {path.name for path in folder.iterdir()} | {path.name for path in folder.glob("original/*")}
     for ending, what in (
         (
@@ -338,9 +322,7 @@ def _why_no_weights(folder: Path) -> str:
     ):
         found = sorted(name for name in inside if name.endswith(ending))
         if found and not any(name.endswith(".safetensors") for name in inside):
-            return (
-                f"{folder} holds {what}: {first_few(found)}. Take the model's safetensors files, or {convert}"
-            )
+            return f"{folder} holds {what}: {first_few(found)}. Take the model's safetensors files, or {convert}"
     shards = sorted(name for name in inside if name.endswith(".safetensors"))
     if shards:
         return (
@@ -394,9 +376,7 @@ def _read_at(descriptor: int, count: int, offset: int, *, file: Path) -> bytes:
 
 def _refuse_lfs_pointer(beginning: bytes, *, file: Path) -> None:
     if beginning.startswith(_LFS_MARK):
-        raise WeightsError(
-            f"{file} is a git-lfs pointer, not the file itself. Run `git lfs pull` in its folder."
-        )
+        raise WeightsError(f"{file} is a git-lfs pointer, not the file itself. Run `git lfs pull` in its folder.")
 
 
 def _damaged(file: Path, what: str) -> str:

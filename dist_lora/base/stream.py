@@ -76,17 +76,13 @@ class SliceReader:
         slice_rows = max(1, self._max_slice_bytes // row_bytes)
         for row in range(first_row, end_row, slice_rows):
             count = min(slice_rows, end_row - row)
-            content = self._read(
-                tensor, descriptor, start=tensor.start + row * row_bytes, count=count * row_bytes
-            )
+            content = self._read(tensor, descriptor, start=tensor.start + row * row_bytes, count=count * row_bytes)
             yield row, content.view(TORCH_DTYPES[tensor.dtype]).view(count, *tensor.shape[1:])
 
     def _read(self, tensor: TensorOnDisk, descriptor: int, *, start: int, count: int) -> Tensor:
         if self._buffer.numel() < count:
             self._buffer = torch.empty(0, dtype=torch.uint8)  # frees the smaller one first
-            self._buffer = torch.empty(
-                max(count, min(self._max_slice_bytes, tensor.num_bytes)), dtype=torch.uint8
-            )
+            self._buffer = torch.empty(max(count, min(self._max_slice_bytes, tensor.num_bytes)), dtype=torch.uint8)
         content = self._buffer[:count]
         view = content.numpy().data
         done = 0
@@ -191,9 +187,7 @@ def _check_slots(slots: Sequence[Slot], *, index: WeightIndex) -> None:
             f"{slot.name}: row {slot.first_row} is in two slots"
         )
         ends[slot.name] = max(last, ends.get(slot.name, 0))
-    homes = [
-        (slot.destination.device, slot.destination.data_ptr()) for slot in slots if slot.destination.numel()
-    ]
+    homes = [(slot.destination.device, slot.destination.data_ptr()) for slot in slots if slot.destination.numel()]
     assert len(set(homes)) == len(homes), "two slots have the same destination"
 
 

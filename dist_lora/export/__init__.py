@@ -1,1 +1,1 @@
-"""What comes out of a run: a merged model, a score, an answer, a page."""
+"""What comes after training: evaluate, generate, merge."""

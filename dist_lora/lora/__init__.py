@@ -1,1 +1,1 @@
-"""The adapters: their layer, where they are attached, and their file."""
+"""The adapters: the layer, where they are attached, and the file that PEFT and vLLM load."""

@@ -27,13 +27,14 @@ from torch import Tensor
 import dist_lora
 from dist_lora.base.index import TensorOnDisk, first_few, hash_config, open_index, read_header
 from dist_lora.base.stream import read_tensor
+from dist_lora.config.schema import LINEARS
 from dist_lora.errors import AdapterError, ConfigError, SaveError, WeightsError
+from dist_lora.herd.facts import module_path
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ORIGIN_FILE = "dist_lora.json"
 
-_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _MODULE = re.compile(r"model\.layers\.(\d+)\.(?:self_attn\.([qkvo]_proj)|mlp\.((?:gate|up|down)_proj))")
 _PEFT_KEY = re.compile(r"base_model\.model\.(.+\.lora_[AB])\.weight")
 _NOT_GATHERED = "not gathered: a process holds only its part of a sharded tensor"
@@ -227,23 +228,15 @@ def write_adapter(
     """
     chosen = None if layers is None else tuple(sorted(layers))
     _refuse_tensors(tensors, rank=rank, targets=targets, layers=chosen)
-    if (
-        folder.exists()
-        and not (folder / CONFIG_FILE).exists()
-        and not (folder.is_dir() and not any(folder.iterdir()))
-    ):
-        raise ConfigError(
-            f"{folder} exists and is no adapter (it has no {CONFIG_FILE}). Choose another place for it."
-        )
+    if folder.exists() and not (folder / CONFIG_FILE).exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is no adapter (it has no {CONFIG_FILE}). Choose another place for it.")
     partial = folder.with_name(f".{folder.name}.partial")
     base = BaseIdentity(_public_name(base.name), base.revision, base.content_hash, base.config_hash)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         kept = torch.bfloat16 if dtype == "bf16" else torch.float32
-        content = {
-            _peft_key(key): tensor.detach().to("cpu", kept).contiguous() for key, tensor in tensors.items()
-        }
+        content = {_peft_key(key): tensor.detach().to("cpu", kept).contiguous() for key, tensor in tensors.items()}
         save_file(content, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         config = _peft_config(rank, alpha, dropout, targets=targets, layers=chosen, base=base)
         _write_json(partial / CONFIG_FILE, config)
@@ -252,9 +245,7 @@ def write_adapter(
         sync_folder(partial)
         _put_in_place(partial, folder)
     except OSError as error:
-        raise SaveError(
-            f"The adapter could not be written to {folder}: {error.strerror or error}."
-        ) from error
+        raise SaveError(f"The adapter could not be written to {folder}: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -342,24 +333,16 @@ def _linear_of(key: str) -> tuple[int, str] | None:
     return int(match[1]), match[2] or match[3]
 
 
-def _expected_modules(
-    modules: Iterable[str], *, targets: Sequence[str], layers: tuple[int, ...] | None
-) -> set[str]:
+def _expected_modules(modules: Iterable[str], *, targets: Sequence[str], layers: tuple[int, ...] | None) -> set[str]:
     """All modules that targets and layers call for; without layers: those from 0 to the highest there is."""
     if layers is None:
         layers = tuple(range(1 + max((_module_order(module)[0] for module in modules), default=-1)))
-    return {module_path(layer, target) for layer in layers for target in targets}
-
-
-def module_path(layer: int, linear: str) -> str:
-    """The name of a linear in the model: `model.layers.0.self_attn.q_proj`."""
-    part = "self_attn" if linear in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-    return f"model.layers.{layer}.{part}.{linear}"
+    return {module_path(target, layer=layer) for layer in layers for target in targets}
 
 
 def _module_order(module: str) -> tuple[int, int]:
-    layer, linear = _linear_of(f"{module}.lora_A") or (0, _LINEARS[0])
-    return layer, _LINEARS.index(linear)
+    layer, linear = _linear_of(f"{module}.lora_A") or (0, LINEARS[0])
+    return layer, LINEARS.index(linear)
 
 
 def _peft_key(key: str) -> str:
@@ -370,8 +353,7 @@ def _peft_key(key: str) -> str:
 def _refuse_kinds(config: Mapping[str, Any], *, folder: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise AdapterError(
-            f"{folder / CONFIG_FILE} describes an adapter of type {config.get('peft_type')!r}; "
-            "only LORA is read."
+            f"{folder / CONFIG_FILE} describes an adapter of type {config.get('peft_type')!r}; only LORA is read."
         )
     told = [f"{key} ({what})" for key, what in _REFUSED.items() if config.get(key)]
     if config.get("bias", "none") != "none":
@@ -388,12 +370,7 @@ def _refuse_kinds(config: Mapping[str, Any], *, folder: Path) -> None:
 
 def _numbers(config: Mapping[str, Any], *, folder: Path) -> tuple[int, float, float]:
     rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
-    if (
-        type(rank) is not int
-        or rank < 1
-        or type(alpha) not in (int, float)
-        or type(dropout) not in (int, float)
-    ):
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or type(dropout) not in (int, float):
         raise AdapterError(
             f"{folder / CONFIG_FILE} has r = {rank!r}, lora_alpha = {alpha!r}, lora_dropout = {dropout!r}; "
             "a whole number from 1 and two numbers were expected. The file is damaged."
@@ -422,15 +399,15 @@ def _coverage(
     if isinstance(named, str) or config.get("exclude_modules"):
         found = [place for key in shapes if (place := _linear_of(key))]
         in_file = {linear for _, linear in found}
-        return tuple(linear for linear in _LINEARS if linear in in_file), tuple(sorted({n for n, _ in found}))
+        return tuple(linear for linear in LINEARS if linear in in_file), tuple(sorted({n for n, _ in found}))
     last_parts = [str(name).rpartition(".")[2] for name in named] if isinstance(named, list) else []
-    foreign = [name for name in last_parts if name not in _LINEARS]
+    foreign = [name for name in last_parts if name not in LINEARS]
     if foreign or not last_parts:
         raise AdapterError(
             f"{folder / CONFIG_FILE} names target_modules {first_few(foreign) or 'none'}; a list of a Llama's "
-            f"linears ({' '.join(_LINEARS)}) was expected."
+            f"linears ({' '.join(LINEARS)}) was expected."
         )
-    targets = tuple(linear for linear in _LINEARS if linear in last_parts)
+    targets = tuple(linear for linear in LINEARS if linear in last_parts)
     if type(layers) is int:
         layers = [layers]
     return targets, tuple(sorted(layers)) if layers else None

@@ -93,9 +93,7 @@ def test_single_file_counts_where_an_index_lies_beside_it(sharded):
 
 
 def test_a_path_that_is_no_folder(tmp_path):
-    assert "nowhere is not a folder; a folder with config.json and *.safetensors" in message(
-        tmp_path / "nowhere"
-    )
+    assert "nowhere is not a folder; a folder with config.json and *.safetensors" in message(tmp_path / "nowhere")
 
 
 def test_all_missing_shards_are_named_and_counted(sharded):
@@ -103,10 +101,7 @@ def test_all_missing_shards_are_named_and_counted(sharded):
     (sharded / "model-00003-of-00003.safetensors").unlink()
     text = message(sharded)
     assert "lacks 2 of the 3 files that model.safetensors.index.json names" in text
-    assert (
-        "model-00001-of-00003.safetensors, model-00003-of-00003.safetensors. The download is incomplete"
-        in text
-    )
+    assert "model-00001-of-00003.safetensors, model-00003-of-00003.safetensors. The download is incomplete" in text
 
 
 def test_a_truncated_shard_is_named_with_both_lengths(sharded):
@@ -139,10 +134,7 @@ def test_a_file_cut_within_its_header(sharded):
     header_bytes = int.from_bytes(file.read_bytes()[:8], "little")
     os.truncate(file, 50)
     text = message(sharded)
-    assert (
-        f"is 50 bytes long and its header alone would take {8 + header_bytes:,}. The download is incomplete"
-        in text
-    )
+    assert f"is 50 bytes long and its header alone would take {8 + header_bytes:,}. The download is incomplete" in text
 
 
 def test_an_empty_file(sharded):
@@ -214,10 +206,7 @@ def test_a_tensor_missing_from_its_shard(sharded):
     save_file({"other": torch.ones(1)}, sharded / "model-00003-of-00003.safetensors")
     text = message(sharded)
     assert f"model-00003-of-00003.safetensors lacks {NAMES[2]}, which the index places there." in text
-    assert (
-        "model-00003-of-00003.safetensors holds other, which model.safetensors.index.json does not name"
-        in text
-    )
+    assert "model-00003-of-00003.safetensors holds other, which model.safetensors.index.json does not name" in text
 
 
 def test_a_tensor_in_two_files(sharded):
@@ -227,15 +216,10 @@ def test_a_tensor_in_two_files(sharded):
         sharded / "model-00003-of-00003.safetensors",
     )
     text = message(sharded)
-    assert (
-        f"{NAMES[0]} is in 2 files: model-00001-of-00003.safetensors, model-00003-of-00003.safetensors"
-        in text
-    )
+    assert f"{NAMES[0]} is in 2 files: model-00001-of-00003.safetensors, model-00003-of-00003.safetensors" in text
 
 
-@pytest.mark.parametrize(
-    "place", ["../model.safetensors", "/etc/x.safetensors", "..\\x.safetensors", "config.json"]
-)
+@pytest.mark.parametrize("place", ["../model.safetensors", "/etc/x.safetensors", "..\\x.safetensors", "config.json"])
 def test_an_index_cannot_leave_its_folder(sharded, place):
     (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": place}}))
     text = message(sharded)
@@ -245,9 +229,7 @@ def test_an_index_cannot_leave_its_folder(sharded, place):
 @pytest.mark.parametrize("content", ['{"metadata": {}}', '{"weight_map": [1]}', '{"weight_map": {"w": 3}}'])
 def test_an_index_without_a_map(sharded, content):
     (sharded / "model.safetensors.index.json").write_text(content)
-    assert "is damaged: it has no weight_map from tensor names to file names. Fetch it again." in message(
-        sharded
-    )
+    assert "is damaged: it has no weight_map from tensor names to file names. Fetch it again." in message(sharded)
 
 
 def test_an_index_that_is_not_json(sharded):
@@ -303,10 +285,7 @@ def test_expect_names_what_is_missing_left_over_and_of_another_shape(sharded):
     with pytest.raises(WeightsError) as raised:
         index.expect(wrong)
     text = str(raised.value)
-    assert (
-        "lacks 7 tensors: model.layers.0.w, model.layers.1.w, model.layers.2.w" in text
-        and "and 2 more" in text
-    )
+    assert "lacks 7 tensors: model.layers.0.w, model.layers.1.w, model.layers.2.w" in text and "and 2 more" in text
     assert f"has other shapes for 1 tensors: {NAMES[1]} (found (4, 4), expected (8, 4))" in text
     assert f"has no place for 1 tensors: {NAMES[2]}" in text
     assert "Fetch config.json and the weights again from one and the same model." in text
@@ -365,9 +344,7 @@ def test_config_hash_ignores_where_a_copy_lies_and_nothing_else(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config))
         return hash_config(tmp_path)
 
-    first = write(
-        {"hidden_size": 4, "rope_theta": 1.0, "_name_or_path": "/here", "transformers_version": "4"}
-    )
+    first = write({"hidden_size": 4, "rope_theta": 1.0, "_name_or_path": "/here", "transformers_version": "4"})
     assert write({"rope_theta": 1.0, "hidden_size": 4, "transformers_version": "5"}) == first
     assert write({"rope_theta": 2.0, "hidden_size": 4}) != first
     (tmp_path / "config.json").unlink()

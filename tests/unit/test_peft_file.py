@@ -119,7 +119,7 @@ def test_peft_loads_the_folder_with_no_missing_or_unexpected_key_and_computes_th
     assert all(torch.equal(on_disk[key], in_peft[key]) for key in on_disk)
     ids = torch.arange(20)[None]
     expected = merged_by_hand(tiny_llama(num_layers=4), tensors, scale=8 / 4)(ids).logits
-    assert (expected - tiny_llama(num_layers=4)(ids).logits).abs().max() > 0.1
+    assert (expected - tiny_llama(num_layers=4)(ids).logits).abs().max() > 1e-3
     torch.testing.assert_close(loaded.eval()(ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -244,9 +244,7 @@ def test_the_writer_refuses_what_is_not_a_whole_adapter_and_leaves_nothing(tmp_p
 
 
 def test_the_writer_refuses_layers_that_were_not_named_and_no_adapter_at_all(tmp_path):
-    with pytest.raises(
-        AdapterError, match=r"not among the targets and layers that were named: model\.layers\.1\."
-    ):
+    with pytest.raises(AdapterError, match=r"not among the targets and layers that were named: model\.layers\.1\."):
         write(tmp_path / "a", random_adapter(tiny_llama()), layers=[0])
     with pytest.raises(AdapterError, match="there is no adapter in it at all"):
         write(tmp_path / "a", {})
@@ -390,9 +388,7 @@ def test_a_wrong_rank_in_the_config_names_the_keys(adapter):
 
 def test_targets_that_the_config_does_not_name(adapter):
     rewrite_config(adapter, target_modules=["q_proj"])
-    assert "not among the targets and layers that were named: base_model.model.model.layers.0.mlp" in message(
-        adapter
-    )
+    assert "not among the targets and layers that were named: base_model.model.model.layers.0.mlp" in message(adapter)
     rewrite_config(adapter, target_modules=["q_proj", "lm_head"])
     assert "names target_modules lm_head; a list of a Llama's linears (q_proj k_proj" in message(adapter)
     rewrite_config(adapter, target_modules=None)

@@ -1,0 +1,88 @@
+"""Causal attention over documents that lie one after the other in a flat stream, and do not see each other.
+
+There is no padding and no mask to get wrong: what a token may see is given by the documents' bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# T tokens of all documents, H query heads, G key and value heads (H is a multiple of G), E width of a head
+
+Backend = Literal["sdpa", "varlen", "eager"]
+
+
+class Attention(Protocol):
+    """What a layer asks: who sees whom is decided here, not in the model."""
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attended values ``(T, H, E)`` of query ``(T, H, E)``, key and value ``(T, G, E)``."""
+        ...
+
+
+def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend for ``model.attention``: ``auto`` takes varlen (flash) on CUDA in 16 bits, else sdpa."""
+    if wanted == "auto":
+        return "varlen" if device.type == "cuda" and dtype == torch.bfloat16 else "sdpa"
+    assert wanted in ("sdpa", "varlen", "eager"), wanted
+    return wanted  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Attention within each document of a flat stream.
+
+    ``bounds`` are the documents' first tokens and, last, the number of tokens: ``(0, 5, 12)`` is two documents
+    of 5 and 7 tokens. Backends: ``sdpa`` computes document by document; ``varlen`` all at once by a flash
+    kernel (CUDA, 16 bits); ``eager`` writes the whole ``(T, T)`` matrix and is there to compare with.
+    """
+
+    bounds: tuple[int, ...]
+    backend: Backend = "sdpa"
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See ``Attention``."""
+        if self.backend == "varlen":
+            return self._varlen(query, key, value)
+        if self.backend == "eager":
+            return self._eager(query, key, value)
+        pairs = zip(self.bounds, self.bounds[1:], strict=False)
+        parts = [causal_attention(query[a:b], key[a:b], value[a:b]) for a, b in pairs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        starts = torch.tensor(self.bounds, dtype=torch.int32).to(query.device, non_blocking=True)
+        longest = max(b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False))
+        attended = varlen_attn(
+            query, key, value, starts, starts, longest, longest, window_size=(-1, 0), enable_gqa=True
+        )
+        assert isinstance(attended, Tensor)
+        return attended
+
+    def _eager(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        starts = torch.tensor(self.bounds, device=query.device)
+        tokens = torch.arange(self.bounds[-1], device=query.device)
+        document = torch.searchsorted(starts, tokens, right=True)
+        seen = (document[:, None] == document[None, :]) & (tokens[:, None] >= tokens[None, :])
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        scores = torch.einsum("qhe,khe->hqk", query, key) / math.sqrt(query.shape[-1])
+        weights = scores.masked_fill(~seen, -math.inf).float().softmax(dim=-1).to(value.dtype)
+        return torch.einsum("hqk,khe->qhe", weights, value)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention of one document: ``(T, H, E)`` of query ``(T, H, E)``, key and value ``(T, G, E)``."""
+    heads = [tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)]
+    attended = F.scaled_dot_product_attention(
+        heads[0], heads[1], heads[2], is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return attended.squeeze(0).transpose(0, 1)

@@ -1,0 +1,263 @@
+"""Llama as a flat stream of tokens: frozen linears that may carry an adapter, and a loss that never makes all logits.
+
+A micro-batch is one row of T tokens, all its documents one after the other; there is no batch dim and no padding.
+Parameters have the names they have in a Hugging Face checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dist_lora.base.attention import Attention
+from dist_lora.base.rope import inverse_frequencies, rotate, rotation
+from dist_lora.herd.facts import Shape
+
+# T tokens of a micro-batch, D model width, F feed-forward width, V vocabulary, K rows that are asked for
+# H query heads, G key and value heads, E width of a head
+
+LOGITS_AT_ONCE = 2**25  # weights of the largest slice of logits: 128 MiB in fp32, 261 rows at V = 128256
+
+
+class FrozenLinear(nn.Module):
+    """A linear of the base, ``(D_out, D_in)``, never trained; ``adapter`` is what is trained beside it, if any."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.adapter: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(T, D_out)`` of ``x`` ``(T, D_in)``."""
+        y = F.linear(x, self.weight)
+        return y if self.adapter is None else self.adapter(x, y)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dim, computed in fp32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(T, D)`` of ``x`` ``(T, D)``."""
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # In 16 bits the normed row is rounded before the weight is applied, as Llama was trained.
+        normed = F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+        return torch.mul(self.weight, normed)
+
+
+class SelfAttention(nn.Module):
+    """Query, key and value of each token, turned by its position, attended, and projected back."""
+
+    def __init__(self, shape: Shape, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = shape.head_dim
+        self.q_proj = FrozenLinear(shape.hidden, shape.num_heads * shape.head_dim)
+        self.k_proj = FrozenLinear(shape.hidden, shape.num_kv_heads * shape.head_dim)
+        self.v_proj = FrozenLinear(shape.hidden, shape.num_kv_heads * shape.head_dim)
+        self.o_proj = FrozenLinear(shape.num_heads * shape.head_dim, shape.hidden)
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        """``(T, D)`` of ``x`` ``(T, D)``."""
+        query = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), *turn)
+        key = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), *turn)
+        value = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        attended: Tensor = self.o_proj(attention(self.layer, query, key, value).flatten(-2))
+        return attended
+
+
+class FeedForward(nn.Module):
+    """Llama's gated feed-forward: ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.gate_proj = FrozenLinear(shape.hidden, shape.ffn)
+        self.up_proj = FrozenLinear(shape.hidden, shape.ffn)
+        self.down_proj = FrozenLinear(shape.ffn, shape.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(T, D)`` of ``x`` ``(T, D)``."""
+        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+class Block(nn.Module):
+    """One layer. With ``recompute`` its activations are made again in the backward instead of kept."""
+
+    def __init__(self, shape: Shape, layer: int) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(shape, layer)
+        self.mlp = FeedForward(shape)
+        self.input_layernorm = RMSNorm(shape.hidden, shape.norm_eps)
+        self.post_attention_layernorm = RMSNorm(shape.hidden, shape.norm_eps)
+        self.recompute = False
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        """``(T, D)`` of ``x`` ``(T, D)``."""
+        if self.recompute and torch.is_grad_enabled():
+            # Inside the block's own forward, so that a sharded block is gathered once for both
+            # the recomputation and the backward.
+            recomputed: Tensor = checkpoint(self._layer, x, turn, attention, use_reentrant=False)
+            return recomputed
+        return self._layer(x, turn, attention)
+
+    def _layer(self, x: Tensor, turn: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), turn, attention)
+        result: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return result
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and the last norm: everything but the head."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(shape.vocab, shape.hidden)
+        self.embed_tokens.weight.requires_grad_(False)
+        self.layers = nn.ModuleList(Block(shape, layer) for layer in range(shape.num_layers))
+        self.norm = RMSNorm(shape.hidden, shape.norm_eps)
+
+
+class Head(nn.Module):
+    """From hidden rows to the loss over their labels, or to their logits."""
+
+    weight: nn.Parameter
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape.vocab, shape.hidden), requires_grad=False)
+
+    def forward(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
+        """Sum of the cross entropy of ``hidden`` ``(K, D)`` over ``labels`` ``(K,)``, an fp32 scalar; or logits."""
+        if labels is None:
+            return F.linear(hidden, self.weight).float()
+        loss: Tensor = SumOfCrossEntropy.apply(hidden, self.weight, labels)  # type: ignore[no-untyped-call]
+        return loss
+
+
+class SumOfCrossEntropy(torch.autograd.Function):
+    """Sum over K rows of the cross entropy of ``hidden @ weight.T``, in slices of ``LOGITS_AT_ONCE``.
+
+    No slice of logits outlives its turn: the gradient to ``hidden`` is made in the forward, since the head is
+    frozen and the loss is a plain sum. What is kept is ``(K, D)``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        needs_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if needs_gradient else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
+        for first in range(0, hidden.shape[0], rows):
+            slice_ = slice(first, first + rows)
+            logits = F.linear(hidden[slice_], weight).float()
+            log_sum = logits.logsumexp(dim=-1)
+            of_label = logits.gather(-1, labels[slice_, None]).squeeze(-1)
+            total += (log_sum - of_label).sum()
+            if gradient is not None:
+                softmax = logits.sub_(log_sum[:, None]).exp_()
+                softmax.scatter_add_(-1, labels[slice_, None], softmax.new_full((len(of_label), 1), -1.0))
+                gradient[slice_] = softmax.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * d_total.to(gradient.dtype), None, None
+
+
+class Llama(nn.Module):
+    """A Llama-3 model. Build it by ``build_on_meta``; it holds no weights before they are streamed in."""
+
+    inv_freq: Tensor
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.model = Decoder(shape)
+        self.lm_head = Head(shape)
+        if shape.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight  # type: ignore[assignment]
+        # Made on the CPU at once: what is on the meta device here is lost, and no checkpoint has it.
+        self.register_buffer("inv_freq", inverse_frequencies(shape), persistent=False)
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor,
+        attention: Attention,
+        rows: Tensor,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of some rows, or their logits.
+
+        Args:
+            ids: ``(T,)``, the micro-batch's tokens.
+            positions: ``(T,)``, each token's position in its own document.
+            attention: who sees whom.
+            rows: ``(K,)``, the tokens whose next one is asked for.
+            labels: ``(K,)``, those next tokens.
+
+        Returns:
+            With labels the sum of their cross entropies, an fp32 scalar (0 where K is 0, with a graph
+            behind it); without, logits ``(K, V)`` in fp32.
+        """
+        x = self.model.embed_tokens(ids)
+        turn = rotation(positions, self.inv_freq, x.dtype)
+        for block in self.model.layers:
+            x = block(x, turn, attention)
+        hidden = self.model.norm(x.index_select(0, rows))
+        result: Tensor = self.lm_head(hidden, labels)
+        return result
+
+    def blocks(self) -> list[Block]:
+        """The layers, first to last."""
+        return [block for block in self.model.layers if isinstance(block, Block)]
+
+    def linears(self) -> dict[str, FrozenLinear]:
+        """Every linear that can carry an adapter, by its full name, first layer first."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, FrozenLinear)}
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """The frozen parameters by the names they have in a checkpoint; a tied head is not named twice."""
+        return {name: p for name, p in self.named_parameters() if ".adapter." not in name}
+
+
+def build_on_meta(shape: Shape, *, dtype: torch.dtype) -> Llama:
+    """The model without any weight: every parameter is on the meta device, RoPE's frequencies are real."""
+    with torch.device("meta"):
+        model = Llama(shape)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def materialize(model: Llama, device: torch.device) -> None:
+    """Give each parameter that is still on the meta device empty memory on ``device``; a shard gets a shard's.
+
+    Parameters that two modules share stay shared, and buffers keep their values (``to_empty`` would leave
+    garbage in RoPE's frequencies).
+    """
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_meta:
+                continue
+            if id(parameter) not in made:
+                empty = torch.empty_like(parameter, device=device)
+                made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)]
+    model.inv_freq = model.inv_freq.to(device)

@@ -1,0 +1,71 @@
+"""Rotary position embedding: frequencies exact for Llama 3, 3.1 and 3.2, and their application."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dist_lora.errors import WeightsError
+from dist_lora.herd.facts import Shape
+
+# T tokens, H heads, E width of a head
+
+
+def inverse_frequencies(shape: Shape) -> Tensor:
+    """The angle that each pair of a head's entries turns by from one position to the next: ``(E / 2,)`` fp32.
+
+    Always made on the CPU, so that every device and every rank has the same bits. Llama 3.1 and 3.2 stretch
+    the long wavelengths by ``factor``, keep the short ones, and blend between.
+
+    Source: ``apply_scaling`` of Meta's reference code (llama-models, llama3/model.py), in its order of operations.
+    """
+    with torch.device("cpu"):
+        exponents = torch.arange(0, shape.head_dim, 2)[: shape.head_dim // 2].float() / shape.head_dim
+        frequencies = 1.0 / (shape.rope_theta**exponents)
+        scaling = shape.rope_scaling
+        if scaling is None:
+            return frequencies
+        wavelengths = 2 * math.pi / frequencies
+        shortest_scaled = scaling.original_context / scaling.high_freq_factor
+        longest_blended = scaling.original_context / scaling.low_freq_factor
+        smooth = (scaling.original_context / wavelengths - scaling.low_freq_factor) / (
+            scaling.high_freq_factor - scaling.low_freq_factor
+        )
+        blended = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+        scaled = torch.where(wavelengths > longest_blended, frequencies / scaling.factor, blended)
+        return torch.where(wavelengths < shortest_scaled, frequencies, scaled)
+
+
+def check_frequencies(found: Tensor, shape: Shape) -> None:
+    """Raise ``WeightsError`` where a model's frequencies are not this shape's, bit for bit.
+
+    They are in no checkpoint: a model that was built on the meta device and filled wrongly trains on with
+    garbage in them, without any error of its own.
+    """
+    expected = inverse_frequencies(shape)
+    on_cpu = found.detach().cpu()
+    if on_cpu.dtype != torch.float32 or on_cpu.shape != expected.shape or not torch.equal(on_cpu, expected):
+        raise WeightsError(
+            f"the rotary embedding's frequencies are not those of this model: found {_head(on_cpu)}, "
+            f"expected {_head(expected)} (theta {shape.rope_theta:g}, scaling {shape.rope_scaling}). "
+            "They were overwritten while the model was built; nothing was trained."
+        )
+
+
+def _head(frequencies: Tensor) -> str:
+    first = ", ".join(f"{value:.6g}" for value in frequencies.flatten()[:3].tolist())
+    return f"{frequencies.dtype} [{first}, ...]"
+
+
+def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, each ``(T, 1, E / 2)``, of positions ``(T,)``; angles in fp32, results in ``dtype``."""
+    angles = torch.outer(positions.float(), frequencies).unsqueeze(1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads ``(T, H, E)`` turned by their positions' angles, in Hugging Face's layout (halves, not pairs)."""
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

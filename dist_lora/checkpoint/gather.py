@@ -1,0 +1,99 @@
+"""From the ranks' shards to one adapter folder, on any CPU: no process group, no GPU, no base model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from torch import Tensor
+
+from dist_lora.checkpoint.manifest import MANIFEST_FILE, Manifest, Piece, read_manifest
+from dist_lora.checkpoint.resume import load_pieces, newest_whole_here, step_folders, step_of, verify
+from dist_lora.errors import CheckpointError
+from dist_lora.lora.peft_file import BaseIdentity, write_adapter
+
+
+@dataclass(frozen=True)
+class _AdapterFacts:
+    """A manifest's ``adapter``. Any other key is of a kind of adapter that this version can't write."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    rank: Annotated[int, Field(ge=1)]
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+    layers: tuple[int, ...]
+    num_layers: int
+
+
+_FACTS = TypeAdapter(_AdapterFacts)
+_BASE = TypeAdapter(BaseIdentity)
+
+
+def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True) -> Path:
+    """The folder ``out`` with the adapter of a checkpoint, as PEFT and vLLM load it; returns ``out``.
+
+    Reads the adapter's bytes only (and with ``verify`` every byte once, for the checksums). Local: one
+    process.
+
+    Args:
+        checkpoint: a folder ``step-########``; or a run's folder or its ``checkpoints``, of which the
+        newest whole
+            checkpoint is taken, verified in any case.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged: naming the file.
+        AdapterError, SaveError: see ``write_adapter``.
+    """
+    folder = _checkpoint_folder(checkpoint, verify)
+    manifest = read_manifest(folder)
+    facts, base = _facts(folder, manifest)
+    write_adapter(
+        out,
+        tensors=_whole_tensors(folder, manifest),
+        rank=facts.rank,
+        alpha=facts.alpha,
+        dropout=facts.dropout,
+        targets=facts.targets,
+        layers=None if set(facts.layers) == set(range(facts.num_layers)) else facts.layers,
+        base=base,
+    )
+    return out
+
+
+def _checkpoint_folder(given: Path, is_to_verify: bool) -> Path:
+    """The one checkpoint that a path means, verified."""
+    if step_of(given) is not None or (given / MANIFEST_FILE).exists():
+        verify(given, checksums=is_to_verify)
+        return given
+    root = given / "checkpoints" if (given / "checkpoints").is_dir() and not step_folders(given) else given
+    newest = newest_whole_here(root)
+    if newest is None:
+        raise CheckpointError(
+            f"{given} holds no checkpoint. Give a run's folder, its checkpoints folder, or a folder step-######## in it"
+        )
+    return newest
+
+
+def _facts(folder: Path, manifest: Manifest) -> tuple[_AdapterFacts, BaseIdentity]:
+    part, content = "adapter", manifest.adapter
+    try:
+        facts = _FACTS.validate_json(json.dumps(content), strict=True)
+        part, content = "base", manifest.base
+        return facts, _BASE.validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        faults = "; ".join(f"{part}.{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
+        raise CheckpointError(
+            f"{folder / MANIFEST_FILE}: {faults}. Use the version of dist_lora that wrote it, "
+            f"{manifest.versions.get('dist_lora', 'unknown')}"
+        ) from error
+
+
+def _whole_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    pieces = [Piece(spec.name, "adapter", 0, spec.num_elements) for spec in manifest.tensors]
+    loaded = load_pieces(folder, manifest, pieces)
+    return {spec.name: loaded[piece].view(spec.shape) for spec, piece in zip(manifest.tensors, pieces, strict=True)}

@@ -1,0 +1,173 @@
+"""The commands: parse, call one function, turn our errors into one message and an exit code.
+
+Nothing heavy is imported at the top: ``--help`` and a mistyped setting answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from dist_lora.errors import EXIT_FAILED, DistLoraError, RankError, StoppedOnRequest
+
+if TYPE_CHECKING:
+    from dist_lora.config.schema import Config
+    from dist_lora.parallel.world import World
+
+app = typer.Typer(
+    name="dist-lora",
+    help="LoRA fine-tuning of the Llama-3 herd on sharded GPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="CONFIG")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: key=value.", metavar="KEY=VALUE")]
+NumRanks = Annotated[
+    int | None, typer.Option("--nproc", min=1, help="Local ranks to start; default: one a GPU, or one.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc: NumRanks = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and one sample; train nothing.")] = False,
+) -> None:
+    """Train adapters; the same command again goes on from the last checkpoint."""
+    loaded = _load(config, overrides)
+
+    def work(world: World) -> None:
+        from dist_lora.train.main import train as train_here
+
+        train_here(loaded, world, is_dry=dry_run)
+
+    _on_ranks(loaded, 1 if dry_run and nproc is None else nproc, work)
+
+
+@app.command(name="eval")
+def evaluate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="The adapter's folder; without it the base is evaluated.")
+    ] = None,
+    nproc: NumRanks = None,
+    as_json: AsJson = False,
+) -> None:
+    """Held-out loss, perplexity, and exact match of generated answers where eval.exact_match is set."""
+    loaded = _load(config, overrides)
+
+    def work(world: World) -> None:
+        from dist_lora.train.main import evaluate as evaluate_here
+
+        result = evaluate_here(loaded, world, adapter=adapter)
+        if world.is_first:
+            print(json.dumps(result) if as_json else _as_table(result), flush=True)
+
+    _on_ranks(loaded, nproc, work)
+
+
+@app.command()
+def gather(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run's folder for its newest.")],
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+) -> None:
+    """Put the ranks' shards together into the folder that PEFT and vLLM load. Needs no GPU and no other process."""
+    from dist_lora.checkpoint.gather import gather_adapter
+
+    print(gather_adapter(checkpoint, out=out))
+
+
+@app.command()
+def generate(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
+    prompt: Annotated[str | None, typer.Option(help="What to answer; without it a chat begins.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model: a member's name, a folder or a hub id.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
+) -> None:
+    """Answer one prompt, or chat, with an adapter beside its base on this machine."""
+    from dist_lora.export.chat import chat
+
+    chat(adapter, base=base, prompt=prompt, system=system, max_new_tokens=max_new_tokens)
+
+
+def _load(config: Path, overrides: list[str] | None) -> Config:
+    from dist_lora.config.load import load_config
+
+    return load_config(config, overrides=overrides or ())
+
+
+def _as_table(result: dict[str, Any]) -> str:
+    lines = []
+    for name, value in result.items():
+        if name == "exact_match":
+            value = f"{value['correct']} of {value['total']} ({value['correct'] / value['total']:.1%})"
+        lines.append(f"{name:14} {value:.6g}" if isinstance(value, float) else f"{name:14} {value}")
+    return "\n".join(lines)
+
+
+def _on_ranks(config: Config, nproc: int | None, work: Callable[[World], None]) -> None:
+    """Do the work as the rank that a launcher made of this process, alone, or by starting local ranks."""
+    from dist_lora.parallel.place import place_from_environment
+
+    place = place_from_environment(os.environ)
+    if place is None and (num_ranks := nproc or _num_gpus()) > 1:
+        from dist_lora.parallel.local import run_ranks
+
+        sys.exit(run_ranks(sys.argv[1:], num_ranks=num_ranks))
+    from dist_lora.parallel.rank import run_as_rank
+
+    sys.exit(run_as_rank(place, config.parallel, work, report=report_error))
+
+
+def _num_gpus() -> int:
+    if not Path("/dev/nvidiactl").exists() and not Path("/dev/kfd").exists():
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def report_error(error: BaseException) -> None:
+    """Tell the user: our errors in one message, a fault of ours with its traceback."""
+    if isinstance(error, RankError) and not str(error):
+        return
+    if isinstance(error, StoppedOnRequest):
+        print(error, file=sys.stderr, flush=True)
+    elif isinstance(error, DistLoraError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error, file=sys.stderr)
+        sys.stderr.flush()
+
+
+def main() -> NoReturn:
+    """Run a command; returns to the shell with the design's exit codes."""
+    logger = logging.getLogger("dist_lora")
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_FAILED)
+    except DistLoraError as error:
+        report_error(error)
+        sys.exit(error.exit_code)
+    sys.exit(0)

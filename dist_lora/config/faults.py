@@ -1,0 +1,267 @@
+"""From pydantic's errors to sentences that name the setting, what was found and what was expected."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from dist_lora.config.names import advice_for
+from dist_lora.config.schema import Config, Expected, Section, SettingFaults, nearest
+
+SettingPath = tuple[str | int, ...]
+"""Where a setting is: ("lora", "targets", 2) is lora.targets[2]."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One wrong setting."""
+
+    path: SettingPath
+    message: str
+
+
+def dotted(path: SettingPath) -> str:
+    """The setting's full name: ``lora.targets[2]``."""
+    name = ""
+    for part in path:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return name.removeprefix(".")
+
+
+def faults_of(settings: Mapping[str, Any]) -> list[Fault]:
+    """Everything that is wrong with ``settings``, and an empty list when they make a :class:`Config`."""
+    try:
+        Config.model_validate(settings)
+    except ValidationError as error:
+        faults = list(_translate(error, settings=settings))
+        return faults + list(_faults_behind(settings, found=faults))
+    return []
+
+
+def _faults_behind(settings: Mapping[str, Any], *, found: list[Fault]) -> Iterator[Fault]:
+    """Faults between the right settings of a section whose wrong ones hid them.
+
+    pydantic judges settings together only when each of them is right, so each faulty section is read again
+    without its wrong settings.
+    """
+    for name, field in Config.model_fields.items():
+        wrong = {fault.path[1] for fault in found if fault.path[0] == name and len(fault.path) > 1}
+        model, given = field.annotation, settings.get(name)
+        if not wrong or not isinstance(given, Mapping) or not _is_section(model):
+            continue
+        right = {key: value for key, value in given.items() if key not in wrong}
+        try:
+            model.model_validate(right)
+        except ValidationError as error:
+            for details in error.errors():
+                together = details.get("ctx", {}).get("error")
+                if isinstance(together, SettingFaults):
+                    for involved, message in together.faults:
+                        if not wrong.intersection(involved):
+                            yield Fault((name, _blamed(involved, given)), message)
+
+
+def _translate(error: ValidationError, *, settings: Mapping[str, Any]) -> Iterator[Fault]:
+    """One fault a setting: pydantic tells each branch of a union, we tell the setting once."""
+    grouped: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
+    for details in error.errors():
+        grouped.setdefault(_setting_of(details["loc"]), []).append(details)
+    for path, group in grouped.items():
+        own = [details for details in group if details["type"] == "value_error"]
+        if own:
+            for details in own:
+                yield from _own_words(details, settings=settings)
+        elif group[0]["type"] == "extra_forbidden":
+            yield Fault(path, unknown_setting(path))
+        elif group[0]["type"] == "missing":
+            yield from _missing(path)
+        else:
+            yield Fault(path, _found_and_expected(path, found=_value_at(settings, path)))
+
+
+def _setting_of(loc: SettingPath) -> SettingPath:
+    """The part of pydantic's location that is a setting: two names in a section, one outside."""
+    field = Config.model_fields.get(str(loc[0]))
+    return loc[:2] if field is not None and _is_section(field.annotation) else loc[:1]
+
+
+def _own_words(details: ErrorDetails, *, settings: Mapping[str, Any]) -> Iterator[Fault]:
+    """Faults that the schema's own checks have put into words."""
+    error = details["ctx"]["error"]
+    loc = details["loc"]
+    if isinstance(error, SettingFaults):
+        given = settings.get(str(loc[0]), {})
+        for involved, message in error.faults:
+            yield Fault((loc[0], _blamed(involved, given)), message)
+    else:
+        path = _setting_of(loc)
+        items = [part for part in loc[len(path) :] if isinstance(part, int)]
+        yield Fault((*path, *items), str(error))
+
+
+def _blamed(involved: Sequence[str], given: Mapping[str, Any]) -> str:
+    """The first involved setting that the user has written."""
+    return next((name for name in involved if given.get(name) is not None), involved[0])
+
+
+def _missing(path: SettingPath) -> Iterator[Fault]:
+    field = _field_at(path)
+    assert field is not None, path
+    if _is_section(field.annotation):
+        for name, inner in field.annotation.model_fields.items():
+            if inner.is_required():
+                yield from _missing((*path, name))
+    else:
+        yield Fault(path, f"is missing. {field.description}")
+
+
+def unknown_setting(path: SettingPath) -> str:
+    """What to write instead of a setting that doesn't exist, as far as its name tells."""
+    *section, name = (str(part) for part in path)
+    field = Config.model_fields.get(section[0]) if section else None
+    model = field.annotation if field is not None and _is_section(field.annotation) else Config
+    elsewhere = [full for full in setting_names() if full.rpartition(".")[2] == name]
+    near = nearest(name, model.model_fields)
+    advice = advice_for(name)
+    if elsewhere:
+        return f"no such setting (did you mean {' or '.join(elsewhere)}?)"
+    if advice:
+        return f"no such setting: {advice}"
+    if near is None and not section:
+        near = nearest(name, (full.rpartition(".")[2] for full in setting_names()))
+        near = next((full for full in setting_names() if full.rpartition(".")[2] == near), None)
+    if near is not None:
+        return f"no such setting (nearest: {near})"
+    return f"no such setting ({section[0] + ' has' if section else 'there are'} {', '.join(model.model_fields)})"
+
+
+def setting_names() -> list[str]:
+    """Full names of all settings, as ``optim.lr``, in the order of the schema."""
+    names: list[str] = []
+    for name, field in Config.model_fields.items():
+        inner = field.annotation.model_fields if _is_section(field.annotation) else None
+        names += [name] if inner is None else [f"{name}.{setting}" for setting in inner]
+    return names
+
+
+def _found_and_expected(path: SettingPath, *, found: Any) -> str:
+    field = _field_at(path)
+    assert field is not None, path
+    if _is_section(field.annotation):
+        inner = ", ".join(field.annotation.model_fields)
+        return f"found {show(found)}, expected settings, as {path[0]}: {{...}} with {inner}"
+    expected = _expected(field.annotation, field.metadata)
+    return f"found {show(found)}, expected {expected}{_hint(field.annotation, found=found, expected=expected)}"
+
+
+def _hint(annotation: Any, *, found: Any, expected: str) -> str:
+    """How the value was probably meant, in brackets; nothing when it can't be told."""
+    choices = [choice for choice in _choices(annotation) if isinstance(choice, str)]
+    if isinstance(found, str):
+        if found in choices:
+            return f" (a list: [{found}])"
+        near = nearest(found, choices)
+        return f" (nearest: {near})" if near else ""
+    if expected.startswith("text") and "number" not in expected and isinstance(found, int | float | date):
+        return ' (YAML reads it as something else than text: put it in quotes, "...")'
+    return ""
+
+
+def show(value: Any) -> str:
+    """A value as the user could have written it, shortened to 60 characters."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "null"
+    text = repr(value) if isinstance(value, str | list | dict) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _expected(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """In words, what a type takes: ``a whole number of at least 1``, ``auto, bf16 or fp32``."""
+    words = _alternatives(annotation, metadata)
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _alternatives(annotation: Any, metadata: Sequence[Any]) -> list[str]:
+    marked = [mark.words for mark in metadata if isinstance(mark, Expected)]
+    origin = get_origin(annotation)
+    if marked or annotation is type(None):
+        return marked or ["null"]
+    if origin is Annotated:
+        inner, *more = get_args(annotation)
+        return _alternatives(inner, [*_flat(more), *metadata])
+    if origin in (Union, types.UnionType):
+        return [word for branch in _branches(annotation) for word in _alternatives(branch, metadata)]
+    if origin is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    if origin is list:
+        return [f"a list of {_plural(get_args(annotation)[0])}"]
+    if annotation is bool:
+        return ["true", "false"]
+    words = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
+    return [words[annotation] + _bounds(metadata)]
+
+
+def _plural(item: Any) -> str:
+    choices = _choices(item)
+    if choices:
+        return " ".join(map(str, choices))
+    one = _expected(item)
+    return one.removeprefix("a ").replace("number", "numbers") if one.startswith("a ") else f"{one}s"
+
+
+def _flat(metadata: Sequence[Any]) -> list[Any]:
+    """Annotated's marks, with the bounds that pydantic's Field() carries inside."""
+    return [mark for entry in metadata for mark in (entry, *getattr(entry, "metadata", []))]
+
+
+def _bounds(metadata: Sequence[Any]) -> str:
+    words = {
+        annotated_types.Ge: ("of at least", "ge"),
+        annotated_types.Gt: ("above", "gt"),
+        annotated_types.Le: ("of at most", "le"),
+        annotated_types.Lt: ("below", "lt"),
+    }
+    said = [f"{words[type(mark)][0]} {getattr(mark, words[type(mark)][1])}" for mark in metadata if type(mark) in words]
+    return f" {' and '.join(said)}" if said else ""
+
+
+def _branches(annotation: Any) -> list[Any]:
+    """A union's types, null last."""
+    return sorted(get_args(annotation), key=lambda branch: branch is type(None))
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """All words that a type takes literally."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [choice for inner in get_args(annotation) for choice in _choices(inner)]
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _field_at(path: SettingPath) -> FieldInfo | None:
+    model: Any = Config
+    field = None
+    for part in path:
+        field = model.model_fields[part]
+        model = field.annotation
+    return field
+
+
+def _value_at(settings: Any, path: SettingPath) -> Any:
+    for part in path:
+        settings = settings[part]
+    return settings

@@ -1,0 +1,233 @@
+"""Reading a run's settings: one YAML file, then ``key=value`` arguments over it.
+
+Everything that is wrong with both is told in one error, each with its file and line. Run as a module it
+prints the JSON schema that editors complete a config with:
+``python -m dist_lora.config.load > configs/schema.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_lora.config.faults import Fault, SettingPath, dotted, faults_of, show
+from dist_lora.config.schema import Config
+from dist_lora.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without code, that reads 1e-4 as the number it is (PyYAML 6: text, for lack of a dot)."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that :class:`_Loader` would read as numbers."""
+
+
+_FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Settings as read, and where each stands."""
+
+    settings: dict[str, Any]
+    root: yaml.Node | None
+    arguments: dict[SettingPath, str] = field(default_factory=dict)
+
+    def line_of(self, path: SettingPath) -> int | None:
+        """Line (from 1) of a setting in the file, or of the nearest setting around it; None at the top."""
+        node, line = self.root, None
+        for part in path:
+            found = _child(node, part)
+            if found is None:
+                break
+            key, node = found
+            line = key.start_mark.line + 1
+        return line
+
+    def argument_of(self, path: SettingPath) -> str | None:
+        """The argument that has set this setting, or the section around it."""
+        found = [text for setting, text in self.arguments.items() if path[: len(setting)] == setting]
+        return found[-1] if found else None
+
+    def order_of(self, path: SettingPath) -> tuple[bool, int]:
+        """Sorts faults: as they stand in the file, then those of arguments."""
+        return self.argument_of(path) is not None, self.line_of(path) or 0
+
+
+def load_config(path: Path, *, overrides: Sequence[str] = ()) -> Config:
+    """The settings of a run, from a YAML file and arguments over it.
+
+    Paths in them (``data.train``, ``model.name``, ``runs_dir``, ...) are meant from the current folder, as
+    the user typed them, not from the file's. An argument ``train.steps=10`` also takes the file's
+    ``train.epochs`` out (and the other way round), since a run has only one of them.
+
+    Args:
+        path: the YAML file.
+        overrides: ``section.setting=value``, values in YAML: ``lora.targets=[q_proj,v_proj]``; the last wins.
+
+    Raises:
+        ConfigError: the file can't be read, or settings are wrong: all of them, with line and nearest name.
+    """
+    source, unreadable = _read(path)
+    faults = unreadable + list(_apply(overrides, source=source))
+    in_order = sorted(faults_of(source.settings), key=lambda fault: source.order_of(fault.path))
+    faults += [_placed(fault, source=source, path=path) for fault in in_order]
+    if faults:
+        raise ConfigError(_message(path, faults))
+    return Config.model_validate(source.settings)
+
+
+def dump_config(config: Config) -> str:
+    """All settings as YAML, defaults too; :func:`load_config` reads it back to an equal Config."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a config file, with a description and the choices of every setting."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+
+
+def _message(path: Path, faults: list[str]) -> str:
+    head = f"1 setting of {path} is wrong:" if len(faults) == 1 else f"{len(faults)} settings of {path} are wrong:"
+    return "\n".join([head, *(f"  {fault}" for fault in faults)])
+
+
+def _placed(fault: Fault, *, source: _Source, path: Path) -> str:
+    """The fault with its argument, or its file and line."""
+    argument = source.argument_of(fault.path)
+    if argument is not None:
+        setting = dotted(fault.path)
+        same = argument.partition("=")[0] == setting
+        return f"{argument} (argument): {'' if same else setting + ': '}{fault.message}"
+    line = source.line_of(fault.path)
+    return f"{path}{'' if line is None else f':{line}'}: {dotted(fault.path)}: {fault.message}"
+
+
+def _read(path: Path) -> tuple[_Source, list[str]]:
+    """The file's settings; faults are those of single keys (the same one twice)."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. Give the path of a YAML file, as configs/8b_one_node.yaml") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not text in UTF-8 (byte {error.start}); expected a YAML file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; expected a YAML file") from None
+    value, root = _parse(text, complain=lambda line, what: f"{path}{line}: not YAML: {what}")
+    if value is None:
+        raise ConfigError(f"{path}: holds no settings; expected at least run, model.name and data.train")
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{path}: found {show(value)}, expected settings with names, as\n"
+            "  run: my-run\n  model: {name: 3.1-8b-instruct}\n  data: {train: train.jsonl}"
+        )
+    twice = [f"{path}:{line}: {name}: set twice (first in line {first})" for name, line, first in _repeated(root)]
+    return _Source(settings=_with_text_keys(value), root=root), twice
+
+
+def _parse(text: str, *, complain: Callable[[str, str], str]) -> tuple[Any, yaml.Node | None]:
+    """The value of a YAML text, and its nodes, which know their lines."""
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        # Constructing merges `<<` into the nodes, so repeated keys are looked for in a copy.
+        value = None if root is None else loader.construct_document(root)
+        return value, None if root is None else _Loader(text).get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(complain(line, ", ".join(filter(None, (error.context, error.problem))))) from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(complain("", " ".join(str(error).split()))) from None
+
+
+def _with_text_keys(settings: Mapping[Any, Any]) -> dict[str, Any]:
+    """Names as text (YAML reads ``on:`` as true and ``1:`` as a number); an empty section is left out."""
+    named = {str(key): value for key, value in settings.items()}
+    for name, section in list(named.items()):
+        if isinstance(section, dict):
+            named[name] = {str(key): value for key, value in section.items()}
+        elif section is None and name in Config.model_fields:
+            del named[name]
+    return named
+
+
+def _repeated(root: yaml.Node | None, *, seen: set[int] | None = None, at: str = "") -> Iterator[tuple[str, int, int]]:
+    """(full name, line, first line) of each key that a mapping has again."""
+    seen = set() if seen is None else seen
+    if root is None or id(root) in seen:
+        return
+    seen.add(id(root))
+    if isinstance(root, yaml.SequenceNode):
+        for item in root.value:
+            yield from _repeated(item, seen=seen, at=at)
+    if isinstance(root, yaml.MappingNode):
+        first: dict[str, int] = {}
+        for key, value in root.value:
+            name, line = f"{at}{key.value}", key.start_mark.line + 1
+            if name in first:
+                yield name, line, first[name]
+            first.setdefault(name, line)
+            yield from _repeated(value, seen=seen, at=f"{name}.")
+
+
+def _child(node: yaml.Node | None, part: str | int) -> tuple[yaml.Node, yaml.Node] | None:
+    """(node that has the line, node of the value) of a mapping's key or a list's item."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in reversed(node.value):
+            if isinstance(key, yaml.ScalarNode) and key.value == part:
+                return key, value
+        merged = [value for key, value in node.value if isinstance(key, yaml.ScalarNode) and key.value == "<<"]
+        return next(filter(None, (_child(value, part) for value in merged)), None)
+    if isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+        return node.value[part], node.value[part]
+    return None
+
+
+def _apply(overrides: Sequence[str], *, source: _Source) -> Iterator[str]:
+    """Write the arguments over the file's settings; gives the faults of their form."""
+    for text in overrides:
+        name, equals, written = text.partition("=")
+        parts = name.strip().split(".")
+        if not equals or not all(parts) or name.startswith("-"):
+            yield f"{text} (argument): expected setting=value, as train.steps=10"
+            continue
+        try:
+            value, root = _parse(written, complain=lambda line, what: f"not YAML: {what}")
+        except ConfigError as error:
+            yield f"{text} (argument): {error}"
+            continue
+        for repeated, _, _ in _repeated(root):
+            yield f"{text} (argument): {repeated}: set twice"
+        blocked = _set(source, tuple(parts), value, text=text)
+        if blocked is not None:
+            yield f"{text} (argument): no such setting: {blocked} is no section"
+
+
+def _set(source: _Source, path: tuple[str, ...], value: Any, *, text: str) -> str | None:
+    """Write one value; gives the name that stands in the way where there is no section to write in."""
+    settings = source.settings
+    for depth, part in enumerate(path[:-1], start=1):
+        if not isinstance(settings.setdefault(part, {}), dict):
+            return ".".join(path[:depth])
+        settings = settings[part]
+    settings[path[-1]] = value
+    source.arguments.pop(path, None)
+    source.arguments[path] = text
+    other = {"train.steps": "epochs", "train.epochs": "steps"}.get(".".join(path))
+    if other is not None and value is not None and source.argument_of(("train", other)) is None:
+        settings.pop(other, None)
+    return None
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=2))

@@ -1,0 +1,388 @@
+"""Every setting of a run: its name, type, bounds, default and one line of what it does.
+
+This is the only place where a setting is declared. The messages about wrong settings
+(:mod:`dist_lora.config.faults`) and the JSON schema for editors are made from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_serializer,
+    model_validator,
+)
+
+from dist_lora.errors import ConfigError
+
+LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LINEARS: tuple[LinearName, ...] = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+"""The seven linears of a Llama layer, in the canonical order."""
+
+# What other trainers adapt or train beside the linears.
+_NOT_ADAPTED = ("lm_head", "embed_tokens")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Marks a type with the words that an error says for it, where the type alone says too little."""
+
+    words: str
+
+
+class SettingFaults(ValueError):
+    """Faults that only several settings of a section show together.
+
+    Each fault is (the settings involved, the first one being at fault; what is wrong).
+    """
+
+    def __init__(self, faults: list[tuple[tuple[str, ...], str]]) -> None:
+        super().__init__("; ".join(message for _, message in faults))
+        self.faults = faults
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The one of ``names`` that a typo most likely meant, or None when nothing is near."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def _check_run(run: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", run) or run.strip(".") == "":
+        raise ValueError(
+            f"{run!r} is no name of a run: letters, digits, '.', '_' and '-' only "
+            "(the folder it lies in is set by runs_dir)"
+        )
+    return run
+
+
+def _check_target(target: Any) -> Any:
+    seven = " ".join(LINEARS)
+    name = str(target).rpartition(".")[2]
+    if name in _NOT_ADAPTED:
+        raise ValueError(
+            f"{target!r} stays frozen: only the seven linears of a layer are adapted ({seven}), "
+            "never the embeddings or the head"
+        )
+    if target not in LINEARS:
+        near = nearest(name, LINEARS)
+        hint = f"; did you mean {near}?" if near else ""
+        raise ValueError(f"{target!r} is not a linear of Llama ({seven}){hint}")
+    return target
+
+
+def _check_some(values: Any) -> Any:
+    """Refuse an empty list, and one that names something twice."""
+    if isinstance(values, list):
+        if not values:
+            raise ValueError("the list is empty, expected at least one")
+        _refuse_twice(values)
+    return values
+
+
+def _refuse_twice(values: Any) -> Any:
+    if isinstance(values, list):
+        twice = [str(value) for value, count in Counter(map(str, values)).items() if count > 1]
+        if twice:
+            raise ValueError(f"{', '.join(twice)}: named more than once")
+    return values
+
+
+def _check_range(layers: str) -> str:
+    first, last = (int(end) for end in layers.split("-"))
+    if first > last:
+        raise ValueError(f"{layers!r} runs backwards; write {last}-{first}")
+    return layers
+
+
+def _check_text(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+# A path is typed as text; strict mode would want a Path object.
+FilePath = Annotated[Path, Field(strict=False)]
+# The trackers that accelerate knows by name.
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
+LayerRange = Annotated[
+    str,
+    Field(pattern=r"^[0-9]+-[0-9]+$"),
+    AfterValidator(_check_range),
+    Expected("a range of layers as 8-15"),
+]
+LayerIndex = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, strict types, an unknown name is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, defer_build=True
+    )
+
+
+class ModelSection(Section):
+    """The frozen base model."""
+
+    name: Text = Field(description="A herd member (3.1-8b-instruct), a model folder, or a hub id (org/name).")
+    quant: Literal["none"] = Field(
+        default="none", description="How the frozen base is kept in memory: none is as in dtype."
+    )
+    dtype: Literal["auto", "bf16", "fp32"] = Field(
+        default="auto", description="Number format of the base: auto is bf16 on GPUs and fp32 on CPUs."
+    )
+    attention: Literal["auto", "sdpa", "varlen", "eager"] = Field(
+        default="auto", description="Attention kernel: auto takes the fastest one that works on this machine."
+    )
+
+
+class LoraSection(Section):
+    """The adapters that are trained beside the base."""
+
+    rank: int = Field(default=16, ge=1, description="Rank r of the adapters: A is (r, in), B is (out, r).")
+    alpha: float = Field(default=32.0, gt=0, description="The adapters' output is scaled by alpha / rank.")
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of the adapters' inputs that is dropped in training."
+    )
+    targets: Annotated[
+        Literal["all"] | list[Annotated[LinearName, BeforeValidator(_check_target)]],
+        AfterValidator(_check_some),
+    ] = Field(default="all", description="Linears that get an adapter: all seven, or a list as [q_proj, v_proj].")
+    layers: Annotated[Literal["all"] | LayerRange | list[LayerIndex], AfterValidator(_check_some)] = Field(
+        default="all",
+        description="Layers that get adapters: all, a list as [0, 1], or a range as 8-15 (both ends in).",
+    )
+    start_from: FilePath | None = Field(
+        default=None,
+        description="An adapter's folder whose weights training starts from (weights only, not a resume).",
+    )
+
+    def target_names(self) -> tuple[LinearName, ...]:
+        """The adapted linears in canonical order (q k v o gate up down), whatever order the file has."""
+        return LINEARS if self.targets == "all" else tuple(name for name in LINEARS if name in self.targets)
+
+    def layer_indices(self, num_layers: int) -> tuple[int, ...]:
+        """The adapted layers of a model of ``num_layers``, ascending.
+
+        Raises:
+            ConfigError: ``lora.layers`` names a layer that the model doesn't have.
+        """
+        if self.layers == "all":
+            return tuple(range(num_layers))
+        if isinstance(self.layers, str):
+            first, last = (int(end) for end in self.layers.split("-"))
+            if last >= num_layers:
+                raise ConfigError(_no_such_layers(self.layers, num_layers))
+            return tuple(range(first, last + 1))
+        outside = [index for index in self.layers if index >= num_layers]
+        if outside:
+            raise ConfigError(_no_such_layers(", ".join(map(str, outside)), num_layers))
+        return tuple(sorted(self.layers))
+
+
+def _no_such_layers(found: str, num_layers: int) -> str:
+    return f"lora.layers: found {found}, expected 0-{num_layers - 1} (the model has {num_layers} layers)"
+
+
+class DataSection(Section):
+    """What is learned, and what is held out."""
+
+    train: Annotated[Text | list[Text], AfterValidator(_check_some)] = Field(
+        description="Training data: a file (jsonl, json, csv, parquet), a hub id, or a list of them."
+    )
+    eval: Text | Fraction | None = Field(
+        default=None,
+        description="Held-out data: a file, a hub id, or the share of train to hold out, as 0.05.",
+    )
+    format: Literal["auto", "messages", "alpaca", "prompt-completion", "text"] = Field(
+        default="auto", description="Shape of a sample: auto recognises it by its columns."
+    )
+    train_on: Literal["assistant", "last", "all"] = Field(
+        default="assistant",
+        description="Tokens that are learned: all assistant turns, only the last one, or everything.",
+    )
+    on_no_target: Literal["error", "drop"] = Field(
+        default="error", description="What to do with a sample that has nothing to learn."
+    )
+    on_too_long: Literal["truncate", "drop", "error"] = Field(
+        default="truncate", description="What to do with a sample longer than train.sequence_length."
+    )
+    chat_template: Text | None = Field(
+        default=None, description="llama3, chatml, or a Jinja file; null is the tokenizer's own template."
+    )
+    cache_dir: FilePath | None = Field(
+        default=None, description="Folder for the tokenised data; null is the user's cache."
+    )
+
+
+class TrainSection(Section):
+    """How long, and how much at once."""
+
+    steps: int | None = Field(
+        default=None, ge=1, description="Optimizer steps to train; give steps or epochs (neither: one epoch)."
+    )
+    epochs: float | None = Field(default=None, gt=0, description="Passes over the data; give steps or epochs.")
+    global_batch: int = Field(
+        default=16,
+        ge=1,
+        description="Sequences a step, over all GPUs; how many are accumulated follows from it.",
+    )
+    micro_batch: int = Field(default=2, ge=1, description="Sequences that one GPU takes in one pass.")
+    sequence_length: int = Field(default=2048, ge=2, description="Tokens of the longest sequence.")
+    packing: bool = Field(
+        default=True, description="Fill each sequence with several samples that do not see each other."
+    )
+    activation_checkpointing: Literal["auto"] | bool = Field(
+        default="auto", description="Recompute activations in the backward: less memory, more time."
+    )
+    seed: int = Field(default=0, ge=0, description="Seeds the adapters, dropout and the order of the samples.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_epoch_by_default(cls, settings: Any) -> Any:
+        if isinstance(settings, dict) and settings.get("steps") is None and settings.get("epochs") is None:
+            return {**settings, "epochs": 1.0}
+        return settings
+
+    @model_validator(mode="after")
+    def _check_together(self) -> TrainSection:
+        faults: list[tuple[tuple[str, ...], str]] = []
+        if self.steps is not None and self.epochs is not None:
+            faults.append(
+                (
+                    ("epochs", "steps"),
+                    f"found epochs {self.epochs:g} and steps {self.steps}, expected one of the two; "
+                    "remove one (or set it to null)",
+                )
+            )
+        if self.micro_batch > self.global_batch:
+            faults.append(
+                (
+                    ("micro_batch", "global_batch"),
+                    f"found {self.micro_batch} sequences a pass, more than the {self.global_batch} of a step "
+                    f"(train.global_batch); set train.micro_batch to {self.global_batch} or less",
+                )
+            )
+        if faults:
+            raise SettingFaults(faults)
+        return self
+
+
+class OptimSection(Section):
+    """AdamW and its learning rate."""
+
+    lr: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="How the learning rate falls after the warm-up."
+    )
+    warmup_steps: int = Field(default=10, ge=0, description="Steps in which the learning rate rises from 0 to lr.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay, on the adapters.")
+    max_grad_norm: float | None = Field(
+        default=1.0, gt=0, description="Gradients are scaled down to this global norm; null is never."
+    )
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the gradient's mean.")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the gradient's square.")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's term that keeps the division finite.")
+
+
+class ParallelSection(Section):
+    """How the run is spread over GPUs."""
+
+    engine: Literal["auto", "fsdp2", "none"] = Field(
+        default="auto", description="What shards the model: auto is none on one GPU and fsdp2 on more."
+    )
+    base_shard: Literal["auto", "node", "world"] = Field(
+        default="auto",
+        description="Split the base over the GPUs of each node (copied on each), or over all GPUs.",
+    )
+    adapters: Literal["auto", "replicate"] = Field(default="auto", description="Every GPU keeps all adapters.")
+    hang_timeout: float = Field(default=600.0, gt=0, description="Seconds without progress after which the run ends.")
+    node_size: int | None = Field(
+        default=None, ge=1, description="GPUs of a node; null asks the launcher (torchrun, SLURM, deepspeed)."
+    )
+
+
+class CheckpointSection(Section):
+    """What is saved to go on after an interruption."""
+
+    every: int = Field(default=50, ge=1, description="Steps between two checkpoints.")
+    keep: int = Field(default=2, ge=1, description="Newest checkpoints to keep; older ones are deleted.")
+    keep_best: bool = Field(default=False, description="Keep the checkpoint with the lowest held-out loss too.")
+    resume: Literal["auto", "never"] | FilePath = Field(
+        default="auto",
+        description="auto goes on from the run's newest whole checkpoint; never; or a checkpoint's folder.",
+    )
+    save_at_start: bool = Field(
+        default=False, description="Save once before the first step, so that a full disk shows at once."
+    )
+
+    @field_serializer("resume")
+    def _resume_as_text(self, resume: str | Path) -> str:
+        # A folder that is called auto must not come back as the word.
+        return f"./{resume}" if isinstance(resume, Path) and str(resume) in ("auto", "never") else str(resume)
+
+
+class LogSection(Section):
+    """What is told of the run while it goes."""
+
+    trackers: Annotated[list[TrackerName], AfterValidator(_refuse_twice)] = Field(
+        default=["tensorboard"],
+        description="Where curves go beside metrics.jsonl: tensorboard, wandb, mlflow, ...; [] is nowhere.",
+    )
+    every: int = Field(default=1, ge=1, description="Steps between two lines of the log.")
+
+
+class EvalSection(Section):
+    """How the held-out data is judged."""
+
+    every: int = Field(default=50, ge=1, description="Steps between two evaluations of data.eval.")
+    exact_match: bool = Field(
+        default=False, description="Also generate answers and count those that are exactly right."
+    )
+    max_new_tokens: int = Field(default=64, ge=1, description="Longest generated answer, in tokens.")
+    batch: int | None = Field(
+        default=None, ge=1, description="Sequences a GPU evaluates at once; null is train.micro_batch."
+    )
+
+
+class Config(Section):
+    """The settings of a run; run, model.name and data.train are required, the rest has defaults."""
+
+    run: Annotated[str, AfterValidator(_check_run)] = Field(
+        description="Name of the run and of its folder; the same name goes on where it stopped."
+    )
+    runs_dir: FilePath = Field(default=Path("runs"), description="Folder that the runs' folders lie in.")
+    model: ModelSection = Field(description="The frozen base model.")
+    lora: LoraSection = Field(default_factory=LoraSection, description="The adapters that are trained.")
+    data: DataSection = Field(description="What is learned, and what is held out.")
+    train: TrainSection = Field(default_factory=TrainSection, description="How long, and how much at once.")
+    optim: OptimSection = Field(default_factory=OptimSection, description="AdamW and its learning rate.")
+    parallel: ParallelSection = Field(default_factory=ParallelSection, description="How the run is spread over GPUs.")
+    checkpoint: CheckpointSection = Field(
+        default_factory=CheckpointSection,
+        description="What is saved to go on after an interruption.",
+    )
+    log: LogSection = Field(default_factory=LogSection, description="What is told of the run while it goes.")
+    eval: EvalSection = Field(default_factory=EvalSection, description="How the held-out data is judged.")

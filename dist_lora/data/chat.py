@@ -1,0 +1,465 @@
+"""From one record to token ids and the mask of its targets.
+
+What is guaranteed:
+
+* The tokenizer's chat template is the authority. The ids of a chat are those of the whole rendered
+  text encoded at once; for Llama-3 and plain turns they are Meta's own ``ChatFormat`` (of
+  ``llama_models``) token for token.
+* Only the template can write a special token. A special token's name inside a user's text, a tool's
+  schema or an answer is encoded as ordinary text.
+* Targets come from spans, message by message: an assistant's turn begins where the rendered
+  conversation before it, with the generation prompt, ends, and it ends with its end token. Nothing
+  is searched for in the text. A token that begins before the span is no target: at inference the
+  prompt already holds it.
+* A document begins with one BOS where the model knows a BOS at all.
+* The ids don't depend on the day: a template that asks for the date gets always the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import xxhash
+
+from dist_lora.data.shapes import Chat, Continuation, Format, Instruction, Turn, read_sample
+from dist_lora.errors import DataError, WeightsError
+
+if TYPE_CHECKING:
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
+
+TrainOn = Literal["assistant", "last", "all"]
+
+TEMPLATE_DATE = "26 Jul 2024"
+"""The date Llama 3.1's own template falls back to."""
+
+_BUNDLED: Mapping[str, tuple[str, ...]] = {
+    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+}
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A document: its ids and, for each, whether the model is to learn to write it."""
+
+    ids: list[int]
+    is_target: list[bool]
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Characters ``start`` to ``end`` of a rendered text."""
+
+    start: int
+    end: int
+
+
+def load_tokenizer(folder: Path, *, chat_template: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder, with the chat template that the run asks for.
+
+    Reads local files only and runs no code from the folder.
+
+    Args:
+        folder: a folder with ``tokenizer.json`` and its like.
+        chat_template: None for the tokenizer's own, "llama3" or "chatml" for ours, or a Jinja file.
+
+    Raises:
+        WeightsError: the folder holds no readable tokenizer.
+        DataError: the template's file is missing, or its special tokens are not in the vocabulary.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        there = sorted(name for name in _TOKENIZER_FILES if (folder / name).exists())
+        raise WeightsError(
+            f"{folder}: no tokenizer could be loaded "
+            f"(of its files these are there: {', '.join(there) or 'none'}): "
+            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}. "
+            "Fetch tokenizer.json and tokenizer_config.json of the model"
+        ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = _template_text(chat_template)
+        lacking = [token for token in _BUNDLED.get(chat_template, ()) if token not in _special_ids(tokenizer)]
+        if lacking:
+            raise DataError(
+                f"data.chat_template: {chat_template} needs the special tokens {', '.join(lacking)}, "
+                f"which the tokenizer in {folder} lacks. Leave the setting out to use the model's own"
+            )
+    return tokenizer
+
+
+def hash_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """xxh3_128 over the tokenizer's files and the chat template in use."""
+    digest = xxhash.xxh3_128()
+    for name in _TOKENIZER_FILES:
+        path = folder / name
+        if path.exists():
+            digest.update(f"{name}\0{path.stat().st_size}\0".encode())
+            digest.update(path.read_bytes())
+    digest.update(repr(tokenizer.chat_template).encode())
+    return digest.hexdigest()
+
+
+def encode_sample(
+    record: Mapping[str, Any], *, tokenizer: PreTrainedTokenizerBase, fmt: Format, train_on: TrainOn
+) -> Encoded:
+    """Ids and targets of one record, not truncated.
+
+    ``train_on`` chooses the targets of a chat: every assistant turn, the last one, or all tokens but
+    the first. Turns with ``weight: 0`` or ``train: false`` are never targets. In plain text
+    everything after a prompt is a target; with ``all`` the prompt is too.
+
+    Raises:
+        DataError: the record has not the shape of ``fmt``, or the template refuses it; says nothing
+            of the record's place.
+    """
+    sample = read_sample(record, fmt=fmt)
+    if isinstance(sample, Instruction):
+        sample = _instruction_as(sample, has_template=tokenizer.chat_template is not None)
+    if isinstance(sample, Chat):
+        return _encode_chat(sample, tokenizer=tokenizer, train_on=train_on)
+    return _encode_continuation(sample, tokenizer=tokenizer, train_on=train_on)
+
+
+def encode_prompt(messages: Sequence[Mapping[str, Any]], *, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that ask the assistant to answer a conversation, as training saw them before an answer.
+
+    Raises:
+        DataError: the tokenizer has no chat template, or the template refuses the turns.
+    """
+    answered = [*messages, {"role": "assistant", "content": "-"}]
+    encoded = encode_sample({"messages": answered}, tokenizer=tokenizer, fmt="messages", train_on="last")
+    return encoded.ids[: encoded.is_target.index(True)]
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, *, formats: Sequence[Format]) -> None:
+    """Raises DataError when the data are chats and the tokenizer has no chat template."""
+    if "messages" in formats and tokenizer.chat_template is None:
+        raise DataError(
+            "the data are conversations (format messages) and the model's tokenizer has no chat template. "
+            "Take the model's Instruct version, or set data.chat_template: llama3 | chatml | FILE"
+        )
+
+
+def render_sample(
+    ids: Sequence[int], is_target: Sequence[bool], *, tokenizer: PreTrainedTokenizerBase, has_colour: bool
+) -> Text:
+    """A document as text to print: targets green, or between ⟦ and ⟧ where there is no colour.
+
+    A line end that is a target is shown as ⏎ before it ends the line.
+    """
+    from rich.text import Text
+
+    text = Text()
+    start = 0
+    while start < len(ids):
+        end = start
+        while end < len(ids) and bool(is_target[end]) == bool(is_target[start]):
+            end += 1
+        piece = str(tokenizer.decode(list(ids[start:end]), skip_special_tokens=False))
+        if not is_target[start]:
+            text.append(piece, style="dim" if has_colour else "")
+        elif has_colour:
+            text.append(piece.replace("\n", "⏎\n"), style="bold green")
+        else:
+            text.append("⟦" + piece.replace("\n", "⏎\n") + "⟧")
+        start = end
+    return text
+
+
+def _template_text(chat_template: str) -> str:
+    if chat_template in _BUNDLED:
+        return (Path(__file__).parent / "templates" / f"{chat_template}.jinja").read_text(encoding="utf-8")
+    path = Path(chat_template).expanduser()
+    if not path.is_file():
+        raise DataError(f"data.chat_template: {chat_template} is neither a file nor one of {', '.join(_BUNDLED)}")
+    return path.read_text(encoding="utf-8")
+
+
+@lru_cache(maxsize=8)
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
+    """Name and id of each token that only a template may write."""
+    return {token.content: int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id a document begins with: Llama-3's, or the one the tokenizer itself puts first."""
+    llama_bos = _special_ids(tokenizer).get("<|begin_of_text|>")
+    if llama_bos is not None:
+        return llama_bos
+    bos_id = tokenizer.bos_token_id
+    if isinstance(bos_id, int) and tokenizer.encode("a")[:1] == [bos_id]:
+        return bos_id
+    return None
+
+
+def _end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that ends plain text: an Instruct model's eos ends a turn, so the name decides first."""
+    special = _special_ids(tokenizer)
+    for name in ("<|end_of_text|>", "<|endoftext|>", tokenizer.eos_token):
+        if isinstance(name, str) and name in special:
+            return special[name]
+    raise DataError(
+        "the tokenizer has no token to end a text with (<|end_of_text|>, <|endoftext|> or an eos_token); "
+        "the model would never learn to stop. Set eos_token in its tokenizer_config.json"
+    )
+
+
+def _instruction_as(sample: Instruction, *, has_template: bool) -> Chat | Continuation:
+    """A user's turn and its answer, or without a chat template Stanford Alpaca's own plain text."""
+    if has_template:
+        asked = f"{sample.instruction}\n\n{sample.input}" if sample.input else sample.instruction
+        return Chat(turns=(Turn("user", asked), Turn("assistant", sample.output)))
+    context = ", paired with an input that provides further context" if sample.input else ""
+    extra = f"### Input:\n{sample.input}\n\n" if sample.input else ""
+    prompt = (
+        f"Below is an instruction that describes a task{context}. "
+        "Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{sample.instruction}\n\n{extra}### Response:\n"
+    )
+    return Continuation(prompt=prompt, completion=sample.output)
+
+
+def _encode_continuation(sample: Continuation, *, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn) -> Encoded:
+    """Prompt and completion are encoded apart: at inference the prompt comes alone."""
+    bos_id = _bos_id(tokenizer)
+    prompt = [] if bos_id is None else [bos_id]
+    prompt += [token for token, _ in _encode_plain(sample.prompt, tokenizer)]
+    completion = [token for token, _ in _encode_plain(sample.completion, tokenizer)]
+    completion.append(_end_of_text_id(tokenizer))
+    is_target = [train_on == "all"] * len(prompt) + [True] * len(completion)
+    is_target[0] = False
+    return Encoded(ids=prompt + completion, is_target=is_target)
+
+
+def _encode_chat(chat: Chat, *, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn) -> Encoded:
+    """A conversation: rendered once whole, and once or twice for each turn whose span is asked for."""
+    check_template(tokenizer, formats=("messages",))
+    chat, mark = _without_special_tokens(chat, tokenizer)
+    render = _Renderer(chat=chat, tokenizer=tokenizer)
+    whole = render.upto(len(chat.turns))
+    spans = [render.span(index, whole) for index in _turns_to_mark(chat, train_on)]
+    ids: list[int] = []
+    is_target: list[bool] = []
+    for token, start in _encode_rendered(whole, tokenizer=tokenizer, mark=mark):
+        ids.append(token)
+        is_target.append(any(span.start <= start < span.end for span in spans) != (train_on == "all"))
+    bos_id = _bos_id(tokenizer)
+    if bos_id is not None and ids[:1] != [bos_id]:
+        ids, is_target = [bos_id, *ids], [False, *is_target]
+    is_target[:1] = [False]
+    return Encoded(ids=ids, is_target=is_target)
+
+
+def _turns_to_mark(chat: Chat, train_on: TrainOn) -> list[int]:
+    """The turns whose tokens are targets; for "all" those whose tokens are not."""
+    if train_on == "all":
+        return [index for index, turn in enumerate(chat.turns) if not turn.is_trained]
+    answers = [index for index, turn in enumerate(chat.turns) if turn.role == "assistant"]
+    if train_on == "last":
+        answers = answers[-1:]
+    return [index for index in answers if chat.turns[index].is_trained]
+
+
+@dataclass(frozen=True)
+class _Renderer:
+    """The chat template applied to the first turns of a conversation."""
+
+    chat: Chat
+    tokenizer: PreTrainedTokenizerBase
+
+    def upto(self, num_turns: int, *, has_prompt: bool = False) -> str:
+        """The text of the first turns, and with ``has_prompt`` what asks the assistant to go on."""
+        return self._render([turn.as_message() for turn in self.chat.turns[:num_turns]], has_prompt=has_prompt)
+
+    def span(self, index: int, whole: str) -> _Span:
+        """The characters of ``whole`` that belong to a turn; an assistant's begin after its prompt.
+
+        Raises:
+            DataError: the template writes the turns before or up to this one otherwise when more follow.
+        """
+        is_answer = self.chat.turns[index].role == "assistant"
+        before = self.upto(index, has_prompt=is_answer) if index else self._before_first(is_answer=is_answer)
+        through = self.upto(index + 1)
+        for text in (before, through):
+            if not whole.startswith(text):
+                same = _common_prefix(text, whole)
+                raise DataError(
+                    f"the chat template writes the turns up to number {index} otherwise when more follow "
+                    f"(from character {same}: {text[same : same + 30]!r}, "
+                    f"then {whole[same : same + 30]!r}), so its targets cannot be told. "
+                    "Set data.train_on: last, or data.chat_template to another template"
+                )
+        if is_answer:
+            through = _through_end_token(through, _special_pattern(self.tokenizer))
+        return _Span(start=len(before), end=max(len(through), len(before)))
+
+    def _before_first(self, *, is_answer: bool) -> str:
+        """What comes before a first turn's content; most templates refuse to write no turn at all."""
+        if not is_answer:
+            return ""
+        first = self.chat.turns[0]
+        one, other = (self._render([Turn(first.role, text).as_message()], has_prompt=False) for text in ("0", "1"))
+        return one[: _common_prefix(one, other)]
+
+    def _render(self, messages: list[dict[str, Any]], *, has_prompt: bool) -> str:
+        from jinja2 import TemplateError
+
+        tools: list[Any] | None = list(self.chat.tools) or None
+        template = self.tokenizer.get_chat_template(tools=tools)
+        if any("tool_calls" in message for message in messages) and "tool_calls" not in template:
+            raise DataError("an assistant's tool_calls are lost: the chat template does not write them. " + _WAYS_OUT)
+        if tools and not re.search(r"\btools\b", template):
+            raise DataError("the record's tools are lost: the chat template does not write them. " + _WAYS_OUT)
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    tools=tools,
+                    chat_template=_FIXED_DATE + template,
+                    tokenize=False,
+                    add_generation_prompt=has_prompt,
+                    date_string=TEMPLATE_DATE,
+                )
+            )
+        except (TemplateError, TypeError) as error:
+            roles = " ".join(str(message["role"]) for message in messages)
+            raise DataError(f"the chat template refuses the turns '{roles}': {error}") from None
+
+
+_WAYS_OUT = "Set data.chat_template to one that does (llama3, chatml or a FILE), or write them into the content"
+# A macro hides the global of the same name, so that no template learns the day.
+_FIXED_DATE = "{%- macro strftime_now(format) -%}" + TEMPLATE_DATE + "{%- endmacro -%}"
+
+
+def _common_prefix(one: str, other: str) -> int:
+    """The number of characters with which both begin."""
+    pairs = zip(one, other, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _through_end_token(text: str, special: re.Pattern[str]) -> str:
+    """The text without what follows a turn's end token: a model that stops there never writes it."""
+    bare = text.rstrip()
+    ends = [match.end() for match in special.finditer(bare)]
+    return bare if ends and ends[-1] == len(bare) else text
+
+
+@lru_cache(maxsize=8)
+def _pattern_of(names: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)")
+
+
+def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    return _pattern_of(tuple(name for name in _special_ids(tokenizer) if len(name) > 1))
+
+
+def _without_special_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[Chat, str | None]:
+    """The chat with each special token's name broken by a mark, and that mark; None when none was there.
+
+    The mark is one character that the chat does not hold. It goes after the name's first character,
+    so that a template's own trimming and joining see the text as it is.
+    """
+    special = _special_pattern(tokenizer)
+    strings = list(_strings([turn.as_message() for turn in chat.turns])) + list(_strings(chat.tools))
+    if not any(special.search(text) for text in strings):
+        return chat, None
+    used = set().union(*strings)
+    mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
+
+    def broken(value: Any) -> Any:
+        if isinstance(value, str):
+            while special.search(value):
+                value = special.sub(lambda match: match[0][0] + mark + match[0][1:], value)
+            return value
+        if isinstance(value, dict):
+            return {broken(key): broken(item) for key, item in value.items()}
+        return [broken(item) for item in value] if isinstance(value, list | tuple) else value
+
+    turns = tuple(
+        Turn(turn.role, broken(turn.content), tuple(broken(turn.tool_calls)), turn.is_trained) for turn in chat.turns
+    )
+    return Chat(turns=turns, tools=tuple(broken(chat.tools))), mark
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _encode_rendered(text: str, *, tokenizer: PreTrainedTokenizerBase, mark: str | None) -> Iterator[tuple[int, int]]:
+    """Each token of a rendered chat with the character at which it begins.
+
+    With a mark in the text, the text is cut at the template's special tokens; what is between them
+    loses its marks and is encoded as text only, whole, so that its merges are those of plain text.
+    """
+    if mark is None:
+        yield from _with_starts(text, tokenizer=tokenizer, is_plain=False)
+        return
+    special_ids = _special_ids(tokenizer)
+    position = 0
+    for match in [*_special_pattern(tokenizer).finditer(text), None]:
+        piece = text[position : match.start() if match else len(text)]
+        places = [position + index for index, character in enumerate(piece) if character != mark]
+        for token, start in _encode_plain(piece.replace(mark, ""), tokenizer):
+            yield token, places[start]
+        if match:
+            yield special_ids[match[0]], match.start()
+            position = match.end()
+
+
+def _encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int]]:
+    """Each token of a text in which nothing is a special token, with the character at which it begins."""
+    return _with_starts(text, tokenizer=tokenizer, is_plain=True) if text else iter(())
+
+
+def _with_starts(text: str, *, tokenizer: PreTrainedTokenizerBase, is_plain: bool) -> Iterator[tuple[int, int]]:
+    """Each token and its first character.
+
+    A tokenizer that trims its offsets leaves the blank before a word out, so a token begins at the
+    latest where the one before it ended; the bytes of one character share that character's place.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = ord(text[error.start])
+        raise DataError(
+            f"a text holds U+{found:04X} alone, half of a surrogate pair: it is cut or wrongly escaped"
+        ) from None
+    encoded = tokenizer(
+        text,
+        add_special_tokens=False,
+        split_special_tokens=is_plain,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    end_before = 0
+    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        yield token, min(start, end_before)
+        end_before = end

@@ -1,0 +1,204 @@
+"""The batches of a run, each a pure function of its step: any step can be asked for at any time.
+
+The order of the documents comes from (seed, epoch), the sequences of a global batch from that order;
+only their dealing out to ranks knows how many ranks there are. There is no padding: a micro-batch is
+the documents of its sequences, one after another.
+
+Letters: T tokens of a micro-batch, D documents in it, K targets in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_lora.data.pack import pack_best_fit
+from dist_lora.data.tokens import TokenSet
+
+_KEPT_EPOCHS = 2
+"""Plans kept in memory: evaluation or a look ahead across an epoch's end does not make a plan twice."""
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """What one forward pass takes: whole documents that do not see each other.
+
+    The first token of a document is never a target: the token before it belongs to another.
+    """
+
+    ids: Tensor  # int64 (T,)
+    positions: Tensor  # int64 (T,): from 0 in each document
+    starts: Tensor  # int32 (D + 1,): where documents begin, and T
+    target_index: Tensor  # int64 (K,): where the next token is a target
+    labels: Tensor  # int64 (K,): those next tokens
+    sample_ids: tuple[int, ...]  # row in the source of each document; none for a batch that only keeps step
+
+
+@dataclass(frozen=True, eq=False)
+class StepBatch:
+    """One optimizer step: this rank's micro-batches and what is known of the whole."""
+
+    micro_batches: tuple[MicroBatch, ...]  # of this rank; every rank has the same number
+    target_tokens: int  # of the global batch, all ranks
+    tokens: int  # of the global batch, all ranks
+    sample_ids: tuple[int, ...]  # of the global batch, all ranks, in order
+    epoch: int
+
+
+class Loader:
+    """Training batches of one rank.
+
+    Args:
+        sequence_length: tokens of a packed sequence; no document is longer.
+        packing: False makes each document a sequence of its own.
+        global_batch: sequences of a step, over all ranks; the last step of an epoch has what is left.
+        micro_batch: sequences of one pass of one rank.
+    """
+
+    def __init__(
+        self,
+        token_set: TokenSet,
+        *,
+        sequence_length: int,
+        packing: bool,
+        global_batch: int,
+        micro_batch: int,
+        seed: int,
+        world_rank: int,
+        world_size: int,
+    ) -> None:
+        assert len(token_set) > 0, "a token set without documents"
+        self._token_set = token_set
+        self._sequence_length = sequence_length
+        self._packing = packing
+        self._global_batch = global_batch
+        self._micro_batch = micro_batch
+        self._seed = seed
+        self._world_rank, self._world_size = world_rank, world_size
+        self._plan_of = lru_cache(maxsize=_KEPT_EPOCHS)(self._make_plan)
+        self._num_sequences = len(self._plan_of(0))
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        """Steps of an epoch, the last one maybe smaller. The same for every epoch (see ``pack_best_fit``)."""
+        assert epoch >= 0, epoch
+        return _ceil_div(self._num_sequences, self._global_batch)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """Epoch and step within it, both from 0, of a step counted from 0 over the run."""
+        return divmod(step, self.steps_in_epoch(0))
+
+    def batch(self, step: int) -> StepBatch:
+        """The batch of a step, counted from 0 over the run. Costs the epoch's plan once."""
+        epoch, index = self.locate(step)
+        plan = self._plan_of(epoch)
+        assert len(plan) == self._num_sequences, f"epoch {epoch} has {len(plan)} sequences, not {self._num_sequences}"
+        sequences = plan[index * self._global_batch : (index + 1) * self._global_batch]
+        documents = np.concatenate(sequences)
+        tokens = [int(self._token_set.lengths[sequence].sum()) for sequence in sequences]
+        mine = deal(tokens, world_size=self._world_size)[self._world_rank]
+        num_passes = _ceil_div(_ceil_div(len(sequences), self._world_size), self._micro_batch)
+        passes = [mine[at * self._micro_batch : (at + 1) * self._micro_batch] for at in range(num_passes)]
+        return StepBatch(
+            micro_batches=tuple(_micro_batch(self._token_set, [sequences[i] for i in chosen]) for chosen in passes),
+            target_tokens=int(self._token_set.num_targets[documents].sum()),
+            tokens=int(self._token_set.lengths[documents].sum()),
+            sample_ids=tuple(self._token_set.sample_ids[documents].tolist()),
+            epoch=epoch,
+        )
+
+    def _make_plan(self, epoch: int) -> list[np.ndarray]:
+        """The documents of each sequence of an epoch, in the order of training."""
+        draws = np.random.Philox(key=np.array([self._seed % 2**64, epoch], np.uint64))
+        order = _permutation(draws, len(self._token_set))
+        if not self._packing:
+            return np.split(order, np.arange(1, len(order)))
+        packed = pack_best_fit(self._token_set.lengths, capacity=self._sequence_length, order=order)
+        return [packed[index] for index in _permutation(draws, len(packed))]
+
+
+class EvalBatches:
+    """Held-out documents, each exactly once, in passes that do not depend on the number of ranks.
+
+    Every rank iterates over the same number of micro-batches.
+    """
+
+    def __init__(
+        self, token_set: TokenSet, *, micro_batch: int, sequence_length: int, world_rank: int, world_size: int
+    ) -> None:
+        self._token_set = token_set
+        packed = pack_best_fit(token_set.lengths, capacity=sequence_length, order=np.arange(len(token_set)))
+        passes = [packed[at : at + micro_batch] for at in range(0, len(packed), micro_batch)]
+        self._passes = passes[world_rank::world_size]
+        self._num_passes = _ceil_div(len(passes), world_size)
+
+    @property
+    def target_tokens(self) -> int:
+        """Targets of all documents, over all ranks."""
+        return self._token_set.num_target_tokens
+
+    def __len__(self) -> int:
+        return self._num_passes
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for at in range(self._num_passes):
+            yield _micro_batch(self._token_set, self._passes[at] if at < len(self._passes) else [])
+
+
+def deal(tokens: Sequence[int], *, world_size: int) -> list[list[int]]:
+    """Which sequences of a global batch each rank gets: counts differ by one at most, tokens by little.
+
+    The longest sequence goes first, to the rank that has fewest tokens among those with room. Each
+    rank keeps the order of the batch.
+    """
+    each, extra = divmod(len(tokens), world_size)
+    hands: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    num_full = 0
+    for index in sorted(range(len(tokens)), key=lambda index: (-tokens[index], index)):
+        limit = each + (num_full < extra)
+        open_ranks = [rank for rank in range(world_size) if len(hands[rank]) < limit]
+        rank = min(open_ranks, key=lambda rank: (loads[rank], rank))
+        hands[rank].append(index)
+        loads[rank] += tokens[index]
+        num_full += len(hands[rank]) == each + 1
+    return [sorted(hand) for hand in hands]
+
+
+def _ceil_div(amount: int, each: int) -> int:
+    return -(-amount // each)
+
+
+def _permutation(draws: np.random.Philox, size: int) -> np.ndarray:
+    """A permutation by sorting raw draws: numpy keeps the bit stream over versions, not ``shuffle``."""
+    return np.argsort(np.asarray(draws.random_raw(size), np.uint64), kind="stable")
+
+
+def _micro_batch(token_set: TokenSet, sequences: Sequence[np.ndarray]) -> MicroBatch:
+    """The documents of some sequences, flat; for none one token without a target, to keep step."""
+    if not sequences:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        one = torch.zeros(1, dtype=torch.int64)
+        starts = torch.tensor([0, 1], dtype=torch.int32)
+        return MicroBatch(one, one.clone(), starts, nothing, nothing.clone(), ())
+    documents = np.concatenate(sequences)
+    pieces = [token_set.document(int(index)) for index in documents]
+    ids = np.concatenate([piece for piece, _ in pieces]).astype(np.int64)
+    is_target = np.concatenate([target for _, target in pieces]).astype(bool)
+    lengths = token_set.lengths[documents]
+    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    is_target[bounds[:-1]] = False
+    positions = np.arange(len(ids)) - np.repeat(bounds[:-1], lengths)
+    targets = np.flatnonzero(is_target)
+    return MicroBatch(
+        ids=torch.from_numpy(ids),
+        positions=torch.from_numpy(positions),
+        starts=torch.from_numpy(bounds.astype(np.int32)),
+        target_index=torch.from_numpy(targets - 1),
+        labels=torch.from_numpy(ids[targets]),
+        sample_ids=tuple(token_set.sample_ids[documents].tolist()),
+    )

@@ -1,0 +1,91 @@
+"""Documents of different lengths packed into sequences of one capacity."""
+
+from __future__ import annotations
+
+import bisect
+
+import numpy as np
+
+
+def pack_best_fit(lengths: np.ndarray, *, capacity: int, order: np.ndarray) -> list[np.ndarray]:
+    """The documents of each sequence, by best fit: the longest first, each where least room is left.
+
+    ``order`` decides among documents of equal length, so that epochs mix them differently. How many
+    sequences come out, and the lengths inside them, depend on the lengths alone: every epoch has the
+    same number. All documents of one length are placed together, a room at a time, so a million
+    documents take seconds.
+
+    Args:
+        lengths: int ``(N,)``, each from 1 to ``capacity`` tokens.
+        capacity: tokens of a sequence.
+        order: int ``(N,)``, a permutation of the documents.
+
+    Returns:
+        For each sequence the indices of its documents, the longest first.
+    """
+    assert len(lengths) == 0 or 1 <= lengths.min() <= lengths.max() <= capacity, (
+        f"lengths from {lengths.min()} to {lengths.max()}, capacity {capacity}"
+    )
+    if len(lengths) == 0:
+        return []
+    documents = order[np.argsort(-lengths[order], kind="stable")]
+    values, counts = np.unique(-lengths[documents], return_counts=True)
+    bins = _Bins(capacity)
+    placed = np.concatenate([bins.place(int(-value), int(count)) for value, count in zip(values, counts, strict=True)])
+    by_bin = np.argsort(placed, kind="stable")
+    bounds = np.cumsum(np.bincount(placed, minlength=bins.num_bins))[:-1]
+    return np.split(documents[by_bin], bounds)
+
+
+class _Bins:
+    """Open sequences, by the room that is left in them."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._by_room: dict[int, list[int]] = {}
+        self._rooms: list[int] = []  # the rooms that any sequence has left, ascending
+        self.num_bins = 0
+
+    def place(self, length: int, count: int) -> np.ndarray:
+        """The sequence of each of ``count`` documents of one length.
+
+        Best fit puts the first of them where the least sufficient room is left; what is left there is
+        less still, so the following ones go to the same sequence while they fit.
+        """
+        chosen: list[np.ndarray] = []
+        while count:
+            at = bisect.bisect_left(self._rooms, length)
+            if at == len(self._rooms):
+                self._open(-(-count // (self._capacity // length)))
+                at = len(self._rooms) - 1
+            room = self._rooms[at]
+            each = room // length
+            bins = self._by_room[room]
+            taken, rest = bins[: -(-count // each)], bins[-(-count // each) :]
+            self._set(room, rest)
+            last = min(each, count - each * (len(taken) - 1))
+            chosen.append(np.repeat(taken, [each] * (len(taken) - 1) + [last]))
+            self._add(room - each * length, taken[:-1])
+            self._add(room - last * length, taken[-1:])
+            count -= each * (len(taken) - 1) + last
+        return np.concatenate(chosen)
+
+    def _open(self, num_new: int) -> None:
+        self._add(self._capacity, list(range(self.num_bins, self.num_bins + num_new)))
+        self.num_bins += num_new
+
+    def _add(self, room: int, bins: list[int]) -> None:
+        if not bins or room == 0:
+            return
+        if room in self._by_room:
+            self._by_room[room].extend(bins)
+        else:
+            self._by_room[room] = list(bins)
+            bisect.insort(self._rooms, room)
+
+    def _set(self, room: int, bins: list[int]) -> None:
+        if bins:
+            self._by_room[room] = bins
+        else:
+            del self._by_room[room]
+            self._rooms.remove(room)

@@ -1,0 +1,113 @@
+"""Start the ranks of one machine and see them through: no launcher needed, one error shown and not N."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from dist_lora.errors import EXIT_DONE, EXIT_FAILED
+
+POLL_S = 0.05
+GRACE_S = 15.0  # what the others get to end by themselves when one has ended with an error
+TERM_S = 5.0  # and after they were asked to
+EXIT_LOST_PEER = 113  # between a rank and us: it ends since another is gone, and doesn't know why
+
+
+def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
+    """Run ``python -m dist_lora ARGUMENTS`` as ``num_ranks`` local ranks and return the exit code of the whole.
+
+    The first rank to fail decides: its code is returned. Ranks print their own errors, and only the first; here
+    is told only what no rank can tell of itself, that it was killed. TERM, INT and USR1 are passed on to the ranks,
+    which save and end with 75.
+    """
+    with tempfile.TemporaryDirectory(prefix="dist-lora-") as folder:
+        ranks = [_start(arguments, num_ranks=num_ranks, local_rank=i, folder=Path(folder)) for i in range(num_ranks)]
+
+        def pass_on(number: int, frame: FrameType | None) -> None:
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.send_signal(number)
+
+        before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+        try:
+            return _see_through(ranks)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            _end(ranks)
+
+
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def _start(arguments: Sequence[str], *, num_ranks: int, local_rank: int, folder: Path) -> subprocess.Popen[bytes]:
+    environment = dict(os.environ)
+    environment |= {
+        "RANK": str(local_rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "DIST_LORA_RENDEZVOUS": str(folder / "rendezvous"),
+        "DIST_LORA_PARENT": str(os.getpid()),
+    }
+    # More threads than cores make every rank slower; what the user set stands.
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    # A session of its own: Ctrl-C reaches the ranks once, through us.
+    return subprocess.Popen([sys.executable, "-m", "dist_lora", *arguments], env=environment, start_new_session=True)
+
+
+def _see_through(ranks: list[subprocess.Popen[bytes]]) -> int:
+    """Wait for all ranks, or for a while after the first failure; returns the exit code of the whole."""
+    failed: dict[int, int] = {}  # rank: exit code, in the order in which they ended
+    deadline = float("inf")
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        failed |= {i: code for i, code in enumerate(codes) if code and i not in failed}
+        if failed and deadline == float("inf"):
+            deadline = time.monotonic() + GRACE_S
+        if all(code is not None for code in codes) or time.monotonic() > deadline:
+            break
+        time.sleep(POLL_S)
+    if not failed:
+        return EXIT_DONE
+    # A rank that merely noticed another's end says less than the one that ended.
+    cause = next((i for i, code in failed.items() if code != EXIT_LOST_PEER), next(iter(failed)))
+    return _tell(cause, failed[cause], len(ranks))
+
+
+def _tell(rank: int, code: int, num_ranks: int) -> int:
+    """Tell what the rank could not tell of itself; returns the exit code."""
+    again = "The same command goes on from the last checkpoint."
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = " The system kills a process so when the host's memory runs out." if -code == signal.SIGKILL else ""
+        _say(f"error: rank {rank} of {num_ranks} was killed by {name}; the others are ended.{hint} {again}")
+        return EXIT_FAILED
+    if code == EXIT_LOST_PEER:
+        _say(f"error: the ranks lost their connection to each other; all are ended. {again}")
+        return EXIT_FAILED
+    return code
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.terminate()
+    deadline = time.monotonic() + TERM_S
+    for rank in ranks:
+        try:
+            rank.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            rank.kill()
+            rank.wait()

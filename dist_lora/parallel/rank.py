@@ -1,0 +1,96 @@
+"""One rank from its start to its end: join, work, and whatever happens, all ranks end and one error is told."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from dist_lora.config.schema import ParallelSection
+from dist_lora.errors import EXIT_DONE, EXIT_FAILED, DistLoraError, RankError, StoppedOnRequest
+from dist_lora.parallel.local import EXIT_LOST_PEER
+from dist_lora.parallel.place import Place
+from dist_lora.parallel.world import World, join
+
+PEER_GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out waiting|socket|nccl", re.IGNORECASE)
+BLAME_S = 3.0  # how long a rank that lost another waits to hear why
+PR_SET_PDEATHSIG = 1
+
+
+def run_as_rank(
+    place: Place | None,
+    section: ParallelSection,
+    work: Callable[[World], None],
+    *,
+    report: Callable[[BaseException], None],
+) -> int:
+    """Do ``work`` in the world that ``place`` belongs to (alone where it is None); returns the exit code.
+
+    The first rank to fail reports its error and tells the others, which end without a word. A rank of several
+    doesn't return after an error: it ends the process, since a process group with a lost peer may hang on its way out.
+    """
+    _end_with_parent()
+    world: World | None = None
+    try:
+        if place is None or place.world_size == 1:
+            world = World.alone()
+        else:
+            world = join(
+                place,
+                os.environ,
+                collective_timeout_s=section.hang_timeout,
+                node_size=section.node_size,
+            )
+        work(world)
+    except StoppedOnRequest as error:
+        assert world is not None
+        if world.is_first:
+            report(error)
+        world.leave()
+        return error.exit_code
+    except BaseException as error:  # whatever it is, the other ranks must hear of it
+        code = _fail(world, error, report)
+        if place is None or place.world_size == 1:
+            return code
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    world.leave()
+    return EXIT_DONE
+
+
+def _fail(world: World | None, error: BaseException, report: Callable[[BaseException], None]) -> int:
+    """Tell the user or the other ranks, whichever is this rank's part; returns its exit code."""
+    code = error.exit_code if isinstance(error, DistLoraError) else EXIT_FAILED
+    if world is None:
+        report(error)
+        return code
+    if isinstance(error, RankError):
+        return code  # another rank has told
+    if isinstance(error, RuntimeError) and not isinstance(error, DistLoraError) and PEER_GONE.search(str(error)):
+        deadline = time.monotonic() + BLAME_S
+        while time.monotonic() < deadline:
+            told = world.failure_elsewhere()
+            if told is not None:
+                return int(told["exit_code"])
+            time.sleep(0.05)
+        if "DIST_LORA_PARENT" in os.environ:
+            return EXIT_LOST_PEER  # our parent sees which rank ended, and tells
+        error = RankError(f"rank {world.world_rank} lost another rank: {error}")
+    if world.fail(error):
+        report(error)
+    return code
+
+
+def _end_with_parent() -> None:
+    """Have the kernel ask this rank to stop when the process that started it is gone (Linux)."""
+    parent = os.environ.get("DIST_LORA_PARENT")
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):
+        sys.exit(EXIT_FAILED)

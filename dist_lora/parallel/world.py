@@ -1,0 +1,270 @@
+"""The processes of a run as one value: who I am, and how all of us agree, wait and end together.
+
+Waiting goes through a key-value store, never through a collective: no watchdog's timeout runs while a long
+phase (tokenizing, loading, saving) lasts, and a rank that fails is seen by every other within seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_lora.errors import EXIT_FAILED, ConfigError, DistLoraError, RankError
+from dist_lora.parallel.place import Place
+
+FAILED_KEY = "failed"
+POLL_S = 1.0  # how often the watch looks whether another rank has failed
+GRACE_S = 5.0  # what a rank is given to end by itself once another has failed
+JOIN_TIMEOUT_S = 120.0
+
+
+@dataclass
+class World:
+    """All processes of a run, seen from one of them. Made once by ``join`` (or ``alone``) and passed down."""
+
+    world_rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    store: Any = None  # a torch.distributed.Store; None where this process is alone
+    watch: FailureWatch | None = None
+    _agreements: int = field(default=0, init=False)
+
+    @staticmethod
+    def alone(device: torch.device | None = None) -> World:
+        """A world of one process, without store or process group."""
+        return World(0, 1, 0, 1, device or default_device(0))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that speaks for all."""
+        return self.world_rank == 0
+
+    @property
+    def num_nodes(self) -> int:
+        """How many nodes of ``local_size`` processes each there are."""
+        return self.world_size // self.local_size
+
+    def share(self, key: str, value: bytes) -> None:
+        """Leave ``value`` under ``key`` for the other ranks; a key is used once in a run."""
+        if self.store is not None:
+            self.store.set(key, value)
+
+    def announce(self, key: str) -> None:
+        """Say that what ``key`` stands for is done."""
+        self.share(key, b"1")
+
+    def fetch(self, key: str) -> bytes:
+        """What another rank shared under ``key``; waits as long as that rank lives."""
+        self.wait_for(key, what=f"the value of {key}")
+        value: bytes = self.store.get(key)
+        return value
+
+    def wait_for(self, key: str, *, what: str) -> None:
+        """Wait until ``key`` is announced or shared, without a timeout.
+
+        Raises:
+            RankError: another rank failed meanwhile.
+        """
+        if self.store is None:
+            return
+        pause_s = 0.001
+        while not self.store.check([key]):
+            self.raise_if_another_failed(what)
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, 0.1)
+
+    def agree(self, stage: str, error: BaseException | None) -> None:
+        """Go on only if all ranks do. All ranks call it; those without an error get the first one's.
+
+        Raises:
+            the caller's own ``error`` where it has one, else ``RankError`` with the lowest failing rank's
+            exit code.
+        """
+        number, self._agreements = self._agreements, self._agreements + 1
+        if self.store is None:
+            if error is not None:
+                raise error
+            return
+        prefix = f"agree/{number}"
+        if error is not None:
+            self.store.set(f"{prefix}/error/{self.world_rank}", _describe(error, self.world_rank))
+            self.store.add(f"{prefix}/errors", 1)
+        if self.store.add(f"{prefix}/arrived", 1) == self.world_size:
+            self.store.set(f"{prefix}/done", str(self.store.add(f"{prefix}/errors", 0)))
+        failed = int(self.fetch(f"{prefix}/done"))
+        if not failed:
+            return
+        ranks = [r for r in range(self.world_size) if self.store.check([f"{prefix}/error/{r}"])]
+        first = json.loads(self.store.get(f"{prefix}/error/{ranks[0]}"))
+        if error is not None and self.world_rank == ranks[0]:
+            raise error
+        raise RankError(f"{stage}: rank {ranks[0]}: {first['message']}", exit_code=first["exit_code"])
+
+    def fail(self, error: BaseException) -> bool:
+        """Tell all ranks that this one ends by ``error``; True where it is the first, which prints its error."""
+        if self.store is None:
+            return True
+        try:
+            is_first = bool(self.store.add("failures", 1) == 1)
+            if is_first:
+                self.store.set(FAILED_KEY, _describe(error, self.world_rank))
+            return is_first
+        except RuntimeError:  # the store's host is gone: nobody is left to be told
+            return True
+
+    def failure_elsewhere(self) -> dict[str, Any] | None:
+        """What another rank said when it failed, if one did."""
+        if self.store is None:
+            return None
+        try:
+            if not self.store.check([FAILED_KEY]):
+                return None
+            told: dict[str, Any] = json.loads(self.store.get(FAILED_KEY))
+        except RuntimeError:
+            return None
+        return None if told["world_rank"] == self.world_rank else told
+
+    def raise_if_another_failed(self, stage: str) -> None:
+        """Raise ``RankError`` if another rank has failed."""
+        told = self.failure_elsewhere()
+        if told is not None:
+            raise RankError(
+                f"{stage}: rank {told['world_rank']} failed: {told['message']}", exit_code=told["exit_code"]
+            )
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of ``values`` over all ranks, in place. A collective: all ranks call it, in the same order."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def leave(self) -> None:
+        """End this process's part cleanly; the other ranks may still be at work."""
+        if self.watch is not None:
+            self.watch.stop()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _describe(error: BaseException, world_rank: int) -> str:
+    exit_code = error.exit_code if isinstance(error, DistLoraError) else EXIT_FAILED
+    message = str(error) if isinstance(error, DistLoraError) else f"{type(error).__name__}: {error}"
+    return json.dumps(
+        {"world_rank": world_rank, "host": socket.gethostname(), "message": message, "exit_code": exit_code}
+    )
+
+
+def default_device(local_rank: int) -> torch.device:
+    """The GPU of this local rank, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def join(
+    place: Place,
+    environment: Mapping[str, str],
+    *,
+    collective_timeout_s: float,
+    node_size: int | None = None,
+    join_timeout_s: float = JOIN_TIMEOUT_S,
+) -> World:
+    """Meet the other processes and start the process group (NCCL with GPUs, gloo without).
+
+    Raises:
+        RankError: not all processes came within ``join_timeout_s``.
+        ConfigError: ``node_size`` does not divide the world.
+    """
+    local_size = node_size or place.local_size
+    if place.world_size % local_size:
+        raise ConfigError(
+            f"parallel.node_size: {place.world_size} processes are not a multiple of {local_size}; "
+            "every node must hold the same number"
+        )
+    device = default_device(place.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        store = _open_store(place, environment, join_timeout_s)
+        _meet(store, place, join_timeout_s)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("collectives", store),
+            rank=place.world_rank,
+            world_size=place.world_size,
+            timeout=timedelta(seconds=collective_timeout_s),
+        )
+    except (dist.DistError, RuntimeError) as error:
+        raise RankError(f"rank {place.world_rank} could not join the others: {error}") from error
+    local_rank = place.world_rank % local_size
+    world = World(place.world_rank, place.world_size, local_rank, local_size, device, dist.PrefixStore("us", store))
+    world.watch = FailureWatch(world)
+    world.watch.start()
+    return world
+
+
+def _open_store(place: Place, environment: Mapping[str, str], timeout_s: float) -> Any:
+    file = environment.get("DIST_LORA_RENDEZVOUS")
+    if file:
+        return dist.FileStore(file, place.world_size)
+    url = f"env://?rank={place.world_rank}&world_size={place.world_size}"
+    store, _, _ = next(iter(dist.rendezvous(url, timeout=timedelta(seconds=timeout_s))))
+    return store
+
+
+def _meet(store: Any, place: Place, timeout_s: float) -> None:
+    arrived = store.add("joined", 1)
+    deadline = time.monotonic() + timeout_s
+    pause_s = 0.001
+    while arrived < place.world_size:
+        if time.monotonic() > deadline:
+            raise RankError(
+                f"{arrived} of {place.world_size} processes joined within {timeout_s:.0f} s. "
+                "Is every node started, with the same address, port and number of processes?"
+            )
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 1.5, 0.1)
+        arrived = store.add("joined", 0)
+
+
+class FailureWatch(threading.Thread):
+    """Looks once a second whether another rank has failed, and ends this process if it doesn't end by itself.
+
+    A rank that waits in a collective for one that is gone may wait for minutes: it cannot look for itself.
+    """
+
+    def __init__(self, world: World, *, end: Callable[[int], None] = os._exit) -> None:
+        super().__init__(name="failure-watch", daemon=True)
+        self._world = world
+        self._end = end
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Stop watching: this rank is done."""
+        self._stopped.set()
+
+    def run(self) -> None:
+        """See the class."""
+        while not self._stopped.wait(POLL_S):
+            told = self._world.failure_elsewhere()
+            if told is None:
+                continue
+            if not self._stopped.wait(GRACE_S):
+                with contextlib.suppress(OSError, ValueError):
+                    sys.stderr.flush()
+                self._end(int(told["exit_code"]))
+            return

@@ -1,0 +1,1 @@
+"""From a config to a trained adapter: what is built, the loop, and what it writes down."""

@@ -1,0 +1,210 @@
+"""From a config to everything that a loop needs, in the order of the road."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_lora.base.attention import Backend, choose_backend
+from dist_lora.base.index import WeightIndex, open_index
+from dist_lora.base.llama import Llama, build_on_meta
+from dist_lora.base.rope import check_frequencies
+from dist_lora.base.stream import fill_slots
+from dist_lora.config.schema import Config
+from dist_lora.data.chat import load_tokenizer
+from dist_lora.errors import AdapterError, ConfigError, DistLoraError, WeightsError
+from dist_lora.herd.facts import ResolvedModel, Shape, read_shape, resolve_model
+from dist_lora.lora.attach import AdapterTensor, attach_adapters
+from dist_lora.lora.peft_file import BaseIdentity, identify_base, read_adapter
+from dist_lora.parallel.adapters import ReplicatedAdapters
+from dist_lora.parallel.engine import SingleProcess, base_dtype, make_engine
+from dist_lora.parallel.world import World
+
+log = logging.getLogger("dist_lora")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base as it lies on disk: nothing of its weights is read yet."""
+
+    resolved: ResolvedModel
+    folder: Path
+    shape: Shape
+    index: WeightIndex
+    tokenizer: Any
+    identity: BaseIdentity
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A base in this rank's share, its adapters beside it, and the engine that runs both."""
+
+    base: Base
+    model: Llama
+    engine: SingleProcess
+    tensors: list[AdapterTensor]
+    adapters: ReplicatedAdapters
+    backend: Backend
+
+
+def open_base(config: Config, world: World) -> Base:
+    """Find the base and check everything about it that can be checked without reading weights. All ranks call it.
+
+    Raises:
+        ConfigError: no such model; a layer it hasn't; a tokenizer without what the data needs.
+        WeightsError: a file is missing or damaged.
+    """
+    error: Exception | None = None
+    try:
+        resolved = resolve_model(config.model.name)
+        folder = folder_of(resolved, world)
+        shape = read_shape(folder)
+        config.lora.layer_indices(shape.num_layers)
+        index = open_index(folder)
+        index.expect(shape.tensor_shapes())
+        tokenizer = load_tokenizer(folder, chat_template=config.data.chat_template)
+    except DistLoraError as caught:
+        error = caught
+    except (OSError, ValueError) as caught:
+        error = WeightsError(f"{config.model.name}: can't be opened: {caught}")
+    world.agree(f"opening {config.model.name}", error)
+    # Not above: one rank makes it while the others wait, and whoever waits can't agree.
+    identity = _identity(resolved, folder, world)
+    return Base(resolved, folder, shape, index, tokenizer, identity)
+
+
+def _identity(resolved: ResolvedModel, folder: Path, world: World) -> BaseIdentity:
+    """What the adapter will remember of its base: made by one rank, for it reads a little of each tensor."""
+    key = "base/identity"
+    if not world.is_first:
+        return BaseIdentity(**json.loads(world.fetch(key)))
+    revision = folder.name if resolved.folder is None else None  # the hub's cache names a snapshot by its commit
+    identity = identify_base(folder, name=resolved.hub_id, revision=revision)
+    world.share(key, json.dumps(dataclasses.asdict(identity)).encode())
+    return identity
+
+
+def folder_of(resolved: ResolvedModel, world: World) -> Path:
+    """Where the model's files are: its own folder, or the hub's copy, fetched by one rank of each node."""
+    return resolved.folder or _from_hub(resolved, world)
+
+
+def _from_hub(resolved: ResolvedModel, world: World) -> Path:
+    """The hub's copy of a model, fetched by one rank of each node, or taken from the cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    assert resolved.hub_id is not None
+    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    key = f"hub/{resolved.hub_id}/{world.world_rank // world.local_size}"
+    if world.local_rank != 0:
+        world.wait_for(key, what=f"fetching {resolved.hub_id}")
+        return Path(snapshot_download(resolved.hub_id, allow_patterns=wanted, local_files_only=True))
+    try:
+        return Path(snapshot_download(resolved.hub_id, allow_patterns=wanted, ignore_patterns=["original/*"]))
+    except (GatedRepoError, RepositoryNotFoundError) as error:
+        raise ConfigError(
+            f"model.name: {resolved.hub_id} is gated or not there for you. Accept its licence on its page, then "
+            "log in with `hf auth login` (or set HF_TOKEN), on every node."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ConfigError(
+            f"model.name: {resolved.hub_id} is not in the local cache and the hub can't be reached ({error}). "
+            "Download it on a machine with a network and give the folder as model.name."
+        ) from error
+    finally:
+        world.announce(key)
+
+
+def build(config: Config, base: Base, world: World) -> Trainee:
+    """The model in this rank's share, filled, with fresh adapters (or those of ``lora.start_from``). All ranks call it."""
+    dtype = base_dtype(config.model.dtype, world.device)
+    model = build_on_meta(base.shape, dtype=dtype)
+    tensors = attach_adapters(model, config.lora)
+    wanted = config.train.activation_checkpointing
+    for block in model.blocks():
+        # With a GPU memory is what is short; on a CPU it is time.
+        block.recompute = world.device.type == "cuda" if wanted == "auto" else wanted
+    engine = make_engine(config.parallel, world)
+    layout = engine.shard(model)
+    engine.materialize(model)
+    _fill(base, model, engine, world, layout)
+    check_frequencies(model.inv_freq, base.shape)
+    adapters = engine.adapters(tensors)
+    adapters.initialize(config.train.seed)
+    if config.lora.start_from is not None:
+        load_adapter(adapters, config.lora.start_from, config=config, world=world)
+    return Trainee(base, model, engine, tensors, adapters, choose_backend(config.model.attention, world.device, dtype))
+
+
+def _fill(base: Base, model: Llama, engine: SingleProcess, world: World, layout: str) -> None:
+    started_s = time.monotonic()
+    told_s = started_s
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told_s
+        if world.is_first and time.monotonic() - told_s > 10:
+            told_s = time.monotonic()
+            rate = done / (told_s - started_s)
+            log.info(
+                f"loading: {done / 2**30:.1f} of {total / 2**30:.1f} GiB, {rate / 2**20:,.0f} MiB/s, "
+                f"{(total - done) / rate:,.0f} s left"
+            )
+
+    error: Exception | None = None
+    slots = engine.slots(model)
+    try:
+        report = fill_slots(slots, index=base.index, on_progress=progress)
+    except (DistLoraError, OSError) as caught:
+        error = caught if isinstance(caught, DistLoraError) else WeightsError(f"{base.folder}: {caught}")
+    world.agree("loading the base", error)
+    if world.is_first:
+        kept = sum(slot.destination.numel() * slot.destination.element_size() for slot in slots)
+        log.info(
+            f"loaded base: {layout}; this rank read {report.bytes_read / 2**20:,.0f} MiB and keeps "
+            f"{kept / 2**20:,.0f} MiB, in {time.monotonic() - started_s:.1f} s"
+        )
+
+
+def load_adapter(adapters: ReplicatedAdapters, folder: Path, *, config: Config, world: World) -> None:
+    """Fill the trained tensors from an adapter folder: all of them, or an error. All ranks call it.
+
+    Raises:
+        AdapterError: the folder's tensors are not exactly those that the config attaches, or its scale differs.
+    """
+    error: DistLoraError | None = None
+    try:
+        adapter = read_adapter(folder)
+        lacking = sorted(adapters.shapes.keys() - adapter.tensors.keys())
+        surplus = sorted(adapter.tensors.keys() - adapters.shapes.keys())
+        wrong = [n for n in adapters.shapes.keys() & adapter.tensors.keys()
+                 if tuple(adapter.tensors[n].shape) != adapters.shapes[n]]  # fmt: skip
+        faults = [
+            f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            for what, names in (("lacks", lacking), ("holds beyond the config's", surplus), ("other shapes", wrong))
+            if names
+        ]
+        if not faults and adapter.scale != config.lora.alpha / config.lora.rank:
+            faults = [
+                f"B A is scaled by {adapter.scale:g}, the config's alpha / rank is {config.lora.alpha / config.lora.rank:g}"
+            ]
+        if faults:
+            raise AdapterError(
+                f"{folder} is not the adapter that lora.targets, lora.layers, lora.rank and lora.alpha speak of: "
+                + "; ".join(faults)
+            )
+        adapters.load(adapter.tensors)
+    except DistLoraError as caught:
+        error = caught
+    world.agree(f"loading {folder}", error)
+
+
+def describe_trained(trainee: Trainee) -> dict[str, int]:
+    """How many weights are trained and how many are frozen."""
+    frozen = sum(p.numel() for p in trainee.model.base_parameters().values())
+    return {"trainable": trainee.adapters.parameter.numel(), "frozen": frozen}

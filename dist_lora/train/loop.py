@@ -1,0 +1,286 @@
+"""The loop: batches in, one adapter out; it does not know which engine or launcher it has."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_lora.checkpoint.manifest import KINDS, Kind, Manifest, Piece, TensorSpec, read_manifest
+from dist_lora.checkpoint.resume import load_pieces, newest_whole, verify
+from dist_lora.checkpoint.shards import rotate, save_checkpoint
+from dist_lora.config.load import dump_config
+from dist_lora.config.schema import Config
+from dist_lora.data.loader import EvalBatches, Loader, StepBatch
+from dist_lora.data.tokens import TokenSet
+from dist_lora.errors import CheckpointError, StoppedOnRequest, TrainingError
+from dist_lora.export.evaluate import exact_match, held_out_loss, run_micro_batch
+from dist_lora.export.generate import stop_ids_of
+from dist_lora.parallel.world import World
+from dist_lora.train.build import Trainee
+from dist_lora.train.meter import Meter, peak_bytes, truncate_metrics
+from dist_lora.train.optim import AdamW, clip_, lr_at
+from dist_lora.train.signals import StopRequest
+
+log = logging.getLogger("dist_lora")
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint holds besides tensors."""
+
+    step: int = 0
+    best_step: int | None = None
+    best_loss: float = math.inf
+
+
+class Run:
+    """One training run on this rank, from its first step here to its last. Built by ``train.main``."""
+
+    def __init__(
+        self,
+        config: Config,
+        trainee: Trainee,
+        *,
+        loader: Loader,
+        held_out: TokenSet | None,
+        num_steps: int,
+        folder: Path,
+        world: World,
+    ) -> None:
+        self.config, self.trainee, self.world = config, trainee, world
+        self.loader, self.held_out, self.num_steps = loader, held_out, num_steps
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.adapters = trainee.adapters
+        self.optimizer = AdamW(trainee.adapters.parameter, config.optim)
+        self.progress = Progress()
+        self.last_saved: Path | None = None
+
+    def train(self, meter: Meter | None, stop: StopRequest) -> None:
+        """Train to the last step. Raises ``StoppedOnRequest`` after a save where any rank was asked to stop."""
+        section = self.config.checkpoint
+        self.trainee.model.train()
+        if section.save_at_start and self.last_saved is None:
+            self.save()
+        while self.progress.step < self.num_steps:
+            step = self.progress.step + 1
+            line, is_asked = self._step(step, stop)
+            self.progress.step = step
+            if meter is not None:
+                meter.step(line)
+            is_last = step == self.num_steps
+            if self.held_out is not None and _is_due(step, self.config.eval.every, is_last):
+                self._evaluate(step, meter)
+            if is_asked or _is_due(step, section.every, is_last) or is_last:
+                self.save()
+            if is_asked and not is_last:
+                raise StoppedOnRequest(
+                    f"stopped at step {step} of {self.num_steps} on {stop.signal_name or 'another rank'}'s request; "
+                    f"saved {self.last_saved}. The same command goes on from there."
+                )
+
+    def _step(self, step: int, stop: StopRequest) -> tuple[dict[str, Any], bool]:
+        """One optimizer step; returns its line of metrics and whether any rank was asked to stop."""
+        started_s = time.monotonic()
+        batch = self.loader.batch(step - 1)
+        self.adapters.gradient.zero_()
+        losses = [self._micro_batch(step, i, batch) for i in range(len(batch.micro_batches))]
+        loss_sum = torch.stack(losses).sum()
+        scalars = torch.stack((loss_sum, loss_sum.new_tensor(float(stop.is_asked))))
+        self.trainee.engine.reduce(self.adapters, scalars)
+        lr = lr_at(step, section=self.config.optim, num_steps=self.num_steps)
+        grad_norm = clip_(self.adapters.gradient, self.config.optim.max_grad_norm)
+        loss = float(scalars[0]) / batch.target_tokens
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self._stop_at_not_finite(step, batch, losses, loss, grad_norm)
+        if lr > 0:
+            self.adapters.check_gradients(step)
+        self.optimizer.step(lr)
+        step_s = time.monotonic() - started_s
+        line = {
+            "step": step,
+            "epoch": batch.epoch,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "target_tokens": batch.target_tokens,
+            "tokens": batch.tokens,
+            "tokens_per_s": batch.tokens / step_s,
+            "step_s": step_s,
+            "peak_bytes": peak_bytes(self.world.device),
+        }
+        return line, bool(scalars[1] > 0)
+
+    def _micro_batch(self, step: int, index: int, batch: StepBatch) -> Tensor:
+        """Forward and backward of one micro-batch; its gradient counts for its share of the step's target tokens."""
+        if self.config.lora.dropout:
+            # Keyed by what is computed, not by what was computed before: a resumed run draws the same masks.
+            torch.manual_seed(hash((self.config.train.seed, step, self.world.world_rank, index)) % 2**63)
+        micro = batch.micro_batches[index]
+        loss = run_micro_batch(self.trainee.model, micro, device=self.world.device, backend=self.trainee.backend)
+        (loss / batch.target_tokens).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _stop_at_not_finite(
+        self, step: int, batch: StepBatch, losses: list[Tensor], loss: float, grad_norm: float
+    ) -> None:
+        """End the run on all ranks, naming the samples; every rank gets here, since the sums are everyone's."""
+        mine = [m.sample_ids for m, value in zip(batch.micro_batches, losses, strict=True) if not value.isfinite()]
+        saved = f"The last checkpoint is {self.last_saved}." if self.last_saved else "Nothing was saved yet."
+        tail = f"Nothing of this step was kept. {saved}"
+        error = None
+        if mine:
+            names = ", ".join(str(i) for ids in mine for i in ids)
+            error = TrainingError(f"step {step}: the loss of samples {names} is not finite. {tail}")
+        self.world.agree(f"step {step}", error)
+        names = ", ".join(str(i) for i in batch.sample_ids)
+        raise TrainingError(
+            f"step {step}: loss {loss} and gradient norm {grad_norm} over samples {names}: the gradient is not "
+            f"finite. {tail}"
+        )
+
+    def _evaluate(self, step: int, meter: Meter | None) -> None:
+        assert self.held_out is not None
+        section, trainee = self.config.eval, self.trainee
+        batches = EvalBatches(
+            self.held_out,
+            micro_batch=self.config.train.micro_batch,
+            sequence_length=self.config.train.sequence_length,
+            world_rank=self.world.world_rank,
+            world_size=self.world.world_size,
+        )
+        held_out = held_out_loss(trainee.model, batches, world=self.world, backend=trainee.backend)
+        values = {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity}
+        if section.exact_match:
+            match = exact_match(
+                trainee.model,
+                trainee.engine,
+                self.held_out,
+                tokenizer=trainee.base.tokenizer,
+                stop_ids=stop_ids_of(trainee.base.folder, trainee.base.tokenizer),
+                max_new_tokens=section.max_new_tokens,
+                batch=section.batch or 32,
+                world=self.world,
+            )
+            values["eval_exact_match"] = match.correct / match.total
+        if held_out.loss < self.progress.best_loss:
+            self.progress.best_loss, self.progress.best_step = held_out.loss, step
+            if self.config.checkpoint.keep_best:
+                self.save()
+        if meter is not None:
+            meter.evaluated(step, values)
+
+    # What is saved, and what a start takes up again
+
+    def save(self) -> Path:
+        """Write this step's checkpoint, all ranks together, and drop those that are no longer kept."""
+        section, step = self.config.checkpoint, self.progress.step
+        path = self.checkpoints / f"step-{step:08d}"
+        if self.last_saved == path:
+            return path
+        base = self.trainee.base.identity
+        lora = self.config.lora
+        self.last_saved = save_checkpoint(
+            self.checkpoints,
+            step=step,
+            share=self._share(),
+            specs=self._specs(),
+            world=self.world,
+            progress={"best_step": self.progress.best_step, "best_loss": _plain(self.progress.best_loss)},
+            config=dump_config(self.config),
+            base=dataclasses.asdict(base),
+            adapter={
+                "rank": lora.rank,
+                "alpha": lora.alpha,
+                "dropout": lora.dropout,
+                "targets": list(lora.target_names()),
+                "layers": list(lora.layer_indices(self.trainee.base.shape.num_layers)),
+                "num_layers": self.trainee.base.shape.num_layers,
+            },
+        )
+        if self.world.is_first:
+            best = self.progress.best_step if section.keep_best else None
+            rotate(self.checkpoints, keep=section.keep, best=best)
+        return self.last_saved
+
+    def _specs(self) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(name, shape) for name, shape in self.adapters.shapes.items())
+
+    def _flat(self) -> dict[Kind, Tensor]:
+        values = (self.adapters.parameter.data, self.optimizer.exp_avg, self.optimizer.exp_avg_sq)
+        return dict(zip(KINDS, values, strict=True))
+
+    def _share(self) -> dict[Piece, Tensor]:
+        mine = self.trainee.engine.share(self.adapters)
+        share = {}
+        for name, (start, stop) in self.adapters.ranges.items():
+            first, last = max(start, mine.start), min(stop, mine.stop)
+            for kind, flat in self._flat().items():
+                if first < last:
+                    share[Piece(name, kind, first - start, last - start)] = flat[first:last].cpu()
+        return share
+
+    def resume(self) -> bool:
+        """Take up the newest whole checkpoint, or what ``checkpoint.resume`` names; False if there is none."""
+        wanted = self.config.checkpoint.resume
+        if wanted == "never":
+            if self.world.is_first:
+                leftover = next(self.checkpoints.glob("step-*"), None)
+                if leftover is not None:
+                    log.warning(f"checkpoint.resume: never: beginning anew beside {leftover}")
+            return False
+        path = newest_whole(self.checkpoints, self.world) if wanted == "auto" else self._named(wanted)
+        if path is None:
+            return False
+        manifest = read_manifest(path)
+        self._check_same(path, manifest)
+        pieces = [
+            Piece(name, kind, 0, stop - start) for name, (start, stop) in self.adapters.ranges.items() for kind in KINDS
+        ]
+        loaded = load_pieces(path, manifest, pieces)
+        flat = self._flat()
+        for piece, values in loaded.items():
+            start, stop = self.adapters.ranges[piece.name]
+            flat[piece.kind][start:stop].copy_(values)
+        self.optimizer.resume_at(manifest.step)
+        best = manifest.progress.get("best_loss")
+        self.progress = Progress(manifest.step, manifest.progress.get("best_step"), math.inf if best is None else best)
+        self.last_saved = path
+        if self.world.is_first:
+            truncate_metrics(self.folder, last_step=manifest.step)
+            log.info(f"resumed {path}: step {manifest.step} of {self.num_steps}")
+        return True
+
+    def _named(self, path: Path) -> Path:
+        error = None
+        if self.world.is_first:
+            try:
+                verify(path)
+            except CheckpointError as caught:
+                error = caught
+        self.world.agree("checkpoint.resume", error)
+        return path
+
+    def _check_same(self, path: Path, manifest: Manifest) -> None:
+        if manifest.tensors != self._specs():
+            raise CheckpointError(
+                f"{path} holds {len(manifest.tensors)} trained tensors and this config attaches "
+                f"{len(self._specs())}, or their names or shapes differ: it is another run's checkpoint"
+            )
+
+
+def _is_due(step: int, every: int, is_last: bool) -> bool:
+    """Whether something that is done every so many steps (0: never) and at the end is due."""
+    return every > 0 and (is_last or step % every == 0)
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,254 @@
+"""The work behind ``train`` and ``eval``, as each rank does it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dist_lora.checkpoint.gather import gather_adapter
+from dist_lora.config.schema import Config
+from dist_lora.data.chat import hash_tokenizer, render_sample
+from dist_lora.data.loader import EvalBatches, Loader
+from dist_lora.data.tokens import TokenRules, TokenSet, prepare_tokens, split_eval
+from dist_lora.errors import ConfigError, DistLoraError, SaveError
+from dist_lora.export.evaluate import exact_match, held_out_loss
+from dist_lora.export.generate import stop_ids_of
+from dist_lora.parallel.world import World
+from dist_lora.train.build import Base, Trainee, build, describe_trained, load_adapter, open_base
+from dist_lora.train.loop import Run
+from dist_lora.train.meter import Meter, peak_bytes
+from dist_lora.train.run_folder import open_run_folder
+from dist_lora.train.signals import StopRequest
+
+log = logging.getLogger("dist_lora")
+
+
+def tokens_of(config: Config, base: Base, world: World) -> tuple[TokenSet, TokenSet | None]:
+    """The training set and the held-out one, tokenized (by all ranks together) or taken from the cache."""
+    section = config.data
+    rules = TokenRules(
+        sequence_length=config.train.sequence_length,
+        format=section.format,
+        train_on=section.train_on,
+        on_no_target=section.on_no_target,
+        on_too_long=section.on_too_long,
+    )
+    prepare = partial(
+        prepare_tokens,
+        rules=rules,
+        tokenizer=base.tokenizer,
+        tokenizer_hash=hash_tokenizer(base.folder, base.tokenizer),
+        cache_dir=section.cache_dir,
+        world=world,
+    )
+    train = prepare(section.train, which="train")
+    if section.eval is None:
+        return train, None
+    if isinstance(section.eval, float):
+        return split_eval(train, fraction=section.eval, seed=config.train.seed)
+    return train, prepare(section.eval, which="eval")
+
+
+def loader_of(config: Config, tokens: TokenSet, world: World) -> Loader:
+    """The order of the batches of a run."""
+    section = config.train
+    return Loader(
+        tokens,
+        sequence_length=section.sequence_length,
+        packing=section.packing,
+        global_batch=section.global_batch,
+        micro_batch=section.micro_batch,
+        seed=section.seed,
+        world_rank=world.world_rank,
+        world_size=world.world_size,
+    )
+
+
+def num_steps_of(config: Config, loader: Loader) -> int:
+    """Optimizer steps of the whole run: as said, or as many as the epochs hold."""
+    if config.train.steps is not None:
+        return config.train.steps
+    epochs = config.train.epochs or 1.0
+    whole = int(epochs)
+    steps = sum(loader.steps_in_epoch(epoch) for epoch in range(whole))
+    if epochs > whole:
+        steps += math.ceil((epochs - whole) * loader.steps_in_epoch(whole))
+    return steps
+
+
+def train(config: Config, world: World, *, is_dry: bool = False) -> None:
+    """``dist-lora train``. All ranks call it."""
+    started_s = time.monotonic()
+    base = open_base(config, world)
+    folder = None if is_dry else open_run_folder(config, world)
+    tokens, held_out = tokens_of(config, base, world)
+    loader = loader_of(config, tokens, world)
+    num_steps = num_steps_of(config, loader)
+    if world.is_first:
+        for line in plan_lines(config, base, tokens, held_out, num_steps=num_steps, world=world):
+            print(line, file=sys.stdout if is_dry else sys.stderr, flush=True)
+    if is_dry:
+        if world.is_first:
+            _print_sample(tokens, base)
+        return
+    assert folder is not None
+    trainee = build(config, base, world)
+    run = Run(config, trainee, loader=loader, held_out=held_out, num_steps=num_steps, folder=folder, world=world)
+    is_resumed = run.resume()
+    if run.progress.step > num_steps:
+        raise ConfigError(
+            f"{folder}: the run has done {run.progress.step} steps and train.steps is {num_steps}. "
+            "Ask for more steps, or name another run: run=NAME"
+        )
+    if not is_resumed and world.is_first:
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    _train(run, folder, world)
+    _finish(run, folder, world, seconds=time.monotonic() - started_s)
+
+
+def _train(run: Run, folder: Path, world: World) -> None:
+    stop = StopRequest()
+    meter = None
+    error: DistLoraError | None = None
+    try:
+        if world.is_first:
+            try:
+                meter = Meter(
+                    folder,
+                    trackers=list(run.config.log.trackers),
+                    every=run.config.log.every,
+                    first_step=run.progress.step + 1,
+                    num_steps=run.num_steps,
+                )
+            except DistLoraError as caught:
+                error = caught
+            except OSError as caught:
+                error = SaveError(f"{folder}: can't be written: {caught}")
+        world.agree("the meter", error)
+        run.train(meter, stop)
+    finally:
+        if meter is not None:
+            meter.close()
+        stop.restore()
+
+
+def _finish(run: Run, folder: Path, world: World, *, seconds: float) -> None:
+    """The adapter in PEFT's format and a summary, written by the first rank while the others wait in no collective."""
+    out = folder / "adapter"
+    world.share(f"finish/peak/{world.world_rank}", str(peak_bytes(world.device)).encode())
+    error: Exception | None = None
+    if world.is_first:
+        best = run.progress.best_step if run.config.checkpoint.keep_best else None
+        checkpoint = run.last_saved if best is None else run.checkpoints / f"step-{best:08d}"
+        assert checkpoint is not None
+        try:
+            gather_adapter(checkpoint, out=out)
+            peaks = [peak_bytes(world.device)]
+            peaks += [int(world.fetch(f"finish/peak/{rank}")) for rank in range(1, world.world_size)]
+            summary = _summary(run, folder, out, seconds=seconds) | {"peak_bytes": peaks}
+            aside = folder / "summary.partial"
+            aside.write_text(json.dumps(summary, indent=2) + "\n")
+            os.replace(aside, folder / "summary.json")
+            log.info(f"done: {run.num_steps} steps in {seconds:.0f} s; adapter: {out}")
+        except DistLoraError as caught:
+            error = caught
+        except OSError as caught:
+            error = SaveError(f"{folder}: the adapter can't be written: {caught}")
+    world.agree("the adapter", error)
+
+
+def _summary(run: Run, folder: Path, out: Path, *, seconds: float) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return describe_trained(run.trainee) | {
+        "steps": run.num_steps,
+        "loss_first": lines[0]["loss"] if lines else None,
+        "loss_last": lines[-1]["loss"] if lines else None,
+        "adapter_bytes": (out / "adapter_model.safetensors").stat().st_size,
+        "seconds": round(seconds, 1),
+    }
+
+
+def plan_lines(
+    config: Config, base: Base, tokens: TokenSet, held_out: TokenSet | None, *, num_steps: int, world: World
+) -> list[str]:
+    """What a run is about to do, in a few lines: model, trained weights, data, steps."""
+    shape, lora, train = base.shape, config.lora, config.train
+    layers = lora.layer_indices(shape.num_layers)
+    trained = shape.adapter_parameters(lora.target_names(), layers, lora.rank)
+    frozen = shape.num_parameters()
+    passes = math.ceil(math.ceil(train.global_batch / world.world_size) / train.micro_batch)
+    matrices = len(lora.target_names()) * len(layers)
+    return [
+        f"model     {base.identity.name}: {frozen:,} frozen weights, {shape.num_layers} layers",
+        f"adapters  rank {lora.rank}, alpha {lora.alpha:g}, beside {matrices} matrices: {trained:,} trained weights "
+        f"({trained / frozen:.2%}), {trained * 4 / 2**20:,.1f} MiB in fp32",
+        f"data      {len(tokens):,} samples, {tokens.num_tokens:,} tokens, {tokens.num_target_tokens:,} of them targets"
+        + (f"; {len(held_out):,} held out" if held_out is not None else ""),
+        f"steps     {num_steps:,} of {train.global_batch} sequences"
+        + (f" (packed to {train.sequence_length} tokens)" if train.packing else "")
+        + f" on {world.world_size} ranks: {passes} passes a step of {train.micro_batch} a rank",
+    ]
+
+
+def _print_sample(tokens: TokenSet, base: Base) -> None:
+    from rich.console import Console
+
+    ids, is_target = tokens.document(0)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print("\nThe first sample; what is trained is green, or between ⟦ and ⟧:\n")
+    has_colour = console.color_system is not None
+    console.print(render_sample(ids.tolist(), is_target.tolist(), tokenizer=base.tokenizer, has_colour=has_colour))
+
+
+def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str, Any]:
+    """``dist-lora eval``: what is printed, as a dict. All ranks call it and get the same."""
+    started_s = time.monotonic()
+    if config.data.eval is None:
+        raise ConfigError("data.eval: not set; give a file, a hub id, or a fraction of data.train")
+    base = open_base(config, world)
+    held_out = tokens_of(config, base, world)[1]
+    assert held_out is not None
+    trainee = build(
+        config.model_copy(update={"lora": config.lora.model_copy(update={"start_from": None})}), base, world
+    )
+    result: dict[str, Any] = {"model": base.identity.name}
+    loss_of_base = _loss(config, trainee, held_out, world)  # B is zero: this is the base, exactly
+    if adapter is None:
+        result |= loss_of_base
+    else:
+        load_adapter(trainee.adapters, adapter, config=config, world=world)
+        result |= _loss(config, trainee, held_out, world) | {"base_loss": loss_of_base["loss"]}
+        if result["loss"] == result["base_loss"]:
+            log.warning(f"{adapter}: the loss is the base's, bit for bit: this adapter changes nothing")
+    if config.eval.exact_match:
+        match = exact_match(
+            trainee.model,
+            trainee.engine,
+            held_out,
+            tokenizer=base.tokenizer,
+            stop_ids=stop_ids_of(base.folder, base.tokenizer),
+            max_new_tokens=config.eval.max_new_tokens,
+            batch=config.eval.batch or 32,
+            world=world,
+        )
+        result["exact_match"] = {"correct": match.correct, "total": match.total}
+    return result | {"seconds": round(time.monotonic() - started_s, 1)}
+
+
+def _loss(config: Config, trainee: Trainee, held_out: TokenSet, world: World) -> dict[str, Any]:
+    batches = EvalBatches(
+        held_out,
+        micro_batch=config.train.micro_batch,
+        sequence_length=config.train.sequence_length,
+        world_rank=world.world_rank,
+        world_size=world.world_size,
+    )
+    held = held_out_loss(trainee.model, batches, world=world, backend=trainee.backend)
+    return {"loss": held.loss, "perplexity": held.perplexity, "target_tokens": held.target_tokens}

@@ -1,0 +1,164 @@
+"""What tests of all folders share: tiny Llama models made on the spot, and one real small model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# The special tokens of Llama 3.1 that matter for training, in Meta's spelling.
+SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|finetune_right_pad_id|>",
+    "<|python_tag|>",
+)
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ message['content'] | trim }}{{ '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+# Rotary embeddings of the three generations, as their config.json has them.
+ROPE = {
+    "llama3": {"rope_type": "default", "rope_theta": 500000.0},
+    "llama31": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "llama32": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+CONTEXT = {"llama3": 8192, "llama31": 131072, "llama32": 131072}
+
+TinyLlama = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> TinyLlama:
+    """Makes folders of tiny Llama models with random weights; equal arguments give the same folder.
+
+    ``tiny_llama(variant="llama31", num_layers=2, ffn=128, vocab=512, dtype="float32", shard_size=None, seed=0)``.
+    Hidden size 64, 4 heads of 16, 2 heads of keys and values. ``variant`` is llama3 (RoPE not scaled), llama31 (factor
+    8) or llama32 (factor 32, the head tied to the embedding). ``shard_size``, such as "100KB", gives several
+    safetensors files and an index. The files are transformers' own. Nobody may write into the folder: copy it first.
+    """
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(
+        variant: str = "llama31",
+        *,
+        num_layers: int = 2,
+        ffn: int = 128,
+        vocab: int = 512,
+        dtype: str = "float32",
+        shard_size: str | None = None,
+        seed: int = 0,
+    ) -> Path:
+        key = (variant, num_layers, ffn, vocab, dtype, shard_size, seed)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(variant)
+            _save_tiny_model(folder, variant, num_layers, ffn, vocab, dtype, shard_size, seed)
+            _save_byte_tokenizer(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct in fp32, kept in .cache; the first use takes a minute."""
+    folder = REPOSITORY / ".cache" / "smollm2-135m-instruct"
+    script = REPOSITORY / "launch" / "smollm2.py"
+    done = subprocess.run([sys.executable, script, "--out", folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def _save_tiny_model(
+    folder: Path,
+    variant: str,
+    num_layers: int,
+    ffn: int,
+    vocab: int,
+    dtype: str,
+    shard_size: str | None,
+    seed: int,
+) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=ffn,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=vocab,
+        max_position_embeddings=CONTEXT[variant],
+        rms_norm_eps=1e-5,
+        rope_parameters=ROPE[variant],
+        tie_word_embeddings=variant == "llama32",
+        bos_token_id=256,
+        eos_token_id=[257, 260],
+        pad_token_id=262,
+        # Larger than Llama's 0.02: in so few layers attention and feed-forward should weigh in the logits.
+        initializer_range=0.1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):  # ones would hide a norm that is not loaded
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model = model.to(getattr(torch, dtype))
+    model.save_pretrained(folder, **({"max_shard_size": shard_size} if shard_size else {}))
+
+
+def _save_byte_tokenizer(folder: Path) -> None:
+    """A tokenizer of the 256 bytes (ids 0 to 255) and Llama 3's special tokens (ids from 256)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: place for place, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    begin = SPECIAL_TOKENS[0]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=begin,
+        eos_token="<|eot_id|>",
+        pad_token="<|finetune_right_pad_id|>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=8192,
+    ).save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert config["bos_token"] == begin, config

@@ -1,0 +1,92 @@
+"""Several gloo processes that stay alive and run one test's function after the other, each in a world of its own.
+
+Starting a process costs seconds (torch is imported), so a pool is shared by many tests. A function that is to run
+on the ranks lies at the top of its test module and takes the ``World`` first.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 120
+
+
+class RankFailed(AssertionError):
+    """A rank's function raised; the message is its traceback, ``kinds`` the class names of all ranks' errors."""
+
+    def __init__(self, errors: list[tuple[str, str, str] | None]) -> None:
+        self.kinds = [error[0] if error else "" for error in errors]
+        self.texts = [error[1] if error else "" for error in errors]
+        super().__init__("\n".join(f"rank {i}: {error[2]}" for i, error in enumerate(errors) if error))
+
+
+class Ranks:
+    """``size`` processes; ``run`` calls a function on all of them and returns what each returned."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        context = mp.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, size), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60) -> list[Any]:
+        """The results of all ranks, in order. Raises ``RankFailed`` if any raised."""
+        with tempfile.TemporaryDirectory() as folder:
+            for pipe in self._pipes:
+                pipe.send((str(Path(folder) / "rendezvous"), function, arguments, timeout_s))
+            answers = []
+            for rank, pipe in enumerate(self._pipes):
+                assert pipe.poll(TIMEOUT_S), f"rank {rank} gave no answer within {TIMEOUT_S} s"
+                answers.append(pipe.recv())
+        if any(error for _, error in answers):
+            raise RankFailed([error for _, error in answers])
+        return [value for value, _ in answers]
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+
+
+def _serve(pipe: Connection, rank: int, size: int) -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+
+    torch.set_num_threads(1)
+    from dist_lora.parallel.place import Place
+    from dist_lora.parallel.world import World, join
+
+    while True:
+        try:
+            rendezvous, function, arguments, timeout_s = pipe.recv()
+        except EOFError:
+            return
+        error: tuple[str, str, str] | None = None
+        value = None
+        world = World.alone()
+        try:
+            if size > 1:
+                place = Place(rank, size, rank, size)
+                world = join(place, {"DIST_LORA_RENDEZVOUS": rendezvous}, collective_timeout_s=timeout_s)
+            value = function(world, *arguments)
+        except BaseException as caught:
+            error = (type(caught).__name__, str(caught), traceback.format_exc())
+        world.leave()
+        pipe.send((value, error))

@@ -1,0 +1,134 @@
+"""The same loss, gradient and adapter however a batch is cut: over ranks, passes, and packed sequences."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from dist_lora.data.loader import Loader
+from dist_lora.export.evaluate import run_micro_batch
+from dist_lora.parallel.world import World
+from dist_lora.train.optim import AdamW, clip_, lr_at
+from tests.ranks.tiny import config_of, documents, trainee_of
+
+LENGTHS = [40, 3, 17, 29, 5, 61, 2, 11, 33, 8, 21, 55, 4, 13, 9, 26]
+
+
+def steps(world: World, folder: str, settings: dict, cut: dict, num_steps: int = 1) -> dict:
+    """Losses and gradient norms of some steps, the first gradient, and the adapters after them."""
+    config = config_of(folder, **settings)
+    trainee = trainee_of(config, world)
+    with torch.no_grad():  # B off zero, so that A has a gradient too
+        generator = torch.Generator().manual_seed(1)
+        for tensor in trainee.tensors:
+            if tensor.attribute == "lora_B":
+                values = tensor.parameter.data
+                values.copy_(torch.randn(values.shape, generator=generator) * 0.02)
+    loader = Loader(
+        documents(seed=0, lengths=LENGTHS),
+        seed=0,
+        world_rank=world.world_rank,
+        world_size=world.world_size,
+        **{"sequence_length": 64, "packing": False, "global_batch": 16, "micro_batch": 16, **cut},
+    )
+    optimizer = AdamW(trainee.adapters.parameter, config.optim)
+    result: dict = {"losses": [], "norms": []}
+    for step in range(1, num_steps + 1):
+        batch = loader.batch(step - 1)
+        trainee.adapters.gradient.zero_()
+        total = torch.zeros(1)
+        for micro in batch.micro_batches:
+            loss = run_micro_batch(trainee.model, micro, device=world.device, backend=trainee.backend)
+            (loss / batch.target_tokens).backward()
+            total += loss.detach()
+        trainee.engine.reduce(trainee.adapters, total)
+        if step == 1:
+            result["gradient"] = trainee.adapters.gradient.clone().numpy()
+        result["losses"].append(float(total) / batch.target_tokens)
+        result["norms"].append(clip_(trainee.adapters.gradient, config.optim.max_grad_norm))
+        optimizer.step(lr_at(step, section=config.optim, num_steps=num_steps))
+    result["adapters"] = trainee.adapters.parameter.detach().clone().numpy()
+    return result
+
+
+CUTS = [
+    {"micro_batch": 4},
+    {"micro_batch": 1},
+    {"packing": True, "micro_batch": 2},
+    {"packing": True, "micro_batch": 8, "sequence_length": 200},
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama) -> dict:
+    """One process, one pass, not packed: what all others are compared with."""
+    folder = tiny_llama("llama31")
+    return {"folder": str(folder), **steps(World.alone(), str(folder), {}, {})}
+
+
+def assert_equal(found: dict, wanted: dict) -> None:
+    assert found["losses"] == pytest.approx(wanted["losses"], abs=1e-6, rel=1e-6)
+    difference = torch.tensor(found["gradient"] - wanted["gradient"]).norm()
+    assert difference < 1e-5 * torch.tensor(wanted["gradient"]).norm()
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_a_batch_cut_into_passes_or_packed_has_the_loss_and_gradient_of_the_whole(whole, cut) -> None:
+    assert_equal(steps(World.alone(), whole["folder"], {}, cut), whole)
+
+
+@pytest.mark.parametrize("size, cut", list(itertools.product([2, 3], [{"micro_batch": 3}, *CUTS[1:]])), ids=str)
+def test_ranks_have_the_loss_and_gradient_of_one_process(ranks, whole, size, cut) -> None:
+    # 16 sequences over 3 ranks, or few packed ones, leave a rank with passes that hold no target at all.
+    for found in ranks(size).run(steps, whole["folder"], {}, cut):
+        assert_equal(found, whole)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("shape", ["llama3", "llama32"])
+def test_clipped_steps_with_recomputation_lead_to_the_adapter_of_one_process(ranks, tiny_llama, size, shape) -> None:
+    folder = str(tiny_llama(shape))
+    plain = steps(World.alone(), folder, {}, {}, 1)
+    half = plain["norms"][0] / 2
+    settings = {"optim": {"max_grad_norm": half, "lr": 1e-2, "warmup_steps": 0}}
+    wanted = steps(World.alone(), folder, settings, {"global_batch": 6}, 5)
+    recomputed = settings | {"train": {"activation_checkpointing": True}}
+    for found in ranks(size).run(steps, folder, recomputed, {"global_batch": 6, "micro_batch": 1}, 5):
+        assert found["losses"] == pytest.approx(wanted["losses"], abs=1e-5)
+        assert found["norms"] == pytest.approx(wanted["norms"], rel=1e-5)
+        difference = torch.tensor(found["adapters"] - wanted["adapters"]).norm()
+        assert difference < 1e-4 * torch.tensor(wanted["adapters"]).norm()
+
+
+def test_clipping_scales_the_whole_gradient_to_the_norm_it_is_given() -> None:
+    gradient = torch.tensor([3.0, 4.0])
+    assert clip_(gradient, 2.5) == 5.0
+    torch.testing.assert_close(gradient, torch.tensor([1.5, 2.0]))
+    assert clip_(gradient, 10.0) == pytest.approx(2.5)
+    torch.testing.assert_close(gradient, torch.tensor([1.5, 2.0]))
+
+
+def beginnings(world: World, folder: str) -> tuple:
+    """The adapters' first values, and a loss with and without them."""
+    trainee = trainee_of(config_of(folder), world)
+    loader = Loader(documents(seed=0, lengths=[20, 30]), sequence_length=64, packing=False, global_batch=2,
+                    micro_batch=2, seed=0, world_rank=world.world_rank, world_size=world.world_size)  # fmt: skip
+    micro = loader.batch(0).micro_batches[0]
+    with torch.no_grad():
+        beside = run_micro_batch(trainee.model, micro, device=world.device, backend="sdpa")
+        for linear in trainee.model.linears().values():
+            linear.adapter = None
+        bare = run_micro_batch(trainee.model, micro, device=world.device, backend="sdpa")
+    return trainee.adapters.parameter.detach().numpy(), float(beside), float(bare)
+
+
+def test_adapters_begin_with_the_same_bytes_on_any_number_of_ranks_and_change_nothing(ranks, tiny_llama) -> None:
+    folder = str(tiny_llama("llama31"))
+    wanted, beside, bare = beginnings(World.alone(), folder)
+    assert beside == bare
+    for size in (2, 3):
+        for values, beside, bare in ranks(size).run(beginnings, folder):
+            assert values.tobytes() == wanted.tobytes()
+            assert beside == bare

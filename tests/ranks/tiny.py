@@ -1,0 +1,61 @@
+"""A tiny Llama on disk and documents made by hand: what many tests of several ranks begin with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dist_lora.base.index import open_index
+from dist_lora.config.schema import Config
+from dist_lora.data.tokens import TokenSet
+from dist_lora.herd.facts import Shape
+from dist_lora.lora.peft_file import BaseIdentity
+from dist_lora.parallel.world import World
+from dist_lora.train.build import Base, Trainee, build
+
+
+def documents(*, seed: int, lengths: list[int], vocab: int = 512, targets_from: float = 0.4) -> TokenSet:
+    """Random documents; the tokens after the first ``targets_from`` of each are targets."""
+    generator = np.random.default_rng(seed)
+    sizes = np.array(lengths, np.int64)
+    ids = generator.integers(0, vocab, int(sizes.sum())).astype(np.uint32)
+    is_target = np.concatenate([np.arange(n) >= max(1, round(targets_from * n)) for n in lengths])
+    starts = np.cumsum(sizes) - sizes
+    num_targets = np.array([int(is_target[a + 1 : a + n].sum()) for a, n in zip(starts, sizes, strict=True)])
+    return TokenSet(ids, is_target, starts, sizes, num_targets, np.arange(len(sizes)))
+
+
+def config_of(folder: Path, **settings: dict[str, object]) -> Config:
+    """A config for the model in ``folder``; sections are given as mappings."""
+    tree: dict[str, object] = {
+        "run": "test",
+        "model": {"name": str(folder), "dtype": "fp32"},
+        "data": {"train": "unused.jsonl"},
+        "lora": {"rank": 4, "alpha": 8},
+    }
+    for section, values in settings.items():
+        tree[section] = {**tree.get(section, {}), **values}  # type: ignore[dict-item]
+    return Config.model_validate(tree)
+
+
+def trainee_of(config: Config, world: World) -> Trainee:
+    """The model of a config in this rank's share, without a tokenizer."""
+    import json
+
+    folder = Path(config.model.name)
+    shape = Shape.from_config(json.loads((folder / "config.json").read_text()), where=str(folder))
+    identity = BaseIdentity(name=folder.name, revision=None, content_hash=None, config_hash=None)
+    base = Base(None, folder, shape, open_index(folder), None, identity)  # type: ignore[arg-type]
+    return build(config, base, world)
+
+
+def gathered_base(trainee: Trainee) -> dict[str, torch.Tensor]:
+    """Every base tensor whole, on every rank."""
+    from torch.distributed.tensor import DTensor
+
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in trainee.model.base_parameters().items()
+    }
