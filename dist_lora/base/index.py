@@ -178,8 +178,7 @@ def hash_config(folder: Path) -> str:
     Raises:
         WeightsError: config.json is missing or is not a JSON object.
     """
-    file = folder / "config.json"
-    config = _parse_object(_read_small(file), file=file)
+    config = read_json(folder / "config.json")
     kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
     return xxhash.xxh3_128(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
@@ -293,7 +292,7 @@ def _disagreements(places: Mapping[str, str], found: Mapping[str, Sequence[Tenso
 
 def _read_places(folder: Path) -> dict[str, str]:
     file = folder / INDEX_FILE
-    places = _parse_object(_read_small(file), file=file).get("weight_map")
+    places = read_json(file).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(value, str) for value in places.values()):
         raise WeightsError(_damaged(file, "it has no weight_map from tensor names to file names"))
     leaving = sorted({value for value in places.values() if not _stays_inside(value)})
@@ -332,13 +331,18 @@ def _why_no_weights(folder: Path) -> str:
     return f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}. Fetch the model's safetensors files."
 
 
-def _read_small(file: Path) -> bytes:
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model folder.
+
+    Raises:
+        WeightsError: the file cannot be read, is a git-lfs pointer, or holds no JSON object.
+    """
     try:
         content = file.read_bytes()
     except OSError as error:
         raise unreadable(file, error) from error
     _refuse_lfs_pointer(content, file=file)
-    return content
+    return _parse_object(content, file=file)
 
 
 def _parse_object(content: bytes, *, file: Path) -> dict[str, Any]:

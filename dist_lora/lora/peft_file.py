@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import dist_lora
-from dist_lora.base.index import TensorOnDisk, first_few, hash_config, open_index, read_header
+from dist_lora.base.index import TensorOnDisk, first_few, hash_config, open_index, read_header, read_json
 from dist_lora.base.stream import read_tensor
 from dist_lora.config.schema import LINEARS
 from dist_lora.errors import AdapterError, ConfigError, SaveError, WeightsError
@@ -145,7 +145,7 @@ def identify_base(folder: Path, *, name: str | None = None, revision: str | None
     """
     config_hash = hash_config(folder)
     if name is None:
-        noted = json.loads((folder / "config.json").read_bytes()).get("_name_or_path")
+        noted = read_json(folder / "config.json").get("_name_or_path")
         is_hub_id = isinstance(noted, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", noted)
         name = noted if is_hub_id else folder.resolve().name
     return BaseIdentity(name, revision, open_index(folder).content_hash(), config_hash)

@@ -1,0 +1,368 @@
+"""A model with an adapter merged into its weights: W + s B A in fp32, cast once, from file to file a slice at a time.
+
+What comes out mirrors the base: the same file names, the same tensors in the same order, its config, tokenizer and
+licence beside them. Memory does not depend on the model's size. Letters: R LoRA rank, D_in and D_out a linear's widths.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from io import BufferedWriter
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dist_lora.base.index import (
+    INDEX_FILE,
+    ITEM_BYTES,
+    SINGLE_FILE,
+    TensorOnDisk,
+    WeightIndex,
+    by_file,
+    first_few,
+    hash_config,
+    open_index,
+    open_weights,
+    read_json,
+)
+from dist_lora.base.stream import TORCH_DTYPES, SliceReader
+from dist_lora.errors import AdapterError, ConfigError, DistLoraError, SaveError
+from dist_lora.lora.peft_file import CONFIG_FILE, ORIGIN_FILE, AdapterOnDisk, open_adapter, sync_folder, sync_path
+
+# In memory at once: a slice in the file's type, in fp32, merged in fp32, cast, and what is left of the one before.
+_SLICE_BYTES = 8 * 2**20
+_DTYPES: Mapping[str, str] = {"bf16": "BF16", "fp32": "F32"}
+_CONFIG_DTYPES: Mapping[str, str] = {"bf16": "bfloat16", "fp32": "float32"}
+_END_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")  # Llama 3's, in the order of their ids
+_COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+_COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+_WRITTEN_HERE = ("config.json", "generation_config.json")
+_OF_ADAPTERS = (CONFIG_FILE, ORIGIN_FILE)  # transformers would look for an adapter beside the weights
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What ``merge_adapter`` did: tensors that changed, bytes of weights written, seconds."""
+
+    changed_tensors: int
+    bytes_written: int
+    seconds: float
+
+
+def merge_adapter(
+    adapter: Path,
+    *,
+    base: Path,
+    out: Path,
+    force: bool = False,
+    dtype: Literal["bf16", "fp32"] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Writes ``out``, a model folder with the adapter in its weights, whole or not at all.
+
+    Needs no process group and no GPU. Peak memory: 100 MiB and one pair of A and B. It is built in
+    ``<out>.partial``, which has no config.json until all else is on the disk, so that nothing loads it by mistake;
+    what a killed merge left there, the next one removes.
+
+    Args:
+        force: merge even if the adapter says that it was trained on other weights than those of ``base``.
+        dtype: type of all tensors of the result; without it each keeps its type on disk.
+        on_progress: called after each slice with (bytes written, bytes of weights in all).
+
+    Raises:
+        ConfigError: ``out`` exists or is being written, or the adapter belongs to another base.
+        AdapterError: the adapter is damaged, does not fit the base, or would leave a weight as it is.
+        WeightsError: the base is damaged.
+        SaveError: not enough space, or the system refuses to write.
+    """
+    begin = time.perf_counter()
+    _refuse_existing(out)
+    opened, index = open_adapter(adapter), open_index(base)
+    config_hash = hash_config(base)
+    if not force:
+        _check_identity(opened, index=index, config_hash=config_hash)
+    _check_fit(opened, index=index)
+    _check_effect(opened)
+    try:
+        with _partial_of(out) as partial:
+            _check_space(index, partial=partial, dtype=dtype)
+            merger = _Merger(opened, index=index, dtype=dtype, on_progress=on_progress)
+            merger.write(partial)
+            _write_companions(index, partial=partial, dtype=dtype)
+            sync_folder(partial)
+            os.rename(partial, out)
+            sync_path(out.parent)
+    except OSError as error:
+        if isinstance(error, DistLoraError):
+            raise
+        raise SaveError(f"The merged model could not be written to {out}: {error.strerror or error}.") from error
+    return MergeReport(len(opened.pairs), merger.bytes_written, time.perf_counter() - begin)
+
+
+class _Merger:
+    """Writes the weights' files, and knows at the end whether each target changed."""
+
+    def __init__(
+        self,
+        adapter: AdapterOnDisk,
+        *,
+        index: WeightIndex,
+        dtype: str | None,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self._adapter = adapter
+        self._index = index
+        self._dtype = dtype
+        self._on_progress = on_progress
+        self._reader = SliceReader(_SLICE_BYTES)
+        self._unchanged: list[str] = []
+        self._overflowing: list[str] = []
+        self._bytes_total = sum(_num_bytes(tensor, dtype) for tensor in index.tensors.values())
+        self.bytes_written = 0
+
+    def write(self, partial: Path) -> None:
+        for source, tensors in by_file(self._index.tensors.values()):
+            target = partial / source.relative_to(self._index.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open_weights(source) as descriptor, target.open("wb") as file:
+                file.write(_header(tensors, self._dtype))
+                for tensor in tensors:
+                    self._write_tensor(tensor, descriptor=descriptor, file=file)
+                file.flush()
+                os.fsync(file.fileno())
+        self._check_targets()
+        assert self.bytes_written == self._bytes_total, f"{self.bytes_written} bytes of {self._bytes_total} written"
+
+    def _write_tensor(self, tensor: TensorOnDisk, *, descriptor: int, file: BufferedWriter) -> None:
+        module = tensor.name.removesuffix(".weight")
+        pair = self._adapter.read_pair(module) if module in self._adapter.pairs else None
+        dtype = TORCH_DTYPES[_DTYPES[self._dtype] if self._dtype else tensor.dtype]
+        is_changed = False
+        for row, rows in self._reader.slices(tensor, descriptor=descriptor):
+            result = rows.to(dtype)
+            if pair is not None:
+                result = _merged(rows, *pair, row=row, scale=self._adapter.scale).to(dtype)
+                is_changed = is_changed or not torch.equal(result, rows.to(dtype))
+                if not torch.isfinite(result).all() and tensor.name not in self._overflowing:
+                    self._overflowing.append(tensor.name)
+            file.write(result.view(torch.uint8).numpy().data)
+            self.bytes_written += result.nbytes
+            if self._on_progress:
+                self._on_progress(self.bytes_written, self._bytes_total)
+        if pair is not None and not is_changed:
+            self._unchanged.append(tensor.name)
+
+    def _check_targets(self) -> None:
+        if self._overflowing:
+            raise AdapterError(
+                f"{self._adapter.folder} makes NaN or infinity of {len(self._overflowing):,} weights: "
+                f"{first_few(self._overflowing)}. If the base is in fp16, merge to bf16 or fp32."
+            )
+        if self._unchanged:
+            raise AdapterError(
+                f"{self._adapter.folder} would not change {len(self._unchanged):,} of the {len(self._adapter.pairs):,} "
+                f"weights that it targets: {first_few(self._unchanged)}. What it adds is lost in rounding; merge to "
+                "fp32, or serve it as an adapter."
+            )
+
+
+def _merged(rows: Tensor, first: Tensor, second: Tensor, *, row: int, scale: float) -> Tensor:
+    """Rows of W + scale B A, fp32 ``(rows, D_in)``; A ``(R, D_in)`` and B ``(D_out, R)`` are whole."""
+    return torch.addmm(rows.float(), second[row : row + len(rows)], first, alpha=scale)
+
+
+def _header(tensors: Sequence[TensorOnDisk], dtype: str | None) -> bytes:
+    """The safetensors header of these tensors in this order, padded to 8 bytes as the format wants it."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        end = offset + _num_bytes(tensor, dtype)
+        stored = _DTYPES[dtype] if dtype else tensor.dtype
+        entries[tensor.name] = {"dtype": stored, "shape": tensor.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _num_bytes(tensor: TensorOnDisk, dtype: str | None) -> int:
+    return math.prod(tensor.shape) * ITEM_BYTES[_DTYPES[dtype] if dtype else tensor.dtype]
+
+
+def _check_identity(adapter: AdapterOnDisk, *, index: WeightIndex, config_hash: str) -> None:
+    trained_on = adapter.base
+    here = replace(trained_on, content_hash=index.content_hash(), config_hash=config_hash)
+    pairs = (
+        ("weights", trained_on.content_hash, here.content_hash),
+        ("config.json", trained_on.config_hash, here.config_hash),
+    )
+    differing = [f"{what} {there}, here {found}" for what, there, found in pairs if there not in (None, found)]
+    if differing:
+        raise ConfigError(
+            f"{adapter.folder} was trained on {trained_on.name or 'another model'}, and {index.folder} differs from it "
+            f"({'; '.join(differing)}). Merge it into the model that it was trained on, or force it."
+        )
+
+
+def _check_fit(adapter: AdapterOnDisk, *, index: WeightIndex) -> None:
+    foreign, differing = [], []
+    for module, (first, second) in adapter.pairs.items():
+        weight = index.tensors.get(f"{module}.weight")
+        expected = (second.shape[0], first.shape[1])
+        if weight is None:
+            foreign.append(first.name)
+        elif weight.shape != expected:
+            differing.append(f"{module}.weight is {weight.shape} and the adapter's B A {expected}")
+    lacking = _modules_lacking(adapter, index) if adapter.layers is None else []
+    told = [f"  no such weight in the base: {first_few(foreign)}"] if foreign else []
+    told += [f"  of another shape: {first_few(differing)}"] if differing else []
+    told += [f"  the adapter is for all layers and lacks: {first_few(lacking)}"] if lacking else []
+    if told:
+        raise AdapterError(f"{adapter.folder} does not fit {index.folder}:\n" + "\n".join(told))
+
+
+def _modules_lacking(adapter: AdapterOnDisk, index: WeightIndex) -> list[str]:
+    modules = [name.removesuffix(".weight") for name in index.tensors if name.startswith("model.layers.")]
+    return [name for name in modules if name.rpartition(".")[2] in adapter.targets and name not in adapter.pairs]
+
+
+def _check_effect(adapter: AdapterOnDisk) -> None:
+    """Reads every pair once: all finite, and none of them zero."""
+    zero = [module for module in adapter.pairs if not all(half.any() for half in adapter.read_pair(module))]
+    if zero:
+        raise AdapterError(
+            f"{adapter.folder} adds nothing to {len(zero):,} of its {len(adapter.pairs):,} targets, for their A or B is "
+            f"zero: {first_few(zero)}; no weight would change there. It was never trained, or was not saved whole."
+        )
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise ConfigError(f"{out} exists already. Name a new folder for the merged model, or remove that one.")
+
+
+@contextmanager
+def _partial_of(out: Path) -> Iterator[Path]:
+    """An empty folder beside ``out`` that no other merge writes to, and that is gone after any error."""
+    partial = out.with_name(f"{out.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        # Not every network file system has locks; there, two merges into one folder are not told apart.
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(f"{out} is being written by another merge. Wait for it, or end it.") from error
+        _refuse_existing(out)  # the other merge may have just ended
+        for leftover in partial.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _check_space(index: WeightIndex, *, partial: Path, dtype: str | None) -> None:
+    weights = sum(_num_bytes(tensor, dtype) for tensor in index.tensors.values())
+    headers = sum(len(_header(tensors, dtype)) for _, tensors in by_file(index.tensors.values()))
+    needed = weights + headers + sum(path.stat().st_size for path in _companions(index.folder)) + 2**20
+    free = shutil.disk_usage(partial).free
+    if free < needed:
+        raise SaveError(
+            f"The merged model needs {needed / 2**30:,.2f} GiB, and {free / 2**30:,.2f} GiB are free where "
+            f"{partial.parent} lies. Make room, or choose another place."
+        )
+
+
+def _companions(folder: Path) -> list[Path]:
+    """What a model folder needs beside weights and is copied as it is: tokenizer, templates, licence; never weights."""
+    candidates = [path for path in [*folder.iterdir(), *folder.glob("*/*.jinja")] if path.is_file()]
+    return sorted(
+        path
+        for path in candidates
+        if (path.suffix in _COPIED_SUFFIXES or path.name.startswith(_COPIED_NAMES))
+        and path.name not in (*_WRITTEN_HERE, *_OF_ADAPTERS)
+        and not path.name.endswith(".index.json")
+    )
+
+
+def _write_companions(index: WeightIndex, *, partial: Path, dtype: str | None) -> None:
+    """All that belongs to the model beside its weights; config.json last, for without it nothing loads the folder."""
+    folder = index.folder
+    for path in _companions(folder):
+        target = partial / path.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+    if not (folder / SINGLE_FILE).exists():
+        _write_index(index, partial=partial, dtype=dtype)
+    config = read_json(folder / "config.json")
+    generation = _generation_config(folder, config)
+    if generation is not None:
+        _write_json(partial / "generation_config.json", generation)
+    if dtype is not None:
+        key = "dtype" if "dtype" in config else "torch_dtype"
+        config[key] = _CONFIG_DTYPES[dtype]
+    sync_folder(partial)
+    _write_json(partial / "config.json", config)
+
+
+def _write_index(index: WeightIndex, *, partial: Path, dtype: str | None) -> None:
+    metadata = read_json(index.folder / INDEX_FILE).get("metadata") or {}
+    total = sum(_num_bytes(tensor, dtype) for tensor in index.tensors.values())
+    places = {name: str(tensor.file.relative_to(index.folder)) for name, tensor in sorted(index.tensors.items())}
+    _write_json(partial / INDEX_FILE, {"metadata": {**metadata, "total_size": total}, "weight_map": places})
+
+
+def _generation_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """generation_config.json with all tokens that end an answer; None if the base needs none.
+
+    A chat model of Llama 3 ends a turn with ``<|eot_id|>`` or ``<|eom_id|>``, and some published configs list only
+    ``<|end_of_text|>``: such a model would never stop.
+    """
+    file = folder / "generation_config.json"
+    content = read_json(file) if file.exists() else None
+    turn_ends = _turn_ends(folder)
+    if content is None and not turn_ends:
+        return None
+    noted = (content or {}).get("eos_token_id")
+    noted = config.get("eos_token_id") if noted is None else noted
+    ends = list(noted) if isinstance(noted, list) else [noted] if noted is not None else []
+    ends += [token for token in turn_ends if token not in ends]
+    result = dict(content) if content is not None else {"bos_token_id": config.get("bos_token_id")}
+    if ends:
+        result["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    return result
+
+
+def _turn_ends(folder: Path) -> list[int]:
+    """Ids of Llama 3's end tokens that the tokenizer has, if its chat template ends turns with ``<|eot_id|>``."""
+    read = {
+        name: read_json(folder / name) if (folder / name).exists() else {}
+        for name in ("tokenizer.json", "tokenizer_config.json")
+    }
+    templates = json.dumps(read["tokenizer_config.json"].get("chat_template", ""), ensure_ascii=False)
+    templates += "".join(path.read_text("utf-8") for path in folder.glob("chat_template*.j*"))
+    if "<|eot_id|>" not in templates:
+        return []
+    listed = read["tokenizer_config.json"].get("added_tokens_decoder", {})
+    ids = {token["content"]: int(number) for number, token in listed.items()}
+    ids |= {token["content"]: int(token["id"]) for token in read["tokenizer.json"].get("added_tokens", [])}
+    return [ids[token] for token in _END_TOKENS if token in ids]
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
