@@ -153,7 +153,8 @@ class _Merger:
             if pair is not None:
                 result = _merged(rows, *pair, row=row, scale=self._adapter.scale).to(dtype)
                 is_changed = is_changed or not torch.equal(result, rows.to(dtype))
-                if not torch.isfinite(result).all() and tensor.name not in self._overflowing:
+                extremes = torch.aminmax(result)  # NaN shows in both; isfinite would take twice the slice again
+                if not all(map(math.isfinite, extremes)) and tensor.name not in self._overflowing:
                     self._overflowing.append(tensor.name)
             file.write(result.view(torch.uint8).numpy().data)
             self.bytes_written += result.nbytes

@@ -99,6 +99,7 @@ def test_half_precision_bases_are_summed_in_fp32_and_rounded_once_and_nothing_el
         exact = tensor.double() + 2 * tensors[f"{module}.lora_B"].double() @ tensors[f"{module}.lora_A"].double()
         # Half a unit in the last place is what one rounding costs (1e-8: fp32, where the sum nearly cancels).
         unit = torch.finfo(dtype).eps * torch.exp2(torch.floor(torch.log2(exact.abs())))
+        unit = unit.clamp(min=torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
         assert ((after[name].double() - exact).abs() <= 0.501 * unit + 1e-8).all()
 
 
@@ -367,15 +368,15 @@ print(json.dumps({"growth": peak() - before, "written": report.bytes_written}))
 
 def test_peak_memory_is_a_few_slices_whatever_the_models_size(tmp_path):
     settings = LlamaConfig(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=4,
-        vocab_size=64_000, tie_word_embeddings=True, dtype="bfloat16",
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=4,
+        vocab_size=48_000, tie_word_embeddings=True, dtype="bfloat16",
     )  # fmt: skip
     base = tmp_path / "base"
     settings.save_pretrained(base)
     shape = Shape.from_config(json.loads((base / "config.json").read_text()), where="here")
     write_sparse(base, shape.tensor_shapes(), num_files=4)
     tensors = {}
-    for layer in range(4):
+    for layer in range(2):
         for name, (width_out, width_in) in shape.linear_shapes().items():
             part = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
             path = f"model.layers.{layer}.{part}.{name}"
@@ -387,11 +388,11 @@ def test_peak_memory_is_a_few_slices_whatever_the_models_size(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
-    # 746 MB of weights, of which the largest tensor is 262 MB.
-    assert measured["written"] > 740_000_000
+    # 440 MB of weights, of which the largest tensor is 197 MB.
+    assert measured["written"] > 430_000_000
     assert measured["growth"] < 100 * 2**20
     up = load_file(next(path for path in (tmp_path / "merged").glob("*2-of*")))
-    assert all(tensor.eq(16).all() for name, tensor in up.items() if "proj" in name)  # 0 + 8/8 * 8 * 1 * 2
+    assert all(tensor.eq(8).all() for name, tensor in up.items() if "proj" in name)  # 0 + (8 / 8) * 8 * 1 * 1
 
 
 def write_sparse(folder: Path, shapes: dict[str, tuple[int, ...]], *, num_files: int) -> None:
