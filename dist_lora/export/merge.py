@@ -39,8 +39,7 @@ from dist_lora.base.stream import TORCH_DTYPES, SliceReader
 from dist_lora.errors import AdapterError, ConfigError, DistLoraError, SaveError
 from dist_lora.lora.peft_file import CONFIG_FILE, ORIGIN_FILE, AdapterOnDisk, open_adapter, sync_folder, sync_path
 
-# In memory at once: a slice in the file's type, in fp32, merged in fp32, cast, and what is left of the one before.
-_SLICE_BYTES = 8 * 2**20
+_SLICE_BYTES = 16 * 2**20  # in memory: as read, in fp32, and cast: for bf16 64 MiB
 _DTYPES: Mapping[str, str] = {"bf16": "BF16", "fp32": "F32"}
 _CONFIG_DTYPES: Mapping[str, str] = {"bf16": "bfloat16", "fp32": "float32"}
 _END_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")  # Llama 3's, in the order of their ids
@@ -125,6 +124,7 @@ class _Merger:
         self._dtype = dtype
         self._on_progress = on_progress
         self._reader = SliceReader(_SLICE_BYTES)
+        self._rooms: dict[torch.dtype, Tensor] = {}
         self._unchanged: list[str] = []
         self._overflowing: list[str] = []
         self._bytes_total = sum(_num_bytes(tensor, dtype) for tensor in index.tensors.values())
@@ -149,9 +149,8 @@ class _Merger:
         dtype = TORCH_DTYPES[_DTYPES[self._dtype] if self._dtype else tensor.dtype]
         is_changed = False
         for row, rows in self._reader.slices(tensor, descriptor=descriptor):
-            result = rows.to(dtype)
+            result = self._merged(rows, pair, row=row, dtype=dtype)
             if pair is not None:
-                result = _merged(rows, *pair, row=row, scale=self._adapter.scale).to(dtype)
                 is_changed = is_changed or not torch.equal(result, rows.to(dtype))
                 extremes = torch.aminmax(result)  # NaN shows in both; isfinite would take twice the slice again
                 if not all(map(math.isfinite, extremes)) and tensor.name not in self._overflowing:
@@ -162,6 +161,22 @@ class _Merger:
                 self._on_progress(self.bytes_written, self._bytes_total)
         if pair is not None and not is_changed:
             self._unchanged.append(tensor.name)
+
+    def _merged(self, rows: Tensor, pair: tuple[Tensor, Tensor] | None, *, row: int, dtype: torch.dtype) -> Tensor:
+        """These rows of W + s B A, summed in fp32 and cast once; without a pair the rows of W. Valid until the next."""
+        if pair is None:
+            return rows if rows.dtype == dtype else self._room(rows, dtype).copy_(rows)
+        first, second = pair  # A (R, D_in) and B (D_out, R), whole
+        total = self._room(rows, torch.float32).copy_(rows)
+        total.addmm_(second[row : row + len(rows)], first, alpha=self._adapter.scale)
+        return total if dtype == torch.float32 else self._room(rows, dtype).copy_(total)
+
+    def _room(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Reused memory for as many rows: fresh ones of this size, some hundreds, would leave holes in the heap."""
+        room = self._rooms.get(dtype)
+        if room is None or room.numel() < rows.numel():
+            room = self._rooms[dtype] = torch.empty(rows.numel(), dtype=dtype)
+        return room[: rows.numel()].view(rows.shape)
 
     def _check_targets(self) -> None:
         if self._overflowing:
@@ -175,11 +190,6 @@ class _Merger:
                 f"weights that it targets: {first_few(self._unchanged)}. What it adds is lost in rounding; merge to "
                 "fp32, or serve it as an adapter."
             )
-
-
-def _merged(rows: Tensor, first: Tensor, second: Tensor, *, row: int, scale: float) -> Tensor:
-    """Rows of W + scale B A, fp32 ``(rows, D_in)``; A ``(R, D_in)`` and B ``(D_out, R)`` are whole."""
-    return torch.addmm(rows.float(), second[row : row + len(rows)], first, alpha=scale)
 
 
 def _header(tensors: Sequence[TensorOnDisk], dtype: str | None) -> bytes:
