@@ -180,18 +180,14 @@ def _template_text(chat_template: str) -> str:
         return (Path(__file__).parent / "templates" / f"{chat_template}.jinja").read_text(encoding="utf-8")
     path = Path(chat_template).expanduser()
     if not path.is_file():
-        raise DataError(
-            f"data.chat_template: {chat_template} is neither a file nor one of {', '.join(_BUNDLED)}"
-        )
+        raise DataError(f"data.chat_template: {chat_template} is neither a file nor one of {', '.join(_BUNDLED)}")
     return path.read_text(encoding="utf-8")
 
 
 @lru_cache(maxsize=8)
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
     """Name and id of each token that only a template may write."""
-    return {
-        token.content: int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
+    return {token.content: int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -232,9 +228,7 @@ def _instruction_as(sample: Instruction, *, has_template: bool) -> Chat | Contin
     return Continuation(prompt=prompt, completion=sample.output)
 
 
-def _encode_continuation(
-    sample: Continuation, *, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
-) -> Encoded:
+def _encode_continuation(sample: Continuation, *, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn) -> Encoded:
     """Prompt and completion are encoded apart: at inference the prompt comes alone."""
     bos_id = _bos_id(tokenizer)
     prompt = [] if bos_id is None else [bos_id]
@@ -284,9 +278,7 @@ class _Renderer:
 
     def upto(self, num_turns: int, *, has_prompt: bool = False) -> str:
         """The text of the first turns, and with ``has_prompt`` what asks the assistant to go on."""
-        return self._render(
-            [turn.as_message() for turn in self.chat.turns[:num_turns]], has_prompt=has_prompt
-        )
+        return self._render([turn.as_message() for turn in self.chat.turns[:num_turns]], has_prompt=has_prompt)
 
     def span(self, index: int, whole: str) -> _Span:
         """The characters of ``whole`` that belong to a turn; an assistant's begin after its prompt.
@@ -315,9 +307,7 @@ class _Renderer:
         if not is_answer:
             return ""
         first = self.chat.turns[0]
-        one, other = (
-            self._render([Turn(first.role, text).as_message()], has_prompt=False) for text in ("0", "1")
-        )
+        one, other = (self._render([Turn(first.role, text).as_message()], has_prompt=False) for text in ("0", "1"))
         return one[: _common_prefix(one, other)]
 
     def _render(self, messages: list[dict[str, Any]], *, has_prompt: bool) -> str:
@@ -326,13 +316,9 @@ class _Renderer:
         tools: list[Any] | None = list(self.chat.tools) or None
         template = self.tokenizer.get_chat_template(tools=tools)
         if any("tool_calls" in message for message in messages) and "tool_calls" not in template:
-            raise DataError(
-                "an assistant's tool_calls are lost: the chat template does not write them. " + _WAYS_OUT
-            )
+            raise DataError("an assistant's tool_calls are lost: the chat template does not write them. " + _WAYS_OUT)
         if tools and not re.search(r"\btools\b", template):
-            raise DataError(
-                "the record's tools are lost: the chat template does not write them. " + _WAYS_OUT
-            )
+            raise DataError("the record's tools are lost: the chat template does not write them. " + _WAYS_OUT)
         try:
             return str(
                 self.tokenizer.apply_chat_template(
@@ -349,9 +335,7 @@ class _Renderer:
             raise DataError(f"the chat template refuses the turns '{roles}': {error}") from None
 
 
-_WAYS_OUT = (
-    "Set data.chat_template to one that does (llama3, chatml or a FILE), or write them into the content"
-)
+_WAYS_OUT = "Set data.chat_template to one that does (llama3, chatml or a FILE), or write them into the content"
 # A macro hides the global of the same name, so that no template learns the day.
 _FIXED_DATE = "{%- macro strftime_now(format) -%}" + TEMPLATE_DATE + "{%- endmacro -%}"
 
@@ -401,8 +385,7 @@ def _without_special_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> t
         return [broken(item) for item in value] if isinstance(value, list | tuple) else value
 
     turns = tuple(
-        Turn(turn.role, broken(turn.content), tuple(broken(turn.tool_calls)), turn.is_trained)
-        for turn in chat.turns
+        Turn(turn.role, broken(turn.content), tuple(broken(turn.tool_calls)), turn.is_trained) for turn in chat.turns
     )
     return Chat(turns=turns, tools=tuple(broken(chat.tools))), mark
 
@@ -419,9 +402,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _encode_rendered(
-    text: str, *, tokenizer: PreTrainedTokenizerBase, mark: str | None
-) -> Iterator[tuple[int, int]]:
+def _encode_rendered(text: str, *, tokenizer: PreTrainedTokenizerBase, mark: str | None) -> Iterator[tuple[int, int]]:
     """Each token of a rendered chat with the character at which it begins.
 
     With a mark in the text, the text is cut at the template's special tokens; what is between them
@@ -447,9 +428,7 @@ def _encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tup
     return _with_starts(text, tokenizer=tokenizer, is_plain=True) if text else iter(())
 
 
-def _with_starts(
-    text: str, *, tokenizer: PreTrainedTokenizerBase, is_plain: bool
-) -> Iterator[tuple[int, int]]:
+def _with_starts(text: str, *, tokenizer: PreTrainedTokenizerBase, is_plain: bool) -> Iterator[tuple[int, int]]:
     """Each token and its first character.
 
     A tokenizer that trims its offsets leaves the blank before a word out, so a token begins at the

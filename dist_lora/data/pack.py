@@ -31,9 +31,7 @@ def pack_best_fit(lengths: np.ndarray, *, capacity: int, order: np.ndarray) -> l
     documents = order[np.argsort(-lengths[order], kind="stable")]
     values, counts = np.unique(-lengths[documents], return_counts=True)
     bins = _Bins(capacity)
-    placed = np.concatenate(
-        [bins.place(int(-value), int(count)) for value, count in zip(values, counts, strict=True)]
-    )
+    placed = np.concatenate([bins.place(int(-value), int(count)) for value, count in zip(values, counts, strict=True)])
     by_bin = np.argsort(placed, kind="stable")
     bounds = np.cumsum(np.bincount(placed, minlength=bins.num_bins))[:-1]
     return np.split(documents[by_bin], bounds)

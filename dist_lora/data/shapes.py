@@ -115,9 +115,7 @@ def recognise_format(columns: Collection[str]) -> Format:
 def check_columns(columns: Collection[str], fmt: Format) -> None:
     """Raises DataError unless the columns of ``fmt`` are there."""
     if not _has_columns(columns, fmt):
-        raise DataError(
-            f"columns {_listed(columns)} found; format {fmt} needs {_needs(fmt)}, e.g. {EXAMPLES[fmt]}"
-        )
+        raise DataError(f"columns {_listed(columns)} found; format {fmt} needs {_needs(fmt)}, e.g. {EXAMPLES[fmt]}")
 
 
 def read_sample(record: Mapping[str, Any], *, fmt: Format) -> Sample:
@@ -197,9 +195,7 @@ def _read_chat(record: Mapping[str, Any]) -> Chat:
 def _read_turns(value: object, where: str) -> tuple[Turn, ...]:
     items = _decoded(value, where)
     if not isinstance(items, list):
-        raise DataError(
-            f"{where} is {_shown(items)}; a list of messages is expected, e.g. {EXAMPLES['messages']}"
-        )
+        raise DataError(f"{where} is {_shown(items)}; a list of messages is expected, e.g. {EXAMPLES['messages']}")
     if not items:
         raise DataError(f"{where} is an empty list; at least one message is expected")
     return tuple(_read_turn(item, f"{where}[{index}]") for index, item in enumerate(items))
@@ -217,9 +213,7 @@ def _read_turn(item: object, where: str) -> Turn:
     calls = _read_tool_calls(message.get("tool_calls") or [], f"{where}.tool_calls")
     if calls and role != "assistant":
         raise DataError(f"{where} has tool_calls and role {role}; only an assistant calls tools")
-    content = (
-        "" if calls and "content" not in message else _content(message.get("content"), f"{where}.content")
-    )
+    content = "" if calls and "content" not in message else _content(message.get("content"), f"{where}.content")
     return Turn(role=role, content=content, tool_calls=calls, is_trained=_is_trained(message, where))
 
 
@@ -242,9 +236,7 @@ def _content(value: object, where: str) -> str:
         return _text(value, where)
     for index, part in enumerate(value):
         if not isinstance(part, dict) or part.get("type") != "text":
-            raise DataError(
-                f'{where}[{index}] is {_shown(part)}; only parts {{"type": "text", "text": ...}} are known'
-            )
+            raise DataError(f'{where}[{index}] is {_shown(part)}; only parts {{"type": "text", "text": ...}} are known')
     return "".join(_text(part.get("text"), f"{where}[{index}].text") for index, part in enumerate(value))
 
 
@@ -295,9 +287,7 @@ def _read_prompt_completion(record: Mapping[str, Any]) -> Sample:
         return Continuation(prompt=prompt, completion=completion)
     if isinstance(prompt, list) and isinstance(completion, list):
         context = tuple(replace(turn, is_trained=False) for turn in _read_turns(prompt, "prompt"))
-        return Chat(
-            turns=context + _read_turns(completion, "completion"), tools=_read_tools(record.get("tools"))
-        )
+        return Chat(turns=context + _read_turns(completion, "completion"), tools=_read_tools(record.get("tools")))
     raise DataError(
         f"prompt is {_shown(prompt)} and completion is {_shown(completion)}; "
         "both as text, or both as lists of messages, are expected"

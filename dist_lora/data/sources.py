@@ -169,9 +169,7 @@ class JsonLines:
         try:
             return _as_object(json.loads(line.decode()))
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"byte {error.start + 1} of the line, 0x{line[error.start]:02x}, is not UTF-8"
-            ) from None
+            raise DataError(f"byte {error.start + 1} of the line, 0x{line[error.start]:02x}, is not UTF-8") from None
         except json.JSONDecodeError as error:
             raise DataError(
                 f"not JSON: {error.msg} at column {error.pos + 1}, {_near(error.doc, error.pos)}; "
@@ -244,9 +242,7 @@ class CsvRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
         if len(row) != len(self._header):
-            raise DataError(
-                f"{len(row)} fields, and the header has {len(self._header)}: {', '.join(self._header)}"
-            )
+            raise DataError(f"{len(row)} fields, and the header has {len(self._header)}: {', '.join(self._header)}")
         return dict(zip(self._header, row, strict=True))
 
 
@@ -321,9 +317,7 @@ def _hub_trouble(name: str, repo: str, split: str, which: str, error: Exception)
             f"https://huggingface.co/datasets/{repo}, then log in: `hf auth login`, or set HF_TOKEN"
         )
     if "Config name is missing" in words or "BuilderConfig" in words:
-        return (
-            f"data.{which}: {repo} has several parts: {words.strip()}\nName one: data.{which}: {repo}:CONFIG"
-        )
+        return f"data.{which}: {repo} has several parts: {words.strip()}\nName one: data.{which}: {repo}:CONFIG"
     if "split" in words.lower():
         return f"data.{which}: {repo} has no split {split!r} ({_first_line(words)}). Name one: {repo}@SPLIT"
     if "RepositoryNotFoundError" in kinds or "doesn't exist on the Hub" in words:
@@ -360,18 +354,12 @@ def _local_path(name: str, which: str) -> Path | None:
     path = Path(name).expanduser()
     if path.is_dir():
         inside = sorted(child.name for child in path.iterdir() if child.suffix in _SUFFIXES)[:NUM_EXAMPLES]
-        raise DataError(
-            f"data.{which}: {name} is a folder; name its files: {', '.join(inside) or 'it holds none'}"
-        )
+        raise DataError(f"data.{which}: {name} is a folder; name its files: {', '.join(inside) or 'it holds none'}")
     if path.exists():
         if path.suffix not in _SUFFIXES:
-            raise DataError(
-                f"data.{which}: {name} has the ending {path.suffix!r}; {' '.join(_SUFFIXES)} are read"
-            )
+            raise DataError(f"data.{which}: {name} has the ending {path.suffix!r}; {' '.join(_SUFFIXES)} are read")
         if not os.access(path, os.R_OK):
-            raise DataError(
-                f"data.{which}: {name} may not be read by this user (mode {path.stat().st_mode & 0o777:o})"
-            )
+            raise DataError(f"data.{which}: {name} may not be read by this user (mode {path.stat().st_mode & 0o777:o})")
         return path
     if path.suffix not in _SUFFIXES and not name.startswith(("/", ".", "~")) and _HUB_ID.fullmatch(name):
         return None
@@ -454,8 +442,7 @@ def _index_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return empty, empty, empty
     data = np.memmap(path, np.uint8, "r")
     ends = [
-        np.flatnonzero(data[at : at + _HASH_CHUNK_BYTES] == ord("\n")) + at
-        for at in range(0, size, _HASH_CHUNK_BYTES)
+        np.flatnonzero(data[at : at + _HASH_CHUNK_BYTES] == ord("\n")) + at for at in range(0, size, _HASH_CHUNK_BYTES)
     ]
     last = np.zeros(0, np.int64) if data[-1] == ord("\n") else np.array([size])
     line_ends = np.concatenate([*ends, last]).astype(np.int64)

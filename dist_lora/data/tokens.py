@@ -75,9 +75,7 @@ class TokenSet:
     is_target: np.ndarray  # bool (T,)
     starts: np.ndarray  # int64 (N,): each document's first token
     lengths: np.ndarray  # int64 (N,), at most the sequence length
-    num_targets: (
-        np.ndarray
-    )  # int64 (N,), at least 1: its targets without the first token, which nothing predicts
+    num_targets: np.ndarray  # int64 (N,), at least 1: its targets without the first token, which nothing predicts
     sample_ids: np.ndarray  # int64 (N,): the document's row in the source, from 0
 
     def __len__(self) -> int:
@@ -142,9 +140,7 @@ def prepare_tokens(
     """
     started = time.monotonic()
     cache = (cache_dir or default_cache_dir()).expanduser() / "tokens"
-    key = _agree_on_key(
-        names, which=which, rules=rules, tokenizer_hash=tokenizer_hash, cache=cache, world=world
-    )
+    key = _agree_on_key(names, which=which, rules=rules, tokenizer_hash=tokenizer_hash, cache=cache, world=world)
     group = _group_of(cache, which=which, world=world)
     with contextlib.ExitStack() as held:
         building = _begin(cache / key, group=group, which=which, world=world, held=held)
@@ -304,9 +300,7 @@ def _group_of(cache: Path, *, which: Which, world: World) -> _Group:
     return _Group(first=node, place=world.local_rank, size=world.local_size)
 
 
-def _begin(
-    folder: Path, *, group: _Group, which: Which, world: World, held: contextlib.ExitStack
-) -> Path | None:
+def _begin(folder: Path, *, group: _Group, which: Which, world: World, held: contextlib.ExitStack) -> Path | None:
     """The folder in which the group builds, or None where the tokens are there already.
 
     The group's first rank holds the lock until ``held`` is closed.
@@ -433,13 +427,10 @@ class _Builder:
         reported = time.monotonic()
         with contextlib.ExitStack() as opened:
             files = {
-                name: opened.enter_context((self._folder / f"{group.place}.{name}").open("wb"))
-                for name in _ARRAYS
+                name: opened.enter_context((self._folder / f"{group.place}.{name}").open("wb")) for name in _ARRAYS
             }
             for done, index in enumerate(part, start=1):
-                document = _encode_one(
-                    records, index, tokenizer=self._tokenizer, rules=self._rules, counts=counts
-                )
+                document = _encode_one(records, index, tokenizer=self._tokenizer, rules=self._rules, counts=counts)
                 if document is not None:
                     _write(files, document, index)
                 if group.is_first and time.monotonic() - reported > REPORT_EVERY_S:
@@ -500,9 +491,7 @@ def _verdict(counts: _Counts, *, which: Which, rules: TokenRules) -> DataError |
     told = []
     total = counts.num_samples
     if counts.broken.count:
-        told.append(
-            f"data.{which}: {counts.broken.count} of {total} records are broken:\n{counts.broken.listed()}"
-        )
+        told.append(f"data.{which}: {counts.broken.count} of {total} records are broken:\n{counts.broken.listed()}")
     if counts.too_long.count and rules.on_too_long == "error":
         told.append(
             f"data.{which}: {counts.too_long.count} of {total} samples are longer than "
@@ -547,12 +536,9 @@ def _open_published(folder: Path) -> TokenSet | None:
 
 def _described(folder: Path, token_set: TokenSet) -> str:
     """Samples, tokens and what was cut or left out, as one line."""
-    counts = _Counts.from_json(
-        json.dumps(json.loads((folder / "summary.json").read_text())["counts"]).encode()
-    )
+    counts = _Counts.from_json(json.dumps(json.loads((folder / "summary.json").read_text())["counts"]).encode())
     told = (
-        f"{len(token_set):,} samples, {token_set.num_tokens:,} tokens, "
-        f"{token_set.num_target_tokens:,} of them targets"
+        f"{len(token_set):,} samples, {token_set.num_tokens:,} tokens, {token_set.num_target_tokens:,} of them targets"
     )
     for faults, why in ((counts.too_long, "too long"), (counts.no_target, "without target tokens")):
         if faults.count:

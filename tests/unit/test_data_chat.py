@@ -20,9 +20,7 @@ from dist_lora.errors import DataError, WeightsError
 
 GOLDEN = [
     json.loads(line)
-    for line in (Path(__file__).parents[1] / "golden/chat/llama3_conversations.jsonl")
-    .read_text()
-    .splitlines()
+    for line in (Path(__file__).parents[1] / "golden/chat/llama3_conversations.jsonl").read_text().splitlines()
 ]
 BOS, END_OF_TEXT, EOT = 128000, 128001, 128009
 
@@ -62,9 +60,7 @@ def meta():
 def llama3_folder(tmp_path_factory, meta):
     """Meta's tokenizer in the form that transformers reads."""
     file = Path(llama_models.__file__).parent / "llama3" / "tokenizer.model"
-    converted = TikTokenConverter(
-        vocab_file=str(file), extra_special_tokens=list(meta.special_tokens)
-    ).converted()
+    converted = TikTokenConverter(vocab_file=str(file), extra_special_tokens=list(meta.special_tokens)).converted()
     folder = tmp_path_factory.mktemp("llama3")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=converted, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"
@@ -103,9 +99,7 @@ def encode(record, tokenizer, *, fmt="messages", train_on="assistant"):
 
 
 def targets(encoded, tokenizer):
-    return tokenizer.decode(
-        [i for i, is_target in zip(encoded.ids, encoded.is_target, strict=True) if is_target]
-    )
+    return tokenizer.decode([i for i, is_target in zip(encoded.ids, encoded.is_target, strict=True) if is_target])
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["name"])
@@ -172,9 +166,7 @@ def test_ids_equal_metas_chat_format(pairs, llama3, meta):
     contents=st.lists(
         st.one_of(
             st.text(st.characters(exclude_categories=["Cs"]), max_size=30),
-            st.lists(
-                st.sampled_from(["<|eot_id|>", "<|", "|>", "eot_id", "\n", " ", "é", "a", "\ue000"])
-            ).map("".join),
+            st.lists(st.sampled_from(["<|eot_id|>", "<|", "|>", "eot_id", "\n", " ", "é", "a", "\ue000"])).map("".join),
         ),
         min_size=1,
         max_size=4,
@@ -283,9 +275,7 @@ def test_a_token_that_begins_in_the_prompt_is_no_target(with_template):
     template = "{% for m in messages %}{{ m.role + ':\n' + m.content + '<|eot_id|>' }}{% endfor %}"
     tokenizer = with_template(template + "{% if add_generation_prompt %}assistant:\n{% endif %}")
     encoded = encode(turns(("user", "q"), ("assistant", "\nb")), tokenizer)
-    assert encoded.ids[1:] == tokenizer.encode(
-        "user:\nq<|eot_id|>assistant:\n\nb<|eot_id|>", add_special_tokens=False
-    )
+    assert encoded.ids[1:] == tokenizer.encode("user:\nq<|eot_id|>assistant:\n\nb<|eot_id|>", add_special_tokens=False)
     assert targets(encoded, tokenizer) == "b<|eot_id|>"
 
 
@@ -369,10 +359,7 @@ def test_a_bundled_template_needs_its_tokens(llama3_folder):
 
 def test_a_template_file_is_taken_and_a_missing_one_told(llama3_folder, tmp_path):
     (tmp_path / "own.jinja").write_text("{{ messages }}")
-    assert (
-        load_tokenizer(llama3_folder, chat_template=str(tmp_path / "own.jinja")).chat_template
-        == "{{ messages }}"
-    )
+    assert load_tokenizer(llama3_folder, chat_template=str(tmp_path / "own.jinja")).chat_template == "{{ messages }}"
     with pytest.raises(DataError, match="lama3 is neither a file nor one of llama3, chatml"):
         load_tokenizer(llama3_folder, chat_template="lama3")
 

@@ -54,9 +54,7 @@ def test_each_sample_once_an_epoch_and_the_same_passes_on_all_ranks(
     num_samples, world_size, packing, global_batch, micro_batch
 ):
     tokens = token_set([2 + 3 * i % 7 for i in range(num_samples)])
-    ranks = loaders(
-        tokens, world_size=world_size, packing=packing, global_batch=global_batch, micro_batch=micro_batch
-    )
+    ranks = loaders(tokens, world_size=world_size, packing=packing, global_batch=global_batch, micro_batch=micro_batch)
     for epoch in range(2):
         in_epoch = []
         num_steps = ranks[0].steps_in_epoch(epoch)
@@ -79,9 +77,7 @@ def test_what_a_step_learns_does_not_depend_on_the_number_of_ranks(packing):
     for step in (0, 3, 17, 40):
         alone = loaders(tokens, world_size=1, packing=packing, seed=3)[0].batch(step)
         for world_size in (2, 3):
-            together = [
-                rank.batch(step) for rank in loaders(tokens, world_size=world_size, packing=packing, seed=3)
-            ]
+            together = [rank.batch(step) for rank in loaders(tokens, world_size=world_size, packing=packing, seed=3)]
             assert seen(together) == seen([alone])
             assert {batch.sample_ids for batch in together} == {alone.sample_ids}
             assert {batch.target_tokens for batch in together} == {alone.target_tokens}
@@ -97,9 +93,7 @@ def test_labels_are_the_tokens_that_follow_and_documents_stand_apart():
     assert micro.starts.tolist() == [0, 5, 8, 10]
     assert micro.target_index.tolist() == [0, 2, 5, 8]
     assert micro.labels.tolist() == [1, 3, 101, 201]
-    assert {micro.ids.dtype, micro.positions.dtype, micro.target_index.dtype, micro.labels.dtype} == {
-        torch.int64
-    }
+    assert {micro.ids.dtype, micro.positions.dtype, micro.target_index.dtype, micro.labels.dtype} == {torch.int64}
     assert micro.starts.dtype == torch.int32
 
 
@@ -118,15 +112,11 @@ def test_every_target_but_first_tokens_is_learned_in_its_document(lengths, micro
         for micro in loader.batch(step).micro_batches:
             bounds = micro.starts.tolist()
             assert bounds[0] == 0 and bounds[-1] == len(micro.ids) == len(micro.positions)
-            assert micro.positions.tolist() == [
-                i for a, b in itertools.pairwise(bounds) for i in range(b - a)
-            ]
+            assert micro.positions.tolist() == [i for a, b in itertools.pairwise(bounds) for i in range(b - a)]
             assert micro.labels.tolist() == micro.ids[micro.target_index + 1].tolist()
             assert (micro.positions[micro.target_index + 1] == micro.positions[micro.target_index] + 1).all()
             learned += micro.labels.tolist()
-    assert sorted(learned) == sorted(
-        100 * i + place for i, n in enumerate(lengths) for place in range(1, n, 2)
-    )
+    assert sorted(learned) == sorted(100 * i + place for i, n in enumerate(lengths) for place in range(1, n, 2))
 
 
 def test_any_step_is_the_same_asked_first_or_in_turn():
@@ -175,9 +165,7 @@ def test_a_step_after_millions_of_samples_is_asked_for_directly(monkeypatch):
     tokens = token_set([4] * 100)
     (loader,) = loaders(tokens, world_size=1)
     plans = []
-    monkeypatch.setattr(
-        loader, "_plan_of", lambda epoch, plan=loader._plan_of: plans.append(epoch) or plan(epoch)
-    )
+    monkeypatch.setattr(loader, "_plan_of", lambda epoch, plan=loader._plan_of: plans.append(epoch) or plan(epoch))
     step = 7 * 1_000_000 + 3
     assert loader.locate(step) == (1_000_000, 3)
     assert loader.batch(step).epoch == 1_000_000
@@ -210,9 +198,7 @@ def test_evaluation_sees_each_document_once_in_passes_that_ranks_do_not_change(n
     passes = [list(rank) for rank in ranks]
     assert [len(rank) for rank in ranks] == [len(of) for of in passes]
     assert len({len(of) for of in passes}) == 1
-    real = sorted(
-        (micro.sample_ids, micro.labels.tolist()) for of in passes for micro in of if micro.sample_ids
-    )
+    real = sorted((micro.sample_ids, micro.labels.tolist()) for of in passes for micro in of if micro.sample_ids)
     assert real == sorted((micro.sample_ids, micro.labels.tolist()) for micro in alone)
     assert sorted(i for ids, _ in real for i in ids) == list(range(num_samples))
     assert sum(len(micro.labels) for of in passes for micro in of) == ranks[0].target_tokens

@@ -134,9 +134,7 @@ def test_a_broken_line_is_told_with_its_place(fault, tmp_path):
 def test_utf_16_is_told_with_the_command_that_mends_it(encoding, suffix, tmp_path):
     path = tmp_path / f"data{suffix}"
     path.write_bytes(GOOD.encode(encoding))
-    with pytest.raises(
-        DataError, match=r":1: the file is UTF-16 or binary .* UTF-8 is expected: iconv -f UTF-16"
-    ):
+    with pytest.raises(DataError, match=r":1: the file is UTF-16 or binary .* UTF-8 is expected: iconv -f UTF-16"):
         read_all(path)
 
 
@@ -257,9 +255,7 @@ def test_sources_follow_one_another_each_with_its_format(tmp_path):
 
 def test_a_missing_file_names_the_nearest(tmp_path):
     (tmp_path / "train.jsonl").write_text(GOOD)
-    with pytest.raises(
-        DataError, match=r"data\.train: .*tain\.jsonl does not exist \(nearest there: train\.jsonl\)"
-    ):
+    with pytest.raises(DataError, match=r"data\.train: .*tain\.jsonl does not exist \(nearest there: train\.jsonl\)"):
         read_records(str(tmp_path / "tain.jsonl"), fmt=None, which="train")
     with pytest.raises(DataError, match=r"does not exist, nor does its folder .*nowhere"):
         read_records(str(tmp_path / "nowhere/x.jsonl"), fmt=None, which="train")
@@ -270,9 +266,7 @@ def test_folders_and_unknown_endings_are_told(tmp_path):
     (tmp_path / "data.xlsx").touch()
     with pytest.raises(DataError, match=r"is a folder; name its files: train\.jsonl"):
         read_records(str(tmp_path), fmt=None, which="train")
-    with pytest.raises(
-        DataError, match=r"has the ending '\.xlsx'; \.jsonl \.ndjson \.json \.csv \.parquet are read"
-    ):
+    with pytest.raises(DataError, match=r"has the ending '\.xlsx'; \.jsonl \.ndjson \.json \.csv \.parquet are read"):
         read_records(str(tmp_path / "data.xlsx"), fmt=None, which="train")
 
 
@@ -355,9 +349,7 @@ def test_unknown_columns_name_what_each_format_needs(tmp_path):
         "prompt-completion needs prompt and completion; "
         "text needs text"
     )
-    with pytest.raises(
-        DataError, match=r":1: columns 'question', 'answer' found; format text needs text, e\.g\. "
-    ):
+    with pytest.raises(DataError, match=r":1: columns 'question', 'answer' found; format text needs text, e\.g\. "):
         read_records(str(tmp_path / "d.jsonl"), fmt="text", which="train")
     with pytest.raises(DataError, match=r"columns \(none\) found; format alpaca needs"):
         check_columns([], "alpaca")
@@ -388,9 +380,7 @@ def test_sharegpt_becomes_the_same_chat_as_openais_spelling():
 
 
 def test_a_prompt_and_a_completion_of_different_kinds_are_an_error():
-    with pytest.raises(
-        DataError, match=r'prompt is "a" and completion is \[\]; both as text, or both as lists'
-    ):
+    with pytest.raises(DataError, match=r'prompt is "a" and completion is \[\]; both as text, or both as lists'):
         read_sample({"prompt": "a", "completion": []}, fmt="prompt-completion")
 
 

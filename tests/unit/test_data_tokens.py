@@ -116,9 +116,7 @@ def test_documents_are_the_encoded_samples(tmp_path):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("num_records", [1, 7])
-def test_ranks_encode_each_sample_once_and_all_see_the_same(
-    world_size, num_records, tmp_path, encoded_samples
-):
+def test_ranks_encode_each_sample_once_and_all_see_the_same(world_size, num_records, tmp_path, encoded_samples):
     records = [conversation(str(i), "x" * i) for i in range(num_records)]
     name = write(tmp_path / "d.jsonl", records)
     alone = prepare(name, tmp_path / "alone")
@@ -195,8 +193,7 @@ def test_two_jobs_at_once_on_one_cache_both_succeed_and_work_once(tmp_path, enco
     name = write(tmp_path / "d.jsonl", [conversation(str(i), "x") for i in range(20)])
     with ThreadPoolExecutor(2) as pool:
         jobs = [
-            pool.submit(on_ranks, 2, lambda world: prepare(name, tmp_path / "cache", world=world))
-            for _ in range(2)
+            pool.submit(on_ranks, 2, lambda world: prepare(name, tmp_path / "cache", world=world)) for _ in range(2)
         ]
         results = [result for job in jobs for result in job.result()]
     assert [content(result) for result in results] == [content(results[0])] * 4
@@ -219,9 +216,7 @@ def test_without_locks_on_the_disk_two_jobs_still_succeed(tmp_path, monkeypatch)
 
     monkeypatch.setattr(tokens_module, "encode_sample", slow)
     with ThreadPoolExecutor(2) as pool:
-        first, second = (
-            job.result() for job in [pool.submit(prepare, name, tmp_path / "cache") for _ in range(2)]
-        )
+        first, second = (job.result() for job in [pool.submit(prepare, name, tmp_path / "cache") for _ in range(2)])
     assert content(first) == content(second)
     assert_one_clean_folder(tmp_path / "cache")
 
@@ -263,15 +258,11 @@ def test_a_published_folder_with_a_short_file_is_made_again(tmp_path, encoded_sa
 
 def test_a_long_sample_is_cut_from_the_right_and_its_targets_counted_after(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="dist_lora")
-    name = write(
-        tmp_path / "d.jsonl", [{"prompt": "ab", "completion": "c" * 50}, {"prompt": "ab", "completion": "c"}]
-    )
+    name = write(tmp_path / "d.jsonl", [{"prompt": "ab", "completion": "c" * 50}, {"prompt": "ab", "completion": "c"}])
     token_set = prepare(name, tmp_path, rules=replace(RULES, sequence_length=10))
     assert token_set.lengths.tolist() == [10, 5]
     assert token_set.num_targets.tolist() == [7, 2]
-    assert (
-        "2 samples, 15 tokens, 9 of them targets; cut 1 to the sequence length, tokenised in" in caplog.text
-    )
+    assert "2 samples, 15 tokens, 9 of them targets; cut 1 to the sequence length, tokenised in" in caplog.text
 
 
 def no_targets(tmp_path):
@@ -316,14 +307,10 @@ def test_a_target_that_is_a_documents_first_token_is_none(tmp_path):
 
 
 def test_when_nothing_is_left_it_is_an_error_whatever_the_rules(tmp_path):
-    name = write(
-        tmp_path / "d.jsonl", [{"messages": [{"role": "user", "content": "q"}]}, conversation("q" * 300, "a")]
-    )
+    name = write(tmp_path / "d.jsonl", [{"messages": [{"role": "user", "content": "q"}]}, conversation("q" * 300, "a")])
     with pytest.raises(DataError) as caught:
         prepare(name, tmp_path, rules=replace(RULES, on_no_target="drop", on_too_long="drop"))
-    assert "none of 2 samples is left: 1 are longer than train.sequence_length = 200, 1 have no" in str(
-        caught.value
-    )
+    assert "none of 2 samples is left: 1 are longer than train.sequence_length = 200, 1 have no" in str(caught.value)
     assert f"{name}:1: nothing in it" in str(caught.value) and f"{name}:2: 325 tokens" in str(caught.value)
 
 
@@ -346,9 +333,7 @@ def test_broken_records_of_all_ranks_are_told_together(world_size, tmp_path):
     for number in (2, 5, 6, 9, 12, 13, 20):
         lines[number - 1] = "{oops"
     (tmp_path / "d.jsonl").write_text("\n".join(lines))
-    errors = on_ranks(
-        world_size, lambda world: prepare(str(tmp_path / "d.jsonl"), tmp_path / "cache", world=world)
-    )
+    errors = on_ranks(world_size, lambda world: prepare(str(tmp_path / "d.jsonl"), tmp_path / "cache", world=world))
     told = str(errors[0]).splitlines()
     assert told[0] == "data.train: 7 of 20 records are broken:"
     assert [line.split(": ")[0].rpartition(":")[2] for line in told[1:6]] == ["2", "5", "6", "9", "12"]
@@ -406,9 +391,7 @@ def test_long_work_and_long_waits_are_reported(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(tokens_module, "REPORT_EVERY_S", 0.0)
     name = write(tmp_path / "d.jsonl", [conversation(str(i), "x") for i in range(3)])
     waiting = threading.Event()
-    monkeypatch.setattr(
-        tokens_module.time, "sleep", lambda seconds, sleep=time.sleep: (waiting.set(), sleep(seconds))
-    )
+    monkeypatch.setattr(tokens_module.time, "sleep", lambda seconds, sleep=time.sleep: (waiting.set(), sleep(seconds)))
 
     def until_the_other_waits(record, **settings):
         waiting.wait(30)
@@ -424,9 +407,7 @@ def test_long_work_and_long_waits_are_reported(tmp_path, monkeypatch, caplog):
 
 
 def test_train_and_eval_of_one_run_do_not_meet(tmp_path):
-    names = {
-        which: write(tmp_path / f"{which}.jsonl", [conversation(which, "a")]) for which in ("train", "eval")
-    }
+    names = {which: write(tmp_path / f"{which}.jsonl", [conversation(which, "a")]) for which in ("train", "eval")}
 
     def run(world):
         return [content(prepare(names[which], tmp_path / "c", world=world, which=which)) for which in names]
