@@ -97,7 +97,7 @@ class Loader:
         epoch, index = self.locate(step)
         plan = self._plan_of(epoch)
         assert len(plan) == self._num_sequences, f"epoch {epoch} has {len(plan)} sequences, not {self._num_sequences}"
-        sequences = plan[index * self._global_batch : (index + 1) * self._global_batch]
+        sequences = list(plan[index * self._global_batch : (index + 1) * self._global_batch])
         documents = np.concatenate(sequences)
         tokens = [int(self._token_set.lengths[sequence].sum()) for sequence in sequences]
         mine = deal(tokens, world_size=self._world_size)[self._world_rank]
@@ -111,12 +111,12 @@ class Loader:
             epoch=epoch,
         )
 
-    def _make_plan(self, epoch: int) -> list[np.ndarray]:
+    def _make_plan(self, epoch: int) -> list[np.ndarray] | np.ndarray:
         """The documents of each sequence of an epoch, in the order of training."""
         draws = np.random.Philox(key=np.array([self._seed % 2**64, epoch], np.uint64))
         order = _permutation(draws, len(self._token_set))
         if not self._packing:
-            return np.split(order, np.arange(1, len(order)))
+            return order[:, None]
         packed = pack_best_fit(self._token_set.lengths, capacity=self._sequence_length, order=order)
         return [packed[index] for index in _permutation(draws, len(packed))]
 

@@ -13,9 +13,10 @@ from dist_lora.config.schema import Config
 from dist_lora.data.chat import encode_prompt
 from dist_lora.errors import ConfigError
 from dist_lora.export.generate import generate, stop_ids_of
+from dist_lora.herd.facts import resolve_model
 from dist_lora.lora.peft_file import read_adapter
 from dist_lora.parallel.world import World
-from dist_lora.train.build import Trainee, build, load_adapter, open_base
+from dist_lora.train.build import Trainee, build, folder_of, load_adapter, open_base
 
 
 def base_name(adapter: Path, base: str | None) -> str:
@@ -31,6 +32,15 @@ def base_name(adapter: Path, base: str | None) -> str:
     return name
 
 
+def find_base(adapter: Path, base: str | None) -> Path:
+    """The folder of the base that ``adapter`` belongs to.
+
+    Raises:
+        ConfigError: it is neither here nor on the hub.
+    """
+    return folder_of(resolve_model(base_name(adapter, base)), World.alone())
+
+
 def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Trainee:
     """The base whole on this process, with the adapter's values beside it."""
     found = read_adapter(adapter)
@@ -40,7 +50,7 @@ def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Traine
             "model": {"name": base_name(adapter, base)},
             "lora": {
                 "rank": found.rank,
-                "alpha": found.alpha,
+                "alpha": found.scale * found.rank,  # of rsLoRA too
                 "targets": list(found.targets),
                 "layers": "all" if found.layers is None else list(found.layers),
             },

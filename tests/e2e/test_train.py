@@ -115,3 +115,27 @@ def test_a_mistyped_setting_is_told_once_with_the_nearest_name(config) -> None:
     done = run("train", config, "lora.rnak=4", "--nproc", 2)
     assert done.returncode == 2
     assert done.stderr.count("rnak") == 1 and "rank" in done.stderr
+
+
+def test_a_merged_model_has_the_logits_of_the_adapter_beside_its_base(whole, tmp_path) -> None:
+    import yaml
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "merged"
+    done = run("merge", whole / "adapter", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "of the base's matrices changed" in done.stdout
+    base = yaml.safe_load((whole / "config.yaml").read_text())["model"]["name"]
+    beside = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), whole / "adapter")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        wanted, found = beside(ids).logits, AutoModelForCausalLM.from_pretrained(out)(ids).logits
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_gathering_into_a_folder_of_something_else_is_refused_and_leaves_it_alone(whole, tmp_path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    done = run("gather", whole, "--out", tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
