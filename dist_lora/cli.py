@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from dist_lora.errors import EXIT_FAILED, DistLoraError, RankError, StoppedOnRequest
+from dist_lora.errors import EXIT_FAILED, DistLoraError, StoppedOnRequest
 
 if TYPE_CHECKING:
     from dist_lora.config.schema import Config
@@ -159,8 +159,6 @@ def _num_gpus() -> int:
 
 def report_error(error: BaseException) -> None:
     """Tell the user: our errors in one message, a fault of ours with its traceback."""
-    if isinstance(error, RankError) and not str(error):
-        return
     if isinstance(error, StoppedOnRequest):
         print(error, file=sys.stderr, flush=True)
     elif isinstance(error, DistLoraError):

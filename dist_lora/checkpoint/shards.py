@@ -43,6 +43,7 @@ from dist_lora.checkpoint.manifest import (
 )
 from dist_lora.checkpoint.resume import step_folders, verify
 from dist_lora.errors import CheckpointError, DistLoraError, SaveError
+from dist_lora.lora.peft_file import sync_path
 
 if TYPE_CHECKING:
     from dist_lora.parallel.world import World
@@ -246,7 +247,7 @@ def _publish(place: _Place, manifest: Manifest) -> None:
         for entry in manifest.files:
             _expect_visible(place.partial / entry.name, entry)
         write_manifest(place.partial, manifest)
-        sync_folder(place.partial)
+        sync_path(place.partial)
         _swap_in(place)
     set_aside(place.root, above=place.step)
 
@@ -268,7 +269,7 @@ def _swap_in(place: _Place) -> None:
         place.final.rename(place.replaced)
     try:
         place.partial.rename(place.final)
-        sync_folder(place.root)
+        sync_path(place.root)
     except OSError:
         if place.final.exists():
             place.final.rename(place.partial)
@@ -276,15 +277,6 @@ def _swap_in(place: _Place) -> None:
             place.replaced.rename(place.final)
         raise
     shutil.rmtree(place.replaced, ignore_errors=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's names (not its files) to the disk."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def set_aside(root: Path, *, above: int) -> list[Path]:

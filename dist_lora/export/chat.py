@@ -14,7 +14,7 @@ from dist_lora.data.chat import encode_prompt
 from dist_lora.errors import ConfigError
 from dist_lora.export.generate import generate, stop_ids_of
 from dist_lora.herd.facts import resolve_model
-from dist_lora.lora.peft_file import read_adapter
+from dist_lora.lora.peft_file import open_adapter
 from dist_lora.parallel.world import World
 from dist_lora.train.build import Trainee, build, folder_of, load_adapter, open_base
 
@@ -26,7 +26,7 @@ def base_name(adapter: Path, base: str | None) -> str:
     of_run = adapter.parent / "config.yaml"
     if of_run.is_file():
         return str(yaml.safe_load(of_run.read_text())["model"]["name"])
-    name = read_adapter(adapter).base.name
+    name = open_adapter(adapter).base.name
     if name is None:
         raise ConfigError(f"{adapter} does not say which model it was trained on; name it: --base MODEL")
     return name
@@ -43,7 +43,7 @@ def find_base(adapter: Path, base: str | None) -> Path:
 
 def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Trainee:
     """The base whole on this process, with the adapter's values beside it."""
-    found = read_adapter(adapter)
+    found = open_adapter(adapter)  # its headers; the tensors are read once, below
     config = Config.model_validate(
         {
             "run": "generate",

@@ -15,7 +15,7 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
@@ -77,15 +77,14 @@ class BaseIdentity:
     config_hash: str | None = None
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter in memory: tensors `<module>.lora_A` `(R, D_in)` and `<module>.lora_B` `(D_out, R)`, fp32.
+@dataclass(frozen=True, kw_only=True)
+class AdapterFacts:
+    """What an adapter's JSON files tell of it.
 
     `targets` are linears in the model's order, `layers` the layers that are adapted or None for all, and
     `scale` is what B A is multiplied by: alpha / R, or alpha / sqrt(R) for rsLoRA.
     """
 
-    tensors: dict[str, Tensor]
     rank: int
     alpha: float
     dropout: float
@@ -95,19 +94,19 @@ class Adapter:
     base: BaseIdentity
 
 
-@dataclass(frozen=True)
-class AdapterOnDisk:
+@dataclass(frozen=True, kw_only=True)
+class Adapter(AdapterFacts):
+    """An adapter in memory: tensors `<module>.lora_A` `(R, D_in)` and `<module>.lora_B` `(D_out, R)`, fp32."""
+
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOnDisk(AdapterFacts):
     """An adapter whose headers are checked and whose tensors are read one pair at a time; see `Adapter`."""
 
     folder: Path
     pairs: dict[str, tuple[TensorOnDisk, TensorOnDisk]]
-    rank: int
-    alpha: float
-    dropout: float
-    targets: tuple[str, ...]
-    layers: tuple[int, ...] | None
-    scale: float
-    base: BaseIdentity
 
     def read_pair(self, module: str) -> tuple[Tensor, Tensor]:
         """A `(R, D_in)` and B `(D_out, R)` of a module, fp32, in host memory.
@@ -177,7 +176,17 @@ def open_adapter(folder: Path) -> AdapterOnDisk:
     pairs = {module: (by_key[f"{module}.lora_A"], by_key[f"{module}.lora_B"]) for module in modules}
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     base = _read_origin(folder, config)
-    return AdapterOnDisk(folder, pairs, rank, alpha, dropout, targets, layers, scale, base)
+    return AdapterOnDisk(
+        folder=folder,
+        pairs=pairs,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        targets=targets,
+        layers=layers,
+        scale=scale,
+        base=base,
+    )
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -186,16 +195,8 @@ def read_adapter(folder: Path) -> Adapter:
     tensors: dict[str, Tensor] = {}
     for module in opened.pairs:
         tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"] = opened.read_pair(module)
-    return Adapter(
-        tensors,
-        opened.rank,
-        opened.alpha,
-        opened.dropout,
-        opened.targets,
-        opened.layers,
-        opened.scale,
-        opened.base,
-    )
+    facts = {field.name: getattr(opened, field.name) for field in fields(AdapterFacts)}
+    return Adapter(tensors=tensors, **facts)
 
 
 def write_adapter(

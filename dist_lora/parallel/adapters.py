@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dist_lora.base.index import first_few
 from dist_lora.errors import TrainingError
 from dist_lora.lora.attach import AdapterTensor
 from dist_lora.lora.layer import initial_a
@@ -76,8 +77,7 @@ class ReplicatedAdapters:
             if tensor.attribute == half and not self.gradient[slice(*self.ranges[tensor.name])].any()
         ]
         if dead:
-            named = ", ".join(dead[:5]) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
             raise TrainingError(
-                f"step {step}: {len(dead)} of {len(self.tensors) // 2} {half} tensors got no gradient: {named}. "
+                f"step {step}: {len(dead)} of {len(self.tensors) // 2} {half} tensors got no gradient: {first_few(dead)}. "
                 "Nothing that they are beside can learn; the graph behind them is cut."
             )

@@ -10,6 +10,7 @@ from torch import Tensor
 from dist_lora.base.llama import Llama, materialize
 from dist_lora.base.stream import Slot
 from dist_lora.config.schema import ParallelSection
+from dist_lora.errors import ConfigError
 from dist_lora.lora.attach import AdapterTensor
 from dist_lora.parallel.adapters import ReplicatedAdapters
 from dist_lora.parallel.world import World
@@ -73,7 +74,6 @@ def make_engine(section: ParallelSection, world: World) -> SingleProcess:
     Raises:
         ConfigError: ``none`` with several processes.
     """
-    from dist_lora.errors import ConfigError
     from dist_lora.parallel.fsdp2 import Fsdp2
 
     wanted = section.engine

@@ -19,7 +19,7 @@ from dist_lora.config.schema import Config
 from dist_lora.data.chat import load_tokenizer
 from dist_lora.errors import AdapterError, ConfigError, DistLoraError, WeightsError
 from dist_lora.herd.facts import ResolvedModel, Shape, read_shape, resolve_model
-from dist_lora.lora.attach import AdapterTensor, attach_adapters
+from dist_lora.lora.attach import attach_adapters
 from dist_lora.lora.peft_file import BaseIdentity, identify_base, read_adapter
 from dist_lora.parallel.adapters import ReplicatedAdapters
 from dist_lora.parallel.engine import SingleProcess, base_dtype, make_engine
@@ -32,7 +32,6 @@ log = logging.getLogger("dist_lora")
 class Base:
     """The base as it lies on disk: nothing of its weights is read yet."""
 
-    resolved: ResolvedModel
     folder: Path
     shape: Shape
     index: WeightIndex
@@ -47,7 +46,6 @@ class Trainee:
     base: Base
     model: Llama
     engine: SingleProcess
-    tensors: list[AdapterTensor]
     adapters: ReplicatedAdapters
     backend: Backend
 
@@ -75,7 +73,7 @@ def open_base(config: Config, world: World) -> Base:
     world.agree(f"opening {config.model.name}", error)
     # Not above: one rank makes it while the others wait, and whoever waits can't agree.
     identity = _identity(resolved, folder, world)
-    return Base(resolved, folder, shape, index, tokenizer, identity)
+    return Base(folder, shape, index, tokenizer, identity)
 
 
 def _identity(resolved: ResolvedModel, folder: Path, world: World) -> BaseIdentity:
@@ -139,7 +137,7 @@ def build(config: Config, base: Base, world: World) -> Trainee:
     adapters.initialize(config.train.seed)
     if config.lora.start_from is not None:
         load_adapter(adapters, config.lora.start_from, config=config, world=world)
-    return Trainee(base, model, engine, tensors, adapters, choose_backend(config.model.attention, world.device, dtype))
+    return Trainee(base, model, engine, adapters, choose_backend(config.model.attention, world.device, dtype))
 
 
 def _fill(base: Base, model: Llama, engine: SingleProcess, world: World, layout: str) -> None:

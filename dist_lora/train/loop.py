@@ -18,13 +18,13 @@ from dist_lora.checkpoint.resume import load_pieces, newest_whole, verify
 from dist_lora.checkpoint.shards import rotate, save_checkpoint
 from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
-from dist_lora.data.loader import EvalBatches, Loader, StepBatch
+from dist_lora.data.loader import Loader, StepBatch
 from dist_lora.data.tokens import TokenSet
 from dist_lora.errors import CheckpointError, StoppedOnRequest, TrainingError
-from dist_lora.export.evaluate import exact_match, held_out_loss, run_micro_batch
-from dist_lora.export.generate import stop_ids_of
+from dist_lora.export.evaluate import run_micro_batch
 from dist_lora.parallel.world import World
 from dist_lora.train.build import Trainee
+from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.meter import Meter, peak_bytes, truncate_metrics
 from dist_lora.train.optim import AdamW, clip_, lr_at
 from dist_lora.train.signals import StopRequest
@@ -77,9 +77,9 @@ class Run:
             if meter is not None:
                 meter.step(line)
             is_last = step == self.num_steps
-            if self.held_out is not None and _is_due(step, self.config.eval.every, is_last):
+            if self.held_out is not None and (is_last or step % self.config.eval.every == 0):
                 self._evaluate(step, meter)
-            if is_asked or _is_due(step, section.every, is_last) or is_last:
+            if is_last or is_asked or step % section.every == 0:
                 self.save()
             if is_asked and not is_last:
                 raise StoppedOnRequest(
@@ -149,27 +149,10 @@ class Run:
 
     def _evaluate(self, step: int, meter: Meter | None) -> None:
         assert self.held_out is not None
-        section, trainee = self.config.eval, self.trainee
-        batches = EvalBatches(
-            self.held_out,
-            micro_batch=self.config.train.micro_batch,
-            sequence_length=self.config.train.sequence_length,
-            world_rank=self.world.world_rank,
-            world_size=self.world.world_size,
-        )
-        held_out = held_out_loss(trainee.model, batches, world=self.world, backend=trainee.backend)
+        held_out = loss_of(self.trainee, self.held_out, config=self.config, world=self.world)
         values = {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity}
-        if section.exact_match:
-            match = exact_match(
-                trainee.model,
-                trainee.engine,
-                self.held_out,
-                tokenizer=trainee.base.tokenizer,
-                stop_ids=stop_ids_of(trainee.base.folder, trainee.base.tokenizer),
-                max_new_tokens=section.max_new_tokens,
-                batch=section.batch or 32,
-                world=self.world,
-            )
+        if self.config.eval.exact_match:
+            match = exact_match_of(self.trainee, self.held_out, config=self.config, world=self.world)
             values["eval_exact_match"] = match.correct / match.total
         if held_out.loss < self.progress.best_loss:
             self.progress.best_loss, self.progress.best_step = held_out.loss, step
@@ -275,11 +258,6 @@ class Run:
                 f"{path} holds {len(manifest.tensors)} trained tensors and this config attaches "
                 f"{len(self._specs())}, or their names or shapes differ: it is another run's checkpoint"
             )
-
-
-def _is_due(step: int, every: int, is_last: bool) -> bool:
-    """Whether something that is done every so many steps (0: never) and at the end is due."""
-    return every > 0 and (is_last or step % every == 0)
 
 
 def _plain(value: float) -> float | None:

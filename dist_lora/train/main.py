@@ -8,20 +8,18 @@ import math
 import os
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.config.schema import Config
 from dist_lora.data.chat import hash_tokenizer, render_sample
-from dist_lora.data.loader import EvalBatches, Loader
-from dist_lora.data.tokens import TokenRules, TokenSet, prepare_tokens, split_eval
+from dist_lora.data.loader import Loader
+from dist_lora.data.tokens import TokenRules, TokenSet, Which, prepare_tokens, split_eval
 from dist_lora.errors import ConfigError, DistLoraError, SaveError
-from dist_lora.export.evaluate import exact_match, held_out_loss
-from dist_lora.export.generate import stop_ids_of
 from dist_lora.parallel.world import World
 from dist_lora.train.build import Base, Trainee, build, describe_trained, load_adapter, open_base
+from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.loop import Run
 from dist_lora.train.meter import Meter, peak_bytes
 from dist_lora.train.run_folder import open_run_folder
@@ -32,28 +30,45 @@ log = logging.getLogger("dist_lora")
 
 def tokens_of(config: Config, base: Base, world: World) -> tuple[TokenSet, TokenSet | None]:
     """The training set and the held-out one, tokenized (by all ranks together) or taken from the cache."""
+    if isinstance(config.data.eval, float):
+        return split_eval(_prepare(config, base, world, "train"), fraction=config.data.eval, seed=config.train.seed)
+    return _prepare(config, base, world, "train"), _prepare(config, base, world, "eval") if config.data.eval else None
+
+
+def held_out_of(config: Config, base: Base, world: World) -> TokenSet:
+    """The held-out set alone; a file of its own is read without the training set.
+
+    Raises:
+        ConfigError: ``data.eval`` is not set.
+    """
+    if config.data.eval is None:
+        raise ConfigError("data.eval: not set; give a file, a hub id, or a fraction of data.train")
+    if isinstance(config.data.eval, str):
+        return _prepare(config, base, world, "eval")
+    held_out = tokens_of(config, base, world)[1]
+    assert held_out is not None
+    return held_out
+
+
+def _prepare(config: Config, base: Base, world: World, which: Which) -> TokenSet:
     section = config.data
-    rules = TokenRules(
-        sequence_length=config.train.sequence_length,
-        format=section.format,
-        train_on=section.train_on,
-        on_no_target=section.on_no_target,
-        on_too_long=section.on_too_long,
-    )
-    prepare = partial(
-        prepare_tokens,
-        rules=rules,
+    names = section.train if which == "train" else section.eval
+    assert names is not None and not isinstance(names, float)
+    return prepare_tokens(
+        names,
+        which=which,
+        rules=TokenRules(
+            sequence_length=config.train.sequence_length,
+            format=section.format,
+            train_on=section.train_on,
+            on_no_target=section.on_no_target,
+            on_too_long=section.on_too_long,
+        ),
         tokenizer=base.tokenizer,
         tokenizer_hash=hash_tokenizer(base.folder, base.tokenizer),
         cache_dir=section.cache_dir,
         world=world,
     )
-    train = prepare(section.train, which="train")
-    if section.eval is None:
-        return train, None
-    if isinstance(section.eval, float):
-        return split_eval(train, fraction=section.eval, seed=config.train.seed)
-    return train, prepare(section.eval, which="eval")
 
 
 def loader_of(config: Config, tokens: TokenSet, world: World) -> Loader:
@@ -210,11 +225,8 @@ def _print_sample(tokens: TokenSet, base: Base) -> None:
 def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str, Any]:
     """``dist-lora eval``: what is printed, as a dict. All ranks call it and get the same."""
     started_s = time.monotonic()
-    if config.data.eval is None:
-        raise ConfigError("data.eval: not set; give a file, a hub id, or a fraction of data.train")
     base = open_base(config, world)
-    held_out = tokens_of(config, base, world)[1]
-    assert held_out is not None
+    held_out = held_out_of(config, base, world)
     trainee = build(
         config.model_copy(update={"lora": config.lora.model_copy(update={"start_from": None})}), base, world
     )
@@ -228,27 +240,11 @@ def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str,
         if result["loss"] == result["base_loss"]:
             log.warning(f"{adapter}: the loss is the base's, bit for bit: this adapter changes nothing")
     if config.eval.exact_match:
-        match = exact_match(
-            trainee.model,
-            trainee.engine,
-            held_out,
-            tokenizer=base.tokenizer,
-            stop_ids=stop_ids_of(base.folder, base.tokenizer),
-            max_new_tokens=config.eval.max_new_tokens,
-            batch=config.eval.batch or 32,
-            world=world,
-        )
+        match = exact_match_of(trainee, held_out, config=config, world=world)
         result["exact_match"] = {"correct": match.correct, "total": match.total}
     return result | {"seconds": round(time.monotonic() - started_s, 1)}
 
 
 def _loss(config: Config, trainee: Trainee, held_out: TokenSet, world: World) -> dict[str, Any]:
-    batches = EvalBatches(
-        held_out,
-        micro_batch=config.train.micro_batch,
-        sequence_length=config.train.sequence_length,
-        world_rank=world.world_rank,
-        world_size=world.world_size,
-    )
-    held = held_out_loss(trainee.model, batches, world=world, backend=trainee.backend)
+    held = loss_of(trainee, held_out, config=config, world=world)
     return {"loss": held.loss, "perplexity": held.perplexity, "target_tokens": held.target_tokens}

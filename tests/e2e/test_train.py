@@ -139,3 +139,22 @@ def test_gathering_into_a_folder_of_something_else_is_refused_and_leaves_it_alon
     done = run("gather", whole, "--out", tmp_path)
     assert done.returncode == 2, done.stderr
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_torchrun_leads_to_the_numbers_of_our_own_launcher(config, whole) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "dist_lora", "train", str(config), "run=torchrun"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert losses(whole.parent / "torchrun") == losses(whole)
+    name = "adapter/adapter_model.safetensors"
+    assert (whole.parent / "torchrun" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_evaluating_a_file_of_its_own_does_not_read_the_training_set(config, whole) -> None:
+    data = config.parent / "train.jsonl"
+    done = run("eval", config, f"data.eval={data}", "data.train=nowhere.jsonl", "--nproc", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["target_tokens"] > 0

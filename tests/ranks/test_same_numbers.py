@@ -22,7 +22,7 @@ def steps(world: World, folder: str, settings: dict, cut: dict, num_steps: int =
     trainee = trainee_of(config, world)
     with torch.no_grad():  # B off zero, so that A has a gradient too
         generator = torch.Generator().manual_seed(1)
-        for tensor in trainee.tensors:
+        for tensor in trainee.adapters.tensors:
             if tensor.attribute == "lora_B":
                 values = tensor.parameter.data
                 values.copy_(torch.randn(values.shape, generator=generator) * 0.02)

@@ -47,7 +47,7 @@ def trainee_of(config: Config, world: World) -> Trainee:
     folder = Path(config.model.name)
     shape = Shape.from_config(json.loads((folder / "config.json").read_text()), where=str(folder))
     identity = BaseIdentity(name=folder.name, revision=None, content_hash=None, config_hash=None)
-    base = Base(None, folder, shape, open_index(folder), None, identity)  # type: ignore[arg-type]
+    base = Base(folder, shape, open_index(folder), None, identity)
     return build(config, base, world)
 
 

@@ -1,0 +1,39 @@
+"""A held-out set measured by the settings of a config: the same for ``train``, between its steps, and for ``eval``."""
+
+from __future__ import annotations
+
+from dist_lora.config.schema import Config
+from dist_lora.data.loader import EvalBatches
+from dist_lora.data.tokens import TokenSet
+from dist_lora.export.evaluate import ExactMatch, HeldOut, exact_match, held_out_loss
+from dist_lora.export.generate import stop_ids_of
+from dist_lora.parallel.world import World
+from dist_lora.train.build import Trainee
+
+ANSWERS_AT_ONCE = 32  # of a rank, where eval.batch is not set
+
+
+def loss_of(trainee: Trainee, tokens: TokenSet, *, config: Config, world: World) -> HeldOut:
+    """The held-out loss of the trainee as it is now. All ranks call it."""
+    batches = EvalBatches(
+        tokens,
+        micro_batch=config.train.micro_batch,
+        sequence_length=config.train.sequence_length,
+        world_rank=world.world_rank,
+        world_size=world.world_size,
+    )
+    return held_out_loss(trainee.model, batches, world=world, backend=trainee.backend)
+
+
+def exact_match_of(trainee: Trainee, tokens: TokenSet, *, config: Config, world: World) -> ExactMatch:
+    """How many of the trainee's answers are right to the letter. All ranks call it."""
+    return exact_match(
+        trainee.model,
+        trainee.engine,
+        tokens,
+        tokenizer=trainee.base.tokenizer,
+        stop_ids=stop_ids_of(trainee.base.folder, trainee.base.tokenizer),
+        max_new_tokens=config.eval.max_new_tokens,
+        batch=config.eval.batch or ANSWERS_AT_ONCE,
+        world=world,
+    )
