@@ -10,20 +10,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dist_lora.base.attention import Backend, choose_backend
+from dist_lora.base.checksum import check_untouched, checksums
 from dist_lora.base.index import WeightIndex, open_index
 from dist_lora.base.llama import Llama, build_on_meta
+from dist_lora.base.quant.formats import Format, format_of
 from dist_lora.base.rope import check_frequencies
 from dist_lora.base.stream import fill_slots
 from dist_lora.config.schema import Config
 from dist_lora.data.chat import load_tokenizer
+from dist_lora.data.loader import MicroBatch
 from dist_lora.errors import AdapterError, ConfigError, DistLoraError, WeightsError
+from dist_lora.export.evaluate import run_micro_batch
 from dist_lora.herd.facts import ResolvedModel, Shape, read_shape, resolve_model
-from dist_lora.lora.attach import attach_adapters
+from dist_lora.lora.attach import AdapterTensor, attach_adapters
 from dist_lora.lora.peft_file import BaseIdentity, identify_base, read_adapter
-from dist_lora.parallel.adapters import ReplicatedAdapters
-from dist_lora.parallel.engine import SingleProcess, base_dtype, make_engine
-from dist_lora.parallel.world import World
+from dist_lora.parallel.adapters import Adapters
+from dist_lora.parallel.engine import SingleProcess, make_engine
+from dist_lora.parallel.layout import Layout, choose_layout
+from dist_lora.parallel.precision import Precision, base_dtype
+from dist_lora.parallel.world import World, device_bytes
 
 log = logging.getLogger("dist_lora")
 
@@ -46,8 +54,25 @@ class Trainee:
     base: Base
     model: Llama
     engine: SingleProcess
-    adapters: ReplicatedAdapters
+    adapters: Adapters
     backend: Backend
+    precision: Precision
+    checksums: dict[str, int]  # of this rank's share of the base, as it was filled
+
+    def run(self, batch: MicroBatch) -> Tensor:
+        """Sum of the cross entropies of a micro-batch's targets, an fp32 scalar with a graph behind it."""
+        return run_micro_batch(
+            self.engine.forward_of(self.model), batch, device=self.engine.world.device, backend=self.backend
+        )
+
+    def check_base(self) -> None:
+        """Prove that this rank's share of the base is as it was filled, in value and type.
+
+        Raises:
+            WeightsError: it isn't: naming the tensors.
+        """
+        self.precision.check(self.model, self.adapters)
+        check_untouched(self.checksums, checksums(self.engine.frozen_shares(self.model)))
 
 
 def open_base(config: Config, world: World) -> Base:
@@ -120,27 +145,66 @@ def _from_hub(resolved: ResolvedModel, world: World) -> Path:
 
 
 def build(config: Config, base: Base, world: World) -> Trainee:
-    """The model in this rank's share, filled, with fresh adapters (or those of ``lora.start_from``). All ranks call it."""
+    """The model in this rank's share, filled, with fresh adapters (or those of ``lora.start_from``). All ranks call it.
+
+    Raises:
+        ConfigError: the settings of ``parallel`` contradict each other, or the base's shapes can't be quantized.
+        WeightsError: a file of the base is damaged.
+    """
     dtype = base_dtype(config.model.dtype, world.device)
-    model = build_on_meta(base.shape, dtype=dtype)
+    fmt = format_of(config.model.quant, dtype)
+    _check_shapes(base, fmt)
+    model = build_on_meta(base.shape, dtype=dtype, fmt=fmt)
     tensors = attach_adapters(model, config.lora)
     wanted = config.train.activation_checkpointing
     for block in model.blocks():
         # With a GPU memory is what is short; on a CPU it is time.
         block.recompute = world.device.type == "cuda" if wanted == "auto" else wanted
-    engine = make_engine(config.parallel, world)
-    layout = engine.shard(model)
+    engine = make_engine(_layout(config, model, tensors, world), world)
+    how = engine.shard(model)
     engine.materialize(model)
-    _fill(base, model, engine, world, layout)
+    _fill(base, model, engine, world, how)
     check_frequencies(model.inv_freq, base.shape)
     adapters = engine.adapters(tensors)
     adapters.initialize(config.train.seed)
     if config.lora.start_from is not None:
         load_adapter(adapters, config.lora.start_from, config=config, world=world)
-    return Trainee(base, model, engine, adapters, choose_backend(config.model.attention, world.device, dtype))
+    trainee = Trainee(
+        base,
+        model,
+        engine,
+        adapters,
+        choose_backend(config.model.attention, world.device, dtype),
+        Precision(fmt, dtype),
+        checksums(engine.frozen_shares(model)),
+    )
+    trainee.precision.check(model, adapters)
+    return trainee
 
 
-def _fill(base: Base, model: Llama, engine: SingleProcess, world: World, layout: str) -> None:
+def _check_shapes(base: Base, fmt: Format) -> None:
+    refused = {name: why for name, shape in base.shape.linear_shapes().items() if (why := fmt.refusal(*shape))}
+    if refused:
+        name, why = next(iter(refused.items()))
+        raise ConfigError(f"model.quant: {fmt.name} can't keep {base.identity.name}: {name}: {why}")
+
+
+def _layout(config: Config, model: Llama, tensors: list[AdapterTensor], world: World) -> Layout:
+    layout = choose_layout(
+        config.parallel,
+        world_size=world.world_size,
+        local_size=world.local_size,
+        base_bytes=sum(p.numel() * p.element_size() for p in model.base_parameters().values()),
+        trained_weights=sum(tensor.parameter.numel() for tensor in tensors),
+        device_bytes=world.least("layout/device_bytes", device_bytes(world)),
+    )
+    if world.is_first:
+        for reason in layout.reasons:
+            log.info(reason)
+    return layout
+
+
+def _fill(base: Base, model: Llama, engine: SingleProcess, world: World, how: str) -> None:
     started_s = time.monotonic()
     told_s = started_s
 
@@ -157,19 +221,19 @@ def _fill(base: Base, model: Llama, engine: SingleProcess, world: World, layout:
     error: Exception | None = None
     slots = engine.slots(model)
     try:
-        report = fill_slots(slots, index=base.index, on_progress=progress)
+        report = fill_slots(slots, index=base.index, formats=model.formats(), on_progress=progress)
     except (DistLoraError, OSError) as caught:
         error = caught if isinstance(caught, DistLoraError) else WeightsError(f"{base.folder}: {caught}")
     world.agree("loading the base", error)
     if world.is_first:
-        kept = sum(slot.destination.numel() * slot.destination.element_size() for slot in slots)
+        kept = sum(slot.destination.nbytes for slot in slots)
         log.info(
-            f"loaded base: {layout}; this rank read {report.bytes_read / 2**20:,.0f} MiB and keeps "
+            f"loaded base: {how}; this rank read {report.bytes_read / 2**20:,.0f} MiB and keeps "
             f"{kept / 2**20:,.0f} MiB, in {time.monotonic() - started_s:.1f} s"
         )
 
 
-def load_adapter(adapters: ReplicatedAdapters, folder: Path, *, config: Config, world: World) -> None:
+def load_adapter(adapters: Adapters, folder: Path, *, config: Config, world: World) -> None:
     """Fill the trained tensors from an adapter folder: all of them, or an error. All ranks call it.
 
     Raises:
@@ -196,7 +260,7 @@ def load_adapter(adapters: ReplicatedAdapters, folder: Path, *, config: Config, 
                 f"{folder} is not the adapter that lora.targets, lora.layers, lora.rank and lora.alpha speak of: "
                 + "; ".join(faults)
             )
-        adapters.load(adapter.tensors)
+        adapters.load(adapter.tensors.items())
     except DistLoraError as caught:
         error = caught
     world.agree(f"loading {folder}", error)
@@ -205,4 +269,4 @@ def load_adapter(adapters: ReplicatedAdapters, folder: Path, *, config: Config, 
 def describe_trained(trainee: Trainee) -> dict[str, int]:
     """How many weights are trained and how many are frozen."""
     frozen = sum(p.numel() for p in trainee.model.base_parameters().values())
-    return {"trainable": trainee.adapters.parameter.numel(), "frozen": frozen}
+    return {"trainable": trainee.adapters.num_elements, "frozen": frozen}

@@ -115,6 +115,9 @@ def train(config: Config, world: World, *, is_dry: bool = False) -> None:
         return
     assert folder is not None
     trainee = build(config, base, world)
+    if world.is_first:
+        for line in trainee.precision.lines():
+            log.info(line)
     run = Run(config, trainee, loader=loader, held_out=held_out, num_steps=num_steps, folder=folder, world=world)
     is_resumed = run.resume()
     if run.progress.step > num_steps:
@@ -125,6 +128,7 @@ def train(config: Config, world: World, *, is_dry: bool = False) -> None:
     if not is_resumed and world.is_first:
         (folder / "metrics.jsonl").unlink(missing_ok=True)
     _train(run, folder, world)
+    _check_base(trainee, world)
     _finish(run, folder, world, seconds=time.monotonic() - started_s)
 
 
@@ -152,6 +156,16 @@ def _train(run: Run, folder: Path, world: World) -> None:
         if meter is not None:
             meter.close()
         stop.restore()
+
+
+def _check_base(trainee: Trainee, world: World) -> None:
+    """All ranks go on only if the frozen base is, on each, as it was filled."""
+    error: DistLoraError | None = None
+    try:
+        trainee.check_base()
+    except DistLoraError as caught:
+        error = caught
+    world.agree("the frozen base", error)
 
 
 def _finish(run: Run, folder: Path, world: World, *, seconds: float) -> None:

@@ -1,0 +1,1 @@
+"""How the frozen linears are kept: as they are, or as codes and scales."""
