@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_lora.base.checksum import checksums
 from dist_lora.config.schema import OptimSection
 from dist_lora.lora.attach import AdapterTensor
 from dist_lora.lora.layer import initial_a
@@ -76,6 +78,10 @@ class Adapters(ABC):
     @abstractmethod
     def step(self, lr: float) -> float:
         """Clip, update, and return the gradient's global norm before clipping. Where that is not finite: no update."""
+
+    @abstractmethod
+    def copies_agree(self) -> bool:
+        """Whether all ranks that hold the same trained weights hold the same bytes. The same answer on every rank."""
 
     # What a checkpoint holds
 
@@ -270,8 +276,20 @@ class ReplicatedAdapters(FlatAdapters):
     def _sum_over_shards(self, values: Tensor) -> Tensor:
         return values
 
+    def copies_agree(self) -> bool:
+        """See ``Adapters``."""
+        return self.world.world_size == 1 or same_on_all(self.homes, self.world.device)
+
     def _copies(self) -> tuple[int, int]:
         return self.world.world_rank, self.world.world_size
+
+
+def same_on_all(values: Sequence[Tensor], device: torch.device, group: dist.ProcessGroup | None = None) -> bool:
+    """Whether ``values`` are, byte for byte, those of every rank of the group. A collective of 16 bytes."""
+    number = sum(checksums((str(i), value) for i, value in enumerate(values)).values()) % 2**62
+    ends = torch.tensor([number, -number], dtype=torch.int64, device=device)
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=group)
+    return int(ends[0]) == -int(ends[1])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ from dist_lora.base.llama import Llama, materialize
 from dist_lora.base.stream import Slot
 from dist_lora.lora.attach import AdapterTensor
 from dist_lora.lora.layer import LoraAdapter
-from dist_lora.parallel.adapters import Adapters, FlatAdapters, Part, ReplicatedAdapters
+from dist_lora.parallel.adapters import Adapters, FlatAdapters, Part, ReplicatedAdapters, same_on_all
 from dist_lora.parallel.engine import SingleProcess
 from dist_lora.parallel.layout import Layout
 from dist_lora.parallel.world import World
@@ -84,9 +85,7 @@ class Fsdp2(SingleProcess):
         on_host = self.layout.optimizer_on_host
         if self.layout.adapters == "replicate":
             return ReplicatedAdapters(tensors, self.world, optimizer_on_host=on_host)
-        return ShardedAdapters(
-            tensors, self.world, self._groups, shards=self._mesh("node")["shard"].get_group(), optimizer_on_host=on_host
-        )
+        return ShardedAdapters(tensors, self.world, self._groups, mesh=self._mesh("node"), optimizer_on_host=on_host)
 
     def keep_gathered(self, model: Llama, gathered: bool) -> None:
         """See ``SingleProcess.keep_gathered``. All ranks call it."""
@@ -109,10 +108,11 @@ class ShardedAdapters(FlatAdapters):
         world: World,
         groups: Sequence[FSDPModule],
         *,
-        shards: dist.ProcessGroup,
+        mesh: DeviceMesh,
         optimizer_on_host: bool,
     ) -> None:
-        self._groups, self._shards = list(groups), shards
+        self._groups, self._shards = list(groups), mesh["shard"].get_group()
+        self._twins = mesh["node"].get_group() if mesh.ndim > 1 else None
         for group in groups:
             # The first gathering may move a shard to a padded copy: afterwards it stays where it is.
             group.unshard()
@@ -124,9 +124,7 @@ class ShardedAdapters(FlatAdapters):
             rows = _Rows(tensor.parameter.data)
             if rows.local.numel() == 0:
                 continue  # fewer rows than ranks
-            each = rows.local[0].numel()
-            start = rows.first * each
-            parts.append(Part(tensor.name, start, start + rows.local.numel(), home=len(homes), at=0))
+            parts.append(Part(tensor.name, rows.first, rows.first + rows.local.numel(), home=len(homes), at=0))
             homes.append(nn.Parameter(rows.local.detach().view(-1)))
             self._held.append(tensor.parameter)
         super().__init__(tensors, homes=homes, parts=parts, world=world, optimizer_on_host=optimizer_on_host)
@@ -164,6 +162,11 @@ class ShardedAdapters(FlatAdapters):
         dist.all_reduce(values, group=self._shards)
         return values
 
+    def copies_agree(self) -> bool:
+        """See ``Adapters``."""
+        is_same = self._twins is None or same_on_all(self.homes, self.world.device, group=self._twins)
+        return not self.world.sum(torch.tensor([float(not is_same)], device=self.world.device)).item()
+
     def _copies(self) -> tuple[int, int]:
         return self.world.world_rank // self.world.local_size, self.world.num_nodes
 
@@ -187,18 +190,19 @@ def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 class _Rows:
-    """The rows of a row-sharded tensor that this rank holds: ``local``, and the number of the first."""
+    """The rows of a row-sharded tensor that this rank holds: ``local``, and the number of its first element."""
 
     def __init__(self, sharded: Tensor) -> None:
         assert isinstance(sharded, DTensor)
         assert all(p in (Shard(0),) or p.is_replicate() for p in sharded.placements), sharded.placements
         _, offset = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
         self.local: Tensor = sharded.to_local()
-        self.first = int(offset[0]) if self.local.numel() else 0
+        # Not sharded[0].numel(): to index a DTensor is a collective.
+        self.width = math.prod(sharded.shape[1:])
+        self.first = int(offset[0]) * self.width if self.local.numel() else 0
 
 
 def _slot(name: str, parameter: nn.Parameter, tensor: str, part: str) -> Slot:
     sharded = parameter.data
     rows = _Rows(sharded)
-    width = sharded[0].numel() if sharded.dim() > 1 else 1
-    return Slot(tensor, part, tuple(sharded.shape), rows.first * width, rows.local.view(-1))
+    return Slot(tensor, part, tuple(sharded.shape), rows.first, rows.local.view(-1))

@@ -103,6 +103,8 @@ class Run:
         grad_norm = self.adapters.step(lr)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._stop_at_not_finite(step, batch, losses, loss, grad_norm)
+        if step == 1:
+            self._check_copies(step)
         step_s = time.monotonic() - started_s
         line = {
             "step": step,
@@ -140,6 +142,14 @@ class Run:
             raise TrainingError(
                 f"step {step}: {len(dead)} of {len(self.adapters.tensors) // 2} {half} tensors got no gradient: "
                 f"{first_few(dead)}. Nothing that they are beside can learn; the graph behind them is cut."
+            )
+
+    def _check_copies(self, step: int) -> None:
+        """Raise ``TrainingError`` where ranks that train the same adapters have come to different ones."""
+        if not self.adapters.copies_agree():
+            raise TrainingError(
+                f"step {step}: the adapters are not the same on all ranks that hold them: a rank has other weights, "
+                "other data or a faulty device. Nothing of this step was saved: the same command goes on from the last checkpoint."
             )
 
     def _stop_at_not_finite(
@@ -182,6 +192,7 @@ class Run:
         path = self.checkpoints / f"step-{step:08d}"
         if self.last_saved == path:
             return path
+        self._check_copies(step)
         base = self.trainee.base.identity
         lora = self.config.lora
         self.last_saved = save_checkpoint(
