@@ -53,6 +53,8 @@ class Fsdp2(SingleProcess):
         if not model.shape.tied:
             for end in (model.model.embed_tokens, model.lm_head):
                 fully_shard(end, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+                # The loss makes its gradient in the forward and a frozen embedding needs none: neither is used again.
+                end.set_unshard_in_backward(False)  # type: ignore[operator]
         # The root holds the last norm and, where the head is tied, the embedding that both ends use.
         fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=trained, offload_policy=policy)
         return f"the base is cut by rows over {mesh.shape[-1]} ranks (FSDP2)"

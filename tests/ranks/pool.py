@@ -84,14 +84,12 @@ def _serve(pipe: Connection, rank: int, size: int) -> None:
         value = None
         world = World.alone()
         try:
-            if size > 1:
-                place = Place(rank, size, rank, size)
-                world = join(
-                    place,
-                    {"DIST_LORA_RENDEZVOUS": rendezvous},
-                    collective_timeout_s=timeout_s,
-                    node_size=node_size,
-                )
+            world = join(
+                Place(rank, size, rank, size),
+                {"DIST_LORA_RENDEZVOUS": rendezvous},
+                collective_timeout_s=timeout_s,
+                node_size=node_size,
+            )
             value = function(world, *arguments)
         except BaseException as caught:
             error = (type(caught).__name__, str(caught), traceback.format_exc())
