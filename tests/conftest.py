@@ -136,10 +136,10 @@ def save_tiny_llama(
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
     model = model.to(getattr(torch, dtype))
     model.save_pretrained(folder, **({"max_shard_size": shard_size} if shard_size else {}))
-    _save_byte_tokenizer(folder)
+    save_byte_tokenizer(folder)
 
 
-def _save_byte_tokenizer(folder: Path) -> None:
+def save_byte_tokenizer(folder: Path) -> None:
     """A tokenizer of the 256 bytes (ids 0 to 255) and Llama 3's special tokens (ids from 256)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dist_lora.base.index import ITEM_BYTES, TensorOnDisk, WeightIndex, by_file, open_weights, unreadable
+from dist_lora.base.quant.finite import NotFiniteError
 from dist_lora.base.quant.formats import Format
 from dist_lora.errors import WeightsError
 
@@ -186,9 +187,8 @@ def fill_slots(
 def _quantized(rows: Tensor, first_row: int, *, tensor: TensorOnDisk, fmt: Format) -> dict[str, Tensor]:
     try:
         return fmt.quantize_rows(rows)
-    except ValueError as error:
-        last = first_row + len(rows)
-        raise WeightsError(f"{tensor.file}: {tensor.name}, rows {first_row:,} to {last:,}: {error}") from error
+    except NotFiniteError as error:
+        raise error.within(f"{tensor.file}: {tensor.name}", first_row=first_row) from error
 
 
 def _copy_overlap(slot: Slot, part: Tensor, first_row: int) -> int:

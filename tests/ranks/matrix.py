@@ -76,7 +76,9 @@ class Outcome:
 
 def all_cells() -> list[Cell]:
     """The full product."""
-    shards = itertools.product(ENGINES, BASES, WORLDS, ("node", "world"), ("replicate", "shard"), OFFLOADS, (False, True))
+    shards = itertools.product(
+        ENGINES, BASES, WORLDS, ("node", "world"), ("replicate", "shard"), OFFLOADS, (False, True)
+    )
     return [Cell(*values) for values in shards]
 
 
@@ -154,7 +156,11 @@ def train_cell(world: World, folder: str, cell: Cell) -> tuple[list[float], list
         norms.append(adapters.step(lr_at(step, section=config.optim, num_steps=NUM_STEPS)))
     trainee.check_base()
     assert adapters.copies_agree()
-    return losses, norms, {piece: values.clone() for piece, values in adapters.share().items() if piece.kind == "adapter"}
+    return (
+        losses,
+        norms,
+        {piece: values.clone() for piece, values in adapters.share().items() if piece.kind == "adapter"},
+    )
 
 
 def outcome_of(answers: list[tuple[list[float], list[float], dict[Piece, Tensor]] | str]) -> Outcome:

@@ -35,7 +35,9 @@ class Wire(TorchDispatchMode):
             tensors = [value for value in flat if isinstance(value, torch.Tensor)]
             group = next(value for value in flat if isinstance(value, torch.ScriptObject) and _is_group(value))
             ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
-            largest = max(tensors, key=lambda tensor: tensor.nbytes)  # of a gathering the result, of a scattering the input
+            largest = max(
+                tensors, key=lambda tensor: tensor.nbytes
+            )  # of a gathering the result, of a scattering the input
             self.sent.append(Sent(name.removeprefix("c10d::"), ranks, largest.nbytes, largest.dtype))
         return func(*args, **(kwargs or {}))
 

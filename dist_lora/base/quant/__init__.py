@@ -1,1 +1,1 @@
-"""How the frozen linears are kept: as they are, or as codes and scales."""
+"""Quantized bases: what each format stores, and the way from weights to that and back."""
