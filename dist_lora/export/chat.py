@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_lora.base.llama import Llama
-from dist_lora.data.chat import encode_prompt
+from dist_lora.data.chat import encode_prompt, encode_text
 from dist_lora.export.generate import generate
 from dist_lora.parallel.world import World
 
@@ -24,6 +24,13 @@ class Speaker:
 
     def answer(self, messages: list[dict[str, Any]], *, show: Callable[[str], None]) -> str:
         """The assistant's next turn; ``show`` is given each piece of it as it comes."""
+        return self._write(encode_prompt(messages, tokenizer=self.tokenizer), show=show)
+
+    def go_on(self, text: str, *, show: Callable[[str], None]) -> str:
+        """What follows a text; ``show`` is given each piece of it as it comes."""
+        return self._write(encode_text(text, tokenizer=self.tokenizer), show=show)
+
+    def _write(self, prompt: list[int], *, show: Callable[[str], None]) -> str:
         ids: list[int] = []
         shown = ""
 
@@ -38,13 +45,22 @@ class Speaker:
 
         answers = generate(
             self.model,
-            [encode_prompt(messages, tokenizer=self.tokenizer)],
+            [prompt],
             stop_ids=self.stop_ids,
             max_new_tokens=self.max_new_tokens,
             world=World.alone(self.model.inv_freq.device),
             on_token=on_token,
         )
         return str(self.tokenizer.decode(answers[0]))
+
+
+def continue_text(speaker: Speaker, *, prompt: str | None) -> None:
+    """Go on with ``prompt`` on stdout, or with one text after another that the terminal gives, until it is closed."""
+    while (text := prompt if prompt is not None else _ask()) is not None:
+        speaker.go_on(text, show=_write)
+        print(flush=True)
+        if prompt is not None:
+            return
 
 
 def chat(speaker: Speaker, *, prompt: str | None, system: str | None) -> None:
@@ -63,11 +79,14 @@ def chat(speaker: Speaker, *, prompt: str | None, system: str | None) -> None:
 
 
 def _ask() -> str | None:
+    """The next line that is not empty; None at the end. Only a person is prompted, not a file or a pipe."""
+    mark = "> " if sys.stdin.isatty() else ""
     try:
-        while not (asked := input("> ").strip()):
+        while not (asked := input(mark).strip()):
             pass
     except (EOFError, KeyboardInterrupt):
-        print()
+        if mark:
+            print()
         return None
     return asked
 
