@@ -233,6 +233,10 @@ class DataSection(Section):
     chat_template: Text | None = Field(
         default=None, description="llama3, chatml, or a Jinja file; null is the tokenizer's own template."
     )
+    untrained_tokens: Literal["error", "allow"] = Field(
+        default="error",
+        description="What to do where the data need special tokens that the base has never learned.",
+    )
     cache_dir: FilePath | None = Field(
         default=None, description="Folder for the tokenised data; null is the user's cache."
     )

@@ -16,6 +16,7 @@ from dist_lora.config.schema import Config
 from dist_lora.data.chat import hash_tokenizer, render_sample
 from dist_lora.data.loader import Loader
 from dist_lora.data.tokens import TokenRules, TokenSet, Which, prepare_tokens, split_eval
+from dist_lora.data.untrained import check_special_tokens
 from dist_lora.errors import ConfigError, DistLoraError, SaveError
 from dist_lora.parallel.world import World
 from dist_lora.train.build import Base, Trainee, build, describe_trained, load_adapter, open_base
@@ -104,6 +105,14 @@ def train(config: Config, world: World, *, is_dry: bool = False) -> None:
     base = open_base(config, world)
     folder = None if is_dry else open_run_folder(config, world)
     tokens, held_out = tokens_of(config, base, world)
+    check_special_tokens(
+        tokens,
+        tokenizer=base.tokenizer,
+        index=base.index,
+        is_tied=base.shape.tied,
+        on_untrained=config.data.untrained_tokens,
+        world=world,
+    )
     loader = loader_of(config, tokens, world)
     num_steps = num_steps_of(config, loader)
     if world.is_first:

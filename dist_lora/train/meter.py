@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -16,14 +17,20 @@ import torch
 from dist_lora.errors import ConfigError
 
 METRICS_FILE = "metrics.jsonl"
+STATUS = Path("/proc/self/status")  # Linux
 
 
 def peak_bytes(device: torch.device) -> int:
     """The most memory that this process has held: on its GPU, or in the host where it runs on the CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib * 1024
+    # Not ru_maxrss where there is better: on Linux a process inherits it from the one that started it.
+    with contextlib.suppress(OSError), STATUS.open() as lines:
+        for line in lines:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def truncate_metrics(folder: Path, *, last_step: int) -> None:

@@ -16,7 +16,7 @@ from dist_lora.parallel.world import World
 
 # What may differ from one start of a run to the next. Everything else decides its numbers.
 MAY_CHANGE = ("runs_dir", "parallel", "checkpoint", "log", "eval", "train.steps", "train.epochs", "train.micro_batch",
-              "train.activation_checkpointing", "data.cache_dir", "model.attention")  # fmt: skip
+              "train.activation_checkpointing", "data.cache_dir", "data.untrained_tokens", "model.attention")  # fmt: skip
 
 
 def open_run_folder(config: Config, world: World) -> Path:
