@@ -68,22 +68,22 @@ def share_of_rank(num_elements: int, world_rank: int, world_size: int) -> Range:
     return Range(start, start + small + (world_rank < larger))
 
 
-def make_engine(section: ParallelSection, world: World) -> SingleProcess:
-    """The engine of ``parallel.engine``; ``auto`` shards by FSDP2 where there is more than one process.
+def check_engine(section: ParallelSection, world: World) -> None:
+    """Raise ``ConfigError`` where ``parallel.engine`` can't run in this world."""
+    if section.engine == "none" and world.world_size > 1:
+        raise ConfigError(
+            f"parallel.engine: none runs one process and {world.world_size} were started. "
+            "Set parallel.engine=fsdp2 (or auto), or start one process."
+        )
 
-    Raises:
-        ConfigError: ``none`` with several processes.
-    """
+
+def make_engine(section: ParallelSection, world: World) -> SingleProcess:
+    """The engine of ``parallel.engine``; ``auto`` shards by FSDP2 where there is more than one process."""
     from dist_lora.parallel.fsdp2 import Fsdp2
 
     wanted = section.engine
     if wanted == "auto":
         wanted = "fsdp2" if world.world_size > 1 else "none"
-    if wanted == "none" and world.world_size > 1:
-        raise ConfigError(
-            f"parallel.engine: none runs one process and {world.world_size} were started. "
-            "Set parallel.engine=fsdp2 (or auto), or start one process."
-        )
     return Fsdp2(world, base_shard=section.base_shard) if wanted == "fsdp2" else SingleProcess(world)
 
 

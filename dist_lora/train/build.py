@@ -22,7 +22,7 @@ from dist_lora.herd.facts import ResolvedModel, Shape, read_shape, resolve_model
 from dist_lora.lora.attach import attach_adapters
 from dist_lora.lora.peft_file import BaseIdentity, identify_base, read_adapter
 from dist_lora.parallel.adapters import ReplicatedAdapters
-from dist_lora.parallel.engine import SingleProcess, base_dtype, make_engine
+from dist_lora.parallel.engine import SingleProcess, base_dtype, check_engine, make_engine
 from dist_lora.parallel.world import World
 
 log = logging.getLogger("dist_lora")
@@ -54,11 +54,12 @@ def open_base(config: Config, world: World) -> Base:
     """Find the base and check everything about it that can be checked without reading weights. All ranks call it.
 
     Raises:
-        ConfigError: no such model; a layer it hasn't; a tokenizer without what the data needs.
+        ConfigError: an engine that can't run here; no such model; a layer it hasn't; a tokenizer without what the data needs.
         WeightsError: a file is missing or damaged.
     """
     error: Exception | None = None
     try:
+        check_engine(config.parallel, world)
         resolved = resolve_model(config.model.name)
         folder = folder_of(resolved, world)
         shape = read_shape(folder)
