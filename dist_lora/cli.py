@@ -158,15 +158,21 @@ def _num_gpus() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def report_error(error: BaseException) -> None:
-    """Tell the user: our errors in one message, a fault of ours with its traceback."""
+def report_error(error: BaseException, who: str = "") -> None:
+    """Tell the user: our errors in one message, a fault of ours with its stack below.
+
+    ``who`` is the rank that failed, where that is worth a word.
+    """
     if isinstance(error, StoppedOnRequest):
         print(error, file=sys.stderr, flush=True)
-    elif isinstance(error, DistLoraError):
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        traceback.print_exception(error, file=sys.stderr)
-        sys.stderr.flush()
+        return
+    words, stack = str(error), ""
+    if not isinstance(error, DistLoraError):
+        told = traceback.TracebackException.from_exception(error)
+        last = list(told.format_exception_only())
+        words = "".join(last).strip()
+        stack = "\n" + "".join(list(told.format())[: -len(last)]).rstrip()
+    print(f"error: {who + ': ' if who else ''}{words}{stack}", file=sys.stderr, flush=True)
 
 
 def main() -> NoReturn:

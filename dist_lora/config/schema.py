@@ -81,7 +81,8 @@ def _check_target(target: Any) -> Any:
     if name in _NOT_ADAPTED:
         raise ValueError(
             f"{target!r} stays frozen: only the seven linears of a layer are adapted ({seven}), "
-            "never the embeddings or the head"
+            "never the embeddings or the head (where they are tied, both are one matrix, and an adapter on one "
+            "end would have to change the other)"
         )
     if target not in LINEARS:
         near = nearest(name, LINEARS)

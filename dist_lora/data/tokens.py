@@ -266,7 +266,7 @@ def _agree_on_key(
         except DataError as found:
             error = found
         except OSError as found:
-            error = SaveError(f"data.cache_dir: {cache}: {found}")
+            error = _unwritable(cache, found)
     key = _tell(world, f"tokens/{which}/key/{node}", key.encode(), owner=node).decode()
     reference = _tell(world, f"tokens/{which}/reference", key.encode(), owner=0).decode()
     if key and reference and key != reference:
@@ -317,7 +317,7 @@ def _begin(folder: Path, *, group: _Group, which: Which, world: World, held: con
                     shutil.rmtree(stale, ignore_errors=True)
                 building.mkdir()
         except OSError as found:
-            error = SaveError(f"data.cache_dir: {folder.parent}: {found}")
+            error = _unwritable(folder.parent, found)
     world.agree(f"opening the cache for data.{which}", error)
     key = f"tokens/{which}/building/{group.first}"
     told = _tell(world, key, b"" if is_there else building.name.encode(), owner=group.first).decode()
@@ -376,7 +376,7 @@ class _Builder:
         except DataError as error:
             self.error = error
         except OSError as error:
-            self.error = SaveError(f"data.cache_dir: {self._folder}: {error}")
+            self.error = _unwritable(self._folder, error)
         counts = self._gathered()
         if self.error is None and self._group.is_first:
             self.error = _verdict(counts, which=self._which, rules=self._rules)
@@ -403,7 +403,7 @@ class _Builder:
                     raise  # else another job, on a disk without locks, was faster
             shutil.rmtree(self._folder, ignore_errors=True)
         except OSError as error:
-            return SaveError(f"data.cache_dir: {folder.parent}: {error}")
+            return _unwritable(folder.parent, error)
         return None
 
     def _gathered(self) -> _Counts:
@@ -478,6 +478,13 @@ def _encode_one(
     return document
 
 
+def _unwritable(path: Path, error: OSError) -> SaveError:
+    return SaveError(
+        f"data.cache_dir: {path} can't be written: {error.strerror or error}. "
+        "Set it to a folder that can, with room for the tokens"
+    )
+
+
 def _write(files: Mapping[str, BinaryIO], document: Encoded, index: int) -> None:
     array("I", document.ids).tofile(files["ids"])
     array("B", document.is_target).tofile(files["is_target"])
@@ -499,10 +506,14 @@ def _verdict(counts: _Counts, *, which: Which, rules: TokenRules) -> DataError |
             "Set data.on_too_long: truncate or drop, or a longer train.sequence_length."
         )
     if counts.no_target.count and rules.on_no_target == "error":
+        way_out = (
+            "Set data.on_no_target: drop to leave them out, or a longer train.sequence_length."
+            if counts.no_target.count < total
+            else "Nothing is left to learn from: set a longer train.sequence_length, or mend the data."
+        )
         told.append(
             f"data.{which}: {counts.no_target.count} of {total} samples have no target tokens "
-            f"({counts.no_target.count / total:.0%}):\n{counts.no_target.listed()}\n"
-            "Set data.on_no_target: drop to leave them out, or a longer train.sequence_length."
+            f"({counts.no_target.count / total:.0%}):\n{counts.no_target.listed()}\n{way_out}"
         )
     if not told and counts.num_documents == 0:
         faults = "\n".join(text for text in (counts.too_long.listed(), counts.no_target.listed()) if text)

@@ -46,6 +46,7 @@ def choose_layout(
     Raises:
         ConfigError: the settings contradict each other or the world.
     """
+    check_section(section, world_size=world_size, local_size=local_size)
     on_host = section.offload
     base_on_host, optimizer_on_host = on_host in ("base", "all"), on_host in ("optimizer", "all")
     engine, why_engine = _engine(section, world_size, base_on_host=base_on_host)
@@ -55,18 +56,42 @@ def choose_layout(
     return Layout(engine, base_shard, adapters, base_on_host, optimizer_on_host, reasons)
 
 
-def _engine(section: ParallelSection, world_size: int, *, base_on_host: bool) -> tuple[EngineName, str]:
+def check_section(section: ParallelSection, *, world_size: int, local_size: int) -> None:
+    """Raise ``ConfigError``, telling all of them, where settings of ``parallel`` contradict each other or the world."""
+    num_nodes = world_size // local_size
     wanted = section.engine
+    faults = []
     if wanted == "none" and world_size > 1:
-        raise ConfigError(
+        faults.append(
             f"parallel.engine: none runs one process and {world_size} were started. "
             "Set parallel.engine=fsdp2 (or auto), or start one process."
         )
-    if wanted == "none" and base_on_host:
-        raise ConfigError(
+    if wanted == "none" and section.offload in ("base", "all"):
+        faults.append(
             f"parallel.offload: {section.offload} brings the base in layer by layer, which engine none can't. "
             "Set parallel.engine=fsdp2 (or auto): one process is enough."
         )
+    if wanted == "none" and section.adapters == "shard":
+        faults.append(
+            "parallel.adapters: shard needs several processes and engine none has one. "
+            "Set parallel.adapters=replicate (or auto), or parallel.engine=fsdp2."
+        )
+    if wanted == "zero3" and section.base_shard == "node" and num_nodes > 1:
+        faults.append(
+            f"parallel.base_shard: node over {num_nodes} nodes is not there with engine zero3, which cuts the base "
+            "over all ranks. Set parallel.base_shard=world, or parallel.engine=fsdp2."
+        )
+    if wanted == "zero3" and section.adapters == "replicate":
+        faults.append(
+            "parallel.adapters: replicate is not there with engine zero3, which cuts all that it trains over the "
+            "ranks. Set parallel.adapters=shard (or auto), or parallel.engine=fsdp2."
+        )
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _engine(section: ParallelSection, world_size: int, *, base_on_host: bool) -> tuple[EngineName, str]:
+    wanted = section.engine
     if wanted != "auto":
         return wanted, f"engine    {wanted}: as set"
     if world_size > 1:
@@ -91,11 +116,6 @@ def _base_shard(
     if engine == "none":
         return "node", f"base      whole on this process: {_gib(base_bytes)}"
     if engine == "zero3":
-        if wanted == "node" and num_nodes > 1:
-            raise ConfigError(
-                f"parallel.base_shard: node over {num_nodes} nodes is not there with engine zero3, which cuts the base "
-                "over all ranks. Set parallel.base_shard=world, or parallel.engine=fsdp2."
-            )
         return "world", f"base      cut over all {world_size} ranks, {_gib(by_world)} each: ZeRO-3 knows no nodes"
     if num_nodes == 1:
         return "node", f"base      cut over {local_size} ranks of one node, {_gib(by_node)} each"
@@ -127,18 +147,8 @@ def _adapters(
     whole = trained_weights * BYTES_A_TRAINED_WEIGHT
     what = f"{_gib(whole)} with gradients and AdamW's moments"
     if engine == "zero3":
-        if wanted == "replicate":
-            raise ConfigError(
-                "parallel.adapters: replicate is not there with engine zero3, which cuts all that it trains over the "
-                "ranks. Set parallel.adapters=shard (or auto), or parallel.engine=fsdp2."
-            )
         return "shard", f"adapters  cut over all {world_size} ranks by ZeRO-3: {what}, {_gib(whole / world_size)} each"
     if engine == "none":
-        if wanted == "shard":
-            raise ConfigError(
-                "parallel.adapters: shard needs several processes and engine none has one. "
-                "Set parallel.adapters=replicate (or auto), or parallel.engine=fsdp2."
-            )
         return "replicate", f"adapters  {what}"
     if wanted == "auto":
         fits = local_size == 1 or whole <= device_bytes * ADAPTERS_SHARE

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -16,6 +17,7 @@ from dist_lora.errors import EXIT_DONE, EXIT_FAILED
 
 POLL_S = 0.05
 GRACE_S = 15.0  # what the others get to end by themselves when one has ended with an error
+GRACE_KILLED_S = 5.0  # and when it was killed: it could tell them nothing, so they may wait for it for ever
 TERM_S = 5.0  # and after they were asked to
 EXIT_LOST_PEER = 113  # between a rank and us: it ends since another is gone, and doesn't know why
 
@@ -37,7 +39,7 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
 
         before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
         try:
-            return _see_through(ranks)
+            return _see_through(ranks, Path(folder))
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -63,15 +65,17 @@ def _start(arguments: Sequence[str], *, num_ranks: int, local_rank: int, folder:
     return subprocess.Popen([sys.executable, "-m", "dist_lora", *arguments], env=environment, start_new_session=True)
 
 
-def _see_through(ranks: list[subprocess.Popen[bytes]]) -> int:
+def _see_through(ranks: list[subprocess.Popen[bytes]], folder: Path) -> int:
     """Wait for all ranks, or for a while after the first failure; returns the exit code of the whole."""
     failed: dict[int, int] = {}  # rank: exit code, in the order in which they ended
     deadline = float("inf")
     while True:
         codes = [rank.poll() for rank in ranks]
-        failed |= {i: code for i, code in enumerate(codes) if code and i not in failed}
-        if failed and deadline == float("inf"):
-            deadline = time.monotonic() + GRACE_S
+        new = {i: code for i, code in enumerate(codes) if code and i not in failed}
+        failed |= new
+        if new:
+            grace_s = GRACE_KILLED_S if min(new.values()) < 0 else GRACE_S
+            deadline = min(deadline, time.monotonic() + grace_s)
         if all(code is not None for code in codes) or time.monotonic() > deadline:
             break
         time.sleep(POLL_S)
@@ -79,10 +83,23 @@ def _see_through(ranks: list[subprocess.Popen[bytes]]) -> int:
         return EXIT_DONE
     # A rank that merely noticed another's end says less than the one that ended.
     cause = next((i for i, code in failed.items() if code != EXIT_LOST_PEER), next(iter(failed)))
-    return _tell(cause, failed[cause], len(ranks))
+    return _tell(cause, failed[cause], len(ranks), folder)
 
 
-def _tell(rank: int, code: int, num_ranks: int) -> int:
+def leave_word(environment: Mapping[str, str], world_rank: int, text: str) -> bool:
+    """Leave what a rank saw of another's end to the process that started it; False where no such process did."""
+    if "DIST_LORA_PARENT" not in environment:
+        return False
+    with contextlib.suppress(OSError):
+        _word_of(Path(environment["DIST_LORA_RENDEZVOUS"]).parent, world_rank).write_text(text)
+    return True
+
+
+def _word_of(folder: Path, world_rank: int) -> Path:
+    return folder / f"word-of-{world_rank}"
+
+
+def _tell(rank: int, code: int, num_ranks: int, folder: Path) -> int:
     """Tell what the rank could not tell of itself; returns the exit code."""
     again = "The same command goes on from the last checkpoint."
     if code < 0:
@@ -91,7 +108,9 @@ def _tell(rank: int, code: int, num_ranks: int) -> int:
         _say(f"error: rank {rank} of {num_ranks} was killed by {name}; the others are ended.{hint} {again}")
         return EXIT_FAILED
     if code == EXIT_LOST_PEER:
-        _say(f"error: the ranks lost their connection to each other; all are ended. {again}")
+        word = _word_of(folder, rank)
+        seen = f" (rank {rank}: {word.read_text()})" if word.exists() else ""
+        _say(f"error: the ranks lost their connection to each other{seen}; all are ended. {again}")
         return EXIT_FAILED
     return code
 

@@ -6,13 +6,14 @@ import ctypes
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
 
 from dist_lora.config.schema import ParallelSection
 from dist_lora.errors import EXIT_DONE, EXIT_FAILED, DistLoraError, RankError, StoppedOnRequest
-from dist_lora.parallel.local import EXIT_LOST_PEER
+from dist_lora.parallel.local import EXIT_LOST_PEER, leave_word
 from dist_lora.parallel.place import Place
 from dist_lora.parallel.world import World, join
 
@@ -26,12 +27,15 @@ def run_as_rank(
     section: ParallelSection,
     work: Callable[[World], None],
     *,
-    report: Callable[[BaseException], None],
+    report: Callable[[BaseException, str], None],
 ) -> int:
     """Do ``work`` in the world that ``place`` belongs to (alone where it is None); returns the exit code.
 
     The first rank to fail reports its error and tells the others, which end without a word. A rank of several
     doesn't return after an error: it ends the process, since a process group with a lost peer may hang on its way out.
+
+    Args:
+        report: tells the user of an error, and which rank's it is: "" where that goes without saying.
     """
     _end_with_parent()
     world: World | None = None
@@ -41,11 +45,11 @@ def run_as_rank(
     except StoppedOnRequest as error:
         assert world is not None
         if world.is_first:
-            report(error)
+            report(error, "")
         world.leave()
         return error.exit_code
     except BaseException as error:  # whatever it is, the other ranks must hear of it
-        code = _fail(world, error, report)
+        code = _fail(place, world, error, report)
         if place is None or place.world_size == 1:
             return code
         sys.stdout.flush()
@@ -64,11 +68,13 @@ def _enter(place: Place | None, section: ParallelSection) -> World:
     return join(place, os.environ, collective_timeout_s=section.hang_timeout, node_size=section.node_size)
 
 
-def _fail(world: World | None, error: BaseException, report: Callable[[BaseException], None]) -> int:
+def _fail(
+    place: Place | None, world: World | None, error: BaseException, report: Callable[[BaseException, str], None]
+) -> int:
     """Tell the user or the other ranks, whichever is this rank's part; returns its exit code."""
     code = error.exit_code if isinstance(error, DistLoraError) else EXIT_FAILED
     if world is None:
-        report(error)
+        report(error, _who(place))
         return code
     if isinstance(error, RankError):
         return code  # another rank has told
@@ -79,12 +85,19 @@ def _fail(world: World | None, error: BaseException, report: Callable[[BaseExcep
             if told is not None:
                 return int(told["exit_code"])
             time.sleep(0.05)
-        if "DIST_LORA_PARENT" in os.environ:
+        if leave_word(os.environ, world.world_rank, str(error)):
             return EXIT_LOST_PEER  # our parent sees which rank ended, and tells
         error = RankError(f"rank {world.world_rank} lost another rank: {error}")
     if world.fail(error):
-        report(error)
+        report(error, _who(place))
     return code
+
+
+def _who(place: Place | None) -> str:
+    """Which rank this is, and where, unless it is the first: that speaks for all."""
+    if place is None or place.world_rank == 0:
+        return ""
+    return f"rank {place.world_rank} of {place.world_size} on {socket.gethostname()}"
 
 
 def _end_with_parent() -> None:

@@ -27,6 +27,7 @@ from dist_lora.parallel.place import Place
 FAILED_KEY = "failed"
 POLL_S = 1.0  # how often the watch looks whether another rank has failed
 GRACE_S = 5.0  # what a rank is given to end by itself once another has failed
+PATIENCE_S = 8.0  # how long a rank with an error waits for the others, of which a lower one may have it too
 JOIN_TIMEOUT_S = 120.0
 
 
@@ -90,9 +91,11 @@ class World:
     def agree(self, stage: str, error: BaseException | None) -> None:
         """Go on only if all ranks do. All ranks call it; those without an error get the first one's.
 
+        A rank with an error waits ``PATIENCE_S`` for the others, no longer: they may be busy for an hour.
+
         Raises:
-            the caller's own ``error`` where it has one, else ``RankError`` with the lowest failing rank's
-            exit code.
+            the caller's own ``error`` where it has one and no lower rank has, else ``RankError`` with the lowest
+            failing rank's exit code.
         """
         number, self._agreements = self._agreements, self._agreements + 1
         if self.store is None:
@@ -105,6 +108,8 @@ class World:
             self.store.add(f"{prefix}/errors", 1)
         if self.store.add(f"{prefix}/arrived", 1) == self.world_size:
             self.store.set(f"{prefix}/done", str(self.store.add(f"{prefix}/errors", 0)))
+        if error is not None and not self._comes_soon(f"{prefix}/done"):
+            raise error
         failed = int(self.fetch(f"{prefix}/done"))
         if not failed:
             return
@@ -113,6 +118,14 @@ class World:
         if error is not None and self.world_rank == ranks[0]:
             raise error
         raise RankError(f"{stage}: rank {ranks[0]}: {first['message']}", exit_code=first["exit_code"])
+
+    def _comes_soon(self, key: str) -> bool:
+        deadline = time.monotonic() + PATIENCE_S
+        while not self.store.check([key]):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
 
     def fail(self, error: BaseException) -> bool:
         """Tell all ranks that this one ends by ``error``; True where it is the first, which prints its error."""

@@ -29,7 +29,7 @@ from dist_lora.lora.attach import AdapterTensor, attach_adapters
 from dist_lora.lora.peft_file import BaseIdentity, identify_base, read_adapter
 from dist_lora.parallel.adapters import Adapters
 from dist_lora.parallel.engine import SingleProcess, make_engine
-from dist_lora.parallel.layout import Layout, choose_layout
+from dist_lora.parallel.layout import Layout, check_section, choose_layout
 from dist_lora.parallel.precision import Precision, base_dtype
 from dist_lora.parallel.world import World, device_bytes
 
@@ -79,11 +79,12 @@ def open_base(config: Config, world: World) -> Base:
     """Find the base and check everything about it that can be checked without reading weights. All ranks call it.
 
     Raises:
-        ConfigError: no such model; a layer it hasn't; a tokenizer without what the data needs.
+        ConfigError: an engine that can't run here; no such model; a layer it hasn't; a tokenizer without what the data needs.
         WeightsError: a file is missing or damaged.
     """
     error: Exception | None = None
     try:
+        check_section(config.parallel, world_size=world.world_size, local_size=world.local_size)
         resolved = resolve_model(config.model.name)
         folder = folder_of(resolved, world)
         shape = read_shape(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -36,7 +37,10 @@ def open_run_folder(config: Config, world: World) -> Path:
             _lock(folder)
             _check_config(folder, config)
         except OSError as caught:
-            error = SaveError(f"{folder}: the run's folder can't be written: {caught.strerror or caught}")
+            error = SaveError(
+                f"{folder}: the run's folder can't be written: {caught.strerror or caught}. "
+                "Set runs_dir to a folder that can."
+            )
         except ConfigError as caught:
             error = caught
     world.agree("the run's folder", error)
@@ -57,7 +61,7 @@ def _lock(folder: Path) -> None:
             f"{folder}: {owner} is writing this run now. Wait for it, stop it, or name another: run=NAME"
         ) from None
     lock.truncate(0)
-    lock.write(f"process {os.getpid()}\n")
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
     _locks.append(lock)
 

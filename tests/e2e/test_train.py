@@ -12,47 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "dist_lora", *map(str, arguments)]
-
-
-def run(*arguments: object, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False)
-
-
-@pytest.fixture(scope="module")
-def config(tiny_llama, tmp_path_factory) -> Path:
-    """A config for a tiny model and 24 chats."""
-    folder = tmp_path_factory.mktemp("run")
-    chats = [
-        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * (i % 5 + 1)}]}
-        for i in range(24)
-    ]
-    (folder / "train.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    path = folder / "config.yaml"
-    path.write_text(
-        f"run: whole\nruns_dir: {folder}/runs\nmodel: {{name: {tiny_llama('llama31')}}}\nlora: {{rank: 4}}\n"
-        f"data: {{train: {folder}/train.jsonl, cache_dir: {folder}/cache}}\n"
-        "train: {steps: 8, global_batch: 4, micro_batch: 1, sequence_length: 64}\n"
-        "optim: {lr: 1e-2, warmup_steps: 2}\ncheckpoint: {every: 2}\nlog: {trackers: []}\n"
-    )
-    return path
-
-
-@pytest.fixture(scope="module")
-def whole(config) -> Path:
-    """An uninterrupted run on two ranks."""
-    done = run("train", config, "--nproc", 2)
-    assert done.returncode == 0, done.stderr
-    return config.parent / "runs" / "whole"
-
-
-def losses(folder: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines]
+from tests.e2e.runs import ROOT, command, losses, run
 
 
 def test_one_process_has_the_losses_of_two(config, whole) -> None:
@@ -103,18 +63,6 @@ def test_a_run_whose_rank_was_killed_goes_on_to_the_bytes_of_an_uninterrupted_on
     assert losses(folder) == losses(whole)
     name = "adapter/adapter_model.safetensors"
     assert (folder / name).read_bytes() == (whole / name).read_bytes()
-
-
-def test_a_run_with_other_settings_is_refused_and_both_values_told(config, whole) -> None:
-    done = run("train", config, "optim.lr=1e-3", "--nproc", 1)
-    assert done.returncode == 2
-    assert "optim.lr: the run has 0.01, the config says 0.001" in done.stderr
-
-
-def test_a_mistyped_setting_is_told_once_with_the_nearest_name(config) -> None:
-    done = run("train", config, "lora.rnak=4", "--nproc", 2)
-    assert done.returncode == 2
-    assert done.stderr.count("rnak") == 1 and "rank" in done.stderr
 
 
 def test_a_merged_model_has_the_logits_of_the_adapter_beside_its_base(whole, tmp_path) -> None:

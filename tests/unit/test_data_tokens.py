@@ -363,7 +363,7 @@ def test_a_tokenizer_without_a_template_ends_all_before_anything_is_encoded(tmp_
 def test_a_cache_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").touch()
     name = write(tmp_path / "d.jsonl", [conversation("q", "a")])
-    with pytest.raises(SaveError, match=r"data\.cache_dir: .*file/tokens: .*Not a directory"):
+    with pytest.raises(SaveError, match=r"data\.cache_dir: .*file/tokens can't be written: Not a directory"):
         prepare(name, tmp_path / "file")
 
 

@@ -1,0 +1,62 @@
+"""Starting the commands as a user types them, and reading what they left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+INJECT = Path(__file__).parent / "inject"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def command(*arguments: object) -> list[str]:
+    """``dist-lora ARGUMENTS`` for a process of its own."""
+    return [sys.executable, "-m", "dist_lora", *map(str, arguments)]
+
+
+def environment(fault: str | None = None) -> dict[str, str]:
+    """This process's environment; with ``fault`` the ranks started in it begin with that function of ``faults.py``."""
+    added = {"PYTHONPATH": os.pathsep.join([str(INJECT), str(ROOT)]), "DIST_LORA_FAULT": fault} if fault else {}
+    return {**os.environ, **added}
+
+
+def run(*arguments: object, fault: str | None = None, timeout_s: float = 120) -> Done:
+    """Run ``dist-lora ARGUMENTS`` in processes of its own to its end."""
+    done = subprocess.run(
+        command(*arguments),
+        cwd=ROOT, env=environment(fault), capture_output=True, text=True, timeout=timeout_s, check=False,
+    )  # fmt: skip
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def write_config(path: Path, **settings: object) -> Path:
+    """A config file with these settings."""
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def write_lines(path: Path, records: list[object]) -> Path:
+    """A JSONL file."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """Step and loss of each line of a run's metrics."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
