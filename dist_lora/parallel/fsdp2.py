@@ -82,6 +82,12 @@ class Fsdp2(SingleProcess):
             _slot(name, parameter, *model.place_on_disk(name)) for name, parameter in model.base_parameters().items()
         ]
 
+    def frozen_shares(self, model: Llama) -> list[tuple[str, Tensor]]:
+        """See ``SingleProcess.frozen_shares``. The root stays gathered after a forward: it goes back to its shard."""
+        for module in _sharded_modules(model):
+            module.reshard()
+        return super().frozen_shares(model)
+
     def adapters(self, tensors: Sequence[AdapterTensor]) -> Adapters:
         """See ``SingleProcess.adapters``."""
         on_host = self.layout.optimizer_on_host
