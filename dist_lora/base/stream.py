@@ -19,7 +19,7 @@ from torch import Tensor
 from dist_lora.base.index import ITEM_BYTES, TensorOnDisk, WeightIndex, open_weights, unreadable
 from dist_lora.errors import WeightsError
 
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 SLICE_BYTES = 64 * 2**20
 
 
