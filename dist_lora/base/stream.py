@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from dist_lora.base.quant.finite import NotFiniteError
 from dist_lora.base.quant.formats import Format
 from dist_lora.errors import WeightsError
 
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 SLICE_BYTES = 64 * 2**20
 WEIGHT = "weight"  # the only part of a tensor that is kept as it is
 
@@ -53,6 +54,19 @@ class Slot:
             return range(0)
         width = math.prod(self.shape[1:])
         return range(self.first // width, -(-self.stop // width))
+
+
+class QuantizedOnDisk(Protocol):
+    """A weight whose codes and scales lie on disk as they are kept."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all of its parts on disk."""
+        ...
+
+    def read_rows(self, first_row: int, num_rows: int) -> dict[str, Tensor]:
+        """The parts of these rows."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -135,6 +149,7 @@ def fill_slots(
     *,
     index: WeightIndex,
     formats: Mapping[str, Format] = MappingProxyType({}),
+    quantized: Mapping[str, QuantizedOnDisk] = MappingProxyType({}),
     max_slice_bytes: int = SLICE_BYTES,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> FillReport:
@@ -146,6 +161,7 @@ def fill_slots(
 
     Args:
         formats: how a tensor is kept, by its name; the others go to their slots as they are.
+        quantized: tensors that lie on disk in the format that they are kept in, by name.
         max_slice_bytes: size of one read; a single row longer than this is read whole.
         on_progress: called after each slice with (bytes done, bytes in all).
 
@@ -160,7 +176,8 @@ def fill_slots(
         if slot.destination.numel():
             wanted.setdefault(slot.name, []).append(slot)
     rows_of = {name: _rows(of_one) for name, of_one in wanted.items()}
-    bytes_total = sum(len(rows) * _row_bytes(index.tensors[name]) for name, rows in rows_of.items())
+    rows_bytes = {name: _row_bytes(index.tensors[name], quantized.get(name)) for name in wanted}
+    bytes_total = sum(len(rows) * rows_bytes[name] for name, rows in rows_of.items())
     reader = SliceReader(max_slice_bytes)
     bytes_read = 0
     filled: Counter[tuple[str, str]] = Counter()
@@ -168,13 +185,20 @@ def fill_slots(
         with open_weights(file) as descriptor, torch.no_grad():
             for tensor in tensors:
                 rows = rows_of[tensor.name]
-                fmt = formats.get(tensor.name)
-                slices = reader.slices(tensor, descriptor=descriptor, first_row=rows.start, num_rows=len(rows))
-                for row, content in slices:
-                    parts = {WEIGHT: content} if fmt is None else _quantized(content, row, tensor=tensor, fmt=fmt)
+                if tensor.name in quantized:
+                    slices = _as_they_are(
+                        quantized[tensor.name], rows, max_rows=max_slice_bytes // rows_bytes[tensor.name]
+                    )
+                else:
+                    slices = _arriving(
+                        reader.slices(tensor, descriptor=descriptor, first_row=rows.start, num_rows=len(rows)),
+                        tensor=tensor,
+                        fmt=formats.get(tensor.name),
+                    )
+                for row, num_rows, parts in slices:
                     for slot in wanted[tensor.name]:
                         filled[slot.name, slot.part] += _copy_overlap(slot, parts[slot.part], row)
-                    bytes_read += content.nbytes
+                    bytes_read += num_rows * rows_bytes[tensor.name]
                     if on_progress:
                         on_progress(bytes_read, bytes_total)
     for slot in slots:
@@ -184,11 +208,23 @@ def fill_slots(
     return FillReport(bytes_read, len(wanted), time.perf_counter() - begin)
 
 
-def _quantized(rows: Tensor, first_row: int, *, tensor: TensorOnDisk, fmt: Format) -> dict[str, Tensor]:
-    try:
-        return fmt.quantize_rows(rows)
-    except NotFiniteError as error:
-        raise error.within(f"{tensor.file}: {tensor.name}", first_row=first_row) from error
+Slices = Iterator[tuple[int, int, dict[str, Tensor]]]  # first row, number of rows, their parts
+
+
+def _arriving(slices: Iterator[tuple[int, Tensor]], *, tensor: TensorOnDisk, fmt: Format | None) -> Slices:
+    """Slices in the parts of ``fmt``, made of rows as they are read."""
+    for first_row, rows in slices:
+        try:
+            yield first_row, len(rows), {WEIGHT: rows} if fmt is None else fmt.quantize_rows(rows)
+        except NotFiniteError as error:
+            raise error.within(f"{tensor.file}: {tensor.name}", first_row=first_row) from error
+
+
+def _as_they_are(source: QuantizedOnDisk, rows: range, *, max_rows: int) -> Slices:
+    """Slices of a weight that is quantized on disk."""
+    for first in range(rows.start, rows.stop, max(1, max_rows)):
+        count = min(max(1, max_rows), rows.stop - first)
+        yield first, count, source.read_rows(first, count)
 
 
 def _copy_overlap(slot: Slot, part: Tensor, first_row: int) -> int:
@@ -238,5 +274,7 @@ def _part_shape(slot: Slot, found: TensorOnDisk, fmt: Format | None) -> tuple[in
     return next((part.shape for part in fmt.parts(*found.shape) if part.name == slot.part), ())
 
 
-def _row_bytes(tensor: TensorOnDisk) -> int:
+def _row_bytes(tensor: TensorOnDisk, quantized: QuantizedOnDisk | None) -> int:
+    if quantized is not None:
+        return quantized.num_bytes // tensor.shape[0]
     return math.prod(tensor.shape[1:]) * ITEM_BYTES[tensor.dtype]

@@ -147,7 +147,7 @@ def identify_base(folder: Path, *, name: str | None = None, revision: str | None
         noted = read_json(folder / "config.json").get("_name_or_path")
         is_hub_id = isinstance(noted, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", noted)
         name = noted if is_hub_id else folder.resolve().name
-    return BaseIdentity(name, revision, open_index(folder).content_hash(), config_hash)
+    return BaseIdentity(name, revision, open_index(folder, allow_bytes=True).content_hash(), config_hash)
 
 
 def open_adapter(folder: Path) -> AdapterOnDisk:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dist_lora.base.attention import Backend, choose_backend
 from dist_lora.base.checksum import check_untouched, checksums
-from dist_lora.base.index import WeightIndex, open_index
 from dist_lora.base.llama import Llama, build_on_meta
 from dist_lora.base.quant.formats import Format, format_of
+from dist_lora.base.quant.published import BaseOnDisk, open_base_on_disk
 from dist_lora.base.rope import check_frequencies
 from dist_lora.base.stream import fill_slots
 from dist_lora.config.schema import Config
@@ -42,7 +42,7 @@ class Base:
 
     folder: Path
     shape: Shape
-    index: WeightIndex
+    on_disk: BaseOnDisk
     tokenizer: Any
     identity: BaseIdentity
 
@@ -89,8 +89,8 @@ def open_base(config: Config, world: World) -> Base:
         folder = folder_of(resolved, world)
         shape = read_shape(folder)
         config.lora.layer_indices(shape.num_layers)
-        index = open_index(folder)
-        index.expect(shape.tensor_shapes())
+        on_disk = open_base_on_disk(folder, quant=config.model.quant)
+        on_disk.index.expect(shape.tensor_shapes())
         tokenizer = load_tokenizer(folder, chat_template=config.data.chat_template)
     except DistLoraError as caught:
         error = caught
@@ -99,7 +99,7 @@ def open_base(config: Config, world: World) -> Base:
     world.agree(f"opening {config.model.name}", error)
     # Not above: one rank makes it while the others wait, and whoever waits can't agree.
     identity = _identity(resolved, folder, world)
-    return Base(folder, shape, index, tokenizer, identity)
+    return Base(folder, shape, on_disk, tokenizer, identity)
 
 
 def _identity(resolved: ResolvedModel, folder: Path, world: World) -> BaseIdentity:
@@ -222,7 +222,13 @@ def _fill(base: Base, model: Llama, engine: SingleProcess, world: World, how: st
     error: Exception | None = None
     slots = engine.slots(model)
     try:
-        report = fill_slots(slots, index=base.index, formats=model.formats(), on_progress=progress)
+        report = fill_slots(
+            slots,
+            index=base.on_disk.index,
+            formats=model.formats(),
+            quantized=base.on_disk.nf4,
+            on_progress=progress,
+        )
     except (DistLoraError, OSError) as caught:
         error = caught if isinstance(caught, DistLoraError) else WeightsError(f"{base.folder}: {caught}")
     world.agree("loading the base", error)

@@ -108,7 +108,7 @@ def train(config: Config, world: World, *, is_dry: bool = False) -> None:
     check_special_tokens(
         tokens,
         tokenizer=base.tokenizer,
-        index=base.index,
+        index=base.on_disk.index,
         is_tied=base.shape.tied,
         on_untrained=config.data.untrained_tokens,
         world=world,

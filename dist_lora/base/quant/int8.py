@@ -45,7 +45,7 @@ def quantize_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
         largest = torch.maximum(values.amax(dim=1, keepdim=True), values.amin(dim=1, keepdim=True).neg_())
         largest.clamp_(min=_LEAST_ABSMAX)
         torch.div(largest, LARGEST_CODE, out=scale[part])
-        codes[part].copy_(torch.mul(values, LARGEST_CODE / largest).round_())
+        codes[part].copy_(torch.mul(values, largest.reciprocal_().mul_(LARGEST_CODE)).round_())
     if not scale.isfinite().all():
         check_finite(rows)
     return codes, scale

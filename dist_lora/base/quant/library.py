@@ -33,7 +33,7 @@ def gpu_functions(device: torch.device) -> ModuleType:
         what = f"bitsandbytes {_version()} cannot be imported ({type(error).__name__}: {error})"
         raise ConfigError(_lacking(device, what)) from error
     if device.type == "cuda" and not getattr(native, "compiled_with_cuda", False):
-        reason = getattr(native, "error_msg", "") or "it loaded its CPU library"
+        reason = vars(native).get("error_msg") or "it loaded its CPU library"  # any attribute of it is a function
         what = f"bitsandbytes {_version()} has no kernels for CUDA {torch.version.cuda or torch.version.hip}: {reason}"
         raise ConfigError(_lacking(device, what))
     return functional
