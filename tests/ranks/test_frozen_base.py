@@ -213,6 +213,38 @@ def test_after_steps_and_an_evaluation_the_shards_are_the_bytes_of_the_whole(
         assert together.tobytes() == wanted[key].numpy().tobytes(), key
 
 
+@pytest.mark.parametrize("size, engine", [(2, "fsdp2"), (3, "fsdp2"), (2, "zero3")])
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_base_published_in_nf4_keeps_its_codes_on_every_rank(
+    ranks, tiny_llama, tmp_path, size, engine, is_nested
+) -> None:
+    from bitsandbytes import functional
+
+    source = tiny_llama("llama31")
+    for file in source.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors: dict[str, torch.Tensor] = {}
+    wanted: dict[tuple[str, str], bytes] = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if "proj" not in name:
+            tensors[name] = tensor
+            continue
+        codes, state = functional.quantize_4bit(tensor, quant_type="nf4", compress_statistics=is_nested)
+        tensors |= {name: codes} | {f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}
+        absmax = (
+            functional.dequantize_blockwise(state.absmax, state.state2) + state.offset if is_nested else state.absmax
+        )
+        wanted |= {(name, "codes"): codes.numpy().tobytes(), (name, "absmax"): absmax.numpy().tobytes()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found: dict[tuple[str, str], list] = {}
+    for share in ranks(size).run(shares_after_training, str(tmp_path), "nf4", engine):
+        for name, part, first, values in share:
+            found.setdefault((name, part), []).append((first, values))
+    for key, content in wanted.items():
+        shares = [values for _, values in sorted(found[key], key=lambda share: share[0])]
+        assert np.concatenate(shares).tobytes() == content, key
+
+
 def change_a_byte(world: World, folder: str, quant: str) -> str:
     trainee = trainee_of(config_of(folder, model={"quant": quant}), world)
     trainee.check_base()
