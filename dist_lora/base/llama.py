@@ -39,11 +39,14 @@ class FrozenLinear(nn.Module):
             values = torch.empty(part.shape, dtype=part.dtype)
             self.register_parameter(part.name, nn.Parameter(values, requires_grad=False))
         self.adapter: nn.Module | None = None
+        # F.linear keeps a view of the weight for the backward, and with it the weight's memory. Set it to False where
+        # that memory is to be freed after the forward by giving the parameter other data.
+        self.keeps_views = True
 
     def forward(self, x: Tensor) -> Tensor:
         """``(T, D_out)`` of ``x`` ``(T, D_in)``."""
         parts = {name: p for name, p in self._parameters.items() if p is not None}
-        if "weight" in parts:
+        if "weight" in parts and self.keeps_views:
             y = F.linear(x, parts["weight"])
         else:
             y = _QuantizedLinear.apply(x, self.fmt, tuple(parts), *parts.values())  # type: ignore[no-untyped-call]
@@ -221,6 +224,8 @@ class Llama(nn.Module):
         self.lm_head = Head(shape, dtype)
         if shape.tied:
             self.lm_head.weight = self.model.embed_tokens.weight  # type: ignore[assignment]
+        # Counted here, while every parameter is whole: afterwards one may not know its shape.
+        self.base_bytes = sum(p.numel() * p.element_size() for p in self.base_parameters().values())
         # Made on the CPU at once: what is on the meta device here is lost, and no checkpoint has it.
         self.register_buffer("inv_freq", inverse_frequencies(shape), persistent=False)
 

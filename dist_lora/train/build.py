@@ -195,7 +195,7 @@ def _layout(config: Config, model: Llama, tensors: list[AdapterTensor], world: W
         config.parallel,
         world_size=world.world_size,
         local_size=world.local_size,
-        base_bytes=sum(p.numel() * p.element_size() for p in model.base_parameters().values()),
+        base_bytes=model.base_bytes,
         trained_weights=sum(tensor.parameter.numel() for tensor in tensors),
         device_bytes=world.least("layout/device_bytes", device_bytes(world)),
     )
@@ -275,5 +275,4 @@ def load_adapter(adapters: Adapters, folder: Path, *, config: Config, world: Wor
 
 def describe_trained(trainee: Trainee) -> dict[str, int]:
     """How many weights are trained and how many are frozen."""
-    frozen = sum(p.numel() for p in trainee.model.base_parameters().values())
-    return {"trainable": trainee.adapters.num_elements, "frozen": frozen}
+    return {"trainable": trainee.adapters.num_elements, "frozen": trainee.base.shape.num_parameters()}
