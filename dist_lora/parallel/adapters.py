@@ -16,7 +16,7 @@ from dist_lora.config.schema import OptimSection
 from dist_lora.lora.attach import AdapterTensor
 from dist_lora.lora.layer import initial_a
 from dist_lora.lora.state import KINDS, Kind, Piece
-from dist_lora.parallel.adamw import AdamW
+from dist_lora.parallel.adamw import AdamW, norm_of
 from dist_lora.parallel.world import World
 
 # N elements of all trained tensors together
@@ -180,19 +180,17 @@ class FlatAdapters(Adapters):
     def step(self, lr: float) -> float:
         """See ``Adapters``."""
         gradients = self.gradients()
-        norm = self._norm(gradients)
-        value = float(norm)
-        if math.isfinite(value):
-            if self._max_norm is not None:
-                scale = torch.clamp(self._max_norm / (norm + 1e-6), max=1.0)
-                torch._foreach_mul_(gradients, scale)
+        norm = float(self._norm(gradients))
+        if math.isfinite(norm):
+            if self._max_norm is not None and norm > self._max_norm:
+                torch._foreach_mul_(gradients, self._max_norm / (norm + 1e-6))
             self.optimizer.step(gradients, lr)
-        return value
+        return norm
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
-        squares = self._sum_over_shards(norms.square().sum())
-        return squares.sqrt()
+        """In fp64, a scalar."""
+        squares = torch.stack([norm_of(gradient).square() for gradient in gradients]).sum()
+        return self._sum_over_shards(squares).sqrt()
 
     def pieces(self) -> list[Piece]:
         """See ``Adapters``."""
@@ -270,8 +268,7 @@ class ReplicatedAdapters(FlatAdapters):
         self.world.sum(scalars)
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(self.gradient)
-        return norm
+        return norm_of(self.gradient)
 
     def _sum_over_shards(self, values: Tensor) -> Tensor:
         return values

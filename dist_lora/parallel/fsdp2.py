@@ -163,7 +163,7 @@ class ShardedAdapters(FlatAdapters):
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         if not gradients:
-            return self._sum_over_shards(torch.zeros((), device=self.world.device)).sqrt()
+            return self._sum_over_shards(torch.zeros((), dtype=torch.float64, device=self.world.device)).sqrt()
         return super()._norm(gradients)
 
     def _sum_over_shards(self, values: Tensor) -> Tensor:
