@@ -22,8 +22,8 @@ from dist_lora.parallel.world import World
 from dist_lora.train.build import Base, Trainee, build, describe_trained, load_adapter, open_base
 from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.loop import Run
-from dist_lora.train.meter import Meter, peak_bytes
-from dist_lora.train.run_folder import open_run_folder
+from dist_lora.train.meter import Meter, check_trackers, peak_bytes
+from dist_lora.train.run_folder import flat, open_run_folder
 from dist_lora.train.signals import StopRequest
 
 log = logging.getLogger("dist_lora")
@@ -102,6 +102,7 @@ def num_steps_of(config: Config, loader: Loader) -> int:
 def train(config: Config, world: World, *, is_dry: bool = False) -> None:
     """``dist-lora train``. All ranks call it."""
     started_s = time.monotonic()
+    _check_trackers(config, world)
     base = open_base(config, world)
     folder = None if is_dry else open_run_folder(config, world)
     tokens, held_out = tokens_of(config, base, world)
@@ -137,6 +138,16 @@ def train(config: Config, world: World, *, is_dry: bool = False) -> None:
     _finish(run, folder, world, seconds=time.monotonic() - started_s)
 
 
+def _check_trackers(config: Config, world: World) -> None:
+    error: ConfigError | None = None
+    if world.is_first:  # the only one that has them
+        try:
+            check_trackers(config.log.trackers)
+        except ConfigError as caught:
+            error = caught
+    world.agree("log.trackers", error)
+
+
 def _train(run: Run, folder: Path, world: World) -> None:
     stop = StopRequest()
     meter = None
@@ -146,7 +157,8 @@ def _train(run: Run, folder: Path, world: World) -> None:
             try:
                 meter = Meter(
                     folder,
-                    trackers=list(run.config.log.trackers),
+                    trackers=run.config.log.trackers,
+                    settings=flat(run.config.model_dump(mode="json")),
                     every=run.config.log.every,
                     first_step=run.progress.step + 1,
                     num_steps=run.num_steps,
