@@ -19,7 +19,7 @@ from dist_lora.data.tokens import TokenRules, TokenSet, Which, prepare_tokens, s
 from dist_lora.data.untrained import check_special_tokens
 from dist_lora.errors import ConfigError, DistLoraError, SaveError
 from dist_lora.parallel.world import World
-from dist_lora.train.build import Base, Trainee, build, describe_trained, load_adapter, open_base
+from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
 from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.loop import Run
 from dist_lora.train.meter import Meter, check_trackers, peak_bytes
@@ -104,6 +104,8 @@ def train(config: Config, world: World, *, is_dry: bool = False) -> None:
     started_s = time.monotonic()
     _check_trackers(config, world)
     base = open_base(config, world)
+    if config.lora.start_from is not None:
+        check_adapter(config.lora.start_from, config=config, base=base, world=world)
     folder = None if is_dry else open_run_folder(config, world)
     tokens, held_out = tokens_of(config, base, world)
     check_special_tokens(
@@ -247,6 +249,8 @@ def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str,
     """``dist-lora eval``: what is printed, as a dict. All ranks call it and get the same."""
     started_s = time.monotonic()
     base = open_base(config, world)
+    if adapter is not None:
+        check_adapter(adapter, config=config, base=base, world=world)
     held_out = held_out_of(config, base, world)
     trainee = build(
         config.model_copy(update={"lora": config.lora.model_copy(update={"start_from": None})}), base, world
@@ -256,7 +260,7 @@ def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str,
     if adapter is None:
         result |= loss_of_base
     else:
-        load_adapter(trainee.adapters, adapter, config=config, world=world)
+        load_adapter(trainee.adapters, adapter, world=world)
         result |= _loss(config, trainee, held_out, world) | {"base_loss": loss_of_base["loss"]}
         if result["loss"] == result["base_loss"]:
             log.warning(f"{adapter}: the loss is the base's, bit for bit: this adapter changes nothing")
