@@ -14,7 +14,7 @@ from dist_lora.export.generate import stop_ids_of
 from dist_lora.herd.facts import resolve_model
 from dist_lora.lora.peft_file import open_adapter
 from dist_lora.parallel.world import World
-from dist_lora.train.build import Trainee, build, folder_of, load_adapter, open_base
+from dist_lora.train.build import Trainee, build, check_adapter, folder_of, load_adapter, open_base
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,10 @@ def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Traine
             "data": {"train": "-", "chat_template": origin_of(adapter).chat_template},
         }
     )
-    trainee = build(config, open_base(config, world), world)
-    load_adapter(trainee.adapters, adapter, config=config, world=world)
+    opened = open_base(config, world)
+    check_adapter(adapter, config=config, base=opened, world=world)
+    trainee = build(config, opened, world)
+    load_adapter(trainee.adapters, adapter, world=world)
     trainee.model.eval()
     return trainee
 

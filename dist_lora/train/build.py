@@ -22,11 +22,12 @@ from dist_lora.base.stream import fill_slots
 from dist_lora.config.schema import Config
 from dist_lora.data.chat import load_tokenizer
 from dist_lora.data.loader import MicroBatch
-from dist_lora.errors import AdapterError, ConfigError, DistLoraError, WeightsError
+from dist_lora.errors import ConfigError, DistLoraError, WeightsError
 from dist_lora.export.evaluate import run_micro_batch
 from dist_lora.herd.facts import ResolvedModel, Shape, read_shape, resolve_model
 from dist_lora.lora.attach import AdapterTensor, attach_adapters
-from dist_lora.lora.peft_file import BaseIdentity, identify_base, read_adapter
+from dist_lora.lora.fit import check_fit
+from dist_lora.lora.peft_file import BaseIdentity, identify_base, open_adapter, read_adapter
 from dist_lora.parallel.adapters import Adapters
 from dist_lora.parallel.engine import SingleProcess, make_engine
 from dist_lora.parallel.layout import Layout, check_section, choose_layout
@@ -169,7 +170,7 @@ def build(config: Config, base: Base, world: World) -> Trainee:
     adapters = engine.adapters(tensors)
     adapters.initialize(config.train.seed)
     if config.lora.start_from is not None:
-        load_adapter(adapters, config.lora.start_from, config=config, world=world)
+        load_adapter(adapters, config.lora.start_from, world=world)
     trainee = Trainee(
         base,
         model,
@@ -240,34 +241,39 @@ def _fill(base: Base, model: Llama, engine: SingleProcess, world: World, how: st
         )
 
 
-def load_adapter(adapters: Adapters, folder: Path, *, config: Config, world: World) -> None:
-    """Fill the trained tensors from an adapter folder: all of them, or an error. All ranks call it.
+def check_adapter(folder: Path, *, config: Config, base: Base, world: World) -> None:
+    """See by its headers that ``folder`` is the adapter that the config attaches. All ranks call it, before ``build``.
+
+    One that was trained on other weights is said to be so and taken: a copy that was renamed or quantized has other
+    hashes too, and whoever names both may know better.
 
     Raises:
-        AdapterError: the folder's tensors are not exactly those that the config attaches, or its scale differs.
+        AdapterError: it is damaged; its tensors are not exactly those that the config attaches, or its scale differs.
     """
     error: DistLoraError | None = None
     try:
-        adapter = read_adapter(folder)
-        lacking = sorted(adapters.shapes.keys() - adapter.tensors.keys())
-        surplus = sorted(adapter.tensors.keys() - adapters.shapes.keys())
-        wrong = [n for n in adapters.shapes.keys() & adapter.tensors.keys()
-                 if tuple(adapter.tensors[n].shape) != adapters.shapes[n]]  # fmt: skip
-        faults = [
-            f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            for what, names in (("lacks", lacking), ("holds beyond the config's", surplus), ("other shapes", wrong))
-            if names
-        ]
-        if not faults and adapter.scale != config.lora.alpha / config.lora.rank:
-            faults = [
-                f"B A is scaled by {adapter.scale:g}, the config's alpha / rank is {config.lora.alpha / config.lora.rank:g}"
-            ]
-        if faults:
-            raise AdapterError(
-                f"{folder} is not the adapter that lora.targets, lora.layers, lora.rank and lora.alpha speak of: "
-                + "; ".join(faults)
+        adapter = open_adapter(folder)
+        check_fit(adapter, section=config.lora, shape=base.shape)
+        differing = adapter.base.differences(base.identity)
+        if differing and world.is_first:
+            log.warning(
+                f"{folder} was trained on {adapter.base.name or 'another model'}, and {base.folder} "
+                f"({base.identity.name}) differs from it: {'; '.join(differing)}. Its answers may be worthless here."
             )
-        adapters.load(adapter.tensors.items())
+    except DistLoraError as caught:
+        error = caught
+    world.agree(f"opening {folder}", error)
+
+
+def load_adapter(adapters: Adapters, folder: Path, *, world: World) -> None:
+    """Fill the trained tensors from an adapter folder that ``check_adapter`` has seen. All ranks call it.
+
+    Raises:
+        AdapterError: a value is NaN or infinite, or the folder was changed meanwhile.
+    """
+    error: DistLoraError | None = None
+    try:
+        adapters.load(read_adapter(folder).tensors.items())
     except DistLoraError as caught:
         error = caught
     world.agree(f"loading {folder}", error)

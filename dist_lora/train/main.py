@@ -19,11 +19,11 @@ from dist_lora.data.tokens import TokenRules, TokenSet, Which, prepare_tokens, s
 from dist_lora.data.untrained import check_special_tokens
 from dist_lora.errors import ConfigError, DistLoraError, SaveError
 from dist_lora.parallel.world import World
-from dist_lora.train.build import Base, Trainee, build, describe_trained, load_adapter, open_base
+from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
 from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.loop import Run
-from dist_lora.train.meter import Meter, peak_bytes
-from dist_lora.train.run_folder import open_run_folder
+from dist_lora.train.meter import Meter, check_trackers, peak_bytes
+from dist_lora.train.run_folder import flat, open_run_folder
 from dist_lora.train.signals import StopRequest
 
 log = logging.getLogger("dist_lora")
@@ -102,7 +102,10 @@ def num_steps_of(config: Config, loader: Loader) -> int:
 def train(config: Config, world: World, *, is_dry: bool = False) -> None:
     """``dist-lora train``. All ranks call it."""
     started_s = time.monotonic()
+    _check_trackers(config, world)
     base = open_base(config, world)
+    if config.lora.start_from is not None:
+        check_adapter(config.lora.start_from, config=config, base=base, world=world)
     folder = None if is_dry else open_run_folder(config, world)
     tokens, held_out = tokens_of(config, base, world)
     check_special_tokens(
@@ -141,6 +144,16 @@ def train(config: Config, world: World, *, is_dry: bool = False) -> None:
     _finish(run, folder, world, seconds=time.monotonic() - started_s)
 
 
+def _check_trackers(config: Config, world: World) -> None:
+    error: ConfigError | None = None
+    if world.is_first:  # the only one that has them
+        try:
+            check_trackers(config.log.trackers)
+        except ConfigError as caught:
+            error = caught
+    world.agree("log.trackers", error)
+
+
 def _train(run: Run, folder: Path, world: World) -> None:
     stop = StopRequest()
     meter = None
@@ -150,7 +163,8 @@ def _train(run: Run, folder: Path, world: World) -> None:
             try:
                 meter = Meter(
                     folder,
-                    trackers=list(run.config.log.trackers),
+                    trackers=run.config.log.trackers,
+                    settings=flat(run.config.model_dump(mode="json")),
                     every=run.config.log.every,
                     first_step=run.progress.step + 1,
                     num_steps=run.num_steps,
@@ -249,6 +263,8 @@ def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str,
     """``dist-lora eval``: what is printed, as a dict. All ranks call it and get the same."""
     started_s = time.monotonic()
     base = open_base(config, world)
+    if adapter is not None:
+        check_adapter(adapter, config=config, base=base, world=world)
     held_out = held_out_of(config, base, world)
     trainee = build(
         config.model_copy(update={"lora": config.lora.model_copy(update={"start_from": None})}), base, world
@@ -258,7 +274,7 @@ def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str,
     if adapter is None:
         result |= loss_of_base
     else:
-        load_adapter(trainee.adapters, adapter, config=config, world=world)
+        load_adapter(trainee.adapters, adapter, world=world)
         result |= _loss(config, trainee, held_out, world) | {"base_loss": loss_of_base["loss"]}
         if result["loss"] == result["base_loss"]:
             log.warning(f"{adapter}: the loss is the base's, bit for bit: this adapter changes nothing")

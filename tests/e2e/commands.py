@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,6 +36,7 @@ def caller(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
+        logging.getLogger("dist_lora").handlers.clear()  # the former call's writes to a stream that is closed
         monkeypatch.setattr(sys, "argv", ["dist-lora", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.main()

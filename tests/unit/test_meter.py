@@ -1,4 +1,4 @@
-"""What a run tells of itself: memory, its lines, and what trackers and a terminal are given."""
+"""The memory that a run tells of itself."""
 
 from __future__ import annotations
 
