@@ -228,6 +228,7 @@ def _fill(base: Base, model: Llama, engine: SingleProcess, world: World, how: st
             index=base.on_disk.index,
             formats=model.formats(),
             quantized=base.on_disk.nf4,
+            device=world.device,
             on_progress=progress,
         )
     except (DistLoraError, OSError) as caught:
