@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dist_lora.base.index import first_few
 from dist_lora.errors import TrainingError
-from dist_lora.lora.attach import AdapterTensor
+from dist_lora.lora.attach import AdapterTensor, layers_of
 from dist_lora.lora.layer import initial_a
 
 # N elements of all trained tensors together
@@ -78,6 +78,7 @@ class ReplicatedAdapters:
         ]
         if dead:
             raise TrainingError(
-                f"step {step}: {len(dead)} of {len(self.tensors) // 2} {half} tensors got no gradient: {first_few(dead)}. "
+                f"step {step}: {len(dead)} of {len(self.tensors) // 2} {half} tensors got no gradient, in "
+                f"{layers_of(dead)}: {first_few(dead)}. "
                 "Nothing that they are beside can learn; the graph behind them is cut."
             )

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,19 +134,23 @@ class Run:
         self, step: int, batch: StepBatch, losses: list[Tensor], loss: float, grad_norm: float
     ) -> None:
         """End the run on all ranks, naming the samples; every rank gets here, since the sums are everyone's."""
-        mine = [m.sample_ids for m, value in zip(batch.micro_batches, losses, strict=True) if not value.isfinite()]
+        mine = [
+            sample
+            for micro, value in zip(batch.micro_batches, losses, strict=True)
+            if not value.isfinite()
+            for sample in micro.sample_ids
+        ]
         saved = f"The last checkpoint is {self.last_saved}." if self.last_saved else "Nothing was saved yet."
         tail = f"Nothing of this step was kept. {saved}"
         error = None
         if mine:
-            names = ", ".join(str(i) for ids in mine for i in ids)
-            error = TrainingError(f"step {step}: the loss of samples {names} is not finite. {tail}")
+            error = TrainingError(f"step {step}: the loss of {_samples(mine)} is not finite. {tail}")
         self.world.agree(f"step {step}", error)
-        names = ", ".join(str(i) for i in batch.sample_ids)
-        raise TrainingError(
-            f"step {step}: loss {loss} and gradient norm {grad_norm} over samples {names}: the gradient is not "
-            f"finite. {tail}"
+        error = TrainingError(
+            f"step {step}: the gradient is not finite (its norm is {grad_norm}, the loss {loss}) in a batch "
+            f"of {_samples(batch.sample_ids)}. {tail}"
         )
+        self.world.agree(f"step {step}", error)
 
     def _evaluate(self, step: int, meter: Meter | None) -> None:
         assert self.held_out is not None
@@ -258,6 +263,10 @@ class Run:
                 f"{path} holds {len(manifest.tensors)} trained tensors and this config attaches "
                 f"{len(self._specs())}, or their names or shapes differ: it is another run's checkpoint"
             )
+
+
+def _samples(ids: Sequence[int]) -> str:
+    return f"sample{'s' if len(ids) > 1 else ''} {', '.join(map(str, ids))}"
 
 
 def _plain(value: float) -> float | None:
