@@ -99,8 +99,8 @@ def merge(
     force: Annotated[bool, typer.Option("--force", help="Merge onto a base it was not trained on.")] = False,
 ) -> None:
     """Add an adapter to its base for good: a model that runs at the base's speed. Streams from file to file."""
-    from dist_lora.export.chat import find_base
     from dist_lora.export.merge import merge_adapter
+    from dist_lora.train.answer import find_base
 
     report = merge_adapter(adapter, base=find_base(adapter, base), out=out, force=force)
     print(f"{out}: {report.changed_tensors} of the base's matrices changed, in {report.seconds:.1f} s")
@@ -112,12 +112,13 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="What to answer; without it a chat begins.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model: a member's name, a folder or a hub id.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Go on with plain text, without a chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
 ) -> None:
     """Answer one prompt, or chat, with an adapter beside its base on this machine."""
-    from dist_lora.export.chat import chat
+    from dist_lora.train.answer import answer
 
-    chat(adapter, base=base, prompt=prompt, system=system, max_new_tokens=max_new_tokens)
+    answer(adapter, base=base, prompt=prompt, system=system, is_plain=plain, max_new_tokens=max_new_tokens)
 
 
 def _load(config: Path, overrides: list[str] | None) -> Config:

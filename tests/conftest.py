@@ -80,8 +80,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> TinyLlama:
         key = (variant, num_layers, ffn, vocab, dtype, shard_size, seed)
         if key not in made:
             folder = tmp_path_factory.mktemp(variant)
-            _save_tiny_model(folder, variant, num_layers, ffn, vocab, dtype, shard_size, seed)
-            _save_byte_tokenizer(folder)
+            save_tiny_llama(folder, variant, num_layers, ffn, vocab, dtype, shard_size, seed)
             made[key] = folder
         return made[key]
 
@@ -98,16 +97,17 @@ def smollm2() -> Path:
     return folder
 
 
-def _save_tiny_model(
+def save_tiny_llama(
     folder: Path,
     variant: str,
-    num_layers: int,
-    ffn: int,
-    vocab: int,
-    dtype: str,
-    shard_size: str | None,
-    seed: int,
+    num_layers: int = 2,
+    ffn: int = 128,
+    vocab: int = 512,
+    dtype: str = "float32",
+    shard_size: str | None = None,
+    seed: int = 0,
 ) -> None:
+    """A tiny Llama and its tokenizer in ``folder``; see ``tiny_llama``."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -136,9 +136,10 @@ def _save_tiny_model(
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
     model = model.to(getattr(torch, dtype))
     model.save_pretrained(folder, **({"max_shard_size": shard_size} if shard_size else {}))
+    save_byte_tokenizer(folder)
 
 
-def _save_byte_tokenizer(folder: Path) -> None:
+def save_byte_tokenizer(folder: Path) -> None:
     """A tokenizer of the 256 bytes (ids 0 to 255) and Llama 3's special tokens (ids from 256)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

@@ -23,7 +23,8 @@ from dist_lora.errors import WeightsError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-ITEM_BYTES: Mapping[str, int] = {"F32": 4, "BF16": 2, "F16": 2}
+ITEM_BYTES: Mapping[str, int] = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
+FLOAT_TYPES = ("BF16", "F16", "F32")
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _MAX_NAMED = 5
@@ -136,13 +137,13 @@ def first_few(names: Sequence[str]) -> str:
     return told if len(names) <= _MAX_NAMED else f"{told} and {len(names) - _MAX_NAMED:,} more"
 
 
-def open_index(folder: Path) -> WeightIndex:
+def open_index(folder: Path, *, allow_bytes: bool = False) -> WeightIndex:
     """The tensors of a model folder: of `model.safetensors`, or of the files that its index names.
 
     Reads headers only, and checks all that can be known without the weights: every file there and of the
     length that its header asks for, types BF16, F16 or F32, tensors without gap or overlap, the same names in
     `model.safetensors.index.json` and in the files. Where both exist, the single file counts, as in
-    transformers.
+    transformers. With `allow_bytes` tensors of U8 pass too, for who can read what is quantized on disk.
 
     Raises:
         WeightsError: anything of this is not so; tells all damaged files at once.
@@ -150,7 +151,9 @@ def open_index(folder: Path) -> WeightIndex:
     if not folder.is_dir():
         raise WeightsError(f"{folder} is not a folder; a folder with config.json and *.safetensors was expected.")
     if (folder / SINGLE_FILE).exists():
-        return WeightIndex(folder, {tensor.name: tensor for tensor in read_header(folder / SINGLE_FILE)})
+        return WeightIndex(
+            folder, {tensor.name: tensor for tensor in read_header(folder / SINGLE_FILE, allow_bytes=allow_bytes)}
+        )
     if not (folder / INDEX_FILE).exists():
         raise WeightsError(_why_no_weights(folder))
     places = _read_places(folder)
@@ -161,7 +164,7 @@ def open_index(folder: Path) -> WeightIndex:
             f"{folder} lacks {len(missing):,} of the {len(files):,} files that {INDEX_FILE} names: "
             f"{first_few(missing)}. The download is incomplete; fetch them."
         )
-    found, faults = _read_headers(folder, files)
+    found, faults = _read_headers(folder, files, allow_bytes=allow_bytes)
     if not faults:
         faults = _disagreements(places, found)
     if faults:
@@ -183,12 +186,12 @@ def hash_config(folder: Path) -> str:
     return xxhash.xxh3_128(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def read_header(file: Path) -> tuple[TensorOnDisk, ...]:
+def read_header(file: Path, *, allow_bytes: bool = False) -> tuple[TensorOnDisk, ...]:
     """The tensors of one safetensors file, in the order of their bytes.
 
     Raises:
         WeightsError: it cannot be read, is a git-lfs pointer, cut off or too long, its header is damaged, or
-            a tensor's type is none of BF16, F16, F32.
+            a tensor's type is none of BF16, F16, F32 (nor U8, with `allow_bytes`).
     """
     with open_weights(file) as descriptor:
         file_bytes = os.fstat(descriptor).st_size
@@ -208,7 +211,7 @@ def read_header(file: Path) -> tuple[TensorOnDisk, ...]:
         (_entry(name, value, file=file, data_start=8 + header_bytes) for name, value in header.items()),
         key=lambda tensor: (tensor.start, tensor.num_bytes),
     )
-    _check_types(tensors, file=file)
+    check_types(tensors, where=file, allowed=(*FLOAT_TYPES, "U8") if allow_bytes else FLOAT_TYPES)
     _check_places(tensors, file=file, data_start=8 + header_bytes, file_bytes=file_bytes)
     return tuple(tensors)
 
@@ -224,11 +227,16 @@ def _entry(name: str, value: Any, *, file: Path, data_start: int) -> TensorOnDis
     return TensorOnDisk(name, file, dtype, shape, data_start + begin, end - begin)
 
 
-def _check_types(tensors: Sequence[TensorOnDisk], *, file: Path) -> None:
-    foreign = [tensor for tensor in tensors if tensor.dtype not in ITEM_BYTES]
+def check_types(tensors: Iterable[TensorOnDisk], *, where: Path, allowed: Sequence[str] = FLOAT_TYPES) -> None:
+    """Refuses tensors of another type.
+
+    Raises:
+        WeightsError: there are some; names up to five.
+    """
+    foreign = [tensor for tensor in tensors if tensor.dtype not in allowed]
     if foreign:
         raise WeightsError(
-            f"{file} holds {len(foreign):,} tensors of a type other than BF16, F16 and F32: "
+            f"{where} holds {len(foreign):,} tensors of a type other than BF16, F16 and F32: "
             f"{first_few([f'{tensor.name} ({tensor.dtype})' for tensor in foreign])}. 8-bit types "
             "mean that the model is quantized already: take the unquantized one."
         )
@@ -256,12 +264,14 @@ def _check_places(tensors: Sequence[TensorOnDisk], *, file: Path, data_start: in
         raise WeightsError(_damaged(file, f"it is {file_bytes:,} bytes long and its header speaks of {expected:,}"))
 
 
-def _read_headers(folder: Path, files: Sequence[str]) -> tuple[dict[str, tuple[TensorOnDisk, ...]], list[str]]:
+def _read_headers(
+    folder: Path, files: Sequence[str], *, allow_bytes: bool
+) -> tuple[dict[str, tuple[TensorOnDisk, ...]], list[str]]:
     found: dict[str, tuple[TensorOnDisk, ...]] = {}
     faults: list[str] = []
     for file in files:
         try:
-            found[file] = read_header(folder / file)
+            found[file] = read_header(folder / file, allow_bytes=allow_bytes)
         except WeightsError as error:
             faults.append(str(error))
     return found, faults

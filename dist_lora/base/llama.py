@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dist_lora.base.attention import Attention
+from dist_lora.base.quant.formats import Format, Plain
 from dist_lora.base.rope import inverse_frequencies, rotate, rotation
 from dist_lora.herd.facts import Shape
 
@@ -24,27 +25,60 @@ LOGITS_AT_ONCE = 2**25  # weights of the largest slice of logits: 128 MiB in fp3
 
 
 class FrozenLinear(nn.Module):
-    """A linear of the base, ``(D_out, D_in)``, never trained; ``adapter`` is what is trained beside it, if any."""
+    """A linear of the base, ``(D_out, D_in)``, never trained; ``adapter`` is what is trained beside it, if any.
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    Its weight is kept in the parts of ``fmt``, each an ordinary frozen parameter: ``weight``, or codes and scales.
+    """
+
+    def __init__(self, in_features: int, out_features: int, fmt: Format) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.fmt = fmt
+        for part in fmt.parts(out_features, in_features):
+            values = torch.empty(part.shape, dtype=part.dtype)
+            self.register_parameter(part.name, nn.Parameter(values, requires_grad=False))
         self.adapter: nn.Module | None = None
+        # F.linear keeps a view of the weight for the backward, and with it the weight's memory. Set it to False where
+        # that memory is to be freed after the forward by giving the parameter other data.
+        self.keeps_views = True
 
     def forward(self, x: Tensor) -> Tensor:
         """``(T, D_out)`` of ``x`` ``(T, D_in)``."""
-        y = F.linear(x, self.weight)
+        parts = {name: p for name, p in self._parameters.items() if p is not None}
+        if "weight" in parts and self.keeps_views:
+            y = F.linear(x, parts["weight"])
+        else:
+            y = _QuantizedLinear.apply(x, self.fmt, tuple(parts), *parts.values())  # type: ignore[no-untyped-call]
         return y if self.adapter is None else self.adapter(x, y)
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    """``x W^T`` of a frozen quantized W, which is made dense for the product and again in the backward.
+
+    Kept for the backward are the codes and scales alone: neither the dense weight, nor x, which a frozen weight's
+    gradient would need. The dense weight lives in x's type, ``(D_out, D_in)``, while one product is computed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fmt: Format, names: tuple[str, ...], *parts: Tensor) -> Tensor:
+        ctx.fmt, ctx.names = fmt, names
+        ctx.save_for_backward(*parts)
+        return F.linear(x, fmt.dense(dict(zip(names, parts, strict=True)), x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        parts = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        d_x = d_y @ ctx.fmt.dense(parts, d_y.dtype) if ctx.needs_input_grad[0] else None
+        return (d_x, None, None, *(None for _ in parts))
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dim, computed in fp32."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(width, dtype=dtype), requires_grad=False)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,14 +93,14 @@ class RMSNorm(nn.Module):
 class SelfAttention(nn.Module):
     """Query, key and value of each token, turned by its position, attended, and projected back."""
 
-    def __init__(self, shape: Shape, layer: int) -> None:
+    def __init__(self, shape: Shape, layer: int, fmt: Format) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = shape.head_dim
-        self.q_proj = FrozenLinear(shape.hidden, shape.num_heads * shape.head_dim)
-        self.k_proj = FrozenLinear(shape.hidden, shape.num_kv_heads * shape.head_dim)
-        self.v_proj = FrozenLinear(shape.hidden, shape.num_kv_heads * shape.head_dim)
-        self.o_proj = FrozenLinear(shape.num_heads * shape.head_dim, shape.hidden)
+        self.q_proj = FrozenLinear(shape.hidden, shape.num_heads * shape.head_dim, fmt)
+        self.k_proj = FrozenLinear(shape.hidden, shape.num_kv_heads * shape.head_dim, fmt)
+        self.v_proj = FrozenLinear(shape.hidden, shape.num_kv_heads * shape.head_dim, fmt)
+        self.o_proj = FrozenLinear(shape.num_heads * shape.head_dim, shape.hidden, fmt)
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         """``(T, D)`` of ``x`` ``(T, D)``."""
@@ -80,11 +114,11 @@ class SelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """Llama's gated feed-forward: ``down(silu(gate(x)) * up(x))``."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, fmt: Format) -> None:
         super().__init__()
-        self.gate_proj = FrozenLinear(shape.hidden, shape.ffn)
-        self.up_proj = FrozenLinear(shape.hidden, shape.ffn)
-        self.down_proj = FrozenLinear(shape.ffn, shape.hidden)
+        self.gate_proj = FrozenLinear(shape.hidden, shape.ffn, fmt)
+        self.up_proj = FrozenLinear(shape.hidden, shape.ffn, fmt)
+        self.down_proj = FrozenLinear(shape.ffn, shape.hidden, fmt)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(T, D)`` of ``x`` ``(T, D)``."""
@@ -95,12 +129,12 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer. With ``recompute`` its activations are made again in the backward instead of kept."""
 
-    def __init__(self, shape: Shape, layer: int) -> None:
+    def __init__(self, shape: Shape, layer: int, *, fmt: Format, dtype: torch.dtype) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(shape, layer)
-        self.mlp = FeedForward(shape)
-        self.input_layernorm = RMSNorm(shape.hidden, shape.norm_eps)
-        self.post_attention_layernorm = RMSNorm(shape.hidden, shape.norm_eps)
+        self.self_attn = SelfAttention(shape, layer, fmt)
+        self.mlp = FeedForward(shape, fmt)
+        self.input_layernorm = RMSNorm(shape.hidden, shape.norm_eps, dtype)
+        self.post_attention_layernorm = RMSNorm(shape.hidden, shape.norm_eps, dtype)
         self.recompute = False
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
@@ -121,12 +155,12 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and the last norm: everything but the head."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, *, fmt: Format, dtype: torch.dtype) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(shape.vocab, shape.hidden)
+        self.embed_tokens = nn.Embedding(shape.vocab, shape.hidden, dtype=dtype)
         self.embed_tokens.weight.requires_grad_(False)
-        self.layers = nn.ModuleList(Block(shape, layer) for layer in range(shape.num_layers))
-        self.norm = RMSNorm(shape.hidden, shape.norm_eps)
+        self.layers = nn.ModuleList(Block(shape, layer, fmt=fmt, dtype=dtype) for layer in range(shape.num_layers))
+        self.norm = RMSNorm(shape.hidden, shape.norm_eps, dtype)
 
 
 class Head(nn.Module):
@@ -134,9 +168,9 @@ class Head(nn.Module):
 
     weight: nn.Parameter
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape.vocab, shape.hidden), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(shape.vocab, shape.hidden, dtype=dtype), requires_grad=False)
 
     def forward(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
         """Sum of the cross entropy of ``hidden`` ``(K, D)`` over ``labels`` ``(K,)``, an fp32 scalar; or logits."""
@@ -183,13 +217,15 @@ class Llama(nn.Module):
 
     inv_freq: Tensor
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, *, fmt: Format, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape = shape
-        self.model = Decoder(shape)
-        self.lm_head = Head(shape)
+        self.model = Decoder(shape, fmt=fmt, dtype=dtype)
+        self.lm_head = Head(shape, dtype)
         if shape.tied:
             self.lm_head.weight = self.model.embed_tokens.weight  # type: ignore[assignment]
+        # Counted here, while every parameter is whole: afterwards one may not know its shape.
+        self.base_bytes = sum(p.numel() * p.element_size() for p in self.base_parameters().values())
         # Made on the CPU at once: what is on the meta device here is lost, and no checkpoint has it.
         self.register_buffer("inv_freq", inverse_frequencies(shape), persistent=False)
 
@@ -232,24 +268,35 @@ class Llama(nn.Module):
         return {name: module for name, module in self.named_modules() if isinstance(module, FrozenLinear)}
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
-        """The frozen parameters by the names they have in a checkpoint; a tied head is not named twice."""
+        """The frozen parameters by their full names; a tied head is not named twice."""
         return {name: p for name, p in self.named_parameters() if ".adapter." not in name}
 
+    def place_on_disk(self, name: str) -> tuple[str, str]:
+        """Which tensor of a checkpoint a base parameter comes from, and which part of it: codes, scales or all."""
+        module, _, part = name.rpartition(".")
+        return f"{module}.weight", part
 
-def build_on_meta(shape: Shape, *, dtype: torch.dtype) -> Llama:
-    """The model without any weight: every parameter is on the meta device, RoPE's frequencies are real."""
+    def formats(self) -> dict[str, Format]:
+        """How each tensor of a checkpoint is kept, by its name there: of the linears; all others are as they are."""
+        return {f"{name}.weight": linear.fmt for name, linear in self.linears().items()}
+
+
+def build_on_meta(shape: Shape, *, dtype: torch.dtype, fmt: Format | None = None) -> Llama:
+    """The model without any weight: every parameter is on the meta device, RoPE's frequencies are real.
+
+    Args:
+        dtype: of the embeddings, the norms and the head.
+        fmt: how the linears of the layers are kept; None is as they are, in ``dtype``.
+    """
     with torch.device("meta"):
-        model = Llama(shape)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
+        return Llama(shape, fmt=fmt or Plain(dtype), dtype=dtype)
 
 
-def materialize(model: Llama, device: torch.device) -> None:
+def materialize(model: Llama, device: torch.device, *, base_device: torch.device | None = None) -> None:
     """Give each parameter that is still on the meta device empty memory on ``device``; a shard gets a shard's.
 
     Parameters that two modules share stay shared, and buffers keep their values (``to_empty`` would leave
-    garbage in RoPE's frequencies).
+    garbage in RoPE's frequencies). ``base_device`` is for the frozen parameters, where they lie elsewhere.
     """
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -257,7 +304,8 @@ def materialize(model: Llama, device: torch.device) -> None:
             if parameter is None or not parameter.is_meta:
                 continue
             if id(parameter) not in made:
-                empty = torch.empty_like(parameter, device=device)
+                home = device if parameter.requires_grad else base_device or device
+                empty = torch.empty_like(parameter, device=home)
                 made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
             module._parameters[name] = made[id(parameter)]
     model.inv_freq = model.inv_freq.to(device)

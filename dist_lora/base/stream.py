@@ -9,33 +9,64 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dist_lora.base.index import ITEM_BYTES, TensorOnDisk, WeightIndex, open_weights, unreadable
+from dist_lora.base.index import ITEM_BYTES, TensorOnDisk, WeightIndex, by_file, open_weights, unreadable
+from dist_lora.base.quant.finite import NotFiniteError
+from dist_lora.base.quant.formats import Format
 from dist_lora.errors import WeightsError
 
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 SLICE_BYTES = 64 * 2**20
+WEIGHT = "weight"  # the only part of a tensor that is kept as it is
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Rows `first_row` to `first_row + num_rows` of tensor `name`, and where they go.
+    """Elements of one part of tensor `name`, from number `first` of the flattened part, and where they go.
 
-    `shape` is the whole tensor's; `destination` is `(num_rows, *shape[1:])`, contiguous, of any float type
-    and device. Of a 1-D tensor each element is a row. A slot may have no rows.
+    `part` is `weight`, or codes or scales of a quantized linear; `shape` is the whole part's; `destination` is
+    1-D, contiguous, on any device. It may be empty.
     """
 
     name: str
+    part: str
     shape: tuple[int, ...]
-    first_row: int
-    num_rows: int
+    first: int
     destination: Tensor
+
+    @property
+    def stop(self) -> int:
+        """The number of the first element that follows."""
+        return self.first + self.destination.numel()
+
+    @property
+    def rows(self) -> range:
+        """The rows of the whole tensor that these elements lie in. Of a 1-D tensor each element is a row."""
+        if not self.destination.numel():
+            return range(0)
+        width = math.prod(self.shape[1:])
+        return range(self.first // width, -(-self.stop // width))
+
+
+class QuantizedOnDisk(Protocol):
+    """A weight whose codes and scales lie on disk as they are kept."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all of its parts on disk."""
+        ...
+
+    def read_rows(self, first_row: int, num_rows: int) -> dict[str, Tensor]:
+        """The parts of these rows."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -117,91 +148,133 @@ def fill_slots(
     slots: Sequence[Slot],
     *,
     index: WeightIndex,
+    formats: Mapping[str, Format] = MappingProxyType({}),
+    quantized: Mapping[str, QuantizedOnDisk] = MappingProxyType({}),
     max_slice_bytes: int = SLICE_BYTES,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> FillReport:
-    """Fills every slot from disk and returns only when each row of each slot was written exactly once.
+    """Fills every slot from disk and returns only when each element of each slot was written exactly once.
 
-    Local: no communication; each rank calls it with its own slots. Reads exactly the bytes of the rows asked
-    for, each file forward and once. Peak host memory: the destinations that lie there and one slice.
+    Local: no communication; each rank calls it with its own slots. Reads exactly the rows that the slots lie in,
+    each file forward and once; a row is quantized when it arrives. Peak host memory: the destinations that lie there,
+    one slice, and what quantizing a slice takes (see the format).
 
     Args:
+        formats: how a tensor is kept, by its name; the others go to their slots as they are.
+        quantized: tensors that lie on disk in the format that they are kept in, by name.
         max_slice_bytes: size of one read; a single row longer than this is read whole.
         on_progress: called after each slice with (bytes done, bytes in all).
 
     Raises:
-        WeightsError: a tensor is missing or has another shape, or a file is cut off or cannot be read.
+        WeightsError: a tensor is missing or has another shape, holds a value that cannot be quantized, or a file is
+            cut off or cannot be read.
     """
     begin = time.perf_counter()
-    _check_slots(slots, index=index)
-    wanted = sorted((slot for slot in slots if slot.num_rows), key=lambda slot: _place(slot, index))
-    bytes_total = sum(slot.num_rows * _row_bytes(slot, index) for slot in wanted)
+    _check_slots(slots, index=index, formats=formats)
+    wanted: dict[str, list[Slot]] = {}
+    for slot in slots:
+        if slot.destination.numel():
+            wanted.setdefault(slot.name, []).append(slot)
+    rows_of = {name: _rows(of_one) for name, of_one in wanted.items()}
+    rows_bytes = {name: _row_bytes(index.tensors[name], quantized.get(name)) for name in wanted}
+    bytes_total = sum(len(rows) * rows_bytes[name] for name, rows in rows_of.items())
     reader = SliceReader(max_slice_bytes)
     bytes_read = 0
-    rows_filled = [0] * len(wanted)
-    for file, numbers in _group_by_file(wanted, index):
+    filled: Counter[tuple[str, str]] = Counter()
+    for file, tensors in by_file(index.tensors[name] for name in wanted):
         with open_weights(file) as descriptor, torch.no_grad():
-            for number in numbers:
-                slot = wanted[number]
-                for row, rows in reader.slices(
-                    index.tensors[slot.name],
-                    descriptor=descriptor,
-                    first_row=slot.first_row,
-                    num_rows=slot.num_rows,
-                ):
-                    slot.destination[row - slot.first_row :][: len(rows)].copy_(rows)
-                    rows_filled[number] += len(rows)
-                    bytes_read += rows.nbytes
+            for tensor in tensors:
+                rows = rows_of[tensor.name]
+                if tensor.name in quantized:
+                    slices = _as_they_are(
+                        quantized[tensor.name], rows, max_rows=max_slice_bytes // rows_bytes[tensor.name]
+                    )
+                else:
+                    slices = _arriving(
+                        reader.slices(tensor, descriptor=descriptor, first_row=rows.start, num_rows=len(rows)),
+                        tensor=tensor,
+                        fmt=formats.get(tensor.name),
+                    )
+                for row, num_rows, parts in slices:
+                    for slot in wanted[tensor.name]:
+                        filled[slot.name, slot.part] += _copy_overlap(slot, parts[slot.part], row)
+                    bytes_read += num_rows * rows_bytes[tensor.name]
                     if on_progress:
                         on_progress(bytes_read, bytes_total)
-    for slot, filled in zip(wanted, rows_filled, strict=True):
-        assert filled == slot.num_rows, f"{slot.name}: {filled} of {slot.num_rows} rows filled"
+    for slot in slots:
+        count, expected = filled[slot.name, slot.part], slot.destination.numel()
+        assert count == expected, f"{slot.name}/{slot.part}: {count} of {expected} elements filled"
     assert bytes_read == bytes_total, f"{bytes_read} bytes read of {bytes_total}"
-    return FillReport(bytes_read, len({slot.name for slot in wanted}), time.perf_counter() - begin)
+    return FillReport(bytes_read, len(wanted), time.perf_counter() - begin)
 
 
-def _check_slots(slots: Sequence[Slot], *, index: WeightIndex) -> None:
-    found = {slot.name: getattr(index.tensors.get(slot.name), "shape", "nothing") for slot in slots}
-    faults = [
-        f"{slot.name}: {found[slot.name]} on disk, {slot.shape} expected"
-        for slot in slots
-        if found[slot.name] != slot.shape
-    ]
+Slices = Iterator[tuple[int, int, dict[str, Tensor]]]  # first row, number of rows, their parts
+
+
+def _arriving(slices: Iterator[tuple[int, Tensor]], *, tensor: TensorOnDisk, fmt: Format | None) -> Slices:
+    """Slices in the parts of ``fmt``, made of rows as they are read."""
+    for first_row, rows in slices:
+        try:
+            yield first_row, len(rows), {WEIGHT: rows} if fmt is None else fmt.quantize_rows(rows)
+        except NotFiniteError as error:
+            raise error.within(f"{tensor.file}: {tensor.name}", first_row=first_row) from error
+
+
+def _as_they_are(source: QuantizedOnDisk, rows: range, *, max_rows: int) -> Slices:
+    """Slices of a weight that is quantized on disk."""
+    for first in range(rows.start, rows.stop, max(1, max_rows)):
+        count = min(max(1, max_rows), rows.stop - first)
+        yield first, count, source.read_rows(first, count)
+
+
+def _copy_overlap(slot: Slot, part: Tensor, first_row: int) -> int:
+    """Copy what of some rows of a part belongs to a slot; returns how many elements that was."""
+    flat = part.reshape(-1)
+    offset = first_row * math.prod(slot.shape[1:])
+    start, stop = max(slot.first, offset), min(slot.stop, offset + flat.numel())
+    if start >= stop:
+        return 0
+    slot.destination[start - slot.first : stop - slot.first].copy_(flat[start - offset : stop - offset])
+    return stop - start
+
+
+def _rows(slots: Sequence[Slot]) -> range:
+    """The rows from the first to the last that some slots of one tensor lie in."""
+    return range(min(slot.rows.start for slot in slots), max(slot.rows.stop for slot in slots))
+
+
+def _check_slots(slots: Sequence[Slot], *, index: WeightIndex, formats: Mapping[str, Format]) -> None:
+    faults = []
+    for slot in slots:
+        found = index.tensors.get(slot.name)
+        expected = slot.shape if found is None else _part_shape(slot, found, formats.get(slot.name))
+        if found is None or expected != slot.shape:
+            there = "nothing" if found is None else found.shape
+            faults.append(f"{slot.name}: {there} on disk, {slot.shape} of its {slot.part} expected")
     if faults:
         raise WeightsError(
             f"{len(faults):,} tensors of {index.folder} are not what the model needs. Take weights and "
             "config.json of one and the same model.\n  " + "\n  ".join(faults[:5])
         )
-    ends: dict[str, int] = {}
-    for slot in sorted(slots, key=lambda slot: (slot.name, slot.first_row, slot.num_rows)):
-        last = slot.first_row + slot.num_rows
-        assert 0 <= slot.first_row <= last <= slot.shape[0], (
-            f"{slot.name}: rows {slot.first_row} to {last} of {slot.shape}"
-        )
-        expected = (slot.num_rows, *slot.shape[1:])
-        assert slot.destination.shape == expected, (
-            f"{slot.name}: destination {tuple(slot.destination.shape)}, not {expected}"
-        )
-        assert slot.destination.is_contiguous(), f"{slot.name}: its destination is not contiguous"
-        assert not slot.num_rows or slot.first_row >= ends.get(slot.name, 0), (
-            f"{slot.name}: row {slot.first_row} is in two slots"
-        )
-        ends[slot.name] = max(last, ends.get(slot.name, 0))
+    names = [(slot.name, slot.part) for slot in slots]
+    assert len(set(names)) == len(names), "a part of a tensor has two slots"
+    for slot in slots:
+        assert 0 <= slot.first <= slot.stop <= math.prod(slot.shape), f"{slot.name}: {slot.first} to {slot.stop}"
+        assert slot.destination.dim() == 1 and slot.destination.is_contiguous(), f"{slot.name}: destination not flat"
     homes = [(slot.destination.device, slot.destination.data_ptr()) for slot in slots if slot.destination.numel()]
     assert len(set(homes)) == len(homes), "two slots have the same destination"
 
 
-def _place(slot: Slot, index: WeightIndex) -> tuple[Path, int, int]:
-    tensor = index.tensors[slot.name]
-    return tensor.file, tensor.start, slot.first_row
+def _part_shape(slot: Slot, found: TensorOnDisk, fmt: Format | None) -> tuple[int, ...]:
+    """The whole shape of a slot's part of a tensor on disk."""
+    if fmt is None:
+        return found.shape
+    if len(found.shape) != 2:
+        return ()
+    return next((part.shape for part in fmt.parts(*found.shape) if part.name == slot.part), ())
 
 
-def _row_bytes(slot: Slot, index: WeightIndex) -> int:
-    return math.prod(slot.shape[1:]) * ITEM_BYTES[index.tensors[slot.name].dtype]
-
-
-def _group_by_file(slots: Sequence[Slot], index: WeightIndex) -> Iterator[tuple[Path, list[int]]]:
-    groups: dict[Path, list[int]] = {}
-    for number, slot in enumerate(slots):
-        groups.setdefault(index.tensors[slot.name].file, []).append(number)
-    yield from groups.items()
+def _row_bytes(tensor: TensorOnDisk, quantized: QuantizedOnDisk | None) -> int:
+    if quantized is not None:
+        return quantized.num_bytes // tensor.shape[0]
+    return math.prod(tensor.shape[1:]) * ITEM_BYTES[tensor.dtype]

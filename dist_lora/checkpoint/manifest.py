@@ -15,19 +15,17 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar
 
 import xxhash
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
 
 from dist_lora.errors import CheckpointError
+from dist_lora.lora.state import KINDS, Piece
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 ITEM_BYTES = 4  # all trained state is fp32
-
-Kind = Literal["adapter", "exp_avg", "exp_avg_sq"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 _MAX_NAMED = 5
@@ -49,26 +47,6 @@ class TensorSpec:
     def num_elements(self) -> int:
         """How many elements the whole tensor has."""
         return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Elements ``[start, stop)`` of a flattened tensor, of one kind: adapter or one of AdamW's moments."""
-
-    name: str
-    kind: Kind
-    start: int
-    stop: int
-
-    @property
-    def num_elements(self) -> int:
-        """How many elements the piece has."""
-        return self.stop - self.start
-
-    @property
-    def key(self) -> str:
-        """Its name in a safetensors file and in the manifest: ``adapter/model....lora_A/0-1024``."""
-        return f"{self.kind}/{self.name}/{self.start}-{self.stop}"
 
 
 def _piece_of_key(key: object) -> object:

@@ -26,10 +26,10 @@ from dist_lora.checkpoint.manifest import (
     MANIFEST_FILE,
     FileEntry,
     Manifest,
-    Piece,
     read_manifest,
 )
 from dist_lora.errors import CheckpointError
+from dist_lora.lora.state import Piece
 
 if TYPE_CHECKING:
     from dist_lora.parallel.world import World

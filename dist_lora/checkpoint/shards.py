@@ -29,10 +29,8 @@ from dist_lora.checkpoint.keys import fresh_key
 from dist_lora.checkpoint.manifest import (
     FORMAT_VERSION,
     ITEM_BYTES,
-    KINDS,
     FileEntry,
     Manifest,
-    Piece,
     TensorSpec,
     entry_from_bytes,
     entry_to_bytes,
@@ -44,6 +42,7 @@ from dist_lora.checkpoint.manifest import (
 from dist_lora.checkpoint.resume import step_folders, verify
 from dist_lora.errors import CheckpointError, DistLoraError, SaveError
 from dist_lora.lora.peft_file import sync_path
+from dist_lora.lora.state import KINDS, Piece
 
 if TYPE_CHECKING:
     from dist_lora.parallel.world import World

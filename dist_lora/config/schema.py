@@ -148,8 +148,9 @@ class ModelSection(Section):
     """The frozen base model."""
 
     name: Text = Field(description="A herd member (3.1-8b-instruct), a model folder, or a hub id (org/name).")
-    quant: Literal["none"] = Field(
-        default="none", description="How the frozen base is kept in memory: none is as in dtype."
+    quant: Literal["none", "nf4", "int8"] = Field(
+        default="none",
+        description="How the layers' linears are kept: none is as in dtype, nf4 4.5 bits a weight, int8 8 bits.",
     )
     dtype: Literal["auto", "bf16", "fp32"] = Field(
         default="auto", description="Number format of the base: auto is bf16 on GPUs and fp32 on CPUs."
@@ -233,6 +234,10 @@ class DataSection(Section):
     chat_template: Text | None = Field(
         default=None, description="llama3, chatml, or a Jinja file; null is the tokenizer's own template."
     )
+    untrained_tokens: Literal["error", "allow"] = Field(
+        default="error",
+        description="What to do where the data need special tokens that the base has never learned.",
+    )
     cache_dir: FilePath | None = Field(
         default=None, description="Folder for the tokenised data; null is the user's cache."
     )
@@ -311,14 +316,19 @@ class OptimSection(Section):
 class ParallelSection(Section):
     """How the run is spread over GPUs."""
 
-    engine: Literal["auto", "fsdp2", "none"] = Field(
+    engine: Literal["auto", "fsdp2", "zero3", "none"] = Field(
         default="auto", description="What shards the model: auto is none on one GPU and fsdp2 on more."
     )
     base_shard: Literal["auto", "node", "world"] = Field(
         default="auto",
         description="Split the base over the GPUs of each node (copied on each), or over all GPUs.",
     )
-    adapters: Literal["auto", "replicate"] = Field(default="auto", description="Every GPU keeps all adapters.")
+    adapters: Literal["auto", "replicate", "shard"] = Field(
+        default="auto", description="Every GPU keeps all adapters, or those of a node share them; auto goes by size."
+    )
+    offload: Literal["none", "base", "optimizer", "all"] = Field(
+        default="none", description="What waits in host memory: the base, AdamW's state, or both."
+    )
     hang_timeout: float = Field(default=600.0, gt=0, description="Seconds without progress after which the run ends.")
     node_size: int | None = Field(
         default=None, ge=1, description="GPUs of a node; null asks the launcher (torchrun, SLURM, deepspeed)."

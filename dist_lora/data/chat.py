@@ -98,7 +98,7 @@ def load_tokenizer(folder: Path, *, chat_template: str | None) -> PreTrainedToke
         ) from error
     if chat_template is not None:
         tokenizer.chat_template = _template_text(chat_template)
-        lacking = [token for token in _BUNDLED.get(chat_template, ()) if token not in _special_ids(tokenizer)]
+        lacking = [token for token in _BUNDLED.get(chat_template, ()) if token not in special_ids(tokenizer)]
         if lacking:
             raise DataError(
                 f"data.chat_template: {chat_template} needs the special tokens {', '.join(lacking)}, "
@@ -117,6 +117,12 @@ def hash_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
             digest.update(path.read_bytes())
     digest.update(repr(tokenizer.chat_template).encode())
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=8)
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
+    """Name and id of each token that only a template may write."""
+    return {token.content: int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def encode_sample(
@@ -149,6 +155,12 @@ def encode_prompt(messages: Sequence[Mapping[str, Any]], *, tokenizer: PreTraine
     answered = [*messages, {"role": "assistant", "content": "-"}]
     encoded = encode_sample({"messages": answered}, tokenizer=tokenizer, fmt="messages", train_on="last")
     return encoded.ids[: encoded.is_target.index(True)]
+
+
+def encode_text(text: str, *, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a text to be gone on with, as training saw the prompt of a completion."""
+    sample = Continuation(prompt=text, completion="")
+    return _encode_continuation(sample, tokenizer=tokenizer, train_on="assistant").ids[:-1]
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, *, formats: Sequence[Format]) -> None:
@@ -195,15 +207,9 @@ def _template_text(chat_template: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-@lru_cache(maxsize=8)
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
-    """Name and id of each token that only a template may write."""
-    return {token.content: int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-
 def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id a document begins with: Llama-3's, or the one the tokenizer itself puts first."""
-    llama_bos = _special_ids(tokenizer).get("<|begin_of_text|>")
+    llama_bos = special_ids(tokenizer).get("<|begin_of_text|>")
     if llama_bos is not None:
         return llama_bos
     bos_id = tokenizer.bos_token_id
@@ -214,7 +220,7 @@ def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def _end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that ends plain text: an Instruct model's eos ends a turn, so the name decides first."""
-    special = _special_ids(tokenizer)
+    special = special_ids(tokenizer)
     for name in ("<|end_of_text|>", "<|endoftext|>", tokenizer.eos_token):
         if isinstance(name, str) and name in special:
             return special[name]
@@ -370,7 +376,7 @@ def _pattern_of(names: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    return _pattern_of(tuple(name for name in _special_ids(tokenizer) if len(name) > 1))
+    return _pattern_of(tuple(name for name in special_ids(tokenizer) if len(name) > 1))
 
 
 def _without_special_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[Chat, str | None]:
@@ -422,7 +428,7 @@ def _encode_rendered(text: str, *, tokenizer: PreTrainedTokenizerBase, mark: str
     if mark is None:
         yield from _with_starts(text, tokenizer=tokenizer, is_plain=False)
         return
-    special_ids = _special_ids(tokenizer)
+    ids_by_name = special_ids(tokenizer)
     position = 0
     for match in [*_special_pattern(tokenizer).finditer(text), None]:
         piece = text[position : match.start() if match else len(text)]
@@ -430,7 +436,7 @@ def _encode_rendered(text: str, *, tokenizer: PreTrainedTokenizerBase, mark: str
         for token, start in _encode_plain(piece.replace(mark, ""), tokenizer):
             yield token, places[start]
         if match:
-            yield special_ids[match[0]], match.start()
+            yield ids_by_name[match[0]], match.start()
             position = match.end()
 
 

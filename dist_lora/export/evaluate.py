@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,26 +32,29 @@ class HeldOut:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def run_micro_batch(model: Llama, batch: MicroBatch, *, device: torch.device, backend: Backend) -> torch.Tensor:
+def run_micro_batch(
+    forward: Callable[..., torch.Tensor], batch: MicroBatch, *, device: torch.device, backend: Backend
+) -> torch.Tensor:
     """Sum of the cross entropies of a micro-batch's targets, an fp32 scalar with a graph behind it."""
-    loss: torch.Tensor = model(
+    return forward(
         batch.ids.to(device),
         positions=batch.positions.to(device),
         attention=Documents(tuple(batch.starts.tolist()), backend),
         rows=batch.target_index.to(device),
         labels=batch.labels.to(device),
     )
-    return loss
 
 
 @torch.no_grad()
-def held_out_loss(model: Llama, batches: Iterable[MicroBatch], *, world: World, backend: Backend) -> HeldOut:
-    """The loss over every sample once, whatever the number of ranks. All ranks call it."""
+def held_out_loss(
+    model: Llama, batches: Iterable[MicroBatch], *, run: Callable[[MicroBatch], torch.Tensor], world: World
+) -> HeldOut:
+    """The loss over every sample once, whatever the number of ranks; ``run`` gives a micro-batch's sum. All ranks call it."""
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     for batch in batches:
-        sums[0] += run_micro_batch(model, batch, device=world.device, backend=backend)
+        sums[0] += run(batch)
         sums[1] += len(batch.labels)
     world.sum(sums)
     model.train(was_training)

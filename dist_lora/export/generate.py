@@ -130,12 +130,11 @@ def base_fits_whole(model: Llama, world: World) -> bool:
     Generation passes the base once a token: gathered once it is many times faster on a slow wire. All ranks
     call it and get the same answer.
     """
-    whole_bytes = sum(p.numel() * p.element_size() for p in model.base_parameters().values())
     if world.device.type == "cuda":
         free_bytes = torch.cuda.mem_get_info(world.device)[0]
     else:
         import psutil
 
         free_bytes = psutil.virtual_memory().available // world.local_size
-    no_votes = world.sum(torch.tensor([float(whole_bytes * 4 > free_bytes)], device=world.device))
+    no_votes = world.sum(torch.tensor([float(model.base_bytes * 4 > free_bytes)], device=world.device))
     return not float(no_votes)

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import BufferedWriter
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +37,15 @@ from dist_lora.base.index import (
 )
 from dist_lora.base.stream import TORCH_DTYPES, SliceReader
 from dist_lora.errors import AdapterError, ConfigError, DistLoraError, SaveError
-from dist_lora.lora.peft_file import CONFIG_FILE, ORIGIN_FILE, AdapterOnDisk, open_adapter, sync_folder, sync_path
+from dist_lora.lora.peft_file import (
+    CONFIG_FILE,
+    ORIGIN_FILE,
+    AdapterOnDisk,
+    BaseIdentity,
+    open_adapter,
+    sync_folder,
+    sync_path,
+)
 
 _SLICE_BYTES = 16 * 2**20  # in memory: as read, in fp32, and cast: for bf16 64 MiB
 _DTYPES: Mapping[str, str] = {"bf16": "BF16", "fp32": "F32"}
@@ -212,12 +220,7 @@ def _num_bytes(tensor: TensorOnDisk, dtype: str | None) -> int:
 
 def _check_identity(adapter: AdapterOnDisk, *, index: WeightIndex, config_hash: str) -> None:
     trained_on = adapter.base
-    here = replace(trained_on, content_hash=index.content_hash(), config_hash=config_hash)
-    pairs = (
-        ("weights", trained_on.content_hash, here.content_hash),
-        ("config.json", trained_on.config_hash, here.config_hash),
-    )
-    differing = [f"{what} {there}, here {found}" for what, there, found in pairs if there not in (None, found)]
+    differing = trained_on.differences(BaseIdentity(None, None, index.content_hash(), config_hash))
     if differing:
         raise ConfigError(
             f"{adapter.folder} was trained on {trained_on.name or 'another model'}, and {index.folder} differs from it "

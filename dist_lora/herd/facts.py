@@ -190,14 +190,34 @@ def _foreign_parts(config: Mapping[str, Any]) -> list[str]:
         if config.get(bias):
             faults.append(f"{bias}: found true, expected false: the herd's linears have no bias")
     quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    if quantization and not _is_nf4(quantization):
         faults.append(
-            f"quantization_config: found weights quantized by {method or quantization!r}, expected none: "
-            "take the model's unquantized folder"
+            f"quantization_config: found weights quantized by {_quantizer(quantization)}, expected none, or bitsandbytes "
+            "with load_in_4bit and bnb_4bit_quant_type 'nf4': take the model's unquantized folder"
         )
     faults += _foreign_rope(config)
     return faults
+
+
+def _is_nf4(quantization: Any) -> bool:
+    """The one kind of quantized weights that is read (dist_lora/base/quant/published.py)."""
+    return (
+        isinstance(quantization, Mapping)
+        and quantization.get("quant_method", "bitsandbytes") == "bitsandbytes"
+        and quantization.get("load_in_4bit") is True
+        and quantization.get("bnb_4bit_quant_type") == "nf4"
+    )
+
+
+def _quantizer(quantization: Any) -> str:
+    if not isinstance(quantization, Mapping):
+        return repr(quantization)
+    method = quantization.get("quant_method")
+    if method != "bitsandbytes":
+        return str(method or dict(quantization))
+    if quantization.get("load_in_4bit"):
+        return f"bitsandbytes in 4 bits of type {quantization.get('bnb_4bit_quant_type', 'fp4')!r}"
+    return "bitsandbytes in 8 bits" if quantization.get("load_in_8bit") else f"bitsandbytes with {dict(quantization)}"
 
 
 def _foreign_rope(config: Mapping[str, Any]) -> list[str]:

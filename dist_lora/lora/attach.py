@@ -22,6 +22,11 @@ class AdapterTensor:
     attribute: str  # lora_A or lora_B
 
     @property
+    def layer(self) -> str:
+        """The full name of the linear that it is beside."""
+        return self.name.removesuffix(f".{self.attribute}")
+
+    @property
     def parameter(self) -> nn.Parameter:
         """The trained parameter."""
         parameter: nn.Parameter = getattr(self.module, self.attribute)

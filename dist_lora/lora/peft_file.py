@@ -76,6 +76,14 @@ class BaseIdentity:
     content_hash: str | None = None
     config_hash: str | None = None
 
+    def differences(self, here: BaseIdentity) -> list[str]:
+        """What of ``here`` is not this model's, hash by hash; where this one has no hash, nothing is known to differ."""
+        pairs = (
+            ("weights", self.content_hash, here.content_hash),
+            ("config.json", self.config_hash, here.config_hash),
+        )
+        return [f"{what} {there}, here {found}" for what, there, found in pairs if there not in (None, found)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFacts:
@@ -147,7 +155,7 @@ def identify_base(folder: Path, *, name: str | None = None, revision: str | None
         noted = read_json(folder / "config.json").get("_name_or_path")
         is_hub_id = isinstance(noted, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", noted)
         name = noted if is_hub_id else folder.resolve().name
-    return BaseIdentity(name, revision, open_index(folder).content_hash(), config_hash)
+    return BaseIdentity(name, revision, open_index(folder, allow_bytes=True).content_hash(), config_hash)
 
 
 def open_adapter(folder: Path) -> AdapterOnDisk:
@@ -163,9 +171,12 @@ def open_adapter(folder: Path) -> AdapterOnDisk:
     rank, alpha, dropout = _numbers(config, folder=folder)
     found = _headers(folder)
     keys = {name: match[1] if (match := _PEFT_KEY.fullmatch(name)) else name for name in found}
+    spelled = {key: name for name, key in keys.items()}
     shapes = {keys[name]: tensor.shape for name, tensor in found.items()}
     targets, layers = _coverage(config, shapes, folder=folder)
-    faults = _faults(shapes, rank=rank, targets=targets, layers=layers, names=_peft_key)
+    faults = _faults(
+        shapes, rank=rank, targets=targets, layers=layers, names=lambda key: spelled.get(key) or _peft_key(key)
+    )
     if faults:
         raise AdapterError(
             f"{folder / WEIGHTS_FILE} does not hold the adapter of its {CONFIG_FILE} (r = {rank}):\n  "
@@ -347,8 +358,8 @@ def _module_order(module: str) -> tuple[int, int]:
 
 
 def _peft_key(key: str) -> str:
-    """The name in PEFT's file; a key that is not ours is one that was read there, and stays."""
-    return f"base_model.model.{key}.weight" if _linear_of(key) else key
+    """The name of ``<module>.lora_A`` or ``.lora_B`` in PEFT's file."""
+    return f"base_model.model.{key}.weight"
 
 
 def _refuse_kinds(config: Mapping[str, Any], *, folder: Path) -> None:

@@ -2,60 +2,98 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from dist_lora.base.llama import Llama
+from dist_lora.base.llama import Llama, materialize
 from dist_lora.base.stream import Slot
+from dist_lora.lora.attach import AdapterTensor
+from dist_lora.lora.layer import LoraAdapter
+from dist_lora.parallel.adapters import Adapters, FlatAdapters, Part, ReplicatedAdapters, same_on_all
 from dist_lora.parallel.engine import SingleProcess
+from dist_lora.parallel.layout import Layout
 from dist_lora.parallel.world import World
 
 
 class Fsdp2(SingleProcess):
-    """Every base parameter is cut by rows over the ranks of a node or of the world; adapters are replicated.
+    """Every base parameter is cut by rows over the ranks of a node or of the world.
 
-    FSDP2 never sees an adapter: it has nothing to reduce, and the trained state is summed once a step.
+    Adapters are whole on every rank, where FSDP2 never sees them (nothing is reduced but their sum, once a step), or
+    cut by rows within each node on a mesh of their own.
     """
 
     name = "fsdp2"
 
-    def __init__(self, world: World, *, base_shard: str) -> None:
-        super().__init__(world)
-        # Within a node by default: then no byte of the base crosses the network.
-        self.base_shard = "node" if base_shard == "auto" else base_shard
+    def __init__(self, world: World, layout: Layout) -> None:
+        super().__init__(world, layout)
+        self._groups: list[FSDPModule] = []  # of sharded adapters, one a block
 
     def shard(self, model: Llama) -> str:
         """See ``SingleProcess.shard``. Call it while the parameters are on meta."""
-        world = self.world
-        mesh = self._mesh()
+        layout = self.layout
         trained = {p for name, p in model.named_parameters() if ".adapter." in name}
+        if layout.adapters == "shard":
+            mesh = self._mesh("node")
+            self._groups = [group for block in model.model.layers if (group := _shard_adapters(block, mesh))]
+            trained = set()
+        mesh = self._mesh(layout.base_shard)
+        policy = self._offload_policy()
         # No MixedPrecisionPolicy: the base is stored in the type it is computed in, and a policy would
         # also cast what must not be cast (the scales of a quantized base).
         for block in model.model.layers:
-            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=trained, offload_policy=policy)
         if not model.shape.tied:
-            fully_shard(model.model.embed_tokens, mesh=mesh, reshard_after_forward=True)
-            fully_shard(model.lm_head, mesh=mesh, reshard_after_forward=True)
+            for end in (model.model.embed_tokens, model.lm_head):
+                fully_shard(end, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+                # The loss makes its gradient in the forward and a frozen embedding needs none: neither is used again.
+                end.set_unshard_in_backward(False)  # type: ignore[operator]
         # The root holds the last norm and, where the head is tied, the embedding that both ends use.
-        fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=trained)
-        shards = mesh.shape[-1]
-        copies = f", {world.world_size // shards} copies" if shards < world.world_size else ""
-        return f"the base is cut by rows over {shards} ranks (FSDP2, base_shard {self.base_shard}{copies})"
+        fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=trained, offload_policy=policy)
+        return f"the base is cut by rows over {mesh.shape[-1]} ranks (FSDP2)"
 
-    def _mesh(self) -> DeviceMesh:
+    def _mesh(self, over: str) -> DeviceMesh:
         world = self.world
         kind = world.device.type
-        if self.base_shard == "node" and world.num_nodes > 1:
+        if over == "node" and world.num_nodes > 1:
             return init_device_mesh(kind, (world.num_nodes, world.local_size), mesh_dim_names=("node", "shard"))
         return init_device_mesh(kind, (world.world_size,), mesh_dim_names=("shard",))
 
+    def _offload_policy(self) -> OffloadPolicy:
+        if not self.layout.base_on_host:
+            return OffloadPolicy()
+        return CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda")
+
+    def materialize(self, model: Llama) -> None:
+        """See ``SingleProcess.materialize``."""
+        device = self.world.device
+        materialize(model, device, base_device=torch.device("cpu") if self.layout.base_on_host else device)
+
     def slots(self, model: Llama) -> list[Slot]:
         """See ``SingleProcess.slots``."""
-        return [_slot(name, parameter) for name, parameter in model.base_parameters().items()]
+        return [
+            _slot(name, parameter, *model.place_on_disk(name)) for name, parameter in model.base_parameters().items()
+        ]
+
+    def frozen_shares(self, model: Llama) -> list[tuple[str, Tensor]]:
+        """See ``SingleProcess.frozen_shares``. The root stays gathered after a forward: it goes back to its shard."""
+        for module in _sharded_modules(model):
+            module.reshard()
+        return super().frozen_shares(model)
+
+    def adapters(self, tensors: Sequence[AdapterTensor]) -> Adapters:
+        """See ``SingleProcess.adapters``."""
+        on_host = self.layout.optimizer_on_host
+        if self.layout.adapters == "replicate":
+            return ReplicatedAdapters(tensors, self.world, optimizer_on_host=on_host)
+        return ShardedAdapters(tensors, self.world, self._groups, mesh=self._mesh("node"), optimizer_on_host=on_host)
 
     def keep_gathered(self, model: Llama, gathered: bool) -> None:
         """See ``SingleProcess.keep_gathered``. All ranks call it."""
@@ -65,15 +103,114 @@ class Fsdp2(SingleProcess):
                 module.reshard()
 
 
+class ShardedAdapters(FlatAdapters):
+    """Trained tensors cut by rows over the ranks of a node by FSDP2, and the same on every node.
+
+    A micro-batch's gradients are summed within the node, where each rank keeps those of its rows; between nodes they
+    are summed once a step.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[AdapterTensor],
+        world: World,
+        groups: Sequence[FSDPModule],
+        *,
+        mesh: DeviceMesh,
+        optimizer_on_host: bool,
+    ) -> None:
+        self._groups, self._shards = list(groups), mesh["shard"].get_group()
+        self._twins = mesh["node"].get_group() if mesh.ndim > 1 else None
+        for group in groups:
+            # The first gathering may move a shard to a padded copy: afterwards it stays where it is.
+            group.unshard()
+            group.reshard()
+        self._held: list[nn.Parameter] = []
+        homes: list[nn.Parameter] = []
+        parts: list[Part] = []
+        for tensor in tensors:
+            rows = _Rows(tensor.parameter.data)
+            if rows.local.numel() == 0:
+                continue  # fewer rows than ranks
+            parts.append(Part(tensor.name, rows.first, rows.first + rows.local.numel(), home=len(homes), at=0))
+            homes.append(nn.Parameter(rows.local.detach().view(-1)))
+            self._held.append(tensor.parameter)
+        super().__init__(tensors, homes=homes, parts=parts, world=world, optimizer_on_host=optimizer_on_host)
+
+    def gradients(self) -> list[Tensor]:
+        """See ``FlatAdapters``."""
+        found = []
+        for parameter, home in zip(self._held, self.homes, strict=True):
+            gradient = parameter.grad
+            assert gradient is None or isinstance(gradient, DTensor)
+            found.append(torch.zeros_like(home) if gradient is None else gradient.to_local().reshape(-1))
+        return found
+
+    def begin_step(self) -> None:
+        """See ``Adapters``."""
+        for tensor in self.tensors:
+            tensor.parameter.grad = None
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """See ``Adapters``."""
+        for group in self._groups:
+            group.set_requires_all_reduce(is_last)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def reduce(self, scalars: Tensor) -> None:
+        """See ``Adapters``: the gradients are summed in the backward already."""
+        self.world.sum(scalars)
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        if not gradients:
+            return self._sum_over_shards(torch.zeros((), dtype=torch.float64, device=self.world.device)).sqrt()
+        return super()._norm(gradients)
+
+    def _sum_over_shards(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values, group=self._shards)
+        return values
+
+    def copies_agree(self) -> bool:
+        """See ``Adapters``."""
+        is_same = self._twins is None or same_on_all(self.homes, self.world.device, group=self._twins)
+        return not self.world.sum(torch.tensor([float(not is_same)], device=self.world.device)).item()
+
+    def _copies(self) -> tuple[int, int]:
+        return self.world.world_rank // self.world.local_size, self.world.num_nodes
+
+
+def _shard_adapters(block: nn.Module, mesh: DeviceMesh) -> FSDPModule | None:
+    """One group of all adapters of a block, or None where it has none."""
+    adapters: list[nn.Module] = [module for module in block.modules() if isinstance(module, LoraAdapter)]
+    if not adapters:
+        return None
+    group = fully_shard(adapters, mesh=mesh, reshard_after_forward=True)[0]
+    # Sums, not means: the loss of a micro-batch is already divided by the targets of the whole step.
+    group.set_gradient_divide_factor(1.0)
+    group.set_force_sum_reduction_for_comms(True)
+    return group
+
+
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    """The modules that hold the base; adapters have groups of their own."""
+    trained = {id(module) for module in model.modules() if isinstance(module, LoraAdapter)}
+    return [m for m in model.modules() if isinstance(m, FSDPModule) and id(m) not in trained]
 
 
-def _slot(name: str, parameter: nn.Parameter) -> Slot:
+class _Rows:
+    """The rows of a row-sharded tensor that this rank holds: ``local``, and the number of its first element."""
+
+    def __init__(self, sharded: Tensor) -> None:
+        assert isinstance(sharded, DTensor)
+        assert all(p in (Shard(0),) or p.is_replicate() for p in sharded.placements), sharded.placements
+        _, offset = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
+        self.local: Tensor = sharded.to_local()
+        # Not sharded[0].numel(): to index a DTensor is a collective.
+        self.width = math.prod(sharded.shape[1:])
+        self.first = int(offset[0]) * self.width if self.local.numel() else 0
+
+
+def _slot(name: str, parameter: nn.Parameter, tensor: str, part: str) -> Slot:
     sharded = parameter.data
-    assert isinstance(sharded, DTensor), name
-    assert all(placement in (Shard(0),) or placement.is_replicate() for placement in sharded.placements), name
-    local_shape, offset = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
-    local: torch.Tensor = sharded.to_local()
-    num_rows = local_shape[0] if local.numel() else 0
-    return Slot(name, tuple(sharded.shape), int(offset[0]) if num_rows else 0, num_rows, local)
+    rows = _Rows(sharded)
+    return Slot(tensor, part, tuple(sharded.shape), rows.first, rows.local.view(-1))

@@ -40,15 +40,7 @@ def run_as_rank(
     _end_with_parent()
     world: World | None = None
     try:
-        if place is None or place.world_size == 1:
-            world = World.alone()
-        else:
-            world = join(
-                place,
-                os.environ,
-                collective_timeout_s=section.hang_timeout,
-                node_size=section.node_size,
-            )
+        world = _enter(place, section)
         work(world)
     except StoppedOnRequest as error:
         assert world is not None
@@ -65,6 +57,15 @@ def run_as_rank(
         os._exit(code)
     world.leave()
     return EXIT_DONE
+
+
+def _enter(place: Place | None, section: ParallelSection) -> World:
+    """The world of this rank; one process has a process group only where its engine works by one."""
+    if place is None or place.world_size == 1:
+        if section.engine not in ("fsdp2", "zero3") and section.offload not in ("base", "all"):
+            return World.alone()
+        place = Place(0, 1, 0, 1)
+    return join(place, os.environ, collective_timeout_s=section.hang_timeout, node_size=section.node_size)
 
 
 def _fail(

@@ -159,6 +159,18 @@ class World:
                 f"{stage}: rank {told['world_rank']} failed: {told['message']}", exit_code=told["exit_code"]
             )
 
+    def least(self, key: str, value: int) -> int:
+        """The least of all ranks' values, on every rank; ``key`` is used once in a run. Waits in no collective."""
+        if self.store is None:
+            return value
+        if not self.is_first:
+            self.share(f"{key}/{self.world_rank}", str(value).encode())
+            return int(self.fetch(key))
+        others = [int(self.fetch(f"{key}/{rank}")) for rank in range(1, self.world_size)]
+        least = min(value, *others) if others else value
+        self.share(key, str(least).encode())
+        return least
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of ``values`` over all ranks, in place. A collective: all ranks call it, in the same order."""
         if self.world_size > 1:
@@ -186,6 +198,15 @@ def default_device(local_rank: int) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def device_bytes(world: World) -> int:
+    """Memory of this rank's device; on a CPU an equal part of what the machine has for each rank of the node."""
+    if world.device.type == "cuda":
+        return int(torch.cuda.get_device_properties(world.device).total_memory)
+    import psutil
+
+    return int(psutil.virtual_memory().total) // world.local_size
 
 
 def join(
@@ -231,6 +252,8 @@ def join(
 
 
 def _open_store(place: Place, environment: Mapping[str, str], timeout_s: float) -> Any:
+    if place.world_size == 1:
+        return dist.HashStore()
     file = environment.get("DIST_LORA_RENDEZVOUS")
     if file:
         return dist.FileStore(file, place.world_size)

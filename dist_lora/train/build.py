@@ -10,20 +10,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dist_lora.base.attention import Backend, choose_backend
-from dist_lora.base.index import WeightIndex, open_index
+from dist_lora.base.checksum import check_untouched, checksums
 from dist_lora.base.llama import Llama, build_on_meta
+from dist_lora.base.quant.formats import Format, format_of
+from dist_lora.base.quant.published import BaseOnDisk, open_base_on_disk
 from dist_lora.base.rope import check_frequencies
 from dist_lora.base.stream import fill_slots
 from dist_lora.config.schema import Config
 from dist_lora.data.chat import load_tokenizer
-from dist_lora.errors import AdapterError, ConfigError, DistLoraError, WeightsError
+from dist_lora.data.loader import MicroBatch
+from dist_lora.errors import ConfigError, DistLoraError, WeightsError
+from dist_lora.export.evaluate import run_micro_batch
 from dist_lora.herd.facts import ResolvedModel, Shape, read_shape, resolve_model
-from dist_lora.lora.attach import attach_adapters
-from dist_lora.lora.peft_file import BaseIdentity, identify_base, read_adapter
-from dist_lora.parallel.adapters import ReplicatedAdapters
-from dist_lora.parallel.engine import SingleProcess, base_dtype, check_engine, make_engine
-from dist_lora.parallel.world import World
+from dist_lora.lora.attach import AdapterTensor, attach_adapters
+from dist_lora.lora.fit import check_fit
+from dist_lora.lora.peft_file import BaseIdentity, identify_base, open_adapter, read_adapter
+from dist_lora.parallel.adapters import Adapters
+from dist_lora.parallel.engine import SingleProcess, make_engine
+from dist_lora.parallel.layout import Layout, check_section, choose_layout
+from dist_lora.parallel.precision import Precision, base_dtype
+from dist_lora.parallel.world import World, device_bytes
 
 log = logging.getLogger("dist_lora")
 
@@ -34,7 +43,7 @@ class Base:
 
     folder: Path
     shape: Shape
-    index: WeightIndex
+    on_disk: BaseOnDisk
     tokenizer: Any
     identity: BaseIdentity
 
@@ -46,8 +55,25 @@ class Trainee:
     base: Base
     model: Llama
     engine: SingleProcess
-    adapters: ReplicatedAdapters
+    adapters: Adapters
     backend: Backend
+    precision: Precision
+    checksums: dict[str, int]  # of this rank's share of the base, as it was filled
+
+    def run(self, batch: MicroBatch) -> Tensor:
+        """Sum of the cross entropies of a micro-batch's targets, an fp32 scalar with a graph behind it."""
+        return run_micro_batch(
+            self.engine.forward_of(self.model), batch, device=self.engine.world.device, backend=self.backend
+        )
+
+    def check_base(self) -> None:
+        """Prove that this rank's share of the base is as it was filled, in value and type.
+
+        Raises:
+            WeightsError: it isn't: naming the tensors.
+        """
+        self.precision.check(self.model, self.adapters)
+        check_untouched(self.checksums, checksums(self.engine.frozen_shares(self.model)))
 
 
 def open_base(config: Config, world: World) -> Base:
@@ -59,13 +85,13 @@ def open_base(config: Config, world: World) -> Base:
     """
     error: Exception | None = None
     try:
-        check_engine(config.parallel, world)
+        check_section(config.parallel, world_size=world.world_size, local_size=world.local_size)
         resolved = resolve_model(config.model.name)
         folder = folder_of(resolved, world)
         shape = read_shape(folder)
         config.lora.layer_indices(shape.num_layers)
-        index = open_index(folder)
-        index.expect(shape.tensor_shapes())
+        on_disk = open_base_on_disk(folder, quant=config.model.quant)
+        on_disk.index.expect(shape.tensor_shapes())
         tokenizer = load_tokenizer(folder, chat_template=config.data.chat_template)
     except DistLoraError as caught:
         error = caught
@@ -74,7 +100,7 @@ def open_base(config: Config, world: World) -> Base:
     world.agree(f"opening {config.model.name}", error)
     # Not above: one rank makes it while the others wait, and whoever waits can't agree.
     identity = _identity(resolved, folder, world)
-    return Base(folder, shape, index, tokenizer, identity)
+    return Base(folder, shape, on_disk, tokenizer, identity)
 
 
 def _identity(resolved: ResolvedModel, folder: Path, world: World) -> BaseIdentity:
@@ -121,27 +147,66 @@ def _from_hub(resolved: ResolvedModel, world: World) -> Path:
 
 
 def build(config: Config, base: Base, world: World) -> Trainee:
-    """The model in this rank's share, filled, with fresh adapters (or those of ``lora.start_from``). All ranks call it."""
+    """The model in this rank's share, filled, with fresh adapters (or those of ``lora.start_from``). All ranks call it.
+
+    Raises:
+        ConfigError: the settings of ``parallel`` contradict each other, or the base's shapes can't be quantized.
+        WeightsError: a file of the base is damaged.
+    """
     dtype = base_dtype(config.model.dtype, world.device)
-    model = build_on_meta(base.shape, dtype=dtype)
+    fmt = format_of(config.model.quant, dtype)
+    _check_shapes(base, fmt)
+    model = build_on_meta(base.shape, dtype=dtype, fmt=fmt)
     tensors = attach_adapters(model, config.lora)
     wanted = config.train.activation_checkpointing
     for block in model.blocks():
         # With a GPU memory is what is short; on a CPU it is time.
         block.recompute = world.device.type == "cuda" if wanted == "auto" else wanted
-    engine = make_engine(config.parallel, world)
-    layout = engine.shard(model)
+    engine = make_engine(_layout(config, model, tensors, world), world)
+    how = engine.shard(model)
     engine.materialize(model)
-    _fill(base, model, engine, world, layout)
+    _fill(base, model, engine, world, how)
     check_frequencies(model.inv_freq, base.shape)
     adapters = engine.adapters(tensors)
     adapters.initialize(config.train.seed)
     if config.lora.start_from is not None:
-        load_adapter(adapters, config.lora.start_from, config=config, world=world)
-    return Trainee(base, model, engine, adapters, choose_backend(config.model.attention, world.device, dtype))
+        load_adapter(adapters, config.lora.start_from, world=world)
+    trainee = Trainee(
+        base,
+        model,
+        engine,
+        adapters,
+        choose_backend(config.model.attention, world.device, dtype),
+        Precision(fmt, dtype),
+        checksums(engine.frozen_shares(model)),
+    )
+    trainee.precision.check(model, adapters)
+    return trainee
 
 
-def _fill(base: Base, model: Llama, engine: SingleProcess, world: World, layout: str) -> None:
+def _check_shapes(base: Base, fmt: Format) -> None:
+    refused = {name: why for name, shape in base.shape.linear_shapes().items() if (why := fmt.refusal(*shape))}
+    if refused:
+        name, why = next(iter(refused.items()))
+        raise ConfigError(f"model.quant: {fmt.name} can't keep {base.identity.name}: {name}: {why}")
+
+
+def _layout(config: Config, model: Llama, tensors: list[AdapterTensor], world: World) -> Layout:
+    layout = choose_layout(
+        config.parallel,
+        world_size=world.world_size,
+        local_size=world.local_size,
+        base_bytes=model.base_bytes,
+        trained_weights=sum(tensor.parameter.numel() for tensor in tensors),
+        device_bytes=world.least("layout/device_bytes", device_bytes(world)),
+    )
+    if world.is_first:
+        for reason in layout.reasons:
+            log.info(reason)
+    return layout
+
+
+def _fill(base: Base, model: Llama, engine: SingleProcess, world: World, how: str) -> None:
     started_s = time.monotonic()
     told_s = started_s
 
@@ -158,46 +223,57 @@ def _fill(base: Base, model: Llama, engine: SingleProcess, world: World, layout:
     error: Exception | None = None
     slots = engine.slots(model)
     try:
-        report = fill_slots(slots, index=base.index, on_progress=progress)
+        report = fill_slots(
+            slots,
+            index=base.on_disk.index,
+            formats=model.formats(),
+            quantized=base.on_disk.nf4,
+            on_progress=progress,
+        )
     except (DistLoraError, OSError) as caught:
         error = caught if isinstance(caught, DistLoraError) else WeightsError(f"{base.folder}: {caught}")
     world.agree("loading the base", error)
     if world.is_first:
-        kept = sum(slot.destination.numel() * slot.destination.element_size() for slot in slots)
+        kept = sum(slot.destination.nbytes for slot in slots)
         log.info(
-            f"loaded base: {layout}; this rank read {report.bytes_read / 2**20:,.0f} MiB and keeps "
+            f"loaded base: {how}; this rank read {report.bytes_read / 2**20:,.0f} MiB and keeps "
             f"{kept / 2**20:,.0f} MiB, in {time.monotonic() - started_s:.1f} s"
         )
 
 
-def load_adapter(adapters: ReplicatedAdapters, folder: Path, *, config: Config, world: World) -> None:
-    """Fill the trained tensors from an adapter folder: all of them, or an error. All ranks call it.
+def check_adapter(folder: Path, *, config: Config, base: Base, world: World) -> None:
+    """See by its headers that ``folder`` is the adapter that the config attaches. All ranks call it, before ``build``.
+
+    One that was trained on other weights is said to be so and taken: a copy that was renamed or quantized has other
+    hashes too, and whoever names both may know better.
 
     Raises:
-        AdapterError: the folder's tensors are not exactly those that the config attaches, or its scale differs.
+        AdapterError: it is damaged; its tensors are not exactly those that the config attaches, or its scale differs.
     """
     error: DistLoraError | None = None
     try:
-        adapter = read_adapter(folder)
-        lacking = sorted(adapters.shapes.keys() - adapter.tensors.keys())
-        surplus = sorted(adapter.tensors.keys() - adapters.shapes.keys())
-        wrong = [n for n in adapters.shapes.keys() & adapter.tensors.keys()
-                 if tuple(adapter.tensors[n].shape) != adapters.shapes[n]]  # fmt: skip
-        faults = [
-            f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            for what, names in (("lacks", lacking), ("holds beyond the config's", surplus), ("other shapes", wrong))
-            if names
-        ]
-        if not faults and adapter.scale != config.lora.alpha / config.lora.rank:
-            faults = [
-                f"B A is scaled by {adapter.scale:g}, the config's alpha / rank is {config.lora.alpha / config.lora.rank:g}"
-            ]
-        if faults:
-            raise AdapterError(
-                f"{folder} is not the adapter that lora.targets, lora.layers, lora.rank and lora.alpha speak of: "
-                + "; ".join(faults)
+        adapter = open_adapter(folder)
+        check_fit(adapter, section=config.lora, shape=base.shape)
+        differing = adapter.base.differences(base.identity)
+        if differing and world.is_first:
+            log.warning(
+                f"{folder} was trained on {adapter.base.name or 'another model'}, and {base.folder} "
+                f"({base.identity.name}) differs from it: {'; '.join(differing)}. Its answers may be worthless here."
             )
-        adapters.load(adapter.tensors)
+    except DistLoraError as caught:
+        error = caught
+    world.agree(f"opening {folder}", error)
+
+
+def load_adapter(adapters: Adapters, folder: Path, *, world: World) -> None:
+    """Fill the trained tensors from an adapter folder that ``check_adapter`` has seen. All ranks call it.
+
+    Raises:
+        AdapterError: a value is NaN or infinite, or the folder was changed meanwhile.
+    """
+    error: DistLoraError | None = None
+    try:
+        adapters.load(read_adapter(folder).tensors.items())
     except DistLoraError as caught:
         error = caught
     world.agree(f"loading {folder}", error)
@@ -205,5 +281,4 @@ def load_adapter(adapters: ReplicatedAdapters, folder: Path, *, config: Config, 
 
 def describe_trained(trainee: Trainee) -> dict[str, int]:
     """How many weights are trained and how many are frozen."""
-    frozen = sum(p.numel() for p in trainee.model.base_parameters().values())
-    return {"trainable": trainee.adapters.parameter.numel(), "frozen": frozen}
+    return {"trainable": trainee.adapters.num_elements, "frozen": trainee.base.shape.num_parameters()}

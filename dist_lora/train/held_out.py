@@ -22,7 +22,7 @@ def loss_of(trainee: Trainee, tokens: TokenSet, *, config: Config, world: World)
         world_rank=world.world_rank,
         world_size=world.world_size,
     )
-    return held_out_loss(trainee.model, batches, world=world, backend=trainee.backend)
+    return held_out_loss(trainee.model, batches, run=trainee.run, world=world)
 
 
 def exact_match_of(trainee: Trainee, tokens: TokenSet, *, config: Config, world: World) -> ExactMatch:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_lora.checkpoint.manifest import KINDS, Kind, Manifest, Piece, TensorSpec, read_manifest
+from dist_lora.base.index import first_few
+from dist_lora.checkpoint.manifest import Manifest, TensorSpec, read_manifest
 from dist_lora.checkpoint.resume import load_pieces, newest_whole, verify
 from dist_lora.checkpoint.shards import rotate, save_checkpoint
 from dist_lora.config.load import dump_config
@@ -22,12 +23,12 @@ from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader, StepBatch
 from dist_lora.data.tokens import TokenSet
 from dist_lora.errors import CheckpointError, StoppedOnRequest, TrainingError
-from dist_lora.export.evaluate import run_micro_batch
+from dist_lora.lora.attach import layers_of
 from dist_lora.parallel.world import World
 from dist_lora.train.build import Trainee
 from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.meter import Meter, peak_bytes, truncate_metrics
-from dist_lora.train.optim import AdamW, clip_, lr_at
+from dist_lora.train.optim import lr_at
 from dist_lora.train.signals import StopRequest
 
 log = logging.getLogger("dist_lora")
@@ -61,7 +62,7 @@ class Run:
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
         self.adapters = trainee.adapters
-        self.optimizer = AdamW(trainee.adapters.parameter, config.optim)
+        self.adapters.start_training(config.optim)
         self.progress = Progress()
         self.last_saved: Path | None = None
 
@@ -92,19 +93,20 @@ class Run:
         """One optimizer step; returns its line of metrics and whether any rank was asked to stop."""
         started_s = time.monotonic()
         batch = self.loader.batch(step - 1)
-        self.adapters.gradient.zero_()
+        self.adapters.begin_step()
         losses = [self._micro_batch(step, i, batch) for i in range(len(batch.micro_batches))]
         loss_sum = torch.stack(losses).sum()
         scalars = torch.stack((loss_sum, loss_sum.new_tensor(float(stop.is_asked))))
-        self.trainee.engine.reduce(self.adapters, scalars)
-        lr = lr_at(step, section=self.config.optim, num_steps=self.num_steps)
-        grad_norm = clip_(self.adapters.gradient, self.config.optim.max_grad_norm)
+        self.adapters.reduce(scalars)
         loss = float(scalars[0]) / batch.target_tokens
+        lr = lr_at(step, section=self.config.optim, num_steps=self.num_steps)
+        if lr > 0 and math.isfinite(loss):
+            self._check_gradients(step)
+        grad_norm = self.adapters.step(lr)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._stop_at_not_finite(step, batch, losses, loss, grad_norm)
-        if lr > 0:
-            self.adapters.check_gradients(step)
-        self.optimizer.step(lr)
+        if step == 1:
+            self._check_copies(step)
         step_s = time.monotonic() - started_s
         line = {
             "step": step,
@@ -125,10 +127,35 @@ class Run:
         if self.config.lora.dropout:
             # Keyed by what is computed, not by what was computed before: a resumed run draws the same masks.
             torch.manual_seed(hash((self.config.train.seed, step, self.world.world_rank, index)) % 2**63)
-        micro = batch.micro_batches[index]
-        loss = run_micro_batch(self.trainee.model, micro, device=self.world.device, backend=self.trainee.backend)
-        (loss / batch.target_tokens).backward()  # type: ignore[no-untyped-call]
+        loss = self.trainee.run(batch.micro_batches[index])
+        self.adapters.backward(loss / batch.target_tokens, is_last=index == len(batch.micro_batches) - 1)
         return loss.detach()
+
+    def _check_gradients(self, step: int) -> None:
+        """Raise ``TrainingError``, naming them, where the first steps' gradients did not reach trained tensors.
+
+        At the first step B alone moves (A's gradient is zero as long as B is), at the second A does too.
+        """
+        half = {1: "lora_B", 2: "lora_A"}.get(step)
+        if half is None:
+            return
+        dead = self.adapters.without_gradient(half)
+        error = None
+        if dead:
+            error = TrainingError(
+                f"step {step}: {len(dead)} of {len(self.adapters.tensors) // 2} {half} tensors got no gradient, in "
+                f"{layers_of(dead)}: {first_few(dead)}. Nothing that they are beside can learn; the graph behind them "
+                "is cut."
+            )
+        self.world.agree(f"step {step}", error)
+
+    def _check_copies(self, step: int) -> None:
+        """Raise ``TrainingError`` where ranks that train the same adapters have come to different ones."""
+        if not self.adapters.copies_agree():
+            raise TrainingError(
+                f"step {step}: the adapters are not the same on all ranks that hold them: a rank has other weights, "
+                "other data or a faulty device. Nothing of this step was saved: the same command goes on from the last checkpoint."
+            )
 
     def _stop_at_not_finite(
         self, step: int, batch: StepBatch, losses: list[Tensor], loss: float, grad_norm: float
@@ -174,12 +201,13 @@ class Run:
         path = self.checkpoints / f"step-{step:08d}"
         if self.last_saved == path:
             return path
+        self._check_copies(step)
         base = self.trainee.base.identity
         lora = self.config.lora
         self.last_saved = save_checkpoint(
             self.checkpoints,
             step=step,
-            share=self._share(),
+            share=self.adapters.share(),
             specs=self._specs(),
             world=self.world,
             progress={"best_step": self.progress.best_step, "best_loss": _plain(self.progress.best_loss)},
@@ -202,20 +230,6 @@ class Run:
     def _specs(self) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(name, shape) for name, shape in self.adapters.shapes.items())
 
-    def _flat(self) -> dict[Kind, Tensor]:
-        values = (self.adapters.parameter.data, self.optimizer.exp_avg, self.optimizer.exp_avg_sq)
-        return dict(zip(KINDS, values, strict=True))
-
-    def _share(self) -> dict[Piece, Tensor]:
-        mine = self.trainee.engine.share(self.adapters)
-        share = {}
-        for name, (start, stop) in self.adapters.ranges.items():
-            first, last = max(start, mine.start), min(stop, mine.stop)
-            for kind, flat in self._flat().items():
-                if first < last:
-                    share[Piece(name, kind, first - start, last - start)] = flat[first:last].cpu()
-        return share
-
     def resume(self) -> bool:
         """Take up the newest whole checkpoint, or what ``checkpoint.resume`` names; False if there is none."""
         wanted = self.config.checkpoint.resume
@@ -230,15 +244,7 @@ class Run:
             return False
         manifest = read_manifest(path)
         self._check_same(path, manifest)
-        pieces = [
-            Piece(name, kind, 0, stop - start) for name, (start, stop) in self.adapters.ranges.items() for kind in KINDS
-        ]
-        loaded = load_pieces(path, manifest, pieces)
-        flat = self._flat()
-        for piece, values in loaded.items():
-            start, stop = self.adapters.ranges[piece.name]
-            flat[piece.kind][start:stop].copy_(values)
-        self.optimizer.resume_at(manifest.step)
+        self.adapters.restore(load_pieces(path, manifest, self.adapters.pieces()), num_steps=manifest.step)
         best = manifest.progress.get("best_loss")
         self.progress = Progress(manifest.step, manifest.progress.get("best_step"), math.inf if best is None else best)
         self.last_saved = path

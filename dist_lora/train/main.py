@@ -16,13 +16,14 @@ from dist_lora.config.schema import Config
 from dist_lora.data.chat import hash_tokenizer, render_sample
 from dist_lora.data.loader import Loader
 from dist_lora.data.tokens import TokenRules, TokenSet, Which, prepare_tokens, split_eval
+from dist_lora.data.untrained import check_special_tokens
 from dist_lora.errors import ConfigError, DistLoraError, SaveError
 from dist_lora.parallel.world import World
-from dist_lora.train.build import Base, Trainee, build, describe_trained, load_adapter, open_base
+from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
 from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.loop import Run
-from dist_lora.train.meter import Meter, peak_bytes
-from dist_lora.train.run_folder import open_run_folder
+from dist_lora.train.meter import Meter, check_trackers, peak_bytes
+from dist_lora.train.run_folder import flat, open_run_folder
 from dist_lora.train.signals import StopRequest
 
 log = logging.getLogger("dist_lora")
@@ -101,9 +102,20 @@ def num_steps_of(config: Config, loader: Loader) -> int:
 def train(config: Config, world: World, *, is_dry: bool = False) -> None:
     """``dist-lora train``. All ranks call it."""
     started_s = time.monotonic()
+    _check_trackers(config, world)
     base = open_base(config, world)
+    if config.lora.start_from is not None:
+        check_adapter(config.lora.start_from, config=config, base=base, world=world)
     folder = None if is_dry else open_run_folder(config, world)
     tokens, held_out = tokens_of(config, base, world)
+    check_special_tokens(
+        tokens,
+        tokenizer=base.tokenizer,
+        index=base.on_disk.index,
+        is_tied=base.shape.tied,
+        on_untrained=config.data.untrained_tokens,
+        world=world,
+    )
     loader = loader_of(config, tokens, world)
     num_steps = num_steps_of(config, loader)
     if world.is_first:
@@ -115,6 +127,9 @@ def train(config: Config, world: World, *, is_dry: bool = False) -> None:
         return
     assert folder is not None
     trainee = build(config, base, world)
+    if world.is_first:
+        for line in trainee.precision.lines():
+            log.info(line)
     run = Run(config, trainee, loader=loader, held_out=held_out, num_steps=num_steps, folder=folder, world=world)
     is_resumed = run.resume()
     if run.progress.step > num_steps:
@@ -125,7 +140,18 @@ def train(config: Config, world: World, *, is_dry: bool = False) -> None:
     if not is_resumed and world.is_first:
         (folder / "metrics.jsonl").unlink(missing_ok=True)
     _train(run, folder, world)
+    _check_base(trainee, world)
     _finish(run, folder, world, seconds=time.monotonic() - started_s)
+
+
+def _check_trackers(config: Config, world: World) -> None:
+    error: ConfigError | None = None
+    if world.is_first:  # the only one that has them
+        try:
+            check_trackers(config.log.trackers)
+        except ConfigError as caught:
+            error = caught
+    world.agree("log.trackers", error)
 
 
 def _train(run: Run, folder: Path, world: World) -> None:
@@ -137,7 +163,8 @@ def _train(run: Run, folder: Path, world: World) -> None:
             try:
                 meter = Meter(
                     folder,
-                    trackers=list(run.config.log.trackers),
+                    trackers=run.config.log.trackers,
+                    settings=flat(run.config.model_dump(mode="json")),
                     every=run.config.log.every,
                     first_step=run.progress.step + 1,
                     num_steps=run.num_steps,
@@ -152,6 +179,16 @@ def _train(run: Run, folder: Path, world: World) -> None:
         if meter is not None:
             meter.close()
         stop.restore()
+
+
+def _check_base(trainee: Trainee, world: World) -> None:
+    """All ranks go on only if the frozen base is, on each, as it was filled."""
+    error: DistLoraError | None = None
+    try:
+        trainee.check_base()
+    except DistLoraError as caught:
+        error = caught
+    world.agree("the frozen base", error)
 
 
 def _finish(run: Run, folder: Path, world: World, *, seconds: float) -> None:
@@ -226,6 +263,8 @@ def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str,
     """``dist-lora eval``: what is printed, as a dict. All ranks call it and get the same."""
     started_s = time.monotonic()
     base = open_base(config, world)
+    if adapter is not None:
+        check_adapter(adapter, config=config, base=base, world=world)
     held_out = held_out_of(config, base, world)
     trainee = build(
         config.model_copy(update={"lora": config.lora.model_copy(update={"start_from": None})}), base, world
@@ -235,7 +274,7 @@ def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str,
     if adapter is None:
         result |= loss_of_base
     else:
-        load_adapter(trainee.adapters, adapter, config=config, world=world)
+        load_adapter(trainee.adapters, adapter, world=world)
         result |= _loss(config, trainee, held_out, world) | {"base_loss": loss_of_base["loss"]}
         if result["loss"] == result["base_loss"]:
             log.warning(f"{adapter}: the loss is the base's, bit for bit: this adapter changes nothing")

@@ -17,7 +17,7 @@ from dist_lora.parallel.world import World
 
 # What may differ from one start of a run to the next. Everything else decides its numbers.
 MAY_CHANGE = ("runs_dir", "parallel", "checkpoint", "log", "eval", "train.steps", "train.epochs", "train.micro_batch",
-              "train.activation_checkpointing", "data.cache_dir", "model.attention")  # fmt: skip
+              "train.activation_checkpointing", "data.cache_dir", "data.untrained_tokens", "model.attention")  # fmt: skip
 
 
 def open_run_folder(config: Config, world: World) -> Path:
@@ -70,7 +70,7 @@ def _check_config(folder: Path, config: Config) -> None:
     path = folder / "config.yaml"
     resolved = dump_config(config)
     if path.exists() and any((folder / "checkpoints").glob("step-*")):
-        before, now = _flat(yaml.safe_load(path.read_text())), _flat(yaml.safe_load(resolved))
+        before, now = flat(yaml.safe_load(path.read_text())), flat(yaml.safe_load(resolved))
         changed = [
             f"  {key}: the run has {before.get(key)!r}, the config says {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
@@ -91,7 +91,8 @@ def _may_change(key: str) -> bool:
     return any(key == name or key.startswith(name + ".") for name in MAY_CHANGE)
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings by their full names: ``{"lora.rank": 16}`` of ``{"lora": {"rank": 16}}``."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {k: v for name, value in tree.items() for k, v in _flat(value, f"{prefix}.{name}".strip(".")).items()}
+    return {k: v for name, value in tree.items() for k, v in flat(value, f"{prefix}.{name}".strip(".")).items()}

@@ -83,7 +83,7 @@ def at_step(step: int, action: Callable[[], None]) -> None:
             action()
         return original(*arguments, **named)
 
-    wrap(loop, "run_micro_batch", forward)
+    wrap(build.Trainee, "run", forward)
 
 
 def tell(*words: object) -> None:
@@ -116,15 +116,15 @@ def nan_in_the_loss_of_one_sample_of_rank_1() -> None:
     count_steps()
     done: list[int] = []
 
-    def forward(original: Callable[..., Any], model: Any, batch: Any, **named: Any) -> Any:
-        loss = original(model, batch, **named)
+    def forward(original: Callable[..., Any], self: build.Trainee, batch: Any) -> Any:
+        loss = original(self, batch)
         if RANK == 1 and now["step"] == 5 and not done:
             done.extend(batch.sample_ids)
             tell("poisoned", *done)
             return loss * torch.nan
         return loss
 
-    wrap(loop, "run_micro_batch", forward)
+    wrap(build.Trainee, "run", forward)
 
 
 def infinity_in_one_element_of_a_gradient() -> None:

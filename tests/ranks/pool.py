@@ -42,11 +42,13 @@ class Ranks:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60) -> list[Any]:
-        """The results of all ranks, in order. Raises ``RankFailed`` if any raised."""
+    def run(
+        self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60, node_size: int | None = None
+    ) -> list[Any]:
+        """The results of all ranks, in order, in nodes of ``node_size`` (one node). Raises ``RankFailed`` if any raised."""
         with tempfile.TemporaryDirectory() as folder:
             for pipe in self._pipes:
-                pipe.send((str(Path(folder) / "rendezvous"), function, arguments, timeout_s))
+                pipe.send((str(Path(folder) / "rendezvous"), function, arguments, timeout_s, node_size))
             answers = []
             for rank, pipe in enumerate(self._pipes):
                 assert pipe.poll(TIMEOUT_S), f"rank {rank} gave no answer within {TIMEOUT_S} s"
@@ -75,16 +77,19 @@ def _serve(pipe: Connection, rank: int, size: int) -> None:
 
     while True:
         try:
-            rendezvous, function, arguments, timeout_s = pipe.recv()
+            rendezvous, function, arguments, timeout_s, node_size = pipe.recv()
         except EOFError:
             return
         error: tuple[str, str, str] | None = None
         value = None
         world = World.alone()
         try:
-            if size > 1:
-                place = Place(rank, size, rank, size)
-                world = join(place, {"DIST_LORA_RENDEZVOUS": rendezvous}, collective_timeout_s=timeout_s)
+            world = join(
+                Place(rank, size, rank, size),
+                {"DIST_LORA_RENDEZVOUS": rendezvous},
+                collective_timeout_s=timeout_s,
+                node_size=node_size,
+            )
             value = function(world, *arguments)
         except BaseException as caught:
             error = (type(caught).__name__, str(caught), traceback.format_exc())

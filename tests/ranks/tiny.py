@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dist_lora.base.index import open_index
+from dist_lora.base.quant.published import open_base_on_disk
 from dist_lora.config.schema import Config
 from dist_lora.data.tokens import TokenSet
 from dist_lora.herd.facts import Shape
@@ -47,7 +47,7 @@ def trainee_of(config: Config, world: World) -> Trainee:
     folder = Path(config.model.name)
     shape = Shape.from_config(json.loads((folder / "config.json").read_text()), where=str(folder))
     identity = BaseIdentity(name=folder.name, revision=None, content_hash=None, config_hash=None)
-    base = Base(folder, shape, open_index(folder), None, identity)
+    base = Base(folder, shape, open_base_on_disk(folder, quant=config.model.quant), None, identity)
     return build(config, base, world)
 
 

@@ -59,7 +59,7 @@ def test_the_shortest_config_has_every_default(tmp_path: Path) -> None:
 def test_all_faults_come_in_one_error_in_the_order_of_the_file(tmp_path: Path) -> None:
     text = (
         "run: a/b\n"
-        "model: {name: 3.1-8b, quant: nf4}\n"
+        "model: {name: 3.1-8b, quant: fp4}\n"
         "lora:\n"
         "  rank: 0\n"
         "  targets: [q_proj, v_porj]\n"
@@ -76,7 +76,7 @@ def test_all_faults_come_in_one_error_in_the_order_of_the_file(tmp_path: Path) -
         "or a list of them.",
         "  c.yaml:1: run: 'a/b' is no name of a run: letters, digits, '.', '_' and '-' only "
         "(the folder it lies in is set by runs_dir)",
-        "  c.yaml:2: model.quant: found 'nf4', expected none",
+        "  c.yaml:2: model.quant: found 'fp4', expected none, nf4 or int8 (nearest: nf4)",
         "  c.yaml:4: lora.rank: found 0, expected a whole number of at least 1",
         "  c.yaml:5: lora.targets[1]: 'v_porj' is not a linear of Llama "
         "(q_proj k_proj v_proj o_proj gate_proj up_proj down_proj); did you mean v_proj?",
@@ -120,8 +120,8 @@ def test_all_faults_come_in_one_error_in_the_order_of_the_file(tmp_path: Path) -
             "found [-1], expected all, a range of layers as 8-15 or a list of whole numbers of at least 0",
         ),
         ("model.dtype", "fp16", "found 'fp16', expected auto, bf16 or fp32 (nearest: bf16)"),
-        ("parallel.engine", "zero3", "found 'zero3', expected auto, fsdp2 or none"),
-        ("parallel.adapters", "shard", "found 'shard', expected auto or replicate"),
+        ("parallel.engine", "zero2", "found 'zero2', expected auto, fsdp2, zero3 or none (nearest: zero3)"),
+        ("parallel.adapters", "split", "found 'split', expected auto, replicate or shard"),
         ("parallel.hang_timeout", "10m", "found '10m', expected a number above 0"),
         ("data.train", [], "the list is empty, expected at least one"),
         ("data.train", " ", "is empty"),

@@ -247,11 +247,6 @@ def test_what_a_config_leaves_out_is_what_transformers_takes_for_it() -> None:
         ),
         ({"mlp_bias": True}, "mlp_bias: found true, expected false: the herd's linears have no bias"),
         (
-            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-            "quantization_config: found weights quantized by 'bitsandbytes', expected none: "
-            "take the model's unquantized folder",
-        ),
-        (
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
             "rope_scaling.rope_type: found 'linear', expected 'default' or 'llama3'",
         ),
@@ -267,6 +262,36 @@ def test_a_model_that_is_no_plain_llama_is_refused_by_the_setting(changes: dict[
     with pytest.raises(ConfigError) as caught:
         Shape.from_config(config_of(**changes), where="m/config.json")
     assert str(caught.value) == f"m/config.json: not a Llama that can be trained here:\n  {fault}"
+
+
+@pytest.mark.parametrize(
+    ("quantization", "found"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "fbgemm_fp8"}, "fbgemm_fp8"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes in 4 bits of type 'fp4'"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes in 8 bits"),
+        ({"bits": 3}, "{'bits': 3}"),
+        ({"quant_method": "bitsandbytes"}, "bitsandbytes with {'quant_method': 'bitsandbytes'}"),
+        ("int8", "'int8'"),
+    ],
+)
+def test_a_model_quantized_in_a_way_that_is_not_read_is_refused_by_its_method(quantization: Any, found: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Shape.from_config(config_of(quantization_config=quantization), where="m/config.json")
+    assert str(caught.value) == (
+        "m/config.json: not a Llama that can be trained here:\n  quantization_config: found weights quantized by "
+        f"{found}, expected none, or bitsandbytes with load_in_4bit and bnb_4bit_quant_type 'nf4': take the model's "
+        "unquantized folder"
+    )
+    assert caught.value.exit_code == 2
+
+
+def test_a_model_that_is_nf4_by_bitsandbytes_has_the_shape_of_the_plain_one() -> None:
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    quantized = Shape.from_config(config_of(quantization_config=settings), where="x")
+    assert quantized == Shape.from_config(config_of(), where="x")
 
 
 def test_all_foreign_parts_are_told_at_once() -> None:

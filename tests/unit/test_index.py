@@ -200,6 +200,15 @@ def test_a_quantized_model_is_refused_with_its_types(tmp_path):
     assert "quantized already: take the unquantized one" in text
     save_file({"a": torch.zeros(3).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     assert "a (F8_E4M3)" in message(tmp_path)
+    with pytest.raises(WeightsError, match=r"a \(F8_E4M3\)"):
+        open_index(tmp_path, allow_bytes=True)
+
+
+def test_bytes_pass_where_they_are_asked_for(tmp_path):
+    write_sharded(tmp_path, {"a": torch.zeros(3, dtype=torch.uint8), "b": torch.zeros(2)})
+    tensors = open_index(tmp_path, allow_bytes=True).tensors
+    assert (tensors["a"].dtype, tensors["a"].num_bytes, tensors["b"].dtype) == ("U8", 3, "F32")
+    assert "a (U8)" in message(tmp_path)
 
 
 def test_a_tensor_missing_from_its_shard(sharded):

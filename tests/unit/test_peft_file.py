@@ -355,7 +355,7 @@ PEFT_KEY = f"base_model.model.{KEY}.weight"
             lambda t: {k: v for k, v in t.items() if "layers.0.mlp.up_proj" not in k},
             ["missing: base_model.model.model.layers.0.mlp.up_proj.lora_A.weight, base_model"],
         ),
-        (lambda t: {**t, "base_model.model.lm_head.lora_A.weight": torch.ones(4, 64)}, ["no place in a Llama for: lm_head.lora_A"]),
+        (lambda t: {**t, "base_model.model.lm_head.lora_A.weight": torch.ones(4, 64)}, ["no place in a Llama for: base_model.model.lm_head.lora_A.weight"]),
         (
             lambda t: {k.replace("base_model.model.model", "model") if k == PEFT_KEY else k: v for k, v in t.items()},
             [f"no place in a Llama for: {KEY}.weight", f"missing: {PEFT_KEY}"],

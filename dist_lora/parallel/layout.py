@@ -1,0 +1,167 @@
+"""Who holds what of a run: the choices that a config leaves open, made from bytes, each with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dist_lora.config.schema import ParallelSection
+from dist_lora.errors import ConfigError
+
+EngineName = Literal["none", "fsdp2", "zero3"]
+
+BYTES_A_TRAINED_WEIGHT = 16  # fp32: the weight, its gradient and AdamW's two moments
+BASE_SHARE = 0.6  # of a device's memory: what a node's shard of the base may take before the world shares it
+ADAPTERS_SHARE = 0.05  # of a device's memory: what replicated adapters may take before a node shares them
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An engine and where it keeps the base, the adapters and the optimizer; ``reasons`` say why, a line each."""
+
+    engine: EngineName
+    base_shard: Literal["node", "world"]
+    adapters: Literal["replicate", "shard"]
+    base_on_host: bool
+    optimizer_on_host: bool
+    reasons: tuple[str, ...]
+
+
+def choose_layout(
+    section: ParallelSection,
+    *,
+    world_size: int,
+    local_size: int,
+    base_bytes: int,
+    trained_weights: int,
+    device_bytes: int,
+) -> Layout:
+    """The layout of a run, ``auto`` resolved.
+
+    Args:
+        base_bytes: the frozen base as it is stored, whole.
+        device_bytes: memory of one rank's device; on a CPU its part of the host's.
+
+    Raises:
+        ConfigError: the settings contradict each other or the world.
+    """
+    check_section(section, world_size=world_size, local_size=local_size)
+    on_host = section.offload
+    base_on_host, optimizer_on_host = on_host in ("base", "all"), on_host in ("optimizer", "all")
+    engine, why_engine = _engine(section, world_size, base_on_host=base_on_host)
+    base_shard, why_base = _base_shard(section, engine, world_size, local_size, base_bytes, device_bytes, base_on_host)
+    adapters, why_adapters = _adapters(section, engine, world_size, local_size, trained_weights, device_bytes)
+    reasons = (why_engine, why_base, why_adapters)
+    return Layout(engine, base_shard, adapters, base_on_host, optimizer_on_host, reasons)
+
+
+def check_section(section: ParallelSection, *, world_size: int, local_size: int) -> None:
+    """Raise ``ConfigError``, telling all of them, where settings of ``parallel`` contradict each other or the world."""
+    num_nodes = world_size // local_size
+    wanted = section.engine
+    faults = []
+    if wanted == "none" and world_size > 1:
+        faults.append(
+            f"parallel.engine: none runs one process and {world_size} were started. "
+            "Set parallel.engine=fsdp2 (or auto), or start one process."
+        )
+    if wanted == "none" and section.offload in ("base", "all"):
+        faults.append(
+            f"parallel.offload: {section.offload} brings the base in layer by layer, which engine none can't. "
+            "Set parallel.engine=fsdp2 (or auto): one process is enough."
+        )
+    if wanted == "none" and section.adapters == "shard":
+        faults.append(
+            "parallel.adapters: shard needs several processes and engine none has one. "
+            "Set parallel.adapters=replicate (or auto), or parallel.engine=fsdp2."
+        )
+    if wanted == "zero3" and section.base_shard == "node" and num_nodes > 1:
+        faults.append(
+            f"parallel.base_shard: node over {num_nodes} nodes is not there with engine zero3, which cuts the base "
+            "over all ranks. Set parallel.base_shard=world, or parallel.engine=fsdp2."
+        )
+    if wanted == "zero3" and section.adapters == "replicate":
+        faults.append(
+            "parallel.adapters: replicate is not there with engine zero3, which cuts all that it trains over the "
+            "ranks. Set parallel.adapters=shard (or auto), or parallel.engine=fsdp2."
+        )
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _engine(section: ParallelSection, world_size: int, *, base_on_host: bool) -> tuple[EngineName, str]:
+    wanted = section.engine
+    if wanted != "auto":
+        return wanted, f"engine    {wanted}: as set"
+    if world_size > 1:
+        return "fsdp2", f"engine    fsdp2: {world_size} processes share the base"
+    if base_on_host:
+        return "fsdp2", "engine    fsdp2: it brings the base from the host layer by layer"
+    return "none", "engine    none: one process holds the whole base"
+
+
+def _base_shard(
+    section: ParallelSection,
+    engine: EngineName,
+    world_size: int,
+    local_size: int,
+    base_bytes: int,
+    device_bytes: int,
+    base_on_host: bool,
+) -> tuple[Literal["node", "world"], str]:
+    wanted = section.base_shard
+    by_node, by_world = base_bytes / local_size, base_bytes / world_size
+    num_nodes = world_size // local_size
+    if engine == "none":
+        return "node", f"base      whole on this process: {_gib(base_bytes)}"
+    if engine == "zero3":
+        return "world", f"base      cut over all {world_size} ranks, {_gib(by_world)} each: ZeRO-3 knows no nodes"
+    if num_nodes == 1:
+        return "node", f"base      cut over {local_size} ranks of one node, {_gib(by_node)} each"
+    crossing = f"{_gib(by_world * (world_size - local_size))} of it cross the network to each rank, twice a pass"
+    if wanted == "auto":
+        room = device_bytes * BASE_SHARE
+        fits = base_on_host or by_node <= room
+        wanted = "node" if fits else "world"
+        because = f"{_gib(by_node)} a rank {'fit' if fits else 'do not fit'} in {_gib(room)} of a device"
+    else:
+        because = "as set"
+    if wanted == "node":
+        return "node", (
+            f"base      cut over the {local_size} ranks of each node, {_gib(by_node)} each, and no byte of it crosses "
+            f"the network: {because}"
+        )
+    return "world", f"base      cut over all {world_size} ranks, {_gib(by_world)} each; {crossing}: {because}"
+
+
+def _adapters(
+    section: ParallelSection,
+    engine: EngineName,
+    world_size: int,
+    local_size: int,
+    trained_weights: int,
+    device_bytes: int,
+) -> tuple[Literal["replicate", "shard"], str]:
+    wanted = section.adapters
+    whole = trained_weights * BYTES_A_TRAINED_WEIGHT
+    what = f"{_gib(whole)} with gradients and AdamW's moments"
+    if engine == "zero3":
+        return "shard", f"adapters  cut over all {world_size} ranks by ZeRO-3: {what}, {_gib(whole / world_size)} each"
+    if engine == "none":
+        return "replicate", f"adapters  {what}"
+    if wanted == "auto":
+        fits = local_size == 1 or whole <= device_bytes * ADAPTERS_SHARE
+        wanted = "replicate" if fits else "shard"
+        because = f"{'within' if fits else 'more than'} {ADAPTERS_SHARE:.0%} of a device"
+    else:
+        because = "as set"
+    if wanted == "replicate":
+        return "replicate", f"adapters  whole on every rank, {what}: {because}"
+    return "shard", (
+        f"adapters  cut over the {local_size} ranks of each node, {what}, {_gib(whole / local_size)} each: {because}"
+    )
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:,.2f} GiB"

@@ -1,0 +1,101 @@
+"""A model of full size trains one step on this machine: peak memory, seconds, and what arithmetic says they should be.
+
+    python -m tests.bench.sparse 3.1-8b --out DIR --random
+    python -m tests.bench.full_size DIR [--nproc 2] [--quant nf4] [--tokens 64]
+
+Each rank takes one sequence of so many tokens. Without ``--random`` above the weights are zeros, which costs the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from dist_lora.base.llama import build_on_meta
+from dist_lora.base.quant.formats import format_of
+from dist_lora.herd.facts import read_shape
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+ADAPTER_BYTES = 16  # a trained weight: itself, its gradient, two moments
+
+
+def expected_bytes(folder: Path, *, nproc: int, quant: str, rank: int = 16) -> dict[str, float]:
+    """What a rank holds, by arithmetic: its shard, the largest thing gathered, the adapters."""
+    shape = read_shape(folder)
+    model = build_on_meta(shape, dtype=torch.float32, fmt=format_of(quant, torch.float32))
+    whole = sum(p.numel() * p.element_size() for p in model.base_parameters().values())
+    end = 4 * shape.vocab * shape.hidden
+    targets = tuple(shape.linear_shapes())
+    trained = shape.adapter_parameters(targets, range(shape.num_layers), rank)
+    return {
+        "shard": whole / nproc,
+        # FSDP2 gathers into one buffer and copies it out into the parameter.
+        "embedding or head while it is gathered": 2.0 * end,
+        "adapters with gradients and moments": float(ADAPTER_BYTES * trained),
+    }
+
+
+def run(folder: Path, work: Path, *, nproc: int, quant: str, tokens: int) -> dict[str, float]:
+    """The step's line of metrics, and the seconds that loading took."""
+    text = "x" * (tokens - 2)  # with a token at the beginning and one at the end
+    (work / "data.jsonl").write_text("".join(json.dumps({"text": f"{text[:-2]}{i:02}"}) + "\n" for i in range(nproc)))
+    config = {
+        "run": "full-size",
+        "runs_dir": str(work / "runs"),
+        "model": {"name": str(folder), "quant": quant, "dtype": "fp32"},
+        "data": {"train": str(work / "data.jsonl"), "cache_dir": str(work / "cache"), "untrained_tokens": "allow"},
+        "train": {
+            "steps": 1,
+            "global_batch": nproc,
+            "micro_batch": 1,
+            "sequence_length": tokens,
+            "packing": False,
+            "activation_checkpointing": True,
+        },
+        "optim": {"warmup_steps": 0},
+        "log": {"trackers": []},
+    }
+    (work / "config.yaml").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "dist_lora", "train", str(work / "config.yaml"), "--nproc", str(nproc)]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
+    sys.stderr.write(done.stderr)
+    done.check_returncode()
+    loaded = next(line for line in done.stderr.splitlines() if line.startswith("loaded base"))
+    line = json.loads((work / "runs" / "full-size" / "metrics.jsonl").read_text())
+    summary = json.loads((work / "runs" / "full-size" / "summary.json").read_text())
+    return {
+        "load_s": float(loaded.rsplit(" in ", 1)[1].removesuffix(" s")),
+        "step_s": line["step_s"],
+        "loss": line["loss"],
+        "peak_bytes": max(summary["peak_bytes"]),
+    }
+
+
+def main() -> None:
+    """The command: see the top of this file."""
+    parser = argparse.ArgumentParser(description="Trains one step of a model of full size.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--nproc", type=int, default=2)
+    parser.add_argument("--quant", choices=("nf4", "int8"), default="nf4")
+    parser.add_argument("--tokens", type=int, default=64)
+    given = parser.parse_args()
+    expected = expected_bytes(given.folder, nproc=given.nproc, quant=given.quant)
+    with tempfile.TemporaryDirectory() as work:
+        found = run(given.folder, Path(work), nproc=given.nproc, quant=given.quant, tokens=given.tokens)
+    for name, num_bytes in expected.items():
+        print(f"{name:40} {num_bytes / GIB:6.2f} GiB by arithmetic")
+    print(f"{'together':40} {sum(expected.values()) / GIB:6.2f} GiB")
+    print(f"{'peak of a rank, its whole process':40} {found['peak_bytes'] / GIB:6.2f} GiB measured")
+    print(f"{'loading':40} {found['load_s']:6.1f} s")
+    print(f"{'the step':40} {found['step_s']:6.1f} s, loss {found['loss']:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""An adapter knows its base, and every command that takes an adapter says what is wrong with one, by its keys."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dist_lora.base.index import hash_config, open_index
+from tests.e2e.conftest import learn
+
+RECORDS = [{"prompt": f"{i}", "completion": f"{i}"} for i in range(8)]
+KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def base(make_base) -> Path:
+    return make_base()
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory) -> Path:
+    """The folder of a config whose run has trained two steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    learn(folder, base, RECORDS, "train.steps=2", f"data.eval={folder}/data.jsonl")
+    return folder
+
+
+@pytest.fixture
+def adapter(trained, tmp_path) -> Path:
+    """A copy of the trained adapter, to be damaged."""
+    return Path(shutil.copytree(trained / "runs" / "learnt" / "adapter", tmp_path / "adapter"))
+
+
+def rewrite(adapter: Path, change: Change) -> None:
+    file = adapter / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+
+
+def set_rank(adapter: Path) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 8}))
+
+
+DAMAGES = {
+    "a key dropped": (lambda t: {k: v for k, v in t.items() if k != KEY}, f"missing: {KEY}"),
+    "a key added": (
+        lambda t: t | {"base_model.model.lm_head.lora_A.weight": t[KEY].clone()},
+        "no place in a Llama for: base_model.model.lm_head.lora_A.weight",
+    ),
+    "a prefix renamed": (
+        lambda t: {k.replace("base_model.model", "base_model"): v for k, v in t.items()},
+        "no place in a Llama for: base_model.model.layers.0.mlp.down_proj.lora_A.weight",
+    ),
+    "an adapter's name left in": (
+        lambda t: {k.replace("lora_B.weight", "lora_B.default.weight"): v for k, v in t.items()},
+        "no place in a Llama for: base_model.model.model.layers.0.mlp.down_proj.lora_B.default.weight",
+    ),
+    "another rank in the config": (None, "wrong rank: base_model.model.model.layers.0.mlp.down_proj.lora_A.weight has rank 16"),
+}  # fmt: skip
+
+
+def arguments(command: str, *, trained: Path, base: Path, adapter: Path) -> list[object]:
+    """A command that takes the adapter; what it would make is beside it."""
+    config, evaluated = trained / "config.yaml", f"data.eval={trained}/data.jsonl"
+    return {
+        "train": ["train", config, f"lora.start_from={adapter}", "run=anew", f"runs_dir={adapter.parent}/runs"],
+        "eval": ["eval", config, evaluated, "--adapter", adapter],
+        "generate": ["generate", adapter, "--prompt", "1", "--base", base, "--max-new-tokens", 2],
+        "merge": ["merge", adapter, "--out", adapter.parent / "merged", "--base", base],
+    }[command]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("command", ["train", "eval", "generate", "merge"])
+def test_a_damaged_adapter_is_told_by_its_keys_before_anything_is_loaded(
+    call, trained, base, adapter, command, damage
+) -> None:
+    change, told = DAMAGES[damage]
+    if change is None:
+        set_rank(adapter)
+    else:
+        rewrite(adapter, change)
+    code, out, err = call(*arguments(command, trained=trained, base=base, adapter=adapter))
+    assert (code, out) == (4, "")
+    assert err.count("error:") == 1 and told in err, err
+    assert "loaded base" not in err
+    assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("lora.rank=8", "other shapes: model.layers.0.self_attn.q_proj.lora_A (found (16, 64), expected (8, 64))"),
+        ("lora.layers=[0]", "it holds beyond them: model.layers.1.self_attn.q_proj.lora_A"),
+        ("lora.alpha=16", "its B A is scaled by 2, the config's alpha / rank is 1"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_an_adapter_that_the_config_does_not_describe_is_told(
+    call, trained, base, adapter, command, setting, told
+) -> None:
+    code, _, err = call(*arguments(command, trained=trained, base=base, adapter=adapter), setting)
+    assert code == 4 and told in err, err
+    assert "is not the adapter that lora.targets, lora.layers, lora.rank and lora.alpha speak of" in err
+    assert "loaded base" not in err
+
+
+def test_an_adapter_of_fewer_layers_is_told_what_it_lacks(call, trained, base, adapter) -> None:
+    rewrite(adapter, lambda t: {k: v for k, v in t.items() if ".layers.0." in k})
+    code, _, err = call(*arguments("eval", trained=trained, base=base, adapter=adapter))
+    assert code == 4
+    assert "it lacks: model.layers.1.self_attn.q_proj.lora_A, model.layers.1.self_attn.q_proj.lora_B" in err
+    assert "and 9 more" in err
+
+
+def test_the_adapter_tells_which_base_it_is_of_and_nothing_of_this_machine(trained, base, adapter) -> None:
+    origin = json.loads((adapter / "dist_lora.json").read_text())
+    assert origin["base"] == {
+        "name": base.name,
+        "revision": None,
+        "content_hash": open_index(base).content_hash(),
+        "config_hash": hash_config(base),
+    }
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == base.name
+    for file in adapter.iterdir():
+        content = file.read_bytes()
+        assert str(base.parent).encode() not in content and str(trained).encode() not in content
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "generate"])
+def test_another_base_of_the_same_shapes_is_a_warning_that_names_both(
+    call, trained, make_base, adapter, command
+) -> None:
+    other = make_base(seed=1)
+    there, here = json.loads((adapter / "dist_lora.json").read_text())["base"]["content_hash"], open_index(other)
+    given = arguments(command, trained=trained, base=other, adapter=adapter)
+    given += [f"model.name={other}", "train.steps=1"] if command != "generate" else []
+    code, _, err = call(*given)
+    assert code == 0, err
+    assert err.count("was trained on") == 1
+    assert (
+        f"{adapter} was trained on base, and {other} (base) differs from it: weights {there}, "
+        f"here {here.content_hash()}. Its answers may be worthless here." in err
+    )
+
+
+def test_its_own_base_is_no_warning_wherever_it_lies(call, trained, base, adapter, tmp_path) -> None:
+    moved = shutil.copytree(base, tmp_path / "moved")
+    given = arguments("eval", trained=trained, base=base, adapter=adapter)
+    assert "was trained on" not in call(*given, f"model.name={moved}")[2]
+    code, out, err = call(*arguments("merge", trained=trained, base=moved, adapter=adapter))
+    assert code == 0 and "14 of the base's matrices changed" in out, err
+
+
+def test_merging_refuses_another_base_unless_it_is_forced(call, trained, make_base, adapter) -> None:
+    given = arguments("merge", trained=trained, base=make_base(seed=1), adapter=adapter)
+    code, _, err = call(*given)
+    assert code == 2 and "was trained on base, and" in err and "differs from it (weights" in err
+    assert not (adapter.parent / "merged").exists()
+    assert call(*given, "--force")[0] == 0
+    assert (adapter.parent / "merged" / "config.json").exists()
+
+
+def test_eval_prints_the_bases_loss_beside_and_says_so_where_an_adapter_changes_nothing(
+    call, trained, base, adapter
+) -> None:
+    given = arguments("eval", trained=trained, base=base, adapter=adapter)
+    code, out, err = call(*given, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["loss"] < found["base_loss"] and "changes nothing" not in err
+    alone = json.loads(call(*given[:-2], "--json")[1])
+    assert alone["loss"] == found["base_loss"] and "base_loss" not in alone
+    rewrite(adapter, lambda t: {k: v * 0 if "lora_B" in k else v for k, v in t.items()})
+    code, out, err = call(*given)
+    assert code == 0
+    said = dict(line.split(None, 1) for line in out.splitlines())
+    assert said["loss"] == said["base_loss"]
+    assert f"{adapter}: the loss is the base's, bit for bit: this adapter changes nothing" in err
+
+
+def test_training_starts_from_the_adapter_and_not_from_nothing(call, trained, base, adapter) -> None:
+    first = {}
+    for name, start in {"taken": f"lora.start_from={adapter}", "anew": "lora.start_from=null"}.items():
+        given = [
+            "train",
+            trained / "config.yaml",
+            start,
+            f"run={name}",
+            f"runs_dir={adapter.parent}/runs",
+            "train.steps=1",
+        ]
+        code, _, err = call(*given)
+        assert code == 0, err
+        first[name] = json.loads((adapter.parent / "runs" / name / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    # After two steps the third begins lower than the first.
+    assert first["taken"] < first["anew"] - 0.1

@@ -1,0 +1,62 @@
+"""Every way to place a run trains the same adapters: pairs of settings here, all of them where there is time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.ranks.matrix import ADAPTER_TOLERANCE, BASES, TOLERANCE, Cell, Matrix, all_cells, is_refused, pairwise
+
+
+@pytest.fixture(scope="module")
+def matrix(tiny_llama) -> Iterator[Matrix]:
+    made = Matrix(tiny_llama("llama31"))
+    yield made
+    made.close()
+
+
+def assert_equal(matrix: Matrix, cell: Cell) -> None:
+    outcome = matrix.run(cell)
+    assert not outcome.refused, outcome.refused
+    losses, norms, adapters = outcome.differs_from(matrix.reference(cell.base))
+    assert losses < TOLERANCE and norms < TOLERANCE and adapters < ADAPTER_TOLERANCE, (losses, norms, adapters)
+
+
+@pytest.mark.parametrize(
+    "cell", pairwise([c for c in all_cells() if not is_refused(c)]), ids=lambda c: "-".join(map(str, vars(c).values()))
+)
+def test_each_pair_of_settings_has_the_numbers_of_one_process(matrix, cell) -> None:
+    assert_equal(matrix, cell)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("engine", ["none", "fsdp2", "zero3"])
+def test_all_settings_have_the_numbers_of_one_process(matrix, engine, base) -> None:
+    cells = [cell for cell in all_cells() if (cell.engine, cell.base) == (engine, base)]
+    ran = [cell for cell in cells if not is_refused(cell)]
+    for cell in ran:
+        assert_equal(matrix, cell)
+    assert len(ran) > 0
+    for cell in cells:
+        if is_refused(cell):
+            assert matrix.run(cell).refused
+
+
+def test_bases_differ_so_that_equal_means_something(matrix) -> None:
+    losses = [matrix.reference(base).losses for base in BASES]
+    assert all(
+        abs(a[0] - b[0]) > 1e-4 for a, b in [(losses[0], losses[1]), (losses[1], losses[2]), (losses[0], losses[2])]
+    )
+
+
+def test_pairs_of_settings_are_each_in_a_chosen_cell() -> None:
+    cells = [
+        Cell(e, b, w, "node", "replicate", "none", r) for e in "ab" for b in "cd" for w in "ef" for r in (False, True)
+    ]
+    chosen = pairwise(cells)
+    assert len(chosen) < len(cells) / 2
+    for first, second in ((0, 1), (0, 2), (1, 2), (0, 6), (1, 6), (2, 6)):
+        pairs = {(tuple(vars(c).values())[first], tuple(vars(c).values())[second]) for c in chosen}
+        assert len(pairs) == 4

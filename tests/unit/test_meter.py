@@ -1,0 +1,42 @@
+"""The memory that a run tells of itself."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_lora.train import meter
+from dist_lora.train.meter import peak_bytes
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="Linux hands the peak down, and counts it otherwise too"
+)
+def test_the_peak_is_this_processs_own_and_not_that_of_the_one_that_started_it() -> None:
+    child = (
+        "import json, resource, torch; from dist_lora.train.meter import peak_bytes; before = peak_bytes(torch.device('cpu'));"
+        "held = b'1' * 2**28; after = peak_bytes(torch.device('cpu'));"
+        "print(json.dumps([before, after, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))"
+    )
+    parent = (
+        f"held = b'1' * 2**30\nimport subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    before, after, inherited = json.loads(done.stdout)
+    assert inherited > 2**30  # what is to be avoided does happen here
+    assert 2**26 < before < 2**30
+    assert 2**28 <= after - before < 2**28 + 2**26
+
+
+def test_without_linuxs_own_count_the_systems_is_taken(monkeypatch) -> None:
+    monkeypatch.setattr(meter, "STATUS", Path("/nowhere/status"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert before <= peak_bytes(CPU) <= before + 2**26
