@@ -20,6 +20,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dist_lora.base.index import first_few
 from dist_lora.checkpoint.keys import fresh_key
 from dist_lora.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -90,14 +91,29 @@ def _file_fault(folder: Path, entry: FileEntry, checksums: bool) -> str | None:
         if not stat.S_ISREG(found.st_mode):
             return f"{entry.name} is not a file"
         if found.st_size != entry.num_bytes:
-            return f"{entry.name} has {found.st_size} bytes, {entry.num_bytes} were written"
+            return f"{entry.name} has {found.st_size} bytes, {entry.num_bytes} were written{_lacking(path, entry)}"
         if checksums and (checksum := checksum_of(path)) != entry.checksum:
-            return f"{entry.name} has the checksum {checksum}, {entry.checksum} was written"
+            return f"{entry.name} has the checksum {checksum}, {entry.checksum} was written{_lacking(path, entry)}"
     except FileNotFoundError:
         return f"{entry.name} is missing"
     except OSError as error:
         return f"{entry.name} can't be read: {error.strerror or error}"
     return None
+
+
+def _lacking(path: Path, entry: FileEntry) -> str:
+    """What a file that is not as it was written lacks, as far as its header can still be read."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            keys = set(file.keys())
+    except (SafetensorError, OSError):
+        return ""
+    lacking = [_named(piece) for piece in entry.pieces if piece.key not in keys]
+    return f"; it lacks {first_few(lacking)}" if lacking else ""
+
+
+def _named(piece: Piece) -> str:
+    return f"{piece.kind} of {piece.name} (elements {piece.start}-{piece.stop})"
 
 
 def checksum_of(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -59,3 +60,15 @@ def attach_adapters(model: Llama, section: LoraSection) -> list[AdapterTensor]:
         linear.adapter = adapter
         attached += [AdapterTensor(f"{name}.{half}", adapter, half) for half in ("lora_A", "lora_B")]
     return attached
+
+
+def layers_of(names: Iterable[str]) -> str:
+    """The layers that full names of tensors speak of, as ``layers 0-1, 5``."""
+    layers = sorted({int(name.split(".")[2]) for name in names})
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return "layers " + ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

@@ -17,7 +17,7 @@ from dist_lora.errors import EXIT_DONE, EXIT_FAILED
 
 POLL_S = 0.05
 GRACE_S = 15.0  # what the others get to end by themselves when one has ended with an error
-GRACE_KILLED_S = 5.0  # and when it was killed: it could tell them nothing, so they may wait for it for ever
+GRACE_LOST_S = 5.0  # and when it was killed or lost another: nobody will tell them, so they may wait for ever
 TERM_S = 5.0  # and after they were asked to
 EXIT_LOST_PEER = 113  # between a rank and us: it ends since another is gone, and doesn't know why
 
@@ -74,8 +74,8 @@ def _see_through(ranks: list[subprocess.Popen[bytes]], folder: Path) -> int:
         new = {i: code for i, code in enumerate(codes) if code and i not in failed}
         failed |= new
         if new:
-            grace_s = GRACE_KILLED_S if min(new.values()) < 0 else GRACE_S
-            deadline = min(deadline, time.monotonic() + grace_s)
+            is_told = all(code > 0 and code != EXIT_LOST_PEER for code in new.values())
+            deadline = min(deadline, time.monotonic() + (GRACE_S if is_told else GRACE_LOST_S))
         if all(code is not None for code in codes) or time.monotonic() > deadline:
             break
         time.sleep(POLL_S)
@@ -83,7 +83,8 @@ def _see_through(ranks: list[subprocess.Popen[bytes]], folder: Path) -> int:
         return EXIT_DONE
     # A rank that merely noticed another's end says less than the one that ended.
     cause = next((i for i, code in failed.items() if code != EXIT_LOST_PEER), next(iter(failed)))
-    return _tell(cause, failed[cause], len(ranks), folder)
+    stuck = [i for i, rank in enumerate(ranks) if rank.poll() is None]
+    return _tell(cause, failed[cause], len(ranks), folder, stuck)
 
 
 def leave_word(environment: Mapping[str, str], world_rank: int, text: str) -> bool:
@@ -99,8 +100,8 @@ def _word_of(folder: Path, world_rank: int) -> Path:
     return folder / f"word-of-{world_rank}"
 
 
-def _tell(rank: int, code: int, num_ranks: int, folder: Path) -> int:
-    """Tell what the rank could not tell of itself; returns the exit code."""
+def _tell(rank: int, code: int, num_ranks: int, folder: Path, stuck: Sequence[int]) -> int:
+    """Tell what the rank could not tell of itself; returns the exit code. ``stuck``: the ranks that don't end."""
     again = "The same command goes on from the last checkpoint."
     if code < 0:
         name = signal.Signals(-code).name
@@ -110,7 +111,8 @@ def _tell(rank: int, code: int, num_ranks: int, folder: Path) -> int:
     if code == EXIT_LOST_PEER:
         word = _word_of(folder, rank)
         seen = f" (rank {rank}: {word.read_text()})" if word.exists() else ""
-        _say(f"error: the ranks lost their connection to each other{seen}; all are ended. {again}")
+        still = f"; still at work and now ended: rank {', '.join(map(str, stuck))}" if stuck else ""
+        _say(f"error: the ranks lost their connection to each other{seen}{still}. {again}")
         return EXIT_FAILED
     return code
 

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader, StepBatch
 from dist_lora.data.tokens import TokenSet
 from dist_lora.errors import CheckpointError, StoppedOnRequest, TrainingError
+from dist_lora.lora.attach import layers_of
 from dist_lora.parallel.world import World
 from dist_lora.train.build import Trainee
 from dist_lora.train.held_out import exact_match_of, loss_of
@@ -138,11 +140,14 @@ class Run:
         if half is None:
             return
         dead = self.adapters.without_gradient(half)
+        error = None
         if dead:
-            raise TrainingError(
-                f"step {step}: {len(dead)} of {len(self.adapters.tensors) // 2} {half} tensors got no gradient: "
-                f"{first_few(dead)}. Nothing that they are beside can learn; the graph behind them is cut."
+            error = TrainingError(
+                f"step {step}: {len(dead)} of {len(self.adapters.tensors) // 2} {half} tensors got no gradient, in "
+                f"{layers_of(dead)}: {first_few(dead)}. Nothing that they are beside can learn; the graph behind them "
+                "is cut."
             )
+        self.world.agree(f"step {step}", error)
 
     def _check_copies(self, step: int) -> None:
         """Raise ``TrainingError`` where ranks that train the same adapters have come to different ones."""
@@ -156,19 +161,23 @@ class Run:
         self, step: int, batch: StepBatch, losses: list[Tensor], loss: float, grad_norm: float
     ) -> None:
         """End the run on all ranks, naming the samples; every rank gets here, since the sums are everyone's."""
-        mine = [m.sample_ids for m, value in zip(batch.micro_batches, losses, strict=True) if not value.isfinite()]
+        mine = [
+            sample
+            for micro, value in zip(batch.micro_batches, losses, strict=True)
+            if not value.isfinite()
+            for sample in micro.sample_ids
+        ]
         saved = f"The last checkpoint is {self.last_saved}." if self.last_saved else "Nothing was saved yet."
         tail = f"Nothing of this step was kept. {saved}"
         error = None
         if mine:
-            names = ", ".join(str(i) for ids in mine for i in ids)
-            error = TrainingError(f"step {step}: the loss of samples {names} is not finite. {tail}")
+            error = TrainingError(f"step {step}: the loss of {_samples(mine)} is not finite. {tail}")
         self.world.agree(f"step {step}", error)
-        names = ", ".join(str(i) for i in batch.sample_ids)
-        raise TrainingError(
-            f"step {step}: loss {loss} and gradient norm {grad_norm} over samples {names}: the gradient is not "
-            f"finite. {tail}"
+        error = TrainingError(
+            f"step {step}: the gradient is not finite (its norm is {grad_norm}, the loss {loss}) in a batch "
+            f"of {_samples(batch.sample_ids)}. {tail}"
         )
+        self.world.agree(f"step {step}", error)
 
     def _evaluate(self, step: int, meter: Meter | None) -> None:
         assert self.held_out is not None
@@ -260,6 +269,10 @@ class Run:
                 f"{path} holds {len(manifest.tensors)} trained tensors and this config attaches "
                 f"{len(self._specs())}, or their names or shapes differ: it is another run's checkpoint"
             )
+
+
+def _samples(ids: Sequence[int]) -> str:
+    return f"sample{'s' if len(ids) > 1 else ''} {', '.join(map(str, ids))}"
 
 
 def _plain(value: float) -> float | None:

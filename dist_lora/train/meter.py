@@ -9,6 +9,7 @@ import logging
 import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dist_lora.errors import ConfigError
+from dist_lora.errors import ConfigError, SaveError
 
 log = logging.getLogger("dist_lora")
 
@@ -78,7 +79,8 @@ class Meter:
         first_step: int,
         num_steps: int,
     ) -> None:
-        self._file = (folder / METRICS_FILE).open("a")
+        self._path = folder / METRICS_FILE
+        self._file = self._path.open("a")
         self._every = every
         self._num_steps = num_steps
         self._trackers = {name: _tracker(name, folder, settings, first_step=first_step) for name in trackers}
@@ -87,9 +89,19 @@ class Meter:
         self._bar = _progress_bar(first_step, num_steps) if sys.stderr.isatty() else None
 
     def step(self, line: Mapping[str, Any]) -> None:
-        """Write down a finished step."""
-        self._file.write(json.dumps(line, allow_nan=True) + "\n")
-        self._file.flush()
+        """Write down a finished step.
+
+        Raises:
+            SaveError: the disk refuses.
+        """
+        try:
+            self._file.write(json.dumps(line, allow_nan=True) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise SaveError(
+                f"{self._path}: step {line['step']} can't be written down: {error.strerror or error}. "
+                "Make room (or set runs_dir elsewhere), and the same command goes on from the last checkpoint."
+            ) from error
         step = int(line["step"])
         self._track(step, {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"})
         shown = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tokens/s"
@@ -111,7 +123,8 @@ class Meter:
         """End the bar, the file and the trackers."""
         if self._bar is not None:
             self._bar[0].stop()
-        self._file.close()
+        with contextlib.suppress(OSError):  # what it could not write was told when it could not
+            self._file.close()
         for name, tracker in self._trackers.items():
             try:
                 tracker.finish()
@@ -141,6 +154,17 @@ def _progress_bar(first_step: int, num_steps: int) -> Any:
     return progress, progress.add_task("train", total=num_steps, completed=first_step - 1, shown="")
 
 
+def _hush_writers() -> None:
+    """Keep TensorBoard's writing thread from printing the error that its next ``log`` raises too."""
+    before = threading.excepthook
+
+    def hook(told: threading.ExceptHookArgs) -> None:
+        if not type(told.thread).__module__.startswith("tensorboard."):
+            before(told)
+
+    threading.excepthook = hook
+
+
 def _tracker(name: str, folder: Path, settings: Mapping[str, Any], *, first_step: int) -> Any:
     """One of accelerate's trackers, by the name that accelerate gives it, started."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -153,6 +177,7 @@ def _tracker(name: str, folder: Path, settings: Mapping[str, Any], *, first_step
             # Its own folder is RUN/tensorboard. What a killed process wrote of later steps is purged: those come again.
             tracker = kind("tensorboard", purge_step=first_step, **place)
             tracker.start()
+            _hush_writers()
         else:
             tracker = kind(folder.name, **place)
             tracker.start()

@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from dist_lora.checkpoint import shards
 from dist_lora.data import tokens
 from dist_lora.data.loader import Loader
 from dist_lora.train import build, loop, main
+from tests.e2e.runs import fill_the_disk
 
 RANK = int(os.environ["RANK"])
 LONG_S = 300.0  # longer than any test waits: who sleeps so long must be ended
@@ -81,11 +83,30 @@ def at_step(step: int, action: Callable[[], None]) -> None:
             action()
         return original(*arguments, **named)
 
-    wrap(loop, "run_micro_batch", forward)
+    wrap(build.Trainee, "run", forward)
+
+
+def tell(*words: object) -> None:
+    """Print a line, whole though another rank prints at the same time."""
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
+def strike(action: Callable[[], None]) -> None:
+    """Do something that ends this rank, or lets it hang, and print when."""
+    tell(f"struck {time.time()}")
+    action()
 
 
 def boom() -> None:
     raise ValueError(BOOM)
+
+
+def hang() -> None:
+    time.sleep(LONG_S)
+
+
+def signal_myself(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
 
 
 # The numbers
@@ -93,29 +114,35 @@ def boom() -> None:
 
 def nan_in_the_loss_of_one_sample_of_rank_1() -> None:
     count_steps()
+    done: list[int] = []
 
-    def forward(original: Callable[..., Any], model: Any, batch: Any, **named: Any) -> Any:
-        loss = original(model, batch, **named)
-        if RANK == 1 and now["step"] == 5 and not now.get("done"):
-            now["done"] = 1
-            print("poisoned", *batch.sample_ids, flush=True)
+    def forward(original: Callable[..., Any], self: build.Trainee, batch: Any) -> Any:
+        loss = original(self, batch)
+        if RANK == 1 and now["step"] == 5 and not done:
+            done.extend(batch.sample_ids)
+            tell("poisoned", *done)
             return loss * torch.nan
         return loss
 
-    wrap(loop, "run_micro_batch", forward)
+    wrap(build.Trainee, "run", forward)
 
 
 def infinity_in_one_element_of_a_gradient() -> None:
-    count_steps()
-
     def poison(gradient: torch.Tensor) -> torch.Tensor:
         if RANK == 1 and now["step"] == 3:
             gradient = gradient.clone()
             gradient.view(-1)[5] = torch.inf
         return gradient
 
-    in_the_model(lambda model: dict(model.named_parameters())[
-        "model.layers.1.mlp.up_proj.adapter.lora_B"].register_hook(poison))  # fmt: skip
+    def batch(original: Callable[..., Any], self: Loader, step: int) -> Any:
+        made = original(self, step)
+        if RANK == 1 and step == 2:
+            tell("poisoned", *made.sample_ids)
+        return made
+
+    count_steps()
+    wrap(Loader, "batch", batch)
+    in_the_model(lambda model: model.get_parameter("model.layers.1.mlp.up_proj.adapter.lora_B").register_hook(poison))
 
 
 def input_of_layer_2_detached() -> None:
@@ -125,37 +152,130 @@ def input_of_layer_2_detached() -> None:
     in_the_model(lambda model: model.blocks()[2].register_forward_pre_hook(detach))
 
 
-# A rank that raises while the other is busy for long
+def gradients_told() -> None:
+    """Print, for each rank and step, which adapter tensors' gradients have a norm above 0."""
+    reached: set[str] = set()
+
+    def note(name: str) -> Callable[[torch.Tensor], None]:
+        def hook(gradient: torch.Tensor) -> None:
+            if gradient.norm() > 0:
+                reached.add(name)
+
+        return hook
+
+    def hooked(model: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(note(name))
+
+    def step_done(original: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        halves = {half: sum(name.endswith(half) for name in reached) for half in ("lora_A", "lora_B")}
+        tell(f"rank {RANK} step {now['step']} reached {halves['lora_A']} {halves['lora_B']}")
+        reached.clear()
+        return original(*arguments, **named)
+
+    count_steps()
+    in_the_model(hooked)
+    wrap(loop, "lr_at", step_done)
+
+
+# A rank that raises while the other waits for it, or is busy for long
 
 
 def boom_of_rank_1_in_step_3() -> None:
     if RANK == 1:
-        at_step(3, boom)
+        at_step(3, lambda: strike(boom))
 
 
-def _boom_while_the_other_is_busy(module: Any, name: str) -> None:
-    before(module, name, boom if RANK == 1 else lambda: time.sleep(LONG_S))
+def _boom_of_rank_1_while_rank_0_is_busy(module: Any, name: str) -> None:
+    before(module, name, (lambda: strike(boom)) if RANK == 1 else hang)
 
 
-def boom_of_rank_1_while_rank_0_tokenises() -> None:
-    _boom_while_the_other_is_busy(tokens, "encode_sample")
+def boom_while_the_other_tokenises() -> None:
+    _boom_of_rank_1_while_rank_0_is_busy(tokens, "encode_sample")
 
 
-def boom_of_rank_1_while_rank_0_loads() -> None:
-    _boom_while_the_other_is_busy(build, "fill_slots")
+def boom_while_the_other_loads() -> None:
+    _boom_of_rank_1_while_rank_0_is_busy(build, "fill_slots")
 
 
-def boom_of_rank_1_while_rank_0_evaluates() -> None:
-    _boom_while_the_other_is_busy(loop, "loss_of")
+def boom_while_the_other_evaluates() -> None:
+    _boom_of_rank_1_while_rank_0_is_busy(loop, "loss_of")
 
 
-def boom_of_rank_1_while_rank_0_saves() -> None:
-    _boom_while_the_other_is_busy(shards, "_write_file")
+def boom_while_the_other_saves() -> None:
+    _boom_of_rank_1_while_rank_0_is_busy(shards, "_write_file")
 
 
-# Signals
+# Ranks that are killed, hang, lose each other
 
 
 def kill_of_rank_1_in_step_3() -> None:
     if RANK == 1:
-        at_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        at_step(3, lambda: strike(lambda: signal_myself(signal.SIGKILL)))
+
+
+def kill_of_rank_1_while_the_other_waits_for_its_share() -> None:
+    if RANK == 1:
+        before(shards, "_write_file", lambda: strike(lambda: signal_myself(signal.SIGKILL)), at_call=2)
+
+
+def hang_of_rank_1_in_step_3() -> None:
+    if RANK == 1:
+        at_step(3, lambda: strike(hang))
+
+
+# Requests to stop
+
+
+def request_to_rank_1_in_step_3_and_to_the_launcher_in_step_6() -> None:
+    """A run that goes on after the first request meets the second one."""
+    if RANK == 1:
+        at_step(3, lambda: signal_myself(signal.SIGUSR1))
+        at_step(6, ask_the_launcher)
+
+
+def ask_the_launcher() -> None:
+    """Ask the process that started the ranks to stop, and go on once it has passed that on to this one."""
+    passed_on = signal.getsignal(signal.SIGTERM).__self__  # type: ignore[union-attr]
+    os.kill(os.getppid(), signal.SIGTERM)
+    while not passed_on.is_asked:
+        time.sleep(0.01)
+
+
+# Slowness, which is no fault
+
+
+def slow_phases_of_rank_1() -> None:
+    """Tokenising, loading and the first save of rank 1 take 15 s each."""
+    for module, name in ((tokens, "encode_sample"), (build, "fill_slots"), (shards, "_write_file")):
+        if RANK == 1:
+            before(module, name, lambda: time.sleep(15))
+
+
+# A full disk
+
+
+def disk_full_for_rank_0() -> None:
+    _disk_full_in_step_4(rank=0)
+
+
+def disk_full_for_rank_1() -> None:
+    _disk_full_in_step_4(rank=1)
+
+
+def _disk_full_in_step_4(*, rank: int) -> None:
+    """The disk of the run fills up to its last byte after the other rank has written its share, before ``rank`` does."""
+
+    def write(original: Callable[..., Any], path: Path, share: Any, step: int) -> Any:
+        runs = path.parents[3]
+        if step == 4 and rank == RANK:
+            while not (runs / "other-is-done").exists():
+                time.sleep(0.01)
+            strike(lambda: fill_the_disk(runs / "ballast"))
+        entry = original(path, share, step)
+        if step == 4:
+            (runs / "other-is-done").touch()
+        return entry
+
+    wrap(shards, "_write_file", write)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ class Done:
     returncode: int
     stdout: str
     stderr: str
+    ended: float = 0.0  # seconds since 1970
 
 
 def command(*arguments: object) -> list[str]:
@@ -41,7 +44,7 @@ def run(*arguments: object, fault: str | None = None, timeout_s: float = 120) ->
         command(*arguments),
         cwd=ROOT, env=environment(fault), capture_output=True, text=True, timeout=timeout_s, check=False,
     )  # fmt: skip
-    return Done(done.returncode, done.stdout, done.stderr)
+    return Done(done.returncode, done.stdout, done.stderr, ended=time.time())
 
 
 def write_config(path: Path, **settings: object) -> Path:
@@ -60,3 +63,12 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     """Step and loss of each line of a run's metrics."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line["loss"]) for line in lines]
+
+
+def fill_the_disk(ballast: Path) -> None:
+    """Write a file that takes the last byte of its file system."""
+    with ballast.open("wb", buffering=0) as file:
+        for size in (2**16, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(b"x" * size)

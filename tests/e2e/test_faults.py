@@ -1,0 +1,320 @@
+"""Whatever goes wrong in a run is told once, with the right exit code; all ranks end, and the same command goes on."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dist_lora.checkpoint.resume import verify
+from dist_lora.data.loader import Loader
+from tests.e2e.runs import ROOT, Done, environment, fill_the_disk, losses, run
+
+DEADLINE_S = 30.0  # from the fault to the end of all
+BOOM = "the boom of a test"
+RANK_1 = f"error: rank 1 of 2 on {socket.gethostname()}: "
+
+
+def folder_of(config: Path, name: str) -> Path:
+    return config.parent / "runs" / name
+
+
+def checkpoints(folder: Path) -> list[str]:
+    """Everything that lies among a run's checkpoints, hidden or not."""
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def assert_ended_in_time(done: Done) -> None:
+    struck = re.findall(r"struck ([0-9.]+)", done.stdout)
+    assert len(struck) == 1, done.stdout
+    assert done.ended - float(struck[0]) < DEADLINE_S
+
+
+def assert_told_once(done: Done, code: int, *told: str) -> None:
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert all(text in done.stderr for text in told), done.stderr
+
+
+def tensors_of(folder: Path) -> Iterator[torch.Tensor]:
+    for path in folder.rglob("*.safetensors"):
+        yield from load_file(path).values()
+
+
+# Numbers
+
+
+def test_a_nan_in_the_loss_of_one_sample_stops_all_ranks_and_leaves_no_trace(config) -> None:
+    arguments = ("train", config, "run=nan", "train.packing=false", "--nproc", 2)
+    done = run(*arguments, fault="nan_in_the_loss_of_one_sample_of_rank_1")
+    folder = folder_of(config, "nan")
+    [sample] = re.findall(r"poisoned (\d+)\n", done.stdout)
+    last = folder / "checkpoints" / "step-00000004"
+    assert_told_once(
+        done, 1, f"{RANK_1}step 5: the loss of sample {sample} is not finite.", f"The last checkpoint is {last}."
+    )
+    assert "Traceback" not in done.stderr
+    assert [step for step, _ in losses(folder)] == [1, 2, 3, 4]
+    assert all(math.isfinite(loss) for _, loss in losses(folder))
+    assert checkpoints(folder) == ["step-00000002", "step-00000004"]
+    verify(last)
+    found = list(tensors_of(folder))
+    assert found and all(tensor.isfinite().all() for tensor in found)
+    assert run(*arguments).returncode == 0
+    assert [step for step, _ in losses(folder)] == list(range(1, 9))
+
+
+def test_infinity_in_one_element_of_one_gradient_stops_all_ranks(config) -> None:
+    done = run("train", config, "run=inf", "--nproc", 2, fault="infinity_in_one_element_of_a_gradient")
+    folder = folder_of(config, "inf")
+    [samples] = re.findall(r"poisoned ([\d ]+)\n", done.stdout)
+    assert_told_once(
+        done,
+        1,
+        "error: step 3: the gradient is not finite (its norm is inf, the loss",
+        f"of samples {samples.replace(' ', ', ')}",
+        f"The last checkpoint is {folder / 'checkpoints' / 'step-00000002'}.",
+    )
+    assert "Traceback" not in done.stderr
+    assert [step for step, _ in losses(folder)] == [1, 2]
+    assert checkpoints(folder) == ["step-00000002"]
+    verify(folder / "checkpoints" / "step-00000002")
+    assert all(tensor.isfinite().all() for tensor in tensors_of(folder))
+
+
+def test_adapters_behind_a_cut_graph_are_named_in_the_first_step(config, tiny_llama) -> None:
+    deep = f"model.name={tiny_llama('llama31', num_layers=4)}"
+    arguments = ("train", config, "run=cut", deep, "train.activation_checkpointing=true", "--nproc", 2)
+    done = run(*arguments, fault="input_of_layer_2_detached")
+    assert_told_once(done, 1, "step 1: 14 of 28 lora_B tensors got no gradient", "got no gradient, in layers 0-1: ",
+                     "model.layers.0.self_attn.q_proj.lora_B")  # fmt: skip
+    assert "Traceback" not in done.stderr
+    assert "layers.2" not in done.stderr and "layers.3" not in done.stderr
+    assert not (folder_of(config, "cut") / "checkpoints").exists()
+
+
+def test_every_b_has_a_gradient_after_the_first_step_and_every_a_after_the_second(config) -> None:
+    arguments = ("train", config, "run=reached", "train.activation_checkpointing=true", "train.steps=2", "--nproc", 2)
+    done = run(*arguments, fault="gradients_told")
+    assert done.returncode == 0, done.stderr
+    told = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
+    assert told == [f"rank {rank} step {step} reached {a} 14" for rank in (0, 1) for step, a in ((1, 0), (2, 14))]
+
+
+# Errors of one rank
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "boom_of_rank_1_in_step_3",
+        "boom_while_the_other_tokenises",
+        pytest.param("boom_while_the_other_loads", marks=pytest.mark.slow),
+        pytest.param("boom_while_the_other_evaluates", marks=pytest.mark.slow),
+        "boom_while_the_other_saves",
+    ],
+)
+def test_an_error_of_one_rank_ends_all_and_is_told_once_with_rank_and_host(fault, config, tmp_path) -> None:
+    cache = f"data.cache_dir={tmp_path}"
+    arguments = ("train", config, f"run={fault}", cache, "data.eval=0.2", "eval.every=2", "--nproc", 2)
+    done = run(*arguments, fault=fault)
+    assert_told_once(done, 1, f"{RANK_1}ValueError: {BOOM}\nTraceback (most recent call last):\n")
+    assert done.stderr.count(BOOM) == 1, done.stderr
+    assert done.stderr.count("Traceback") == 1, done.stderr
+    assert_ended_in_time(done)
+    folder = folder_of(config, fault) / "checkpoints"
+    assert not [path for path in folder.glob("step-*") if path.name != "step-00000002"]
+
+
+def test_an_error_of_one_rank_under_torchrun_is_told_once(config) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "dist_lora", "train", str(config), "run=boom-torchrun"],
+        cwd=ROOT, env=environment("boom_of_rank_1_in_step_3"), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count(f"{RANK_1}ValueError: {BOOM}") == 1, done.stderr
+    assert done.stderr.count(BOOM) == 1, done.stderr
+
+
+# Ranks that are gone
+
+
+def test_a_rank_that_was_killed_is_named_with_its_signal(config) -> None:
+    done = run("train", config, "run=kill", "--nproc", 2, fault="kill_of_rank_1_in_step_3")
+    assert_told_once(done, 1, "error: rank 1 of 2 was killed by SIGKILL")
+    assert_ended_in_time(done)
+
+
+def test_a_rank_killed_while_the_other_waits_for_what_it_writes_ends_both(config) -> None:
+    fault = "kill_of_rank_1_while_the_other_waits_for_its_share"
+    done = run("train", config, "run=kill-save", "--nproc", 2, fault=fault)
+    assert_told_once(done, 1, "error: rank 1 of 2 was killed by SIGKILL")
+    assert_ended_in_time(done)
+    folder = folder_of(config, "kill-save")
+    assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-00000002"]
+    verify(folder / "checkpoints" / "step-00000002")
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_in_a_step_ends_both_after_the_timeout(config) -> None:
+    arguments = ("train", config, "run=hang", "parallel.hang_timeout=5", "--nproc", 2)
+    done = run(*arguments, fault="hang_of_rank_1_in_step_3")
+    assert_told_once(done, 1, "error: the ranks lost their connection to each other (rank 0: ", "5000ms",
+                     "still at work and now ended: rank 1")  # fmt: skip
+    assert_ended_in_time(done)
+
+
+# Requests to stop
+
+
+def test_a_run_that_is_asked_to_stop_twice_is_the_run_that_nothing_interrupted(config, whole) -> None:
+    folder = folder_of(config, "asked")
+    fault = "request_to_rank_1_in_step_3_and_to_the_launcher_in_step_6"
+    for step, whom in ((3, "another rank's"), (6, "SIGTERM's")):
+        done = run("train", config, "run=asked", "--nproc", 2, fault=fault)
+        assert done.returncode == 75, done.stderr
+        saved = folder / "checkpoints" / f"step-{step:08d}"
+        told = f"stopped at step {step} of 8 on {whom} request; saved {saved}. The same command goes on from there.\n"
+        assert done.stderr.endswith(told) and done.stderr.count("stopped") == 1, done.stderr
+        assert "error" not in done.stderr
+        verify(saved)
+        assert losses(folder) == losses(whole)[:step]
+    done = run("train", config, "run=asked", "--nproc", 2, fault=fault)
+    assert done.returncode == 0, done.stderr
+    assert losses(folder) == losses(whole)
+    name = "adapter/adapter_model.safetensors"
+    assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+# Slowness, which is no fault
+
+
+@pytest.mark.slow
+def test_phases_of_three_times_the_timeout_end_no_run(config, whole, tmp_path) -> None:
+    arguments = ("train", config, "run=slow", "parallel.hang_timeout=5", f"data.cache_dir={tmp_path}", "--nproc", 2)
+    done = run(*arguments, fault="slow_phases_of_rank_1")
+    assert done.returncode == 0, done.stderr
+    assert losses(folder_of(config, "slow")) == losses(whole)
+
+
+# Full disks
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disk_that_fills_up_in_a_save_ends_all_ranks_and_the_same_command_goes_on(
+    rank, config, whole, small_disk
+) -> None:
+    arguments = ("train", config, "run=full", f"runs_dir={small_disk}", "--nproc", 2)
+    done = run(*arguments, fault=f"disk_full_for_rank_{rank}")
+    folder = small_disk / "full"
+    name = f".step-00000004.partial/rank-{rank:05d}-of-00002.safetensors"
+    assert_told_once(
+        done,
+        1,
+        RANK_1 if rank else "error: ",
+        f"{folder}/checkpoints/{name}: No space left on device (ENOSPC) while saving the checkpoint of step 4",
+        "0 bytes are free",
+    )
+    assert "Traceback" not in done.stderr
+    assert_ended_in_time(done)
+    assert checkpoints(folder) == ["step-00000002"]
+    verify(folder / "checkpoints" / "step-00000002")
+    (small_disk / "ballast").unlink()
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "step-00000002: step 2 of 8" in done.stderr
+    assert losses(folder) == losses(whole)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_told_with_both_numbers(config, small_disk, here) -> None:
+    (small_disk / "ballast").write_bytes(b"x" * (4 * 2**20 - 100_000))
+    done = here("train", config, "run=full", f"runs_dir={small_disk}")
+    assert_told_once(
+        done, 1, f"{small_disk}/full/checkpoints: the checkpoint of step 2 needs ", " bytes and ", " are free."
+    )
+    assert checkpoints(small_disk / "full") == []
+    assert [step for step, _ in losses(small_disk / "full")] == [1, 2]
+
+
+@pytest.mark.parametrize("trackers", ["[]", "[tensorboard]"])
+def test_a_disk_that_is_full_when_a_step_is_written_down_is_told(
+    trackers, config, small_disk, here, monkeypatch
+) -> None:
+    batch = Loader.batch
+
+    def fill(self, step):
+        if step == 2:
+            fill_the_disk(small_disk / "ballast")
+        return batch(self, step)
+
+    monkeypatch.setattr(Loader, "batch", fill)
+    arguments = ("run=full", f"runs_dir={small_disk}", f"log.trackers={trackers}", "train.steps=200")
+    done = here("train", config, *arguments, "checkpoint.every=1000")
+    assert_told_once(
+        done, 1, f"error: {small_disk}/full/metrics.jsonl: step ", "can't be written down: No space left on device"
+    )
+    assert "Traceback" not in done.stderr
+    dropped = re.findall(r"log.trackers: tensorboard failed at step \d+ and gets no more: \[Errno 28\]", done.stderr)
+    assert len(dropped) == (trackers == "[tensorboard]"), done.stderr
+
+
+# Damaged checkpoints
+
+
+@pytest.fixture
+def damaged(whole, tmp_path) -> Path:
+    """A copy of the last checkpoint of the whole run, to be damaged."""
+    return shutil.copytree(whole / "checkpoints" / "step-00000008", tmp_path / "step-00000008")
+
+
+def without_a_moment(folder: Path) -> str:
+    """Take one moment out of a shard; returns its key."""
+    path = folder / "rank-00001-of-00002.safetensors"
+    kept = load_file(path)
+    key = next(key for key in kept if key.startswith("exp_avg_sq/"))
+    del kept[key]
+    save_file(kept, path)
+    return key
+
+
+def test_resuming_a_damaged_checkpoint_by_name_is_refused(config, damaged, here) -> None:
+    path = damaged / "rank-00000-of-00002.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    done = here("train", config, "run=named", f"checkpoint.resume={damaged}")
+    assert_told_once(done, 4, f"error: {damaged} is damaged: {path.name} has the checksum ")
+
+
+def test_resuming_a_checkpoint_that_lacks_a_moment_names_it(config, damaged, here) -> None:
+    key = without_a_moment(damaged)
+    _, tensor, part = key.split("/")
+    done = here("train", config, "run=lacking", f"checkpoint.resume={damaged}")
+    assert_told_once(
+        done,
+        4,
+        f"error: {damaged} is damaged: rank-00001-of-00002.safetensors has ",
+        f"it lacks exp_avg_sq of {tensor} (elements {part})",
+    )
+
+
+def test_a_run_whose_only_checkpoint_lacks_a_moment_names_it_on_two_ranks_once(config, damaged) -> None:
+    folder = folder_of(config, "only")
+    (folder / "checkpoints").mkdir(parents=True)
+    shutil.copytree(damaged, folder / "checkpoints" / damaged.name)
+    tensor = without_a_moment(folder / "checkpoints" / damaged.name).split("/")[1]
+    done = run("train", config, "run=only", "--nproc", 2)
+    assert_told_once(
+        done, 4, f"error: no checkpoint of {folder / 'checkpoints'} is whole: ", f"it lacks exp_avg_sq of {tensor} ("
+    )
+    assert "Traceback" not in done.stderr
