@@ -1,0 +1,122 @@
+"""The hub is asked once a node and told plainly when it refuses; with everything at hand nothing is asked at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.commands import run
+from tests.e2e.fake_hub import SHA, Hub, serving
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    """A config without a model."""
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "train.jsonl").write_text("".join(f'{{"prompt": "{i}", "completion": "{i}"}}\n' for i in range(8)))
+    path = folder / "config.yaml"
+    path.write_text(
+        f"run: a\nruns_dir: {folder}/runs\nmodel: {{name: org/tiny}}\nlora: {{rank: 4}}\n"
+        f"data: {{train: {folder}/train.jsonl, eval: {folder}/train.jsonl, cache_dir: {folder}/cache}}\n"
+        "train: {steps: 2, global_batch: 6, micro_batch: 2, sequence_length: 64}\nlog: {trackers: []}\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def repository(tiny_llama, tmp_path_factory) -> Path:
+    """A model as it is published: with a second copy in the maker's own format, and what nobody needs."""
+    folder = tmp_path_factory.mktemp("repository") / "tiny"
+    shutil.copytree(tiny_llama("llama31", shard_size="60KB"), folder)
+    (folder / "original").mkdir()
+    (folder / "original" / "params.json").write_text("{}")
+    (folder / "original" / "consolidated.00.pth").write_text("pickled")
+    (folder / "pytorch_model.bin").write_text("pickled")
+    (folder / "README.md").write_text("A model")
+    return folder
+
+
+def test_a_model_is_fetched_by_one_rank_of_a_node_and_known_by_its_commit(config, repository, tmp_path) -> None:
+    with serving(Hub({"org/tiny": repository})) as hub:
+        environment = {**os.environ, **hub.environment(tmp_path)}
+        done = run("train", config, "--nproc", 3, env=environment)
+        assert done.returncode == 0, done.stderr
+        needed = sorted(p.name for p in repository.iterdir() if p.suffix in (".json", ".safetensors", ".jinja"))
+        assert hub.fetched() == needed and len([name for name in needed if name.endswith(".safetensors")]) > 3
+        asked = [path for _, path in hub.requests if "/api/models/" in path]
+        assert len(asked) == len(set(asked)) == 2  # which commit, and what files
+        # A second start asks whether there is a newer one, and fetches nothing.
+        hub.requests.clear()
+        folder = fetch(environment, "org/tiny")
+        assert folder.endswith(SHA) and hub.fetched() == []
+        assert len([path for _, path in hub.requests if "org/tiny" in path]) == 1
+    assert fetch(environment, "org/tiny") == folder  # the hub is gone: the cache does
+    origin = json.loads((config.parent / "runs" / "a" / "adapter" / "dist_lora.json").read_text())
+    assert (origin["base"]["name"], origin["base"]["revision"]) == ("org/tiny", SHA)
+
+
+REFUSALS = {
+    "without a token": (
+        (401, "GatedRepo", "Access to model org/tiny is restricted. You must be authenticated."),
+        "gated: the hub gives it only to those who have access (Access to model org/tiny is restricted. You must be "
+        "authenticated.). Ask for it on https://huggingface.co/org/tiny (accept the licence), then log in with "
+        "`hf auth login` or set HF_TOKEN, on every node; the token must be allowed to read gated models.",
+    ),
+    "not yet granted": ((403, "GatedRepo", "Your request is awaiting a review."), "(Your request is awaiting a review.)"),
+    "a token without the right": ((403, "", "Your token may not read gated models."), "https://huggingface.co/org/tiny"),
+    "a hub that fails": ((400, "", "Out of order"), "not whole in the local cache, and can't be fetched ("),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_a_refusal_says_how_to_get_access(repository, tmp_path, kind) -> None:
+    refusal, told = REFUSALS[kind]
+    text = fetched(Hub({"org/tiny": repository}, refusals={"org/tiny": refusal}), "org/tiny", tmp_path)
+    assert text.startswith("model.name: org/tiny: ") and told in text
+    assert ("gated" in text) == (refusal[0] != 400)
+
+
+def test_a_name_that_the_hub_does_not_know_is_told_as_that(repository, tmp_path) -> None:
+    text = fetched(Hub({"org/tiny": repository}), "org/tyni", tmp_path)
+    assert text.startswith("model.name: org/tyni: the hub has no such model that you may see. Check the name;")
+
+
+def test_a_hub_that_does_not_answer_says_what_to_do(tmp_path) -> None:
+    environment = {**os.environ, **Hub({}, url="http://127.0.0.1:9").environment(tmp_path)}
+    text = fetch(environment, "org/tiny")
+    assert "can't be fetched (" in text and "Download it on a machine with a network and give the folder" in text
+
+
+def fetched(hub: Hub, name: str, home: Path) -> str:
+    """The error of fetching a model from a hub, in a process whose library looks there."""
+    with serving(hub):
+        return fetch({**os.environ, **hub.environment(home)}, name)
+
+
+def fetch(environment: dict[str, str], name: str) -> str:
+    """The folder of a model, or the error of fetching it."""
+    program = f"""
+from dist_lora.base.hub import fetch_model
+from dist_lora.errors import ConfigError
+try:
+    print(fetch_model({name!r}))
+except ConfigError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_refusal_ends_all_ranks_and_is_told_once(config, repository, tmp_path) -> None:
+    with serving(Hub({"org/tiny": repository}, refusals={"org/tiny": REFUSALS["without a token"][0]})) as hub:
+        environment = {**os.environ, **hub.environment(tmp_path)}
+        done = run("train", config, "run=refused", "--nproc", 2, env=environment)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error:") == 1 and "org/tiny: gated: " in done.stderr and "Traceback" not in done.stderr
