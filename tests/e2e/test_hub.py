@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.commands import run
+from tests.e2e.commands import ROOT, run
 from tests.e2e.fake_hub import SHA, Hub, serving
 
 
@@ -120,3 +120,75 @@ def test_a_refusal_ends_all_ranks_and_is_told_once(config, repository, tmp_path)
         done = run("train", config, "run=refused", "--nproc", 2, env=environment)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error:") == 1 and "org/tiny: gated: " in done.stderr and "Traceback" not in done.stderr
+
+
+# With everything on this machine
+
+WATCH = """
+import os, socket
+def _note(what):
+    with open(os.environ["CONNECTIONS"], "a") as file:
+        file.write(f"{what}\\n")
+    raise OSError(f"no network in this test: {what}")
+def _is_here(host):
+    return host in (None, "", "localhost", "127.0.0.1", "::1", b"localhost", b"127.0.0.1")
+def _watched(connect):
+    def watching(self, address):
+        if self.family != socket.AF_UNIX and not _is_here(address[0]):
+            _note(f"connect {address}")
+        return connect(self, address)
+    return watching
+def _resolve(host, *more, **named):
+    if not _is_here(host):
+        _note(f"resolve {host}")
+    return _getaddrinfo(host, *more, **named)
+_getaddrinfo, socket.getaddrinfo = socket.getaddrinfo, _resolve
+socket.socket.connect = _watched(socket.socket.connect)
+socket.socket.connect_ex = _watched(socket.socket.connect_ex)
+"""
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> dict[str, str]:
+    """An environment whose processes write down each attempt to reach another machine in CONNECTIONS, and fail at it."""
+    (tmp_path / "watch").mkdir()
+    (tmp_path / "watch" / "sitecustomize.py").write_text(WATCH)
+    (tmp_path / "connections").touch()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path / "watch"), str(ROOT)])
+    return environment | {"CONNECTIONS": str(tmp_path / "connections"), "HF_HOME": str(tmp_path / "hf")}
+
+
+def test_the_watch_sees_what_the_hubs_library_does(watched) -> None:
+    text = fetch(watched, "org/tiny")
+    assert "can't be fetched" in text
+    assert Path(watched["CONNECTIONS"]).read_text().startswith("resolve huggingface.co")
+
+
+def test_with_local_files_no_other_machine_is_asked_for_anything(config, tiny_llama, tmp_path, watched) -> None:
+    base, runs = tiny_llama("llama31"), tmp_path / "runs"
+    settings = [f"model.name={base}", f"runs_dir={runs}", "log.trackers=[tensorboard]", "eval.exact_match=true"]
+    done = run("train", config, *settings, "--nproc", 2, env=watched)
+    assert done.returncode == 0, done.stderr
+    gathered = tmp_path / "gathered"
+    commands = [
+        ["gather", str(runs / "a"), "--out", str(gathered)],
+        ["merge", str(gathered), "--out", str(tmp_path / "merged"), "--base", str(base)],
+        ["eval", str(config), *settings, "--adapter", str(gathered)],
+        ["generate", str(gathered), "--base", str(base), "--prompt", "1", "--max-new-tokens", "2"],
+        ["train", str(config), *settings, "--dry-run"],
+    ]
+    program = f"""
+import sys
+from dist_lora.cli import main
+for arguments in {commands!r}:
+    sys.argv = ["dist-lora", *arguments]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, (arguments, ended.code)
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=watched, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "merged" / "config.json").exists() and "base_loss" in done.stdout
+    assert Path(watched["CONNECTIONS"]).read_text() == ""
