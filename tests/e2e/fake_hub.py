@@ -17,7 +17,10 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """``repositories`` are folders by name; ``refusals`` are (status, X-Error-Code, message) by name, for their files."""
+    """``repositories`` are folders by name, those of data as ``datasets/org/name``.
+
+    ``refusals`` are (status, X-Error-Code, message) by name, for their files.
+    """
 
     repositories: dict[str, Path]
     refusals: dict[str, tuple[int, str, str]] = field(default_factory=dict)
@@ -55,17 +58,24 @@ def serving(hub: Hub) -> Iterator[Hub]:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append((self.command, path))
             for name, folder in hub.repositories.items():
-                if path.startswith((f"/api/models/{name}/revision/", f"/api/models/{name}/tree/")):
+                kind = "" if name.startswith("datasets/") else "models/"
+                if path.startswith(f"/api/{kind}{name}"):
                     return self._send(200, json.dumps(_described(name, folder, path)).encode())
                 if path.startswith(f"/{name}/resolve/"):
-                    if name in hub.refusals:
-                        status, code, message = hub.refusals[name]
-                        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-                        return self._send(status, b"", headers)
-                    content = (folder / path.split("/", 5)[5]).read_bytes()
-                    etag = f'"{hashlib.sha1(content).hexdigest()}"'
-                    return self._send(200, content, {"ETag": etag, "X-Repo-Commit": SHA})
-            return self._send(404, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+                    return self._send_file(name, folder / path.removeprefix(f"/{name}/resolve/").split("/", 1)[1])
+            return self._refuse(404, "RepoNotFound", "Repository not found")
+
+        def _send_file(self, name: str, file: Path) -> None:
+            if name in hub.refusals:
+                return self._refuse(*hub.refusals[name])
+            if not file.is_file():
+                return self._refuse(404, "EntryNotFound", "Entry not found")
+            content = file.read_bytes()
+            etag = f'"{hashlib.sha1(content).hexdigest()}"'
+            return self._send(200, content, {"ETag": etag, "X-Repo-Commit": SHA})
+
+        def _refuse(self, status: int, code: str, message: str) -> None:
+            self._send(status, b"", {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}))
 
         def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
             self.send_response(status)
@@ -95,4 +105,5 @@ def _described(name: str, folder: Path, path: str) -> object:
              "oid": hashlib.sha1(file.read_bytes()).hexdigest()}
             for file in files
         ]  # fmt: skip
-    return {"_id": "1", "id": name, "sha": SHA, "siblings": [{"rfilename": str(f.relative_to(folder))} for f in files]}
+    siblings = [{"rfilename": str(file.relative_to(folder))} for file in files]
+    return {"_id": "1", "id": name.removeprefix("datasets/"), "sha": SHA, "siblings": siblings}

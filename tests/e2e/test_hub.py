@@ -42,15 +42,23 @@ def repository(tiny_llama, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_model_is_fetched_by_one_rank_of_a_node_and_known_by_its_commit(config, repository, tmp_path) -> None:
-    with serving(Hub({"org/tiny": repository})) as hub:
+@pytest.fixture(scope="module")
+def dataset(config, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    shutil.copy(config.parent / "train.jsonl", folder)
+    return folder
+
+
+def test_model_and_data_are_fetched_by_one_rank_of_a_node(config, repository, dataset, tmp_path) -> None:
+    with serving(Hub({"org/tiny": repository, "datasets/org/data": dataset})) as hub:
         environment = {**os.environ, **hub.environment(tmp_path)}
-        done = run("train", config, "--nproc", 3, env=environment)
+        done = run("train", config, "data.train=org/data", "data.eval=null", "--nproc", 3, env=environment)
         assert done.returncode == 0, done.stderr
+        assert "data.train: 8 samples" in done.stderr
         needed = sorted(p.name for p in repository.iterdir() if p.suffix in (".json", ".safetensors", ".jinja"))
-        assert hub.fetched() == needed and len([name for name in needed if name.endswith(".safetensors")]) > 3
-        asked = [path for _, path in hub.requests if "/api/models/" in path]
-        assert len(asked) == len(set(asked)) == 2  # which commit, and what files
+        assert hub.fetched() == sorted([*needed, "train.jsonl"])
+        assert len([name for name in needed if name.endswith(".safetensors")]) > 3
+        assert len(hub.requests) == len(set(hub.requests))  # nothing is asked twice
         # A second start asks whether there is a newer one, and fetches nothing.
         hub.requests.clear()
         folder = fetch(environment, "org/tiny")
