@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from dist_lora.errors import EXIT_FAILED, DistLoraError, StoppedOnRequest
+from dist_lora.errors import EXIT_FAILED, DistLoraError, StopNow, StoppedOnRequest
 
 if TYPE_CHECKING:
     from dist_lora.config.schema import Config
@@ -163,8 +163,8 @@ def report_error(error: BaseException, who: str = "") -> None:
 
     ``who`` is the rank that failed, where that is worth a word.
     """
-    if isinstance(error, StoppedOnRequest):
-        print(error, file=sys.stderr, flush=True)
+    if isinstance(error, StoppedOnRequest | StopNow | KeyboardInterrupt):
+        print(str(error) or "interrupted", file=sys.stderr, flush=True)
         return
     words, stack = str(error), ""
     if not isinstance(error, DistLoraError):

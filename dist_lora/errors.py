@@ -75,3 +75,12 @@ class StoppedOnRequest(DistLoraError, InterruptedError):
     """A signal asked the run to stop; everything is saved and the same command goes on."""
 
     exit_code = EXIT_STOPPED
+
+
+class StopNow(BaseException):
+    """A signal asked this rank to stop where there is nothing to save: the same command begins again.
+
+    No ``Exception``: whoever turns the errors of a stage into one of ours must let it pass.
+    """
+
+    exit_code = EXIT_STOPPED

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from dist_lora.errors import EXIT_DONE, EXIT_FAILED
+from dist_lora.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 
 POLL_S = 0.05
 GRACE_S = 15.0  # what the others get to end by themselves when one has ended with an error
@@ -29,17 +29,23 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
     is told only what no rank can tell of itself, that it was killed. TERM, INT and USR1 are passed on to the ranks,
     which save and end with 75.
     """
+    ranks: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
+
     with tempfile.TemporaryDirectory(prefix="dist-lora-") as folder:
-        ranks = [_start(arguments, num_ranks=num_ranks, local_rank=i, folder=Path(folder)) for i in range(num_ranks)]
-
-        def pass_on(number: int, frame: FrameType | None) -> None:
-            for rank in ranks:
-                if rank.poll() is None:
-                    rank.send_signal(number)
-
         before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
         try:
-            return _see_through(ranks, Path(folder))
+            for i in range(num_ranks):
+                ranks.append(_start(arguments, num_ranks=num_ranks, local_rank=i, folder=Path(folder)))
+            if asked:  # while they were started: not all of them have heard it
+                pass_on(asked[-1], None)
+            return _see_through(ranks, Path(folder), asked)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -65,8 +71,11 @@ def _start(arguments: Sequence[str], *, num_ranks: int, local_rank: int, folder:
     return subprocess.Popen([sys.executable, "-m", "dist_lora", *arguments], env=environment, start_new_session=True)
 
 
-def _see_through(ranks: list[subprocess.Popen[bytes]], folder: Path) -> int:
-    """Wait for all ranks, or for a while after the first failure; returns the exit code of the whole."""
+def _see_through(ranks: list[subprocess.Popen[bytes]], folder: Path, asked: Sequence[int]) -> int:
+    """Wait for all ranks, or for a while after the first failure; returns the exit code of the whole.
+
+    ``asked``: the signals that were passed on, one by one.
+    """
     failed: dict[int, int] = {}  # rank: exit code, in the order in which they ended
     deadline = float("inf")
     while True:
@@ -81,6 +90,11 @@ def _see_through(ranks: list[subprocess.Popen[bytes]], folder: Path) -> int:
         time.sleep(POLL_S)
     if not failed:
         return EXIT_DONE
+    if all(-code in asked or code == EXIT_STOPPED for code in failed.values()):
+        if EXIT_STOPPED not in failed.values():  # they had not come so far as to listen to signals
+            name = signal.Signals(asked[0]).name
+            _say(f"stopped on {name}'s request: nothing is lost, and the same command goes on.")
+        return EXIT_STOPPED
     # A rank that merely noticed another's end says less than the one that ended.
     cause = next((i for i, code in failed.items() if code != EXIT_LOST_PEER), next(iter(failed)))
     stuck = [i for i, rank in enumerate(ranks) if rank.poll() is None]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from dist_lora.config.schema import ParallelSection
-from dist_lora.errors import EXIT_DONE, EXIT_FAILED, DistLoraError, RankError, StoppedOnRequest
+from dist_lora.errors import EXIT_DONE, EXIT_FAILED, DistLoraError, RankError, StopNow, StoppedOnRequest
 from dist_lora.parallel.local import EXIT_LOST_PEER, leave_word
 from dist_lora.parallel.place import Place
 from dist_lora.parallel.world import World, join
@@ -72,7 +72,7 @@ def _fail(
     place: Place | None, world: World | None, error: BaseException, report: Callable[[BaseException, str], None]
 ) -> int:
     """Tell the user or the other ranks, whichever is this rank's part; returns its exit code."""
-    code = error.exit_code if isinstance(error, DistLoraError) else EXIT_FAILED
+    code = error.exit_code if isinstance(error, DistLoraError | StopNow) else EXIT_FAILED
     if world is None:
         report(error, _who(place))
         return code

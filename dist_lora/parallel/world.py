@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_lora.errors import EXIT_FAILED, ConfigError, DistLoraError, RankError
+from dist_lora.errors import EXIT_FAILED, ConfigError, DistLoraError, RankError, StopNow
 from dist_lora.parallel.place import Place
 
 FAILED_KEY = "failed"
@@ -186,7 +186,7 @@ class World:
 
 
 def _describe(error: BaseException, world_rank: int) -> str:
-    exit_code = error.exit_code if isinstance(error, DistLoraError) else EXIT_FAILED
+    exit_code = error.exit_code if isinstance(error, DistLoraError | StopNow) else EXIT_FAILED
     message = str(error) if isinstance(error, DistLoraError) else f"{type(error).__name__}: {error}"
     return json.dumps(
         {"world_rank": world_rank, "host": socket.gethostname(), "message": message, "exit_code": exit_code}

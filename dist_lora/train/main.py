@@ -101,6 +101,11 @@ def num_steps_of(config: Config, loader: Loader) -> int:
 
 def train(config: Config, world: World, *, is_dry: bool = False) -> None:
     """``dist-lora train``. All ranks call it."""
+    with StopRequest() as stop:
+        _train_until_asked(config, world, stop, is_dry=is_dry)
+
+
+def _train_until_asked(config: Config, world: World, stop: StopRequest, *, is_dry: bool) -> None:
     started_s = time.monotonic()
     _check_trackers(config, world)
     base = open_base(config, world)
@@ -139,7 +144,7 @@ def train(config: Config, world: World, *, is_dry: bool = False) -> None:
         )
     if not is_resumed and world.is_first:
         (folder / "metrics.jsonl").unlink(missing_ok=True)
-    _train(run, folder, world)
+    _train(run, folder, world, stop)
     _check_base(trainee, world)
     _finish(run, folder, world, seconds=time.monotonic() - started_s)
 
@@ -154,8 +159,7 @@ def _check_trackers(config: Config, world: World) -> None:
     world.agree("log.trackers", error)
 
 
-def _train(run: Run, folder: Path, world: World) -> None:
-    stop = StopRequest()
+def _train(run: Run, folder: Path, world: World, stop: StopRequest) -> None:
     meter = None
     error: DistLoraError | None = None
     try:
@@ -174,11 +178,11 @@ def _train(run: Run, folder: Path, world: World) -> None:
             except OSError as caught:
                 error = SaveError(f"{folder}: can't be written: {caught}")
         world.agree("the meter", error)
-        run.train(meter, stop)
+        with stop.noted():
+            run.train(meter, stop)
     finally:
         if meter is not None:
             meter.close()
-        stop.restore()
 
 
 def _check_base(trainee: Trainee, world: World) -> None:

@@ -39,7 +39,11 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def truncate_metrics(folder: Path, *, last_step: int) -> None:
-    """Drop the lines of steps after ``last_step``: they were lost with the process that made them, and come again."""
+    """Drop the lines of steps after ``last_step``: they were lost with the process that made them, and come again.
+
+    Raises:
+        SaveError: the disk refuses.
+    """
     path = folder / METRICS_FILE
     if not path.exists():
         return
@@ -52,8 +56,13 @@ def truncate_metrics(folder: Path, *, last_step: int) -> None:
         if is_kept:
             kept.append(line + "\n")
     aside = path.with_suffix(".partial")
-    aside.write_text("".join(kept))
-    os.replace(aside, path)
+    try:
+        aside.write_text("".join(kept))
+        os.replace(aside, path)
+    except OSError as error:
+        raise SaveError(
+            f"{path}: can't be written: {error.strerror or error}. Make room, or set runs_dir elsewhere."
+        ) from error
 
 
 def check_trackers(names: Sequence[str]) -> None:

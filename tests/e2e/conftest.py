@@ -100,6 +100,7 @@ def whole(config) -> Path:
 def here(capfd, monkeypatch) -> Iterator[Callable[..., Done]]:
     """``here("train", ...)`` runs a command of one process in this one, which has its imports behind it."""
     from dist_lora.cli import main
+    from dist_lora.train import run_folder
 
     logger = logging.getLogger("dist_lora")
     before = logger.level, logger.handlers[:]
@@ -110,6 +111,8 @@ def here(capfd, monkeypatch) -> Iterator[Callable[..., Done]]:
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
+        while run_folder._locks:  # a process that ends gives them back
+            run_folder._locks.pop().close()
         told = capfd.readouterr()
         assert isinstance(ended.value.code, int)
         return Done(ended.value.code, told.out, told.err)

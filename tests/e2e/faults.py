@@ -210,11 +210,6 @@ def boom_while_the_other_saves() -> None:
 # Ranks that are killed, hang, lose each other
 
 
-def kill_of_rank_1_in_step_3() -> None:
-    if RANK == 1:
-        at_step(3, lambda: strike(lambda: signal_myself(signal.SIGKILL)))
-
-
 def kill_of_rank_1_while_the_other_waits_for_its_share() -> None:
     if RANK == 1:
         before(shards, "_write_file", lambda: strike(lambda: signal_myself(signal.SIGKILL)), at_call=2)
@@ -241,6 +236,10 @@ def ask_the_launcher() -> None:
     os.kill(os.getppid(), signal.SIGTERM)
     while not passed_on.is_asked:
         time.sleep(0.01)
+
+
+def request_to_rank_1_while_the_other_loads() -> None:
+    before(build, "fill_slots", (lambda: strike(lambda: signal_myself(signal.SIGUSR1))) if RANK == 1 else hang)
 
 
 # Slowness, which is no fault

@@ -38,7 +38,7 @@ def environment(fault: str | None = None) -> dict[str, str]:
     return {**os.environ, **added}
 
 
-def run(*arguments: object, fault: str | None = None, timeout_s: float = 120) -> Done:
+def run(*arguments: object, fault: str | None = None, timeout_s: float = 300) -> Done:
     """Run ``dist-lora ARGUMENTS`` in processes of its own to its end."""
     done = subprocess.run(
         command(*arguments),

@@ -57,7 +57,7 @@ def test_a_run_whose_rank_was_killed_goes_on_to_the_bytes_of_an_uninterrupted_on
     if (folder / "adapter").exists():
         pytest.fail(f"the run ended before it could be killed: {told}{rest}")
     assert code == 1, rest
-    assert "was killed by SIGKILL" in rest
+    assert "error: rank 1 of 2 was killed by SIGKILL" in rest
     done = run("train", config, "run=killed", "--nproc", 2)
     assert done.returncode == 0, done.stderr
     assert losses(folder) == losses(whole)
