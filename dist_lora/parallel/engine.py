@@ -57,16 +57,3 @@ class SingleProcess:
     def frozen_shares(self, model: Llama) -> list[tuple[str, Tensor]]:
         """The base as this rank keeps it: name and local tensor of each part."""
         return [(f"{slot.name}/{slot.part}", slot.destination) for slot in self.slots(model)]
-
-
-def make_engine(layout: Layout, world: World) -> SingleProcess:
-    """The engine that a layout names."""
-    if layout.engine == "fsdp2":
-        from dist_lora.parallel.fsdp2 import Fsdp2
-
-        return Fsdp2(world, layout)
-    if layout.engine == "zero3":
-        from dist_lora.parallel.zero3 import Zero3
-
-        return Zero3(world, layout)
-    return SingleProcess(world, layout)
