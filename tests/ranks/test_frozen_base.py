@@ -275,3 +275,35 @@ def gradients_of_the_base(world: World, folder: str, engine: str) -> list[str]:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_no_frozen_parameter_gets_a_gradient(ranks, tiny_llama, engine) -> None:
     assert ranks(2).run(gradients_of_the_base, str(tiny_llama("llama31")), engine) == [[], []]
+
+
+def kept_between_micro_batches(world: World, folder: str, adapters: str, micro_batches: int) -> int:
+    """The most bytes that are there after any backward of a step of so many micro-batches, batches not counted."""
+    settings = {"model": {"quant": "nf4"}, "parallel": {"engine": "fsdp2", "adapters": adapters}}
+    trainee = trainee_of(config_of(folder, **settings), world)
+    step_of(trainee, world)()
+    trainee.adapters.begin_step()
+    before = storages()
+    batch = Loader(
+        documents(seed=0, lengths=[20] * 2 * micro_batches),
+        seed=0,
+        world_rank=world.world_rank,
+        world_size=world.world_size,
+        sequence_length=64,
+        packing=False,
+        global_batch=2 * micro_batches,
+        micro_batch=1,
+    ).batch(0)
+    most = 0
+    for i, micro in enumerate(batch.micro_batches):
+        trainee.adapters.backward(trainee.run(micro), is_last=i == micro_batches - 1)
+        now = {address: size for address, size in storages().items() if address not in before}
+        most = max(most, sum(size for size in now.values() if size > 64 * 20))
+    return most
+
+
+@pytest.mark.parametrize("adapters", ["replicate", "shard"])
+def test_accumulating_eight_times_keeps_no_more_than_once(ranks, tiny_llama, adapters) -> None:
+    folder = str(tiny_llama("llama31"))
+    once, eight = (ranks(2).run(kept_between_micro_batches, folder, adapters, count)[0] for count in (1, 8))
+    assert eight <= 1.05 * once + 64 * 20
