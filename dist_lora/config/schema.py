@@ -374,7 +374,9 @@ class EvalSection(Section):
     )
     max_new_tokens: int = Field(default=64, ge=1, description="Longest generated answer, in tokens.")
     batch: int | None = Field(
-        default=None, ge=1, description="Sequences a GPU evaluates at once; null is train.micro_batch."
+        default=None,
+        ge=1,
+        description="Sequences a GPU evaluates at once; null is train.micro_batch, and 32 for generated answers.",
     )
 
 

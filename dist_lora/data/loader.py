@@ -124,15 +124,27 @@ class Loader:
 class EvalBatches:
     """Held-out documents, each exactly once, in passes that do not depend on the number of ranks.
 
-    Every rank iterates over the same number of micro-batches.
+    Every rank iterates over the same number of micro-batches. ``packing`` is that of the training, so that a pass
+    holds no more tokens here than there.
     """
 
     def __init__(
-        self, token_set: TokenSet, *, micro_batch: int, sequence_length: int, world_rank: int, world_size: int
+        self,
+        token_set: TokenSet,
+        *,
+        micro_batch: int,
+        sequence_length: int,
+        packing: bool,
+        world_rank: int,
+        world_size: int,
     ) -> None:
         self._token_set = token_set
-        packed = pack_best_fit(token_set.lengths, capacity=sequence_length, order=np.arange(len(token_set)))
-        passes = [packed[at : at + micro_batch] for at in range(0, len(packed), micro_batch)]
+        order = np.arange(len(token_set))
+        self._sequences: list[np.ndarray] | np.ndarray = order[:, None]
+        if packing:
+            self._sequences = pack_best_fit(token_set.lengths, capacity=sequence_length, order=order)
+        self._micro_batch = micro_batch
+        passes = range(0, len(self._sequences), micro_batch)  # each by its first sequence
         self._passes = passes[world_rank::world_size]
         self._num_passes = _ceil_div(len(passes), world_size)
 
@@ -146,7 +158,11 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for at in range(self._num_passes):
-            yield _micro_batch(self._token_set, self._passes[at] if at < len(self._passes) else [])
+            chosen: list[np.ndarray] = []
+            if at < len(self._passes):
+                first = self._passes[at]
+                chosen = list(self._sequences[first : first + self._micro_batch])
+            yield _micro_batch(self._token_set, chosen)
 
 
 def deal(tokens: Sequence[int], *, world_size: int) -> list[list[int]]:

@@ -17,8 +17,9 @@ def loss_of(trainee: Trainee, tokens: TokenSet, *, config: Config, world: World)
     """The held-out loss of the trainee as it is now. All ranks call it."""
     batches = EvalBatches(
         tokens,
-        micro_batch=config.train.micro_batch,
+        micro_batch=config.eval.batch or config.train.micro_batch,
         sequence_length=config.train.sequence_length,
+        packing=config.train.packing,
         world_rank=world.world_rank,
         world_size=world.world_size,
     )

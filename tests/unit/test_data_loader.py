@@ -186,15 +186,14 @@ def test_dealing_gives_each_sequence_to_one_rank(tokens, world_size):
     assert max(loads) - min(loads) <= 2 * max(tokens)
 
 
+@pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 7])
-def test_evaluation_sees_each_document_once_in_passes_that_ranks_do_not_change(num_samples, world_size):
+def test_evaluation_sees_each_document_once_in_passes_that_ranks_do_not_change(num_samples, world_size, packing):
     tokens = token_set([3 + i for i in range(num_samples)])
-    (alone,) = (list(EvalBatches(tokens, micro_batch=1, sequence_length=16, world_rank=0, world_size=1)),)
-    ranks = [
-        EvalBatches(tokens, micro_batch=1, sequence_length=16, world_rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
+    cut = {"micro_batch": 1, "sequence_length": 16, "packing": packing}
+    alone = list(EvalBatches(tokens, **cut, world_rank=0, world_size=1))
+    ranks = [EvalBatches(tokens, **cut, world_rank=rank, world_size=world_size) for rank in range(world_size)]
     passes = [list(rank) for rank in ranks]
     assert [len(rank) for rank in ranks] == [len(of) for of in passes]
     assert len({len(of) for of in passes}) == 1
@@ -202,3 +201,35 @@ def test_evaluation_sees_each_document_once_in_passes_that_ranks_do_not_change(n
     assert real == sorted((micro.sample_ids, micro.labels.tolist()) for micro in alone)
     assert sorted(i for ids, _ in real for i in ids) == list(range(num_samples))
     assert sum(len(micro.labels) for of in passes for micro in of) == ranks[0].target_tokens
+
+
+def test_evaluation_packs_only_where_the_training_does():
+    tokens = token_set([3, 4, 5, 6, 7])
+    passes = {
+        packing: [micro.sample_ids for micro in EvalBatches(
+            tokens, micro_batch=2, sequence_length=12, packing=packing, world_rank=0, world_size=1)]
+        for packing in (True, False)
+    }  # fmt: skip
+    assert passes == {True: [(4, 2, 3, 1), (0,)], False: [(0, 1), (2, 3), (4,)]}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_run_that_stops_at_any_step_goes_on_with_the_samples_that_follow(packing):
+    """64 samples, 3 epochs, the last step of each smaller; whoever goes on does so on other ranks."""
+    tokens = token_set(np.random.default_rng(2).integers(2, 17, 64))
+
+    def samples(steps, world_size):
+        ranks = loaders(tokens, world_size=world_size, packing=packing, global_batch=5, micro_batch=2, seed=9)
+        of_steps = []
+        for step in steps:
+            batches = [rank.batch(step) for rank in ranks]
+            assert seen(batches) == sorted(batches[0].sample_ids)
+            of_steps.append(batches[0].sample_ids)
+        return of_steps
+
+    num_steps = 3 * loaders(tokens, world_size=1, packing=packing, global_batch=5)[0].steps_in_epoch(0)
+    whole = samples(range(num_steps), 2)
+    assert sorted(itertools.chain(*whole)) == sorted(3 * list(range(64)))
+    assert len(whole[num_steps // 3 - 1]) < len(whole[0]), "no step is smaller"
+    for stop in range(num_steps + 1):
+        assert samples(range(stop), 2) + samples(range(stop, num_steps), 1 + stop % 3) == whole

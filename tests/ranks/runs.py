@@ -1,0 +1,77 @@
+"""Whole runs on the ranks of a pool: the work of ``dist-lora train``, without the seconds that its start costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from dist_lora.config.schema import Config
+from dist_lora.data.loader import Loader, StepBatch
+from dist_lora.data.tokens import TokenSet
+from dist_lora.errors import StoppedOnRequest
+from dist_lora.parallel.world import World
+from dist_lora.train import main, run_folder
+from dist_lora.train.build import Trainee
+from dist_lora.train.loop import Run
+from dist_lora.train.meter import Meter
+from dist_lora.train.signals import StopRequest
+
+
+def train_command(world: World, settings: Mapping[str, Any], ask_at: int | None = None) -> str:
+    """``dist-lora train``; returns what it said where it stopped on request, else nothing.
+
+    ``ask_at``: while the last rank prepares this step it gets SIGUSR1.
+    """
+
+    def asking(config: Config, tokens: TokenSet, world: World) -> Loader:
+        loader = loader_of(config, tokens, world)
+        batch_of = loader.batch
+
+        def batch(step: int) -> StepBatch:
+            if step + 1 == ask_at and world.world_rank == world.world_size - 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return batch_of(step)
+
+        loader.batch = batch  # type: ignore[method-assign]
+        return loader
+
+    loader_of = main.loader_of
+    try:
+        with mock.patch.object(main, "loader_of", asking):
+            main.train(Config.model_validate(settings), world)
+    except StoppedOnRequest as stopped:
+        return str(stopped)
+    finally:
+        while run_folder._locks:  # the end of a process gives its lock back; this one lives on
+            run_folder._locks.pop().close()
+    return ""
+
+
+def run_steps(
+    world: World, config: Config, trainee: Trainee, loader: Loader, *, folder: Path, num_steps: int
+) -> list[dict[str, Any]]:
+    """The lines of metrics of a run from fresh adapters over documents made by hand."""
+    trainee.adapters.initialize(config.train.seed)
+    run = Run(config, trainee, loader=loader, held_out=None, num_steps=num_steps, folder=folder, world=world)
+    if world.is_first:
+        folder.mkdir(parents=True)
+    world.agree("the folder", None)
+    meter = Meter(folder, trackers=[], every=num_steps, first_step=1, num_steps=num_steps) if world.is_first else None
+    stop = StopRequest()
+    try:
+        run.train(meter, stop)
+    finally:
+        stop.restore()
+        if meter is not None:
+            meter.close()
+    return metrics(folder)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,126 @@
+"""A run that is stopped and goes on ends where a straight one ends: bit for bit on as many ranks, else to rounding."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_lora.checkpoint.manifest import KINDS, Piece, read_manifest
+from dist_lora.checkpoint.resume import load_pieces
+from dist_lora.parallel.world import World
+from tests.ranks.runs import metrics, train_command
+
+NUM_STEPS, STOP_AT = 10, 4
+EXACT = ("step", "epoch", "loss", "grad_norm", "lr", "target_tokens", "tokens")
+ADAPTER = Path("adapter", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The folders of runs of one config."""
+
+    config: dict[str, Any]
+    straight: Path
+    stopped: Path
+    as_it_stopped: Path
+
+
+def settings(base: Path, folder: Path, *, dropout: float) -> dict[str, Any]:
+    """14 chats in steps of 4: an epoch ends within a step of 2, and the stop is in the first of three."""
+    data = folder / "train.jsonl"
+    if not data.exists():
+        chats = [[("user", f"say {i}"), ("assistant", f"{i} " * (i * 7 % 9 + 1))] for i in range(14)]
+        lines = [json.dumps({"messages": [{"role": r, "content": c} for r, c in chat]}) for chat in chats]
+        data.write_text("\n".join(lines))
+    return {
+        "run": "it",
+        "model": {"name": str(base), "dtype": "fp32"},
+        "lora": {"rank": 4, "dropout": dropout},
+        "data": {"train": str(data), "cache_dir": str(folder / "cache")},
+        "train": {"steps": NUM_STEPS, "global_batch": 4, "micro_batch": 1, "packing": False, "sequence_length": 64},
+        "optim": {"lr": 5e-3, "warmup_steps": 2, "weight_decay": 0.01},
+        "log": {"trackers": [], "every": 100},
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(ranks, tiny_llama, tmp_path_factory) -> Callable[[float], Runs]:
+    """``runs(dropout)``: on two ranks a straight run, one that is stopped and goes on, and how it lay stopped."""
+
+    @cache
+    def make(dropout: float) -> Runs:
+        folder = tmp_path_factory.mktemp("runs")
+        config = settings(tiny_llama("llama31"), folder, dropout=dropout)
+        straight = config | {"runs_dir": str(folder / "straight"), "checkpoint": {"every": STOP_AT, "keep": 9}}
+        assert ranks(2).run(train_command, straight) == ["", ""]
+        stopped = config | {"runs_dir": str(folder / "stopped")}
+        said = ranks(2).run(train_command, stopped, STOP_AT)
+        assert [text.partition(" on ")[0] for text in said] == [f"stopped at step {STOP_AT} of {NUM_STEPS}"] * 2
+        assert "SIGUSR1" in said[1]
+        shutil.copytree(folder / "stopped", folder / "as it stopped")
+        assert ranks(2).run(train_command, stopped) == ["", ""]
+        return Runs(config, folder / "straight" / "it", folder / "stopped" / "it", folder / "as it stopped" / "it")
+
+    return make
+
+
+def state(folder: Path, step: int) -> dict[Piece, torch.Tensor]:
+    """Adapters and moments of a checkpoint."""
+    path = folder / "checkpoints" / f"step-{step:08d}"
+    manifest = read_manifest(path)
+    pieces = [Piece(spec.name, kind, 0, spec.num_elements) for spec in manifest.tensors for kind in KINDS]
+    return load_pieces(path, manifest, pieces)
+
+
+def exact(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [tuple(line[key] for key in EXACT) for line in lines]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_metrics_and_adapter_of_a_stopped_run_are_those_of_a_straight_one_bit_for_bit(runs, dropout) -> None:
+    made = runs(dropout)
+    straight, stopped = metrics(made.straight), metrics(made.stopped)
+    assert [line["step"] for line in stopped] == list(range(1, NUM_STEPS + 1))
+    assert exact(stopped) == exact(straight)
+    assert straight[-1]["loss"] < 0.95 * straight[0]["loss"]
+    assert (made.stopped / ADAPTER).read_bytes() == (made.straight / ADAPTER).read_bytes()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("step", [STOP_AT, NUM_STEPS])
+def test_moments_at_the_stop_and_at_the_end_are_those_of_a_straight_run_bit_for_bit(runs, dropout, step) -> None:
+    made = runs(dropout)
+    wanted = state(made.straight, step)
+    found = state(made.stopped if step == NUM_STEPS else made.as_it_stopped, step)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[piece], wanted[piece]) for piece in wanted)
+    moments = [values for piece, values in found.items() if piece.kind != "adapter"]
+    assert len(moments) == 2 * 28 and all(values.any() for values in moments)
+
+
+def test_dropout_changes_what_is_learned(runs) -> None:
+    assert metrics(runs(0.0).straight)[0]["loss"] == pytest.approx(metrics(runs(0.1).straight)[0]["loss"], abs=1e-6)
+    assert metrics(runs(0.0).straight)[-1]["loss"] != pytest.approx(metrics(runs(0.1).straight)[-1]["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_run_that_goes_on_with_other_ranks_has_the_losses_of_a_straight_one(runs, ranks, tmp_path, size) -> None:
+    made = runs(0.0)
+    shutil.copytree(made.as_it_stopped, tmp_path / "it")
+    config = made.config | {"runs_dir": str(tmp_path)}
+    said = ranks(size).run(train_command, config) if size > 1 else [train_command(World.alone(), config)]
+    assert said == [""] * size
+    straight, found = metrics(made.straight), metrics(tmp_path / "it")
+    assert [line["step"] for line in found] == list(range(1, NUM_STEPS + 1))
+    assert exact(found[:STOP_AT]) == exact(straight[:STOP_AT])
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in straight], abs=1e-5)
+    assert [line["grad_norm"] for line in found] == pytest.approx([line["grad_norm"] for line in straight], rel=1e-5)
+    assert [line["lr"] for line in found] == [line["lr"] for line in straight]

@@ -1,0 +1,226 @@
+"""The whole model: documents that do not see each other, a loss without whole logits, and what memory it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dist_lora.base import llama
+from dist_lora.base.attention import Documents
+from dist_lora.base.llama import LOGITS_AT_ONCE, SumOfCrossEntropy
+from dist_lora.data.loader import Loader
+from dist_lora.export.evaluate import run_micro_batch
+from dist_lora.parallel.world import World
+from dist_lora.train.build import Trainee
+from dist_lora.train.held_out import loss_of
+from tests.ranks.tiny import config_of, documents, trainee_of
+
+VOCAB, NUM_TARGETS = 128256, 2048
+
+
+def trained(folder: Any, *, is_recomputed: bool = False) -> Trainee:
+    """A tiny model in training, its adapters away from zero."""
+    trainee = trainee_of(config_of(folder, train={"activation_checkpointing": is_recomputed}), World.alone())
+    generator = torch.Generator().manual_seed(2)
+    for tensor in trainee.adapters.tensors:
+        values = tensor.parameter.data
+        values.copy_(torch.randn(values.shape, generator=generator) * 0.1)
+    trainee.model.train()
+    return trainee
+
+
+# Documents that lie in one pass do not see each other
+
+# Two packed sequences, one after the other: in each a long document between documents of one token.
+LENGTHS = [1, 9, 1, 4, 1, 7]
+
+
+def stream(lengths: list[int], *, seed: int = 0) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Ids, positions and bounds of random documents."""
+    ids = torch.randint(0, 512, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+    bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    return ids, torch.cat([torch.arange(length) for length in lengths]), tuple(bounds)
+
+
+def forward(trainee: Trainee, ids: Tensor, positions: Tensor, bounds: tuple[int, ...], backend: Any) -> tuple:
+    """Logits of every token, and the loss of every one by its successor, as training computes it."""
+    rows = torch.arange(len(ids))
+    attention = Documents(bounds, backend)
+    logits = trainee.model(ids, positions=positions, attention=attention, rows=rows)
+    labels = (ids * 7 + 3) % 512
+    losses = [
+        trainee.model(ids, positions=positions, attention=attention, rows=rows[a:b], labels=labels[a:b])
+        for a, b in zip(bounds, bounds[1:], strict=False)
+    ]
+    return logits, torch.stack(losses)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("is_recomputed", [True, False])
+def test_documents_of_a_pass_have_the_logits_losses_and_gradients_that_they_have_alone(
+    tiny_llama, is_recomputed, backend
+) -> None:
+    trainee = trained(tiny_llama("llama31"), is_recomputed=is_recomputed)
+    assert all(block.recompute == is_recomputed for block in trainee.model.blocks())
+    ids, positions, bounds = stream(LENGTHS)
+    logits, losses = forward(trainee, ids, positions, bounds, backend)
+    trainee.adapters.gradient.zero_()
+    losses.sum().backward()
+    together = trainee.adapters.gradient.clone()
+    trainee.adapters.gradient.zero_()
+    for document, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        alone, loss = forward(trainee, ids[a:b], positions[a:b], (0, b - a), backend)
+        torch.testing.assert_close(logits[a:b], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(losses[document], loss[0], atol=1e-5, rtol=1e-5)
+        # (ids * 7 + 3) depends on the token alone, so labels are the same here and there.
+        loss[0].backward()
+    assert (trainee.adapters.gradient - together).norm() < 1e-5 * together.norm()
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("changed", range(len(LENGTHS)))
+def test_a_change_in_one_document_leaves_every_other_bit_of_the_model_where_it_was(
+    tiny_llama, changed, backend
+) -> None:
+    trainee = trained(tiny_llama("llama31"), is_recomputed=True)
+    ids, positions, bounds = stream(LENGTHS)
+    before = [values.detach() for values in forward(trainee, ids, positions, bounds, backend)]
+    own = slice(bounds[changed], bounds[changed + 1])
+    ids[own] = (ids[own] + 100) % 512
+    after = [values.detach() for values in forward(trainee, ids, positions, bounds, backend)]
+    others = torch.ones(len(ids), dtype=torch.bool)
+    others[own] = False
+    assert torch.equal(before[0][others], after[0][others])
+    assert not torch.equal(before[0][own], after[0][own])
+    assert [i for i in range(len(LENGTHS)) if before[1][i] != after[1][i]] == [changed]
+
+
+# Logits are never whole
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_elements, self.operation = 0, ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See ``TorchDispatchMode``."""
+        given = func(*args, **kwargs or {})
+        for leaf in tree_leaves(given):
+            if isinstance(leaf, Tensor) and leaf.numel() > self.num_elements:
+                self.num_elements, self.operation = leaf.numel(), str(func)
+        return given
+
+
+def plain_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+    """Sum and gradient by ``F.cross_entropy``, some rows at a time: a whole one would take gigabytes."""
+    hidden = hidden.detach().requires_grad_()
+    total = 0.0
+    for rows, of_rows in zip(hidden.split(100), labels.split(100), strict=True):
+        loss = F.cross_entropy(rows @ weight.T, of_rows, reduction="sum")
+        loss.backward()
+        total += float(loss.detach())
+    assert hidden.grad is not None
+    return total, hidden.grad
+
+
+def test_loss_and_gradient_in_slices_of_logits_are_those_of_plain_cross_entropy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(VOCAB, 16, generator=generator) * 0.5
+    hidden = torch.randn(NUM_TARGETS, 16, generator=generator)
+    labels = torch.randint(0, VOCAB, (NUM_TARGETS,), generator=generator)
+    ours = hidden.clone().requires_grad_()
+    with Largest() as largest:
+        loss = SumOfCrossEntropy.apply(ours, weight, labels)
+        (loss / NUM_TARGETS).backward()
+    wanted, gradient = plain_loss(hidden, weight, labels)
+    assert VOCAB < largest.num_elements <= LOGITS_AT_ONCE, largest.operation
+    assert float(loss.detach()) == pytest.approx(wanted, rel=1e-6)
+    assert ours.grad is not None
+    assert (ours.grad * NUM_TARGETS - gradient).norm() < 1e-6 * gradient.norm()
+
+
+def big_vocabulary(tiny_llama: Callable[..., Any]) -> tuple[Trainee, Any]:
+    """A tiny model with Llama 3's vocabulary, and a pass of 2048 targets."""
+    trainee = trained(tiny_llama("llama32", num_layers=1, vocab=VOCAB))
+    tokens = documents(seed=0, lengths=[512, 1024, 516], vocab=VOCAB, targets_from=0)
+    loader = Loader(
+        tokens, sequence_length=1024, packing=False, global_batch=3, micro_batch=3, seed=0, world_rank=0, world_size=1
+    )
+    (batch,) = loader.batch(0).micro_batches
+    assert len(batch.labels) >= NUM_TARGETS
+    return trainee, batch
+
+
+def test_no_tensor_of_a_training_pass_or_an_evaluation_is_larger_than_a_slice_of_logits(tiny_llama) -> None:
+    trainee, batch = big_vocabulary(tiny_llama)
+    with Largest() as largest:
+        loss = run_micro_batch(trainee.model, batch, device=torch.device("cpu"), backend="sdpa")
+        (loss / len(batch.labels)).backward()
+    assert VOCAB < largest.num_elements <= LOGITS_AT_ONCE, largest.operation
+    assert trainee.adapters.gradient.any()
+    with Largest() as largest, torch.no_grad():
+        again = run_micro_batch(trainee.model, batch, device=torch.device("cpu"), backend="sdpa")
+    assert VOCAB < largest.num_elements <= LOGITS_AT_ONCE, largest.operation
+    assert float(again) == pytest.approx(float(loss.detach()), rel=1e-6)
+
+
+def test_where_not_even_a_row_fits_logits_are_made_row_by_row(monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1000, 1, generator=generator)
+    hidden = torch.randn(5, 1, generator=generator)
+    labels = torch.randint(0, 1000, (5,), generator=generator)
+    monkeypatch.setattr(llama, "LOGITS_AT_ONCE", 100)
+    ours = hidden.clone().requires_grad_()
+    with Largest() as largest:
+        SumOfCrossEntropy.apply(ours, weight, labels).backward()
+    assert largest.num_elements == 1000
+    assert ours.grad is not None
+    torch.testing.assert_close(ours.grad, plain_loss(hidden, weight, labels)[1], atol=1e-6, rtol=1e-5)
+
+
+# Memory
+
+
+def peak_bytes(action: Callable[[], object]) -> int:
+    """The most that tensors took at once while ``action`` ran, what operations need inside counted too."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        action()
+    kineto = profiled.profiler.kineto_results
+    changes = sorted((e.start_ns(), e.nbytes()) for e in kineto.events() if e.name() == "[memory]")
+    live = peak = 0
+    for _, num_bytes in changes:
+        live += num_bytes
+        peak = max(peak, live)
+    assert peak > 0
+    return peak
+
+
+@pytest.mark.parametrize("is_recomputed", [True, False])
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_evaluation_takes_no_more_memory_than_a_training_pass(tiny_llama, packing, is_recomputed) -> None:
+    train = {"activation_checkpointing": is_recomputed, "packing": packing, "micro_batch": 2, "sequence_length": 256}
+    config = config_of(tiny_llama("llama31", num_layers=4), train=train)
+    trainee = trainee_of(config, World.alone())
+    tokens = documents(seed=0, lengths=[40, 60, 50, 30] * 4)
+    cut = {"sequence_length": 256, "packing": packing, "global_batch": 2, "micro_batch": 2, "seed": 0}
+    (batch,) = Loader(tokens, **cut, world_rank=0, world_size=1).batch(0).micro_batches
+    trainee.model.train()
+
+    def train_a_pass() -> None:
+        run_micro_batch(trainee.model, batch, device=torch.device("cpu"), backend="sdpa").backward()
+
+    train_a_pass()  # whatever is made once is there
+    evaluation = peak_bytes(lambda: loss_of(trainee, tokens, config=config, world=World.alone()))
+    assert evaluation <= peak_bytes(train_a_pass)
