@@ -197,3 +197,20 @@ def test_tokens_in_use_are_those_of_the_chosen_documents_read_and_written(monkey
     found = tokens_in_use(some, ids=wanted, vocab=60)
     assert (set(found.read), set(found.written)) == (read, written)
     assert 0 < len(read) < 40 and 0 < len(written) < 40
+
+
+@pytest.mark.slow
+def test_a_published_instruct_model_passes_with_its_chat_tokens_and_not_with_those_it_never_met(smollm2) -> None:
+    tokenizer = load_tokenizer(smollm2, chat_template=None)
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    chat = tokenizer.apply_chat_template(CHAT["messages"], tokenize=True, return_dict=False)
+
+    def token_set(ids: list[int]) -> TokenSet:
+        size = np.array([len(ids)])
+        return TokenSet(np.array(ids, np.uint32), np.ones(len(ids), bool), np.array([0]), size, size - 1, np.array([0]))
+
+    check(smollm2, token_set(chat))
+    unmet = tokenizer.convert_tokens_to_ids(["<jupyter_text>", "<repo_name>"])
+    text = refusal(smollm2, token_set([*plain, *unmet, *plain]))
+    assert "<jupyter_text> (12): its row of model.embed_tokens.weight is also that of <jupyter_output>" in text
+    assert "<repo_name>" not in text
