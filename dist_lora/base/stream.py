@@ -150,6 +150,7 @@ def fill_slots(
     index: WeightIndex,
     formats: Mapping[str, Format] = MappingProxyType({}),
     quantized: Mapping[str, QuantizedOnDisk] = MappingProxyType({}),
+    device: torch.device | None = None,
     max_slice_bytes: int = SLICE_BYTES,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> FillReport:
@@ -162,6 +163,7 @@ def fill_slots(
     Args:
         formats: how a tensor is kept, by its name; the others go to their slots as they are.
         quantized: tensors that lie on disk in the format that they are kept in, by name.
+        device: where rows are quantized; None is the CPU. On a GPU it holds one slice and its parts meanwhile.
         max_slice_bytes: size of one read; a single row longer than this is read whole.
         on_progress: called after each slice with (bytes done, bytes in all).
 
@@ -194,6 +196,7 @@ def fill_slots(
                         reader.slices(tensor, descriptor=descriptor, first_row=rows.start, num_rows=len(rows)),
                         tensor=tensor,
                         fmt=formats.get(tensor.name),
+                        device=device,
                     )
                 for row, num_rows, parts in slices:
                     for slot in wanted[tensor.name]:
@@ -211,11 +214,17 @@ def fill_slots(
 Slices = Iterator[tuple[int, int, dict[str, Tensor]]]  # first row, number of rows, their parts
 
 
-def _arriving(slices: Iterator[tuple[int, Tensor]], *, tensor: TensorOnDisk, fmt: Format | None) -> Slices:
+def _arriving(
+    slices: Iterator[tuple[int, Tensor]], *, tensor: TensorOnDisk, fmt: Format | None, device: torch.device | None
+) -> Slices:
     """Slices in the parts of ``fmt``, made of rows as they are read."""
     for first_row, rows in slices:
         try:
-            yield first_row, len(rows), {WEIGHT: rows} if fmt is None else fmt.quantize_rows(rows)
+            yield (
+                first_row,
+                len(rows),
+                {WEIGHT: rows} if fmt is None else fmt.quantize_rows(rows.to(device or rows.device)),
+            )
         except NotFiniteError as error:
             raise error.within(f"{tensor.file}: {tensor.name}", first_row=first_row) from error
 

@@ -6,6 +6,7 @@ no column's type is guessed ("007" stays a text); the hub is read through ``data
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import itertools
@@ -102,13 +103,14 @@ class Records:
         return int(np.searchsorted(self.starts, index, side="right")) - 1
 
 
-def read_records(names: str | Sequence[str], *, fmt: Format | None, which: str) -> Records:
+def read_records(names: str | Sequence[str], *, fmt: Format | None, which: str, is_fetched: bool = False) -> Records:
     """Opens the sources and finds their formats; the records themselves are read one by one later.
 
     Args:
         names: files (``.jsonl .json .csv .parquet``) or hub ids ``ORG/NAME[:CONFIG][@SPLIT]``.
         fmt: the format of all sources; None recognises each by the columns of its first record.
         which: "train" or "eval": the setting to name in errors and the split to take from the hub.
+        is_fetched: ``hash_sources`` has read the same names on this node, so that the hub is not asked again.
 
     Raises:
         DataError: a source is missing, empty, of an unknown kind, or lacks the needed columns.
@@ -116,7 +118,7 @@ def read_records(names: str | Sequence[str], *, fmt: Format | None, which: str) 
     listed = [names] if isinstance(names, str) else list(names)
     if not listed:
         raise DataError(f"data.{which} is an empty list; at least one file or hub id is expected")
-    sources = tuple(_open(name, which) for name in listed)
+    sources = tuple(_open(name, which, is_fetched=is_fetched) for name in listed)
     formats = tuple(_format_of(source, fmt) for source in sources)
     starts = tuple(itertools.accumulate((len(source) for source in sources), initial=0))
     return Records(sources=sources, formats=formats, starts=starts)
@@ -135,11 +137,6 @@ def hash_sources(names: str | Sequence[str], *, which: str) -> str:
             digest.update(chunk)
         digest.update(b"\0end\0")
     return digest.hexdigest()
-
-
-def is_on_hub(names: str | Sequence[str], *, which: str) -> bool:
-    """Whether any source is a hub id, which one process of a node should fetch before the others."""
-    return any(_local_path(name, which) is None for name in ([names] if isinstance(names, str) else names))
 
 
 class JsonLines:
@@ -271,15 +268,20 @@ class ParquetRows:
 
 
 class HubSource:
-    """A data set of the hub (or of its local cache), fetched by ``datasets``."""
+    """A data set of the hub (or of its local cache), fetched by ``datasets``; once fetched, from its cache alone."""
 
-    def __init__(self, name: str, which: str) -> None:
+    def __init__(self, name: str, which: str, *, is_fetched: bool = False) -> None:
         import datasets
 
         parts = _HUB_ID.fullmatch(name)
         assert parts is not None, name
         self.name = name
         split = parts["split"] or ("train" if which == "train" else "validation")
+        if is_fetched:
+            # What can't be read back from the cache is asked for again.
+            with contextlib.suppress(Exception), _without_network():
+                self._dataset = datasets.load_dataset(parts["name"], name=parts["config"], split=split)
+                return
         try:
             self._dataset = datasets.load_dataset(parts["name"], name=parts["config"], split=split)
         except Exception as error:
@@ -307,6 +309,21 @@ class HubSource:
             yield sink.getvalue().to_pybytes()
 
 
+@contextlib.contextmanager
+def _without_network() -> Iterator[None]:
+    """``datasets`` takes what is in its cache and asks nobody: each load costs ten requests of each rank otherwise."""
+    import datasets
+
+    was_offline, verbosity = datasets.config.HF_HUB_OFFLINE, datasets.logging.get_verbosity()
+    datasets.config.HF_HUB_OFFLINE = True
+    datasets.logging.set_verbosity_error()  # it would warn that the hub can't be reached
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = was_offline
+        datasets.logging.set_verbosity(verbosity)
+
+
 def _hub_trouble(name: str, repo: str, split: str, which: str, error: Exception) -> str:
     """What to do about a data set that did not come; ``datasets`` has many exceptions for few causes."""
     words = str(error)
@@ -332,10 +349,10 @@ def _first_line(text: str) -> str:
     return text.strip().splitlines()[0] if text.strip() else "no reason given"
 
 
-def _open(name: str, which: str) -> Source:
+def _open(name: str, which: str, *, is_fetched: bool) -> Source:
     path = _local_path(name, which)
     if path is None:
-        source: Source = HubSource(name, which)
+        source: Source = HubSource(name, which, is_fetched=is_fetched)
     elif path.suffix == ".csv":
         source = CsvRows(path)
     elif path.suffix == ".parquet":

@@ -419,7 +419,7 @@ class _Builder:
 
     def _encode(self) -> _Counts:
         fmt = None if self._rules.format == "auto" else self._rules.format
-        records = read_records(self._names, fmt=fmt, which=self._which)
+        records = read_records(self._names, fmt=fmt, which=self._which, is_fetched=True)
         check_template(self._tokenizer, formats=records.formats)
         group = self._group
         part = range(len(records) * group.place // group.size, len(records) * (group.place + 1) // group.size)

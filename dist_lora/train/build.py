@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dist_lora.base.attention import Backend, choose_backend
 from dist_lora.base.checksum import check_untouched, checksums
+from dist_lora.base.hub import fetch_model
 from dist_lora.base.llama import Llama, build_on_meta
 from dist_lora.base.quant.formats import Format, format_of
 from dist_lora.base.quant.published import BaseOnDisk, open_base_on_disk
@@ -120,30 +121,20 @@ def folder_of(resolved: ResolvedModel, world: World) -> Path:
 
 
 def _from_hub(resolved: ResolvedModel, world: World) -> Path:
-    """The hub's copy of a model, fetched by one rank of each node, or taken from the cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
+    """The hub's copy of a model, fetched by one rank of each node, which tells the others where it lies."""
     assert resolved.hub_id is not None
-    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
     key = f"hub/{resolved.hub_id}/{world.world_rank // world.local_size}"
     if world.local_rank != 0:
-        world.wait_for(key, what=f"fetching {resolved.hub_id}")
-        return Path(snapshot_download(resolved.hub_id, allow_patterns=wanted, local_files_only=True))
+        told = world.fetch(key).decode()
+        if not told:  # the rank that fetches says why
+            raise ConfigError(f"model.name: {resolved.hub_id} could not be fetched on this node")
+        return Path(told)
+    folder = ""
     try:
-        return Path(snapshot_download(resolved.hub_id, allow_patterns=wanted, ignore_patterns=["original/*"]))
-    except (GatedRepoError, RepositoryNotFoundError) as error:
-        raise ConfigError(
-            f"model.name: {resolved.hub_id} is gated or not there for you. Accept its licence on its page, then "
-            "log in with `hf auth login` (or set HF_TOKEN), on every node."
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ConfigError(
-            f"model.name: {resolved.hub_id} is not in the local cache and the hub can't be reached ({error}). "
-            "Download it on a machine with a network and give the folder as model.name."
-        ) from error
+        folder = str(fetch_model(resolved.hub_id))
     finally:
-        world.announce(key)
+        world.share(key, folder.encode())
+    return Path(folder)
 
 
 def build(config: Config, base: Base, world: World) -> Trainee:
@@ -228,6 +219,7 @@ def _fill(base: Base, model: Llama, engine: SingleProcess, world: World, how: st
             index=base.on_disk.index,
             formats=model.formats(),
             quantized=base.on_disk.nf4,
+            device=world.device,
             on_progress=progress,
         )
     except (DistLoraError, OSError) as caught:

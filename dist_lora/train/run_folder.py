@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
+import uuid
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +16,8 @@ from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, SaveError
 from dist_lora.parallel.world import World
+
+SEEN_S = 10.0  # a network file system may hide a new file for as long as it remembers that there was none
 
 # What may differ from one start of a run to the next. Everything else decides its numbers.
 MAY_CHANGE = ("runs_dir", "parallel", "checkpoint", "log", "eval", "train.steps", "train.epochs", "train.micro_batch",
@@ -26,7 +30,7 @@ def open_run_folder(config: Config, world: World) -> Path:
     All ranks call it.
 
     Raises:
-        ConfigError: another process is writing there, or the run began with another config.
+        ConfigError: another process is writing there, the run began with another config, or a node can't see the folder.
         SaveError: the folder can't be made.
     """
     folder = config.runs_dir / config.run
@@ -44,7 +48,38 @@ def open_run_folder(config: Config, world: World) -> Path:
         except ConfigError as caught:
             error = caught
     world.agree("the run's folder", error)
+    _check_shared(folder, world)
     return folder
+
+
+def _check_shared(folder: Path, world: World) -> None:
+    """Raise on all ranks where a node doesn't see what the first one writes: its checkpoints would be in pieces."""
+    if world.num_nodes == 1:
+        return
+    key, probe = "run_folder/probe", folder / f".probe-{uuid.uuid4().hex}"
+    error: Exception | None = None
+    if world.is_first:
+        try:
+            probe.touch()
+        except OSError as caught:
+            error = SaveError(f"{folder}: the run's folder can't be written: {caught.strerror or caught}")
+        world.share(key, probe.name.encode())
+    elif world.local_rank == 0:
+        probe = folder / world.fetch(key).decode()
+        deadline = time.monotonic() + SEEN_S
+        while not probe.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if not probe.exists():
+            error = ConfigError(
+                f"runs_dir: {folder} is not one folder for all nodes: what rank 0 has written there is not seen on "
+                f"{socket.gethostname()} (rank {world.world_rank}) after {SEEN_S:.0f} s. Set runs_dir to a file system "
+                "that all nodes share."
+            )
+    try:
+        world.agree("the run's folder on every node", error)
+    finally:
+        if world.is_first:
+            probe.unlink(missing_ok=True)
 
 
 _locks: list[TextIO] = []  # open for as long as the process lives: closing a lock's file gives it back

@@ -5,18 +5,15 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from dist_lora.base.quant.formats import PartSpec
 from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.checkpoint.manifest import TensorSpec, read_manifest
 from dist_lora.checkpoint.resume import load_pieces
@@ -26,66 +23,16 @@ from dist_lora.errors import ConfigError
 from dist_lora.export.evaluate import held_out_loss
 from dist_lora.export.generate import base_fits_whole, generate
 from dist_lora.parallel.layout import Layout
-from dist_lora.parallel.place import Place
-from dist_lora.parallel.world import World, join
-from dist_lora.train.build import Trainee
+from dist_lora.parallel.world import World
+from dist_lora.train.build import Trainee, describe_trained
 from dist_lora.train.optim import lr_at
 from tests.ranks.tiny import config_of, documents, trainee_of
+from tests.ranks.wire import Wire
 
 LENGTHS = [40, 3, 17, 29, 5, 61, 2, 11, 33, 8, 21, 55, 4, 13, 9, 26]
 CLIPPED = {"optim": {"max_grad_norm": 0.05, "lr": 1e-2, "warmup_steps": 0}}
 RECOMPUTED = {"train": {"activation_checkpointing": True}}
 ZERO3 = {"parallel": {"engine": "zero3"}}
-
-
-@dataclasses.dataclass(frozen=True)
-class Int8Rows:
-    """int8 codes and one fp32 scale a row: a base whose parts are not what it computes in."""
-
-    name: str = "int8"
-
-    def parts(self, out_features: int, in_features: int) -> tuple[PartSpec, ...]:
-        return (
-            PartSpec("codes", (out_features, in_features), torch.int8),
-            PartSpec("scale", (out_features, 1), torch.float32),
-        )
-
-    def refusal(self, out_features: int, in_features: int) -> str | None:
-        return None
-
-    def quantize_rows(self, rows: Tensor) -> dict[str, Tensor]:
-        scale = rows.float().abs().amax(dim=1, keepdim=True) / 127
-        return {"codes": (rows / scale).round().to(torch.int8), "scale": scale}
-
-    def dense(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        return (parts["codes"].float() * parts["scale"]).to(dtype)
-
-
-@contextmanager
-def kept_as(quant: str) -> Iterator[None]:
-    """While it lasts, what is built keeps its linears so."""
-    import dist_lora.train.build as build
-
-    before = build.format_of
-    if quant == "int8":
-        build.format_of = lambda *_: Int8Rows()  # type: ignore[assignment,return-value]
-    try:
-        yield
-    finally:
-        build.format_of = before
-
-
-@contextmanager
-def grouped(world: World) -> Iterator[World]:
-    """The world with a process group, which a process that is alone needs too for zero3 and fsdp2."""
-    if dist.is_initialized():
-        yield world
-        return
-    made = join(Place(0, 1, 0, 1), {}, collective_timeout_s=60)
-    try:
-        yield made
-    finally:
-        made.leave()
 
 
 def loader_of(world: World, *, global_batch: int = 6, micro_batch: int = 1) -> Loader:
@@ -130,7 +77,6 @@ def train(
     settings: dict,
     *,
     num_steps: int = 5,
-    quant: str = "none",
     save: tuple[str, int] | None = None,
     resume: str | None = None,
 ) -> dict:
@@ -139,26 +85,25 @@ def train(
     ``save`` is a folder and the step after which to save there, ``resume`` a checkpoint to go on from.
     """
     config = config_of(folder, **settings)
-    with grouped(world) as here, kept_as(quant):
-        trainee = trainee_of(config, here)
-        with_b(trainee)
-        adapters = trainee.adapters
-        adapters.start_training(config.optim)
-        first = 1
-        if resume is not None:
-            manifest = read_manifest(Path(resume))
-            adapters.restore(load_pieces(Path(resume), manifest, adapters.pieces()), num_steps=manifest.step)
-            first = manifest.step + 1
-        loader = loader_of(here)
-        losses, norms = [], []
-        for step in range(first, num_steps + 1):
-            loss, norm = one_step(trainee, loader, step, config, num_steps)
-            losses.append(loss)
-            norms.append(norm)
-            if save is not None and save[1] == step:
-                saved(trainee, Path(save[0]), step=step, world=here)
-        trainee.check_base()
-        return {"losses": losses, "norms": norms, "share": share_of(trainee)}
+    trainee = trainee_of(config, world)
+    with_b(trainee)
+    adapters = trainee.adapters
+    adapters.start_training(config.optim)
+    first = 1
+    if resume is not None:
+        manifest = read_manifest(Path(resume))
+        adapters.restore(load_pieces(Path(resume), manifest, adapters.pieces()), num_steps=manifest.step)
+        first = manifest.step + 1
+    loader = loader_of(world)
+    losses, norms = [], []
+    for step in range(first, num_steps + 1):
+        loss, norm = one_step(trainee, loader, step, config, num_steps)
+        losses.append(loss)
+        norms.append(norm)
+        if save is not None and save[1] == step:
+            saved(trainee, Path(save[0]), step=step, world=world)
+    trainee.check_base()
+    return {"losses": losses, "norms": norms, "share": share_of(trainee)}
 
 
 def share_of(trainee: Trainee) -> dict[tuple[str, str, int, int], np.ndarray]:
@@ -217,63 +162,52 @@ def plain(tiny_llama) -> dict[tuple[str, str], dict]:
     """Engine none on one process, by the shape and by how its linears are kept: what all is compared with."""
     return {
         (shape, quant): {"folder": str(tiny_llama(shape))}
-        | train(World.alone(), str(tiny_llama(shape)), CLIPPED, quant=quant)
-        for shape, quant in [("llama31", "none"), ("llama31", "int8"), ("llama32", "none")]
+        | train(World.alone(), str(tiny_llama(shape)), CLIPPED | {"model": {"quant": quant}})
+        for shape, quant in [("llama31", "none"), ("llama31", "nf4"), ("llama32", "none")]
     }
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("recompute", [{}, RECOMPUTED], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("shape, quant", [("llama31", "none"), ("llama32", "none"), ("llama31", "int8")])
-def test_any_number_of_ranks_trains_the_adapters_of_one_process(ranks, plain, size, recompute, shape, quant) -> None:
-    wanted = plain[shape, quant]
-    assert min(wanted["norms"]) > 0.05, "clipping is to bite"
-    results = ranks(size).run(run_train, wanted["folder"], CLIPPED | ZERO3 | recompute, {"quant": quant})
-    assert_same_run(results, wanted)
 
 
 def run_train(world: World, folder: str, settings: dict, options: dict) -> dict:
     return train(world, folder, settings, **options)
 
 
-@pytest.mark.parametrize(
-    "offload, recompute", [("base", {}), ("optimizer", RECOMPUTED), ("all", {}), ("all", RECOMPUTED)]
-)
-def test_what_waits_in_host_memory_changes_no_number(ranks, plain, offload, recompute) -> None:
-    wanted = plain["llama31", "int8"]
-    settings = CLIPPED | recompute | {"parallel": {"engine": "zero3", "offload": offload}}
-    assert_same_run(ranks(2).run(run_train, wanted["folder"], settings, {"quant": "int8"}), wanted)
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("recompute", [{}, RECOMPUTED], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("shape, quant", [("llama31", "none"), ("llama32", "none"), ("llama31", "nf4")])
+def test_any_number_of_ranks_trains_the_adapters_of_one_process(ranks, plain, size, recompute, shape, quant) -> None:
+    wanted = plain[shape, quant]
+    assert min(wanted["norms"]) > 0.05, "clipping is to bite"
+    settings = CLIPPED | ZERO3 | recompute | {"model": {"quant": quant}}
+    assert_same_run(ranks(size).run(run_train, wanted["folder"], settings, {}), wanted)
 
 
-def kept_bytes(world: World, folder: str, quant: str) -> tuple[int, int, int]:
-    """Bytes of the frozen base: of all of it, of the storages that this rank keeps after a step, and of its shares."""
-    config = config_of(folder, **CLIPPED, **ZERO3)
-    with kept_as(quant):
-        trainee = trainee_of(config, world)
-    trainee.adapters.start_training(config.optim)
-    one_step(trainee, loader_of(world), 1, config, 5)
-    storages = {}
-    for parameter in trainee.model.base_parameters().values():
-        for tensor in (parameter.data, parameter.ds_tensor):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    shares = sum(tensor.nbytes for _, tensor in trainee.engine.frozen_shares(trainee.model))
-    return trainee.model.base_bytes, sum(storages.values()), shares
+def counted(world: World, folder: str, free_bytes: int) -> tuple[dict[str, int], bool]:
+    """What a run says of its size, and whether a base is held to fit whole where so much host memory is free."""
+    import psutil
+
+    trainee = trainee_of(config_of(folder, **ZERO3), world)
+    real = psutil.virtual_memory
+    psutil.virtual_memory = lambda: SimpleNamespace(available=free_bytes * world.local_size)
+    try:
+        return describe_trained(trainee), base_fits_whole(trainee.model, world)
+    finally:
+        psutil.virtual_memory = real
 
 
-@pytest.mark.parametrize("quant", ["none", "int8"])
-def test_a_rank_of_two_keeps_half_of_the_frozen_base(ranks, tiny_llama, quant) -> None:
-    results = ranks(2).run(kept_bytes, str(tiny_llama("llama31")), quant)
-    for all_bytes, kept, shares in results:
-        assert kept <= 0.55 * all_bytes
-        assert shares <= kept
-    assert sum(shares for _, _, shares in results) == results[0][0], "the shares are not the base"
+def test_a_base_in_shares_is_still_counted_whole(ranks, tiny_llama) -> None:
+    folder = str(tiny_llama("llama31"))
+    alone = trainee_of(config_of(folder), World.alone())
+    frozen = sum(p.numel() for p in alone.model.base_parameters().values())
+    for free_bytes, fits in ((4 * 4 * frozen, True), (4 * 4 * frozen - 1, False)):
+        for counts, told in ranks(2).run(counted, folder, free_bytes):
+            assert counts == {"trainable": alone.adapters.num_elements, "frozen": frozen}
+            assert told is fits
 
 
 def shares_against_disk(world: World, folder: str, quant: str) -> dict[str, list]:
     """What this rank keeps of each base parameter beside the same elements of engine none's."""
-    with kept_as(quant):
-        trainee = trainee_of(config_of(folder, **ZERO3), world)
-        alone = trainee_of(config_of(folder), World.alone())
+    trainee = trainee_of(config_of(folder, model={"quant": quant}, **ZERO3), world)
+    alone = trainee_of(config_of(folder, model={"quant": quant}), World.alone())
     wrong = {}
     for slot, (name, parameter) in zip(
         trainee.engine.slots(trainee.model), alone.model.base_parameters().items(), strict=True
@@ -285,7 +219,7 @@ def shares_against_disk(world: World, folder: str, quant: str) -> dict[str, list
     return wrong
 
 
-@pytest.mark.parametrize("quant", ["none", "int8"])
+@pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
 def test_every_element_of_a_share_is_the_one_on_disk_in_its_own_type(ranks, tiny_llama, quant) -> None:
     # Three ranks divide no tensor here: every last share ends in padding.
     assert ranks(3).run(shares_against_disk, str(tiny_llama("llama31")), quant) == [{}, {}, {}]
@@ -315,6 +249,41 @@ def saved_by_a_forward(world: World, folder: str) -> tuple[int, int]:
 def test_between_forward_and_backward_no_gathered_weight_stays_in_memory(ranks, tiny_llama) -> None:
     for all_bytes, alive in ranks(2).run(saved_by_a_forward, str(tiny_llama("llama31", num_layers=6))):
         assert alive <= all_bytes / 6, "of six blocks the last, whose backward is next, may stay"
+
+
+def sent_in_a_step(world: World, folder: str, recompute: bool) -> tuple[int, dict[str, int], dict[str, int]]:
+    """Micro-batches, bytes gathered and bytes reduced, by type, in the third step of this rank."""
+    settings = {"model": {"quant": "nf4"}, "train": {"activation_checkpointing": recompute}, **CLIPPED, **ZERO3}
+    config = config_of(folder, **settings)
+    trainee = trainee_of(config, world)
+    trainee.adapters.start_training(config.optim)
+    loader = loader_of(world)
+    for step in (1, 2):
+        one_step(trainee, loader, step, config, 5)
+    with Wire() as wire:
+        one_step(trainee, loader, 3, config, 5)
+    found: list[dict[str, int]] = [{}, {}]
+    for kinds, by_type in zip((("_allgather_base_",), ("_reduce_scatter_base_",)), found, strict=True):
+        for sent in wire.sent:
+            if sent.kind in kinds:
+                name = str(sent.dtype).removeprefix("torch.")
+                by_type[name] = by_type.get(name, 0) + sent.num_bytes
+    return len(loader.batch(2).micro_batches), *found
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_block_crosses_the_wire_as_it_is_stored_twice_a_pass_recomputed_or_not(ranks, tiny_llama, recompute) -> None:
+    folder = str(tiny_llama("llama31", num_layers=6))
+    alone = trainee_of(config_of(folder, model={"quant": "nf4"}), World.alone()).model
+    codes = sum(p.nbytes for block in alone.blocks() for p in block.parameters() if p.dtype == torch.uint8)
+    rest = sum(p.nbytes for block in alone.blocks() for p in block.parameters() if p.dtype == torch.float32)
+    trained = sum(p.nbytes for p in alone.parameters() if p.requires_grad)
+    ends = sum(p.nbytes for p in (alone.lm_head.weight, alone.model.embed_tokens.weight, alone.model.norm.weight))
+    for passes, gathered, reduced in ranks(2).run(sent_in_a_step, folder, recompute):
+        assert gathered["uint8"] == passes * 2 * codes
+        assert gathered["float32"] == passes * (2 * rest + ends)  # both ends once: their backward follows, or is none
+        assert set(gathered) == {"uint8", "float32"}
+        assert reduced == {"float32": passes * trained}
 
 
 def gradients_found(world: World, folder: str, settings: dict) -> tuple[list[str], list[str], int]:
@@ -350,6 +319,8 @@ def not_finite(world: World, folder: str, offload: str) -> tuple[list[float], bo
     one_step(trainee, loader, 1, config, 5)
     before = share_of(trainee)
     batch = loader.batch(1)
+    adapters.begin_step()  # a step that is given up after its first backward
+    adapters.backward(trainee.run(batch.micro_batches[0]), is_last=False)
     norms = []
     for bad in (float("nan"), float("inf")):
         adapters.begin_step()
@@ -439,13 +410,20 @@ def checkpoint(ranks, plain, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize(
     "saved_under, size, engine",
-    [("zero3", 1, "zero3"), ("zero3", 3, "zero3"), ("zero3", 2, "fsdp2"), ("fsdp2", 2, "zero3"), ("zero3", 1, "none")],
+    [
+        ("zero3", 1, "zero3"),
+        ("zero3", 3, "zero3"),
+        ("zero3", 2, "fsdp2"),
+        ("fsdp2", 2, "zero3"),
+        ("fsdp2", 2, "zero3+all"),
+        ("zero3", 1, "none"),
+    ],
 )
 def test_a_run_goes_on_on_another_number_of_ranks_and_under_another_engine(
     ranks, plain, checkpoint, saved_under, size, engine
 ) -> None:
     wanted = plain["llama31", "none"]
-    settings = CLIPPED | {"parallel": {"engine": engine}}
+    settings = CLIPPED | {"parallel": dict(zip(("engine", "offload"), engine.split("+"), strict=False))}
     results = ranks(size).run(run_train, wanted["folder"], settings, {"resume": str(checkpoint[saved_under])})
     for found in results:
         assert found["losses"] == pytest.approx(wanted["losses"][3:], abs=1e-5)
@@ -550,8 +528,8 @@ def refusal(world: World, fault: str) -> tuple[str, int]:
                 return importing(name)
 
             zero3.importlib = type("importlib", (), {"import_module": break_down, "util": zero3.importlib.util})  # type: ignore[attr-defined]
-        with grouped(world) as here, pytest.raises(ConfigError) as caught:
-            zero3.Zero3(here, layout)
+        with pytest.raises(ConfigError) as caught:
+            zero3.Zero3(world, layout)
     finally:
         import importlib
 

@@ -17,7 +17,7 @@ from dist_lora.data.shapes import (
     read_sample,
     recognise_format,
 )
-from dist_lora.data.sources import Faults, hash_sources, is_on_hub, read_records
+from dist_lora.data.sources import Faults, hash_sources, read_records
 from dist_lora.errors import DataError
 
 GOOD = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}'
@@ -304,7 +304,25 @@ def test_a_hub_id_is_read_with_its_part_and_split(monkeypatch):
     ]
     read_records("org/name", fmt=None, which="eval")
     assert hub.asked == [("org/name", "main", "test"), ("org/name", None, "validation")]
-    assert is_on_hub(["org/name"], which="train")
+
+
+@pytest.mark.parametrize("is_in_cache", [True, False])
+def test_what_is_fetched_is_taken_from_the_cache_and_asked_for_again_where_it_is_not_there(monkeypatch, is_in_cache):
+    import datasets
+
+    asked = []
+
+    def load_dataset(repo, *, name, split):
+        asked.append("cache" if datasets.config.HF_HUB_OFFLINE else "hub")
+        if asked[-1] == "cache" and not is_in_cache:
+            raise ConnectionError("not in the cache")
+        return datasets.Dataset.from_list([{"text": "a"}])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    assert len(read_records("org/name", fmt=None, which="train", is_fetched=True)) == 1
+    assert asked == (["cache"] if is_in_cache else ["cache", "hub"])
+    assert datasets.config.HF_HUB_OFFLINE is False
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from dist_lora.config.schema import OptimSection
+from dist_lora.lora.attach import AdapterTensor
+from dist_lora.lora.layer import LoraAdapter
 from dist_lora.parallel.adamw import AdamW, norm_of
+from dist_lora.parallel.adapters import ReplicatedAdapters
+from dist_lora.parallel.world import World
 from dist_lora.train.optim import lr_at
 
 # Of 8 steps, 3 of them warm-up, at 0.006: after them 5 steps fall from the full rate, the last one at 4/5 of the way.
@@ -66,3 +72,30 @@ def test_the_norm_of_a_gradient_of_any_length_is_that_in_double_precision(num_el
     gradient = torch.randn(num_elements, generator=torch.Generator().manual_seed(0))
     wanted = float(gradient.double().square().sum().sqrt())
     assert float(norm_of(gradient)) == pytest.approx(wanted, rel=1e-6)
+
+
+def adapters_with_gradient(gradient: torch.Tensor, *, max_norm: float | None) -> ReplicatedAdapters:
+    """One trained tensor pair of as many weights as the gradient has, all zero, with this gradient."""
+    module = LoraAdapter(len(gradient) - 1, 1, rank=1, alpha=1, dropout=0.0)
+    tensors = [AdapterTensor(f"layer.{half}", module, half) for half in ("lora_A", "lora_B")]
+    adapters = ReplicatedAdapters(tensors, World.alone(torch.device("cpu")))
+    adapters.start_training(OptimSection(max_grad_norm=max_norm, beta1=0.0, beta2=0.0, eps=1.0))
+    adapters.begin_step()
+    adapters.gradient.copy_(gradient)
+    return adapters
+
+
+def test_a_gradient_is_scaled_to_the_norm_it_is_given_and_a_shorter_one_is_left() -> None:
+    for max_norm, scale in ((2.5, 0.5), (10.0, 1.0), (None, 1.0)):
+        adapters = adapters_with_gradient(torch.tensor([3.0, 4.0]), max_norm=max_norm)
+        assert adapters.step(1.0) == pytest.approx(5.0)
+        # Without momentum AdamW's update is g / (|g| + eps), of the clipped g.
+        clipped = scale * torch.tensor([3.0, 4.0])
+        torch.testing.assert_close(adapters.parameter.detach(), -clipped / (clipped + 1.0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_updates_nothing(value) -> None:
+    adapters = adapters_with_gradient(torch.tensor([1.0, value]), max_norm=1.0)
+    assert not math.isfinite(adapters.step(1.0))
+    assert not adapters.parameter.any() and not adapters.optimizer.exp_avg[0].any()

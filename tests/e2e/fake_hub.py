@@ -1,0 +1,109 @@
+"""A model hub on this machine's own address: it serves folders as repositories, and writes down what it is asked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Hub:
+    """``repositories`` are folders by name, those of data as ``datasets/org/name``.
+
+    ``refusals`` are (status, X-Error-Code, message) by name, for their files.
+    """
+
+    repositories: dict[str, Path]
+    refusals: dict[str, tuple[int, str, str]] = field(default_factory=dict)
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    url: str = ""
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """What sends a process's hub library here, with nothing in its cache."""
+        return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+
+    def fetched(self) -> list[str]:
+        """The files that were downloaded, each as often as it was."""
+        return sorted(
+            path.rpartition(f"/{SHA}/")[2] for method, path in self.requests if method == "GET" and "/resolve/" in path
+        )
+
+
+@contextmanager
+def serving(hub: Hub) -> Iterator[Hub]:
+    """The hub, answering until the end of ``with``."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self._answer()
+
+        def do_GET(self) -> None:
+            self._answer()
+
+        def _answer(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.requests.append((self.command, path))
+            for name, folder in hub.repositories.items():
+                kind = "" if name.startswith("datasets/") else "models/"
+                if path.startswith(f"/api/{kind}{name}"):
+                    return self._send(200, json.dumps(_described(name, folder, path)).encode())
+                if path.startswith(f"/{name}/resolve/"):
+                    return self._send_file(name, folder / path.removeprefix(f"/{name}/resolve/").split("/", 1)[1])
+            return self._refuse(404, "RepoNotFound", "Repository not found")
+
+        def _send_file(self, name: str, file: Path) -> None:
+            if name in hub.refusals:
+                return self._refuse(*hub.refusals[name])
+            if not file.is_file():
+                return self._refuse(404, "EntryNotFound", "Entry not found")
+            content = file.read_bytes()
+            etag = f'"{hashlib.sha1(content).hexdigest()}"'
+            return self._send(200, content, {"ETag": etag, "X-Repo-Commit": SHA})
+
+        def _refuse(self, status: int, code: str, message: str) -> None:
+            self._send(status, b"", {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}))
+
+        def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+            self.send_response(status)
+            for header, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+                self.send_header(header, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def _described(name: str, folder: Path, path: str) -> object:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    if "/tree/" in path:
+        return [
+            {"type": "file", "path": str(file.relative_to(folder)), "size": file.stat().st_size,
+             "oid": hashlib.sha1(file.read_bytes()).hexdigest()}
+            for file in files
+        ]  # fmt: skip
+    siblings = [{"rfilename": str(file.relative_to(folder))} for file in files]
+    return {"_id": "1", "id": name.removeprefix("datasets/"), "sha": SHA, "siblings": siblings}

@@ -1,0 +1,100 @@
+"""What only a GPU can show: bitsandbytes' kernels, pinned memory, and the numbers of the CPU within its rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dist_lora.base.llama import FrozenLinear
+from dist_lora.base.quant.formats import Format, Int8, Nf4
+from dist_lora.parallel.place import Place
+from dist_lora.parallel.world import World, join
+from tests.ranks.test_frozen_base import step_of
+from tests.ranks.tiny import config_of, trainee_of
+
+pytestmark = pytest.mark.gpu
+
+QUANTIZED = [Nf4(), Int8()]
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """A world of one process with a process group: what fsdp2 needs on one GPU."""
+    made = join(Place(0, 1, 0, 1), {}, collective_timeout_s=60)
+    assert made.device.type == "cuda"
+    yield made
+    made.leave()
+
+
+@pytest.mark.parametrize("fmt", QUANTIZED, ids=lambda f: f.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_on_a_gpu_are_those_of_the_whole_and_near_the_cpus(fmt: Format, dtype) -> None:
+    weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    whole = fmt.quantize_rows(weight.cuda())
+    some = fmt.quantize_rows(weight[32:80].cuda())
+    on_cpu = fmt.quantize_rows(weight)
+    for name, values in whole.items():
+        assert torch.equal(some[name], values[32:80]), name
+        assert values.dtype == on_cpu[name].dtype and values.shape == on_cpu[name].shape
+    dense, wanted = fmt.dense(whole, torch.float32).cpu(), fmt.dense(on_cpu, torch.float32)
+    # A weight beside the middle of two levels may fall to either: a kernel divides, or multiplies by the inverse.
+    assert (dense != wanted).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("fmt", QUANTIZED, ids=lambda f: f.name)
+def test_the_backward_keeps_no_dense_weight(fmt: Format) -> None:
+    linear = FrozenLinear(4096, 4096, fmt).cuda()
+    for name, values in fmt.quantize_rows(torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)).items():
+        getattr(linear, name).data.copy_(values)
+    x = torch.randn(16, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = linear(x)
+    kept = torch.cuda.memory_allocated() - before
+    assert kept <= 2 * y.nbytes  # the result; a dense weight would be 32 MiB
+    y.backward(torch.ones_like(y))
+    dense = fmt.dense({name: getattr(linear, name) for name, _ in linear.named_parameters()}, torch.bfloat16)
+    torch.testing.assert_close(x.grad, torch.ones_like(y) @ dense, atol=0.5, rtol=2e-2)
+    torch.testing.assert_close(y, F.linear(x, dense), atol=0.5, rtol=2e-2)
+
+
+def norms(world: World, folder: Path, **parallel: str) -> list[float]:
+    config = config_of(folder, model={"quant": "nf4", "dtype": "fp32"}, parallel=parallel)
+    trainee = trainee_of(config, world)
+    step = step_of(trainee, world, micro_batches=2)
+    found = [step() for _ in range(3)]
+    trainee.check_base()
+    return found
+
+
+def test_a_base_in_host_memory_is_pinned_and_has_the_same_numbers(world, tiny_llama) -> None:
+    folder = tiny_llama("llama31")
+    wanted = norms(world, folder, engine="fsdp2")
+    assert norms(world, folder, engine="fsdp2", offload="base") == pytest.approx(wanted, rel=1e-5)
+    assert norms(world, folder, engine="fsdp2", offload="all") == pytest.approx(wanted, rel=1e-5)
+    config = config_of(folder, model={"quant": "nf4"}, parallel={"engine": "fsdp2", "offload": "all"})
+    trainee = trainee_of(config, world)
+    step_of(trainee, world)()
+    shares = trainee.engine.frozen_shares(trainee.model)
+    assert all(share.device.type == "cpu" and share.is_pinned() for _, share in shares if share.numel())
+    moments = [values for piece, values in trainee.adapters.share().items() if piece.kind != "adapter"]
+    assert all(values.device.type == "cpu" for values in moments)
+
+
+def test_a_gpu_in_fp32_has_the_losses_of_the_cpu(world, tiny_llama) -> None:
+    folder = tiny_llama("llama31")
+    alone = World.alone(torch.device("cpu"))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    assert norms(world, folder, engine="none") == pytest.approx(norms(alone, folder, engine="none"), rel=1e-3)
+
+
+def test_bf16_is_the_default_and_holds_to_its_table(world, tiny_llama) -> None:
+    trainee = trainee_of(config_of(tiny_llama("llama31"), model={"dtype": "auto", "quant": "nf4"}), world)
+    assert trainee.precision.dtype == torch.bfloat16 and trainee.backend == "varlen"
+    step: Callable[[], float] = step_of(trainee, world)
+    assert step() > 0
+    trainee.check_base()
