@@ -230,18 +230,8 @@ class Run:
     def _specs(self) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(name, shape) for name, shape in self.adapters.shapes.items())
 
-    def resume(self) -> bool:
-        """Take up the newest whole checkpoint, or what ``checkpoint.resume`` names; False if there is none."""
-        wanted = self.config.checkpoint.resume
-        if wanted == "never":
-            if self.world.is_first:
-                leftover = next(self.checkpoints.glob("step-*"), None)
-                if leftover is not None:
-                    log.warning(f"checkpoint.resume: never: beginning anew beside {leftover}")
-            return False
-        path = newest_whole(self.checkpoints, self.world) if wanted == "auto" else self._named(wanted)
-        if path is None:
-            return False
+    def resume(self, path: Path) -> None:
+        """Take up what ``checkpoint_to_resume`` found."""
         manifest = read_manifest(path)
         self._check_same(path, manifest)
         self.adapters.restore(load_pieces(path, manifest, self.adapters.pieces()), num_steps=manifest.step)
@@ -251,17 +241,6 @@ class Run:
         if self.world.is_first:
             truncate_metrics(self.folder, last_step=manifest.step)
             log.info(f"resumed {path}: step {manifest.step} of {self.num_steps}")
-        return True
-
-    def _named(self, path: Path) -> Path:
-        error = None
-        if self.world.is_first:
-            try:
-                verify(path)
-            except CheckpointError as caught:
-                error = caught
-        self.world.agree("checkpoint.resume", error)
-        return path
 
     def _check_same(self, path: Path, manifest: Manifest) -> None:
         if manifest.tensors != self._specs():
@@ -269,6 +248,32 @@ class Run:
                 f"{path} holds {len(manifest.tensors)} trained tensors and this config attaches "
                 f"{len(self._specs())}, or their names or shapes differ: it is another run's checkpoint"
             )
+
+
+def checkpoint_to_resume(config: Config, folder: Path, world: World) -> Path | None:
+    """The newest whole checkpoint of a run, or what ``checkpoint.resume`` names, verified; None if there is none.
+
+    All ranks call it, before they load anything.
+
+    Raises:
+        CheckpointError: what is named is damaged, or none of the run's is whole.
+    """
+    wanted, root = config.checkpoint.resume, folder / "checkpoints"
+    if wanted == "auto":
+        return newest_whole(root, world)
+    if wanted == "never":
+        leftover = next(root.glob("step-*"), None) if world.is_first else None
+        if leftover is not None:
+            log.warning(f"checkpoint.resume: never: beginning anew beside {leftover}")
+        return None
+    error: CheckpointError | None = None
+    if world.is_first:
+        try:
+            verify(wanted)
+        except CheckpointError as caught:
+            error = caught
+    world.agree("checkpoint.resume", error)
+    return wanted
 
 
 def _samples(ids: Sequence[int]) -> str:

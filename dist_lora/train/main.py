@@ -21,7 +21,7 @@ from dist_lora.errors import ConfigError, DistLoraError, SaveError
 from dist_lora.parallel.world import World
 from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
 from dist_lora.train.held_out import exact_match_of, loss_of
-from dist_lora.train.loop import Run
+from dist_lora.train.loop import Run, checkpoint_to_resume
 from dist_lora.train.meter import Meter, check_trackers, peak_bytes
 from dist_lora.train.run_folder import flat, open_run_folder
 from dist_lora.train.signals import StopRequest
@@ -131,18 +131,20 @@ def _train_until_asked(config: Config, world: World, stop: StopRequest, *, is_dr
             _print_sample(tokens, base)
         return
     assert folder is not None
+    checkpoint = checkpoint_to_resume(config, folder, world)
     trainee = build(config, base, world)
     if world.is_first:
         for line in trainee.precision.lines():
             log.info(line)
     run = Run(config, trainee, loader=loader, held_out=held_out, num_steps=num_steps, folder=folder, world=world)
-    is_resumed = run.resume()
+    if checkpoint is not None:
+        run.resume(checkpoint)
     if run.progress.step > num_steps:
         raise ConfigError(
             f"{folder}: the run has done {run.progress.step} steps and train.steps is {num_steps}. "
             "Ask for more steps, or name another run: run=NAME"
         )
-    if not is_resumed and world.is_first:
+    if checkpoint is None and world.is_first:
         (folder / "metrics.jsonl").unlink(missing_ok=True)
     _train(run, folder, world, stop)
     _check_base(trainee, world)

@@ -317,6 +317,7 @@ def test_resuming_a_damaged_checkpoint_by_name_is_refused(config, damaged, here)
     path.write_bytes(content)
     done = here("train", config, "run=named", f"checkpoint.resume={damaged}")
     assert_told_once(done, 4, f"error: {damaged} is damaged: {path.name} has the checksum ")
+    assert "loaded base" not in done.stderr
 
 
 def test_resuming_a_checkpoint_that_lacks_a_moment_names_it(config, damaged, here) -> None:
