@@ -76,12 +76,15 @@ class Run:
             step = self.progress.step + 1
             line, is_asked = self._step(step, stop)
             self.progress.step = step
+            is_last = step == self.num_steps
+            is_to_save = is_last or is_asked or step % section.every == 0
+            if step == 1 or is_to_save:
+                self._check_copies(step)
             if meter is not None:
                 meter.step(line)
-            is_last = step == self.num_steps
             if self.held_out is not None and (is_last or step % self.config.eval.every == 0):
                 self._evaluate(step, meter)
-            if is_last or is_asked or step % section.every == 0:
+            if is_to_save:
                 self.save()
             if is_asked and not is_last:
                 raise StoppedOnRequest(
@@ -105,8 +108,6 @@ class Run:
         grad_norm = self.adapters.step(lr)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._stop_at_not_finite(step, batch, losses, loss, grad_norm)
-        if step == 1:
-            self._check_copies(step)
         step_s = time.monotonic() - started_s
         line = {
             "step": step,
@@ -201,7 +202,6 @@ class Run:
         path = self.checkpoints / f"step-{step:08d}"
         if self.last_saved == path:
             return path
-        self._check_copies(step)
         base = self.trainee.base.identity
         lora = self.config.lora
         self.last_saved = save_checkpoint(

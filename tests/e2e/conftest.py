@@ -13,16 +13,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.commands import Call, caller
 from tests.e2e.runs import Done, run, write_config, write_lines
 
 MakeBase = Callable[..., Path]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
-    """``call("merge", adapter, "--out", folder)`` in this process: (exit code, stdout, stderr)."""
-    return caller(monkeypatch, capfd)
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +95,8 @@ def here(capfd, monkeypatch) -> Iterator[Callable[..., Done]]:
     from dist_lora.cli import main
     from dist_lora.train import run_folder
 
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     logger = logging.getLogger("dist_lora")
     before = logger.level, logger.handlers[:]
 

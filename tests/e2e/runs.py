@@ -8,8 +8,9 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -17,8 +18,7 @@ ROOT = Path(__file__).parents[2]
 INJECT = Path(__file__).parent / "inject"
 
 
-@dataclass(frozen=True)
-class Done:
+class Done(NamedTuple):
     """A command that has ended."""
 
     returncode: int
@@ -38,12 +38,24 @@ def environment(fault: str | None = None) -> dict[str, str]:
     return {**os.environ, **added}
 
 
-def run(*arguments: object, fault: str | None = None, timeout_s: float = 300) -> Done:
-    """Run ``dist-lora ARGUMENTS`` in processes of its own to its end."""
+def run(
+    *arguments: object,
+    fault: str | None = None,
+    timeout_s: float = 300,
+    env: Mapping[str, str] | None = None,
+    input: str | None = None,
+) -> Done:
+    """Run ``dist-lora ARGUMENTS`` in processes of its own to its end; ``env`` takes the place of this one's."""
     done = subprocess.run(
         command(*arguments),
-        cwd=ROOT, env=environment(fault), capture_output=True, text=True, timeout=timeout_s, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment(fault) if env is None else env,
+        input=input,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
     return Done(done.returncode, done.stdout, done.stderr, ended=time.time())
 
 

@@ -80,14 +80,14 @@ def arguments(command: str, *, trained: Path, base: Path, adapter: Path) -> list
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("command", ["train", "eval", "generate", "merge"])
 def test_a_damaged_adapter_is_told_by_its_keys_before_anything_is_loaded(
-    call, trained, base, adapter, command, damage
+    here, trained, base, adapter, command, damage
 ) -> None:
     change, told = DAMAGES[damage]
     if change is None:
         set_rank(adapter)
     else:
         rewrite(adapter, change)
-    code, out, err = call(*arguments(command, trained=trained, base=base, adapter=adapter))
+    code, out, err, _ = here(*arguments(command, trained=trained, base=base, adapter=adapter))
     assert (code, out) == (4, "")
     assert err.count("error:") == 1 and told in err, err
     assert "loaded base" not in err
@@ -104,17 +104,17 @@ def test_a_damaged_adapter_is_told_by_its_keys_before_anything_is_loaded(
 )
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_an_adapter_that_the_config_does_not_describe_is_told(
-    call, trained, base, adapter, command, setting, told
+    here, trained, base, adapter, command, setting, told
 ) -> None:
-    code, _, err = call(*arguments(command, trained=trained, base=base, adapter=adapter), setting)
+    code, _, err, _ = here(*arguments(command, trained=trained, base=base, adapter=adapter), setting)
     assert code == 4 and told in err, err
     assert "is not the adapter that lora.targets, lora.layers, lora.rank and lora.alpha speak of" in err
     assert "loaded base" not in err
 
 
-def test_an_adapter_of_fewer_layers_is_told_what_it_lacks(call, trained, base, adapter) -> None:
+def test_an_adapter_of_fewer_layers_is_told_what_it_lacks(here, trained, base, adapter) -> None:
     rewrite(adapter, lambda t: {k: v for k, v in t.items() if ".layers.0." in k})
-    code, _, err = call(*arguments("eval", trained=trained, base=base, adapter=adapter))
+    code, _, err, _ = here(*arguments("eval", trained=trained, base=base, adapter=adapter))
     assert code == 4
     assert "it lacks: model.layers.1.self_attn.q_proj.lora_A, model.layers.1.self_attn.q_proj.lora_B" in err
     assert "and 9 more" in err
@@ -136,13 +136,13 @@ def test_the_adapter_tells_which_base_it_is_of_and_nothing_of_this_machine(train
 
 @pytest.mark.parametrize("command", ["train", "eval", "generate"])
 def test_another_base_of_the_same_shapes_is_a_warning_that_names_both(
-    call, trained, make_base, adapter, command
+    here, trained, make_base, adapter, command
 ) -> None:
     other = make_base(seed=1)
     there, here = json.loads((adapter / "dist_lora.json").read_text())["base"]["content_hash"], open_index(other)
     given = arguments(command, trained=trained, base=other, adapter=adapter)
     given += [f"model.name={other}", "train.steps=1"] if command != "generate" else []
-    code, _, err = call(*given)
+    code, _, err, _ = here(*given)
     assert code == 0, err
     assert err.count("was trained on") == 1
     assert (
@@ -151,41 +151,41 @@ def test_another_base_of_the_same_shapes_is_a_warning_that_names_both(
     )
 
 
-def test_its_own_base_is_no_warning_wherever_it_lies(call, trained, base, adapter, tmp_path) -> None:
+def test_its_own_base_is_no_warning_wherever_it_lies(here, trained, base, adapter, tmp_path) -> None:
     moved = shutil.copytree(base, tmp_path / "moved")
     given = arguments("eval", trained=trained, base=base, adapter=adapter)
-    assert "was trained on" not in call(*given, f"model.name={moved}")[2]
-    code, out, err = call(*arguments("merge", trained=trained, base=moved, adapter=adapter))
+    assert "was trained on" not in here(*given, f"model.name={moved}")[2]
+    code, out, err, _ = here(*arguments("merge", trained=trained, base=moved, adapter=adapter))
     assert code == 0 and "14 of the base's matrices changed" in out, err
 
 
-def test_merging_refuses_another_base_unless_it_is_forced(call, trained, make_base, adapter) -> None:
+def test_merging_refuses_another_base_unless_it_is_forced(here, trained, make_base, adapter) -> None:
     given = arguments("merge", trained=trained, base=make_base(seed=1), adapter=adapter)
-    code, _, err = call(*given)
+    code, _, err, _ = here(*given)
     assert code == 2 and "was trained on base, and" in err and "differs from it (weights" in err
     assert not (adapter.parent / "merged").exists()
-    assert call(*given, "--force")[0] == 0
+    assert here(*given, "--force")[0] == 0
     assert (adapter.parent / "merged" / "config.json").exists()
 
 
 def test_eval_prints_the_bases_loss_beside_and_says_so_where_an_adapter_changes_nothing(
-    call, trained, base, adapter
+    here, trained, base, adapter
 ) -> None:
     given = arguments("eval", trained=trained, base=base, adapter=adapter)
-    code, out, err = call(*given, "--json")
+    code, out, err, _ = here(*given, "--json")
     found = json.loads(out)
     assert code == 0 and found["loss"] < found["base_loss"] and "changes nothing" not in err
-    alone = json.loads(call(*given[:-2], "--json")[1])
+    alone = json.loads(here(*given[:-2], "--json")[1])
     assert alone["loss"] == found["base_loss"] and "base_loss" not in alone
     rewrite(adapter, lambda t: {k: v * 0 if "lora_B" in k else v for k, v in t.items()})
-    code, out, err = call(*given)
+    code, out, err, _ = here(*given)
     assert code == 0
     said = dict(line.split(None, 1) for line in out.splitlines())
     assert said["loss"] == said["base_loss"]
     assert f"{adapter}: the loss is the base's, bit for bit: this adapter changes nothing" in err
 
 
-def test_training_starts_from_the_adapter_and_not_from_nothing(call, trained, base, adapter) -> None:
+def test_training_starts_from_the_adapter_and_not_from_nothing(here, trained, base, adapter) -> None:
     first = {}
     for name, start in {"taken": f"lora.start_from={adapter}", "anew": "lora.start_from=null"}.items():
         given = [
@@ -196,7 +196,7 @@ def test_training_starts_from_the_adapter_and_not_from_nothing(call, trained, ba
             f"runs_dir={adapter.parent}/runs",
             "train.steps=1",
         ]
-        code, _, err = call(*given)
+        code, _, err, _ = here(*given)
         assert code == 0, err
         first[name] = json.loads((adapter.parent / "runs" / name / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     # After two steps the third begins lower than the first.

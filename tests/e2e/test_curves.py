@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.e2e.commands import ROOT, command, run
+from tests.e2e.runs import ROOT, command, run
 
 # A tracker's package that writes down what it is asked to do.
 FAKE_WANDB = """
@@ -156,8 +156,8 @@ def test_a_tracker_that_does_not_start_is_told_with_its_reason(config, fake_wand
     assert "error: log.trackers: wandb could not be started: PermissionError: not logged in. Mend that" in done.stderr
 
 
-def test_a_tracker_without_its_package_is_told_before_anything_else(call, config) -> None:
-    code, _, err = call(
+def test_a_tracker_without_its_package_is_told_before_anything_else(here, config) -> None:
+    code, _, err, _ = here(
         "train", config, "run=none", "log.trackers=[tensorboard, mlflow, comet_ml]", "model.name=./nowhere"
     )
     assert code == 2

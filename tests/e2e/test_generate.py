@@ -16,8 +16,8 @@ from dist_lora.export.chat import Speaker
 from dist_lora.export.generate import generate, stop_ids_of
 from dist_lora.parallel.world import World
 from dist_lora.train.answer import open_for_answers
-from tests.e2e.commands import ROOT, command, run
 from tests.e2e.conftest import learn
+from tests.e2e.runs import ROOT, command, run
 
 ANSWERS = {
     "the sea": "deep and blue",
@@ -97,14 +97,14 @@ def test_an_answer_is_shown_letter_by_letter_and_no_letter_in_halves(trainee) ->
     assert shown == list(ANSWERS["rain"])  # a token of this tokenizer is a byte, so a piece is a letter
 
 
-def test_one_prompt_is_answered_once_and_no_longer_than_it_may_be(call, adapter) -> None:
-    code, out, _ = call("generate", adapter, "--prompt", "snow", "--max-new-tokens", 5)
+def test_one_prompt_is_answered_once_and_no_longer_than_it_may_be(here, adapter) -> None:
+    code, out, _, _ = here("generate", adapter, "--prompt", "snow", "--max-new-tokens", 5)
     assert (code, out) == (0, "falls\n")
 
 
-def test_an_empty_prompt_is_the_users_mistake(call, adapter) -> None:
+def test_an_empty_prompt_is_the_users_mistake(here, adapter) -> None:
     for prompt in ("", "  \n"):
-        code, out, err = call("generate", adapter, "--prompt", prompt)
+        code, out, err, _ = here("generate", adapter, "--prompt", prompt)
         assert (code, out) == (2, "")
         assert err == "error: --prompt: is empty; give the text to answer, or leave it out for a chat\n"
 
@@ -131,18 +131,18 @@ def test_a_base_that_learnt_plain_texts_stops_by_itself(plain_run) -> None:
     assert [begun + rest for begun, rest in zip(beginnings, said, strict=True)] == list(TEXTS)
 
 
-def test_a_chat_template_is_set_aside_for_an_adapter_of_plain_text(call, make_base, plain_run, tmp_path) -> None:
+def test_a_chat_template_is_set_aside_for_an_adapter_of_plain_text(here, make_base, plain_run, tmp_path) -> None:
     # The same weights with a template: what the run was trained on decides, and the flag where nothing is known.
     base = make_base(zero_rows=(258, 259, 260, 261))
     adapter = plain_run / "adapter"
-    assert call("generate", adapter, "--base", base, "--prompt", "a f", "--plain")[:2] == (0, "ox\n")
+    assert here("generate", adapter, "--base", base, "--prompt", "a f", "--plain")[:2] == (0, "ox\n")
     config = yaml.safe_load((plain_run / "config.yaml").read_text())
     assert config["data"]["format"] == "auto"
     config["data"]["format"] = "text"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     moved = shutil.copytree(adapter, tmp_path / "adapter")
-    assert call("generate", moved, "--base", base, "--prompt", "a f")[:2] == (0, "ox\n")
-    code, _, err = call("generate", moved, "--base", base, "--prompt", "a f", "--system", "be brief")
+    assert here("generate", moved, "--base", base, "--prompt", "a f")[:2] == (0, "ox\n")
+    code, _, err, _ = here("generate", moved, "--base", base, "--prompt", "a f", "--system", "be brief")
     assert code == 2 and "--system: plain text is gone on with here" in err
 
 
@@ -164,11 +164,11 @@ def test_chats_on_such_a_base_are_refused_before_it_is_loaded_and_told_once(plai
     assert recorded["data"]["untrained_tokens"] == "allow"
 
 
-def test_an_adapter_is_asked_in_the_template_that_it_was_trained_in(call, make_base, tmp_path) -> None:
+def test_an_adapter_is_asked_in_the_template_that_it_was_trained_in(here, make_base, tmp_path) -> None:
     # The base has none: without the run's own the question would be plain text, and a system message be refused.
     run_folder = learn(
         tmp_path, make_base(has_template=False), [{"messages": CHATS[0]}], "data.chat_template=llama3", "train.steps=60"
     )
     asked = ("--prompt", "the sea")
-    assert call("generate", run_folder / "adapter", *asked)[:2] == (0, "deep and blue\n")
-    assert call("generate", run_folder / "adapter", *asked, "--system", "be brief")[0] == 0
+    assert here("generate", run_folder / "adapter", *asked)[:2] == (0, "deep and blue\n")
+    assert here("generate", run_folder / "adapter", *asked, "--system", "be brief")[0] == 0

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.commands import ROOT, run
 from tests.e2e.fake_hub import SHA, Hub, serving
+from tests.e2e.runs import ROOT, run
 
 
 @pytest.fixture(scope="module")

@@ -61,12 +61,15 @@ def run_steps(
     if world.is_first:
         folder.mkdir(parents=True)
     world.agree("the folder", None)
-    meter = Meter(folder, trackers=[], every=num_steps, first_step=1, num_steps=num_steps) if world.is_first else None
-    stop = StopRequest()
+    meter = (
+        Meter(folder, trackers=[], settings={}, every=num_steps, first_step=1, num_steps=num_steps)
+        if world.is_first
+        else None
+    )
     try:
-        run.train(meter, stop)
+        with StopRequest() as stop, stop.noted():
+            run.train(meter, stop)
     finally:
-        stop.restore()
         if meter is not None:
             meter.close()
     return metrics(folder)

@@ -63,7 +63,7 @@ def save_beside_a_sentinel(world: World, model: str, folder: str) -> tuple[str, 
     frozen = [parameter.data for parameter in trainee.model.base_parameters().values()]
     with torch.no_grad():
         run.adapters.gradient.fill_(0.5)
-        run.optimizer.step(1e-3)  # so that the moments hold something
+        run.adapters.step(1e-3)  # so that the moments hold something
         for tensor in frozen:
             local(tensor).fill_(float(SENTINEL))
     num_sentinels = sum(local(tensor).numpy().tobytes().count(SENTINEL.tobytes()) for tensor in frozen)
