@@ -125,7 +125,7 @@ def save_checkpoint(
                 config=config,
                 base=dict(base),
                 adapter=dict(adapter),
-                versions=_versions(),
+                versions=versions_here(),
             )
             _publish(place, manifest)
 
@@ -148,11 +148,13 @@ def _together(world: World, stage: str, action: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]  # an error was raised by agree
 
 
-def _versions() -> dict[str, str]:
+def versions_here() -> dict[str, str]:
+    """The versions of what trains and saves in this process, by name."""
     return {
         "dist_lora": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "transformers": version("transformers"),
         "safetensors": version("safetensors"),
     }
 

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from dist_lora.base.index import first_few
 from dist_lora.checkpoint.manifest import Manifest, TensorSpec, read_manifest
 from dist_lora.checkpoint.resume import load_pieces, newest_whole, verify
-from dist_lora.checkpoint.shards import rotate, save_checkpoint
+from dist_lora.checkpoint.shards import rotate, save_checkpoint, versions_here
 from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader, StepBatch
@@ -108,6 +108,8 @@ class Run:
         grad_norm = self.adapters.step(lr)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._stop_at_not_finite(step, batch, losses, loss, grad_norm)
+        if step == 1 and self.world.is_first:
+            _warn_of_first_loss(loss, vocab=self.trainee.base.shape.vocab)
         step_s = time.monotonic() - started_s
         line = {
             "step": step,
@@ -241,6 +243,7 @@ class Run:
         if self.world.is_first:
             truncate_metrics(self.folder, last_step=manifest.step)
             log.info(f"resumed {path}: step {manifest.step} of {self.num_steps}")
+            _warn_of_versions(path, manifest.versions)
 
     def _check_same(self, path: Path, manifest: Manifest) -> None:
         if manifest.tensors != self._specs():
@@ -278,6 +281,31 @@ def checkpoint_to_resume(config: Config, folder: Path, world: World) -> Path | N
 
 def _samples(ids: Sequence[int]) -> str:
     return f"sample{'s' if len(ids) > 1 else ''} {', '.join(map(str, ids))}"
+
+
+def _warn_of_first_loss(loss: float, *, vocab: int) -> None:
+    """Say so where the base predicts the data much worse than a guess among all tokens would."""
+    guess = math.log(vocab)
+    if loss > 2 * guess:
+        log.warning(
+            f"step 1: the loss is {loss:.2f}, and a guess among the {vocab:,} tokens has {guess:.2f}: the base's weights "
+            "or the chat template look wrong. The run goes on; train --dry-run shows a sample as the model sees it"
+        )
+
+
+def _warn_of_versions(path: Path, then: Mapping[str, str]) -> None:
+    """Say so where what computes a run is of another minor version than when it was saved."""
+    now = versions_here()
+    others = [
+        f"{name} {then[name]} then, {now[name]} now"
+        for name in ("torch", "transformers")
+        if name in then and then[name].split(".")[:2] != now[name].split(".")[:2]
+    ]
+    if others:
+        log.warning(
+            f"{path} was saved by other versions: {'; '.join(others)}. The run goes on, and its losses may not be "
+            "those it would have had"
+        )
 
 
 def _plain(value: float) -> float | None:

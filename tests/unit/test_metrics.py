@@ -1,0 +1,49 @@
+"""The lines of a run's metrics: one a step, whatever ended the process that wrote them."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from dist_lora.train.meter import METRICS_FILE, Meter, truncate_metrics
+
+
+def line(step: int, loss: float = 1.0) -> dict[str, float]:
+    return {"step": step, "loss": loss, "lr": 0.1, "tokens_per_s": 5.0}
+
+
+def test_a_run_that_goes_on_from_an_earlier_step_writes_each_step_once(tmp_path) -> None:
+    for first, last in ((1, 5), (4, 7)):  # the first process died in step 6, its last checkpoint is of step 3
+        truncate_metrics(tmp_path, last_step=first - 1)
+        meter = Meter(tmp_path, trackers=[], settings={}, every=1, first_step=first, num_steps=7)
+        for step in range(first, last + 1):
+            meter.step(line(step, loss=step / 8))
+        meter.close()
+        if first == 1:
+            with (tmp_path / METRICS_FILE).open("a") as file:
+                file.write('{"step": 6, "lo')
+    lines = [json.loads(text) for text in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    assert [(of["step"], of["loss"]) for of in lines] == [(step, step / 8) for step in range(1, 8)]
+    assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
+
+
+def test_metrics_that_are_not_there_are_not_made_by_dropping_lines(tmp_path) -> None:
+    truncate_metrics(tmp_path, last_step=3)
+    assert not (tmp_path / METRICS_FILE).exists()
+
+
+def test_a_loss_that_is_no_number_is_written_as_such(tmp_path) -> None:
+    meter = Meter(tmp_path, trackers=[], settings={}, every=1, first_step=1, num_steps=1)
+    meter.step(line(1, loss=math.nan))
+    meter.close()
+    assert math.isnan(json.loads((tmp_path / METRICS_FILE).read_text())["loss"])
+
+
+def test_steps_between_two_lines_of_the_log_are_in_the_metrics_all_the_same(tmp_path, capsys) -> None:
+    meter = Meter(tmp_path, trackers=[], settings={}, every=3, first_step=1, num_steps=7)
+    for step in range(1, 8):
+        meter.step(line(step))
+    meter.close()
+    told = [text.split()[1] for text in capsys.readouterr().err.splitlines()]
+    assert told == ["3/7", "6/7", "7/7"]
+    assert len((tmp_path / METRICS_FILE).read_text().splitlines()) == 7
