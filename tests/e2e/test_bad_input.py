@@ -113,7 +113,7 @@ CASES = [
     Case("no such model", ("model.name=llama-3.1-8b-instrct",), 2,
          ("model.name: found 'llama-3.1-8b-instrct'", "nearest: 3.1-8b-instruct")),
     Case("a model of the hub without a network", ("model.name=org/nothing",), 2,
-         ("model.name: org/nothing is not in the local cache and the hub can't be reached",)),
+         ("model.name: org/nothing: not whole in the local cache, and can't be fetched",)),
     Case("a model that lacks a shard", ("model.name={bad}/lacking",), 4,
          ("{bad}/lacking lacks 1 of the 6 files", "model-00002-of-00006.safetensors")),
     Case("a shard that is truncated", ("model.name={bad}/cut",), 4,
