@@ -307,8 +307,10 @@ def _load_deepspeed(world: World) -> Any:
     deepspeed = _import_deepspeed()
     _check_version(str(deepspeed.__version__))
     _quieten(deepspeed, world)
-    _forget_former_world(deepspeed)
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    _forget_former_run()
+    # Its shared-memory helper for inference would be compiled now (g++, ninja, a minute), and is never used here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
     return deepspeed
 
 
@@ -363,11 +365,7 @@ def _quieten(deepspeed: Any, world: World) -> None:
     )
 
 
-def _forget_former_world(deepspeed: Any) -> None:
-    """Let go of the process group that an earlier run in this process had (0.19.8)."""
-    # Its shared-memory helper for inference would be compiled now (g++, ninja, a minute), and is never used here.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    comm: Any = importlib.import_module("deepspeed.comm.comm")
-    comm.cdb = None
+def _forget_former_run() -> None:
+    """Let go of the process group and the model that an earlier run in this process had (0.19.8)."""
     importlib.import_module("deepspeed.utils.groups")._release_process_group_references()
     importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK.clear()

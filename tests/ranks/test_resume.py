@@ -124,3 +124,12 @@ def test_a_run_that_goes_on_with_other_ranks_has_the_losses_of_a_straight_one(ru
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in straight], abs=1e-5)
     assert [line["grad_norm"] for line in found] == pytest.approx([line["grad_norm"] for line in straight], rel=1e-5)
     assert [line["lr"] for line in found] == [line["lr"] for line in straight]
+
+
+def test_a_run_whose_steps_after_the_last_checkpoint_were_lost_writes_them_down_once(runs, ranks, tmp_path) -> None:
+    made = runs(0.0)
+    shutil.copytree(made.straight, tmp_path / "it")
+    for step in (2 * STOP_AT, NUM_STEPS):
+        shutil.rmtree(tmp_path / "it" / "checkpoints" / f"step-{step:08d}")
+    assert ranks(2).run(train_command, made.config | {"runs_dir": str(tmp_path)}) == ["", ""]
+    assert exact(metrics(tmp_path / "it")) == exact(metrics(made.straight))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +32,10 @@ from tests.ranks.tiny import config_of, documents, trainee_of
 from tests.ranks.wire import Wire
 
 LENGTHS = [40, 3, 17, 29, 5, 61, 2, 11, 33, 8, 21, 55, 4, 13, 9, 26]
-CLIPPED = {"optim": {"max_grad_norm": 0.05, "lr": 1e-2, "warmup_steps": 0}}
+CLIPPED = {
+    "optim": {"max_grad_norm": 0.05, "lr": 1e-2, "warmup_steps": 0,
+              "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6}
+}  # fmt: skip
 RECOMPUTED = {"train": {"activation_checkpointing": True}}
 ZERO3 = {"parallel": {"engine": "zero3"}}
 
@@ -286,6 +291,20 @@ def test_a_block_crosses_the_wire_as_it_is_stored_twice_a_pass_recomputed_or_not
         assert reduced == {"float32": passes * trained}
 
 
+def alive_after_another(world: World, folder: str) -> bool:
+    """Whether a model is still in memory when the next one of the process has its engine."""
+    trainee = trainee_of(config_of(folder, **ZERO3), world)
+    former = weakref.ref(trainee.model)
+    del trainee
+    trainee_of(config_of(folder, **ZERO3), world)
+    gc.collect()
+    return former() is not None
+
+
+def test_the_next_run_of_a_process_finds_nothing_of_the_one_before_in_memory(ranks, tiny_llama) -> None:
+    assert ranks(2).run(alive_after_another, str(tiny_llama("llama31"))) == [False, False]
+
+
 def gradients_found(world: World, folder: str, settings: dict) -> tuple[list[str], list[str], int]:
     """The tensors that the first step's gradient did not reach: A's and B's, and how many there are of each."""
     config = config_of(folder, **settings)
@@ -296,6 +315,9 @@ def gradients_found(world: World, folder: str, settings: dict) -> tuple[list[str
     adapters.begin_step()
     for i, micro in enumerate(batch.micro_batches):
         adapters.backward(trainee.run(micro) / batch.target_tokens, is_last=i == len(batch.micro_batches) - 1)
+    if world.world_rank == 1:
+        for gradient in adapters.gradients():
+            gradient.zero_()  # another rank's part is not zero: the tensor has a gradient
     return adapters.without_gradient("lora_A"), adapters.without_gradient("lora_B"), len(adapters.tensors) // 2
 
 
@@ -319,8 +341,6 @@ def not_finite(world: World, folder: str, offload: str) -> tuple[list[float], bo
     one_step(trainee, loader, 1, config, 5)
     before = share_of(trainee)
     batch = loader.batch(1)
-    adapters.begin_step()  # a step that is given up after its first backward
-    adapters.backward(trainee.run(batch.micro_batches[0]), is_last=False)
     norms = []
     for bad in (float("nan"), float("inf")):
         adapters.begin_step()
@@ -330,6 +350,8 @@ def not_finite(world: World, folder: str, offload: str) -> tuple[list[float], bo
         norms.append(adapters.step(1e-2))
     after = share_of(trainee)
     unchanged = all(values.tobytes() == after[key].tobytes() for key, values in before.items())
+    adapters.begin_step()  # a step that is given up after its first backward
+    adapters.backward(trainee.run(batch.micro_batches[0]), is_last=False)
     return norms, unchanged, list(one_step(trainee, loader, 2, config, 5))
 
 

@@ -1,0 +1,111 @@
+"""Engine zero3 as a user starts it: by our launcher and by DeepSpeed's, killed and gone on, and without DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.e2e.runs import ROOT, command, losses, run
+
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def sharded(config, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str], Path]:
+    """A run under zero3 on two ranks, what it said, and the folder where it would have compiled anything."""
+    compiled = tmp_path_factory.mktemp("compiled") / "extensions"
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(
+        command("train", config, "run=zero3", "parallel.engine=zero3", "eval.every=4", "data.eval=0.2", "eval.exact_match=true",
+                "eval.max_new_tokens=4", "--nproc", 2),
+        cwd=ROOT, env={**environment, "TORCH_EXTENSIONS_DIR": str(compiled)},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return config.parent / "runs" / "zero3", done, compiled
+
+
+@pytest.fixture(scope="module")
+def alone(config) -> Path:
+    """The same run on one process, which needs no engine."""
+    done = run("train", config, "run=alone-held-out", "data.eval=0.2", "eval.every=4", "--nproc", 1)
+    assert done.returncode == 0, done.stderr
+    return config.parent / "runs" / "alone-held-out"
+
+
+def test_a_run_on_two_ranks_has_the_losses_and_the_adapter_of_one_process(sharded, alone) -> None:
+    folder, _, _ = sharded
+    assert [step for step, _ in losses(folder)] == list(range(1, 9))
+    assert [loss for _, loss in losses(folder)] == pytest.approx([loss for _, loss in losses(alone)], abs=1e-5)
+    found, wanted = load_file(folder / ADAPTER), load_file(alone / ADAPTER)
+    assert found.keys() == wanted.keys()
+    squares = sum(float((found[key] - wanted[key]).square().sum()) for key in wanted)
+    assert squares**0.5 < 1e-4 * sum(float(tensor.square().sum()) for tensor in wanted.values()) ** 0.5
+    summaries = [json.loads((run_folder / "summary.json").read_text()) for run_folder in (folder, alone)]
+    assert [summary["frozen"] for summary in summaries] == [summaries[1]["frozen"]] * 2 and summaries[1]["frozen"] > 0
+
+
+def test_deepspeed_says_nothing_and_compiles_nothing(sharded) -> None:
+    _, done, compiled = sharded
+    assert done.stdout == ""
+    noise = [line for line in done.stderr.splitlines() if "warn" in line.lower() or "deepspeed" in line.lower()]
+    assert noise == []
+    assert not compiled.exists()
+
+
+def test_a_killed_run_goes_on_to_the_bytes_of_one_that_was_not(config, sharded) -> None:
+    whole, _, _ = sharded
+    arguments = ("train", config, "run=zero3-killed", "parallel.engine=zero3", "data.eval=0.2", "eval.every=4",
+                 "eval.exact_match=true", "eval.max_new_tokens=4", "--nproc", 2)  # fmt: skip
+    started = subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert started.stderr is not None
+    for line in started.stderr:
+        if line.startswith("step 3/8"):
+            children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+            break
+    rest = started.stderr.read()
+    assert started.wait(30) == 1, rest
+    folder = whole.parent / "zero3-killed"
+    assert not (folder / "adapter").exists(), rest
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert losses(folder) == losses(whole)
+    assert (folder / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
+
+
+def test_the_deepspeed_launcher_leads_to_the_numbers_of_our_own(config, sharded) -> None:
+    whole, _, _ = sharded
+    launcher = Path(sys.executable).parent / "deepspeed"
+    done = subprocess.run(
+        [sys.executable, launcher, "--num_accelerators", "2", "--no_local_rank", "--module", "dist_lora", "train", str(config),
+         "run=launched", "parallel.engine=zero3", "data.eval=0.2", "eval.every=4", "eval.exact_match=true", "eval.max_new_tokens=4"],
+        cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert losses(whole.parent / "launched") == losses(whole)
+    assert (whole.parent / "launched" / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
+
+
+def test_a_deepspeed_that_breaks_under_recomputation_is_refused_by_its_version(config, tmp_path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if 'RANK' in os.environ:\n"
+        "    import deepspeed\n"
+        "    deepspeed.__version__ = '0.19.2'\n"
+    )  # fmt: skip
+    done = subprocess.run(
+        command("train", config, "run=old", "parallel.engine=zero3", "train.activation_checkpointing=true", "--nproc", 2),
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "DS_ACCELERATOR": "cpu"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("needs DeepSpeed 0.19.8 or newer, and 0.19.2 is installed") == 1
+    assert "activation checkpointing" in done.stderr
