@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,6 +58,38 @@ def run(
         check=False,
     )
     return Done(done.returncode, done.stdout, done.stderr, ended=time.time())
+
+
+def run_each_rank(*arguments: object, fault: str | None = None, timeout_s: float = 120) -> tuple[list[int], Done]:
+    """Run ``dist-lora ARGUMENTS`` as two ranks that nobody sees through: each has to end by itself.
+
+    Returns the exit codes, and all that was printed with the largest of them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "DIST_LORA_RENDEZVOUS": f"{folder}/rendezvous"}
+        ranks, files = [], []
+        for rank in range(2):
+            streams = [(Path(folder) / f"{rank}.{name}").open("w+") for name in ("out", "err")]
+            files.append(streams)
+            ranks.append(
+                subprocess.Popen(
+                    command(*arguments),
+                    cwd=ROOT,
+                    env=environment(fault) | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=streams[0],
+                    stderr=streams[1],
+                )
+            )
+        try:
+            codes = [rank.wait(timeout_s) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        ended = time.time()
+        out, err = ("".join(Path(streams[i].name).read_text() for streams in files) for i in range(2))
+        for stream in (stream for streams in files for stream in streams):
+            stream.close()
+    return codes, Done(max(codes), out, err, ended)
 
 
 def write_config(path: Path, **settings: object) -> Path:

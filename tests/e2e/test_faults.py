@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dist_lora.checkpoint.resume import verify
 from dist_lora.data.loader import Loader
-from tests.e2e.runs import ROOT, Done, command, environment, fill_the_disk, losses, run
+from tests.e2e.runs import ROOT, Done, command, environment, fill_the_disk, losses, run, run_each_rank
 
 DEADLINE_S = 30.0  # from the fault to the end of all
 BOOM = "the boom of a test"
@@ -54,8 +54,9 @@ def tensors_of(folder: Path) -> Iterator[torch.Tensor]:
 
 
 def test_a_nan_in_the_loss_of_one_sample_stops_all_ranks_and_leaves_no_trace(config) -> None:
-    arguments = ("train", config, "run=nan", "train.packing=false", "--nproc", 2)
-    done = run(*arguments, fault="nan_in_the_loss_of_one_sample_of_rank_1")
+    arguments = ("train", config, "run=nan", "train.packing=false")
+    codes, done = run_each_rank(*arguments, fault="nan_in_the_loss_of_one_sample_of_rank_1")
+    assert codes == [1, 1], done.stderr
     folder = folder_of(config, "nan")
     [sample] = re.findall(r"poisoned (\d+)\n", done.stdout)
     last = folder / "checkpoints" / "step-00000004"
@@ -123,8 +124,9 @@ def test_every_b_has_a_gradient_after_the_first_step_and_every_a_after_the_secon
 )
 def test_an_error_of_one_rank_ends_all_and_is_told_once_with_rank_and_host(fault, config, tmp_path) -> None:
     cache = f"data.cache_dir={tmp_path}"
-    arguments = ("train", config, f"run={fault}", cache, "data.eval=0.2", "eval.every=2", "--nproc", 2)
-    done = run(*arguments, fault=fault)
+    arguments = ("train", config, f"run={fault}", cache, "data.eval=0.2", "eval.every=2")
+    codes, done = run_each_rank(*arguments, fault=fault)
+    assert codes == [1, 1], done.stderr
     assert_told_once(done, 1, f"{RANK_1}ValueError: {BOOM}\nTraceback (most recent call last):\n")
     assert done.stderr.count(BOOM) == 1, done.stderr
     assert done.stderr.count("Traceback") == 1, done.stderr
@@ -173,15 +175,21 @@ def test_a_rank_that_hangs_in_a_step_ends_both_after_the_timeout(config) -> None
 def test_a_run_that_is_asked_to_stop_twice_is_the_run_that_nothing_interrupted(config, whole) -> None:
     folder = folder_of(config, "asked")
     fault = "request_to_rank_1_in_step_3_and_to_the_launcher_in_step_6"
-    for step, whom in ((3, "another rank's"), (6, "SIGTERM's")):
-        done = run("train", config, "run=asked", "--nproc", 2, fault=fault)
-        assert done.returncode == 75, done.stderr
+
+    def assert_stopped(done: Done, step: int, whom: str) -> None:
         saved = folder / "checkpoints" / f"step-{step:08d}"
         told = f"stopped at step {step} of 8 on {whom} request; saved {saved}. The same command goes on from there.\n"
-        assert done.stderr.endswith(told) and done.stderr.count("stopped") == 1, done.stderr
+        assert done.stderr.count(told) == 1 and done.stderr.count("stopped") == 1, done.stderr
         assert "error" not in done.stderr
         verify(saved)
         assert losses(folder) == losses(whole)[:step]
+
+    codes, done = run_each_rank("train", config, "run=asked", fault=fault)
+    assert codes == [75, 75], done.stderr
+    assert_stopped(done, 3, "another rank's")
+    done = run("train", config, "run=asked", "--nproc", 2, fault=fault)
+    assert done.returncode == 75, done.stderr
+    assert_stopped(done, 6, "SIGTERM's")
     done = run("train", config, "run=asked", "--nproc", 2, fault=fault)
     assert done.returncode == 0, done.stderr
     assert losses(folder) == losses(whole)
@@ -191,12 +199,11 @@ def test_a_run_that_is_asked_to_stop_twice_is_the_run_that_nothing_interrupted(c
 
 def test_a_request_to_one_rank_that_loads_ends_all_with_75(config, whole) -> None:
     fault = "request_to_rank_1_while_the_other_loads"
-    done = run("train", config, "run=asked-early", "--nproc", 2, fault=fault)
-    assert done.returncode == 75, done.stderr
-    assert done.stderr.endswith(
-        "\nstopped on SIGUSR1's request, not within a step: nothing is lost, and the same command goes on.\n"
-    )
-    assert "error" not in done.stderr and done.stderr.count("stopped") == 1
+    codes, done = run_each_rank("train", config, "run=asked-early", fault=fault)
+    assert codes == [75, 75], done.stderr
+    told = "stopped on SIGUSR1's request, not within a step: nothing is lost, and the same command goes on.\n"
+    assert done.stderr.count(told) == done.stderr.count("stopped") == 1, done.stderr
+    assert "error" not in done.stderr
     assert_ended_in_time(done)
 
 
@@ -232,8 +239,9 @@ def test_phases_of_three_times_the_timeout_end_no_run(config, whole, tmp_path) -
 def test_a_disk_that_fills_up_in_a_save_ends_all_ranks_and_the_same_command_goes_on(
     rank, config, whole, small_disk, here
 ) -> None:
-    arguments = ("train", config, "run=full", f"runs_dir={small_disk}", "--nproc", 2)
-    done = run(*arguments, fault=f"disk_full_for_rank_{rank}")
+    arguments = ("train", config, "run=full", f"runs_dir={small_disk}")
+    codes, done = run_each_rank(*arguments, fault=f"disk_full_for_rank_{rank}")
+    assert codes == [1, 1], done.stderr
     folder = small_disk / "full"
     name = f".step-00000004.partial/rank-{rank:05d}-of-00002.safetensors"
     assert_told_once(
@@ -253,7 +261,7 @@ def test_a_disk_that_fills_up_in_a_save_ends_all_ranks_and_the_same_command_goes
     assert "Traceback" not in still_full.stderr
     (small_disk / "ballast").unlink()
     (small_disk / "more").unlink()
-    done = run(*arguments)
+    done = run(*arguments, "--nproc", 2)
     assert done.returncode == 0, done.stderr
     assert "step-00000002: step 2 of 8" in done.stderr
     assert losses(folder) == losses(whole)
