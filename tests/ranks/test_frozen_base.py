@@ -182,6 +182,7 @@ def shares_after_training(world: World, folder: str, quant: str, engine: str) ->
         documents(seed=1, lengths=[9, 30]),
         micro_batch=1,
         sequence_length=64,
+        packing=False,
         world_rank=world.world_rank,
         world_size=world.world_size,
     )

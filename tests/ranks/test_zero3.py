@@ -379,7 +379,7 @@ def answers_and_losses(world: World, folder: str, settings: dict) -> dict:
     mine = PROMPTS[world.world_rank :: world.world_size] if world.world_size < 3 or world.world_rank < 2 else []
 
     def held_out() -> float:
-        batches = EvalBatches(documents(seed=3, lengths=[30, 12, 45, 7, 22]), micro_batch=2, sequence_length=64,
+        batches = EvalBatches(documents(seed=3, lengths=[30, 12, 45, 7, 22]), micro_batch=2, sequence_length=64, packing=False,
                               world_rank=world.world_rank, world_size=world.world_size)  # fmt: skip
         return held_out_loss(model, batches, run=trainee.run, world=world).loss
 
