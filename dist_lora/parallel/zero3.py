@@ -73,8 +73,10 @@ class Zero3(SingleProcess):
         self._deepspeed.utils.set_z3_leaf_modules(model, [Block])
         # DeepSpeed collects a block's gradients when that of its input is there (0.19.8, stage3.py:1536): where the
         # input needs none, it would do so before there are any.
-        trained = [block for block in model.blocks() if any(p.requires_grad for p in block.parameters())]
-        trained[0].register_forward_pre_hook(_ask_for_gradient)
+        trained = (block for block in model.blocks() if any(p.requires_grad for p in block.parameters()))
+        first = next(trained, None)
+        if first is not None:
+            first.register_forward_pre_hook(_ask_for_gradient)
 
     def _adopted(self, parameter: nn.Parameter, init: Any) -> nn.Parameter:
         """A parameter of DeepSpeed's in place of one on meta: of the same whole shape, and without memory."""
