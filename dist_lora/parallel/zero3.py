@@ -73,8 +73,10 @@ class Zero3(SingleProcess):
         self._deepspeed.utils.set_z3_leaf_modules(model, [Block])
         # DeepSpeed collects a block's gradients when that of its input is there (0.19.8, stage3.py:1536): where the
         # input needs none, it would do so before there are any.
-        trained = [block for block in model.blocks() if any(p.requires_grad for p in block.parameters())]
-        trained[0].register_forward_pre_hook(_ask_for_gradient)
+        trained = (block for block in model.blocks() if any(p.requires_grad for p in block.parameters()))
+        first = next(trained, None)
+        if first is not None:
+            first.register_forward_pre_hook(_ask_for_gradient)
 
     def _adopted(self, parameter: nn.Parameter, init: Any) -> nn.Parameter:
         """A parameter of DeepSpeed's in place of one on meta: of the same whole shape, and without memory."""
@@ -307,7 +309,8 @@ def _load_deepspeed(world: World) -> Any:
     deepspeed = _import_deepspeed()
     _check_version(str(deepspeed.__version__))
     _quieten(deepspeed, world)
-    _forget_former_run()
+    # The groups that it remembers may be those of an earlier run in this process.
+    importlib.import_module("deepspeed.utils.groups")._release_process_group_references()
     # Its shared-memory helper for inference would be compiled now (g++, ninja, a minute), and is never used here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
@@ -363,9 +366,3 @@ def _quieten(deepspeed: Any, world: World) -> None:
     warnings.filterwarnings(
         "ignore", message=r".*torch\.distributed\.\w+_tensor. is deprecated", category=FutureWarning
     )
-
-
-def _forget_former_run() -> None:
-    """Let go of the process group and the model that an earlier run in this process had (0.19.8)."""
-    importlib.import_module("deepspeed.utils.groups")._release_process_group_references()
-    importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK.clear()

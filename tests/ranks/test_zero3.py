@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,13 +38,14 @@ RECOMPUTED = {"train": {"activation_checkpointing": True}}
 ZERO3 = {"parallel": {"engine": "zero3"}}
 
 
-def loader_of(world: World, *, global_batch: int = 6, micro_batch: int = 1) -> Loader:
+def loader_of(world: World) -> Loader:
+    """Seven sequences a step: two or three ranks do not divide them, and a rank has passes without any target."""
     return Loader(
         documents(seed=0, lengths=LENGTHS),
         sequence_length=64,
         packing=False,
-        global_batch=global_batch,
-        micro_batch=micro_batch,
+        global_batch=7,
+        micro_batch=1,
         seed=0,
         world_rank=world.world_rank,
         world_size=world.world_size,
@@ -289,20 +288,6 @@ def test_a_block_crosses_the_wire_as_it_is_stored_twice_a_pass_recomputed_or_not
         assert gathered["float32"] == passes * (2 * rest + ends)  # both ends once: their backward follows, or is none
         assert set(gathered) == {"uint8", "float32"}
         assert reduced == {"float32": passes * trained}
-
-
-def alive_after_another(world: World, folder: str) -> bool:
-    """Whether a model is still in memory when the next one of the process has its engine."""
-    trainee = trainee_of(config_of(folder, **ZERO3), world)
-    former = weakref.ref(trainee.model)
-    del trainee
-    trainee_of(config_of(folder, **ZERO3), world)
-    gc.collect()
-    return former() is not None
-
-
-def test_the_next_run_of_a_process_finds_nothing_of_the_one_before_in_memory(ranks, tiny_llama) -> None:
-    assert ranks(2).run(alive_after_another, str(tiny_llama("llama31"))) == [False, False]
 
 
 def gradients_found(world: World, folder: str, settings: dict) -> tuple[list[str], list[str], int]:

@@ -81,6 +81,17 @@ def test_a_killed_run_goes_on_to_the_bytes_of_one_that_was_not(config, sharded) 
     assert (folder / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
 
 
+def test_an_evaluation_prints_the_loss_that_a_process_without_engine_finds(config, sharded, here) -> None:
+    folder, _, _ = sharded
+    arguments = ("eval", config, "data.eval=0.2", "--adapter", folder / "adapter", "--json")
+    done = run(*arguments, "parallel.engine=zero3", "--nproc", 1)
+    assert done.returncode == 0, done.stderr
+    found, wanted = json.loads(done.stdout), json.loads(here(*arguments).stdout)
+    for name in ("loss", "base_loss"):
+        assert found[name] == pytest.approx(wanted[name], abs=1e-5)
+
+
+@pytest.mark.slow
 def test_the_deepspeed_launcher_leads_to_the_numbers_of_our_own(config, sharded) -> None:
     whole, _, _ = sharded
     launcher = Path(sys.executable).parent / "deepspeed"
