@@ -53,7 +53,7 @@ def test_the_reasons_tell_bytes() -> None:
         "base      cut over the 8 ranks of each node, 47.50 GiB each, and no byte of it crosses the network: "
         "47.50 GiB a rank fit in 48.00 GiB of a device"
     )
-    assert adapters.startswith("adapters  whole on every rank, 0.15 GiB with gradients and AdamW's moments")
+    assert adapters.startswith("adapters  whole on every rank, 152.6 MiB with gradients and AdamW's moments")
     crossing = chosen(16, 8, base_gib=390).reasons[1]
     assert "24.38 GiB each; 195.00 GiB of it cross the network to each rank, twice a pass" in crossing
     assert "48.75 GiB a rank do not fit in 48.00 GiB of a device" in crossing
