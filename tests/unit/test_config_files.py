@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dist_lora.config.load import load_config
 from dist_lora.herd.facts import resolve_model
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 HERD_CONFIGS = [path for path in CONFIGS if re.match(r"\d+b_", path.name)]
 
 
@@ -50,3 +52,10 @@ def test_the_comments_bytes_and_batches_are_what_arithmetic_gives(path: Path) ->
     passes = config.train.global_batch // (num_gpus * config.train.micro_batch)
     said = f"{num_gpus} GPUs x {config.train.micro_batch}" + (f" x {passes} passes" if passes > 1 else "")
     assert f"{said} = {config.train.global_batch}" in text
+
+
+def test_the_config_that_the_readme_reads_line_by_line_is_the_one_it_names() -> None:
+    readme = (ROOT / "README.md").read_text()
+    (shown,) = re.findall(r"```yaml\n(.*?)```", readme, flags=re.DOTALL)
+    assert yaml.safe_load(shown) == yaml.safe_load((ROOT / "configs" / "70b_one_node.yaml").read_text())
+    assert "dist-lora train configs/70b_one_node.yaml" in readme
