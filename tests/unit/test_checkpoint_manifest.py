@@ -73,7 +73,7 @@ def test_a_manifest_is_read_back_as_it_was_written(folder: Path, tmp_path: Path)
     assert manifest.progress == {"best_step": None, "best_loss": 1.5}
     assert manifest.config == "run: test\ntrain: {steps: 200}\n"
     assert manifest.adapter["targets"] == ["q_proj"] and manifest.base["name"] == "tiny"
-    assert {"dist_lora", "torch", "safetensors", "python"} == set(manifest.versions)
+    assert {"dist_lora", "torch", "transformers", "safetensors", "python"} == set(manifest.versions)
     assert [file.name for file in manifest.files] == [RANK_0, RANK_1]
 
 
