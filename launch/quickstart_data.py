@@ -35,7 +35,7 @@ def _pairs(first: str, second: str) -> tuple[str, ...]:
     return tuple(f"{one} {other}" for one in _words(first) for other in _words(second))
 
 
-# The pools are large beside the 256 samples: a model that sees a value ten times learns the value by heart,
+# The pools are large beside the 384 samples: a model that sees a value ten times learns the value by heart,
 # one that sees it once learns to copy. No text lies in two pools, and a number is on the same side in all:
 # "held out" is true wherever a value stands.
 POOLS: Mapping[str, Sequence[Value]] = {
@@ -273,7 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the quickstart's requests and their tool calls.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the two files")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other requests (0)")
-    parser.add_argument("--train", type=int, default=256, metavar="N", help="requests to learn from (256)")
+    parser.add_argument("--train", type=int, default=384, metavar="N", help="requests to learn from (384)")
     parser.add_argument("--eval", type=int, default=40, metavar="N", help="held-out requests (40)")
     arguments = parser.parse_args()
     train, held_out = write_data(arguments.out, seed=arguments.seed, num_train=arguments.train, num_eval=arguments.eval)
