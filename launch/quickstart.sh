@@ -4,7 +4,7 @@
 #     bash launch/quickstart.sh
 #
 # Sets the project up, makes a small model and its data, measures, trains with a sharded base, measures again. It takes
-# about 8 minutes on 2 cores after the set-up. Run again, it trains anew: the results of the run before are removed.
+# about 4 minutes on 2 cores after the set-up. Run again, it trains anew: the results of the run before are removed.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 exec < /dev/null
