@@ -212,7 +212,7 @@ class Matrix:
 
 def table(matrix: Matrix, cells: list[Cell]) -> Iterator[str]:
     """The README's table, line by line: how many placements of an engine, base and world are equal, and how nearly."""
-    yield "| engine | base | " + " | ".join(f"{name} ranks" for name in WORLDS) + " |"
+    yield "| engine | base | " + " | ".join(f"{name} rank{'s' * (name != '1')}" for name in WORLDS) + " |"
     yield "|" + "---|" * (2 + len(WORLDS))
     reasons: list[str] = []
     for engine, base in dict.fromkeys((cell.engine, cell.base) for cell in cells):
@@ -234,10 +234,9 @@ def _summary(reference: Outcome, outcomes: list[Outcome], reasons: list[str]) ->
         worst = [max(column) for column in zip(*differences, strict=True)]
         told.append(f"{len(ran)} equal ({worst[0]:.0e}, {worst[1]:.0e}, {worst[2]:.0e})")
     if refused:
-        for reason in dict.fromkeys(refused):
-            if reason not in reasons:
-                reasons.append(reason)
-        numbers = sorted({reasons.index(reason) + 1 for reason in refused})
+        sentences = [line for text in refused for line in text.splitlines()]  # a cell may have several faults
+        reasons.extend(line for line in dict.fromkeys(sentences) if line not in reasons)
+        numbers = sorted({reasons.index(line) + 1 for line in sentences})
         told.append(f"{len(refused)} refused [{', '.join(map(str, numbers))}]")
     return "; ".join(told) or "-"
 
