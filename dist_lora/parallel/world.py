@@ -64,10 +64,6 @@ class World:
         if self.store is not None:
             self.store.set(key, value)
 
-    def announce(self, key: str) -> None:
-        """Say that what ``key`` stands for is done."""
-        self.share(key, b"1")
-
     def fetch(self, key: str) -> bytes:
         """What another rank shared under ``key``; waits as long as that rank lives."""
         self.wait_for(key, what=f"the value of {key}")
@@ -75,7 +71,7 @@ class World:
         return value
 
     def wait_for(self, key: str, *, what: str) -> None:
-        """Wait until ``key`` is announced or shared, without a timeout.
+        """Wait until ``key`` is shared, without a timeout.
 
         Raises:
             RankError: another rank failed meanwhile.

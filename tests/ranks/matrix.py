@@ -27,7 +27,7 @@ from dist_lora.parallel.layout import choose_layout
 from dist_lora.parallel.world import World
 from dist_lora.train.optim import lr_at
 from tests.ranks.pool import Ranks
-from tests.ranks.tiny import config_of, documents, trainee_of
+from tests.ranks.tiny import accumulate, config_of, documents, trainee_of
 
 LENGTHS = [40, 3, 17, 29, 5, 61, 2, 11, 33, 8, 21, 55]
 NUM_STEPS = 5
@@ -144,15 +144,7 @@ def train_cell(world: World, folder: str, cell: Cell) -> tuple[list[float], list
     adapters.start_training(config.optim)
     losses, norms = [], []
     for step in range(1, NUM_STEPS + 1):
-        batch = loader.batch(step - 1)
-        adapters.begin_step()
-        total = torch.zeros(1)
-        for i, micro in enumerate(batch.micro_batches):
-            loss = trainee.run(micro)
-            adapters.backward(loss / batch.target_tokens, is_last=i == len(batch.micro_batches) - 1)
-            total += loss.detach()
-        adapters.reduce(total)
-        losses.append(float(total) / batch.target_tokens)
+        losses.append(accumulate(trainee, loader.batch(step - 1)))
         norms.append(adapters.step(lr_at(step, section=config.optim, num_steps=NUM_STEPS)))
     trainee.check_base()
     assert adapters.copies_agree()

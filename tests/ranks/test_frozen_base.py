@@ -21,7 +21,7 @@ from dist_lora.errors import WeightsError
 from dist_lora.herd.facts import read_shape
 from dist_lora.parallel.world import World
 from dist_lora.train.build import Trainee
-from tests.ranks.tiny import config_of, documents, trainee_of
+from tests.ranks.tiny import accumulate, config_of, documents, trainee_of
 from tests.ranks.wire import Wire
 
 BASES = ("none", "nf4", "int8")
@@ -58,11 +58,7 @@ def step_of(trainee: Trainee, world: World, *, micro_batches: int = 1):
     )
 
     def step() -> float:
-        batch = loader.batch(0)
-        adapters.begin_step()
-        for i, micro in enumerate(batch.micro_batches):
-            adapters.backward(trainee.run(micro) / batch.target_tokens, is_last=i == micro_batches - 1)
-        adapters.reduce(torch.zeros(2))
+        accumulate(trainee, loader.batch(0))
         return adapters.step(1e-3)
 
     return step

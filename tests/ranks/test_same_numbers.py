@@ -11,7 +11,7 @@ from dist_lora.data.loader import Loader
 from dist_lora.export.evaluate import run_micro_batch
 from dist_lora.parallel.world import World
 from dist_lora.train.optim import lr_at
-from tests.ranks.tiny import config_of, documents, trainee_of
+from tests.ranks.tiny import accumulate, config_of, documents, trainee_of
 
 LENGTHS = [40, 3, 17, 29, 5, 61, 2, 11, 33, 8, 21, 55, 4, 13, 9, 26]
 
@@ -37,17 +37,10 @@ def steps(world: World, folder: str, settings: dict, cut: dict, num_steps: int =
     adapters.start_training(config.optim)
     result: dict = {"losses": [], "norms": []}
     for step in range(1, num_steps + 1):
-        batch = loader.batch(step - 1)
-        adapters.begin_step()
-        total = torch.zeros(1)
-        for i, micro in enumerate(batch.micro_batches):
-            loss = trainee.run(micro)
-            adapters.backward(loss / batch.target_tokens, is_last=i == len(batch.micro_batches) - 1)
-            total += loss.detach()
-        adapters.reduce(total)
+        loss = accumulate(trainee, loader.batch(step - 1))
         if step == 1:
             result["gradient"] = torch.cat(adapters.gradients()).numpy().copy()
-        result["losses"].append(float(total) / batch.target_tokens)
+        result["losses"].append(loss)
         result["norms"].append(adapters.step(lr_at(step, section=config.optim, num_steps=num_steps)))
     result["adapters"] = torch.cat([home.detach() for home in adapters.homes]).numpy().copy()
     return result

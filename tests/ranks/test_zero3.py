@@ -26,7 +26,7 @@ from dist_lora.parallel.layout import Layout
 from dist_lora.parallel.world import World
 from dist_lora.train.build import Trainee, describe_trained
 from dist_lora.train.optim import lr_at
-from tests.ranks.tiny import config_of, documents, trainee_of
+from tests.ranks.tiny import accumulate, config_of, documents, trainee_of
 from tests.ranks.wire import Wire
 
 LENGTHS = [40, 3, 17, 29, 5, 61, 2, 11, 33, 8, 21, 55, 4, 13, 9, 26]
@@ -63,16 +63,8 @@ def with_b(trainee: Trainee) -> None:
 
 def one_step(trainee: Trainee, loader: Loader, step: int, config: Any, num_steps: int) -> tuple[float, float]:
     """Loss and gradient norm of one optimizer step."""
-    batch = loader.batch(step - 1)
-    trainee.adapters.begin_step()
-    total = torch.zeros(1)
-    for i, micro in enumerate(batch.micro_batches):
-        loss = trainee.run(micro)
-        trainee.adapters.backward(loss / batch.target_tokens, is_last=i == len(batch.micro_batches) - 1)
-        total += loss.detach()
-    trainee.adapters.reduce(total)
-    norm = trainee.adapters.step(lr_at(step, section=config.optim, num_steps=num_steps))
-    return float(total) / batch.target_tokens, norm
+    loss = accumulate(trainee, loader.batch(step - 1))
+    return loss, trainee.adapters.step(lr_at(step, section=config.optim, num_steps=num_steps))
 
 
 def train(

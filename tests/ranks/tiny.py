@@ -9,6 +9,7 @@ import torch
 
 from dist_lora.base.quant.published import open_base_on_disk
 from dist_lora.config.schema import Config
+from dist_lora.data.loader import StepBatch
 from dist_lora.data.tokens import TokenSet
 from dist_lora.herd.facts import Shape
 from dist_lora.lora.peft_file import BaseIdentity
@@ -49,6 +50,18 @@ def trainee_of(config: Config, world: World) -> Trainee:
     identity = BaseIdentity(name=folder.name, revision=None, content_hash=None, config_hash=None)
     base = Base(folder, shape, open_base_on_disk(folder, quant=config.model.quant), None, identity)
     return build(config, base, world)
+
+
+def accumulate(trainee: Trainee, batch: StepBatch) -> float:
+    """The loss of a step, a target token's mean over all ranks; its gradients are summed and wait for the update."""
+    trainee.adapters.begin_step()
+    total = torch.zeros(1)
+    for i, micro in enumerate(batch.micro_batches):
+        loss = trainee.run(micro)
+        trainee.adapters.backward(loss / batch.target_tokens, is_last=i == len(batch.micro_batches) - 1)
+        total += loss.detach()
+    trainee.adapters.reduce(total)
+    return float(total) / batch.target_tokens
 
 
 def gathered_base(trainee: Trainee) -> dict[str, torch.Tensor]:

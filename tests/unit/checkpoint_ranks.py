@@ -61,9 +61,6 @@ class MemoryWorld:
             self.store.values[key] = value
             self.store.changed.notify_all()
 
-    def announce(self, key: str) -> None:
-        self.share(key, b"1")
-
     def wait_for(self, key: str, *, what: str) -> None:
         self._wait(lambda: key in self.store.values, what)
 
