@@ -91,6 +91,16 @@ class TokenSet:
         """Tokens that are learned, of all documents."""
         return int(self.num_targets.sum())
 
+    def fingerprint(self) -> str:
+        """``xxh3_128:<hex>`` of the documents in their order, ids and targets: the same where training sees the same.
+
+        Reads all of it, once.
+        """
+        digest = xxhash.xxh3_128()
+        for values in (self.starts, self.lengths, self.sample_ids, self.ids, self.is_target):
+            digest.update(np.ascontiguousarray(values).data.cast("B"))
+        return f"xxh3_128:{digest.hexdigest()}"
+
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids ``(n,)`` uint32 and targets ``(n,)`` bool of one document."""
         whole = slice(int(self.starts[index]), int(self.starts[index] + self.lengths[index]))

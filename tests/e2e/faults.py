@@ -234,7 +234,7 @@ def ask_the_launcher() -> None:
     """Ask the process that started the ranks to stop, and go on once it has passed that on to this one."""
     passed_on = signal.getsignal(signal.SIGTERM).__self__  # type: ignore[union-attr]
     os.kill(os.getppid(), signal.SIGTERM)
-    while not passed_on.is_asked:
+    while not passed_on.reason(needed_s=0):
         time.sleep(0.01)
 
 
