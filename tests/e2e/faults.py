@@ -212,7 +212,7 @@ def boom_while_the_other_saves() -> None:
 
 def kill_of_rank_1_while_the_other_waits_for_its_share() -> None:
     if RANK == 1:
-        before(shards, "_write_file", lambda: strike(lambda: signal_myself(signal.SIGKILL)), at_call=2)
+        before(shards, "_write_file", lambda: strike(lambda: signal_myself(signal.SIGKILL)), at_call=3)
 
 
 def hang_of_rank_1_in_step_3() -> None:
