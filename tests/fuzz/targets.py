@@ -380,7 +380,9 @@ TARGETS = {
     "model_config": Target(model_config, _file("base", "config.json")),
     "adapter_config": Target(
         adapter_config,
-        lambda ground: [SPLIT.join(ground.original(ground.adapter / f"{name}.json") for name in ("adapter_config", "dist_lora"))],
+        lambda ground: [
+            SPLIT.join(ground.original(ground.adapter / f"{name}.json") for name in ("adapter_config", "dist_lora"))
+        ],
     ),  # fmt: skip
     "adapter_header": Target(adapter_header, _header("adapter", "adapter_model.safetensors")),
     "tokenizer_config": Target(tokenizer_config, _file("base", "tokenizer_config.json")),
