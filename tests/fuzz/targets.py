@@ -383,7 +383,7 @@ TARGETS = {
         lambda ground: [
             SPLIT.join(ground.original(ground.adapter / f"{name}.json") for name in ("adapter_config", "dist_lora"))
         ],
-    ),  # fmt: skip
+    ),
     "adapter_header": Target(adapter_header, _header("adapter", "adapter_model.safetensors")),
     "tokenizer_config": Target(tokenizer_config, _file("base", "tokenizer_config.json")),
     "tokenizer_file": Target(tokenizer_file, _file("base", "tokenizer.json")),
