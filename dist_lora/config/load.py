@@ -247,6 +247,9 @@ def _child(node: yaml.Node | None, part: str | int) -> tuple[yaml.Node, yaml.Nod
 def _apply(overrides: Sequence[str], *, source: _Source) -> Iterator[str]:
     """Write the arguments over the file's settings; gives the faults of their form."""
     for text in overrides:
+        if _NO_TEXT.search(text):
+            yield f"{text!a} (argument): not text in UTF-8"
+            continue
         name, equals, written = text.partition("=")
         parts = name.strip().split(".")
         if not equals or not all(parts) or name.startswith("-"):

@@ -133,7 +133,10 @@ def read_sample(record: Mapping[str, Any], *, fmt: Format) -> Sample:
     """
     if _depth(record) > MAX_DEPTH:
         raise DataError(f"the record is nested deeper than {MAX_DEPTH} levels")
-    check_columns([key for key, value in record.items() if value is not None] or list(record), fmt)
+    columns = [key for key, value in record.items() if value is not None]
+    if record and not columns:
+        raise DataError(f"{_listed(record)}: all is null")
+    check_columns(columns, fmt)
     if fmt == "messages":
         return _read_chat(record)
     if fmt == "alpaca":

@@ -236,8 +236,8 @@ def adapter_config(ground: Ground, data: bytes) -> None:
     """An adapter's config, and after a split who its base is."""
     first, *second = data.split(SPLIT)
     ground.put(ground.adapter / "adapter_config.json", first)
-    if second:
-        ground.put(ground.adapter / "dist_lora.json", second[0])
+    origin = ground.adapter / "dist_lora.json"
+    ground.put(origin, second[0] if second else ground.original(origin))
     found = read_adapter(ground.adapter)
     found.base.differences(BaseIdentity("org/tiny", None, "0" * 32, "1" * 32))
     assert found.scale > 0 and found.rank == 2
@@ -326,6 +326,7 @@ def mend(ground: Ground) -> None:
         shutil.rmtree(ground.folder / name, ignore_errors=True)
     (ground.folder / "nf4").mkdir()
     shutil.copytree(ground.folder / "original" / "base", ground.folder / "tokenizer")
+    (ground.folder / "tokenizer" / "chat_template.jinja").unlink()  # it would count and not that of the settings
     for place in _places(ground):
         ground.put(place, ground.original(place))
 
@@ -358,6 +359,11 @@ def _header(*parts: str) -> Callable[[Ground], list[bytes]]:
     ]
 
 
+def _tokenizer_settings(ground: Ground) -> list[bytes]:
+    content = json.loads(ground.original(ground.base / "tokenizer_config.json"))
+    return [json.dumps(content | {"chat_template": TEMPLATE}).encode()]
+
+
 def _lines(ground: Ground) -> list[bytes]:
     texts = [json.dumps(one) for one in RECORDS]
     return [
@@ -385,7 +391,7 @@ TARGETS = {
         ],
     ),
     "adapter_header": Target(adapter_header, _header("adapter", "adapter_model.safetensors")),
-    "tokenizer_config": Target(tokenizer_config, _file("base", "tokenizer_config.json")),
+    "tokenizer_config": Target(tokenizer_config, _tokenizer_settings),
     "tokenizer_file": Target(tokenizer_file, _file("base", "tokenizer.json")),
     "chat_template": Target(chat_template, lambda ground: [TEMPLATE.encode()]),
     "data_file": Target(data_file, _lines),
