@@ -95,9 +95,11 @@ class Run:
     def _step(self, step: int, stop: StopRequest) -> tuple[dict[str, Any], bool]:
         """One optimizer step; returns its line of metrics and whether any rank was asked to stop."""
         started_s = time.monotonic()
+        self.world.progress.now(f"step {step}, reading its data")
         batch = self.loader.batch(step - 1)
         self.adapters.begin_step()
         losses = [self._micro_batch(step, i, batch) for i in range(len(batch.micro_batches))]
+        self.world.progress.now(f"step {step}, its update")
         loss_sum = torch.stack(losses).sum()
         scalars = torch.stack((loss_sum, loss_sum.new_tensor(float(stop.is_asked))))
         self.adapters.reduce(scalars)
@@ -127,6 +129,7 @@ class Run:
 
     def _micro_batch(self, step: int, index: int, batch: StepBatch) -> Tensor:
         """Forward and backward of one micro-batch; its gradient counts for its share of the step's target tokens."""
+        self.world.progress.now(f"step {step}, micro-batch {index + 1} of {len(batch.micro_batches)}")
         if self.config.lora.dropout:
             # Keyed by what is computed, not by what was computed before: a resumed run draws the same masks.
             torch.manual_seed(hash((self.config.train.seed, step, self.world.world_rank, index)) % 2**63)
@@ -184,6 +187,7 @@ class Run:
 
     def _evaluate(self, step: int, meter: Meter | None) -> None:
         assert self.held_out is not None
+        self.world.progress.now(f"step {step}, evaluating")
         held_out = loss_of(self.trainee, self.held_out, config=self.config, world=self.world)
         values = {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity}
         if self.config.eval.exact_match:
@@ -234,6 +238,7 @@ class Run:
 
     def resume(self, path: Path) -> None:
         """Take up what ``checkpoint_to_resume`` found."""
+        self.world.progress.now(f"resuming {path.name}", kind="long")
         manifest = read_manifest(path)
         self._check_same(path, manifest)
         self.adapters.restore(load_pieces(path, manifest, self.adapters.pieces()), num_steps=manifest.step)
@@ -262,6 +267,7 @@ def checkpoint_to_resume(config: Config, folder: Path, world: World) -> Path | N
         CheckpointError: what is named is damaged, or none of the run's is whole.
     """
     wanted, root = config.checkpoint.resume, folder / "checkpoints"
+    world.progress.now("looking for a checkpoint", kind="long")
     if wanted == "auto":
         return newest_whole(root, world)
     if wanted == "never":
