@@ -158,7 +158,7 @@ def _on_ranks(config: Config, nproc: int | None, work: Callable[[World], None]) 
         sys.exit(run_ranks(sys.argv[1:], num_ranks=num_ranks))
     from dist_lora.parallel.rank import run_as_rank
 
-    sys.exit(run_as_rank(place, config.parallel, work, report=report_error))
+    sys.exit(run_as_rank(place, config, work, report=report_error))
 
 
 def _num_gpus() -> int:

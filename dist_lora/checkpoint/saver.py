@@ -65,7 +65,8 @@ class Saver:
         """
         started_s = time.monotonic()
         if self._thread is not None:
-            self._thread.join()
+            with self._world.progress.waiting():
+                self._thread.join()
             self._thread = None
         self._stall_s += time.monotonic() - started_s
         error, self._error = self._error, None

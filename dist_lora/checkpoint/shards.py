@@ -169,7 +169,8 @@ def _together(world: World, stage: str, action: Callable[[], Result]) -> Result:
     """What ``action`` gives here, once it has succeeded on all ranks; where it fails on any, all raise."""
     error, result = None, None
     try:
-        result = action()
+        with world.progress.phase(f"saving the {stage}", kind="long"):
+            result = action()
     except Exception as caught:
         error = caught
     world.agree(stage, error)

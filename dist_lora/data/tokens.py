@@ -149,12 +149,14 @@ def prepare_tokens(
         SaveError: the cache cannot be written.
     """
     started = time.monotonic()
+    world.progress.now(f"reading data.{which}", kind="long")
     cache = (cache_dir or default_cache_dir()).expanduser() / "tokens"
     key = _agree_on_key(names, which=which, rules=rules, tokenizer_hash=tokenizer_hash, cache=cache, world=world)
     group = _group_of(cache, which=which, world=world)
     with contextlib.ExitStack() as held:
         building = _begin(cache / key, group=group, which=which, world=world, held=held)
         if building is not None:
+            world.progress.now(f"tokenising data.{which}", kind="long")
             check = _Builder(names, which, rules, tokenizer, building, group, world)
             check.encode_part()
         else:
@@ -320,7 +322,8 @@ def _begin(folder: Path, *, group: _Group, which: Which, world: World, held: con
     is_there = False
     if group.is_first:
         try:
-            has_lock = held.enter_context(_locked(folder.with_name(f"{folder.name}.lock")))
+            with world.progress.phase(f"waiting for another job that tokenises data.{which}", kind="unseen"):
+                has_lock = held.enter_context(_locked(folder.with_name(f"{folder.name}.lock")))
             is_there = _open_published(folder) is not None
             if not is_there:
                 for stale in [folder, *folder.parent.glob(f"{folder.name}.building-*")] if has_lock else []:

@@ -107,6 +107,7 @@ class Run:
     def _step(self, step: int, stop: StopRequest) -> tuple[dict[str, Any], bool]:
         """One optimizer step; returns its line of metrics and whether any rank was asked to stop."""
         started_s = time.monotonic()
+        self.world.progress.now(f"step {step}, reading its data")
         batch = self.loader.batch(step - 1)
         self.adapters.begin_step()
         losses = []
@@ -115,6 +116,7 @@ class Run:
                 self.save()  # of the step before: nothing of this one is kept
                 self._stop(stop, f"in step {step} of {self.num_steps}, which begins again,")
             losses.append(self._micro_batch(step, i, batch))
+        self.world.progress.now(f"step {step}, its update")
         loss_sum = torch.stack(losses).sum()
         own = [bool(self._reason(stop, needed_s=self._longest_s)), self.saver.has_failed, time.monotonic() - started_s]
         scalars = torch.cat((loss_sum[None], loss_sum.new_tensor(own)))
@@ -171,6 +173,7 @@ class Run:
 
     def _micro_batch(self, step: int, index: int, batch: StepBatch) -> Tensor:
         """Forward and backward of one micro-batch; its gradient counts for its share of the step's target tokens."""
+        self.world.progress.now(f"step {step}, micro-batch {index + 1} of {len(batch.micro_batches)}")
         if self.config.lora.dropout:
             # Keyed by what is computed, not by what was computed before: a resumed run draws the same masks.
             torch.manual_seed(hash((self.config.train.seed, step, self.world.world_rank, index)) % 2**63)
@@ -231,6 +234,7 @@ class Run:
 
     def _evaluate(self, step: int, meter: Meter | None) -> None:
         assert self.held_out is not None
+        self.world.progress.now(f"step {step}, evaluating")
         held_out = loss_of(self.trainee, self.held_out, config=self.config, world=self.world)
         values = {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity}
         if self.config.eval.exact_match:
@@ -306,6 +310,7 @@ class Run:
     def resume(self, found: Found) -> None:
         """Take up what ``find_checkpoint`` found."""
         path, manifest = found.path, found.manifest
+        self.world.progress.now(f"resuming {path.name}", kind="long")
         if manifest.tensors != self._specs():
             raise CheckpointError(
                 f"{path} holds {len(manifest.tensors)} trained tensors and this config attaches "

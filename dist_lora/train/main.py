@@ -134,6 +134,7 @@ def _train_until_asked(config: Config, world: World, stop: StopRequest, *, is_dr
             _print_sample(tokens, base)
         return
     assert folder is not None
+    world.stacks = folder / "stacks"
     _take_up(found, config, base, loader, num_steps=num_steps, folder=folder, world=world)
     trainee = build(config, base, world)
     if world.is_first:
@@ -186,6 +187,7 @@ def _train(run: Run, folder: Path, world: World, stop: StopRequest) -> None:
     error: DistLoraError | None = None
     try:
         if world.is_first:
+            world.progress.now("opening the trackers", kind="unseen")
             try:
                 meter = Meter(
                     folder,
@@ -220,6 +222,7 @@ def _check_base(trainee: Trainee, world: World) -> None:
 def _finish(run: Run, folder: Path, world: World, *, seconds: float) -> None:
     """The adapter in PEFT's format and a summary, written by the first rank while the others wait in no collective."""
     out = folder / "adapter"
+    world.progress.now("writing the adapter", kind="long")
     world.share(f"finish/peak/{world.world_rank}", str(peak_bytes(world.device)).encode())
     error: Exception | None = None
     if world.is_first:
@@ -311,5 +314,6 @@ def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str,
 
 
 def _loss(config: Config, trainee: Trainee, held_out: TokenSet, world: World) -> dict[str, Any]:
+    world.progress.now("evaluating")
     held = loss_of(trainee, held_out, config=config, world=world)
     return {"loss": held.loss, "perplexity": held.perplexity, "target_tokens": held.target_tokens}

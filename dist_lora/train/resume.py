@@ -55,6 +55,7 @@ def find_checkpoint(config: Config, folder: Path, world: World) -> Found | None:
 
 def _path_of(config: Config, folder: Path, world: World) -> Path | None:
     wanted, root = config.checkpoint.resume, folder / "checkpoints"
+    world.progress.now("looking for a checkpoint", kind="long")
     if wanted == "auto":
         return newest_whole(root, world)
     if wanted == "never":
