@@ -91,6 +91,7 @@ class Run:
                     f"stopped at step {step} of {self.num_steps} on {stop.signal_name or 'another rank'}'s request; "
                     f"saved {self.last_saved}. The same command goes on from there."
                 )
+        self._rotate()  # a run that was killed after its last save has left that one's to this start
 
     def _step(self, step: int, stop: StopRequest) -> tuple[dict[str, Any], bool]:
         """One optimizer step; returns its line of metrics and whether any rank was asked to stop."""
@@ -200,7 +201,7 @@ class Run:
 
     def save(self) -> Path:
         """Write this step's checkpoint, all ranks together, and drop those that are no longer kept."""
-        section, step = self.config.checkpoint, self.progress.step
+        step = self.progress.step
         path = self.checkpoints / f"step-{step:08d}"
         if self.last_saved == path:
             return path
@@ -224,10 +225,15 @@ class Run:
                 "num_layers": self.trainee.base.shape.num_layers,
             },
         )
+        self._rotate()
+        return self.last_saved
+
+    def _rotate(self) -> None:
+        """Drop, on the first rank, the checkpoints that are no longer kept and what killed saves have left."""
+        section = self.config.checkpoint
         if self.world.is_first:
             best = self.progress.best_step if section.keep_best else None
             rotate(self.checkpoints, keep=section.keep, best=best)
-        return self.last_saved
 
     def _specs(self) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(name, shape) for name, shape in self.adapters.shapes.items())
