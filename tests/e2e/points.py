@@ -19,17 +19,7 @@ from typing import Any, Literal, get_args
 
 Victim = Literal["rank", "ranks", "launcher", "all"]
 VICTIMS: tuple[Victim, ...] = get_args(Victim)
-# Each place with the calls that a start may make there: ``nth`` is drawn up to this.
-INSIDE = {
-    "step": 16,
-    "eval": 6,
-    "save": 12,
-    "rename": 10,
-    "deletion": 8,
-    "gathering": 6,
-    "loading": 20,
-    "tokenising": 10,
-}
+INSIDE = ("step", "eval", "save", "rename", "deletion", "gathering", "loading", "tokenising")
 
 PARTIAL = re.compile(r"/checkpoints/\.step-\d+\.partial")
 DELETED = re.compile(r"/checkpoints/\.step-\d+\.deleted")
