@@ -325,9 +325,10 @@ def _begin(folder: Path, *, group: _Group, which: Which, world: World, held: con
             with world.progress.phase(f"waiting for another job that tokenises data.{which}", kind="unseen"):
                 has_lock = held.enter_context(_locked(folder.with_name(f"{folder.name}.lock")))
             is_there = _open_published(folder) is not None
+            leftovers = folder.parent.glob(f"{folder.name}.building-*")  # of jobs that were killed
+            for stale in [*leftovers, *([] if is_there else [folder])] if has_lock else []:
+                shutil.rmtree(stale, ignore_errors=True)
             if not is_there:
-                for stale in [folder, *folder.parent.glob(f"{folder.name}.building-*")] if has_lock else []:
-                    shutil.rmtree(stale, ignore_errors=True)
                 building.mkdir()
         except OSError as found:
             error = _unwritable(folder.parent, found)

@@ -103,6 +103,8 @@ class Run:
             if is_asked and not is_last:
                 self._stop(stop, f"at step {step} of {self.num_steps}")
         self.saver.wait()
+        if self.world.is_first:
+            self._rotate(self._best())  # a run that was killed after its last save has left that one's to this start
 
     def _step(self, step: int, stop: StopRequest) -> tuple[dict[str, Any], bool]:
         """One optimizer step; returns its line of metrics and whether any rank was asked to stop."""
@@ -254,19 +256,18 @@ class Run:
 
         Once it is whole, those that are no longer kept are dropped.
         """
-        section, step = self.config.checkpoint, self.progress.step
+        step = self.progress.step
         if self._saved_step == step:
             return
         self._saved_step = step
-        best = self.progress.best_step if section.keep_best else None
-        facts = self._facts()
+        best, facts = self._best(), self._facts()
 
         def write(world: World, share: Mapping[Piece, Tensor]) -> Path:
             if world.is_first:
                 sync_metrics(self.folder)  # no checkpoint of a step whose line a power failure can take
             path = save_checkpoint(self.checkpoints, step=step, share=share, specs=self._specs(), world=world, **facts)
             if world.is_first:
-                rotate(self.checkpoints, keep=section.keep, best=best)
+                self._rotate(best)
             return path
 
         self.saver.start(self.adapters.share(), write)
@@ -303,6 +304,14 @@ class Run:
             except DistLoraError as caught:
                 error = caught
         self.world.agree("room for the checkpoints", error)
+
+    def _best(self) -> int | None:
+        """The step whose checkpoint is kept however old it is."""
+        return self.progress.best_step if self.config.checkpoint.keep_best else None
+
+    def _rotate(self, best: int | None) -> None:
+        """Drop the checkpoints that are no longer kept and what killed saves have left. On the first rank."""
+        rotate(self.checkpoints, keep=self.config.checkpoint.keep, best=best)
 
     def _specs(self) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(name, shape) for name, shape in self.adapters.shapes.items())

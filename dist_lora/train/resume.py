@@ -146,7 +146,7 @@ def warn_of_versions(path: Path, then: Mapping[str, str]) -> None:
         )
 
 
-def _on_all(world: World, stage: str, action: Callable[[], None]) -> None:
+def _on_all(world: World, stage: str, action: Callable[[], object]) -> None:
     error: DistLoraError | None = None
     try:
         action()
