@@ -287,6 +287,11 @@ def request_to_rank_1_in_step_3_and_to_the_launcher_in_step_6() -> None:
         at_step(6, ask_the_launcher)
 
 
+def request_to_the_launcher_in_step_3() -> None:
+    if RANK == 1:
+        at_step(3, ask_the_launcher)
+
+
 def ask_the_launcher() -> None:
     """Ask the process that started the ranks to stop, and go on once it has passed that on to this one."""
     passed_on = signal.getsignal(signal.SIGTERM).__self__  # type: ignore[union-attr]

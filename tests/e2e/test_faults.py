@@ -197,6 +197,26 @@ def test_a_run_that_is_asked_to_stop_twice_is_the_run_that_nothing_interrupted(c
     assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
+def test_a_request_to_torchrun_is_obeyed_by_its_ranks_and_the_run_goes_on_under_ours(config, whole) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "dist_lora", "train", str(config), "run=asked-torchrun"],
+        cwd=ROOT, env=environment("request_to_the_launcher_in_step_3"), capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    folder = folder_of(config, "asked-torchrun")
+    saved = folder / "checkpoints" / "step-00000003"
+    assert done.returncode == 1  # torchrun's own: it hands on no exit code of its ranks
+    assert done.stderr.count("stopped at step 3 of 8 on SIGTERM's request to rank 0; saved ") == 1, done.stderr
+    verify(saved)
+    done = run("train", config, "run=asked-torchrun", "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    assert losses(folder) == losses(whole)
+    name = "adapter/adapter_model.safetensors"
+    assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
 def test_a_request_to_one_rank_that_loads_ends_all_with_75(config, whole) -> None:
     fault = "request_to_rank_1_while_the_other_loads"
     codes, done = run_each_rank("train", config, "run=asked-early", fault=fault)
