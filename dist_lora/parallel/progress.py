@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 # paced: a part of a step; it gets on as long as it says so, or starts collectives (a sharded base: two a layer and pass).
+# host: a part of a step that is the host's alone (its data): it gets on as long as it says so or computes.
 # long: work of the host alone, of any length (tokenizing, loading, saving): it gets on as long as it says so or computes.
 # unseen: nobody can tell from outside whether it gets on (a download, a compiler): it may take as long as it likes.
-Kind = Literal["paced", "long", "unseen"]
+Kind = Literal["paced", "host", "long", "unseen"]
 
 
 @dataclass

@@ -268,6 +268,12 @@ def memory_refused_to_rank_1_in_step_3() -> None:
         at_step(3, lambda: strike(lambda: torch.empty(10**12).fill_(1)))
 
 
+def memory_filled_by_rank_1_in_step_3() -> None:
+    """Far more than a control group of a few GiB allows."""
+    if RANK == 1:
+        at_step(3, lambda: strike(lambda: bytearray(b"x") * 2**34))
+
+
 def memory_refused_to_python_while_loading() -> None:
     if RANK == 1:
         before(build, "fill_slots", lambda: strike(lambda: bytearray(2**46)))
