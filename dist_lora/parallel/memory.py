@@ -36,7 +36,7 @@ def out_of_memory(error: BaseException, *, world: World | None, config: Config) 
     asked = ASKED.search(str(error))
     held = _held_on_device(world) if where == "device" and world is not None else []
     held += held_on_host()
-    phase = world.progress.here if world is not None else ""
+    phase = world.progress.where(error) if world is not None else ""
     helps = what_helps(config, where=where, phase=phase, is_on_gpu=world is not None and world.device.type == "cuda")
     return OutOfMemory(
         f"out of memory on the {'GPU' if where == 'device' else 'host'}: "

@@ -29,20 +29,33 @@ from dist_lora.parallel.world import World
 
 def test_a_phase_is_noted_within_another_and_left_again() -> None:
     progress = Progress()
-    assert progress.here == "" and progress.notes() == []
+    assert progress.notes() == []
     progress.now("step 3")
     with progress.phase("saving"):
-        assert progress.here == "saving"
-    assert progress.here == "step 3"
-    assert progress.notes()[0].count == 1  # it has got on
+        assert [note.text for note in progress.notes()] == ["saving"]
+    assert [(note.text, note.count) for note in progress.notes()] == [("step 3", 1)]  # it has got on
 
 
-def test_a_note_stays_where_an_error_left_it() -> None:
+def test_an_error_is_told_with_the_phase_that_it_came_from_whichever_thread_that_was() -> None:
     progress = Progress()
+    assert progress.where(ValueError()) == ""
     progress.now("step 3")
-    with pytest.raises(ValueError), progress.phase("saving"):
-        raise ValueError
-    assert progress.here == "saving"
+    raised: list[ValueError] = []
+
+    def save() -> None:
+        try:
+            with progress.phase("saving"), progress.phase("writing"):
+                raise ValueError
+        except ValueError as error:
+            raised.append(error)
+
+    for _ in range(2):
+        thread = threading.Thread(target=save)
+        thread.start()
+        thread.join()
+    assert progress.where(raised[1]) == "writing"
+    assert progress.where(ValueError()) == "step 3"
+    assert [note.text for note in progress.notes()] == ["step 3"]
 
 
 @contextmanager
