@@ -91,6 +91,16 @@ class TokenSet:
         """Tokens that are learned, of all documents."""
         return int(self.num_targets.sum())
 
+    def fingerprint(self) -> str:
+        """``xxh3_128:<hex>`` of the documents in their order, ids and targets: the same where training sees the same.
+
+        Reads all of it, once.
+        """
+        digest = xxhash.xxh3_128()
+        for values in (self.starts, self.lengths, self.sample_ids, self.ids, self.is_target):
+            digest.update(np.ascontiguousarray(values).data.cast("B"))
+        return f"xxh3_128:{digest.hexdigest()}"
+
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids ``(n,)`` uint32 and targets ``(n,)`` bool of one document."""
         whole = slice(int(self.starts[index]), int(self.starts[index] + self.lengths[index]))
@@ -315,9 +325,10 @@ def _begin(folder: Path, *, group: _Group, which: Which, world: World, held: con
             with world.progress.phase(f"waiting for another job that tokenises data.{which}", kind="unseen"):
                 has_lock = held.enter_context(_locked(folder.with_name(f"{folder.name}.lock")))
             is_there = _open_published(folder) is not None
+            leftovers = folder.parent.glob(f"{folder.name}.building-*")  # of jobs that were killed
+            for stale in [*leftovers, *([] if is_there else [folder])] if has_lock else []:
+                shutil.rmtree(stale, ignore_errors=True)
             if not is_there:
-                for stale in [folder, *folder.parent.glob(f"{folder.name}.building-*")] if has_lock else []:
-                    shutil.rmtree(stale, ignore_errors=True)
                 building.mkdir()
         except OSError as found:
             error = _unwritable(folder.parent, found)

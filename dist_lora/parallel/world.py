@@ -50,6 +50,7 @@ class World:
     local_size: int
     device: torch.device
     store: Any = None  # a torch.distributed.Store; None where this process is alone
+    failures: Any = None  # the store in which failures are told, where ``store`` is a channel's
     watches: list[Watch] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)  # what this rank is at, for its watches and its errors
     stacks: Path | None = None  # the folder for the stacks of a run that hangs, once the run has a folder
@@ -59,6 +60,26 @@ class World:
     def alone(device: torch.device | None = None) -> World:
         """A world of one process, without store or process group."""
         return World(0, 1, 0, 1, device or default_device(0))
+
+    def channel(self, name: str) -> World:
+        """This world for another thread: its agreements and keys never meet those of the main one.
+
+        All ranks make it, each thread for itself; ``name`` is used once in a run.
+        """
+        if self.store is None:
+            return self
+        store = dist.PrefixStore(f"channel/{name}", self.store)
+        failures = self.failures or self.store
+        return World(
+            self.world_rank,
+            self.world_size,
+            self.local_rank,
+            self.local_size,
+            self.device,
+            store,
+            failures=failures,
+            progress=self.progress,
+        )
 
     @property
     def is_first(self) -> bool:
@@ -152,10 +173,11 @@ class World:
         """What another rank said when it failed, if one did."""
         if self.store is None:
             return None
+        failures = self.failures or self.store
         try:
-            if not self.store.check([FAILED_KEY]):
+            if not failures.check([FAILED_KEY]):
                 return None
-            told: dict[str, Any] = json.loads(self.store.get(FAILED_KEY))
+            told: dict[str, Any] = json.loads(failures.get(FAILED_KEY))
         except RuntimeError:
             return None
         return None if told["world_rank"] == self.world_rank else told
@@ -185,6 +207,13 @@ class World:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank's ``flag`` is set; of the hosts alone, no device waits. A collective of one byte."""
+        told = torch.tensor([flag], dtype=torch.uint8)
+        if self.world_size > 1:
+            dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        return bool(told)
 
     def leave(self) -> None:
         """End this process's part cleanly; the other ranks may still be at work."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.runs import Done, run, write_config, write_lines
+from tests.e2e.runs import Done, chats_config, run
 
 MakeBase = Callable[..., Path]
 
@@ -62,23 +62,7 @@ def learn(folder: Path, base: Path, records: list[dict], *settings: str, num_ran
 @pytest.fixture(scope="session")
 def config(tiny_llama, tmp_path_factory) -> Path:
     """A config for a tiny model and 24 chats; its run is called whole."""
-    folder = tmp_path_factory.mktemp("run")
-    chats = [
-        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * (i % 5 + 1)}]}
-        for i in range(24)
-    ]
-    return write_config(
-        folder / "config.yaml",
-        run="whole",
-        runs_dir=str(folder / "runs"),
-        model={"name": str(tiny_llama("llama31"))},
-        lora={"rank": 4},
-        data={"train": str(write_lines(folder / "train.jsonl", chats)), "cache_dir": str(folder / "cache")},
-        train={"steps": 8, "global_batch": 4, "micro_batch": 1, "sequence_length": 64},
-        optim={"lr": 1e-2, "warmup_steps": 2},
-        checkpoint={"every": 2},
-        log={"trackers": []},
-    )
+    return chats_config(tmp_path_factory.mktemp("run"), tiny_llama("llama31"))
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,11 @@ Each rank calls it before anything else, in a real run that a real launcher has 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +23,7 @@ from dist_lora.checkpoint import shards
 from dist_lora.data import tokens
 from dist_lora.data.loader import Loader
 from dist_lora.train import build, loop, main
+from tests.e2e import points
 from tests.e2e.runs import fill_the_disk
 
 RANK = int(os.environ["RANK"])
@@ -213,7 +217,7 @@ def boom_while_the_other_saves() -> None:
 
 def kill_of_rank_1_while_the_other_waits_for_its_share() -> None:
     if RANK == 1:
-        before(shards, "_write_file", lambda: strike(lambda: signal_myself(signal.SIGKILL)), at_call=2)
+        before(shards, "_write_file", lambda: strike(lambda: signal_myself(signal.SIGKILL)), at_call=3)
 
 
 def hang_of_rank_1_in_the_data_of_step_3() -> None:
@@ -293,7 +297,7 @@ def ask_the_launcher() -> None:
     """Ask the process that started the ranks to stop, and go on once it has passed that on to this one."""
     passed_on = signal.getsignal(signal.SIGTERM).__self__  # type: ignore[union-attr]
     os.kill(os.getppid(), signal.SIGTERM)
-    while not passed_on.is_asked:
+    while not passed_on.reason(needed_s=0):
         time.sleep(0.01)
 
 
@@ -343,3 +347,97 @@ def _disk_full_in_step_4(*, rank: int) -> None:
         return entry
 
     wrap(shards, "_write_file", write)
+
+
+# Kills at a point that is told by the environment
+
+
+def killed_at_a_point() -> None:
+    points.arm()
+
+
+# A disk that refuses
+
+
+def fail(module: Any, name: str, error: int, is_here: Callable[[str], bool]) -> None:
+    """Let a call to the system fail with ``error`` where the path of its first argument is meant, as the system does."""
+
+    def around(original: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        path = points.path_of(arguments[0], named)
+        if is_here(path):
+            tell(f"struck {time.time()}")
+            raise OSError(error, os.strerror(error), None if isinstance(arguments[0], int) else path)
+        return original(*arguments, **named)
+
+    wrap(module, name, around)
+
+
+def fsync_fails_for_rank_0() -> None:
+    if RANK == 0:
+        fail(
+            os, "fsync", errno.EIO, lambda path: path.endswith(".step-00000004.partial/rank-00000-of-00002.safetensors")
+        )
+
+
+def fsync_fails_for_rank_1() -> None:
+    if RANK == 1:
+        fail(
+            os, "fsync", errno.EIO, lambda path: path.endswith(".step-00000004.partial/rank-00001-of-00002.safetensors")
+        )
+
+
+def fsync_of_the_folder_fails() -> None:
+    """That of ``checkpoints``, once the checkpoint of step 4 has its name in it."""
+    if RANK == 0:
+        fail(
+            os, "fsync", errno.EIO, lambda path: path.endswith("/checkpoints") and Path(path, "step-00000004").exists()
+        )
+
+
+def rename_fails() -> None:
+    if RANK == 0:
+        fail(os, "rename", errno.EIO, lambda path: path.endswith("/.step-00000004.partial"))
+
+
+def write_fails_for_rank_1() -> None:
+    if RANK == 1:
+        fail(os, "write", errno.EIO, lambda path: "/.step-00000004.partial/" in path)
+
+
+def fsync_of_the_adapter_fails() -> None:
+    if RANK == 0:
+        fail(os, "fsync", errno.EIO, lambda path: "/.adapter.partial" in path)
+
+
+def checkpoints_read_only_in_step_3() -> None:
+    """``checkpoints`` is a file system of its own, on which nobody may write from now on."""
+
+    def remount() -> None:
+        words = ["mount", "-o", "remount,ro", str(run_folder() / "checkpoints")]
+        while subprocess.run(words, stderr=subprocess.DEVNULL, check=False).returncode:  # a save is still under way
+            time.sleep(0.01)
+
+    if RANK == 0:
+        at_step(3, lambda: strike(remount))
+
+
+def checkpoints_gone_in_step_3() -> None:
+    if RANK == 0:
+        at_step(3, lambda: (run_folder() / "checkpoints").rename(run_folder() / "elsewhere"))
+
+
+def checkpoints_gone_in_the_save_of_step_4() -> None:
+    def gone(original: Callable[..., Any], path: Path, share: Any, step: int) -> Any:
+        if step == 4:
+            strike(lambda: shutil.rmtree(path.parents[1]))
+        return original(path, share, step)
+
+    if RANK == 1:
+        wrap(shards, "_write_file", gone)
+
+
+def run_folder() -> Path:
+    """The folder of this run, by the lock that its first rank holds."""
+    held = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    [lock] = {path for path in held if path.endswith("/lock")}
+    return Path(lock).parent

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,10 +98,30 @@ def write_config(path: Path, **settings: object) -> Path:
     return path
 
 
-def write_lines(path: Path, records: list[object]) -> Path:
+def write_lines(path: Path, records: Sequence[object]) -> Path:
     """A JSONL file."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def chats_config(folder: Path, model: Path) -> Path:
+    """A config, in ``folder``, that trains ``model`` on 24 chats; its run is called whole."""
+    chats = [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * (i % 5 + 1)}]}
+        for i in range(24)
+    ]
+    return write_config(
+        folder / "config.yaml",
+        run="whole",
+        runs_dir=str(folder / "runs"),
+        model={"name": str(model)},
+        lora={"rank": 4},
+        data={"train": str(write_lines(folder / "train.jsonl", chats)), "cache_dir": str(folder / "cache")},
+        train={"steps": 8, "global_batch": 4, "micro_batch": 1, "sequence_length": 64},
+        optim={"lr": 1e-2, "warmup_steps": 2},
+        checkpoint={"every": 2},
+        log={"trackers": []},
+    )
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:

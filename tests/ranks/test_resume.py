@@ -133,3 +133,16 @@ def test_a_run_whose_steps_after_the_last_checkpoint_were_lost_writes_them_down_
         shutil.rmtree(tmp_path / "it" / "checkpoints" / f"step-{step:08d}")
     assert ranks(2).run(train_command, made.config | {"runs_dir": str(tmp_path)}) == ["", ""]
     assert exact(metrics(tmp_path / "it")) == exact(metrics(made.straight))
+
+
+def test_what_a_run_left_that_was_killed_after_its_last_save_goes_with_the_next_start(runs, ranks, tmp_path) -> None:
+    made = runs(0.0)
+    shutil.copytree(made.straight, tmp_path / "it")
+    checkpoints = tmp_path / "it" / "checkpoints"
+    (checkpoints / ".step-00000003.deleted").mkdir()
+    (checkpoints / ".step-00000007.partial").mkdir()
+    before = sorted(path.name for path in checkpoints.glob("step-*"))
+    config = made.config | {"runs_dir": str(tmp_path), "checkpoint": {"every": STOP_AT, "keep": 2}}
+    assert ranks(2).run(train_command, config) == ["", ""]
+    assert sorted(path.name for path in checkpoints.iterdir()) == before[-2:]
+    assert exact(metrics(tmp_path / "it")) == exact(metrics(made.straight))

@@ -247,6 +247,18 @@ def test_a_killed_job_leaves_a_cache_that_the_next_one_uses(tmp_path, encoded_sa
     assert_one_clean_folder(tmp_path / "cache")
 
 
+def test_what_a_job_left_that_was_killed_after_its_tokens_were_published_goes_too(tmp_path, encoded_samples):
+    name = write(tmp_path / "d.jsonl", [conversation("a", "b")])
+    prepare(name, tmp_path / "cache")
+    (lock,) = (tmp_path / "cache/tokens").glob("*.lock")
+    left = lock.with_name(f"{lock.stem}.building-5eed")
+    left.mkdir()
+    (left / "0.ids").write_bytes(b"1234")
+    assert len(prepare(name, tmp_path / "cache")) == 1
+    assert len(encoded_samples) == 1
+    assert_one_clean_folder(tmp_path / "cache")
+
+
 def test_a_published_folder_with_a_short_file_is_made_again(tmp_path, encoded_samples):
     name = write(tmp_path / "d.jsonl", [conversation("a", "b")])
     whole = content(prepare(name, tmp_path / "cache"))
