@@ -132,7 +132,7 @@ def test_a_rank_that_hangs_in_a_save_is_named_and_ends_all(name, ended) -> None:
     found.assert_told_once(f"error: rank 1 of 2 on {HOST} hangs: saving the checkpoint of step 4, without progress")
     found.assert_in_time()
     assert "time.sleep(LONG_S)" in found.stacks()[1]
-    assert [path.name for path in (found.folder / "checkpoints").glob("step-*")] == ["step-00000002"]
+    assert max(path.name for path in (found.folder / "checkpoints").glob("step-*")) == "step-00000002"
     verify(found.folder / "checkpoints" / "step-00000002")
 
 
