@@ -1,7 +1,7 @@
 """A rank that hangs ends the run: found by its notes, named with host, step and phase, with the stacks of all ranks.
 
 Every rank has a ``HangWatch``, a thread that looks at the rank's own notes (``Progress``) and publishes what it saw as a
-beat, under a key of the rank's own: no collective, so that it goes on whatever the others do. Two ranks of each node read
+beat, under a key of the rank's own: no collective, so that it goes on whatever the others do. Two ranks of each of the first nodes read
 the beats of all and judge. Who waits in a collective stands still as well, and is told apart from the rank that it waits
 for by how many collectives each has started: the one that hangs has started the fewest.
 
@@ -43,7 +43,8 @@ COMPUTED_S = 0.05  # of a thread's processor time: a sign of life in a long phas
 STACKS_S = 3.0  # what the ranks are given to write down their stacks
 TOLD_S = 10.0  # and to hear that it is told
 BACKSTOP_S = 30.0  # how much later than any hang a collective gives up by itself
-JUDGES_A_NODE = 2
+HEAR_S = 1.0  # how often a rank looks whether a hang was found
+JUDGES_A_NODE, JUDGING_NODES = 2, 8  # enough that some live, few enough for the store to answer all
 LATE_PERIODS = 3  # a beat that is older says nothing of now
 OF_A_STEP: tuple[Kind, ...] = ("paced", "host")
 
@@ -223,18 +224,23 @@ class HangWatch(threading.Thread):
     def run(self) -> None:
         """See the class."""
         last_s = time.monotonic()
-        due_s = 0.0  # until the next beat and judgement
+        due_s = hear_s = 0.0  # until the next beat and judgement, and until this rank listens again
         try:
             while not self._stopped.wait(TICK_S):
                 now_s = time.monotonic()
                 elapsed_s, last_s = min(now_s - last_s, MOST_A_TICK_S), now_s
                 due_s -= elapsed_s
+                hear_s -= elapsed_s
                 before = self._beat
                 self._look(elapsed_s, is_next=due_s <= 0)
                 if due_s <= 0 or self._beat.is_otherwise_than(before):
                     self._publish(self._beat)
                     self._arm()
-                verdict = self._heard() or (self._judge() if due_s <= 0 or self._beat.hangs else None)
+                verdict = None
+                if hear_s <= 0 or self._beat.hangs:
+                    verdict, hear_s = self._heard(), HEAR_S
+                if verdict is None and (due_s <= 0 or self._beat.hangs):
+                    verdict = self._judge()
                 if verdict is not None:
                     self._finish(verdict)
                     return
@@ -291,7 +297,8 @@ class HangWatch(threading.Thread):
 
     def _judge(self) -> dict[str, Any] | None:
         """The verdict, where a rank hangs and this rank was the first to see it."""
-        if self._world.local_rank >= JUDGES_A_NODE:
+        world = self._world
+        if world.local_rank >= JUDGES_A_NODE or world.world_rank // world.local_size >= JUDGING_NODES:
             return None
         silent = self._read_beats()
         late_s = LATE_PERIODS * self.period_s

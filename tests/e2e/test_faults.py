@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dist_lora.checkpoint.resume import verify
 from dist_lora.data.loader import Loader
-from tests.e2e.runs import ROOT, Done, command, environment, fill_the_disk, losses, run, run_each_rank
+from tests.e2e.runs import ROOT, Done, command, fill_the_disk, losses, run, run_each_rank, run_under_torchrun
 
 DEADLINE_S = 30.0  # from the fault to the end of all
 BOOM = "the boom of a test"
@@ -140,11 +139,7 @@ def test_an_error_of_one_rank_ends_all_and_is_told_once_with_rank_host_and_phase
 
 @pytest.mark.slow
 def test_an_error_of_one_rank_under_torchrun_is_told_once(config) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "dist_lora", "train", str(config), "run=boom-torchrun"],
-        cwd=ROOT, env=environment("boom_of_rank_1_in_step_3"), capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = run_under_torchrun("train", config, "run=boom-torchrun", fault="boom_of_rank_1_in_step_3")
     assert done.returncode == 1
     assert done.stderr.count(f"{RANK_1[:-2]}, step 3, micro-batch 1 of 2: ValueError: {BOOM}") == 1, done.stderr
     assert done.stderr.count(BOOM) == 1, done.stderr
