@@ -1,12 +1,12 @@
 """A rank that hangs ends the run: found by its notes, named with host, step and phase, with the stacks of all ranks.
 
 Every rank has a ``HangWatch``, a thread that looks at the rank's own notes (``Progress``) and publishes what it saw as a
-beat, under a key of the rank's own: no collective, so that it goes on whatever the others do. Two ranks of each node read
+beat, under a key of the rank's own: no collective, so that it goes on whatever the others do. Two ranks of each of the first nodes read
 the beats of all and judge. Who waits in a collective stands still as well, and is told apart from the rank that it waits
 for by how many collectives each has started: the one that hangs has started the fewest.
 
 What counts as getting on depends on the kind of the phase (see ``progress.Kind``). A part of a step that stands still
-for ``parallel.hang_timeout`` hangs. Work of the host alone gets three times as long for a single wait without a sign
+for ``parallel.hang_timeout`` hangs. Other work of the host gets three times as long for a single wait without a sign
 of life, since a file system may keep a process waiting that long; while it computes, or says that it gets on, it may
 take hours. Not watched at all is only what shows nothing from outside: downloads, compilers, another job's lock.
 """
@@ -32,6 +32,7 @@ import torch.distributed as dist
 
 from dist_lora.errors import EXIT_FAILED, HangError
 from dist_lora.parallel.local import leave_hang
+from dist_lora.parallel.memory import counted_kills, read_counters
 from dist_lora.parallel.progress import Kind, Note
 from dist_lora.parallel.world import World
 
@@ -42,14 +43,17 @@ COMPUTED_S = 0.05  # of a thread's processor time: a sign of life in a long phas
 STACKS_S = 3.0  # what the ranks are given to write down their stacks
 TOLD_S = 10.0  # and to hear that it is told
 BACKSTOP_S = 30.0  # how much later than any hang a collective gives up by itself
-JUDGES_A_NODE = 2
+HEAR_S = 1.0  # how often a rank looks whether a hang was found
+JUDGES_A_NODE, JUDGING_NODES = 2, 8  # enough that some live, few enough for the store to answer all
+LATE_PERIODS = 3  # a beat that is older says nothing of now
+OF_A_STEP: tuple[Kind, ...] = ("paced", "host")
 
 
 def limit_s(kind: Kind, timeout_s: float) -> float:
     """How long a phase of ``kind`` may stand still."""
     if kind == "unseen":
         return float("inf")
-    return timeout_s if kind == "paced" else LONG_TIMES * timeout_s + LONG_EXTRA_S
+    return timeout_s if kind in OF_A_STEP else LONG_TIMES * timeout_s + LONG_EXTRA_S
 
 
 def collective_timeout_s(timeout_s: float) -> float:
@@ -73,6 +77,10 @@ class Beat:
     collectives: int = 0  # that it has started
     is_done: bool = False
 
+    def is_otherwise_than(self, before: Beat) -> bool:
+        """Whether this one has to be known at once, and not when the next is due."""
+        return (self.hangs, self.waits, self.kind) != (before.hangs, before.waits, before.kind)
+
 
 class Stillness:
     """How long each note of a rank has not changed."""
@@ -85,7 +93,8 @@ class Stillness:
         found = []
         for note in notes:
             before = self._seen.get(note.thread)
-            computed_s = _processor_s(note.thread) if note.kind == "long" else 0.0
+            # Not of a paced phase: whoever waits for a GPU may do so by looking at it again and again.
+            computed_s = _processor_s(note.thread) if note.kind in ("host", "long") else 0.0
             mark: tuple[float, ...] = (note.count, collectives if note.kind == "paced" else 0, computed_s)
             still_s = 0.0
             if before is not None and before[0] is note and _is_same(before[1], mark):
@@ -195,6 +204,7 @@ class HangWatch(threading.Thread):
         self._beats: dict[int, Beat] = {}  # as this judge has last read them
         self._silent_s: dict[int, float] = {}
         self._stacks_file: TextIO | None = None
+        self._memory = read_counters()
 
     def stop(self) -> None:
         """Stop watching: this rank is done."""
@@ -214,18 +224,23 @@ class HangWatch(threading.Thread):
     def run(self) -> None:
         """See the class."""
         last_s = time.monotonic()
-        due_s = 0.0  # until the next beat and judgement
+        due_s = hear_s = 0.0  # until the next beat and judgement, and until this rank listens again
         try:
             while not self._stopped.wait(TICK_S):
                 now_s = time.monotonic()
                 elapsed_s, last_s = min(now_s - last_s, MOST_A_TICK_S), now_s
                 due_s -= elapsed_s
-                hung_before = self._beat.hangs
+                hear_s -= elapsed_s
+                before = self._beat
                 self._look(elapsed_s, is_next=due_s <= 0)
-                if due_s <= 0 or self._beat.hangs != hung_before:
+                if due_s <= 0 or self._beat.is_otherwise_than(before):
                     self._publish(self._beat)
                     self._arm()
-                verdict = self._heard() or (self._judge() if due_s <= 0 or self._beat.hangs else None)
+                verdict = None
+                if hear_s <= 0 or self._beat.hangs:
+                    verdict, hear_s = self._heard(), HEAR_S
+                if verdict is None and (due_s <= 0 or self._beat.hangs):
+                    verdict = self._judge()
                 if verdict is not None:
                     self._finish(verdict)
                     return
@@ -258,6 +273,19 @@ class HangWatch(threading.Thread):
         if self._world.store is not None:
             self._world.store.set(_beat_key(beat.world_rank), json.dumps(asdict(beat)))
 
+    def gone(self) -> str:
+        """Which ranks of this host are not there any more, and whether the kernel killed for want of memory; or empty."""
+        with contextlib.suppress(RuntimeError, dist.DistError):
+            self._read_beats()
+        gone = [
+            f"the process of rank {beat.world_rank} of {self._world.world_size} on {beat.host} is not there any more "
+            f"(its last word: {beat.text or 'starting'})"
+            for beat in self._beats.values()
+            if beat.host == self._beat.host and not beat.is_done and not _is_there(beat.process)
+        ]
+        kills = counted_kills(self._memory, read_counters())
+        return (f"{'; '.join(gone)}. " if gone else "") + (f"{kills} " if kills else "")
+
     # To judge
 
     def _heard(self) -> dict[str, Any] | None:
@@ -269,9 +297,13 @@ class HangWatch(threading.Thread):
 
     def _judge(self) -> dict[str, Any] | None:
         """The verdict, where a rank hangs and this rank was the first to see it."""
-        if self._world.local_rank >= JUDGES_A_NODE:
+        world = self._world
+        if world.local_rank >= JUDGES_A_NODE or world.world_rank // world.local_size >= JUDGING_NODES:
             return None
         silent = self._read_beats()
+        late_s = LATE_PERIODS * self.period_s
+        if not silent and any(silent_s > late_s for silent_s in self._silent_s.values()):
+            return None  # what a rank said of itself is old: it will speak, or be silent for too long
         hanging = ranks_that_hang(list(self._beats.values()), silent)
         if not hanging:
             return None
@@ -303,9 +335,9 @@ class HangWatch(threading.Thread):
         for rank, text in zip(there, store.multi_get([_beat_key(r) for r in there]), strict=True):
             beat, before = Beat(**json.loads(text)), self._beats.get(rank)
             self._beats[rank] = beat
-            is_new = before is None or beat.number != before.number or beat.is_done
+            is_new = beat.is_done or beat != before
             self._silent_s[rank] = 0.0 if is_new else self._silent_s[rank] + self._since_judged_s()
-            kind: Kind = "paced" if beat.kind == "paced" and not beat.waits else "long"
+            kind: Kind = beat.kind if beat.kind in OF_A_STEP and not beat.waits else "long"
             if self._silent_s[rank] > limit_s(kind, self._timeout_s) + 2 * self.period_s:
                 silent.add(rank)
         self._judged_s = time.monotonic()
@@ -365,7 +397,7 @@ class HangWatch(threading.Thread):
                 self._stacks_file = (folder / _stacks_name(self._world.world_rank)).open("a")
             except OSError:
                 return
-        kind: Kind = "paced" if self._beat.kind == "paced" else "long"
+        kind: Kind = self._beat.kind if self._beat.kind in OF_A_STEP else "long"
         after_s = limit_s(kind, self._timeout_s) + 2 * self.period_s
         faulthandler.dump_traceback_later(after_s, file=self._stacks_file)
 
@@ -392,6 +424,17 @@ def _beat_key(world_rank: int) -> str:
 
 def _stacks_name(world_rank: int) -> str:
     return f"rank-{world_rank:05d}.txt"
+
+
+def _is_there(process: int) -> bool:
+    """Whether a process of this host lives; one that has ended and whose parent has not looked yet does not."""
+    try:
+        os.kill(process, 0)
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except (OSError, IndexError):
+        return True
 
 
 def _wait(is_so: Callable[[], bool], *, least_s: float = 0.0, most_s: float) -> None:

@@ -36,7 +36,7 @@ def out_of_memory(error: BaseException, *, world: World | None, config: Config) 
     asked = ASKED.search(str(error))
     held = _held_on_device(world) if where == "device" and world is not None else []
     held += held_on_host()
-    phase = world.progress.here if world is not None else ""
+    phase = world.progress.where(error) if world is not None else ""
     helps = what_helps(config, where=where, phase=phase, is_on_gpu=world is not None and world.device.type == "cuda")
     return OutOfMemory(
         f"out of memory on the {'GPU' if where == 'device' else 'host'}: "
@@ -185,6 +185,18 @@ def peak_bytes_of(process: int) -> int | None:
     return None if kib is None else kib * 1024
 
 
+def counted_kills(before: Counters, after: Counters) -> str:
+    """That memory ran out and the kernel killed for it, where its counters have risen; else empty."""
+    for now, then, whose in (
+        (after.group_kills, before.group_kills, "this control group"),
+        (after.host_kills, before.host_kills, "this host"),
+    ):
+        if now is not None and then is not None and now > then:
+            count = f"{now - then} process{'es' if now - then > 1 else ''}"
+            return f"Memory ran out: the kernel has killed {count} of {whose} for it meanwhile (oom_kill)."
+    return ""
+
+
 def describe_kill(before: Counters, after: Counters, peaks: Sequence[int]) -> str:
     """Why a rank may have been killed by SIGKILL, as far as the system's counters show it.
 
@@ -195,13 +207,9 @@ def describe_kill(before: Counters, after: Counters, peaks: Sequence[int]) -> st
     if after.limit_bytes is not None:
         there += f", this control group may take {gib(after.limit_bytes)}"
     held = f"The ranks held at most {', '.join(gib(peak) for peak in peaks)}; {there}."
-    for now, then, whose in (
-        (after.group_kills, before.group_kills, "this control group"),
-        (after.host_kills, before.host_kills, "this host"),
-    ):
-        if now is not None and then is not None and now > then:
-            count = f"{now - then} process{'es' if now - then > 1 else ''}"
-            return f"Memory ran out: the kernel has killed {count} of {whose} for it meanwhile (oom_kill). {held}"
+    fact = counted_kills(before, after)
+    if fact:
+        return f"{fact} {held}"
     counted = after.group_kills is not None or after.host_kills is not None
     seen = "it has counted no such kill meanwhile (oom_kill)" if counted else "it doesn't say here whether it did"
     return f"The system kills a process so when the host's memory runs out, but {seen}. {held}"

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 # paced: a part of a step; it gets on as long as it says so, or starts collectives (a sharded base: two a layer and pass).
+# host: a part of a step that is the host's alone (its data): it gets on as long as it says so or computes.
 # long: work of the host alone, of any length (tokenizing, loading, saving): it gets on as long as it says so or computes.
 # unseen: nobody can tell from outside whether it gets on (a download, a compiler): it may take as long as it likes.
-Kind = Literal["paced", "long", "unseen"]
+Kind = Literal["paced", "host", "long", "unseen"]
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._notes: dict[int, Note] = {}
+        self._error: tuple[BaseException, str] | None = None  # the last that left a phase, and which
 
     def now(self, text: str, *, kind: Kind = "paced") -> None:
         """This thread begins with ``text``, or with its next part."""
@@ -47,22 +49,23 @@ class Progress:
     def phase(self, text: str, *, kind: Kind = "paced") -> Iterator[None]:
         """This thread is at ``text`` meanwhile, and at what it was before after it.
 
-        After an error the note stays, for it says where the error came from; but not of a thread that had none before.
+        An error that leaves it is remembered as this phase's, see ``where``.
         """
         thread = threading.get_ident()
         before = self._notes.get(thread)
         self.now(text, kind=kind)
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            if self._error is None or self._error[0] is not error:
+                self._error = error, text
+            raise
+        finally:
             if before is None:
                 self._notes.pop(thread, None)
-            raise
-        if before is None:
-            self._notes.pop(thread, None)
-        else:
-            before.count += 1
-            self._notes[thread] = before
+            else:
+                before.count += 1
+                self._notes[thread] = before
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -84,8 +87,9 @@ class Progress:
         main = threading.main_thread().ident
         return sorted((n for t, n in list(self._notes.items()) if t in alive), key=lambda n: n.thread != main)
 
-    @property
-    def here(self) -> str:
-        """What the main thread is at; empty before it has said so."""
+    def where(self, error: BaseException) -> str:
+        """In which phase ``error`` came up, of whichever thread; or what the main thread is at, if it has said so."""
+        if self._error is not None and self._error[0] is error:
+            return self._error[1]
         note = self._notes.get(threading.main_thread().ident or 0)
         return note.text if note is not None else ""

@@ -57,7 +57,8 @@ def run_as_rank(
     except BaseException as error:  # whatever it is, the other ranks must hear of it
         if watch is not None:
             watch.stop()
-        code = _fail(place, world, _as_told(error, world, config), report)
+        where = "" if world is None else world.progress.where(error)
+        code = _fail(place, world, watch, _as_told(error, world, config), where, report)
         if place is None or place.world_size == 1:
             if world is not None:
                 world.leave()
@@ -87,7 +88,12 @@ def _as_told(error: BaseException, world: World | None, config: Config) -> BaseE
 
 
 def _fail(
-    place: Place | None, world: World | None, error: BaseException, report: Callable[[BaseException, str], None]
+    place: Place | None,
+    world: World | None,
+    watch: HangWatch | None,
+    error: BaseException,
+    where: str,
+    report: Callable[[BaseException, str], None],
 ) -> int:
     """Tell the user or the other ranks, whichever is this rank's part; returns its exit code."""
     code = error.exit_code if isinstance(error, DistLoraError | StopNow) else EXIT_FAILED
@@ -95,7 +101,7 @@ def _fail(
         report(error, _who(place, ""))
         return code
     # Our own errors say themselves where they come from.
-    phase = "" if isinstance(error, DistLoraError) and not isinstance(error, OutOfMemory) else world.progress.here
+    phase = "" if isinstance(error, DistLoraError) and not isinstance(error, OutOfMemory) else where
     if isinstance(error, RankError):
         return code  # another rank has told
     if isinstance(error, RuntimeError) and not isinstance(error, DistLoraError) and PEER_GONE.search(str(error)):
@@ -107,7 +113,9 @@ def _fail(
             time.sleep(0.05)
         if leave_word(os.environ, world.world_rank, str(error)):
             return EXIT_LOST_PEER  # our parent sees which rank ended, and tells
-        error = RankError(f"rank {world.world_rank} lost another rank: {error}")
+        gone = watch.gone() if watch is not None else ""
+        error = RankError(f"rank {world.world_rank} lost another rank: {gone}{error}")
+        phase = ""
     if world.fail(error):
         report(error, _who(place, phase))
     return code

@@ -94,6 +94,7 @@ class Run:
             if step == 1 or is_to_save:
                 self._check_copies(step)
             if meter is not None:
+                self.world.progress.now(f"step {step}, writing it down", kind="host")
                 meter.step(line)
             if self.held_out is not None and (is_last or step % self.config.eval.every == 0):
                 self._evaluate(step, meter)
@@ -109,7 +110,7 @@ class Run:
     def _step(self, step: int, stop: StopRequest) -> tuple[dict[str, Any], bool]:
         """One optimizer step; returns its line of metrics and whether any rank was asked to stop."""
         started_s = time.monotonic()
-        self.world.progress.now(f"step {step}, reading its data")
+        self.world.progress.now(f"step {step}, reading its data", kind="host")
         batch = self.loader.batch(step - 1)
         self.adapters.begin_step()
         losses = []

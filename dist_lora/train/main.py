@@ -211,6 +211,7 @@ def _train(run: Run, folder: Path, world: World, stop: StopRequest) -> None:
 
 def _check_base(trainee: Trainee, world: World) -> None:
     """All ranks go on only if the frozen base is, on each, as it was filled."""
+    world.progress.now("checking the base", kind="long")
     error: DistLoraError | None = None
     try:
         trainee.check_base()

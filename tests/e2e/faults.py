@@ -243,8 +243,13 @@ def hang_of_rank_1_within_a_forward() -> None:
 
 
 def hang_of_rank_1_in_the_save_of_step_4() -> None:
+    def write(original: Callable[..., Any], path: Path, share: Any, step: int) -> Any:
+        if step == 4:
+            strike(hang)
+        return original(path, share, step)
+
     if RANK == 1:
-        before(shards, "_write_file", lambda: strike(hang), at_call=2)
+        wrap(shards, "_write_file", write)
 
 
 def hang_of_rank_1_that_lets_nothing_else_run() -> None:
@@ -270,6 +275,12 @@ def memory_refused_to_rank_1_in_step_3() -> None:
     """The host refuses a tensor of 4 TB."""
     if RANK == 1:
         at_step(3, lambda: strike(lambda: torch.empty(10**12).fill_(1)))
+
+
+def memory_filled_by_rank_1_in_step_3() -> None:
+    """Far more than a control group of a few GiB allows."""
+    if RANK == 1:
+        at_step(3, lambda: strike(lambda: bytearray(b"x") * 2**34))
 
 
 def memory_refused_to_python_while_loading() -> None:

@@ -92,6 +92,16 @@ def run_each_rank(*arguments: object, fault: str | None = None, timeout_s: float
     return codes, Done(max(codes), out, err, ended)
 
 
+def run_under_torchrun(*arguments: object, fault: str | None = None, timeout_s: float = 300) -> Done:
+    """Run ``dist-lora ARGUMENTS`` as two ranks that torchrun starts and sees through."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dist_lora",
+         *map(str, arguments)],
+        cwd=ROOT, env=environment(fault), capture_output=True, text=True, timeout=timeout_s, check=False,
+    )  # fmt: skip
+    return Done(done.returncode, done.stdout, done.stderr, ended=time.time())
+
+
 def write_config(path: Path, **settings: object) -> Path:
     """A config file with these settings."""
     path.write_text(yaml.safe_dump(settings))
