@@ -99,6 +99,7 @@ def merge_adapter(
     if not force:
         _check_identity(opened, index=index, config_hash=config_hash)
     _check_fit(opened, index=index)
+    opened.verify()
     _check_effect(opened)
     try:
         with _partial_of(out) as partial:

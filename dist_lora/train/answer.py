@@ -33,8 +33,13 @@ def origin_of(adapter: Path) -> Origin:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         model, data = settings["model"], settings["data"]
         is_plain = data.get("format") in ("text", "prompt-completion")
-        return Origin(model=str(model["name"]), chat_template=data.get("chat_template"), is_plain=is_plain)
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError):
+        template = data.get("chat_template")
+        return Origin(
+            model=str(model["name"]),
+            chat_template=template if isinstance(template, str) else None,
+            is_plain=is_plain,
+        )
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError, RecursionError):
         return Origin()  # there is none, or it is no run's: an adapter may lie anywhere
 
 
