@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from dist_lora.base.stream import SliceReader
 from dist_lora.checkpoint import shards
 from dist_lora.data import tokens
 from dist_lora.data.loader import Loader
@@ -249,11 +250,45 @@ def request_to_rank_1_while_the_other_loads() -> None:
 # Slowness, which is no fault
 
 
-def slow_phases_of_rank_1() -> None:
-    """Tokenising, loading and the first save of rank 1 take 15 s each."""
-    for module, name in ((tokens, "encode_sample"), (build, "fill_slots"), (shards, "_write_file")):
-        if RANK == 1:
-            before(module, name, lambda: time.sleep(15))
+def slow_phases() -> None:
+    """Tokenising, loading, evaluating and the first save of rank 1, and the gathering of rank 0, take 15 s and more each.
+
+    They get on meanwhile: a sample, a slice, a pass, a write or a file at a time. What was slept is printed.
+    """
+
+    def slowed(phase: str, pause_s: float) -> None:
+        tell(f"slept {phase} {pause_s}")
+        time.sleep(pause_s)
+
+    def slow(
+        module: Any, name: str, phase: str, pause_s: float, is_here: Callable[..., bool] = lambda *_: True
+    ) -> None:
+        def around(original: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+            if is_here(*arguments):
+                slowed(phase, pause_s)
+            return original(*arguments, **named)
+
+        wrap(module, name, around)
+
+    first_saved: list[str] = []
+
+    def is_first_save(descriptor: int, *_: Any) -> bool:
+        found = points.PARTIAL.search(points.path_of(descriptor, {}))
+        if found is not None:
+            first_saved.append(found[0])
+        return found is not None and found[0] == first_saved[0]
+
+    def is_adapter(path: Any, *_: Any) -> bool:
+        return points.GATHERED.search(points.path_of(path, {})) is not None
+
+    if RANK == 1:
+        slow(tokens, "encode_sample", "tokenising", 1.3)
+        slow(SliceReader, "_read", "loading", 0.8)
+        slow(build.Trainee, "run", "evaluating", 2.7, lambda trainee, *_: not trainee.model.training)
+        slow(os, "write", "saving", 0.4, is_first_save)
+    else:
+        for name in ("mkdir", "fsync", "rename"):
+            slow(os, name, "gathering", 2.3, is_adapter)
 
 
 # A full disk
