@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from dist_lora.errors import EXIT_FAILED, DistLoraError, StopNow, StoppedOnRequest
+from dist_lora.errors import EXIT_FAILED, ConfigError, DistLoraError, StopNow, StoppedOnRequest
 
 if TYPE_CHECKING:
     from dist_lora.config.schema import Config
@@ -83,12 +83,23 @@ def evaluate(
 @app.command()
 def gather(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run's folder for its newest.")],
-    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    out: Annotated[Path | None, typer.Option(help="The folder to make.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Say of the checkpoint, or of each of the run's, whether it is whole.")
+    ] = False,
 ) -> None:
-    """Put the ranks' shards together into the folder that PEFT and vLLM load. Needs no GPU and no other process."""
-    from dist_lora.checkpoint.gather import gather_adapter
+    """Put the ranks' shards together into the folder that PEFT and vLLM load. Needs no GPU and no other process.
 
-    print(gather_adapter(checkpoint, out=out))
+    With --verify every byte is read first, and nothing is made if any checkpoint is damaged, or without --out.
+    """
+    if out is None and not verify:
+        raise ConfigError("gather: neither --out nor --verify is given: name the folder to make with --out DIR")
+    from dist_lora.checkpoint.gather import gather_adapter, verify_checkpoints
+
+    if verify:
+        verify_checkpoints(checkpoint, tell=print)
+    if out is not None:
+        print(gather_adapter(checkpoint, out=out))
 
 
 @app.command()
@@ -147,7 +158,7 @@ def _on_ranks(config: Config, nproc: int | None, work: Callable[[World], None]) 
         sys.exit(run_ranks(sys.argv[1:], num_ranks=num_ranks))
     from dist_lora.parallel.rank import run_as_rank
 
-    sys.exit(run_as_rank(place, config.parallel, work, report=report_error))
+    sys.exit(run_as_rank(place, config, work, report=report_error))
 
 
 def _num_gpus() -> int:

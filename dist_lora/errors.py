@@ -63,6 +63,14 @@ class TrainingError(DistLoraError, ArithmeticError):
     """The numbers of a run went wrong: NaN, infinity, an adapter without a gradient."""
 
 
+class HangError(DistLoraError, TimeoutError):
+    """A rank made no progress for as long as the config allows."""
+
+
+class OutOfMemory(DistLoraError, MemoryError):
+    """A device or the host had no memory left when a rank asked for some."""
+
+
 class RankError(DistLoraError, RuntimeError):
     """Another process of the run failed; this one ends with it, silently and with the same code."""
 

@@ -27,6 +27,9 @@ ITEM_BYTES: Mapping[str, int] = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 FLOAT_TYPES = ("BF16", "F16", "F32")
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+_MAX_JSON_BYTES = 100_000_000
+_MAX_SIZE = 2**63  # of a dim or an offset: what the library and torch can count to
+_MAX_DIMS = 64  # of a torch tensor
 _MAX_NAMED = 5
 _SAMPLE_BYTES = 256
 _LFS_MARK = b"version https://git-lfs"
@@ -151,6 +154,7 @@ def open_index(folder: Path, *, allow_bytes: bool = False) -> WeightIndex:
     if not folder.is_dir():
         raise WeightsError(f"{folder} is not a folder; a folder with config.json and *.safetensors was expected.")
     if (folder / SINGLE_FILE).exists():
+        _refuse_links(folder, [SINGLE_FILE])
         return WeightIndex(
             folder, {tensor.name: tensor for tensor in read_header(folder / SINGLE_FILE, allow_bytes=allow_bytes)}
         )
@@ -158,12 +162,13 @@ def open_index(folder: Path, *, allow_bytes: bool = False) -> WeightIndex:
         raise WeightsError(_why_no_weights(folder))
     places = _read_places(folder)
     files = sorted(set(places.values()))
-    missing = [file for file in files if not (folder / file).exists()]
+    missing = [file for file in files if not is_there(folder / file)]
     if missing:
         raise WeightsError(
             f"{folder} lacks {len(missing):,} of the {len(files):,} files that {INDEX_FILE} names: "
             f"{first_few(missing)}. The download is incomplete; fetch them."
         )
+    _refuse_links(folder, files)
     found, faults = _read_headers(folder, files, allow_bytes=allow_bytes)
     if not faults:
         faults = _disagreements(places, found)
@@ -193,6 +198,21 @@ def read_header(file: Path, *, allow_bytes: bool = False) -> tuple[TensorOnDisk,
         WeightsError: it cannot be read, is a git-lfs pointer, cut off or too long, its header is damaged, or
             a tensor's type is none of BF16, F16, F32 (nor U8, with `allow_bytes`).
     """
+    tensors, _ = _read_whole_header(file, allow_bytes=allow_bytes)
+    return tensors
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """What a safetensors file says of itself beside its tensors; empty where that is nothing.
+
+    Raises:
+        WeightsError: see `read_header`.
+    """
+    _, metadata = _read_whole_header(file, allow_bytes=True)
+    return metadata
+
+
+def _read_whole_header(file: Path, *, allow_bytes: bool) -> tuple[tuple[TensorOnDisk, ...], dict[str, Any]]:
     with open_weights(file) as descriptor:
         file_bytes = os.fstat(descriptor).st_size
         beginning = _read_at(descriptor, len(_LFS_MARK), 0, file=file)
@@ -206,21 +226,21 @@ def read_header(file: Path, *, allow_bytes: bool = False) -> tuple[TensorOnDisk,
         if header_bytes > _MAX_HEADER_BYTES:
             raise WeightsError(_damaged(file, f"its header claims {header_bytes:,} bytes"))
         header = _parse_object(_read_at(descriptor, header_bytes, 8, file=file), file=file)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     tensors = sorted(
         (_entry(name, value, file=file, data_start=8 + header_bytes) for name, value in header.items()),
         key=lambda tensor: (tensor.start, tensor.num_bytes),
     )
     check_types(tensors, where=file, allowed=(*FLOAT_TYPES, "U8") if allow_bytes else FLOAT_TYPES)
     _check_places(tensors, file=file, data_start=8 + header_bytes, file_bytes=file_bytes)
-    return tuple(tensors)
+    return tuple(tensors), metadata if isinstance(metadata, dict) else {}
 
 
 def _entry(name: str, value: Any, *, file: Path, data_start: int) -> TensorOnDisk:
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
-        if not (isinstance(dtype, str) and whole and begin <= end):
+        whole = all(type(number) is int and 0 <= number < _MAX_SIZE for number in (*shape, begin, end))
+        if not (isinstance(dtype, str) and whole and begin <= end and len(shape) <= _MAX_DIMS):
             raise ValueError
     except (TypeError, KeyError, ValueError) as error:
         raise WeightsError(_damaged(file, f"the entry of {name} in its header makes no sense")) from error
@@ -315,7 +335,40 @@ def _read_places(folder: Path) -> dict[str, str]:
 
 def _stays_inside(file_name: str) -> bool:
     path = PurePosixPath(file_name)
-    return path.suffix == ".safetensors" and not path.is_absolute() and not {"..", "\\"} & {*path.parts, *file_name}
+    foreign = {"..", "\\", "\0"} & {*path.parts, *file_name}
+    return path.suffix == ".safetensors" and not path.is_absolute() and not foreign
+
+
+def _refuse_links(folder: Path, files: Sequence[str]) -> None:
+    leading = links_out(folder, files)
+    if leading:
+        raise WeightsError(
+            f"{folder} holds links that lead out of it: {first_few(leading)}. Nothing is read from there: put the files "
+            "themselves into the folder, or give the folder that they lie in."
+        )
+
+
+def is_there(file: Path) -> bool:
+    """Whether a file exists; a name that no file can have is none."""
+    try:
+        return file.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def links_out(folder: Path, names: Iterable[str]) -> list[str]:
+    """``NAME (to PLACE)`` of each file of ``folder`` that is a link out of it: its maker may have pointed it anywhere.
+
+    The hub's cache is made of such links, from ``snapshots/REVISION`` to ``blobs`` beside them: those are its own.
+    """
+    root = folder.resolve()
+    inside = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    targets = {name: (folder / name).resolve() for name in names}
+    return [
+        f"{name} (to {target})"
+        for name, target in targets.items()
+        if not any(target.is_relative_to(place) for place in inside)
+    ]
 
 
 def _why_no_weights(folder: Path) -> str:
@@ -348,11 +401,23 @@ def read_json(file: Path) -> dict[str, Any]:
         WeightsError: the file cannot be read, is a git-lfs pointer, or holds no JSON object.
     """
     try:
-        content = file.read_bytes()
+        content = read_at_most(file, _MAX_JSON_BYTES)
     except OSError as error:
         raise unreadable(file, error) from error
     _refuse_lfs_pointer(content, file=file)
+    if len(content) > _MAX_JSON_BYTES:
+        raise WeightsError(_damaged(file, f"it is longer than {_MAX_JSON_BYTES:,} bytes"))
     return _parse_object(content, file=file)
+
+
+def read_at_most(file: Path, num_bytes: int) -> bytes:
+    """The first bytes of a file, one more than ``num_bytes`` where there are more: no memory for what is too long.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    with file.open("rb") as opened:
+        return opened.read(min(num_bytes, os.fstat(opened.fileno()).st_size) + 1)
 
 
 def _parse_object(content: bytes, *, file: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -66,18 +67,57 @@ def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True) -> Path:
     return out
 
 
+def verify_checkpoints(given: Path, *, tell: Callable[[str], None]) -> None:
+    """Read every byte of a checkpoint, or of all of a run, and ``tell`` of each in one line whether it is whole.
+
+    Nothing is made. Local: one process.
+
+    Args:
+        given: what ``gather_adapter`` takes for ``checkpoint``.
+
+    Raises:
+        CheckpointError: some are damaged: how many, after all are told; or there is none.
+    """
+    folders = [given] if _is_checkpoint(given) else list(step_folders(_root(given)).values())
+    if not folders:
+        raise CheckpointError(_none_in(given))
+    num_damaged = 0
+    for folder in folders:
+        try:
+            manifest = verify(folder)
+        except CheckpointError as error:
+            num_damaged += 1
+            words = str(error)
+            tell(words if words.startswith(f"{folder} is damaged: ") else f"{folder} is damaged: {words}")
+        else:
+            num_bytes = sum(entry.num_bytes for entry in manifest.files)
+            tell(f"{folder} is whole: step {manifest.step}, {len(manifest.files)} ranks' files, {num_bytes:,} bytes")
+    if num_damaged:
+        raise CheckpointError(f"{given}: {num_damaged} of {len(folders)} checkpoints damaged, as told line by line")
+
+
 def _checkpoint_folder(given: Path, is_to_verify: bool) -> Path:
     """The one checkpoint that a path means, verified."""
-    if step_of(given) is not None or (given / MANIFEST_FILE).exists():
+    if _is_checkpoint(given):
         verify(given, checksums=is_to_verify)
         return given
-    root = given / "checkpoints" if (given / "checkpoints").is_dir() and not step_folders(given) else given
-    newest = newest_whole_here(root)
+    newest = newest_whole_here(_root(given))
     if newest is None:
-        raise CheckpointError(
-            f"{given} holds no checkpoint. Give a run's folder, its checkpoints folder, or a folder step-######## in it"
-        )
+        raise CheckpointError(_none_in(given))
     return newest
+
+
+def _is_checkpoint(given: Path) -> bool:
+    return step_of(given) is not None or (given / MANIFEST_FILE).exists()
+
+
+def _root(given: Path) -> Path:
+    """The folder of checkpoints that a run's folder, or that folder itself, means."""
+    return given / "checkpoints" if (given / "checkpoints").is_dir() and not step_folders(given) else given
+
+
+def _none_in(given: Path) -> str:
+    return f"{given} holds no checkpoint. Give a run's folder, its checkpoints folder, or a folder step-######## in it"
 
 
 def _facts(folder: Path, manifest: Manifest) -> tuple[_AdapterFacts, BaseIdentity]:

@@ -20,12 +20,14 @@ from typing import Annotated, Any, ClassVar
 import xxhash
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
 
+from dist_lora.base.index import links_out, read_at_most
 from dist_lora.errors import CheckpointError
 from dist_lora.lora.state import KINDS, Piece
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 ITEM_BYTES = 4  # all trained state is fp32
+MAX_MANIFEST_BYTES = 2**28  # 405B on 4,096 ranks: 6 MB
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 _MAX_NAMED = 5
@@ -160,11 +162,18 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     try:
-        content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        data = read_at_most(path, MAX_MANIFEST_BYTES)
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise CheckpointError(f"{path} is longer than {MAX_MANIFEST_BYTES:,} bytes: it is no manifest")
+        if links_out(folder, [MANIFEST_FILE]):
+            raise CheckpointError(f"{path} is a link that leads out of its folder: nothing is read from there")
+        content = json.loads(data, parse_constant=_refuse_constant)
         checksum = content.pop("checksum", None) if isinstance(content, dict) else None
         expected_checksum = _own_checksum(content)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: {folder} is no whole checkpoint") from None
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

@@ -11,6 +11,7 @@ import logging
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dist_lora.base.index import first_few
+from dist_lora.base.index import first_few, links_out
 from dist_lora.checkpoint.keys import fresh_key
 from dist_lora.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -67,8 +68,8 @@ def find_checkpoints(root: Path) -> list[int]:
     return [step for step, path in step_folders(root).items() if (path / MANIFEST_FILE).is_file()]
 
 
-def verify(folder: Path, *, checksums: bool = True) -> None:
-    """Prove that a checkpoint is whole: its manifest, and each file's presence, size and checksum.
+def verify(folder: Path, *, checksums: bool = True) -> Manifest:
+    """The manifest of a checkpoint that is proven whole: by it, and by each file's presence, size and checksum.
 
     Reads every byte; without ``checksums`` only the manifest and the sizes. Local: one rank calls it.
 
@@ -82,11 +83,14 @@ def verify(folder: Path, *, checksums: bool = True) -> None:
         faults.insert(0, f"{MANIFEST_FILE} is that of step {manifest.step}")
     if faults:
         raise CheckpointError(f"{folder} is damaged: {'; '.join(faults)}")
+    return manifest
 
 
 def _file_fault(folder: Path, entry: FileEntry, checksums: bool) -> str | None:
     path = folder / entry.name
     try:
+        if links_out(folder, [entry.name]):
+            return f"{entry.name} is a link that leads out of the folder, and nothing is read from there"
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             return f"{entry.name} is not a file"
@@ -199,6 +203,8 @@ def load_pieces(folder: Path, manifest: Manifest, wanted: Sequence[Piece]) -> di
     faults = [f for e in manifest.files if e.name in parts and (f := _file_fault(folder, e, False)) is not None]
     if faults:
         raise CheckpointError(f"{folder} is damaged: {'; '.join(faults)}")
+    for name, pairs in parts.items():
+        _check_parts(folder / name, pairs)
     loaded = {piece: torch.empty(piece.num_elements) for piece in wanted}
     for name, pairs in parts.items():
         _read_parts(folder / name, pairs, loaded)
@@ -230,13 +236,26 @@ def _overlapping(held: list[_Held], wanted: Piece, folder: Path) -> Iterator[_He
         yield holder
 
 
+def _check_parts(path: Path, pairs: list[tuple[Piece, Piece]]) -> None:
+    """See by a file's header that it holds what is to be read of it, before any memory is taken for that."""
+    with _opened(path) as file:
+        for _, held in pairs:
+            _slice_of(file, held, path)
+
+
 def _read_parts(path: Path, pairs: list[tuple[Piece, Piece]], loaded: dict[Piece, Tensor]) -> None:
+    with _opened(path) as file:
+        for wanted, held in pairs:
+            start, stop = max(wanted.start, held.start), min(wanted.stop, held.stop)
+            values = _slice_of(file, held, path)[start - held.start : stop - held.start]
+            loaded[wanted][start - wanted.start : stop - wanted.start].copy_(values)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            for wanted, held in pairs:
-                start, stop = max(wanted.start, held.start), min(wanted.stop, held.stop)
-                values = _slice_of(file, held, path)[start - held.start : stop - held.start]
-                loaded[wanted][start - wanted.start : stop - wanted.start].copy_(values)
+            yield file
     except (SafetensorError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise

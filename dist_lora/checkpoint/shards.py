@@ -40,7 +40,7 @@ from dist_lora.checkpoint.manifest import (
     write_manifest,
 )
 from dist_lora.checkpoint.resume import step_folders, verify
-from dist_lora.errors import CheckpointError, DistLoraError, SaveError
+from dist_lora.errors import CheckpointError, DistLoraError, PlanError, SaveError
 from dist_lora.lora.peft_file import sync_path
 from dist_lora.lora.state import KINDS, Piece
 
@@ -107,8 +107,7 @@ def save_checkpoint(
         CheckpointError: likewise, where the shares are not every element once.
     """
     key = fresh_key(world, f"save/{step}")
-    needed_bytes = sum(len(KINDS) * ITEM_BYTES * s.num_elements + _HEADER_BYTES_A_TENSOR for s in specs)
-    place = _Place(root, step, needed_bytes + _FOLDER_BYTES)
+    place = _Place(root, step, checkpoint_bytes(specs))
     try:
         _together(world, f"checkpoint of step {step}", lambda: _begin(place) if world.is_first else None)
         own = _together(world, f"checkpoint of step {step}", lambda: _write_share(place, share, world, key))
@@ -137,11 +136,41 @@ def save_checkpoint(
     return place.final
 
 
+def checkpoint_bytes(specs: Sequence[TensorSpec]) -> int:
+    """What a checkpoint of these trained tensors takes at most, all ranks' files and the manifest."""
+    return sum(len(KINDS) * ITEM_BYTES * s.num_elements + _HEADER_BYTES_A_TENSOR for s in specs) + _FOLDER_BYTES
+
+
+def check_room(root: Path, specs: Sequence[TensorSpec], *, num_kept: int) -> None:
+    """Raise where the disk can't hold the checkpoints that are to be kept and the one that is being written.
+
+    Those that lie there already are rotated away in time: they count as room. One rank calls it.
+
+    Raises:
+        PlanError: with both numbers.
+    """
+    place = next(folder for folder in (root, *root.parents) if folder.is_dir())
+    try:
+        free_bytes = shutil.disk_usage(place).free
+        taken_bytes = sum(f.stat().st_size for path in step_folders(root).values() for f in path.iterdir())
+    except OSError:
+        return  # the save itself will tell
+    one_bytes = checkpoint_bytes(specs)
+    if free_bytes + taken_bytes < (num_kept + 1) * one_bytes:
+        raise PlanError(
+            f"{root}: {num_kept + 1} checkpoints of {one_bytes:,} bytes ({num_kept} that are kept and one that is being "
+            f"written) need {(num_kept + 1) * one_bytes:,} bytes, and {free_bytes + taken_bytes:,} are there: "
+            f"{free_bytes:,} free and {taken_bytes:,} in older ones. Make room, set checkpoint.keep lower, or runs_dir "
+            "elsewhere."
+        )
+
+
 def _together(world: World, stage: str, action: Callable[[], Result]) -> Result:
     """What ``action`` gives here, once it has succeeded on all ranks; where it fails on any, all raise."""
     error, result = None, None
     try:
-        result = action()
+        with world.progress.phase(f"saving the {stage}", kind="long"):
+            result = action()
     except Exception as caught:
         error = caught
     world.agree(stage, error)

@@ -24,10 +24,35 @@ from dist_lora.errors import ConfigError
 class _Loader(yaml.SafeLoader):
     """YAML without code, that reads 1e-4 as the number it is (PyYAML 6: text, for lack of a dot)."""
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """A whole number as any setting may be; one of ten thousand digits can't even be shown."""
+        value = int(super().construct_yaml_int(node))
+        if abs(value) >= 2**63:
+            raise yaml.constructor.ConstructorError(None, None, "a number of more than 64 bits", node.start_mark)
+        return value
+
+    def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
+        """A text that the system takes for a name and UTF-8 can write: escapes may hold what is neither."""
+        value = str(super().construct_yaml_str(node))
+        if _NO_TEXT.search(value):
+            raise yaml.constructor.ConstructorError(None, None, "a text with NUL or half a character", node.start_mark)
+        return value
+
+
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
+
 
 class _Dumper(yaml.SafeDumper):
     """Quotes the texts that :class:`_Loader` would read as numbers."""
 
+
+_MAX_BYTES = 2**20
+"""A longer file is none of settings but one that was named by mistake."""
+
+_MAX_VALUES = 10_000
+"""So many values a file may hold with each alias written out: aliases of aliases double with every line."""
 
 _FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
 for _kind in (_Loader, _Dumper):
@@ -115,13 +140,20 @@ def _placed(fault: Fault, *, source: _Source, path: Path) -> str:
 def _read(path: Path) -> tuple[_Source, list[str]]:
     """The file's settings; faults are those of single keys (the same one twice)."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise ConfigError(f"{path}: is longer than {_MAX_BYTES:,} bytes; expected a YAML file of settings")
+        text = content.decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. Give the path of a YAML file, as configs/8b_one_node.yaml") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not text in UTF-8 (byte {error.start}); expected a YAML file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}; expected a YAML file") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: cannot be read: {why}; expected a YAML file") from None
     value, root = _parse(text, complain=lambda line, what: f"{path}{line}: not YAML: {what}")
     if value is None:
         raise ConfigError(f"{path}: holds no settings; expected at least run, model.name and data.train")
@@ -139,6 +171,8 @@ def _parse(text: str, *, complain: Callable[[str, str], str]) -> tuple[Any, yaml
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
+        if _num_values(root) > _MAX_VALUES:
+            raise ConfigError(complain("", f"more than {_MAX_VALUES:,} values, its aliases written out"))
         # Constructing merges `<<` into the nodes, so repeated keys are looked for in a copy.
         value = None if root is None else loader.construct_document(root)
         return value, None if root is None else _Loader(text).get_single_node()
@@ -146,8 +180,25 @@ def _parse(text: str, *, complain: Callable[[str, str], str]) -> tuple[Any, yaml
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(complain(line, ", ".join(filter(None, (error.context, error.problem))))) from None
-    except (yaml.YAMLError, ValueError) as error:
+    except RecursionError:
+        raise ConfigError(complain("", "nested too deep")) from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(complain("", " ".join(str(error).split()))) from None
+
+
+def _num_values(node: yaml.Node | None, *, known: dict[int, int] | None = None) -> int:
+    """How many values a node holds with each alias written out; one that contains itself ends there."""
+    known = {} if known is None else known
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = 1
+        pairs = isinstance(node, yaml.MappingNode)
+        inner = [part for pair in node.value for part in pair] if pairs else node.value
+        known[id(node)] += sum(_num_values(part, known=known) for part in inner)
+    return known[id(node)]
 
 
 def _with_text_keys(settings: Mapping[Any, Any]) -> dict[str, Any]:
@@ -196,6 +247,9 @@ def _child(node: yaml.Node | None, part: str | int) -> tuple[yaml.Node, yaml.Nod
 def _apply(overrides: Sequence[str], *, source: _Source) -> Iterator[str]:
     """Write the arguments over the file's settings; gives the faults of their form."""
     for text in overrides:
+        if _NO_TEXT.search(text):
+            yield f"{text!a} (argument): not text in UTF-8"
+            continue
         name, equals, written = text.partition("=")
         parts = name.strip().split(".")
         if not equals or not all(parts) or name.startswith("-"):

@@ -346,7 +346,7 @@ class CheckpointSection(Section):
         description="auto goes on from the run's newest whole checkpoint; never; or a checkpoint's folder.",
     )
     save_at_start: bool = Field(
-        default=False, description="Save once before the first step, so that a full disk shows at once."
+        default=True, description="Save once before the first step, so that a full disk shows at once."
     )
 
     @field_serializer("resume")

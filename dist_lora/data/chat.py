@@ -53,6 +53,9 @@ _TOKENIZER_FILES = (
 )
 
 
+_MAX_TEMPLATE_BYTES = 2**20
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A document: its ids and, for each, whether the model is to learn to write it."""
@@ -88,16 +91,19 @@ def load_tokenizer(folder: Path, *, chat_template: str | None) -> PreTrainedToke
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:
+        _check_tokenizer(tokenizer)
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         there = sorted(name for name in _TOKENIZER_FILES if (folder / name).exists())
         raise WeightsError(
             f"{folder}: no tokenizer could be loaded "
-            f"(of its files these are there: {', '.join(there) or 'none'}): "
-            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}. "
+            f"(of its files these are there: {', '.join(there) or 'none'}): {_first_line(error)}. "
             "Fetch tokenizer.json and tokenizer_config.json of the model"
         ) from error
     if chat_template is not None:
         tokenizer.chat_template = _template_text(chat_template)
+        tokenizer.template_place = f"data.chat_template: {chat_template}"
         lacking = [token for token in _BUNDLED.get(chat_template, ()) if token not in special_ids(tokenizer)]
         if lacking:
             raise DataError(
@@ -105,6 +111,29 @@ def load_tokenizer(folder: Path, *, chat_template: str | None) -> PreTrainedToke
                 f"which the tokenizer in {folder} lacks. Leave the setting out to use the model's own"
             )
     return tokenizer
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether an error is a panic of a library in Rust, which is no ``Exception``."""
+    return type(error).__module__ == "pyo3_runtime" and type(error).__name__ == "PanicException"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:500]
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ``ValueError`` unless it is one that tells where in a text its tokens are, and its template is a text."""
+    template = tokenizer.chat_template
+    templates = list(template.values()) if isinstance(template, dict) else [template]
+    if not all(each is None or isinstance(each, str) for each in templates):
+        raise ValueError(f"its chat_template is a {type(template).__name__}, and a text was expected")
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not tell where its tokens begin; tokenizer.json was expected"
+        )
+    tokenizer("a", return_offsets_mapping=True)
+    special_ids(tokenizer)
 
 
 def hash_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -154,6 +183,8 @@ def encode_prompt(messages: Sequence[Mapping[str, Any]], *, tokenizer: PreTraine
     """
     answered = [*messages, {"role": "assistant", "content": "-"}]
     encoded = encode_sample({"messages": answered}, tokenizer=tokenizer, fmt="messages", train_on="last")
+    if True not in encoded.is_target:
+        raise DataError(f"the chat template ({_template_place(tokenizer)}) does not write what an assistant answers")
     return encoded.ids[: encoded.is_target.index(True)]
 
 
@@ -201,10 +232,23 @@ def render_sample(
 def _template_text(chat_template: str) -> str:
     if chat_template in _BUNDLED:
         return (Path(__file__).parent / "templates" / f"{chat_template}.jinja").read_text(encoding="utf-8")
-    path = Path(chat_template).expanduser()
-    if not path.is_file():
+    try:
+        path = Path(chat_template).expanduser()
+        is_file = path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL; a home of nobody
+        is_file = False
+    if not is_file:
         raise DataError(f"data.chat_template: {chat_template} is neither a file nor one of {', '.join(_BUNDLED)}")
-    return path.read_text(encoding="utf-8")
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_TEMPLATE_BYTES + 1)
+        if len(content) > _MAX_TEMPLATE_BYTES:
+            raise DataError(f"data.chat_template: {chat_template} is longer than {_MAX_TEMPLATE_BYTES:,} bytes")
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.chat_template: {chat_template}: not text in UTF-8 (byte {error.start})") from None
+    except OSError as error:
+        raise DataError(f"data.chat_template: {chat_template} cannot be read: {error.strerror or error}") from None
 
 
 def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -328,10 +372,13 @@ class _Renderer:
         return one[: _common_prefix(one, other)]
 
     def _render(self, messages: list[dict[str, Any]], *, has_prompt: bool) -> str:
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 
         tools: list[Any] | None = list(self.chat.tools) or None
-        template = self.tokenizer.get_chat_template(tools=tools)
+        try:
+            template = self.tokenizer.get_chat_template(tools=tools)
+        except ValueError as error:
+            raise DataError(f"{_template_place(self.tokenizer)}: {_first_line(error)}") from None
         if any("tool_calls" in message for message in messages) and "tool_calls" not in template:
             raise DataError("an assistant's tool_calls are lost: the chat template does not write them. " + _WAYS_OUT)
         if tools and not re.search(r"\btools\b", template):
@@ -347,9 +394,21 @@ class _Renderer:
                     date_string=TEMPLATE_DATE,
                 )
             )
-        except (TemplateError, TypeError) as error:
-            roles = " ".join(str(message["role"]) for message in messages)
-            raise DataError(f"the chat template refuses the turns '{roles}': {error}") from None
+        except Exception as error:  # a template is a program: it may fail as any other
+            place = _template_place(self.tokenizer)
+            if type(error) in (TemplateError, TypeError, UndefinedError):
+                roles = " ".join(str(message["role"]) for message in messages)
+                raise DataError(f"the chat template ({place}) refuses the turns '{roles}': {error}") from None
+            line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+            raise DataError(
+                f"the chat template ({place}{line}) can't be used: {type(error).__name__}: {_first_line(error)}. Set "
+                "data.chat_template to another: llama3, chatml or a FILE"
+            ) from None
+
+
+def _template_place(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Where the template in use was read: the setting, or the model's folder."""
+    return str(getattr(tokenizer, "template_place", "") or tokenizer.name_or_path)
 
 
 _WAYS_OUT = "Set data.chat_template to one that does (llama3, chatml or a FILE), or write them into the content"
@@ -389,8 +448,10 @@ def _without_special_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> t
     strings = list(_strings([turn.as_message() for turn in chat.turns])) + list(_strings(chat.tools))
     if not any(special.search(text) for text in strings):
         return chat, None
-    used = set().union(*strings)
-    mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
+    used = set().union(*strings, *special_ids(tokenizer))
+    mark = next((chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used), None)
+    if mark is None:
+        raise DataError("the record holds every character for private use, and one is needed to mark special tokens")
 
     def broken(value: Any) -> Any:
         if isinstance(value, str):
@@ -458,13 +519,18 @@ def _with_starts(text: str, *, tokenizer: PreTrainedTokenizerBase, is_plain: boo
         raise DataError(
             f"a text holds U+{found:04X} alone, half of a surrogate pair: it is cut or wrongly escaped"
         ) from None
-    encoded = tokenizer(
-        text,
-        add_special_tokens=False,
-        split_special_tokens=is_plain,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
+    try:
+        encoded = tokenizer(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=is_plain,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        raise DataError(f"the tokenizer ({tokenizer.name_or_path}) can't encode it: {_first_line(error)}") from error
     end_before = 0
     for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         yield token, min(start, end_before)

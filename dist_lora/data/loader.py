@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -82,6 +82,11 @@ class Loader:
         self._world_rank, self._world_size = world_rank, world_size
         self._plan_of = lru_cache(maxsize=_KEPT_EPOCHS)(self._make_plan)
         self._num_sequences = len(self._plan_of(0))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the training set (see ``TokenSet.fingerprint``)."""
+        return self._token_set.fingerprint()
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Steps of an epoch, the last one maybe smaller. The same for every epoch (see ``pack_best_fit``)."""

@@ -41,6 +41,9 @@ EXAMPLES: Mapping[Format, str] = {
 }
 """One record of each format, as an error shows it."""
 
+MAX_DEPTH = 100
+"""Templates, and whoever walks a record, go down a call a level."""
+
 _ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool", "ipython")
 _SHAREGPT_ROLES: Mapping[str, Role] = {
     "system": "system",
@@ -128,7 +131,12 @@ def read_sample(record: Mapping[str, Any], *, fmt: Format) -> Sample:
     Raises:
         DataError: the first thing wrong with the record, by its path inside it.
     """
-    check_columns([key for key, value in record.items() if value is not None] or list(record), fmt)
+    if _depth(record) > MAX_DEPTH:
+        raise DataError(f"the record is nested deeper than {MAX_DEPTH} levels")
+    columns = [key for key, value in record.items() if value is not None]
+    if record and not columns:
+        raise DataError(f"{_listed(record)}: all is null")
+    check_columns(columns, fmt)
     if fmt == "messages":
         return _read_chat(record)
     if fmt == "alpaca":
@@ -140,6 +148,16 @@ def read_sample(record: Mapping[str, Any], *, fmt: Format) -> Sample:
     if fmt == "prompt-completion":
         return _read_prompt_completion(record)
     return Continuation(prompt="", completion=_text(record["text"], "text"))
+
+
+def _depth(value: object) -> int:
+    """How many containers lie in each other at most; no deeper than needed to know that it is too much."""
+    deepest, inside = 0, [value]
+    while inside and deepest <= MAX_DEPTH:
+        deepest += 1
+        containers = [each for each in inside if isinstance(each, dict | list | tuple)]
+        inside = [part for each in containers for part in (each.values() if isinstance(each, dict) else each)]
+    return deepest
 
 
 def _has_columns(columns: Collection[str], fmt: Format) -> bool:
@@ -158,7 +176,10 @@ def _shown(value: object) -> str:
     """What was found, in a few words."""
     if value is None:
         return "null"
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):  # keys or a depth that JSON can't have
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -173,9 +194,12 @@ def _decoded(value: object, where: str) -> object:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except ValueError:
+        decoded = json.loads(value)
+    except (ValueError, RecursionError):
         raise DataError(f"{where} is the text {_shown(value)}, which is not JSON") from None
+    if _depth(decoded) > MAX_DEPTH:
+        raise DataError(f"{where} is nested deeper than {MAX_DEPTH} levels")
+    return decoded
 
 
 def _read_chat(record: Mapping[str, Any]) -> Chat:
@@ -219,7 +243,7 @@ def _read_turn(item: object, where: str) -> Turn:
 
 def _read_sharegpt_turn(message: Mapping[str, Any], where: str) -> Turn:
     speaker = message["from"]
-    if speaker not in _SHAREGPT_ROLES:
+    if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
         raise DataError(f"{where}.from is {_shown(speaker)}; one of {', '.join(_SHAREGPT_ROLES)} is expected")
     is_trained = _is_trained(message, where)
     content = _content(message.get("value"), f"{where}.value")

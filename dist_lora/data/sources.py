@@ -164,7 +164,7 @@ class JsonLines:
             )
         line = os.pread(self._file.fileno(), num_bytes, int(self._starts[index]))
         try:
-            return _as_object(json.loads(line.decode()))
+            value = json.loads(line.decode())
         except UnicodeDecodeError as error:
             raise DataError(f"byte {error.start + 1} of the line, 0x{line[error.start]:02x}, is not UTF-8") from None
         except json.JSONDecodeError as error:
@@ -174,6 +174,9 @@ class JsonLines:
             ) from None
         except RecursionError:
             raise DataError("the JSON is nested too deep to be a record") from None
+        except ValueError as error:
+            raise DataError(f"not JSON: {_first_line(str(error))}") from None  # a number of thousands of digits
+        return _as_object(value)
 
 
 class JsonArray:
@@ -253,7 +256,7 @@ class ParquetRows:
         self.name = str(path)
         try:
             self._table = pyarrow.parquet.read_table(path, memory_map=True)
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{self.name}: not a whole parquet file: {error}") from None
 
     def __len__(self) -> int:
@@ -264,7 +267,12 @@ class ParquetRows:
         return f"{self.name}: row {index + 1}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return dict(self._table.slice(index, 1).to_pylist()[0])
+        import pyarrow
+
+        try:
+            return dict(self._table.slice(index, 1).to_pylist()[0])
+        except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # a text that is no UTF-8, a year 300,000
+            raise DataError(f"the row can't be read: {_first_line(str(error))}") from None
 
 
 class HubSource:
@@ -368,7 +376,14 @@ def _open(name: str, which: str, *, is_fetched: bool) -> Source:
 
 def _local_path(name: str, which: str) -> Path | None:
     """The file of that name, or None for a hub id."""
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # too long, no permission, a NUL; a home of nobody
+        why = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"data.{which}: {name[:200]} can't be opened: {why}") from None
     if path.is_dir():
         inside = sorted(child.name for child in path.iterdir() if child.suffix in _SUFFIXES)[:NUM_EXAMPLES]
         raise DataError(f"data.{which}: {name} is a folder; name its files: {', '.join(inside) or 'it holds none'}")
@@ -448,6 +463,10 @@ def _elements(text: str, name: str) -> Iterator[tuple[int, Any]]:
                 f"{name}:{line}: not JSON: {error.msg}, {_near(text, error.pos)}; "
                 f"a list of objects is expected, e.g. [{_EXAMPLE}]"
             ) from None
+        except RecursionError:
+            raise DataError(f"{name}:{line}: the JSON is nested too deep to be a record") from None
+        except ValueError as error:
+            raise DataError(f"{name}:{line}: not JSON: {_first_line(str(error))}") from None
         yield line, value
 
 

@@ -91,6 +91,16 @@ class TokenSet:
         """Tokens that are learned, of all documents."""
         return int(self.num_targets.sum())
 
+    def fingerprint(self) -> str:
+        """``xxh3_128:<hex>`` of the documents in their order, ids and targets: the same where training sees the same.
+
+        Reads all of it, once.
+        """
+        digest = xxhash.xxh3_128()
+        for values in (self.starts, self.lengths, self.sample_ids, self.ids, self.is_target):
+            digest.update(np.ascontiguousarray(values).data.cast("B"))
+        return f"xxh3_128:{digest.hexdigest()}"
+
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids ``(n,)`` uint32 and targets ``(n,)`` bool of one document."""
         whole = slice(int(self.starts[index]), int(self.starts[index] + self.lengths[index]))
@@ -139,12 +149,14 @@ def prepare_tokens(
         SaveError: the cache cannot be written.
     """
     started = time.monotonic()
+    world.progress.now(f"reading data.{which}", kind="long")
     cache = (cache_dir or default_cache_dir()).expanduser() / "tokens"
     key = _agree_on_key(names, which=which, rules=rules, tokenizer_hash=tokenizer_hash, cache=cache, world=world)
     group = _group_of(cache, which=which, world=world)
     with contextlib.ExitStack() as held:
         building = _begin(cache / key, group=group, which=which, world=world, held=held)
         if building is not None:
+            world.progress.now(f"tokenising data.{which}", kind="long")
             check = _Builder(names, which, rules, tokenizer, building, group, world)
             check.encode_part()
         else:
@@ -310,7 +322,8 @@ def _begin(folder: Path, *, group: _Group, which: Which, world: World, held: con
     is_there = False
     if group.is_first:
         try:
-            has_lock = held.enter_context(_locked(folder.with_name(f"{folder.name}.lock")))
+            with world.progress.phase(f"waiting for another job that tokenises data.{which}", kind="unseen"):
+                has_lock = held.enter_context(_locked(folder.with_name(f"{folder.name}.lock")))
             is_there = _open_published(folder) is not None
             leftovers = folder.parent.glob(f"{folder.name}.building-*")  # of jobs that were killed
             for stale in [*leftovers, *([] if is_there else [folder])] if has_lock else []:

@@ -56,6 +56,7 @@ def held_out_loss(
     for batch in batches:
         sums[0] += run(batch)
         sums[1] += len(batch.labels)
+        world.progress.advance()
     world.sum(sums)
     model.train(was_training)
     return HeldOut(float(sums[0] / sums[1]), int(sums[1]))

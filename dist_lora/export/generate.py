@@ -95,6 +95,7 @@ def generate(
     for _ in range(max_new_tokens):
         logits = model(ids, positions=positions, attention=cache, rows=last)
         cache.advance()
+        world.progress.advance()
         ids = logits.argmax(dim=-1)
         for i, token in enumerate(ids.tolist()[: len(prompts)]):
             is_open[i] = is_open[i] and token not in stop_ids

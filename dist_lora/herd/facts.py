@@ -84,7 +84,7 @@ class Shape:
             vocab=config["vocab_size"],
             rope_theta=float(rope.get("rope_theta", _ROPE_THETA)),
             rope_scaling=_scaling_of(rope),
-            context=config.get("max_position_embeddings", _CONTEXT),
+            context=config.get("max_position_embeddings") or _CONTEXT,
             norm_eps=float(config.get("rms_norm_eps", _NORM_EPS)),
             tied=config.get("tie_word_embeddings", False),
         )
@@ -146,6 +146,10 @@ _REQUIRED_SIZES = (
     "vocab_size",
 )
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+# No Llama comes near; what is made of them, name by name, would fill the memory before a file is looked at.
+_MOST_LAYERS = 1000
+_MOST = 2**31
+_MAX_CONFIG_BYTES = 2**20
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -182,7 +186,7 @@ def _foreign_parts(config: Mapping[str, Any]) -> list[str]:
     if config.get("model_type") != "llama":
         faults.append(f"model_type: found {config.get('model_type')!r}, expected 'llama'")
     architectures = config.get("architectures")
-    if architectures and "LlamaForCausalLM" not in architectures:
+    if architectures and not (isinstance(architectures, list) and "LlamaForCausalLM" in architectures):
         faults.append(f"architectures: found {architectures}, expected ['LlamaForCausalLM']")
     if config.get("hidden_act", "silu") != "silu":
         faults.append(f"hidden_act: found {config['hidden_act']!r}, expected 'silu'")
@@ -245,6 +249,8 @@ def _damaged_sizes(config: Mapping[str, Any]) -> list[str]:
             faults.append(f"{name}: is missing, expected a whole number above 0")
         elif type(value) is not int or value < 1:
             faults.append(f"{name}: found {value!r}, expected a whole number above 0")
+        elif value > (most := _MOST_LAYERS if name == "num_hidden_layers" else _MOST):
+            faults.append(f"{name}: found {value}, expected at most {most:,}")
     rope = _rope_of(config)
     numbers: dict[str, Any] = {
         "rope_theta": rope["rope_theta"],
@@ -253,7 +259,7 @@ def _damaged_sizes(config: Mapping[str, Any]) -> list[str]:
     if _rope_type(rope) == "llama3":
         numbers |= {f"rope {name}": rope.get(name) for name in _SCALING}
     for name, value in numbers.items():
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
+        if type(value) not in (int, float) or not 0 < value < _MOST:
             faults.append(f"{name}: found {value!r}, expected a number above 0")
     if type(config.get("tie_word_embeddings", False)) is not bool:
         faults.append(f"tie_word_embeddings: found {config['tie_word_embeddings']!r}, expected true or false")
@@ -460,9 +466,17 @@ def read_shape(folder: Path) -> Shape:
     if not path.is_file():
         raise ConfigError(_no_config(folder))
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        with path.open("rb") as file:
+            content = file.read(_MAX_CONFIG_BYTES + 1)
+        if len(content) > _MAX_CONFIG_BYTES:
+            raise WeightsError(f"{path} is damaged: longer than {_MAX_CONFIG_BYTES:,} bytes. Fetch that file again.")
+        config = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is damaged: not JSON ({error}). Fetch that file again.") from None
+    except OSError as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}.") from error
     if not isinstance(config, dict):
         raise WeightsError(f"{path} is damaged: expected settings in {{...}}. Fetch that file again.")
     return Shape.from_config(config, where=str(path))
@@ -499,8 +513,8 @@ def resolve_model(name: str) -> ResolvedModel:
     member = MEMBERS.get(name.lower())
     if member is not None:
         return ResolvedModel(name=member.name, folder=None, hub_id=member.hub_id, member=member)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = _folder_called(name)
+    if folder is not None:
         if not (folder / "config.json").is_file():
             raise ConfigError(_no_config(folder))
         return ResolvedModel(name=name, folder=folder, hub_id=None, member=None)
@@ -511,6 +525,15 @@ def resolve_model(name: str) -> ResolvedModel:
         f"model.name: found {name!r}, expected a herd member, an existing folder or a hub id (org/name); "
         f"{_nearest_members(name)}"
     )
+
+
+def _folder_called(name: str) -> Path | None:
+    """The folder of that name; None also where no folder can be called so."""
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL; a home of nobody
+        return None
 
 
 def _plain_hub_id(hub_id: str) -> str:

@@ -2,7 +2,8 @@
 
 The format is PEFT's own: `adapter_config.json`, and `adapter_model.safetensors` with two tensors a module,
 `base_model.model.<module>.lora_A.weight` `(R, D_in)` and `lora_B` `(D_out, R)`. `dist_lora.json` beside them
-says which base the adapter belongs to. In memory the keys are `<module>.lora_A` and `<module>.lora_B`, with
+says which base the adapter belongs to. A seal in the weights' metadata, which other programs pass over, holds a
+checksum of the tensors and what the config said of them: a turned bit, or a file of another adapter, is found. In memory the keys are `<module>.lora_A` and `<module>.lora_B`, with
 modules as `model.layers.0.self_attn.q_proj`. Letters: R LoRA rank, D_in and D_out the linear's widths.
 """
 
@@ -21,12 +22,24 @@ from typing import Any, Literal
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+import xxhash
 from torch import Tensor
 
 import dist_lora
-from dist_lora.base.index import TensorOnDisk, first_few, hash_config, open_index, read_header, read_json
-from dist_lora.base.stream import read_tensor
+from dist_lora.base.index import (
+    TensorOnDisk,
+    first_few,
+    hash_config,
+    is_there,
+    links_out,
+    open_index,
+    open_weights,
+    read_at_most,
+    read_header,
+    read_json,
+    read_metadata,
+)
+from dist_lora.base.stream import SliceReader, read_tensor
 from dist_lora.config.schema import LINEARS
 from dist_lora.errors import AdapterError, ConfigError, SaveError, WeightsError
 from dist_lora.herd.facts import module_path
@@ -35,10 +48,16 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ORIGIN_FILE = "dist_lora.json"
 
-_MODULE = re.compile(r"model\.layers\.(\d+)\.(?:self_attn\.([qkvo]_proj)|mlp\.((?:gate|up|down)_proj))")
+# Three digits of layers: keys up to the highest layer are looked for one by one.
+_MODULE = re.compile(r"model\.layers\.([0-9]{1,3})\.(?:self_attn\.([qkvo]_proj)|mlp\.((?:gate|up|down)_proj))")
 _PEFT_KEY = re.compile(r"base_model\.model\.(.+\.lora_[AB])\.weight")
 _NOT_GATHERED = "not gathered: a process holds only its part of a sharded tensor"
 _FORMAT = 1
+_MAX_JSON_BYTES = 2**24
+_KINDS = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_SEAL = "dist_lora"  # its key in the metadata of the weights' file
+# What of the config decides what the tensors mean; all else may be edited.
+_SEALED = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "layers_to_transform")
 
 # Settings that make an adapter more than B A on a linear (LoraConfig of PEFT 0.21.2), and what they are.
 _REFUSED = {
@@ -115,6 +134,27 @@ class AdapterOnDisk(AdapterFacts):
 
     folder: Path
     pairs: dict[str, tuple[TensorOnDisk, TensorOnDisk]]
+    checksum: str | None
+
+    def verify(self) -> None:
+        """Prove that the tensors are as they were written; of an adapter without a checksum (PEFT's) nothing is known.
+
+        Reads every byte of them. Local: one rank calls it, before anything is loaded.
+
+        Raises:
+            AdapterError: they are not, or the file cannot be read.
+        """
+        if self.checksum is None:
+            return
+        try:
+            found = _checksum_on_disk([half for pair in self.pairs.values() for half in pair])
+        except WeightsError as error:
+            raise AdapterError(str(error)) from error
+        if found != self.checksum:
+            raise AdapterError(
+                f"{self.folder / WEIGHTS_FILE} is damaged: its tensors have the checksum {found}, and {self.checksum} was "
+                "written. Copy it again, or make it anew: dist-lora gather CHECKPOINT --out DIR"
+            )
 
     def read_pair(self, module: str) -> tuple[Tensor, Tensor]:
         """A `(R, D_in)` and B `(D_out, R)` of a module, fp32, in host memory.
@@ -166,6 +206,7 @@ def open_adapter(folder: Path) -> AdapterOnDisk:
             one alpha. Names the keys: the half of a pair that is missing, a key that has no place, a wrong
             rank, a zero-size or 1-D tensor.
     """
+    _refuse_links(folder)
     config = _read_json(folder / CONFIG_FILE)
     _refuse_kinds(config, folder=folder)
     rank, alpha, dropout = _numbers(config, folder=folder)
@@ -186,10 +227,22 @@ def open_adapter(folder: Path) -> AdapterOnDisk:
     modules = sorted({key.rpartition(".")[0] for key in by_key}, key=_module_order)
     pairs = {module: (by_key[f"{module}.lora_A"], by_key[f"{module}.lora_B"]) for module in modules}
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    base = _read_origin(folder, config)
+    seal = _read_seal(folder)
+    base = _read_origin(folder, config, checksum=seal.get("checksum"))
+    changed = [
+        f"{key} is {config.get(key)!r}, and was {then!r}"
+        for key, then in seal.get("config", {}).items()
+        if config.get(key) != then or type(config.get(key)) is not type(then)
+    ]
+    if changed:
+        raise AdapterError(
+            f"{folder / CONFIG_FILE} is not as it was when {WEIGHTS_FILE} was written: {'; '.join(changed)}. It is damaged, "
+            "of another adapter, or was changed by hand: put the former values back."
+        )
     return AdapterOnDisk(
         folder=folder,
         pairs=pairs,
+        checksum=seal.get("checksum"),
         rank=rank,
         alpha=alpha,
         dropout=dropout,
@@ -201,8 +254,12 @@ def open_adapter(folder: Path) -> AdapterOnDisk:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """The adapter in `folder`, whole, fp32, in host memory. Raises what `open_adapter` and `read_pair` raise."""
+    """The adapter in `folder`, whole, fp32, in host memory, proven to be as it was written where it has a checksum.
+
+    Raises what `open_adapter`, `verify` and `read_pair` raise.
+    """
     opened = open_adapter(folder)
+    opened.verify()
     tensors: dict[str, Tensor] = {}
     for module in opened.pairs:
         tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"] = opened.read_pair(module)
@@ -249,10 +306,13 @@ def write_adapter(
         partial.mkdir(parents=True)
         kept = torch.bfloat16 if dtype == "bf16" else torch.float32
         content = {_peft_key(key): tensor.detach().to("cpu", kept).contiguous() for key, tensor in tensors.items()}
-        save_file(content, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        checksum = _checksum_of(content)
         config = _peft_config(rank, alpha, dropout, targets=targets, layers=chosen, base=base)
+        seal = {"checksum": checksum, "config": {key: config[key] for key in _SEALED}}
+        _write_weights(partial / WEIGHTS_FILE, content, seal=json.dumps(seal, sort_keys=True))
         _write_json(partial / CONFIG_FILE, config)
-        _write_json(partial / ORIGIN_FILE, {"format": _FORMAT, "base": asdict(base), "software": _versions()})
+        origin = {"format": _FORMAT, "base": asdict(base), "software": _versions(), "weights": checksum}
+        _write_json(partial / ORIGIN_FILE, origin | {"checksum": _own_checksum(origin)})
         (partial / "README.md").write_text(_card(base, rank=rank, alpha=alpha, targets=targets))
         sync_folder(partial)
         _put_in_place(partial, folder)
@@ -260,6 +320,58 @@ def write_adapter(
         raise SaveError(f"The adapter could not be written to {folder}: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_weights(file: Path, tensors: Mapping[str, Tensor], *, seal: str) -> None:
+    """A safetensors file of CPU tensors of one type, the same bytes for the same content.
+
+    The library (0.8) writes two entries of metadata in an order that changes from one process to the next.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", _SEAL: seal}}
+    end = 0
+    for name in sorted(tensors):
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {
+            "dtype": _KINDS[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(tensors):
+            opened.write(_bytes_of(tensors[name]))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _checksum_of(tensors: Mapping[str, Tensor]) -> str:
+    """``xxh3_128:<hex>`` over name, type, shape and bytes of CPU tensors, by name."""
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        digest.update(json.dumps([name, _KINDS[tensors[name].dtype], tensors[name].shape]).encode())
+        digest.update(_bytes_of(tensors[name]))
+    return f"xxh3_128:{digest.hexdigest()}"
+
+
+def _checksum_on_disk(tensors: Sequence[TensorOnDisk]) -> str:
+    """``_checksum_of`` the tensors of one file, read a slice at a time."""
+    digest, reader = xxhash.xxh3_128(), SliceReader()
+    by_name = sorted(tensors, key=lambda tensor: tensor.name)
+    with open_weights(by_name[0].file) as descriptor:
+        for tensor in by_name:
+            digest.update(json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode())
+            for _, rows in reader.slices(tensor, descriptor=descriptor):
+                digest.update(_bytes_of(rows))
+    return f"xxh3_128:{digest.hexdigest()}"
+
+
+def _own_checksum(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return f"xxh3_128:{xxhash.xxh3_128_hexdigest(text.encode())}"
 
 
 def sync_folder(folder: Path) -> None:
@@ -382,17 +494,54 @@ def _refuse_kinds(config: Mapping[str, Any], *, folder: Path) -> None:
 
 def _numbers(config: Mapping[str, Any], *, folder: Path) -> tuple[int, float, float]:
     rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or type(dropout) not in (int, float):
+    # Bounds from both sides: Python's JSON has NaN and infinity.
+    if not (
+        type(rank) is int
+        and 1 <= rank < 2**31
+        and isinstance(alpha, int | float)
+        and not isinstance(alpha, bool)
+        and 0 < alpha < 2**63
+        and isinstance(dropout, int | float)
+        and not isinstance(dropout, bool)
+        and 0 <= dropout <= 1
+    ):
         raise AdapterError(
             f"{folder / CONFIG_FILE} has r = {rank!r}, lora_alpha = {alpha!r}, lora_dropout = {dropout!r}; "
-            "a whole number from 1 and two numbers were expected. The file is damaged."
+            "a whole number from 1, a number above 0 and one from 0 to 1 were expected. The file is damaged."
         )
-    return rank, float(alpha or 0), float(dropout)
+    return rank, float(alpha), float(dropout)
+
+
+def _refuse_links(folder: Path) -> None:
+    leading = links_out(folder, (CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE))
+    if leading:
+        raise AdapterError(
+            f"{folder} holds links that lead out of it: {first_few(leading)}. Nothing is read from there: put the files "
+            "themselves into the folder, or give the folder that they lie in."
+        )
+
+
+def _read_seal(folder: Path) -> dict[str, Any]:
+    """The seal of our own writer, checked to have its form; empty where another program wrote the weights."""
+    file = folder / WEIGHTS_FILE
+    try:
+        written = read_metadata(file).get(_SEAL)
+        seal = None if written is None else json.loads(written)
+    except WeightsError as error:
+        raise AdapterError(str(error)) from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise AdapterError(f"{file} is damaged: {_SEAL} in its metadata is not JSON ({error}).") from error
+    if seal is None:
+        return {}
+    is_ours = isinstance(seal, dict) and isinstance(seal.get("checksum"), str) and isinstance(seal.get("config"), dict)
+    if not is_ours:
+        raise AdapterError(f"{file} is damaged: {_SEAL} in its metadata lacks a checksum or the config.")
+    return dict(seal)
 
 
 def _headers(folder: Path) -> dict[str, TensorOnDisk]:
     file = folder / WEIGHTS_FILE
-    if not file.exists() and (folder / "adapter_model.bin").exists():
+    if not is_there(file) and is_there(folder / "adapter_model.bin"):
         raise AdapterError(
             f"{folder} holds adapter_model.bin: pickled weights are never read, for they can run code. "
             "Save the adapter again with a PEFT that writes safetensors."
@@ -422,25 +571,53 @@ def _coverage(
     targets = tuple(linear for linear in LINEARS if linear in last_parts)
     if type(layers) is int:
         layers = [layers]
+    if layers and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
+        raise AdapterError(
+            f"{folder / CONFIG_FILE} has layers_to_transform = {layers!r}; a list of layers' numbers was expected. The "
+            "file is damaged."
+        )
     return targets, tuple(sorted(layers)) if layers else None
 
 
-def _read_origin(folder: Path, config: Mapping[str, Any]) -> BaseIdentity:
+def _read_origin(folder: Path, config: Mapping[str, Any], *, checksum: str | None) -> BaseIdentity:
+    """Who the base is. ``checksum`` is that of the weights, which a file of our writer names too."""
     file = folder / ORIGIN_FILE
-    if not file.exists():
-        return BaseIdentity(config.get("base_model_name_or_path"), config.get("revision"))
+    if not is_there(file):
+        return _identity(
+            {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")},
+            where=f"{folder / CONFIG_FILE}: base_model_name_or_path and revision",
+        )
     origin = _read_json(file)
-    base = origin.get("base")
+    base, own = origin.get("base"), origin.pop("checksum", None)
     if origin.get("format") != _FORMAT or not isinstance(base, dict):
         raise AdapterError(
             f"{file} has format {origin.get('format')!r}, and format {_FORMAT} is read. Update dist-lora."
         )
-    return BaseIdentity(*(base.get(key) for key in ("name", "revision", "content_hash", "config_hash")))
+    if own is not None and own != _own_checksum(origin):
+        raise AdapterError(f"{file} doesn't match its own checksum: it was damaged, or changed by hand.")
+    if checksum is not None and origin.get("weights") not in (None, checksum):
+        raise AdapterError(
+            f"{file} was written with other weights ({origin.get('weights')}) than those of {WEIGHTS_FILE} ({checksum}): "
+            "the files are of two adapters. Bring both from one."
+        )
+    return _identity(base, where=f"{file}: base")
+
+
+def _identity(told: Mapping[str, Any], *, where: str) -> BaseIdentity:
+    known = [told.get(field.name) for field in fields(BaseIdentity)]
+    if not all(value is None or isinstance(value, str) for value in known):
+        raise AdapterError(f"{where}: found {known!r}, expected texts or null. The file is damaged.")
+    return BaseIdentity(*known)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_bytes())
+        content = read_at_most(file, _MAX_JSON_BYTES)
+        if len(content) > _MAX_JSON_BYTES:
+            raise AdapterError(f"{file} is damaged: it is longer than {_MAX_JSON_BYTES:,} bytes.")
+        value = json.loads(content)
+    except AdapterError:
+        raise
     except OSError as error:
         raise AdapterError(
             f"{file} cannot be read: {error.strerror or error}. An adapter folder with {CONFIG_FILE} and "

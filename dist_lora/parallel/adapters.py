@@ -91,7 +91,10 @@ class Adapters(ABC):
 
     @abstractmethod
     def share(self) -> dict[Piece, Tensor]:
-        """What this rank writes of a checkpoint, 1-D fp32 on the CPU: all ranks' shares are every element once."""
+        """What this rank writes of a checkpoint: all ranks' shares are every element once.
+
+        Views of the live state, 1-D fp32, wherever it lies: the next step changes them.
+        """
 
     @abstractmethod
     def restore(self, values: Mapping[Piece, Tensor], *, num_steps: int) -> None:
@@ -209,7 +212,7 @@ class FlatAdapters(Adapters):
             for kind, flats in self._state().items():
                 if first < last:
                     values = self._place(part, flats)[first - part.start : last - part.start]
-                    share[Piece(part.name, kind, first, last)] = values.cpu()
+                    share[Piece(part.name, kind, first, last)] = values
         return share
 
     def restore(self, values: Mapping[Piece, Tensor], *, num_steps: int) -> None:

@@ -14,11 +14,14 @@ from pathlib import Path
 from types import FrameType
 
 from dist_lora.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from dist_lora.parallel.memory import Counters, describe_kill, peak_bytes_of, read_counters
 
 POLL_S = 0.05
 GRACE_S = 15.0  # what the others get to end by themselves when one has ended with an error
 GRACE_LOST_S = 5.0  # and when it was killed or lost another: nobody will tell them, so they may wait for ever
+GRACE_HANG_S = 2.0  # and when a rank was found to hang: it won't end by itself
 TERM_S = 5.0  # and after they were asked to
+PEAKS_S = 0.5  # how often the ranks' memory is looked at
 EXIT_LOST_PEER = 113  # between a rank and us: it ends since another is gone, and doesn't know why
 
 
@@ -31,6 +34,7 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
     """
     ranks: list[subprocess.Popen[bytes]] = []
     asked: list[int] = []
+    memory = read_counters()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         asked.append(number)
@@ -45,7 +49,7 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
                 ranks.append(_start(arguments, num_ranks=num_ranks, local_rank=i, folder=Path(folder)))
             if asked:  # while they were started: not all of them have heard it
                 pass_on(asked[-1], None)
-            return _see_through(ranks, Path(folder), asked)
+            return _see_through(ranks, Path(folder), asked, memory)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -71,20 +75,26 @@ def _start(arguments: Sequence[str], *, num_ranks: int, local_rank: int, folder:
     return subprocess.Popen([sys.executable, "-m", "dist_lora", *arguments], env=environment, start_new_session=True)
 
 
-def _see_through(ranks: list[subprocess.Popen[bytes]], folder: Path, asked: Sequence[int]) -> int:
+def _see_through(ranks: list[subprocess.Popen[bytes]], folder: Path, asked: Sequence[int], memory: Counters) -> int:
     """Wait for all ranks, or for a while after the first failure; returns the exit code of the whole.
 
-    ``asked``: the signals that were passed on, one by one.
+    ``asked``: the signals that were passed on, one by one. ``memory``: as it was counted before the ranks began.
     """
     failed: dict[int, int] = {}  # rank: exit code, in the order in which they ended
+    peaks = [0] * len(ranks)
+    looked_s = 0.0
     deadline = float("inf")
     while True:
+        if time.monotonic() - looked_s > PEAKS_S:
+            looked_s = time.monotonic()
+            peaks = [max(peak, peak_bytes_of(rank.pid) or 0) for peak, rank in zip(peaks, ranks, strict=True)]
         codes = [rank.poll() for rank in ranks]
         new = {i: code for i, code in enumerate(codes) if code and i not in failed}
         failed |= new
         if new:
             is_told = all(code > 0 and code != EXIT_LOST_PEER for code in new.values())
-            deadline = min(deadline, time.monotonic() + (GRACE_S if is_told else GRACE_LOST_S))
+            grace_s = GRACE_HANG_S if _hang_of(folder).exists() else GRACE_S if is_told else GRACE_LOST_S
+            deadline = min(deadline, time.monotonic() + grace_s)
         if all(code is not None for code in codes) or time.monotonic() > deadline:
             break
         time.sleep(POLL_S)
@@ -98,7 +108,7 @@ def _see_through(ranks: list[subprocess.Popen[bytes]], folder: Path, asked: Sequ
     # A rank that merely noticed another's end says less than the one that ended.
     cause = next((i for i, code in failed.items() if code != EXIT_LOST_PEER), next(iter(failed)))
     stuck = [i for i, rank in enumerate(ranks) if rank.poll() is None]
-    return _tell(cause, failed[cause], len(ranks), folder, stuck)
+    return _tell(cause, failed[cause], folder, stuck, memory, peaks)
 
 
 def leave_word(environment: Mapping[str, str], world_rank: int, text: str) -> bool:
@@ -110,17 +120,31 @@ def leave_word(environment: Mapping[str, str], world_rank: int, text: str) -> bo
     return True
 
 
+def leave_hang(environment: Mapping[str, str]) -> None:
+    """Let the process that started this rank know that a rank hangs and is told: there is nothing to wait for."""
+    if "DIST_LORA_PARENT" in environment:
+        with contextlib.suppress(OSError):
+            _hang_of(Path(environment["DIST_LORA_RENDEZVOUS"]).parent).touch()
+
+
+def _hang_of(folder: Path) -> Path:
+    return folder / "hang"
+
+
 def _word_of(folder: Path, world_rank: int) -> Path:
     return folder / f"word-of-{world_rank}"
 
 
-def _tell(rank: int, code: int, num_ranks: int, folder: Path, stuck: Sequence[int]) -> int:
-    """Tell what the rank could not tell of itself; returns the exit code. ``stuck``: the ranks that don't end."""
+def _tell(rank: int, code: int, folder: Path, stuck: Sequence[int], memory: Counters, peaks: Sequence[int]) -> int:
+    """Tell what the rank could not tell of itself; returns the exit code.
+
+    ``stuck``: the ranks that don't end. ``memory``: as counted before; ``peaks``: the most that each rank has held.
+    """
     again = "The same command goes on from the last checkpoint."
     if code < 0:
         name = signal.Signals(-code).name
-        hint = " The system kills a process so when the host's memory runs out." if -code == signal.SIGKILL else ""
-        _say(f"error: rank {rank} of {num_ranks} was killed by {name}; the others are ended.{hint} {again}")
+        why = f" {describe_kill(memory, read_counters(), peaks)}" if -code == signal.SIGKILL else ""
+        _say(f"error: rank {rank} of {len(peaks)} was killed by {name}; the others are ended.{why} {again}")
         return EXIT_FAILED
     if code == EXIT_LOST_PEER:
         word = _word_of(folder, rank)

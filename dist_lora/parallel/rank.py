@@ -11,9 +11,11 @@ import sys
 import time
 from collections.abc import Callable
 
-from dist_lora.config.schema import ParallelSection
-from dist_lora.errors import EXIT_DONE, EXIT_FAILED, DistLoraError, RankError, StopNow, StoppedOnRequest
+from dist_lora.config.schema import Config
+from dist_lora.errors import EXIT_DONE, EXIT_FAILED, DistLoraError, OutOfMemory, RankError, StopNow, StoppedOnRequest
+from dist_lora.parallel.hang import HangWatch, collective_timeout_s
 from dist_lora.parallel.local import EXIT_LOST_PEER, leave_word
+from dist_lora.parallel.memory import out_of_memory
 from dist_lora.parallel.place import Place
 from dist_lora.parallel.world import World, join
 
@@ -24,7 +26,7 @@ PR_SET_PDEATHSIG = 1
 
 def run_as_rank(
     place: Place | None,
-    section: ParallelSection,
+    config: Config,
     work: Callable[[World], None],
     *,
     report: Callable[[BaseException, str], None],
@@ -39,8 +41,12 @@ def run_as_rank(
     """
     _end_with_parent()
     world: World | None = None
+    watch: HangWatch | None = None
     try:
-        world = _enter(place, section)
+        world = _enter(place, config)
+        watch = HangWatch(world, timeout_s=config.parallel.hang_timeout, tell=lambda error: report(error, ""))
+        world.watches.append(watch)
+        watch.start()
         work(world)
     except StoppedOnRequest as error:
         assert world is not None
@@ -49,8 +55,12 @@ def run_as_rank(
         world.leave()
         return error.exit_code
     except BaseException as error:  # whatever it is, the other ranks must hear of it
-        code = _fail(place, world, error, report)
+        if watch is not None:
+            watch.stop()
+        code = _fail(place, world, _as_told(error, world, config), report)
         if place is None or place.world_size == 1:
+            if world is not None:
+                world.leave()
             return code
         sys.stdout.flush()
         sys.stderr.flush()
@@ -59,13 +69,21 @@ def run_as_rank(
     return EXIT_DONE
 
 
-def _enter(place: Place | None, section: ParallelSection) -> World:
+def _enter(place: Place | None, config: Config) -> World:
     """The world of this rank; one process has a process group only where its engine works by one."""
+    section = config.parallel
     if place is None or place.world_size == 1:
         if section.engine not in ("fsdp2", "zero3") and section.offload not in ("base", "all"):
             return World.alone()
         place = Place(0, 1, 0, 1)
-    return join(place, os.environ, collective_timeout_s=section.hang_timeout, node_size=section.node_size)
+    timeout_s = collective_timeout_s(section.hang_timeout)
+    return join(place, os.environ, collective_timeout_s=timeout_s, node_size=section.node_size)
+
+
+def _as_told(error: BaseException, world: World | None, config: Config) -> BaseException:
+    """The error as the user shall read it: memory that ran out is none of our faults."""
+    refused = out_of_memory(error, world=world, config=config)
+    return error if refused is None else refused.with_traceback(error.__traceback__)
 
 
 def _fail(
@@ -74,8 +92,10 @@ def _fail(
     """Tell the user or the other ranks, whichever is this rank's part; returns its exit code."""
     code = error.exit_code if isinstance(error, DistLoraError | StopNow) else EXIT_FAILED
     if world is None:
-        report(error, _who(place))
+        report(error, _who(place, ""))
         return code
+    # Our own errors say themselves where they come from.
+    phase = "" if isinstance(error, DistLoraError) and not isinstance(error, OutOfMemory) else world.progress.here
     if isinstance(error, RankError):
         return code  # another rank has told
     if isinstance(error, RuntimeError) and not isinstance(error, DistLoraError) and PEER_GONE.search(str(error)):
@@ -89,15 +109,16 @@ def _fail(
             return EXIT_LOST_PEER  # our parent sees which rank ended, and tells
         error = RankError(f"rank {world.world_rank} lost another rank: {error}")
     if world.fail(error):
-        report(error, _who(place))
+        report(error, _who(place, phase))
     return code
 
 
-def _who(place: Place | None) -> str:
-    """Which rank this is, and where, unless it is the first: that speaks for all."""
-    if place is None or place.world_rank == 0:
-        return ""
-    return f"rank {place.world_rank} of {place.world_size} on {socket.gethostname()}"
+def _who(place: Place | None, phase: str) -> str:
+    """Which rank this is, where, and at what; the first rank speaks for all, unless it tells of itself at a phase."""
+    rank = ""
+    if place is not None and place.world_size > 1 and (place.world_rank > 0 or phase):
+        rank = f"rank {place.world_rank} of {place.world_size} on {socket.gethostname()}"
+    return ", ".join(filter(None, (rank, phase)))
 
 
 def _end_with_parent() -> None:

@@ -16,19 +16,28 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from dist_lora.errors import EXIT_FAILED, ConfigError, DistLoraError, RankError, StopNow
 from dist_lora.parallel.place import Place
+from dist_lora.parallel.progress import Progress
 
 FAILED_KEY = "failed"
 POLL_S = 1.0  # how often the watch looks whether another rank has failed
 GRACE_S = 5.0  # what a rank is given to end by itself once another has failed
 PATIENCE_S = 8.0  # how long a rank with an error waits for the others, of which a lower one may have it too
 JOIN_TIMEOUT_S = 120.0
+
+
+class Watch(Protocol):
+    """A thread that looks after this rank until it leaves."""
+
+    def leave(self) -> None:
+        """Stop: this rank is done."""
 
 
 @dataclass
@@ -41,13 +50,36 @@ class World:
     local_size: int
     device: torch.device
     store: Any = None  # a torch.distributed.Store; None where this process is alone
-    watch: FailureWatch | None = None
+    failures: Any = None  # the store in which failures are told, where ``store`` is a channel's
+    watches: list[Watch] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)  # what this rank is at, for its watches and its errors
+    stacks: Path | None = None  # the folder for the stacks of a run that hangs, once the run has a folder
     _agreements: int = field(default=0, init=False)
 
     @staticmethod
     def alone(device: torch.device | None = None) -> World:
         """A world of one process, without store or process group."""
         return World(0, 1, 0, 1, device or default_device(0))
+
+    def channel(self, name: str) -> World:
+        """This world for another thread: its agreements and keys never meet those of the main one.
+
+        All ranks make it, each thread for itself; ``name`` is used once in a run.
+        """
+        if self.store is None:
+            return self
+        store = dist.PrefixStore(f"channel/{name}", self.store)
+        failures = self.failures or self.store
+        return World(
+            self.world_rank,
+            self.world_size,
+            self.local_rank,
+            self.local_size,
+            self.device,
+            store,
+            failures=failures,
+            progress=self.progress,
+        )
 
     @property
     def is_first(self) -> bool:
@@ -79,10 +111,11 @@ class World:
         if self.store is None:
             return
         pause_s = 0.001
-        while not self.store.check([key]):
-            self.raise_if_another_failed(what)
-            time.sleep(pause_s)
-            pause_s = min(pause_s * 1.5, 0.1)
+        with self.progress.waiting():
+            while not self.store.check([key]):
+                self.raise_if_another_failed(what)
+                time.sleep(pause_s)
+                pause_s = min(pause_s * 1.5, 0.1)
 
     def agree(self, stage: str, error: BaseException | None) -> None:
         """Go on only if all ranks do. All ranks call it; those without an error get the first one's.
@@ -117,10 +150,11 @@ class World:
 
     def _comes_soon(self, key: str) -> bool:
         deadline = time.monotonic() + PATIENCE_S
-        while not self.store.check([key]):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.01)
+        with self.progress.waiting():
+            while not self.store.check([key]):
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.01)
         return True
 
     def fail(self, error: BaseException) -> bool:
@@ -139,10 +173,11 @@ class World:
         """What another rank said when it failed, if one did."""
         if self.store is None:
             return None
+        failures = self.failures or self.store
         try:
-            if not self.store.check([FAILED_KEY]):
+            if not failures.check([FAILED_KEY]):
                 return None
-            told: dict[str, Any] = json.loads(self.store.get(FAILED_KEY))
+            told: dict[str, Any] = json.loads(failures.get(FAILED_KEY))
         except RuntimeError:
             return None
         return None if told["world_rank"] == self.world_rank else told
@@ -173,10 +208,17 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def any(self, flag: bool) -> bool:
+        """Whether any rank's ``flag`` is set; of the hosts alone, no device waits. A collective of one byte."""
+        told = torch.tensor([flag], dtype=torch.uint8)
+        if self.world_size > 1:
+            dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        return bool(told)
+
     def leave(self) -> None:
         """End this process's part cleanly; the other ranks may still be at work."""
-        if self.watch is not None:
-            self.watch.stop()
+        for watch in self.watches:
+            watch.leave()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -242,8 +284,9 @@ def join(
         raise RankError(f"rank {place.world_rank} could not join the others: {error}") from error
     local_rank = place.world_rank % local_size
     world = World(place.world_rank, place.world_size, local_rank, local_size, device, dist.PrefixStore("us", store))
-    world.watch = FailureWatch(world)
-    world.watch.start()
+    watch = FailureWatch(world)
+    world.watches.append(watch)
+    watch.start()
     return world
 
 
@@ -285,7 +328,7 @@ class FailureWatch(threading.Thread):
         self._end = end
         self._stopped = threading.Event()
 
-    def stop(self) -> None:
+    def leave(self) -> None:
         """Stop watching: this rank is done."""
         self._stopped.set()
 

@@ -85,6 +85,7 @@ def open_base(config: Config, world: World) -> Base:
         ConfigError: an engine that can't run here; no such model; a layer it hasn't; a tokenizer without what the data needs.
         WeightsError: a file is missing or damaged.
     """
+    world.progress.now("opening the base", kind="long")
     error: Exception | None = None
     try:
         check_section(config.parallel, world_size=world.world_size, local_size=world.local_size)
@@ -132,7 +133,8 @@ def _from_hub(resolved: ResolvedModel, world: World) -> Path:
         return Path(told)
     folder = ""
     try:
-        folder = str(fetch_model(resolved.hub_id))
+        with world.progress.phase(f"fetching {resolved.hub_id}", kind="unseen"):
+            folder = str(fetch_model(resolved.hub_id))
     finally:
         world.share(key, folder.encode())
     return Path(folder)
@@ -154,11 +156,13 @@ def build(config: Config, base: Base, world: World) -> Trainee:
     for block in model.blocks():
         # With a GPU memory is what is short; on a CPU it is time.
         block.recompute = world.device.type == "cuda" if wanted == "auto" else wanted
+    world.progress.now("placing the base", kind="unseen")  # may compile (DeepSpeed's kernels) and open a GPU
     engine = make_engine(_layout(config, model, tensors, world), world)
     how = engine.shard(model)
     engine.materialize(model)
     _fill(base, model, engine, world, how)
     check_frequencies(model.inv_freq, base.shape)
+    world.progress.now("placing the adapters", kind="unseen")
     adapters = engine.adapters(tensors)
     adapters.initialize(config.train.seed)
     if config.lora.start_from is not None:
@@ -199,6 +203,7 @@ def _layout(config: Config, model: Llama, tensors: list[AdapterTensor], world: W
 
 
 def _fill(base: Base, model: Llama, engine: SingleProcess, world: World, how: str) -> None:
+    world.progress.now("loading the base", kind="long")
     started_s = time.monotonic()
     told_s = started_s
 

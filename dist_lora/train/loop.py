@@ -15,23 +15,29 @@ import torch
 from torch import Tensor
 
 from dist_lora.base.index import first_few
-from dist_lora.checkpoint.manifest import Manifest, TensorSpec, read_manifest
-from dist_lora.checkpoint.resume import load_pieces, newest_whole, verify
-from dist_lora.checkpoint.shards import rotate, save_checkpoint, versions_here
+from dist_lora.checkpoint.keys import fresh_key
+from dist_lora.checkpoint.manifest import TensorSpec
+from dist_lora.checkpoint.resume import load_pieces
+from dist_lora.checkpoint.saver import Saver
+from dist_lora.checkpoint.shards import check_room, rotate, save_checkpoint
 from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader, StepBatch
 from dist_lora.data.tokens import TokenSet
-from dist_lora.errors import CheckpointError, StoppedOnRequest, TrainingError
+from dist_lora.errors import CheckpointError, DistLoraError, StoppedOnRequest, TrainingError
 from dist_lora.lora.attach import layers_of
+from dist_lora.lora.state import Piece
 from dist_lora.parallel.world import World
 from dist_lora.train.build import Trainee
 from dist_lora.train.held_out import exact_match_of, loss_of
-from dist_lora.train.meter import Meter, peak_bytes, truncate_metrics
+from dist_lora.train.meter import Meter, peak_bytes, sync_metrics, truncate_metrics
 from dist_lora.train.optim import lr_at
+from dist_lora.train.resume import Found, warn_of_versions
 from dist_lora.train.signals import StopRequest
 
 log = logging.getLogger("dist_lora")
+
+LONG_STEP_S = 10.0  # a step that takes longer is left between two micro-batches where the run is asked to stop
 
 
 @dataclass
@@ -64,15 +70,22 @@ class Run:
         self.adapters = trainee.adapters
         self.adapters.start_training(config.optim)
         self.progress = Progress()
-        self.last_saved: Path | None = None
+        self.saver = Saver(world)
+        self._saved_step: int | None = None
+        self._is_step_long = True  # until one is known
+        self._stop_key = fresh_key(world, "stop")
+        self._own_reason = ""
+        self._longest_s = 0.0  # of a step with all that comes before the next one
 
     def train(self, meter: Meter | None, stop: StopRequest) -> None:
         """Train to the last step. Raises ``StoppedOnRequest`` after a save where any rank was asked to stop."""
         section = self.config.checkpoint
         self.trainee.model.train()
-        if section.save_at_start and self.last_saved is None:
+        self._check_room()
+        if section.save_at_start and self._saved_step is None:
             self.save()
         while self.progress.step < self.num_steps:
+            started_s = time.monotonic()
             step = self.progress.step + 1
             line, is_asked = self._step(step, stop)
             self.progress.step = step
@@ -86,23 +99,35 @@ class Run:
                 self._evaluate(step, meter)
             if is_to_save:
                 self.save()
+            self._longest_s = max(self._longest_s, time.monotonic() - started_s)
             if is_asked and not is_last:
-                raise StoppedOnRequest(
-                    f"stopped at step {step} of {self.num_steps} on {stop.signal_name or 'another rank'}'s request; "
-                    f"saved {self.last_saved}. The same command goes on from there."
-                )
-        self._rotate()  # a run that was killed after its last save has left that one's to this start
+                self._stop(stop, f"at step {step} of {self.num_steps}")
+        self.saver.wait()
+        if self.world.is_first:
+            self._rotate(self._best())  # a run that was killed after its last save has left that one's to this start
 
     def _step(self, step: int, stop: StopRequest) -> tuple[dict[str, Any], bool]:
         """One optimizer step; returns its line of metrics and whether any rank was asked to stop."""
         started_s = time.monotonic()
+        self.world.progress.now(f"step {step}, reading its data")
         batch = self.loader.batch(step - 1)
         self.adapters.begin_step()
-        losses = [self._micro_batch(step, i, batch) for i in range(len(batch.micro_batches))]
+        losses = []
+        for i in range(len(batch.micro_batches)):
+            if self._is_step_long and self.world.any(bool(self._reason(stop))):
+                self.save()  # of the step before: nothing of this one is kept
+                self._stop(stop, f"in step {step} of {self.num_steps}, which begins again,")
+            losses.append(self._micro_batch(step, i, batch))
+        self.world.progress.now(f"step {step}, its update")
         loss_sum = torch.stack(losses).sum()
-        scalars = torch.stack((loss_sum, loss_sum.new_tensor(float(stop.is_asked))))
+        own = [bool(self._reason(stop, needed_s=self._longest_s)), self.saver.has_failed, time.monotonic() - started_s]
+        scalars = torch.cat((loss_sum[None], loss_sum.new_tensor(own)))
         self.adapters.reduce(scalars)
-        loss = float(scalars[0]) / batch.target_tokens
+        loss, asked, failed, total_s = scalars.tolist()
+        if failed:
+            self.saver.wait()  # which raises on every rank
+        self._is_step_long = total_s / self.world.world_size > LONG_STEP_S
+        loss /= batch.target_tokens
         lr = lr_at(step, section=self.config.optim, num_steps=self.num_steps)
         if lr > 0 and math.isfinite(loss):
             self._check_gradients(step)
@@ -123,11 +148,34 @@ class Run:
             "tokens_per_s": batch.tokens / step_s,
             "step_s": step_s,
             "peak_bytes": peak_bytes(self.world.device),
+            **self.saver.take_times(),
         }
-        return line, bool(scalars[1] > 0)
+        return line, bool(asked)
+
+    def _reason(self, stop: StopRequest, *, needed_s: float = 0.0) -> str:
+        """What asks this rank to stop, which the first rank then can tell; "" where nothing does."""
+        reason = stop.reason(needed_s=needed_s + 2 * self.saver.longest_s)
+        if reason and not self._own_reason:
+            who = f" to rank {self.world.world_rank}" if self.world.world_size > 1 else ""
+            self._own_reason = f"{reason}{who}"
+            self.world.share(f"{self._stop_key}/{self.world.world_rank}", self._own_reason.encode())
+        return reason
+
+    def _stop(self, stop: StopRequest, where: str) -> None:
+        """End the run after its save, on all ranks."""
+        self.saver.wait()
+        stop.obeyed()
+        reason = self._own_reason
+        if self.world.store is not None:
+            keys = [f"{self._stop_key}/{rank}" for rank in range(self.world.world_size)]
+            reason = next(self.world.fetch(key).decode() for key in keys if self.world.store.check([key]))
+        raise StoppedOnRequest(
+            f"stopped {where} on {reason}; saved {self.saver.last}. The same command goes on from there."
+        )
 
     def _micro_batch(self, step: int, index: int, batch: StepBatch) -> Tensor:
         """Forward and backward of one micro-batch; its gradient counts for its share of the step's target tokens."""
+        self.world.progress.now(f"step {step}, micro-batch {index + 1} of {len(batch.micro_batches)}")
         if self.config.lora.dropout:
             # Keyed by what is computed, not by what was computed before: a resumed run draws the same masks.
             torch.manual_seed(hash((self.config.train.seed, step, self.world.world_rank, index)) % 2**63)
@@ -146,6 +194,7 @@ class Run:
         dead = self.adapters.without_gradient(half)
         error = None
         if dead:
+            self.saver.wait()
             error = TrainingError(
                 f"step {step}: {len(dead)} of {len(self.adapters.tensors) // 2} {half} tensors got no gradient, in "
                 f"{layers_of(dead)}: {first_few(dead)}. Nothing that they are beside can learn; the graph behind them "
@@ -156,6 +205,7 @@ class Run:
     def _check_copies(self, step: int) -> None:
         """Raise ``TrainingError`` where ranks that train the same adapters have come to different ones."""
         if not self.adapters.copies_agree():
+            self.saver.wait()
             raise TrainingError(
                 f"step {step}: the adapters are not the same on all ranks that hold them: a rank has other weights, "
                 "other data or a faulty device. Nothing of this step was saved: the same command goes on from the last checkpoint."
@@ -165,13 +215,14 @@ class Run:
         self, step: int, batch: StepBatch, losses: list[Tensor], loss: float, grad_norm: float
     ) -> None:
         """End the run on all ranks, naming the samples; every rank gets here, since the sums are everyone's."""
+        self.saver.wait()
         mine = [
             sample
             for micro, value in zip(batch.micro_batches, losses, strict=True)
             if not value.isfinite()
             for sample in micro.sample_ids
         ]
-        saved = f"The last checkpoint is {self.last_saved}." if self.last_saved else "Nothing was saved yet."
+        saved = f"The last checkpoint is {self.saver.last}." if self.saver.last else "Nothing was saved yet."
         tail = f"Nothing of this step was kept. {saved}"
         error = None
         if mine:
@@ -185,6 +236,7 @@ class Run:
 
     def _evaluate(self, step: int, meter: Meter | None) -> None:
         assert self.held_out is not None
+        self.world.progress.now(f"step {step}, evaluating")
         held_out = loss_of(self.trainee, self.held_out, config=self.config, world=self.world)
         values = {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity}
         if self.config.eval.exact_match:
@@ -199,90 +251,88 @@ class Run:
 
     # What is saved, and what a start takes up again
 
-    def save(self) -> Path:
-        """Write this step's checkpoint, all ranks together, and drop those that are no longer kept."""
+    def save(self) -> None:
+        """Begin to write this step's checkpoint, all ranks together; ``saver.wait`` sees the end of it.
+
+        Once it is whole, those that are no longer kept are dropped.
+        """
         step = self.progress.step
-        path = self.checkpoints / f"step-{step:08d}"
-        if self.last_saved == path:
+        if self._saved_step == step:
+            return
+        self._saved_step = step
+        best, facts = self._best(), self._facts()
+
+        def write(world: World, share: Mapping[Piece, Tensor]) -> Path:
+            if world.is_first:
+                sync_metrics(self.folder)  # no checkpoint of a step whose line a power failure can take
+            path = save_checkpoint(self.checkpoints, step=step, share=share, specs=self._specs(), world=world, **facts)
+            if world.is_first:
+                self._rotate(best)
             return path
-        base = self.trainee.base.identity
-        lora = self.config.lora
-        self.last_saved = save_checkpoint(
-            self.checkpoints,
-            step=step,
-            share=self.adapters.share(),
-            specs=self._specs(),
-            world=self.world,
-            progress={"best_step": self.progress.best_step, "best_loss": _plain(self.progress.best_loss)},
-            config=dump_config(self.config),
-            base=dataclasses.asdict(base),
-            adapter={
+
+        self.saver.start(self.adapters.share(), write)
+
+    def _facts(self) -> dict[str, Any]:
+        """What a checkpoint says beside its tensors, as of now."""
+        lora, shape = self.config.lora, self.trainee.base.shape
+        return {
+            "progress": {
+                "best_step": self.progress.best_step,
+                "best_loss": _plain(self.progress.best_loss),
+                "data": self.loader.fingerprint if self.world.is_first else None,
+                "num_steps": self.num_steps,
+            },
+            "config": dump_config(self.config),
+            "base": dataclasses.asdict(self.trainee.base.identity),
+            "adapter": {
                 "rank": lora.rank,
                 "alpha": lora.alpha,
                 "dropout": lora.dropout,
                 "targets": list(lora.target_names()),
-                "layers": list(lora.layer_indices(self.trainee.base.shape.num_layers)),
-                "num_layers": self.trainee.base.shape.num_layers,
+                "layers": list(lora.layer_indices(shape.num_layers)),
+                "num_layers": shape.num_layers,
             },
-        )
-        self._rotate()
-        return self.last_saved
+        }
 
-    def _rotate(self) -> None:
-        """Drop, on the first rank, the checkpoints that are no longer kept and what killed saves have left."""
+    def _check_room(self) -> None:
+        """Raise on all ranks where the disk can't hold the checkpoints that this run is to keep."""
         section = self.config.checkpoint
+        error: DistLoraError | None = None
         if self.world.is_first:
-            best = self.progress.best_step if section.keep_best else None
-            rotate(self.checkpoints, keep=section.keep, best=best)
+            try:
+                check_room(self.checkpoints, self._specs(), num_kept=section.keep + section.keep_best)
+            except DistLoraError as caught:
+                error = caught
+        self.world.agree("room for the checkpoints", error)
+
+    def _best(self) -> int | None:
+        """The step whose checkpoint is kept however old it is."""
+        return self.progress.best_step if self.config.checkpoint.keep_best else None
+
+    def _rotate(self, best: int | None) -> None:
+        """Drop the checkpoints that are no longer kept and what killed saves have left. On the first rank."""
+        rotate(self.checkpoints, keep=self.config.checkpoint.keep, best=best)
 
     def _specs(self) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(name, shape) for name, shape in self.adapters.shapes.items())
 
-    def resume(self, path: Path) -> None:
-        """Take up what ``checkpoint_to_resume`` found."""
-        manifest = read_manifest(path)
-        self._check_same(path, manifest)
-        self.adapters.restore(load_pieces(path, manifest, self.adapters.pieces()), num_steps=manifest.step)
-        best = manifest.progress.get("best_loss")
-        self.progress = Progress(manifest.step, manifest.progress.get("best_step"), math.inf if best is None else best)
-        self.last_saved = path
-        if self.world.is_first:
-            truncate_metrics(self.folder, last_step=manifest.step)
-            log.info(f"resumed {path}: step {manifest.step} of {self.num_steps}")
-            _warn_of_versions(path, manifest.versions)
-
-    def _check_same(self, path: Path, manifest: Manifest) -> None:
+    def resume(self, found: Found) -> None:
+        """Take up what ``find_checkpoint`` found."""
+        path, manifest = found.path, found.manifest
+        self.world.progress.now(f"resuming {path.name}", kind="long")
         if manifest.tensors != self._specs():
             raise CheckpointError(
                 f"{path} holds {len(manifest.tensors)} trained tensors and this config attaches "
                 f"{len(self._specs())}, or their names or shapes differ: it is another run's checkpoint"
             )
-
-
-def checkpoint_to_resume(config: Config, folder: Path, world: World) -> Path | None:
-    """The newest whole checkpoint of a run, or what ``checkpoint.resume`` names, verified; None if there is none.
-
-    All ranks call it, before they load anything.
-
-    Raises:
-        CheckpointError: what is named is damaged, or none of the run's is whole.
-    """
-    wanted, root = config.checkpoint.resume, folder / "checkpoints"
-    if wanted == "auto":
-        return newest_whole(root, world)
-    if wanted == "never":
-        leftover = next(root.glob("step-*"), None) if world.is_first else None
-        if leftover is not None:
-            log.warning(f"checkpoint.resume: never: beginning anew beside {leftover}")
-        return None
-    error: CheckpointError | None = None
-    if world.is_first:
-        try:
-            verify(wanted)
-        except CheckpointError as caught:
-            error = caught
-    world.agree("checkpoint.resume", error)
-    return wanted
+        self.adapters.restore(load_pieces(path, manifest, self.adapters.pieces()), num_steps=manifest.step)
+        best = manifest.progress.get("best_loss")
+        self.progress = Progress(manifest.step, manifest.progress.get("best_step"), math.inf if best is None else best)
+        self.saver.last, self._saved_step = path, manifest.step
+        if self.world.is_first:
+            truncate_metrics(self.folder, last_step=manifest.step)
+            log.info(f"resumed {path}: step {manifest.step} of {self.num_steps}")
+            warn_of_versions(path, manifest.versions)
 
 
 def _samples(ids: Sequence[int]) -> str:
@@ -296,21 +346,6 @@ def _warn_of_first_loss(loss: float, *, vocab: int) -> None:
         log.warning(
             f"step 1: the loss is {loss:.2f}, and a guess among the {vocab:,} tokens has {guess:.2f}: the base's weights "
             "or the chat template look wrong. The run goes on; train --dry-run shows a sample as the model sees it"
-        )
-
-
-def _warn_of_versions(path: Path, then: Mapping[str, str]) -> None:
-    """Say so where what computes a run is of another minor version than when it was saved."""
-    now = versions_here()
-    others = [
-        f"{name} {then[name]} then, {now[name]} now"
-        for name in ("torch", "transformers")
-        if name in then and then[name].split(".")[:2] != now[name].split(".")[:2]
-    ]
-    if others:
-        log.warning(
-            f"{path} was saved by other versions: {'; '.join(others)}. The run goes on, and its losses may not be "
-            "those it would have had"
         )
 
 

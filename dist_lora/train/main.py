@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_lora.checkpoint.gather import gather_adapter
+from dist_lora.config.changes import flat
 from dist_lora.config.schema import Config
 from dist_lora.data.chat import hash_tokenizer, render_sample
 from dist_lora.data.loader import Loader
@@ -21,9 +22,10 @@ from dist_lora.errors import ConfigError, DistLoraError, SaveError
 from dist_lora.parallel.world import World
 from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
 from dist_lora.train.held_out import exact_match_of, loss_of
-from dist_lora.train.loop import Run, checkpoint_to_resume
+from dist_lora.train.loop import Run
 from dist_lora.train.meter import Meter, check_trackers, peak_bytes
-from dist_lora.train.run_folder import flat, open_run_folder
+from dist_lora.train.resume import Found, check_same_run, find_checkpoint, warn_of_other_lr
+from dist_lora.train.run_folder import open_run_folder, write_config
 from dist_lora.train.signals import StopRequest
 
 log = logging.getLogger("dist_lora")
@@ -112,6 +114,7 @@ def _train_until_asked(config: Config, world: World, stop: StopRequest, *, is_dr
     if config.lora.start_from is not None:
         check_adapter(config.lora.start_from, config=config, base=base, world=world)
     folder = None if is_dry else open_run_folder(config, world)
+    found = None if folder is None else find_checkpoint(config, folder, world)
     tokens, held_out = tokens_of(config, base, world)
     check_special_tokens(
         tokens,
@@ -131,24 +134,42 @@ def _train_until_asked(config: Config, world: World, stop: StopRequest, *, is_dr
             _print_sample(tokens, base)
         return
     assert folder is not None
-    checkpoint = checkpoint_to_resume(config, folder, world)
+    world.stacks = folder / "stacks"
+    _take_up(found, config, base, loader, num_steps=num_steps, folder=folder, world=world)
     trainee = build(config, base, world)
     if world.is_first:
         for line in trainee.precision.lines():
             log.info(line)
     run = Run(config, trainee, loader=loader, held_out=held_out, num_steps=num_steps, folder=folder, world=world)
-    if checkpoint is not None:
-        run.resume(checkpoint)
-    if run.progress.step > num_steps:
-        raise ConfigError(
-            f"{folder}: the run has done {run.progress.step} steps and train.steps is {num_steps}. "
-            "Ask for more steps, or name another run: run=NAME"
-        )
-    if checkpoint is None and world.is_first:
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    if found is not None:
+        run.resume(found)
     _train(run, folder, world, stop)
     _check_base(trainee, world)
     _finish(run, folder, world, seconds=time.monotonic() - started_s)
+
+
+def _take_up(
+    found: Found | None, config: Config, base: Base, loader: Loader, *, num_steps: int, folder: Path, world: World
+) -> None:
+    """Raise on all ranks where what was found is not this run's past; then the folder is this config's."""
+    if found is not None:
+        check_same_run(found, base=base.identity, data=loader.fingerprint if world.is_first else "", world=world)
+        if found.manifest.step > num_steps:
+            raise ConfigError(
+                f"{found.path}: the run has done {found.manifest.step} steps and train.steps is {num_steps}. "
+                "Ask for more steps, or name another run: run=NAME"
+            )
+    error: SaveError | None = None
+    if world.is_first:
+        try:
+            write_config(folder, config)
+        except SaveError as caught:
+            error = caught
+        if found is None:
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
+        else:
+            warn_of_other_lr(found, config, num_steps=num_steps)
+    world.agree("the run's config", error)
 
 
 def _check_trackers(config: Config, world: World) -> None:
@@ -166,6 +187,7 @@ def _train(run: Run, folder: Path, world: World, stop: StopRequest) -> None:
     error: DistLoraError | None = None
     try:
         if world.is_first:
+            world.progress.now("opening the trackers", kind="unseen")
             try:
                 meter = Meter(
                     folder,
@@ -180,7 +202,7 @@ def _train(run: Run, folder: Path, world: World, stop: StopRequest) -> None:
             except OSError as caught:
                 error = SaveError(f"{folder}: can't be written: {caught}")
         world.agree("the meter", error)
-        with stop.noted():
+        with stop.noted(folder if world.is_first else None):
             run.train(meter, stop)
     finally:
         if meter is not None:
@@ -200,11 +222,12 @@ def _check_base(trainee: Trainee, world: World) -> None:
 def _finish(run: Run, folder: Path, world: World, *, seconds: float) -> None:
     """The adapter in PEFT's format and a summary, written by the first rank while the others wait in no collective."""
     out = folder / "adapter"
+    world.progress.now("writing the adapter", kind="long")
     world.share(f"finish/peak/{world.world_rank}", str(peak_bytes(world.device)).encode())
     error: Exception | None = None
     if world.is_first:
         best = run.progress.best_step if run.config.checkpoint.keep_best else None
-        checkpoint = run.last_saved if best is None else run.checkpoints / f"step-{best:08d}"
+        checkpoint = run.saver.last if best is None else run.checkpoints / f"step-{best:08d}"
         assert checkpoint is not None
         try:
             gather_adapter(checkpoint, out=out)
@@ -291,5 +314,6 @@ def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str,
 
 
 def _loss(config: Config, trainee: Trainee, held_out: TokenSet, world: World) -> dict[str, Any]:
+    world.progress.now("evaluating")
     held = loss_of(trainee, held_out, config=config, world=world)
     return {"loss": held.loss, "perplexity": held.perplexity, "target_tokens": held.target_tokens}

@@ -65,6 +65,22 @@ def truncate_metrics(folder: Path, *, last_step: int) -> None:
         ) from error
 
 
+def sync_metrics(folder: Path) -> None:
+    """Have what was written of the metrics on the disk's surface, not only in the system's memory.
+
+    Raises:
+        SaveError: the disk refuses.
+    """
+    path = folder / METRICS_FILE
+    try:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    except FileNotFoundError:
+        return  # before the first step
+    except OSError as error:
+        raise SaveError(f"{path}: can't be written to the disk: {error.strerror or error}.") from error
+
+
 def check_trackers(names: Sequence[str]) -> None:
     """Raise ``ConfigError`` naming the trackers whose packages are not installed: before minutes of loading."""
     lacking = [name for name in names if importlib.util.find_spec(name) is None]  # each is called like its package

@@ -1,4 +1,4 @@
-"""A run's folder: who may write in it, and whether its config is still the one it began with."""
+"""A run's folder: who may write in it, and whether all nodes see it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import socket
 import time
 import uuid
 from pathlib import Path
-from typing import Any, TextIO
-
-import yaml
+from typing import TextIO
 
 from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
@@ -19,10 +17,6 @@ from dist_lora.parallel.world import World
 
 SEEN_S = 10.0  # a network file system may hide a new file for as long as it remembers that there was none
 
-# What may differ from one start of a run to the next. Everything else decides its numbers.
-MAY_CHANGE = ("runs_dir", "parallel", "checkpoint", "log", "eval", "train.steps", "train.epochs", "train.micro_batch",
-              "train.activation_checkpointing", "data.cache_dir", "data.untrained_tokens", "model.attention")  # fmt: skip
-
 
 def open_run_folder(config: Config, world: World) -> Path:
     """``runs_dir/run``, made if need be, locked by the first rank for as long as this process lives.
@@ -30,7 +24,7 @@ def open_run_folder(config: Config, world: World) -> Path:
     All ranks call it.
 
     Raises:
-        ConfigError: another process is writing there, the run began with another config, or a node can't see the folder.
+        ConfigError: another process is writing there, or a node can't see the folder.
         SaveError: the folder can't be made.
     """
     folder = config.runs_dir / config.run
@@ -39,7 +33,6 @@ def open_run_folder(config: Config, world: World) -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _lock(folder)
-            _check_config(folder, config)
         except OSError as caught:
             error = SaveError(
                 f"{folder}: the run's folder can't be written: {caught.strerror or caught}. "
@@ -101,33 +94,16 @@ def _lock(folder: Path) -> None:
     _locks.append(lock)
 
 
-def _check_config(folder: Path, config: Config) -> None:
+def write_config(folder: Path, config: Config) -> None:
+    """Leave the resolved config in the run's folder; one rank calls it, once nothing of the config is refused.
+
+    Raises:
+        SaveError: the disk refuses.
+    """
     path = folder / "config.yaml"
-    resolved = dump_config(config)
-    if path.exists() and any((folder / "checkpoints").glob("step-*")):
-        before, now = flat(yaml.safe_load(path.read_text())), flat(yaml.safe_load(resolved))
-        changed = [
-            f"  {key}: the run has {before.get(key)!r}, the config says {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not _may_change(key)
-        ]
-        if changed:
-            raise ConfigError(
-                f"{folder} holds checkpoints of a run with other settings:\n"
-                + "\n".join(changed)
-                + "\nName another run (run=NAME), or delete the folder to begin anew."
-            )
     aside = path.with_suffix(".partial")
-    aside.write_text(resolved)
-    os.replace(aside, path)
-
-
-def _may_change(key: str) -> bool:
-    return any(key == name or key.startswith(name + ".") for name in MAY_CHANGE)
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Settings by their full names: ``{"lora.rank": 16}`` of ``{"lora": {"rank": 16}}``."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for name, value in tree.items() for k, v in flat(value, f"{prefix}.{name}".strip(".")).items()}
+    try:
+        aside.write_text(dump_config(config))
+        os.replace(aside, path)
+    except OSError as error:
+        raise SaveError(f"{path}: can't be written: {error.strerror or error}. Set runs_dir elsewhere.") from error

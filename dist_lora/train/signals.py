@@ -1,28 +1,37 @@
-"""Signals that ask a run to stop: noticed at once, obeyed by all ranks at the next step boundary."""
+"""What asks a run to stop: noticed at once on one rank, obeyed by all at the same place between two steps."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-from dist_lora.errors import StopNow
+from dist_lora.errors import ConfigError, StopNow
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+END_VARIABLE = "SLURM_JOB_END_TIME"  # seconds since 1970, set in every job since Slurm 22.05
+STOP_FILE = "STOP"
+MARGIN_S = 5.0  # beyond what a step and a save took at most: for the other ranks, and for the way out
 
 
 class StopRequest:
     """Whether this rank was asked to stop, from ``with`` to its end.
 
     While ``noted`` a request waits for the loop, which saves; a second one changes nothing. Before and after, there is
-    nothing to save: it raises ``StopNow`` wherever this rank is.
+    nothing to save: a signal raises ``StopNow`` wherever this rank is.
     """
 
-    def __init__(self) -> None:
-        self.signal_name = ""
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        self._signal_name = ""
         self._is_noted = False
+        self._file: Path | None = None
+        self._end_s = _end_of_job(environment)
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._hear) for number in ASKING}
@@ -30,26 +39,61 @@ class StopRequest:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # Who was asked goes: a launcher that asks again while this rank takes its leave is not to kill it.
+            signal.signal(number, signal.SIG_IGN if self._signal_name else handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        is_first, self.signal_name = not self.signal_name, signal.Signals(number).name
+        is_first, self._signal_name = not self._signal_name, signal.Signals(number).name
         if is_first and not self._is_noted:
             raise StopNow(
-                f"stopped on {self.signal_name}'s request, not within a step: nothing is lost, "
+                f"stopped on {self._signal_name}'s request, not within a step: nothing is lost, "
                 "and the same command goes on."
             )
 
     @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Only note requests meanwhile: the loop looks at ``is_asked``."""
-        self._is_noted = True
+    def noted(self, folder: Path | None = None) -> Iterator[None]:
+        """Only note requests meanwhile: the loop asks for the ``reason``. ``folder``: where a file STOP is looked for."""
+        self._is_noted, self._file = True, folder / STOP_FILE if folder is not None else None
         try:
             yield
         finally:
             self._is_noted = False
 
-    @property
-    def is_asked(self) -> bool:
-        """Whether a signal came."""
-        return bool(self.signal_name)
+    def reason(self, *, needed_s: float) -> str:
+        """What asks this rank to stop, in words; "" where nothing does.
+
+        Args:
+            needed_s: how long what would come before the next time it is asked takes at most, a save included.
+        """
+        if self._signal_name:
+            return f"{self._signal_name}'s request"
+        if self._file is not None and self._file.exists():
+            return f"the request of {self._file}"
+        if self._end_s is not None and time.time() + needed_s + MARGIN_S > self._end_s:
+            end = time.strftime("%H:%M:%S", time.localtime(self._end_s))
+            return f"account of the job's end at {end} ({END_VARIABLE})"
+        return ""
+
+    def obeyed(self) -> None:
+        """Take the file STOP away: it has been obeyed, and the same command is to go on."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.unlink(missing_ok=True)
+
+
+def _end_of_job(environment: Mapping[str, str]) -> float | None:
+    """When the scheduler will end this job, in seconds since 1970, where it says so.
+
+    Raises:
+        ConfigError: the variable is no number.
+    """
+    told = environment.get(END_VARIABLE)
+    if not told:
+        return None
+    try:
+        end_s = float(told)
+    except ValueError:
+        raise ConfigError(
+            f"{END_VARIABLE} is {told!r}, expected seconds since 1970. Unset it, or set it as the scheduler does"
+        ) from None
+    return end_s

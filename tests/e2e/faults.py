@@ -6,6 +6,7 @@ Each rank calls it before anything else, in a real run that a real launcher has 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
@@ -217,12 +218,64 @@ def boom_while_the_other_saves() -> None:
 
 def kill_of_rank_1_while_the_other_waits_for_its_share() -> None:
     if RANK == 1:
-        before(shards, "_write_file", lambda: strike(lambda: signal_myself(signal.SIGKILL)), at_call=2)
+        before(shards, "_write_file", lambda: strike(lambda: signal_myself(signal.SIGKILL)), at_call=3)
 
 
-def hang_of_rank_1_in_step_3() -> None:
+def hang_of_rank_1_in_the_data_of_step_3() -> None:
+    if RANK == 1:
+        before(Loader, "batch", lambda: strike(hang), at_call=3)
+
+
+def hang_of_rank_1_in_the_forward_of_step_3() -> None:
     if RANK == 1:
         at_step(3, lambda: strike(hang))
+
+
+def hang_of_rank_1_within_a_forward() -> None:
+    """After some layers: the other rank waits in the middle of the same micro-batch."""
+
+    def stuck(module: Any, arguments: Any) -> None:
+        if now["step"] == 3:
+            strike(hang)
+
+    if RANK == 1:
+        count_steps()
+        in_the_model(lambda model: model.blocks()[1].register_forward_pre_hook(stuck))
+
+
+def hang_of_rank_1_in_the_save_of_step_4() -> None:
+    if RANK == 1:
+        before(shards, "_write_file", lambda: strike(hang), at_call=2)
+
+
+def hang_of_rank_1_that_lets_nothing_else_run() -> None:
+    """A call into C that keeps the interpreter's lock: no thread of Python gets to run."""
+    if RANK == 1:
+        at_step(3, lambda: strike(lambda: ctypes.PyDLL(None).sleep(int(LONG_S))))
+
+
+def stop_of_rank_1() -> None:
+    if RANK == 1:
+        at_step(3, lambda: strike(lambda: signal_myself(signal.SIGSTOP)))
+
+
+def kill_of_rank_1_in_step_3() -> None:
+    if RANK == 1:
+        at_step(3, lambda: strike(lambda: signal_myself(signal.SIGKILL)))
+
+
+# A rank without memory
+
+
+def memory_refused_to_rank_1_in_step_3() -> None:
+    """The host refuses a tensor of 4 TB."""
+    if RANK == 1:
+        at_step(3, lambda: strike(lambda: torch.empty(10**12).fill_(1)))
+
+
+def memory_refused_to_python_while_loading() -> None:
+    if RANK == 1:
+        before(build, "fill_slots", lambda: strike(lambda: bytearray(2**46)))
 
 
 # Requests to stop
@@ -239,7 +292,7 @@ def ask_the_launcher() -> None:
     """Ask the process that started the ranks to stop, and go on once it has passed that on to this one."""
     passed_on = signal.getsignal(signal.SIGTERM).__self__  # type: ignore[union-attr]
     os.kill(os.getppid(), signal.SIGTERM)
-    while not passed_on.is_asked:
+    while not passed_on.reason(needed_s=0):
         time.sleep(0.01)
 
 
@@ -248,6 +301,12 @@ def request_to_rank_1_while_the_other_loads() -> None:
 
 
 # Slowness, which is no fault
+
+
+def slow_steps_of_rank_1() -> None:
+    """Each micro-batch of rank 1 takes more than half of the timeout longer than the other's, each step more than all of it."""
+    if RANK == 1:
+        wrap(build.Trainee, "run", lambda original, *arguments: (time.sleep(3), original(*arguments))[1])
 
 
 def slow_phases() -> None:

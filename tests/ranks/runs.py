@@ -19,7 +19,7 @@ from dist_lora.train import main, run_folder
 from dist_lora.train.build import Trainee
 from dist_lora.train.loop import Run
 from dist_lora.train.meter import Meter
-from dist_lora.train.signals import StopRequest
+from dist_lora.train.signals import ASKING, StopRequest
 
 EXACT = ("step", "epoch", "loss", "grad_norm", "lr", "target_tokens", "tokens")
 
@@ -67,7 +67,9 @@ def train_command(world: World, settings: Mapping[str, Any], ask_at: int | None 
     except StoppedOnRequest as stopped:
         return str(stopped)
     finally:
-        while run_folder._locks:  # the end of a process gives its lock back; this one lives on
+        for number in ASKING:  # a process that was asked ends deaf; this one lives on
+            signal.signal(number, signal.SIG_DFL)
+        while run_folder._locks:  # and gives its lock back
             run_folder._locks.pop().close()
     return ""
 

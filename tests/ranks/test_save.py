@@ -73,8 +73,9 @@ def save_beside_a_sentinel(world: World, model: str, folder: str) -> tuple[str, 
                 touch()
     with mock.patch.multiple(dist, **dict.fromkeys(COLLECTIVES, forbidden)), OnlyTrained(frozen):
         run.progress.step = 2
-        path = run.save()
-    return str(path), run.adapters.parameter.numel(), num_sentinels
+        run.save()
+        run.saver.wait()
+    return str(run.saver.last), run.adapters.parameter.numel(), num_sentinels
 
 
 def test_a_save_holds_what_is_trained_touches_no_frozen_weight_and_calls_no_collective(

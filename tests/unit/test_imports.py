@@ -41,11 +41,15 @@ DOORS = {
 }
 # These run what they read, or let a file of the user's do so.
 NOWHERE = {
-    "pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve",
-    "torch.load", "torch.save", "torch.package",
+    "pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle", "pickletools",
+    "torch.load", "torch.save", "torch.package", "torch.jit.load", "torch.serialization", "torch.distributed.checkpoint",
+    # numpy's own files may hold pickles, and pandas' do
+    "numpy.load", "numpy.save", "numpy.savez", "np.load", "np.save", "np.savez", "read_pickle", "to_pickle",
+    # these hand pickles from one process to another
+    "multiprocessing", "torch.multiprocessing", "concurrent.futures.ProcessPoolExecutor", "xmlrpc",
     "yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.Loader", "yaml.FullLoader", "yaml.UnsafeLoader",
     # torch.distributed pickles what these are given
-    "all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list", "recv_object_list",
+    "all_gather_object", "gather_object", "torch.distributed.rpc", "broadcast_object_list", "scatter_object_list", "send_object_list", "recv_object_list",
 }  # fmt: skip
 ONLY_FALSE = ("trust_remote_code", "allow_pickle")  # arguments that may be given, and then as False
 
@@ -161,7 +165,13 @@ def forbidden(source: str, *, module: str) -> list[str]:
         is_open = isinstance(node, ast.keyword) and node.arg in ONLY_FALSE
         if is_open and not (isinstance(node.value, ast.Constant) and node.value.value is False):
             found.add(f"{module}:{node.value.lineno}: {node.arg} is not False")
-        if isinstance(node, ast.Call) and _dotted(node.func) in ("eval", "exec"):
+        if isinstance(node, ast.Call) and _dotted(node.func) in (
+            "eval",
+            "exec",
+            "compile",
+            "builtins.eval",
+            "builtins.exec",
+        ):
             found.add(f"{module}:{node.lineno}: {_dotted(node.func)}")
     return sorted(found)
 
@@ -309,8 +319,16 @@ def test_a_door_is_open_to_its_package() -> None:
         "import torch.distributed as dist\ndist.broadcast_object_list(x)",
         "AutoTokenizer.from_pretrained(x, trust_remote_code=True)",
         "AutoTokenizer.from_pretrained(x, trust_remote_code=trusted)",
-        "np.load(x, allow_pickle=True)",
+        "f(x, allow_pickle=True)",
+        "np.load(x)",
+        "from numpy import save",
+        "import torch.multiprocessing as mp",
+        "from multiprocessing import Queue",
+        "def f():\n    from concurrent.futures import ProcessPoolExecutor",
+        "from torch.distributed.checkpoint import save",
+        "frame.to_pickle(path)",
         "eval(text)",
+        "compile(text, 'x', 'exec')",
     ],
 )
 def test_every_way_to_run_a_file_is_seen(source: str) -> None:

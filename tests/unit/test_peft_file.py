@@ -395,10 +395,19 @@ def test_targets_that_the_config_does_not_name(adapter):
     assert "names target_modules none; a list" in message(adapter)
 
 
-@pytest.mark.parametrize("changes", [{"r": 0}, {"r": "8"}, {"lora_alpha": None}, {"lora_dropout": "x"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": 0}, {"r": "8"}, {"r": True}, {"r": 10**40},
+        {"lora_alpha": None}, {"lora_alpha": float("nan")}, {"lora_alpha": float("inf")}, {"lora_alpha": 10**400},
+        {"lora_alpha": 0}, {"lora_alpha": -1}, {"lora_dropout": "x"}, {"lora_dropout": float("nan")}, {"lora_dropout": 2},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_numbers_that_are_none(adapter, changes):
     rewrite_config(adapter, **changes)
-    assert "a whole number from 1 and two numbers were expected. The file is damaged." in message(adapter)
+    expected = "a whole number from 1, a number above 0 and one from 0 to 1 were expected. The file is damaged."
+    assert expected in message(adapter)
 
 
 def test_files_that_are_missing_or_damaged(adapter):

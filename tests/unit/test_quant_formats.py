@@ -187,6 +187,7 @@ def test_peak_memory_is_the_result_and_little_more_and_a_cpu_needs_no_library(fo
     assert done.returncode == 0, done.stderr
     quantizing, dequantizing, has_imported = json.loads(done.stdout)
     stored = form.stored_bytes(256, 65536)
-    assert 0.95 * stored < quantizing < stored + 4_000_000
-    assert 0.95 * 2 * 256 * 65536 < dequantizing < 2 * 256 * 65536 + 4_000_000
+    # The kernel counts pages by batches of each thread: some megabytes of noise. A second copy would be 16 or more.
+    assert 0.9 * stored < quantizing < stored + 8_000_000
+    assert 0.9 * 2 * 256 * 65536 < dequantizing < 2 * 256 * 65536 + 8_000_000
     assert not has_imported

@@ -65,9 +65,9 @@ def test_a_first_loss_worse_than_two_guesses_is_told_once_and_a_sound_one_is_not
 @pytest.fixture
 def begun(tiny_llama, tmp_path) -> tuple[dict[str, Any], Path]:
     """The settings of a run that has done two steps, and its checkpoint."""
-    begun = settings(tiny_llama("llama31"), tmp_path)
-    train_command(World.alone(), begun)
-    return begun | {"train": begun["train"] | {"steps": 3}}, tmp_path / "it" / "checkpoints" / "step-00000002"
+    begun = settings(tiny_llama("llama31"), tmp_path, steps=3)
+    assert train_command(World.alone(), begun, 2).startswith("stopped at step 2 of 3 on SIGUSR1's request")
+    return begun, tmp_path / "it" / "checkpoints" / "step-00000002"
 
 
 def test_a_checkpoint_remembers_the_versions_that_made_it(begun) -> None:

@@ -1,0 +1,104 @@
+"""Saving while training goes on: the trained state is copied aside at once and written by a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist_lora.checkpoint.keys import fresh_key
+from dist_lora.lora.state import Piece
+from dist_lora.parallel.world import World
+
+Write = Callable[[World, Mapping[Piece, Tensor]], Path]
+
+
+class Saver:
+    """One rank's part in saving: at most one save is in flight, and none fails in silence.
+
+    All ranks make one and call ``start`` for the same saves. A rank alone may see first that one has failed: the caller
+    asks ``has_failed`` and brings all ranks to ``wait``, where each raises.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world.channel(fresh_key(world, "saver"))
+        self._thread: threading.Thread | None = None
+        self._aside: Tensor | None = None  # fp32, all pieces of the share one after another
+        self._error: BaseException | None = None
+        self._stall_s = self._write_s = 0.0
+        self.last: Path | None = None  # the newest published checkpoint
+        self.longest_s = 0.0  # from the start of a save to its end
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the save that was in flight last has ended with an error that nobody has raised yet."""
+        return self._error is not None
+
+    def start(self, share: Mapping[Piece, Tensor], write: Write) -> None:
+        """Copy a share aside and have it written, after the save before it has ended.
+
+        Args:
+            share: this rank's, 1-D fp32 tensors on any device; they may change once this has returned.
+            write: called in the other thread with that thread's view of the world and the copies, on the CPU; returns
+                the checkpoint.
+
+        Raises:
+            SaveError, RankError: see ``wait``.
+        """
+        self.wait()
+        started_s = time.monotonic()
+        copies = self._copy(share)
+        self._stall_s += time.monotonic() - started_s
+        self._thread = threading.Thread(target=self._write, args=(write, copies), name="saver", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the save in flight, if there is one.
+
+        Raises:
+            SaveError: this rank's disk refused; nothing is published.
+            RankError: another's did, or another rank has failed meanwhile.
+        """
+        started_s = time.monotonic()
+        if self._thread is not None:
+            with self._world.progress.waiting():
+                self._thread.join()
+            self._thread = None
+        self._stall_s += time.monotonic() - started_s
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def take_times(self) -> dict[str, float]:
+        """Seconds since the last call that training waited for saves, and that the save which ended was written in."""
+        taken = {"save_stall_s": self._stall_s, "save_write_s": self._write_s}
+        self._stall_s = self._write_s = 0.0
+        return taken
+
+    def _copy(self, share: Mapping[Piece, Tensor]) -> dict[Piece, Tensor]:
+        """The share on the host, in memory that is taken once and used by every save; pinned beside a GPU."""
+        num_elements = sum(piece.num_elements for piece in share)
+        if self._aside is None or len(self._aside) != num_elements:
+            is_pinned = self._world.device.type == "cuda"
+            self._aside = torch.empty(num_elements, dtype=torch.float32, pin_memory=is_pinned)
+        copies, end = {}, 0
+        for piece, values in share.items():
+            start, end = end, end + piece.num_elements
+            copies[piece] = self._aside[start:end]
+            copies[piece].copy_(values, non_blocking=True)
+        if self._world.device.type == "cuda":
+            torch.cuda.current_stream(self._world.device).synchronize()
+        return copies
+
+    def _write(self, write: Write, copies: Mapping[Piece, Tensor]) -> None:
+        started_s = time.monotonic()
+        try:
+            self.last = write(self._world, copies)
+        except BaseException as error:  # it is raised in the thread that trains
+            self._error = error
+        self._write_s = time.monotonic() - started_s
+        self.longest_s = max(self.longest_s, self._write_s)

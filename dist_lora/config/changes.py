@@ -1,0 +1,94 @@
+"""What may change when a run goes on from a checkpoint: one table, read by the resume and printed in the README."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Effect = Literal["free", "said", "refused"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Settings by their full names (a section's name stands for all in it), what a change does, and why."""
+
+    settings: tuple[str, ...]
+    effect: Effect
+    why: str
+
+
+RULES = (
+    Rule(("run", "runs_dir", "log", "checkpoint", "data.cache_dir"), "free", "where things lie and what is told"),
+    Rule(
+        ("parallel", "train.micro_batch", "train.activation_checkpointing", "model.attention"),
+        "free",
+        "who computes what: engine, ranks, nodes, offload. The global batches and the losses (1e-5) stay",
+    ),
+    Rule(
+        ("model.name", "data.train", "data.eval", "data.format", "data.train_on", "data.on_no_target",
+         "data.on_too_long", "data.untrained_tokens", "data.chat_template", "lora.start_from"),
+        "free",
+        "what lies behind the names must be the same: weights, tokenized samples; it is compared by its content",
+    ),
+    Rule(("eval",), "free", "nothing of it trains"),
+    Rule(("train.steps", "train.epochs"), "said", "the schedule stretches: other learning rates from here on"),
+    Rule(("optim",), "said", "other updates from here on"),
+    Rule(("lora.dropout",), "said", "other masks from here on"),
+    Rule(("model.quant", "model.dtype"), "refused", "the adapters would be trained on beside another base"),
+    Rule(
+        ("lora.rank", "lora.alpha", "lora.targets", "lora.layers", "lora.variant"),
+        "refused",
+        "they are the shape and the scale of what is trained",
+    ),
+    Rule(
+        ("train.seed", "train.global_batch", "train.sequence_length", "train.packing"),
+        "refused",
+        "they decide which samples a step holds",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that a run began with and that a config now gives otherwise."""
+
+    name: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.before!r} -> {self.now!r}"
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings by their full names: ``{"lora.rank": 16}`` of ``{"lora": {"rank": 16}}``."""
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    return {k: v for name, value in tree.items() for k, v in flat(value, f"{prefix}.{name}".strip(".")).items()}
+
+
+def rule_of(name: str) -> Rule | None:
+    """The rule for a setting; None for a name that no setting has (any more)."""
+    return next((rule for rule in RULES for s in rule.settings if name == s or name.startswith(f"{s}.")), None)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """Every setting that two configs, as trees, give otherwise. A setting that only one of them knows is no change."""
+    was, is_now = flat(before), flat(now)
+    return [Change(name, was[name], is_now[name]) for name in sorted(was.keys() & is_now.keys())
+            if was[name] != is_now[name]]  # fmt: skip
+
+
+def markdown() -> str:
+    """The table as the README has it."""
+    words = {"free": "may change", "said": "may change, is said", "refused": "may not (exit 2)"}
+    lines = ["| setting | on resume | because |", "|---|---|---|"]
+    for rule in RULES:
+        names = ", ".join(f"`{name}`" for name in rule.settings)
+        lines.append(f"| {names} | {words[rule.effect]} | {rule.why} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown())
