@@ -438,21 +438,26 @@ def fsync_of_the_adapter_fails() -> None:
         fail(os, "fsync", errno.EIO, lambda path: "/.adapter.partial" in path)
 
 
-def checkpoints_read_only_in_step_3() -> None:
-    """``checkpoints`` is a file system of its own, on which nobody may write from now on."""
+def _once_step_2_is_saved(action: Callable[[Path], object]) -> None:
+    """Let the first rank do something to ``checkpoints`` in step 3, when no save is under way."""
 
-    def remount() -> None:
-        words = ["mount", "-o", "remount,ro", str(run_folder() / "checkpoints")]
-        while subprocess.run(words, stderr=subprocess.DEVNULL, check=False).returncode:  # a save is still under way
+    def strike_there() -> None:
+        checkpoints = run_folder() / "checkpoints"
+        while not (checkpoints / "step-00000002").exists() or any(checkpoints.glob(".*")):
             time.sleep(0.01)
+        strike(lambda: action(checkpoints))
 
     if RANK == 0:
-        at_step(3, lambda: strike(remount))
+        at_step(3, strike_there)
+
+
+def checkpoints_read_only_in_step_3() -> None:
+    """``checkpoints`` is a file system of its own, on which nobody may write from now on."""
+    _once_step_2_is_saved(lambda path: subprocess.run(["mount", "-o", "remount,ro", str(path)], check=True))
 
 
 def checkpoints_gone_in_step_3() -> None:
-    if RANK == 0:
-        at_step(3, lambda: (run_folder() / "checkpoints").rename(run_folder() / "elsewhere"))
+    _once_step_2_is_saved(lambda path: path.rename(path.with_name("elsewhere")))
 
 
 def checkpoints_gone_in_the_save_of_step_4() -> None:
