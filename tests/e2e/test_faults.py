@@ -7,6 +7,8 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -240,11 +242,20 @@ def test_a_request_to_the_launcher_before_its_ranks_listen_ends_all_with_75(conf
 
 
 @pytest.mark.slow
-def test_phases_of_three_times_the_timeout_end_no_run(config, whole, tmp_path) -> None:
-    arguments = ("train", config, "run=slow", "parallel.hang_timeout=5", f"data.cache_dir={tmp_path}", "--nproc", 2)
-    done = run(*arguments, fault="slow_phases_of_rank_1")
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_phases_of_three_times_the_timeout_in_which_one_rank_gets_on_end_no_run(engine, config, tmp_path) -> None:
+    arguments = ("train", config, f"run=slow-{engine}", f"data.cache_dir={tmp_path}", f"parallel.engine={engine}",
+                 "data.eval=0.5", "train.packing=false", "checkpoint.every=1000", "eval.every=1000")  # fmt: skip
+    timeout_s = 5
+    done = run(*arguments, f"parallel.hang_timeout={timeout_s}", "--nproc", 2, fault="slow_phases", timeout_s=600)
     assert done.returncode == 0, done.stderr
-    assert losses(folder_of(config, "slow")) == losses(whole)
+    slept: Counter[str] = Counter()
+    for phase, pause_s in re.findall(r"slept (\w+) ([0-9.]+)", done.stdout):
+        assert float(pause_s) < timeout_s
+        slept[phase] += float(pause_s)
+    assert set(slept) == {"tokenising", "loading", "evaluating", "saving", "gathering"}
+    assert all(seconds >= 3 * timeout_s for seconds in slept.values()), slept
+    assert [step for step, _ in losses(folder_of(config, f"slow-{engine}"))] == list(range(1, 9))
 
 
 # Full disks
