@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,12 +195,7 @@ def test_a_run_that_is_asked_to_stop_twice_is_the_run_that_nothing_interrupted(c
 
 @pytest.mark.slow
 def test_a_request_to_torchrun_is_obeyed_by_its_ranks_and_the_run_goes_on_under_ours(config, whole) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "dist_lora", "train", str(config), "run=asked-torchrun"],
-        cwd=ROOT, env=environment("request_to_the_launcher_in_step_3"), capture_output=True, text=True, timeout=120,
-        check=False,
-    )  # fmt: skip
+    done = run_under_torchrun("train", config, "run=asked-torchrun", fault="request_to_the_launcher_in_step_3")
     folder = folder_of(config, "asked-torchrun")
     saved = folder / "checkpoints" / "step-00000003"
     assert done.returncode == 1  # torchrun's own: it hands on no exit code of its ranks
