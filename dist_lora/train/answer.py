@@ -22,6 +22,7 @@ class Origin:
     """What the config of the run that an adapter lies in says of it; nothing where it lies elsewhere."""
 
     model: str | None = None
+    quant: str | None = None
     chat_template: str | None = None
     is_plain: bool = False
 
@@ -36,6 +37,7 @@ def origin_of(adapter: Path) -> Origin:
         template = data.get("chat_template")
         return Origin(
             model=str(model["name"]),
+            quant=str(model.get("quant", "none")),
             chat_template=template if isinstance(template, str) else None,
             is_plain=is_plain,
         )
