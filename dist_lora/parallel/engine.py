@@ -11,8 +11,8 @@ from dist_lora.base.llama import Llama, materialize
 from dist_lora.base.stream import Slot
 from dist_lora.lora.attach import AdapterTensor
 from dist_lora.parallel.adapters import Adapters, ReplicatedAdapters
-from dist_lora.parallel.layout import Layout
 from dist_lora.parallel.world import World
+from dist_lora.plan.layout import Layout
 
 Forward = Callable[..., Any]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dist_lora.parallel.engine import SingleProcess
-from dist_lora.parallel.layout import Layout
 from dist_lora.parallel.world import World
+from dist_lora.plan.layout import Layout
 
 
 def make_engine(layout: Layout, world: World) -> SingleProcess:

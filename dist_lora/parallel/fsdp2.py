@@ -19,8 +19,8 @@ from dist_lora.lora.attach import AdapterTensor
 from dist_lora.lora.layer import LoraAdapter
 from dist_lora.parallel.adapters import Adapters, FlatAdapters, Part, ReplicatedAdapters, same_on_all
 from dist_lora.parallel.engine import SingleProcess
-from dist_lora.parallel.layout import Layout
 from dist_lora.parallel.world import World
+from dist_lora.plan.layout import Layout
 
 
 class Fsdp2(SingleProcess):

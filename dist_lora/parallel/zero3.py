@@ -27,8 +27,8 @@ from dist_lora.lora.attach import AdapterTensor
 from dist_lora.lora.state import Kind, Piece
 from dist_lora.parallel.adapters import Adapters, FlatAdapters, Part
 from dist_lora.parallel.engine import Forward, SingleProcess
-from dist_lora.parallel.layout import Layout
 from dist_lora.parallel.world import World
+from dist_lora.plan.layout import Layout
 
 # N elements of a parameter
 

@@ -32,9 +32,9 @@ from dist_lora.lora.peft_file import BaseIdentity, identify_base, open_adapter, 
 from dist_lora.parallel.adapters import Adapters
 from dist_lora.parallel.engine import SingleProcess
 from dist_lora.parallel.engines import make_engine
-from dist_lora.parallel.layout import Layout, check_section, choose_layout
 from dist_lora.parallel.precision import Precision, base_dtype
 from dist_lora.parallel.world import World, device_bytes
+from dist_lora.plan.layout import Layout, check_section, choose_layout
 
 log = logging.getLogger("dist_lora")
 

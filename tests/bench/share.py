@@ -25,8 +25,8 @@ from dist_lora.base.stream import SLICE_BYTES, fill_slots
 from dist_lora.config.schema import ParallelSection
 from dist_lora.herd.facts import read_shape
 from dist_lora.parallel.engines import make_engine
-from dist_lora.parallel.layout import choose_layout
 from dist_lora.parallel.world import World
+from dist_lora.plan.layout import choose_layout
 from dist_lora.train.meter import peak_bytes
 
 

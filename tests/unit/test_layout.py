@@ -6,7 +6,7 @@ import pytest
 
 from dist_lora.config.schema import ParallelSection
 from dist_lora.errors import ConfigError
-from dist_lora.parallel.layout import GIB, Layout, check_section, choose_layout
+from dist_lora.plan.layout import GIB, Layout, check_section, choose_layout
 
 
 def chosen(world_size: int, local_size: int, *, base_gib: float = 100, trained: int = 10**7, **settings: str) -> Layout:

@@ -1,0 +1,61 @@
+"""How long a step takes: a range, from what is to be computed and sent and what the hardware reaches of its figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dist_lora.plan.arithmetic import Setup
+from dist_lora.plan.hardware import REACHED_COMPUTE, REACHED_WIRE, Gpu
+from dist_lora.plan.traffic import received_bytes
+
+
+def flops_a_token(setup: Setup, *, context: int) -> float:
+    """Floating-point operations of one token, forward and backward.
+
+    4 for each frozen weight of a product (2 forward, 2 for the gradient to its input, none for its own), 6 for each
+    trained one, 6 for each pair of head entries and seen token (half of ``context`` tokens are seen on average), and once
+    more the forward of the layers where they are recomputed: 2, 2 and 2. Source: PaLM, arXiv 2204.02311, appendix B, without
+    the frozen weights' own gradients.
+    """
+    shape = setup.shape
+    in_layers = shape.num_layers * sum(out * width for out, width in shape.linear_shapes().values())
+    head = shape.vocab * shape.hidden
+    seen = shape.num_layers * shape.num_heads * shape.head_dim * context / 2 * 2  # scores, and the values' sum
+    forward = 2 * (in_layers + setup.trained_weights + seen)
+    once = 2 * forward + 2 * setup.trained_weights + 2 * seen + 4 * head
+    return once + (forward if setup.recompute else 0)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of a step at best and at worst, by what limits it; ``wall`` is what does so at best."""
+
+    compute_s: tuple[float, float]
+    inside_s: tuple[float, float]
+    between_s: tuple[float, float]
+    step_s: tuple[float, float]
+    wall: str
+    tokens_a_step: int
+
+    @property
+    def tokens_per_s(self) -> tuple[float, float]:
+        """Of all ranks together, at worst and at best."""
+        return self.tokens_a_step / self.step_s[1], self.tokens_a_step / self.step_s[0]
+
+
+def speed_of(setup: Setup, gpu: Gpu, *, context: int) -> Speed:
+    """A step's time on ``gpu``: at best all wires are hidden behind the products, at worst nothing is."""
+    tokens = setup.micro_tokens * setup.passes
+    flops = flops_a_token(setup, context=context) * tokens
+    inside, between = received_bytes(setup)
+    compute = _range(flops, gpu.tflops * 1e12, REACHED_COMPUTE)
+    wires = _range(inside, gpu.link_gb_s * 1e9, REACHED_WIRE), _range(between, gpu.network_gb_s * 1e9, REACHED_WIRE)
+    best = max(compute[0], wires[0][0], wires[1][0])
+    walls = {compute[0]: "compute", wires[0][0]: "the links within a node", wires[1][0]: "the network between nodes"}
+    worst = compute[1] + wires[0][1] + wires[1][1]
+    return Speed(compute, *wires, (best, worst), walls[best], tokens * setup.num_ranks)
+
+
+def _range(amount: float, per_s: float, reached: tuple[float, float]) -> tuple[float, float]:
+    low, high = reached
+    return amount / (per_s * high), amount / (per_s * low)

@@ -1,0 +1,91 @@
+"""What a step sends: every collective by kind, by the ranks that take part, and by bytes, as the engines start them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from dist_lora.plan.arithmetic import FP32, BasePart, Setup, base_parts
+
+Axis = Literal["base", "node", "between nodes", "world"]
+NUM_SCALARS = 4  # loss, stop, failed save, seconds: summed once a step in fp32
+
+
+@dataclass(frozen=True)
+class Collective:
+    """``count`` collectives of a step over ``num_ranks`` ranks, each of ``num_bytes`` (of the whole tensor)."""
+
+    kind: Literal["all-gather", "reduce-scatter", "all-reduce"]
+    what: str
+    num_ranks: int
+    crosses_nodes: bool
+    num_bytes: int
+    count: int
+
+    @property
+    def received_bytes(self) -> float:
+        """What a rank receives of all of them, by a ring."""
+        part = (self.num_ranks - 1) / self.num_ranks * self.num_bytes * self.count
+        return 2 * part if self.kind == "all-reduce" else part
+
+
+def collectives_of(setup: Setup) -> list[Collective]:
+    """All collectives of one step of engine fsdp2 (none has none; zero3's are about the same bytes in other pieces)."""
+    if setup.layout.engine == "none" or setup.num_ranks == 1:
+        return []
+    return [*_of_base(setup), *_of_adapters(setup)]
+
+
+def _of_base(setup: Setup) -> Iterator[Collective]:
+    ranks = setup.base_ranks
+    crosses = ranks > setup.local_size
+    parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
+
+    def padded(chosen: list[BasePart]) -> int:
+        return ranks * sum(part.shard_bytes(ranks) for part in chosen)
+
+    if ranks == 1:
+        return
+    block = padded([part for part in parts if part.block == 0])
+    ends = [part for part in parts if part.name in ("embed_tokens", "lm_head") and not setup.shape.tied]
+    root = [part for part in parts if part.block is None and part not in ends]
+    yield Collective(
+        "all-gather", "layers, forward and backward", ranks, crosses, block, 2 * setup.shape.num_layers * setup.passes
+    )
+    for end in ends:
+        yield Collective("all-gather", end.name, ranks, crosses, padded([end]), setup.passes)
+    yield Collective("all-gather", "last norm" + " and embedding" * setup.shape.tied, ranks, crosses, padded(root), setup.passes)
+
+
+def _of_adapters(setup: Setup) -> Iterator[Collective]:
+    crosses = setup.num_ranks > setup.local_size
+    world = setup.num_ranks
+    if setup.adapter_ranks == 1:
+        yield Collective("all-reduce", "adapters' gradients", world, crosses, FP32 * setup.trained_weights, 1)
+    else:
+        nodes = world // setup.local_size
+        in_layer = FP32 * setup.shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
+        count = len(setup.layers) * setup.passes
+        yield Collective("all-gather", "adapters, forward and backward", setup.adapter_ranks, False, in_layer, 2 * count)
+        yield Collective("reduce-scatter", "adapters' gradients", setup.adapter_ranks, False, in_layer, count)
+        if nodes > 1:
+            share = FP32 * setup.trained_weights // setup.adapter_ranks
+            yield Collective("all-reduce", "adapters' gradients between nodes", nodes, True, share, 1)
+    yield Collective("all-reduce", "loss and requests", world, crosses, FP32 * NUM_SCALARS, 1)
+
+
+def received_bytes(setup: Setup) -> tuple[float, float]:
+    """Bytes that a rank receives in a step from its own node, and from other nodes."""
+    inside = between = 0.0
+    for each in collectives_of(setup):
+        if not each.crosses_nodes:
+            inside += each.received_bytes
+        elif each.num_ranks == setup.num_ranks // setup.local_size:
+            between += each.received_bytes
+        else:
+            # Of a gathering over the world a rank's node holds its own part.
+            part = (each.num_ranks - setup.local_size) / max(1, each.num_ranks - 1)
+            between += each.received_bytes * part
+            inside += each.received_bytes * (1 - part)
+    return inside, between
