@@ -1,0 +1,1 @@
+"""Who will hold what: how many bytes, how long, and whether it fits."""
