@@ -47,6 +47,11 @@ class AdamW:
             self.exp_avg.append(state["exp_avg"])
             self.exp_avg_sq.append(state["exp_avg_sq"])
 
+    def state(self) -> list[Tensor]:
+        """All that it keeps beside the parameters: moments, counts of steps, and copies in host memory."""
+        copies = [u.data for p, u in zip(self._parameters, self._updated, strict=True) if u is not p]
+        return [*self.exp_avg, *self.exp_avg_sq, *self._num_steps, *copies]
+
     def step(self, gradients: Sequence[Tensor], lr: float) -> None:
         """One update of the parameters by their gradients, each ``(N,)`` fp32, at ``lr``."""
         self._optimizer.param_groups[0]["lr"] = lr

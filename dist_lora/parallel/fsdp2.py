@@ -35,6 +35,7 @@ class Fsdp2(SingleProcess):
     def __init__(self, world: World, layout: Layout) -> None:
         super().__init__(world, layout)
         self._groups: list[FSDPModule] = []  # of sharded adapters, one a block
+        self._meshes: dict[str, DeviceMesh] = {}  # each has process groups of its own: made once
 
     def shard(self, model: Llama) -> str:
         """See ``SingleProcess.shard``. Call it while the parameters are on meta."""
@@ -60,6 +61,11 @@ class Fsdp2(SingleProcess):
         return f"the base is cut by rows over {mesh.shape[-1]} ranks (FSDP2)"
 
     def _mesh(self, over: str) -> DeviceMesh:
+        if over not in self._meshes:
+            self._meshes[over] = self._make_mesh(over)
+        return self._meshes[over]
+
+    def _make_mesh(self, over: str) -> DeviceMesh:
         world = self.world
         kind = world.device.type
         if over == "node" and world.num_nodes > 1:

@@ -128,7 +128,9 @@ def base_parts(shape: Shape, *, quant: str, item_bytes: int) -> list[BasePart]:
     parts = [BasePart("embed_tokens", shape.vocab, shape.hidden * item_bytes, None)]
     for layer in range(shape.num_layers):
         for name, (out, width) in shape.linear_shapes().items():
-            parts += [BasePart(f"{name}.{part}", out, size, layer) for part, size in _row_bytes(quant, width, item_bytes)]
+            parts += [
+                BasePart(f"{name}.{part}", out, size, layer) for part, size in _row_bytes(quant, width, item_bytes)
+            ]
         parts += [BasePart(f"norm{i}", shape.hidden, item_bytes, layer) for i in (1, 2)]
     parts.append(BasePart("norm", shape.hidden, item_bytes, None))
     if not shape.tied:

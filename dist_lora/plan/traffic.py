@@ -55,7 +55,9 @@ def _of_base(setup: Setup) -> Iterator[Collective]:
     )
     for end in ends:
         yield Collective("all-gather", end.name, ranks, crosses, padded([end]), setup.passes)
-    yield Collective("all-gather", "last norm" + " and embedding" * setup.shape.tied, ranks, crosses, padded(root), setup.passes)
+    yield Collective(
+        "all-gather", "last norm" + " and embedding" * setup.shape.tied, ranks, crosses, padded(root), setup.passes
+    )
 
 
 def _of_adapters(setup: Setup) -> Iterator[Collective]:
@@ -67,7 +69,9 @@ def _of_adapters(setup: Setup) -> Iterator[Collective]:
         nodes = world // setup.local_size
         in_layer = FP32 * setup.shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
         count = len(setup.layers) * setup.passes
-        yield Collective("all-gather", "adapters, forward and backward", setup.adapter_ranks, False, in_layer, 2 * count)
+        yield Collective(
+            "all-gather", "adapters, forward and backward", setup.adapter_ranks, False, in_layer, 2 * count
+        )
         yield Collective("reduce-scatter", "adapters' gradients", setup.adapter_ranks, False, in_layer, count)
         if nodes > 1:
             share = FP32 * setup.trained_weights // setup.adapter_ranks

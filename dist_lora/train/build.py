@@ -140,6 +140,41 @@ def _from_hub(resolved: ResolvedModel, world: World) -> Path:
     return Path(folder)
 
 
+@dataclass(frozen=True)
+class Placed:
+    """A model cut into shares that have no memory yet, with its adapters; ``how`` says in a line what was done."""
+
+    model: Llama
+    tensors: list[AdapterTensor]
+    engine: SingleProcess
+    precision: Precision
+    how: str
+
+
+def place(config: Config, shape: Shape, world: World, *, name: str, memory_bytes: int | None = None) -> Placed:
+    """The model of a config on meta, its adapters attached, cut by its engine. All ranks call it.
+
+    Args:
+        name: the model's, for errors.
+        memory_bytes: of each rank's device; None asks it.
+
+    Raises:
+        ConfigError: the settings of ``parallel`` contradict each other, or the shapes can't be quantized.
+    """
+    dtype = base_dtype(config.model.dtype, world.device)
+    fmt = format_of(config.model.quant, dtype)
+    _check_shapes(shape, fmt, name)
+    model = build_on_meta(shape, dtype=dtype, fmt=fmt)
+    tensors = attach_adapters(model, config.lora)
+    wanted = config.train.activation_checkpointing
+    for block in model.blocks():
+        # With a GPU memory is what is short; on a CPU it is time.
+        block.recompute = world.device.type == "cuda" if wanted == "auto" else wanted
+    world.progress.now("placing the base", kind="unseen")  # may compile (DeepSpeed's kernels) and open a GPU
+    engine = make_engine(_layout(config, model, tensors, world, memory_bytes), world)
+    return Placed(model, tensors, engine, Precision(fmt, dtype), engine.shard(model))
+
+
 def build(config: Config, base: Base, world: World) -> Trainee:
     """The model in this rank's share, filled, with fresh adapters (or those of ``lora.start_from``). All ranks call it.
 
@@ -147,23 +182,13 @@ def build(config: Config, base: Base, world: World) -> Trainee:
         ConfigError: the settings of ``parallel`` contradict each other, or the base's shapes can't be quantized.
         WeightsError: a file of the base is damaged.
     """
-    dtype = base_dtype(config.model.dtype, world.device)
-    fmt = format_of(config.model.quant, dtype)
-    _check_shapes(base, fmt)
-    model = build_on_meta(base.shape, dtype=dtype, fmt=fmt)
-    tensors = attach_adapters(model, config.lora)
-    wanted = config.train.activation_checkpointing
-    for block in model.blocks():
-        # With a GPU memory is what is short; on a CPU it is time.
-        block.recompute = world.device.type == "cuda" if wanted == "auto" else wanted
-    world.progress.now("placing the base", kind="unseen")  # may compile (DeepSpeed's kernels) and open a GPU
-    engine = make_engine(_layout(config, model, tensors, world), world)
-    how = engine.shard(model)
+    placed = place(config, base.shape, world, name=base.identity.name)
+    model, engine = placed.model, placed.engine
     engine.materialize(model)
-    _fill(base, model, engine, world, how)
+    _fill(base, model, engine, world, placed.how)
     check_frequencies(model.inv_freq, base.shape)
     world.progress.now("placing the adapters", kind="unseen")
-    adapters = engine.adapters(tensors)
+    adapters = engine.adapters(placed.tensors)
     adapters.initialize(config.train.seed)
     if config.lora.start_from is not None:
         load_adapter(adapters, config.lora.start_from, world=world)
@@ -172,29 +197,31 @@ def build(config: Config, base: Base, world: World) -> Trainee:
         model,
         engine,
         adapters,
-        choose_backend(config.model.attention, world.device, dtype),
-        Precision(fmt, dtype),
+        choose_backend(config.model.attention, world.device, placed.precision.dtype),
+        placed.precision,
         checksums(engine.frozen_shares(model)),
     )
     trainee.precision.check(model, adapters)
     return trainee
 
 
-def _check_shapes(base: Base, fmt: Format) -> None:
-    refused = {name: why for name, shape in base.shape.linear_shapes().items() if (why := fmt.refusal(*shape))}
+def _check_shapes(shape: Shape, fmt: Format, model_name: str) -> None:
+    refused = {name: why for name, sizes in shape.linear_shapes().items() if (why := fmt.refusal(*sizes))}
     if refused:
         name, why = next(iter(refused.items()))
-        raise ConfigError(f"model.quant: {fmt.name} can't keep {base.identity.name}: {name}: {why}")
+        raise ConfigError(f"model.quant: {fmt.name} can't keep {model_name}: {name}: {why}")
 
 
-def _layout(config: Config, model: Llama, tensors: list[AdapterTensor], world: World) -> Layout:
+def _layout(
+    config: Config, model: Llama, tensors: list[AdapterTensor], world: World, memory_bytes: int | None
+) -> Layout:
     layout = choose_layout(
         config.parallel,
         world_size=world.world_size,
         local_size=world.local_size,
         base_bytes=model.base_bytes,
         trained_weights=sum(tensor.parameter.numel() for tensor in tensors),
-        device_bytes=world.least("layout/device_bytes", device_bytes(world)),
+        device_bytes=memory_bytes or world.least("layout/device_bytes", device_bytes(world)),
     )
     if world.is_first:
         for reason in layout.reasons:

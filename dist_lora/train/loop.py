@@ -72,7 +72,7 @@ class Run:
         self.progress = Progress()
         self.saver = Saver(world)
         self._saved_step: int | None = None
-        self._is_step_long = True  # until one is known
+        self.is_step_long = True  # so that ranks ask each other between micro-batches; until one is known
         self._stop_key = fresh_key(world, "stop")
         self._own_reason = ""
         self._longest_s = 0.0  # of a step with all that comes before the next one
@@ -87,7 +87,7 @@ class Run:
         while self.progress.step < self.num_steps:
             started_s = time.monotonic()
             step = self.progress.step + 1
-            line, is_asked = self._step(step, stop)
+            line, is_asked = self.take_step(step, stop)
             self.progress.step = step
             is_last = step == self.num_steps
             is_to_save = is_last or is_asked or step % section.every == 0
@@ -107,7 +107,7 @@ class Run:
         if self.world.is_first:
             self._rotate(self._best())  # a run that was killed after its last save has left that one's to this start
 
-    def _step(self, step: int, stop: StopRequest) -> tuple[dict[str, Any], bool]:
+    def take_step(self, step: int, stop: StopRequest) -> tuple[dict[str, Any], bool]:
         """One optimizer step; returns its line of metrics and whether any rank was asked to stop."""
         started_s = time.monotonic()
         self.world.progress.now(f"step {step}, reading its data", kind="host")
@@ -115,7 +115,7 @@ class Run:
         self.adapters.begin_step()
         losses = []
         for i in range(len(batch.micro_batches)):
-            if self._is_step_long and self.world.any(bool(self._reason(stop))):
+            if self.is_step_long and self.world.any(bool(self._reason(stop))):
                 self.save()  # of the step before: nothing of this one is kept
                 self._stop(stop, f"in step {step} of {self.num_steps}, which begins again,")
             losses.append(self._micro_batch(step, i, batch))
@@ -127,7 +127,7 @@ class Run:
         loss, asked, failed, total_s = scalars.tolist()
         if failed:
             self.saver.wait()  # which raises on every rank
-        self._is_step_long = total_s / self.world.world_size > LONG_STEP_S
+        self.is_step_long = total_s / self.world.world_size > LONG_STEP_S
         loss /= batch.target_tokens
         lr = lr_at(step, section=self.config.optim, num_steps=self.num_steps)
         if lr > 0 and math.isfinite(loss):

@@ -29,6 +29,7 @@ ROAD = (
     "checkpoint",
     "export",
     "train",
+    "plan.tracker",  # sees the tensors of any run
     "plan.simulate",  # runs the real loop on pretend tensors
     "cli",
     "__main__",
@@ -355,7 +356,7 @@ LIGHT = [
     name
     for name in SOURCES
     if name.startswith(("dist_lora.config.", "dist_lora.herd.", "dist_lora.plan."))
-    and name != "dist_lora.plan.simulate"
+    and name not in ("dist_lora.plan.tracker", "dist_lora.plan.simulate")
 ]
 
 

@@ -1,0 +1,204 @@
+"""A training step run for its memory and its traffic alone: real model, engine and loop, pretended tensors and ranks.
+
+Nothing is computed and nothing sent: tensors are fake (sizes without contents), the process group returns at once.
+What asks for a tensor's value gets zero, which decides nothing about what is allocated or sent after a run's first steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dist_lora.base.attention import choose_backend
+from dist_lora.base.index import WeightIndex
+from dist_lora.base.quant.published import BaseOnDisk
+from dist_lora.config.schema import Config
+from dist_lora.data.loader import Loader
+from dist_lora.data.tokens import TokenSet
+from dist_lora.errors import PlanError
+from dist_lora.herd.facts import Shape
+from dist_lora.lora.peft_file import BaseIdentity
+from dist_lora.parallel.adapters import FlatAdapters
+from dist_lora.parallel.pretend import pretended_world
+from dist_lora.parallel.wire import Sent, Traffic, traffic
+from dist_lora.parallel.world import World
+from dist_lora.plan.layout import Layout
+from dist_lora.plan.tracker import Kind, Memory, Moment, Tracker, register_run
+from dist_lora.train.build import Base, Placed, Trainee, place
+from dist_lora.train.loop import Run
+from dist_lora.train.main import loader_of
+from dist_lora.train.signals import StopRequest
+
+STEP = 3  # the first in which the loop looks neither whether gradients arrive nor how long steps take
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What the fullest rank holds and sends in one step.
+
+    ``pretended`` says in a sentence each what a run on the real machine does otherwise.
+    """
+
+    peak_bytes: int
+    composition: Mapping[Kind, int]  # at the peak
+    timeline: tuple[Moment, ...]
+    traffic: tuple[Traffic, ...]  # of the step, seen from one rank
+    host_bytes: int  # what offloading keeps in host memory for this rank
+    layout: Layout
+    micro_batches: int  # of this rank, in the step
+    tokens: int  # of a micro-batch
+    pretended: tuple[str, ...]
+    seconds: float  # that the simulation took
+
+
+class _Answers(TorchDispatchMode):
+    """Says zero to whoever asks a fake tensor for its value."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0.0 if args[0].dtype.is_floating_point else 0
+        return func(*args, **(kwargs or {}))
+
+
+def simulate(
+    config: Config,
+    shape: Shape,
+    *,
+    num_nodes: int,
+    gpus_per_node: int,
+    device_bytes: int,
+    device: Literal["gpu", "cpu"] = "gpu",
+    document_tokens: int | None = None,
+) -> Simulation:
+    """One optimizer step of a config on machines that aren't here; takes seconds, and two minutes for 405B.
+
+    Local: it opens a process group of its own, so the process may belong to no world. The first rank is seen, whose
+    shards are the largest.
+
+    Args:
+        device_bytes: memory of a GPU: what ``parallel``'s ``auto`` goes by.
+        device: whose choices ``auto`` takes for number format, attention and recomputation.
+        document_tokens: length of every document; None is ``train.sequence_length``. Sequences are full either way.
+
+    Raises:
+        ConfigError: settings contradict each other, the shape or the world.
+        PlanError: the engine can't be simulated.
+    """
+    started_s = time.monotonic()
+    config = _resolved(config, device)
+    with pretended_world(num_nodes=num_nodes, gpus_per_node=gpus_per_node) as world:
+        loader = _loader(config, world, document_tokens or config.train.sequence_length)
+        micro = loader.batch(0).micro_batches
+        placed = place(config, shape, world, name=config.model.name, memory_bytes=device_bytes)
+        if placed.engine.name == "zero3":
+            raise PlanError(_ZERO3)
+        memory, sent, host_bytes = _step(config, shape, placed, world, loader)
+    return Simulation(
+        peak_bytes=memory.peak.total_bytes,
+        composition=memory.composition,
+        timeline=memory.timeline,
+        traffic=traffic(sent, world),
+        host_bytes=host_bytes,
+        layout=placed.engine.layout,
+        micro_batches=len(micro),
+        tokens=max(len(one.ids) for one in micro),
+        pretended=_pretended(config, placed),
+        seconds=time.monotonic() - started_s,
+    )
+
+
+_ZERO3 = (
+    "parallel.engine: zero3 can't be simulated: TODO. Simulate parallel.engine=fsdp2, or ask plan without --simulate"
+)
+
+
+def _resolved(config: Config, device: Literal["gpu", "cpu"]) -> Config:
+    """The config with what ``auto`` means on the pretended device, since the process has only a CPU's tensors."""
+    kind = torch.device("cuda" if device == "gpu" else "cpu")
+    model = config.model
+    dtype = ("bf16" if device == "gpu" else "fp32") if model.dtype == "auto" else model.dtype
+    in_torch = torch.bfloat16 if dtype == "bf16" else torch.float32
+    recompute = config.train.activation_checkpointing
+    return config.model_copy(
+        update={
+            "model": model.model_copy(
+                update={"dtype": dtype, "attention": choose_backend(model.attention, kind, in_torch)}
+            ),
+            "train": config.train.model_copy(
+                update={"activation_checkpointing": device == "gpu" if recompute == "auto" else recompute}
+            ),
+        }
+    )
+
+
+def _pretended(config: Config, placed: Placed) -> tuple[str, ...]:
+    told = [
+        "tensors have sizes and no contents, and collectives return at once: nothing is computed or sent",
+        "one stream: on a GPU a gathered block may live on until the stream that used it has come so far",
+        "an operator's own workspace isn't seen, nor the CUDA context, NCCL's buffers and fragmentation",
+    ]
+    if config.model.attention == "varlen":
+        told.append("flash attention is its declared output and softmax statistics; its kernel doesn't run")
+    if placed.engine.layout.base_on_host:
+        told.append("the shards of the block that is gathered, brought from the host, aren't counted on the device")
+    return tuple(told)
+
+
+# The step
+
+
+def _step(config: Config, shape: Shape, placed: Placed, world: World, loader: Loader) -> tuple[Memory, list[Sent], int]:
+    """The memory and the collectives of a step, and the bytes that lie in host memory."""
+    model, engine = placed.model, placed.engine
+    with FakeTensorMode(allow_non_fake_inputs=True), _Answers():
+        engine.materialize(model)
+        adapters = engine.adapters(placed.tensors)
+        assert isinstance(adapters, FlatAdapters)
+        identity = BaseIdentity(config.model.name, None, None, None)
+        base = Base(Path(), shape, BaseOnDisk(WeightIndex(Path(), {}), {}), None, identity)
+        backend = choose_backend(config.model.attention, world.device, placed.precision.dtype)
+        trainee = Trainee(base, model, engine, adapters, backend, placed.precision, {})
+        run = Run(config, trainee, loader=loader, held_out=None, num_steps=STEP, folder=Path(), world=world)
+        run.is_step_long = False
+        model.train()
+        tracker = Tracker()
+        register_run(tracker, model, engine, adapters)
+        with tracker:
+            run.take_step(STEP, StopRequest(environment={}))
+        tracker.register("gradients", adapters.gradients())
+        return tracker.memory(), tracker.sent, tracker.host_bytes
+
+
+def _loader(config: Config, world: World, document_tokens: int) -> Loader:
+    """The loop's own loader over a global batch for each step, every sequence full, every token but the first a target."""
+    train = config.train
+    length = min(document_tokens, train.sequence_length)
+    each = train.sequence_length // length if train.packing else 1
+    count = train.global_batch * each
+    ids = np.zeros(count * length, np.uint32)
+    lengths = np.full(count, length, np.int64)
+    documents = TokenSet(
+        ids=ids,
+        is_target=np.ones(len(ids), bool),
+        starts=np.arange(count, dtype=np.int64) * length,
+        lengths=lengths,
+        num_targets=lengths - 1,
+        sample_ids=np.arange(count),
+    )
+    return loader_of(config, documents, world)
+
+
+# What is drawn
+
+
+def write_timeline(simulation: Simulation, path: Path) -> None:
+    """Write a simulation as JSON beside its picture: ``path`` ends in .json, .svg lies beside it."""
+    raise NotImplementedError
