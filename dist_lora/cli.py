@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -30,6 +31,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+class Quantization(StrEnum):
+    """``model.quant``, as an option."""
+
+    NONE = "none"
+    NF4 = "nf4"
+    INT8 = "int8"
+
 
 ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: key=value.", metavar="KEY=VALUE")]
@@ -108,12 +118,21 @@ def merge(
     out: Annotated[Path, typer.Option(help="The folder to make.")],
     base: Annotated[str | None, typer.Option(help="The base model: a member's name, a folder or a hub id.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Merge onto a base it was not trained on.")] = False,
+    quant: Annotated[
+        Quantization, typer.Option(help="Merge into the values that the base has in this quantization.")
+    ] = Quantization.NONE,
 ) -> None:
     """Add an adapter to its base for good: a model that runs at the base's speed. Streams from file to file."""
     from dist_lora.export.merge import merge_adapter
-    from dist_lora.train.answer import find_base
+    from dist_lora.train.answer import find_base, origin_of
 
-    report = merge_adapter(adapter, base=find_base(adapter, base), out=out, force=force)
+    trained_beside = origin_of(adapter).quant
+    report = merge_adapter(adapter, base=find_base(adapter, base), out=out, force=force, quant=quant.value)
+    if trained_beside not in (None, quant.value):
+        logging.getLogger("dist_lora").warning(
+            f"{adapter} was trained beside its base in {trained_beside}, and is merged into it in {quant.value}: "
+            f"--quant {trained_beside} makes the very model that was trained"
+        )
     print(f"{out}: {report.changed_tensors} of the base's matrices changed, in {report.seconds:.1f} s")
 
 

@@ -546,7 +546,7 @@ def _open_published(folder: Path) -> TokenSet | None:
         if any((folder / name).stat().st_size != sizes[name] for name in _ARRAYS):
             return None
         arrays = {name: np.memmap(folder / name, dtype, "r") for name, dtype in _ARRAYS.items()}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     lengths = np.array(arrays["lengths"])
     return TokenSet(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_lora.base.attention import causal_attention
+from dist_lora.base.index import read_json
 from dist_lora.base.llama import Llama
+from dist_lora.errors import WeightsError
 from dist_lora.parallel.world import World
 
 # B answers of a batch, T tokens of all prompts, L the longest answer with its prompt
@@ -116,8 +117,11 @@ def stop_ids_of(folder: Path, tokenizer: Any) -> frozenset[int]:
     for file in ("generation_config.json", "config.json"):
         path = folder / file
         if path.exists():
-            ids = json.loads(path.read_text()).get("eos_token_id")
-            found |= {ids} if isinstance(ids, int) else set(ids or ())
+            ids = read_json(path).get("eos_token_id")
+            listed = [ids] if isinstance(ids, int) else ids or []
+            if not (isinstance(listed, list) and all(type(token) is int for token in listed)):
+                raise WeightsError(f"{path} has eos_token_id {ids!r}; an id or a list of ids was expected")
+            found |= set(listed)
     if tokenizer.eos_token_id is not None:
         found.add(int(tokenizer.eos_token_id))
     vocabulary = tokenizer.get_vocab()

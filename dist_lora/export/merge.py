@@ -35,7 +35,9 @@ from dist_lora.base.index import (
     open_weights,
     read_json,
 )
+from dist_lora.base.quant.formats import Quant, format_of
 from dist_lora.base.stream import TORCH_DTYPES, SliceReader
+from dist_lora.config.schema import LINEARS
 from dist_lora.errors import AdapterError, ConfigError, DistLoraError, SaveError
 from dist_lora.lora.peft_file import (
     CONFIG_FILE,
@@ -73,6 +75,7 @@ def merge_adapter(
     out: Path,
     force: bool = False,
     dtype: Literal["bf16", "fp32"] | None = None,
+    quant: Quant = "none",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Writes ``out``, a model folder with the adapter in its weights, whole or not at all.
@@ -84,6 +87,8 @@ def merge_adapter(
     Args:
         force: merge even if the adapter says that it was trained on other weights than those of ``base``.
         dtype: type of all tensors of the result; without it each keeps its type on disk.
+        quant: the ``model.quant`` that the adapter was trained beside: the linears of the layers get the values that
+            they have in it, so that the result is the model that was trained, but for one rounding.
         on_progress: called after each slice with (bytes written, bytes of weights in all).
 
     Raises:
@@ -98,12 +103,14 @@ def merge_adapter(
     config_hash = hash_config(base)
     if not force:
         _check_identity(opened, index=index, config_hash=config_hash)
+    _check_quant(index, quant)
     _check_fit(opened, index=index)
+    opened.verify()
     _check_effect(opened)
     try:
         with _partial_of(out) as partial:
             _check_space(index, partial=partial, dtype=dtype)
-            merger = _Merger(opened, index=index, dtype=dtype, on_progress=on_progress)
+            merger = _Merger(opened, index=index, dtype=dtype, quant=quant, on_progress=on_progress)
             merger.write(partial)
             _write_companions(index, partial=partial, dtype=dtype)
             sync_folder(partial)
@@ -125,11 +132,13 @@ class _Merger:
         *,
         index: WeightIndex,
         dtype: str | None,
+        quant: Quant,
         on_progress: Callable[[int, int], None] | None,
     ) -> None:
         self._adapter = adapter
         self._index = index
         self._dtype = dtype
+        self._fmt = None if quant == "none" else format_of(quant, torch.float32)
         self._on_progress = on_progress
         self._reader = SliceReader(_SLICE_BYTES)
         self._rooms: dict[torch.dtype, Tensor] = {}
@@ -156,7 +165,9 @@ class _Merger:
         pair = self._adapter.read_pair(module) if module in self._adapter.pairs else None
         dtype = TORCH_DTYPES[_DTYPES[self._dtype] if self._dtype else tensor.dtype]
         is_changed = False
-        for row, rows in self._reader.slices(tensor, descriptor=descriptor):
+        fmt = self._fmt if module.rpartition(".")[2] in LINEARS else None
+        for row, stored in self._reader.slices(tensor, descriptor=descriptor):
+            rows = stored if fmt is None else fmt.dense(fmt.quantize_rows(stored), torch.float32)
             result = self._merged(rows, pair, row=row, dtype=dtype)
             if pair is not None:
                 is_changed = is_changed or not torch.equal(result, rows.to(dtype))
@@ -243,6 +254,13 @@ def _check_fit(adapter: AdapterOnDisk, *, index: WeightIndex) -> None:
     told += [f"  the adapter is for all layers and lacks: {first_few(lacking)}"] if lacking else []
     if told:
         raise AdapterError(f"{adapter.folder} does not fit {index.folder}:\n" + "\n".join(told))
+
+
+def _check_quant(index: WeightIndex, quant: Quant) -> None:
+    fmt = format_of(quant, torch.float32)
+    for name, tensor in index.tensors.items():
+        if name.removesuffix(".weight").rpartition(".")[2] in LINEARS and (why := fmt.refusal(*tensor.shape)):
+            raise ConfigError(f"{index.folder} can't have been trained beside in {quant}: {name}: {why}")
 
 
 def _modules_lacking(adapter: AdapterOnDisk, index: WeightIndex) -> list[str]:

@@ -22,6 +22,7 @@ class Origin:
     """What the config of the run that an adapter lies in says of it; nothing where it lies elsewhere."""
 
     model: str | None = None
+    quant: str | None = None
     chat_template: str | None = None
     is_plain: bool = False
 
@@ -33,8 +34,14 @@ def origin_of(adapter: Path) -> Origin:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         model, data = settings["model"], settings["data"]
         is_plain = data.get("format") in ("text", "prompt-completion")
-        return Origin(model=str(model["name"]), chat_template=data.get("chat_template"), is_plain=is_plain)
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError):
+        template = data.get("chat_template")
+        return Origin(
+            model=str(model["name"]),
+            quant=str(model.get("quant", "none")),
+            chat_template=template if isinstance(template, str) else None,
+            is_plain=is_plain,
+        )
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError, RecursionError):
         return Origin()  # there is none, or it is no run's: an adapter may lie anywhere
 
 

@@ -240,7 +240,9 @@ def _fill(base: Base, model: Llama, engine: SingleProcess, world: World, how: st
 
 
 def check_adapter(folder: Path, *, config: Config, base: Base, world: World) -> None:
-    """See by its headers that ``folder`` is the adapter that the config attaches. All ranks call it, before ``build``.
+    """See that ``folder`` is whole and the adapter that the config attaches. All ranks call it, before ``build``.
+
+    By its headers on every rank, and on the first by all of its bytes.
 
     One that was trained on other weights is said to be so and taken: a copy that was renamed or quantized has other
     hashes too, and whoever names both may know better.
@@ -252,6 +254,8 @@ def check_adapter(folder: Path, *, config: Config, base: Base, world: World) -> 
     try:
         adapter = open_adapter(folder)
         check_fit(adapter, section=config.lora, shape=base.shape)
+        if world.is_first:
+            adapter.verify()
         differing = adapter.base.differences(base.identity)
         if differing and world.is_first:
             log.warning(

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from dist_lora.base.stream import SliceReader
 from dist_lora.checkpoint import shards
 from dist_lora.data import tokens
 from dist_lora.data.loader import Loader
@@ -298,6 +299,11 @@ def request_to_rank_1_in_step_3_and_to_the_launcher_in_step_6() -> None:
         at_step(6, ask_the_launcher)
 
 
+def request_to_the_launcher_in_step_3() -> None:
+    if RANK == 1:
+        at_step(3, ask_the_launcher)
+
+
 def ask_the_launcher() -> None:
     """Ask the process that started the ranks to stop, and go on once it has passed that on to this one."""
     passed_on = signal.getsignal(signal.SIGTERM).__self__  # type: ignore[union-attr]
@@ -319,11 +325,45 @@ def slow_steps_of_rank_1() -> None:
         wrap(build.Trainee, "run", lambda original, *arguments: (time.sleep(3), original(*arguments))[1])
 
 
-def slow_phases_of_rank_1() -> None:
-    """Tokenising, loading and the first save of rank 1 take 15 s each."""
-    for module, name in ((tokens, "encode_sample"), (build, "fill_slots"), (shards, "_write_file")):
-        if RANK == 1:
-            before(module, name, lambda: time.sleep(15))
+def slow_phases() -> None:
+    """Tokenising, loading, evaluating and the first save of rank 1, and the gathering of rank 0, take 15 s and more each.
+
+    They get on meanwhile: a sample, a slice, a pass, a write or a file at a time. What was slept is printed.
+    """
+
+    def slowed(phase: str, pause_s: float) -> None:
+        tell(f"slept {phase} {pause_s}")
+        time.sleep(pause_s)
+
+    def slow(
+        module: Any, name: str, phase: str, pause_s: float, is_here: Callable[..., bool] = lambda *_: True
+    ) -> None:
+        def around(original: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+            if is_here(*arguments):
+                slowed(phase, pause_s)
+            return original(*arguments, **named)
+
+        wrap(module, name, around)
+
+    first_saved: list[str] = []
+
+    def is_first_save(descriptor: int, *_: Any) -> bool:
+        found = points.PARTIAL.search(points.path_of(descriptor, {}))
+        if found is not None:
+            first_saved.append(found[0])
+        return found is not None and found[0] == first_saved[0]
+
+    def is_adapter(path: Any, *_: Any) -> bool:
+        return points.GATHERED.search(points.path_of(path, {})) is not None
+
+    if RANK == 1:
+        slow(tokens, "encode_sample", "tokenising", 1.3)
+        slow(SliceReader, "_read", "loading", 0.8)
+        slow(build.Trainee, "run", "evaluating", 2.7, lambda trainee, *_: not trainee.model.training)
+        slow(os, "write", "saving", 0.4, is_first_save)
+    else:
+        for name in ("mkdir", "fsync", "rename"):
+            slow(os, name, "gathering", 2.3, is_adapter)
 
 
 # A full disk
@@ -414,21 +454,26 @@ def fsync_of_the_adapter_fails() -> None:
         fail(os, "fsync", errno.EIO, lambda path: "/.adapter.partial" in path)
 
 
-def checkpoints_read_only_in_step_3() -> None:
-    """``checkpoints`` is a file system of its own, on which nobody may write from now on."""
+def _once_step_2_is_saved(action: Callable[[Path], object]) -> None:
+    """Let the first rank do something to ``checkpoints`` in step 3, when no save is under way."""
 
-    def remount() -> None:
-        words = ["mount", "-o", "remount,ro", str(run_folder() / "checkpoints")]
-        while subprocess.run(words, stderr=subprocess.DEVNULL, check=False).returncode:  # a save is still under way
+    def strike_there() -> None:
+        checkpoints = run_folder() / "checkpoints"
+        while not (checkpoints / "step-00000002").exists() or any(checkpoints.glob(".*")):
             time.sleep(0.01)
+        strike(lambda: action(checkpoints))
 
     if RANK == 0:
-        at_step(3, lambda: strike(remount))
+        at_step(3, strike_there)
+
+
+def checkpoints_read_only_in_step_3() -> None:
+    """``checkpoints`` is a file system of its own, on which nobody may write from now on."""
+    _once_step_2_is_saved(lambda path: subprocess.run(["mount", "-o", "remount,ro", str(path)], check=True))
 
 
 def checkpoints_gone_in_step_3() -> None:
-    if RANK == 0:
-        at_step(3, lambda: (run_folder() / "checkpoints").rename(run_folder() / "elsewhere"))
+    _once_step_2_is_saved(lambda path: path.rename(path.with_name("elsewhere")))
 
 
 def checkpoints_gone_in_the_save_of_step_4() -> None:

@@ -197,14 +197,15 @@ class Hunt:
             self._draw.shuffle(self._open_plans)
         where, victim = self._open_plans.pop(0), self._draw.choice(VICTIMS)
         rank = 0 if where in ONE_RANK else self._draw.randrange(2)
-        done = _num_steps(run) / STEPS
+        # Mostly soon, so that a run is killed more than a few times.
+        share_ahead = (1 - _num_steps(run) / STEPS) * self._draw.choice((0.3, 0.5, 1.0))
         if where in INSIDE:
-            is_all_ahead = where in ("gathering", "loading", "tokenising")
-            ahead = self._came_by[where, rank] * (1.0 if is_all_ahead else 1.0 - done)
-            aim = Aim(where, self._draw.randint(1, max(1, round(ahead))), rank, self._draw.random() < 0.5, victim)
+            at_each_start = where in ("gathering", "loading", "tokenising")
+            num_ahead = self._came_by[where, rank] * (1.0 if at_each_start else share_ahead)
+            aim = Aim(where, self._draw.randint(1, max(1, round(num_ahead))), rank, self._draw.random() < 0.5, victim)
             return Plan(where, victim, rank, inside=aim)
         if where == "time":
-            return Plan(where, victim, rank, delay_s=self._draw.uniform(0, self._whole_s * (1 - done / 2)))
+            return Plan(where, victim, rank, delay_s=self._draw.uniform(0, self._whole_s * (1 + share_ahead) / 2))
         nth = 1 if where == "adapter" else self._draw.randint(1, 4)
         return Plan(where, victim, rank, nth=nth, delay_s=self._draw.choice([0.0, self._draw.uniform(0, 0.01)]))
 

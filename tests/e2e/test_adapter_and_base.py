@@ -94,6 +94,21 @@ def test_a_damaged_adapter_is_told_by_its_keys_before_anything_is_loaded(
     assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter"]
 
 
+@pytest.mark.parametrize("command", ["train", "eval", "generate", "merge"])
+def test_a_bit_that_is_turned_in_the_weights_is_told_before_anything_is_loaded(
+    here, trained, base, adapter, command
+) -> None:
+    file = adapter / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    code, out, err, _ = here(*arguments(command, trained=trained, base=base, adapter=adapter))
+    assert (code, out) == (4, "")
+    assert err.count("error:") == 1 and f"{file} is damaged: its tensors have the checksum xxh3_128:" in err, err
+    assert "loaded base" not in err
+    assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter"]
+
+
 @pytest.mark.parametrize(
     ("setting", "told"),
     [

@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -192,6 +193,21 @@ def test_a_run_that_is_asked_to_stop_twice_is_the_run_that_nothing_interrupted(c
     assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
+def test_a_request_to_torchrun_is_obeyed_by_its_ranks_and_the_run_goes_on_under_ours(config, whole) -> None:
+    done = run_under_torchrun("train", config, "run=asked-torchrun", fault="request_to_the_launcher_in_step_3")
+    folder = folder_of(config, "asked-torchrun")
+    saved = folder / "checkpoints" / "step-00000003"
+    assert done.returncode == 1  # torchrun's own: it hands on no exit code of its ranks
+    assert done.stderr.count("stopped at step 3 of 8 on SIGTERM's request to rank 0; saved ") == 1, done.stderr
+    verify(saved)
+    done = run("train", config, "run=asked-torchrun", "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    assert losses(folder) == losses(whole)
+    name = "adapter/adapter_model.safetensors"
+    assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
 def test_a_request_to_one_rank_that_loads_ends_all_with_75(config, whole) -> None:
     fault = "request_to_rank_1_while_the_other_loads"
     codes, done = run_each_rank("train", config, "run=asked-early", fault=fault)
@@ -220,11 +236,20 @@ def test_a_request_to_the_launcher_before_its_ranks_listen_ends_all_with_75(conf
 
 
 @pytest.mark.slow
-def test_phases_of_three_times_the_timeout_end_no_run(config, whole, tmp_path) -> None:
-    arguments = ("train", config, "run=slow", "parallel.hang_timeout=5", f"data.cache_dir={tmp_path}", "--nproc", 2)
-    done = run(*arguments, fault="slow_phases_of_rank_1")
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_phases_of_three_times_the_timeout_in_which_one_rank_gets_on_end_no_run(engine, config, tmp_path) -> None:
+    arguments = ("train", config, f"run=slow-{engine}", f"data.cache_dir={tmp_path}", f"parallel.engine={engine}",
+                 "data.eval=0.5", "train.packing=false", "checkpoint.every=1000", "eval.every=1000")  # fmt: skip
+    timeout_s = 5
+    done = run(*arguments, f"parallel.hang_timeout={timeout_s}", "--nproc", 2, fault="slow_phases", timeout_s=600)
     assert done.returncode == 0, done.stderr
-    assert losses(folder_of(config, "slow")) == losses(whole)
+    slept: Counter[str] = Counter()
+    for phase, pause_s in re.findall(r"slept (\w+) ([0-9.]+)", done.stdout):
+        assert float(pause_s) < timeout_s
+        slept[phase] += float(pause_s)
+    assert set(slept) == {"tokenising", "loading", "evaluating", "saving", "gathering"}
+    assert all(seconds >= 3 * timeout_s for seconds in slept.values()), slept
+    assert [step for step, _ in losses(folder_of(config, f"slow-{engine}"))] == list(range(1, 9))
 
 
 # Full disks

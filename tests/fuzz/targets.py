@@ -254,6 +254,7 @@ def tokenizer_config(ground: Ground, data: bytes) -> None:
     """A tokenizer's settings, and what is done with it before anything is trained."""
     folder = ground.folder / "tokenizer"
     ground.put(folder / "tokenizer_config.json", data)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would count, and not the template of the settings
     _use_tokenizer(folder)
 
 
@@ -326,7 +327,6 @@ def mend(ground: Ground) -> None:
         shutil.rmtree(ground.folder / name, ignore_errors=True)
     (ground.folder / "nf4").mkdir()
     shutil.copytree(ground.folder / "original" / "base", ground.folder / "tokenizer")
-    (ground.folder / "tokenizer" / "chat_template.jinja").unlink()  # it would count and not that of the settings
     for place in _places(ground):
         ground.put(place, ground.original(place))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from dist_lora.base.llama import FrozenLinear
 from dist_lora.base.quant.formats import Format, Int8, Nf4
+from dist_lora.checkpoint.saver import Saver
+from dist_lora.lora.state import Piece
 from dist_lora.parallel.place import Place
 from dist_lora.parallel.world import World, join
 from tests.ranks.test_frozen_base import step_of
@@ -98,3 +100,21 @@ def test_bf16_is_the_default_and_holds_to_its_table(world, tiny_llama) -> None:
     step: Callable[[], float] = step_of(trainee, world)
     assert step() > 0
     trainee.check_base()
+
+
+def test_a_save_holds_the_state_at_its_start_while_the_gpu_goes_on() -> None:
+    """The copy is pinned and complete before the next step can change what was copied."""
+    saver = Saver(World.alone(torch.device("cuda", 0)))
+    live = torch.arange(2**24, dtype=torch.float32, device="cuda")
+    pieces = {Piece("a", "adapter", 0, len(live)): live}
+    copied: list[torch.Tensor] = []
+
+    def write(world: World, share: Mapping[Piece, torch.Tensor]) -> Path:
+        copied.append(next(iter(share.values())).clone())
+        return Path("it")
+
+    saver.start(pieces, write)
+    live.fill_(-1)
+    saver.wait()
+    assert saver._aside is not None and saver._aside.is_pinned()
+    assert copied[0].equal(torch.arange(2**24, dtype=torch.float32))

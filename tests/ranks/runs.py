@@ -21,6 +21,26 @@ from dist_lora.train.loop import Run
 from dist_lora.train.meter import Meter
 from dist_lora.train.signals import ASKING, StopRequest
 
+EXACT = ("step", "epoch", "loss", "grad_norm", "lr", "target_tokens", "tokens")
+
+
+def chats_settings(base: Path, folder: Path, *, num_steps: int, dropout: float = 0.0) -> dict[str, Any]:
+    """Settings of a run over 14 chats in steps of 4: the last step of each epoch has 2."""
+    data = folder / "train.jsonl"
+    if not data.exists():
+        chats = [[("user", f"say {i}"), ("assistant", f"{i} " * (i * 7 % 9 + 1))] for i in range(14)]
+        lines = [json.dumps({"messages": [{"role": r, "content": c} for r, c in chat]}) for chat in chats]
+        data.write_text("\n".join(lines))
+    return {
+        "run": "it",
+        "model": {"name": str(base), "dtype": "fp32"},
+        "lora": {"rank": 4, "dropout": dropout},
+        "data": {"train": str(data), "cache_dir": str(folder / "cache")},
+        "train": {"steps": num_steps, "global_batch": 4, "micro_batch": 1, "packing": False, "sequence_length": 64},
+        "optim": {"lr": 5e-3, "warmup_steps": 2, "weight_decay": 0.01},
+        "log": {"trackers": [], "every": 100},
+    }
+
 
 def train_command(world: World, settings: Mapping[str, Any], ask_at: int | None = None) -> str:
     """``dist-lora train``; returns what it said where it stopped on request, else nothing.
@@ -80,3 +100,8 @@ def run_steps(
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def exact(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """What of the lines of metrics does not depend on the clock or on the machine."""
+    return [tuple(line[key] for key in EXACT) for line in lines]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ import torch
 from dist_lora.checkpoint.manifest import KINDS, Piece, read_manifest
 from dist_lora.checkpoint.resume import load_pieces
 from dist_lora.parallel.world import World
-from tests.ranks.runs import metrics, train_command
+from tests.ranks.runs import chats_settings, exact, metrics, train_command
 
 NUM_STEPS, STOP_AT = 10, 4
-EXACT = ("step", "epoch", "loss", "grad_norm", "lr", "target_tokens", "tokens")
 ADAPTER = Path("adapter", "adapter_model.safetensors")
 
 
@@ -33,24 +31,6 @@ class Runs:
     as_it_stopped: Path
 
 
-def settings(base: Path, folder: Path, *, dropout: float) -> dict[str, Any]:
-    """14 chats in steps of 4: an epoch ends within a step of 2, and the stop is in the first of three."""
-    data = folder / "train.jsonl"
-    if not data.exists():
-        chats = [[("user", f"say {i}"), ("assistant", f"{i} " * (i * 7 % 9 + 1))] for i in range(14)]
-        lines = [json.dumps({"messages": [{"role": r, "content": c} for r, c in chat]}) for chat in chats]
-        data.write_text("\n".join(lines))
-    return {
-        "run": "it",
-        "model": {"name": str(base), "dtype": "fp32"},
-        "lora": {"rank": 4, "dropout": dropout},
-        "data": {"train": str(data), "cache_dir": str(folder / "cache")},
-        "train": {"steps": NUM_STEPS, "global_batch": 4, "micro_batch": 1, "packing": False, "sequence_length": 64},
-        "optim": {"lr": 5e-3, "warmup_steps": 2, "weight_decay": 0.01},
-        "log": {"trackers": [], "every": 100},
-    }
-
-
 @pytest.fixture(scope="module")
 def runs(ranks, tiny_llama, tmp_path_factory) -> Callable[[float], Runs]:
     """``runs(dropout)``: on two ranks a straight run, one that is stopped and goes on, and how it lay stopped."""
@@ -58,7 +38,7 @@ def runs(ranks, tiny_llama, tmp_path_factory) -> Callable[[float], Runs]:
     @cache
     def make(dropout: float) -> Runs:
         folder = tmp_path_factory.mktemp("runs")
-        config = settings(tiny_llama("llama31"), folder, dropout=dropout)
+        config = chats_settings(tiny_llama("llama31"), folder, num_steps=NUM_STEPS, dropout=dropout)
         straight = config | {"runs_dir": str(folder / "straight"), "checkpoint": {"every": STOP_AT, "keep": 9}}
         assert ranks(2).run(train_command, straight) == ["", ""]
         stopped = config | {"runs_dir": str(folder / "stopped")}
@@ -78,10 +58,6 @@ def state(folder: Path, step: int) -> dict[Piece, torch.Tensor]:
     manifest = read_manifest(path)
     pieces = [Piece(spec.name, kind, 0, spec.num_elements) for spec in manifest.tensors for kind in KINDS]
     return load_pieces(path, manifest, pieces)
-
-
-def exact(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    return [tuple(line[key] for key in EXACT) for line in lines]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

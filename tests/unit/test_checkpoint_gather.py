@@ -16,7 +16,7 @@ from checkpoint_ranks import ADAPTER, BASE, SPECS, saved, whole_state
 from safetensors import safe_open
 
 from dist_lora.checkpoint import gather
-from dist_lora.checkpoint.gather import gather_adapter
+from dist_lora.checkpoint.gather import gather_adapter, verify_checkpoints
 from dist_lora.checkpoint.manifest import Manifest, Piece, read_manifest, write_manifest
 from dist_lora.errors import CheckpointError
 from dist_lora.lora.peft_file import read_adapter
@@ -145,7 +145,7 @@ for name in [name for name in sys.modules if name.startswith("torch.distributed"
 for name in ("deepspeed", "transformers", "peft", "datasets"):
     sys.modules[name] = None
 from pathlib import Path
-from dist_lora.checkpoint.gather import gather_adapter
+from dist_lora.checkpoint.gather import gather_adapter, verify_checkpoints
 gather_adapter(Path(sys.argv[1]), out=Path(sys.argv[2]))
 assert not [name for name in set(sys.modules) - loaded if name.startswith("torch.distributed")]
 """
@@ -175,3 +175,46 @@ def test_no_file_of_the_adapter_tells_of_this_machine(tmp_path: Path) -> None:
     for file in (tmp_path / "adapter").iterdir():
         assert str(tmp_path).encode() not in file.read_bytes(), file
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 3
+
+
+# Verifying
+
+
+def told_of(given: Path) -> tuple[list[str], str]:
+    """The lines, and what was raised at the end."""
+    lines: list[str] = []
+    try:
+        verify_checkpoints(given, tell=lines.append)
+    except CheckpointError as error:
+        assert error.exit_code == 4
+        return lines, str(error)
+    return lines, ""
+
+
+def test_each_checkpoint_of_a_run_is_told_in_one_line_newest_first(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    older, newer = (saved(run / "checkpoints", step=step) for step in (10, 20))
+    num_bytes = sum(path.stat().st_size for path in older.glob("rank-*"))
+    whole = f"{older} is whole: step 10, 2 ranks' files, {num_bytes:,} bytes"
+    assert told_of(older) == ([whole], "")
+    for given in (run, run / "checkpoints"):
+        lines, error = told_of(given)
+        assert (len(lines), lines[1], error) == (2, whole, "")
+        assert lines[0].startswith(f"{newer} is whole: step 20, ")
+    file = newer / "rank-00001-of-00002.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    before = sorted(tmp_path.rglob("*"))
+    lines, error = told_of(run)
+    assert lines[0].startswith(f"{newer} is damaged: {file.name} has the checksum xxh3_128:") and lines[1] == whole
+    assert error == f"{run}: 1 of 2 checkpoints damaged, as told line by line"
+    (newer / "manifest.json").unlink()
+    lines, error = told_of(newer)
+    assert lines == [f"{newer} is damaged: {newer}/manifest.json is missing: {newer} is no whole checkpoint"]
+    assert sorted(tmp_path.rglob("*")) == [path for path in before if path != newer / "manifest.json"]
+
+
+def test_a_folder_without_a_checkpoint_has_nothing_to_verify(tmp_path: Path) -> None:
+    assert told_of(tmp_path) == ([], f"{tmp_path} holds no checkpoint. Give a run's folder, its checkpoints folder, or a "
+                                     "folder step-######## in it")  # fmt: skip

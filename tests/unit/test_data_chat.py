@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import llama_models
@@ -15,8 +16,16 @@ from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from dist_lora.data.chat import check_template, encode_sample, hash_tokenizer, load_tokenizer, render_sample
+from dist_lora.data.chat import (
+    check_template,
+    encode_prompt,
+    encode_sample,
+    hash_tokenizer,
+    load_tokenizer,
+    render_sample,
+)
 from dist_lora.errors import DataError, WeightsError
+from tests.conftest import save_byte_tokenizer
 
 GOLDEN = [
     json.loads(line)
@@ -304,6 +313,95 @@ def test_a_template_that_cannot_be_followed_is_an_error(template, record, told, 
     with pytest.raises(DataError, match="template") as caught:
         encode_sample(record, tokenizer=with_template(template), fmt="messages", train_on="assistant")
     assert told in str(caught.value)
+
+
+HOSTILE = {
+    "looks for classes": (
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "SecurityError: access to attribute '__class__'",
+    ),
+    "looks for globals": ("{{ cycler.__init__.__globals__ }}", "SecurityError: access to attribute '__init__'"),
+    "changes the messages": ("{{ messages.append(1) }}", "SecurityError: access to attribute 'append' of 'list'"),
+    "changes a message": (
+        "{{ messages[0].update({'role': 'x'}) }}",
+        "SecurityError: access to attribute 'update' of 'dict'",
+    ),
+    "formats its way out": (
+        "{{ '{0.__class__.__mro__}'.format(1) }}",
+        "SecurityError: access to attribute '__class__'",
+    ),
+    "counts for ever": (
+        "{% for i in range(10**12) %}x{% endfor %}",
+        "OverflowError: Range too big. The sandbox blocks",
+    ),
+    "calls itself": (
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "RecursionError: maximum recursion depth exceeded",
+    ),
+    "divides by zero": ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+    "asks for all memory": ("{{ 'x' * 10**18 }}", "MemoryError"),
+    "nests too deep": ("{{ " + "(" * 5000, "RecursionError"),
+}
+
+
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory):
+    """A tokenizer that is read in a moment."""
+    folder = tmp_path_factory.mktemp("small")
+    save_byte_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_template_that_does_harm_is_an_error_that_names_its_file(what, small_folder, tmp_path):
+    template, told = HOSTILE[what]
+    (tmp_path / "hostile.jinja").write_text(template)
+    tokenizer = load_tokenizer(small_folder, chat_template=str(tmp_path / "hostile.jinja"))
+    with pytest.raises(DataError) as caught:
+        encode_sample(
+            turns(("user", "q"), ("assistant", "a")), tokenizer=tokenizer, fmt="messages", train_on="assistant"
+        )
+    text = str(caught.value)
+    assert f"the chat template (data.chat_template: {tmp_path}/hostile.jinja) can't be used: " in text and told in text
+    assert caught.value.exit_code == 2 and "\n" not in text and len(text) < 800
+
+
+def test_a_models_own_template_that_does_harm_names_the_models_folder(small_folder, tmp_path):
+    folder = shutil.copytree(small_folder, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1] }}")
+    tokenizer = load_tokenizer(folder, chat_template=None)
+    with pytest.raises(DataError) as caught:
+        encode_prompt([{"role": "user", "content": "q"}], tokenizer=tokenizer)
+    assert f"the chat template ({folder}) can't be used: SecurityError" in str(caught.value)
+
+
+def test_a_template_of_no_grammar_names_its_line(with_template):
+    with pytest.raises(DataError, match=r"the chat template \(.*, line 2\) can't be used: TemplateSyntaxError"):
+        encode(turns(("user", "q"), ("assistant", "a")), with_template("{# one #}\n{% for %}"))
+
+
+def test_a_template_that_writes_no_answer_is_told_where_one_is_asked_for(with_template):
+    tokenizer = with_template("{{ messages[0].content }}")
+    with pytest.raises(DataError, match=r"does not write what an assistant answers"):
+        encode_prompt([{"role": "user", "content": "q"}], tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("t.jinja", b"\xff", "not text in UTF-8 (byte 0)"),
+        ("t.jinja", b" " * (2**20 + 1), "is longer than 1,048,576 bytes"),
+        ("x" * 300, None, "is neither a file nor one of llama3, chatml"),
+        ("~nobody-of-this-name/t.jinja", None, "is neither a file nor one of llama3, chatml"),
+    ],
+)
+def test_a_template_that_can_not_be_read_is_told(name, content, told, small_folder, tmp_path):
+    place = name if name.startswith("~") else str(tmp_path / name)
+    if content is not None:
+        Path(place).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load_tokenizer(small_folder, chat_template=place)
+    assert str(caught.value).startswith("data.chat_template: ") and told in str(caught.value)
 
 
 def test_half_a_surrogate_pair_is_an_error(llama3):

@@ -172,6 +172,31 @@ def test_a_step_after_millions_of_samples_is_asked_for_directly(monkeypatch):
     assert plans == [1_000_000]
 
 
+class Counting:
+    """A file's array that counts what is read of it."""
+
+    def __init__(self, values):
+        self.values, self.num_read = values, 0
+
+    def __getitem__(self, wanted):
+        found = self.values[wanted]
+        self.num_read += len(found)
+        return found
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_million_samples_are_skipped_without_being_read(packing):
+    lengths = np.full(1_000_000, 4)
+    ids, is_target = Counting(np.arange(lengths.sum(), dtype=np.uint32)), Counting(np.ones(lengths.sum(), bool))
+    tokens = TokenSet(ids, is_target, np.cumsum(lengths) - lengths, lengths, lengths - 1, np.arange(len(lengths)))
+    ranks = loaders(tokens, world_size=2, packing=packing, global_batch=8)
+    last = ranks[0].steps_in_epoch(0) - 1
+    batches = [rank.batch(last) for rank in ranks]
+    assert len(batches[0].sample_ids) == (32 if packing else 8)
+    assert seen(batches) == sorted(batches[0].sample_ids)
+    assert ids.num_read == is_target.num_read == batches[0].tokens
+
+
 def test_dealing_balances_counts_and_tokens():
     assert deal([9, 1, 1, 9, 5], world_size=2) == [[0, 4], [1, 2, 3]]
     assert deal([3], world_size=3) == [[0], [], []]

@@ -261,6 +261,28 @@ def test_a_missing_file_names_the_nearest(tmp_path):
         read_records(str(tmp_path / "nowhere/x.jsonl"), fmt=None, which="train")
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("x" * 5000 + ".jsonl", "can't be opened: File name too long"),
+        ("~nobody-of-this-name/a.jsonl", "can't be opened: Could not determine home directory"),
+        ("a\0.jsonl", "can't be opened: embedded null byte"),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_told(name, told):
+    with pytest.raises(DataError) as caught:
+        read_records(name, fmt=None, which="train")
+    assert told in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_parquet_row_that_no_python_value_can_hold_is_told(tmp_path):
+    path = tmp_path / "data.parquet"
+    far = pyarrow.array([2**62], pyarrow.int64()).cast(pyarrow.timestamp("ms"), safe=False)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "when": far}), path)
+    with pytest.raises(DataError, match=r"row 1: the row can't be read"):
+        read_all(path, fmt="text")
+
+
 def test_folders_and_unknown_endings_are_told(tmp_path):
     (tmp_path / "train.jsonl").write_text(GOOD)
     (tmp_path / "data.xlsx").touch()

@@ -393,3 +393,11 @@ def test_a_name_that_is_nothing_offers_the_nearest_members(written: str, said: s
         resolve_model(written)
     expected = "expected a herd member, an existing folder or a hub id (org/name); "
     assert str(caught.value).startswith(f"model.name: found {written!r}, {expected}{said}")
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/llama", "x" * 5000, "a\0b"])
+def test_a_name_that_no_folder_can_have_is_no_model(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"model\.name: found .*, expected a herd member, an existing folder or a hub id"
+    ):
+        resolve_model(name)

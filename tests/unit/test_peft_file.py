@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -440,3 +442,166 @@ def test_pairs_can_be_read_one_at_a_time(adapter):
     first, second = opened.read_pair("model.layers.1.self_attn.v_proj")
     assert torch.equal(first, whole.tensors["model.layers.1.self_attn.v_proj.lora_A"])
     assert torch.equal(second, whole.tensors["model.layers.1.self_attn.v_proj.lora_B"])
+
+
+# Damage that headers do not show
+
+
+def other_adapter(folder: Path, **changes: Any) -> Path:
+    tensors = {key: tensor * 2 for key, tensor in random_adapter(tiny_llama()).items()}
+    write(folder, tensors, **changes)
+    return folder
+
+
+def turn_a_bit(file: Path, at: float) -> None:
+    data = bytearray(file.read_bytes())
+    data[min(int(len(data) * at), len(data) - 1)] ^= 1
+    file.write_bytes(data)
+
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+DAMAGES = {
+    "cut short by a byte": lambda file: os.truncate(file, file.stat().st_size - 1),
+    "cut in half": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "a bit turned at the start": lambda file: turn_a_bit(file, 0.0),
+    "a bit turned at the end": lambda file: turn_a_bit(file, 1.0),
+    "emptied": lambda file: os.truncate(file, 0),
+    "removed": lambda file: file.unlink(),
+    "a folder in its place": lambda file: (file.unlink(), file.mkdir()),
+    "a link to nothing": lambda file: (file.unlink(), file.symlink_to("nothing")),
+    "longer by a byte": lambda file: file.write_bytes(file.read_bytes() + b"x"),
+    "the other file": lambda file: shutil.copy(file.with_name(FILES[1 - FILES.index(file.name)]), file),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_of_an_adapter_is_named(adapter, file, damage):
+    DAMAGES[damage](adapter / file)
+    if (file, damage) == (FILES[0], "cut short by a byte"):
+        assert read_adapter(adapter).rank == 4  # it was the end of the last line
+    else:
+        assert file in message(adapter)
+
+
+def test_any_one_bit_that_is_turned_in_the_tensors_is_found(adapter):
+    file = adapter / "adapter_model.safetensors"
+    data = file.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    for number in range(8 * start, 8 * len(data), 8 * 997 + 1):
+        turned = bytearray(data)
+        turned[number // 8] ^= 1 << number % 8
+        file.write_bytes(turned)
+        text = message(adapter)
+        assert f"{file} is damaged: its tensors have the checksum xxh3_128:" in text or "NaN or infinity" in text
+
+
+def test_any_one_bit_that_is_turned_in_a_config_or_a_header_is_found_or_changes_nothing(tmp_path):
+    adapter = tmp_path / "adapter"
+    tensors = random_adapter(tiny_llama(num_layers=1), rank=1, targets=("k_proj",))
+    write(adapter, tensors, rank=1, targets=("k_proj",))
+    facts = ("rank", "alpha", "dropout", "targets", "layers", "scale", "base")
+    whole = read_adapter(adapter)
+    for name in ("adapter_config.json", "dist_lora.json", "adapter_model.safetensors"):
+        file = adapter / name
+        data = file.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little") if name.endswith("safetensors") else len(data)
+        for number in range(0, 8 * end, 5):
+            turned = bytearray(data)
+            turned[number // 8] ^= 1 << number % 8
+            file.write_bytes(turned)
+            try:
+                found = read_adapter(adapter)
+            except AdapterError:
+                continue
+            assert [getattr(found, fact) for fact in facts] == [getattr(whole, fact) for fact in facts], number
+            assert all(torch.equal(found.tensors[key], tensor) for key, tensor in whole.tensors.items())
+        file.write_bytes(data)
+
+
+def test_the_weights_of_another_adapter_of_the_same_shapes_are_found(adapter, tmp_path):
+    other = other_adapter(tmp_path / "other")
+    shutil.copy(other / "adapter_model.safetensors", adapter)
+    text = message(adapter)
+    assert f"{adapter}/dist_lora.json was written with other weights (xxh3_128:" in text
+    assert "the files are of two adapters. Bring both from one." in text
+    (adapter / "dist_lora.json").unlink()  # who takes PEFT's two files alone has an adapter
+    assert read_adapter(adapter).base.content_hash is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"alpha": 9}, "lora_alpha is 9, and was 8"),
+        ({"dropout": 0.5}, "lora_dropout is 0.5, and was 0.0"),
+    ],
+)
+def test_the_config_of_another_adapter_is_found(adapter, tmp_path, changes, told):
+    other = other_adapter(tmp_path / "other", **changes)
+    shutil.copy(other / "adapter_config.json", adapter)
+    text = message(adapter)
+    assert "adapter_config.json is not as it was when adapter_model.safetensors was written: " + told in text
+    assert "put the former values back" in text
+
+
+def test_rslora_that_is_switched_on_by_hand_is_found(adapter):
+    rewrite_config(adapter, use_rslora=True)
+    assert "use_rslora is True, and was False" in message(adapter)
+
+
+def test_what_does_not_change_the_tensors_meaning_may_be_edited(adapter):
+    rewrite_config(adapter, base_model_name_or_path="elsewhere/llama", inference_mode=False, revision=None)
+    assert read_adapter(adapter).rank == 4
+
+
+def test_a_file_that_says_who_the_base_is_has_a_checksum_of_its_own(adapter):
+    file = adapter / "dist_lora.json"
+    file.write_text(file.read_text().replace(BASE.name, "meta-llama/Llama-3.1-9B"))
+    assert "dist_lora.json doesn't match its own checksum: it was damaged, or changed by hand." in message(adapter)
+
+
+def test_an_adapter_that_peft_saves_over_ours_loads(adapter, tmp_path):
+    model = PeftModel.from_pretrained(tiny_llama(), adapter)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(2)
+    model.save_pretrained(adapter)
+    assert (adapter / "dist_lora.json").exists()
+    before = random_adapter(tiny_llama())
+    after = read_adapter(adapter).tensors
+    assert all(torch.equal(after[key], tensor * (2 if key.endswith("B") else 1)) for key, tensor in before.items())
+
+
+def test_an_adapter_without_a_checksum_loads(adapter):
+    rewrite_keys(adapter, dict)
+    assert read_adapter(adapter).rank == 4
+    open_adapter(adapter).verify()
+
+
+@pytest.mark.parametrize("seal", ["{", "[]", "7", "{}", '{"checksum": 7, "config": {}}', '{"checksum": "x"}'])
+def test_a_seal_of_another_form_is_damage(adapter, seal):
+    file = adapter / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"dist_lora": seal})
+    assert f"{file} is damaged: dist_lora in its metadata " in message(adapter)
+
+
+SAME = """
+import sys
+from pathlib import Path
+import torch
+from dist_lora.lora.peft_file import BaseIdentity, write_adapter
+tensors = {f"model.layers.0.mlp.up_proj.lora_{half}": torch.ones(2, 2) for half in "BA"}
+write_adapter(Path(sys.argv[1]), tensors=tensors, rank=2, alpha=4, dropout=0.0, targets=["up_proj"], base=BaseIdentity("x"))
+"""
+
+
+def test_the_same_adapter_is_the_same_bytes_in_another_process(tmp_path, monkeypatch):
+    # What a library keeps in a hash map differs by process.
+    command = [sys.executable, "-c", SAME, str(tmp_path / "there")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["here", str(tmp_path / "here")])
+    exec(SAME, {})
+    for file in (tmp_path / "here").iterdir():
+        assert (tmp_path / "there" / file.name).read_bytes() == file.read_bytes(), file.name
