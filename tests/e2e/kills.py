@@ -84,7 +84,7 @@ class Tally:
             f"{self.starts} starts of {self.runs} runs in {self.seconds:.0f} s; {self.missed} starts ended before a kill that was "
             f"meant for them. Equal to the uninterrupted run: the adapter's bytes {self.runs} times; loss, gradient norm, "
             f"rate and samples of {self.steps} steps, {self.repeated} of them done more than once. No step was missing or "
-            "there twice, and nothing lay about."
+            "there twice; nothing lay about in the runs' folders and the token cache, and no process lived on."
         )
 
 
