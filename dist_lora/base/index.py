@@ -154,7 +154,7 @@ def open_index(folder: Path, *, allow_bytes: bool = False) -> WeightIndex:
     if not folder.is_dir():
         raise WeightsError(f"{folder} is not a folder; a folder with config.json and *.safetensors was expected.")
     if (folder / SINGLE_FILE).exists():
-        _refuse_links(folder, [SINGLE_FILE])
+        refuse_links(folder, [SINGLE_FILE])
         return WeightIndex(
             folder, {tensor.name: tensor for tensor in read_header(folder / SINGLE_FILE, allow_bytes=allow_bytes)}
         )
@@ -168,7 +168,7 @@ def open_index(folder: Path, *, allow_bytes: bool = False) -> WeightIndex:
             f"{folder} lacks {len(missing):,} of the {len(files):,} files that {INDEX_FILE} names: "
             f"{first_few(missing)}. The download is incomplete; fetch them."
         )
-    _refuse_links(folder, files)
+    refuse_links(folder, files)
     found, faults = _read_headers(folder, files, allow_bytes=allow_bytes)
     if not faults:
         faults = _disagreements(places, found)
@@ -339,7 +339,8 @@ def _stays_inside(file_name: str) -> bool:
     return path.suffix == ".safetensors" and not path.is_absolute() and not foreign
 
 
-def _refuse_links(folder: Path, files: Sequence[str]) -> None:
+def refuse_links(folder: Path, files: Sequence[str]) -> None:
+    """Raise ``WeightsError``, naming them, where files of a model folder are links out of it; see ``links_out``."""
     leading = links_out(folder, files)
     if leading:
         raise WeightsError(

@@ -232,14 +232,15 @@ def _write_share(place: _Place, share: Mapping[Piece, Tensor], world: World, key
     """Write this rank's file, to the disk's surface, and tell the first rank of it."""
     path = place.partial / rank_file(world.world_rank, world.world_size)
     with _telling(place, path):
-        entry = _write_file(path, {piece: t for piece, t in share.items() if piece.num_elements}, place.step)
+        held = {piece: t for piece, t in share.items() if piece.num_elements}
+        entry = _write_file(path, held, place.step, on_progress=world.progress.advance)
     if not world.is_first:
         world.share(f"{key}/{world.world_rank}", entry_to_bytes(entry))
     return entry
 
 
-def _write_file(path: Path, share: Mapping[Piece, Tensor], step: int) -> FileEntry:
-    """One safetensors file, hashed while it is written.
+def _write_file(path: Path, share: Mapping[Piece, Tensor], step: int, *, on_progress: Callable[[], None]) -> FileEntry:
+    """One safetensors file, hashed while it is written; ``on_progress`` is called after each piece.
 
     Written here and not by the library, so that the checksum is of the bytes in memory (not of those read
     back), and the system's errors arrive as they are. Format: 8 bytes of the header's length, the header in
@@ -260,6 +261,7 @@ def _write_file(path: Path, share: Mapping[Piece, Tensor], step: int) -> FileEnt
         for chunk in chunks:
             digest.update(chunk)
             write_all(fd, chunk)
+            on_progress()
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -34,6 +34,7 @@ from dist_lora.base.index import (
     open_index,
     open_weights,
     read_json,
+    refuse_links,
 )
 from dist_lora.base.quant.formats import Quant, format_of
 from dist_lora.base.stream import TORCH_DTYPES, SliceReader
@@ -105,6 +106,7 @@ def merge_adapter(
         _check_identity(opened, index=index, config_hash=config_hash)
     _check_quant(index, quant)
     _check_fit(opened, index=index)
+    refuse_links(base, [str(path.relative_to(base)) for path in _companions(base)])
     opened.verify()
     _check_effect(opened)
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from dist_lora.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
-from dist_lora.parallel.memory import Counters, describe_kill, peak_bytes_of, read_counters
+from dist_lora.parallel.memory import Counters, Peaks, describe_kill, read_counters
 
 POLL_S = 0.05
 GRACE_S = 15.0  # what the others get to end by themselves when one has ended with an error
@@ -81,14 +81,18 @@ def _see_through(ranks: list[subprocess.Popen[bytes]], folder: Path, asked: Sequ
     ``asked``: the signals that were passed on, one by one. ``memory``: as it was counted before the ranks began.
     """
     failed: dict[int, int] = {}  # rank: exit code, in the order in which they ended
-    peaks = [0] * len(ranks)
+    peaks = Peaks([rank.pid for rank in ranks])
+    running = set(range(len(ranks)))
     looked_s = 0.0
     deadline = float("inf")
     while True:
         if time.monotonic() - looked_s > PEAKS_S:
             looked_s = time.monotonic()
-            peaks = [max(peak, peak_bytes_of(rank.pid) or 0) for peak, rank in zip(peaks, ranks, strict=True)]
+            peaks.look()
         codes = [rank.poll() for rank in ranks]
+        ended = {i for i in running if codes[i] is not None}
+        peaks.ended(ended)
+        running -= ended
         new = {i: code for i, code in enumerate(codes) if code and i not in failed}
         failed |= new
         if new:
@@ -108,7 +112,7 @@ def _see_through(ranks: list[subprocess.Popen[bytes]], folder: Path, asked: Sequ
     # A rank that merely noticed another's end says less than the one that ended.
     cause = next((i for i, code in failed.items() if code != EXIT_LOST_PEER), next(iter(failed)))
     stuck = [i for i, rank in enumerate(ranks) if rank.poll() is None]
-    return _tell(cause, failed[cause], folder, stuck, memory, peaks)
+    return _tell(cause, failed[cause], folder, stuck, memory, peaks.num_bytes)
 
 
 def leave_word(environment: Mapping[str, str], world_rank: int, text: str) -> bool:

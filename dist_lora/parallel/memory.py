@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
-from collections.abc import Sequence
+import resource
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -183,6 +185,37 @@ def peak_bytes_of(process: int) -> int | None:
     """The most of the host's memory that a process has held so far; None once it has ended."""
     kib = _field(Path(f"/proc/{process}/status"), "VmHWM:")
     return None if kib is None else kib * 1024
+
+
+class Peaks:
+    """The most of the host's memory that each process of a list has held, as their parent sees it.
+
+    ``look`` sees what they have held so far, ``ended`` what the system remembers of one that has been waited for: the
+    most of all children so far, so that the last moments of a process count where they were the worst.
+    """
+
+    def __init__(self, processes: Sequence[int]) -> None:
+        self._processes = list(processes)
+        self.num_bytes = [0] * len(self._processes)
+        self._most_of_ended = _most_of_ended_bytes()
+
+    def look(self) -> None:
+        """Look at those that live."""
+        for i, process in enumerate(self._processes):
+            self.num_bytes[i] = max(self.num_bytes[i], peak_bytes_of(process) or 0)
+
+    def ended(self, numbers: Collection[int]) -> None:
+        """These processes have just been waited for."""
+        most = _most_of_ended_bytes()
+        if numbers and most > self._most_of_ended:
+            self._most_of_ended = most
+            largest = max(numbers, key=lambda i: self.num_bytes[i])
+            self.num_bytes[largest] = max(self.num_bytes[largest], most)
+
+
+def _most_of_ended_bytes() -> int:
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def counted_kills(before: Counters, after: Counters) -> str:

@@ -244,10 +244,10 @@ def hang_of_rank_1_within_a_forward() -> None:
 
 
 def hang_of_rank_1_in_the_save_of_step_4() -> None:
-    def write(original: Callable[..., Any], path: Path, share: Any, step: int) -> Any:
+    def write(original: Callable[..., Any], path: Path, share: Any, step: int, **named: Any) -> Any:
         if step == 4:
             strike(hang)
-        return original(path, share, step)
+        return original(path, share, step, **named)
 
     if RANK == 1:
         wrap(shards, "_write_file", write)
@@ -363,7 +363,7 @@ def slow_phases() -> None:
         slow(os, "write", "saving", 0.4, is_first_save)
     else:
         for name in ("mkdir", "fsync", "rename"):
-            slow(os, name, "gathering", 2.3, is_adapter)
+            slow(os, name, "gathering", 2.15, is_adapter)
 
 
 # A full disk
@@ -380,13 +380,13 @@ def disk_full_for_rank_1() -> None:
 def _disk_full_in_step_4(*, rank: int) -> None:
     """The disk of the run fills up to its last byte after the other rank has written its share, before ``rank`` does."""
 
-    def write(original: Callable[..., Any], path: Path, share: Any, step: int) -> Any:
+    def write(original: Callable[..., Any], path: Path, share: Any, step: int, **named: Any) -> Any:
         runs = path.parents[3]
         if step == 4 and rank == RANK:
             while not (runs / "other-is-done").exists():
                 time.sleep(0.01)
             strike(lambda: fill_the_disk(runs / "ballast"))
-        entry = original(path, share, step)
+        entry = original(path, share, step, **named)
         if step == 4:
             (runs / "other-is-done").touch()
         return entry
@@ -477,10 +477,10 @@ def checkpoints_gone_in_step_3() -> None:
 
 
 def checkpoints_gone_in_the_save_of_step_4() -> None:
-    def gone(original: Callable[..., Any], path: Path, share: Any, step: int) -> Any:
+    def gone(original: Callable[..., Any], path: Path, share: Any, step: int, **named: Any) -> Any:
         if step == 4:
             strike(lambda: shutil.rmtree(path.parents[1]))
-        return original(path, share, step)
+        return original(path, share, step, **named)
 
     if RANK == 1:
         wrap(shards, "_write_file", gone)

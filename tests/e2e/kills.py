@@ -14,6 +14,7 @@ go; ``--exec`` starts them as a user does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -80,9 +81,10 @@ class Tally:
         yield "| all | " + " | ".join(map(str, sums)) + f" | {self.kills.total()} |"
         yield ""
         yield (
-            f"{self.starts} starts of {self.runs} runs in {self.seconds:.0f} s. Equal to the uninterrupted run: the adapter's "
-            f"bytes {self.runs} times; loss, gradient norm, rate and samples of {self.steps} steps, {self.repeated} of "
-            "them done more than once. No step was missing or there twice, and nothing lay about."
+            f"{self.starts} starts of {self.runs} runs in {self.seconds:.0f} s; {self.missed} starts ended before a kill that was "
+            f"meant for them. Equal to the uninterrupted run: the adapter's bytes {self.runs} times; loss, gradient norm, "
+            f"rate and samples of {self.steps} steps, {self.repeated} of them done more than once. No step was missing or "
+            "there twice; nothing lay about in the runs' folders and the token cache, and no process lived on."
         )
 
 
@@ -104,19 +106,26 @@ _WORDS = {
 }
 
 
-def seen_of(run: Path) -> dict[str, Callable[[], object]]:
-    """What can be seen of a run from outside: a value that changes, or becomes true, when it happens."""
+def seen_of(run: Path) -> dict[str, Callable[[], frozenset[str]]]:
+    """What can be seen of a run from outside, as names that grow in number when it happens.
+
+    What is begun under one name and ends under another counts once: a look may miss the first.
+    """
     checkpoints = run / "checkpoints"
 
-    def names(pattern: str) -> frozenset[str]:
-        return frozenset(str(path) for path in checkpoints.glob(pattern))
+    def steps(*patterns: str) -> frozenset[str]:
+        found = (path.relative_to(checkpoints).parts[0] for pattern in patterns for path in checkpoints.glob(pattern))
+        return frozenset(re.findall(r"step-\d+", " ".join(found)))
+
+    def lines() -> frozenset[str]:
+        return frozenset(map(str, range(_num_steps(run))))
 
     return {
-        "partial": lambda: names(".step-*.partial"),
-        "manifest": lambda: names(".step-*.partial/manifest.json"),
-        "published": lambda: names("step-*"),
-        "line": lambda: (run / "metrics.jsonl").stat().st_size if (run / "metrics.jsonl").exists() else 0,
-        "adapter": lambda: (run / ".adapter.partial").exists(),
+        "partial": lambda: steps(".step-*.partial", "step-*"),
+        "manifest": lambda: steps(".step-*.partial/manifest.json", "step-*/manifest.json"),
+        "published": lambda: steps("step-*"),
+        "line": lines,
+        "adapter": lambda: frozenset(path.name for path in run.glob("*adapter*")),
     }
 
 
@@ -150,8 +159,7 @@ class Hunt:
         self._whole_s = time.monotonic() - started
         self._came_by = came_by(self.folder / "told" / "whole")
         while self.tally.kills.total() < num_kills:
-            self.tally.runs += 1
-            place = self._place(f"killed-{self.tally.runs}")
+            place = self._place(f"killed-{self.tally.runs + 1}")
             plan: Plan | None = None
             while True:
                 left = num_kills - self.tally.kills.total()
@@ -162,9 +170,9 @@ class Hunt:
                     break
                 plan = None
             if plan is not None:
-                self._open_plans.insert(0, plan.where)  # the run was over: the next one will come there
+                self._open_plans.append(plan.where)  # the run was over: another will come there
             self._compare(place, whole)
-        self.tally.seconds = time.monotonic() - began_s
+            self.tally.seconds = time.monotonic() - began_s
         return self.tally
 
     # One start
@@ -240,13 +248,13 @@ class Hunt:
         """Kill when a plan's time has come; the exit code of a run that ended before, and whether it was killed."""
         began_s = time.monotonic()
         look = seen_of(run).get(plan.where)
-        before, count = look() if look else None, 0
+        before, count = look() if look else frozenset(), 0
         while True:
             if look is None:
                 is_time = time.monotonic() - began_s >= plan.delay_s
             else:
                 now = look()
-                count += now != before and _has_come(before, now)
+                count += bool(now - before)
                 before, is_time = now, count >= plan.nth
             if is_time:
                 break
@@ -264,7 +272,8 @@ class Hunt:
         is_alive = False
         for pid in doomed(plan.victim, launcher=start.pid, ranks=ranks, rank=chosen):
             is_alive |= _is_alive(pid)
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         return None, is_alive
 
     # What must be there, and what must not
@@ -275,6 +284,7 @@ class Hunt:
         assert found == wanted, f"{run}: {[pair for pair in zip(found, wanted, strict=True) if pair[0] != pair[1]]}"
         assert (run / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes(), f"{run}: another adapter"
         times = self._compare_samples(run, whole)
+        self.tally.runs += 1
         self.tally.steps += STEPS
         self.tally.repeated += sum(count > 1 for count in times.values())
         assert not (left := self._leftovers(run)), f"{run}: {left} lie about"
@@ -288,8 +298,8 @@ class Hunt:
             assert list(once) == list(range(1, STEPS + 1))
             assert {step for step, _ in done} == set(once)
             assert all(samples == once[step] for step, samples in done), f"{run}: other samples"
-            # A start goes on step by step; only another start goes back.
-            assert all(b == a + 1 or b <= a + 1 for (a, _), (b, _) in zip(done, done[1:], strict=False)), done
+            # A start goes on step by step, and only another start goes back: no step is passed over.
+            assert all(b <= a + 1 for (a, _), (b, _) in zip(done, done[1:], strict=False)), done
             times = times if rank else Counter(step for step, _ in done)
         return times
 
@@ -306,13 +316,6 @@ class Hunt:
         shared = [path.name for path in Path("/dev/shm").iterdir()]
         left += [name for name in shared if any(re.search(rf"(?<!\d){pid}(?!\d)", name) for pid in self._pids)]
         return left
-
-
-def _has_come(before: object, now: object) -> bool:
-    """Whether more is seen than before."""
-    if isinstance(before, frozenset) and isinstance(now, frozenset):
-        return bool(now - before)
-    return bool(now > before)  # type: ignore[operator]
 
 
 def _is_late(plan: Plan) -> bool:
@@ -362,10 +365,13 @@ def main() -> None:
         config = chats_config(folder, folder / "base")
         hunt = Hunt(folder, config, seed=wanted.seed, engine=wanted.engine, is_forking=not wanted.exec)
         try:
-            for line in hunt.run(wanted.kills).lines():
-                print(line)
+            hunt.run(wanted.kills)
+        except KeyboardInterrupt:
+            print("interrupted; until then:")
         finally:
             hunt.close()
+        for line in hunt.tally.lines():
+            print(line)
 
 
 if __name__ == "__main__":

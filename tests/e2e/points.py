@@ -7,6 +7,7 @@ name for it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -99,7 +100,8 @@ class _Trigger:
         launcher = int(os.environ["DIST_LORA_PARENT"])
         ranks = [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
         for pid in doomed(self._aim.victim, launcher=launcher, ranks=ranks, rank=os.getpid()):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                os.kill(pid, signal.SIGKILL)
 
 
 def _append(path: Path, text: str) -> None:

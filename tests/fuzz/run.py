@@ -45,9 +45,15 @@ def main() -> int:
     for name in names:
         started_s = time.monotonic()
         command = [sys.executable, "-m", "tests.fuzz.run", "--only", name, "--findings", str(arguments.findings)]
-        done = subprocess.run(
-            [*command, "--seconds", str(arguments.seconds // len(names))], capture_output=True, text=True, check=False
-        )
+        # The fuzzer ends its process where it stands: what it has written is removed from here.
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
+            done = subprocess.run(
+                [*command, "--seconds", str(arguments.seconds // len(names))],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "TMPDIR": scratch},
+                check=False,
+            )
         folder = arguments.findings / name
         found = sorted(path.name for path in folder.glob("*.txt")) if folder.is_dir() else []
         runs = re.findall(r"stat::number_of_executed_units:\s*(\d+)", done.stderr)
@@ -70,10 +76,10 @@ def fuzz(name: str, *, seconds: int, findings: Path) -> None:
         from tests.fuzz.targets import TARGETS, make_ground, mend
     logging.disable(logging.CRITICAL)
     target, folder = TARGETS[name], findings / name
-    scratch = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
-    ground = make_ground(Path(scratch.name) / "ground")
+    scratch = Path(tempfile.mkdtemp())
+    ground = make_ground(scratch / "ground")
     mend(ground)
-    corpus = Path(scratch.name) / "corpus"
+    corpus = scratch / "corpus"
     corpus.mkdir()
     words: set[bytes] = set()
     for number, seed in enumerate(target.seeds(ground)):
@@ -81,7 +87,7 @@ def fuzz(name: str, *, seconds: int, findings: Path) -> None:
         words |= {word for word in re.findall(rb'"[^"\\]{1,60}"|[A-Za-z_]{3,40}', seed)}
         assert target.outcome(ground, seed) is None or seed.startswith(b"\0\0"), f"seed {number} of {name} is not sound"
     words |= {b"null", b"true", b"1e999", b"NaN", b"[]", b"{}", b"..", b"9223372036854775808", b"-1", b'"\\ud800"'}
-    dictionary = Path(scratch.name) / "words"
+    dictionary = scratch / "words"
     dictionary.write_text("".join('"' + "".join(f"\\x{byte:02x}" for byte in word) + '"\n' for word in sorted(words)))
 
     def feed(data: bytes) -> None:

@@ -18,8 +18,7 @@ from dist_lora.parallel.world import World
 from dist_lora.train import loop, main
 from dist_lora.train.loop import Run
 from dist_lora.train.signals import StopRequest
-from tests.ranks.runs import metrics, train_command
-from tests.ranks.test_resume import settings
+from tests.ranks.runs import chats_settings, metrics, train_command
 
 EXACT = ("step", "loss", "grad_norm", "lr")
 ADAPTER = Path("it", "adapter", "adapter_model.safetensors")
@@ -53,7 +52,7 @@ def train_in_long_steps(world: World, config: dict[str, Any], at_step: int, at_p
 
 @pytest.fixture(scope="module")
 def config(tiny_llama, tmp_path_factory) -> dict[str, Any]:
-    return settings(tiny_llama("llama31"), tmp_path_factory.mktemp("stop"), dropout=0.0)
+    return chats_settings(tiny_llama("llama31"), tmp_path_factory.mktemp("stop"), num_steps=10)
 
 
 @pytest.fixture(scope="module")

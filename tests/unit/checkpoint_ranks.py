@@ -13,6 +13,7 @@ from torch import Tensor
 from dist_lora.checkpoint.manifest import KINDS, Piece, TensorSpec
 from dist_lora.checkpoint.shards import save_checkpoint
 from dist_lora.errors import DistLoraError, RankError
+from dist_lora.parallel.progress import Progress
 
 DEADLINE_S = 30
 ADAPTER = {"rank": 3, "alpha": 6.0, "dropout": 0.0, "targets": ["q_proj"], "layers": [0, 1], "num_layers": 2}
@@ -46,6 +47,7 @@ class MemoryWorld:
     def __init__(self, world_rank: int, world_size: int, store: Store) -> None:
         self.world_rank, self.world_size, self.store = world_rank, world_size, store
         self.is_first = world_rank == 0
+        self.progress = Progress()
         self.agreements = 0
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:

@@ -268,6 +268,16 @@ def test_a_published_folder_with_a_short_file_is_made_again(tmp_path, encoded_sa
     assert len(encoded_samples) == 2
 
 
+@pytest.mark.parametrize("summary", ["", "[]", '{"sizes": 7}', '{"sizes": {"ids": "x"}}', "[" * 100_000])
+def test_a_published_folder_with_a_damaged_summary_is_made_again(tmp_path, encoded_samples, summary):
+    name = write(tmp_path / "d.jsonl", [conversation("a", "b")])
+    whole = content(prepare(name, tmp_path / "cache"))
+    (file,) = (tmp_path / "cache/tokens").glob("*/summary.json")
+    file.write_text(summary)
+    assert content(prepare(name, tmp_path / "cache")) == whole
+    assert len(encoded_samples) == 2
+
+
 def test_a_long_sample_is_cut_from_the_right_and_its_targets_counted_after(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="dist_lora")
     name = write(tmp_path / "d.jsonl", [{"prompt": "ab", "completion": "c" * 50}, {"prompt": "ab", "completion": "c"}])

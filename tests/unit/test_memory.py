@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,13 @@ import torch
 
 from dist_lora.config.schema import Config
 from dist_lora.errors import EXIT_FAILED, OutOfMemory, PlanError
-from dist_lora.parallel.memory import Counters, describe_kill, out_of_memory, read_counters, what_helps
+from dist_lora.parallel.memory import (
+    Counters,
+    describe_kill,
+    out_of_memory,
+    read_counters,
+    what_helps,
+)
 from dist_lora.parallel.world import World
 
 GIB = 2**30
@@ -160,3 +168,29 @@ def test_a_kill_that_nobody_has_counted_is_told_as_possible_only() -> None:
     assert "but it doesn't say here whether it did. The ranks held at most 0.00 GiB; the host's size is unknown." in (
         describe_kill(Counters(), Counters(), [0])
     )
+
+
+PARENT = """
+import subprocess, sys
+from dist_lora.parallel.memory import Peaks
+fill = "import os, sys; x = bytearray(int(sys.argv[1])); print(flush=True); sys.stdin.read(); os.abort()"
+children = [
+    subprocess.Popen([sys.executable, "-c", fill, str(mib * 2**20)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    for mib in (100, 400)
+]
+peaks = Peaks([child.pid for child in children])
+for i, child in enumerate(children):
+    child.stdout.readline()
+    if i == 0:
+        peaks.look()
+    child.communicate()
+    peaks.ended([i])
+print(*peaks.num_bytes)
+"""
+
+
+def test_the_most_that_a_process_held_is_known_though_nobody_looked_before_its_end() -> None:
+    # In a small process: on Linux a child inherits the peak of the one that starts it.
+    done = subprocess.run([sys.executable, "-c", PARENT], capture_output=True, text=True, check=True)
+    first, second = (int(num_bytes) / 2**20 for num_bytes in done.stdout.split())
+    assert 100 < first < 150 and 400 < second < 450

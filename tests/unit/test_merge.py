@@ -438,6 +438,14 @@ def test_all_that_a_model_folder_needs_is_copied_and_no_other_weights(tmp_path, 
         assert json.loads((tmp_path / "merged" / name).read_text()) == json.loads((base / name).read_text())
 
 
+def test_a_companion_that_is_a_link_out_of_the_base_is_not_copied(tmp_path, base, adapter):
+    (tmp_path / "secret").write_text("of this machine")
+    (base / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(WeightsError, match=r"holds links that lead out of it: LICENSE \(to .*secret\)"):
+        merge_adapter(adapter, base=base, out=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 ADDED = [{"id": 100, "content": "<|end_of_text|>"}, {"id": 109, "content": "<|eot_id|>"}]
 EOM = {"id": 108, "content": "<|eom_id|>"}
 
