@@ -169,32 +169,39 @@ def end_bytes(setup: Setup) -> int:
 # What a pass keeps
 
 
-def kept_bytes_of_a_layer(setup: Setup, *, num_targets: int | None = None) -> float:
-    """What the backward of one layer needs of its forward, without recomputation.
+def kept_bytes_of_a_layer(setup: Setup, layer: int) -> int:
+    """What the backward of a layer needs of its forward, without recomputation.
 
-    By the letters of this file, for each token: the inputs of both norms, of q k v and of gate and up (4 D), queries,
-    keys, values and what attention gave (2 H E + 2 G E), gate, up, silu and their product (4 F), each in c bytes (the
-    norms' inputs in fp32), a log-sum for each head and two scales of norms in fp32, and R numbers for each adapter.
-    In 16 bits an adapter's A and B are cast, and the casts kept.
+    By the letters of this file, for each token in c bytes: queries, what attention gave, keys and values (2 H E + 2 G E),
+    gate, up and silu (3 F); and where an adapter sits beside them, its input: of q k v (D), of gate and up (D), of down
+    (F), and R numbers for each. The inputs of both norms (2 D), a log-sum a head and two scales of norms in fp32. In 16
+    bits A and B are cast, and the casts kept. The first adapted layer's input has no gradient, and what lies before it no
+    graph.
     """
+    first = min(setup.layers)
+    if layer < first:
+        return 0
     shape, c, tokens = setup.shape, setup.item_bytes, setup.micro_tokens
-    heads = 2 * shape.num_heads * shape.head_dim + 2 * shape.num_kv_heads * shape.head_dim
-    numbers = 2 * shape.hidden + heads + 4 * shape.ffn
-    fp32_numbers = 2 * shape.hidden + shape.num_heads + 2
+    targets = set(setup.targets) if layer in setup.layers else set()
+    numbers = 2 * shape.num_heads * shape.head_dim + 2 * shape.num_kv_heads * shape.head_dim + 3 * shape.ffn
+    numbers += shape.hidden * bool(targets & {"q_proj", "k_proj", "v_proj"})
+    numbers += shape.hidden * bool(targets & {"gate_proj", "up_proj"})
+    numbers += shape.ffn * ("down_proj" in targets)
+    numbers += setup.lora_rank * len(targets)
+    fp32_numbers = (1 if layer == first else 2) * shape.hidden + shape.num_heads + 2
     linears = shape.linear_shapes()
-    per_token = c * numbers + FP32 * fp32_numbers + c * setup.lora_rank * len(setup.targets)
-    casts = setup.lora_rank * sum(sum(linears[name]) for name in setup.targets) * c if c != FP32 else 0
-    return tokens * per_token + casts
+    casts = 0 if c == FP32 else c * setup.lora_rank * sum(sum(linears[name]) for name in targets)
+    return tokens * (c * numbers + FP32 * fp32_numbers) + casts
 
 
-def loss_bytes(setup: Setup) -> int:
-    """What the loss takes beside the head: hidden rows and their gradient (K D each), and a slice of logits.
-
-    K is taken as T. A slice is held twice in fp32 while its log-sum is taken.
-    """
+def logits_bytes(setup: Setup) -> int:
+    """The logits that are alive at once: a slice in c bytes and in fp32, while the one before it goes."""
     shape, c = setup.shape, setup.item_bytes
-    rows = min(setup.micro_tokens, max(1, LOGITS_AT_ONCE // shape.vocab))
-    return 2 * setup.micro_tokens * shape.hidden * c + 2 * FP32 * rows * shape.vocab
+    rows = max(1, LOGITS_AT_ONCE // shape.vocab)
+    of_one = FP32 if c == FP32 else FP32 + c
+    if setup.micro_tokens <= rows:
+        return setup.micro_tokens * shape.vocab * of_one
+    return rows * shape.vocab * (of_one + FP32)
 
 
 def dense_bytes(setup: Setup) -> int:
@@ -232,48 +239,76 @@ class Memory:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Moment:
+    """What is held beside the base, the adapters and their state at one moment of a step."""
+
+    name: str
+    gathered: int
+    activations: int
+    loss: int
+    workspace: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.gathered + self.activations + self.loss + self.workspace
+
+
+def moments_of(setup: Setup) -> list[_Moment]:
+    """The moments of a step of which one is the fullest.
+
+    FSDP2 keeps the buffer of a gathering until the next one: what was gathered last is there twice.
+    """
+    shape, c = setup.shape, setup.item_bytes
+    is_cut = setup.layout.engine != "none"
+    stream = setup.micro_tokens * shape.hidden * c  # a layer's output
+    wide = setup.micro_tokens * shape.ffn * c
+    last = shape.num_layers - 1
+    of_layers = [kept_bytes_of_a_layer(setup, layer) for layer in range(shape.num_layers)]
+    with_graph = shape.num_layers - min(setup.layers)
+    kept = setup.micro_tokens * shape.head_dim * c  # cosines and sines, shared by all layers
+    kept += stream * with_graph if setup.recompute else sum(of_layers)
+    end, block = (end_bytes(setup), block_bytes(setup)) if is_cut else (0, 0)
+    # A tied embedding stays gathered for the whole pass.
+    root, ends = (end, block) if shape.tied else (0, 2 * end)
+    adapters = 0
+    if setup.adapter_ranks > 1:
+        adapters = 2 * FP32 * shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
+    last_norm = setup.micro_tokens * shape.hidden * FP32
+    has_input_of_down = "down_proj" in setup.targets and last in setup.layers
+    gradients = max(3 * wide, 2 * wide + dense_bytes(setup)) - (wide if has_input_of_down else 0)
+    return [
+        _Moment("at the embedding", 2 * root, 0, 0, stream),
+        _Moment("at the end of the forward", root + ends + block, kept + last_norm, 0, 2 * stream),
+        _Moment("at the loss", root + ends, kept + last_norm + stream, logits_bytes(setup), 2 * stream),
+        _Moment(
+            "in the backward of the last layer",
+            root + 2 * block + adapters,
+            kept + (of_layers[last] if setup.recompute else 0),
+            0,
+            gradients + stream,
+        ),
+    ]
+
+
 def memory_of(setup: Setup) -> Memory:
-    """The fullest rank at the fullest moment of a step: at the loss, or in the backward of the last layer."""
-    layout, shape, c = setup.layout, setup.shape, setup.item_bytes
+    """The fullest rank at the fullest moment of a step."""
+    layout = setup.layout
     share = math.ceil(setup.trained_weights / setup.adapter_ranks)
     base = base_bytes_of_a_rank(setup)
-    is_cut = layout.engine != "none"
-    stream = setup.micro_tokens * shape.hidden * c  # one layer's output
-    of_layer = kept_bytes_of_a_layer(setup)
-    kept = stream * shape.num_layers if setup.recompute else of_layer * shape.num_layers
-    turns = setup.micro_tokens * shape.head_dim * c  # cosines and sines, shared by all layers
-    adapters_gathered = 0
-    if setup.adapter_ranks > 1:
-        in_block = shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
-        adapters_gathered = 2 * FP32 * in_block
-    at_loss = (
-        end_bytes(setup) * (2 if is_cut else 0) if not shape.tied else 0,
-        kept + turns + stream,
-        loss_bytes(setup),
-        0,
-    )
-    in_backward = (
-        (2 * block_bytes(setup) if is_cut else 0) + adapters_gathered,
-        kept + turns + (of_layer if setup.recompute else 0),
-        0,
-        # The gradients of gate, up and their product, of a layer's output, and a dense weight.
-        3 * setup.micro_tokens * shape.ffn * c + 3 * stream + dense_bytes(setup),
-    )
-    root = end_bytes(setup) if shape.tied and is_cut else 0  # a tied embedding stays gathered for the whole pass
-    when, moment = max(
-        (("at the loss", at_loss), ("in the backward of the last layer", in_backward)), key=lambda each: sum(each[1])
-    )
+    fullest = max(moments_of(setup), key=lambda moment: moment.num_bytes)
     moments = 2 * FP32 * share
     return Memory(
         base=0 if layout.base_on_host else base,
         adapters=FP32 * share,
         gradients=FP32 * share,
         optimizer=0 if layout.optimizer_on_host else moments,
-        gathered=moment[0] + root,
-        activations=int(moment[1]),
-        loss=int(moment[2]),
-        workspace=int(moment[3]),
-        when=when,
+        gathered=fullest.gathered,
+        activations=fullest.activations,
+        loss=fullest.loss,
+        workspace=fullest.workspace,
+        when=fullest.name,
+        # A save copies what is trained aside.
         host=(base if layout.base_on_host else 0) + (moments if layout.optimizer_on_host else 0) + 3 * FP32 * share,
         disk=3 * FP32 * setup.trained_weights,
     )
