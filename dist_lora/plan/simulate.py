@@ -6,6 +6,7 @@ What asks for a tensor's value gets zero, which decides nothing about what is al
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,13 +16,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from dist_lora.base.attention import choose_backend
 from dist_lora.base.index import WeightIndex
 from dist_lora.base.quant.published import BaseOnDisk
 from dist_lora.config.schema import Config
-from dist_lora.data.loader import Loader
+from dist_lora.data.loader import Loader, MicroBatch, StepBatch
 from dist_lora.data.tokens import TokenSet
 from dist_lora.errors import PlanError
 from dist_lora.herd.facts import Shape
@@ -34,7 +35,6 @@ from dist_lora.parallel.world import World
 from dist_lora.plan.tracker import Kind, Memory, Moment, Tracker, register_run
 from dist_lora.train.build import Base, Placed, Trainee, place
 from dist_lora.train.loop import Run
-from dist_lora.train.main import loader_of
 from dist_lora.train.signals import StopRequest
 
 STEP = 3  # the first in which the loop looks neither whether gradients arrive nor how long steps take
@@ -95,7 +95,7 @@ def simulate(
     started_s = time.monotonic()
     config = _resolved(config, device)
     with pretended_world(num_nodes=num_nodes, gpus_per_node=gpus_per_node) as world:
-        loader = _loader(config, world, document_tokens or config.train.sequence_length)
+        loader = full_batches(config, world, document_tokens, _Batches)
         micro = loader.batch(0).micro_batches
         placed = place(config, shape, world, name=config.model.name, memory_bytes=device_bytes)
         if placed.engine.name == "zero3":
@@ -177,10 +177,28 @@ def _step(
         return tracker.memory(), tracker.sent, tracker.host_bytes
 
 
-def _loader(config: Config, world: World, document_tokens: int) -> Loader:
+class _Batches(Loader):
+    """The loop's loader, whose documents' bounds, which are values, stay real under a fake mode."""
+
+    def batch(self, step: int) -> StepBatch:
+        """See ``Loader.batch``."""
+        with _disable_current_modes():
+            made = super().batch(step)
+        return dataclasses.replace(made, micro_batches=tuple(map(_without_values, made.micro_batches)))
+
+
+def _without_values(micro: MicroBatch) -> MicroBatch:
+    ids, positions, index, labels = (
+        torch.empty(len(values), dtype=values.dtype)
+        for values in (micro.ids, micro.positions, micro.target_index, micro.labels)
+    )
+    return dataclasses.replace(micro, ids=ids, positions=positions, target_index=index, labels=labels)
+
+
+def full_batches(config: Config, world: World, document_tokens: int | None = None, kind: type[Loader] = Loader) -> Loader:
     """The loop's own loader over a global batch for each step, every sequence full, every token but the first a target."""
     train = config.train
-    length = min(document_tokens, train.sequence_length)
+    length = min(document_tokens or train.sequence_length, train.sequence_length)
     each = train.sequence_length // length if train.packing else 1
     count = train.global_batch * each
     ids = np.zeros(count * length, np.uint32)
@@ -193,7 +211,16 @@ def _loader(config: Config, world: World, document_tokens: int) -> Loader:
         num_targets=lengths - 1,
         sample_ids=np.arange(count),
     )
-    return loader_of(config, documents, world)
+    return kind(
+        documents,
+        sequence_length=train.sequence_length,
+        packing=train.packing,
+        global_batch=train.global_batch,
+        micro_batch=train.micro_batch,
+        seed=train.seed,
+        world_rank=world.world_rank,
+        world_size=world.world_size,
+    )
 
 
 # What is drawn
