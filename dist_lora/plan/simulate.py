@@ -59,7 +59,7 @@ class Simulation:
     seconds: float  # that the simulation took
 
 
-class _Answers(TorchDispatchMode):
+class _Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Says zero to whoever asks a fake tensor for its value."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -115,7 +115,9 @@ def simulate(
     )
 
 
-_ZERO3 = "parallel.engine: zero3 can't be simulated: TODO. Simulate parallel.engine=fsdp2, or ask plan without --simulate"
+_ZERO3 = (
+    "parallel.engine: zero3 can't be simulated: TODO. Simulate parallel.engine=fsdp2, or ask plan without --simulate"
+)
 
 
 def _resolved(config: Config, device: Literal["gpu", "cpu"]) -> Config:
@@ -153,12 +155,10 @@ def _pretended(config: Config, placed: Placed) -> tuple[str, ...]:
 # The step
 
 
-def _step(
-    config: Config, shape: Shape, placed: Placed, world: World, loader: Loader
-) -> tuple[Memory, list[Sent], int]:
+def _step(config: Config, shape: Shape, placed: Placed, world: World, loader: Loader) -> tuple[Memory, list[Sent], int]:
     """The memory and the collectives of a step, and the bytes that lie in host memory."""
     model, engine = placed.model, placed.engine
-    with FakeTensorMode(allow_non_fake_inputs=True), _Answers():
+    with FakeTensorMode(allow_non_fake_inputs=True), _Answers():  # type: ignore[no-untyped-call]
         engine.materialize(model)
         adapters = engine.adapters(placed.tensors)
         assert isinstance(adapters, FlatAdapters)
@@ -195,7 +195,9 @@ def _without_values(micro: MicroBatch) -> MicroBatch:
     return dataclasses.replace(micro, ids=ids, positions=positions, target_index=index, labels=labels)
 
 
-def full_batches(config: Config, world: World, document_tokens: int | None = None, kind: type[Loader] = Loader) -> Loader:
+def full_batches(
+    config: Config, world: World, document_tokens: int | None = None, kind: type[Loader] = Loader
+) -> Loader:
     """The loop's own loader over a global batch for each step, every sequence full, every token but the first a target."""
     train = config.train
     length = min(document_tokens or train.sequence_length, train.sequence_length)

@@ -82,14 +82,14 @@ class _Life:
     is_kept: bool = False  # it outlived the span that made it
 
 
-class Tracker(TorchDispatchMode):
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the memory of all storages made while it is entered, and of those that it was told of.
 
     One at a time in a process: it replaces ``torch.UntypedStorage.resize_`` meanwhile. It also keeps the collectives.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sent: list[Sent] = []
         self._lives: list[_Life] = []
         self._of: dict[int, tuple[weakref.ref[Any], _Life]] = {}  # by the storage's id
@@ -145,12 +145,12 @@ class Tracker(TorchDispatchMode):
             return result
 
         torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, kind: Any, error: Any, at: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        super().__exit__(kind, error, at)
+        super().__exit__(kind, error, at)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if is_above_local(types):
@@ -319,4 +319,4 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, which itself has no storage."""
-    return tensor.to_local() if is_above_local((type(tensor),)) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.to_local() if is_above_local((type(tensor),)) else tensor  # type: ignore[attr-defined]
