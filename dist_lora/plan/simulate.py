@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,6 @@ from dist_lora.base.quant.published import BaseOnDisk
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader, MicroBatch, StepBatch
 from dist_lora.data.tokens import TokenSet
-from dist_lora.errors import PlanError
 from dist_lora.herd.facts import Shape
 from dist_lora.lora.peft_file import BaseIdentity
 from dist_lora.parallel.adapters import FlatAdapters
@@ -90,17 +90,17 @@ def simulate(
 
     Raises:
         ConfigError: settings contradict each other, the shape or the world.
-        PlanError: the engine can't be simulated.
     """
     started_s = time.monotonic()
     config = _resolved(config, device)
     with pretended_world(num_nodes=num_nodes, gpus_per_node=gpus_per_node) as world:
         loader = full_batches(config, world, document_tokens, _Batches)
         micro = loader.batch(0).micro_batches
-        placed = place(config, shape, world, name=config.model.name, memory_bytes=device_bytes)
-        if placed.engine.name == "zero3":
-            raise PlanError(_ZERO3)
-        memory, sent, host_bytes = _step(config, shape, placed, world, loader)
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        # FSDP2's meshes are made of real tensors; DeepSpeed makes parameters while it cuts, which must be fake ones.
+        with fake if config.parallel.engine == "zero3" else nullcontext():
+            placed = place(config, shape, world, name=config.model.name, memory_bytes=device_bytes)
+        memory, sent, host_bytes = _step(config, shape, placed, world, loader, fake)
     return Simulation(
         peak_bytes=memory.peak.total_bytes,
         composition=memory.composition,
@@ -113,11 +113,6 @@ def simulate(
         pretended=_pretended(config, placed),
         seconds=time.monotonic() - started_s,
     )
-
-
-_ZERO3 = (
-    "parallel.engine: zero3 can't be simulated: TODO. Simulate parallel.engine=fsdp2, or ask plan without --simulate"
-)
 
 
 def _resolved(config: Config, device: Literal["gpu", "cpu"]) -> Config:
@@ -155,10 +150,12 @@ def _pretended(config: Config, placed: Placed) -> tuple[str, ...]:
 # The step
 
 
-def _step(config: Config, shape: Shape, placed: Placed, world: World, loader: Loader) -> tuple[Memory, list[Sent], int]:
+def _step(
+    config: Config, shape: Shape, placed: Placed, world: World, loader: Loader, fake: FakeTensorMode
+) -> tuple[Memory, list[Sent], int]:
     """The memory and the collectives of a step, and the bytes that lie in host memory."""
     model, engine = placed.model, placed.engine
-    with FakeTensorMode(allow_non_fake_inputs=True), _Answers():  # type: ignore[no-untyped-call]
+    with engine.pretending(), fake, _Answers():  # type: ignore[no-untyped-call]
         engine.materialize(model)
         adapters = engine.adapters(placed.tensors)
         assert isinstance(adapters, FlatAdapters)
@@ -169,10 +166,13 @@ def _step(config: Config, shape: Shape, placed: Placed, world: World, loader: Lo
         run = Run(config, trainee, loader=loader, held_out=None, num_steps=STEP, folder=Path(), world=world)
         run.is_step_long = False
         model.train()
+        stop = StopRequest(environment={})
+        for _ in range(engine.learns_in_steps):
+            run.take_step(STEP, stop)
         tracker = Tracker()
         register_run(tracker, model, engine, adapters)
         with tracker:
-            run.take_step(STEP, StopRequest(environment={}))
+            run.take_step(STEP, stop)
         tracker.register("gradients", adapters.gradients())
         return tracker.memory(), tracker.sent, tracker.host_bytes
 

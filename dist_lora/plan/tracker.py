@@ -170,12 +170,22 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._name(self._gathering, [args[1]])
         elif name == "fsdp::split_with_sizes_copy":
             self._name(self._gathered_kind([args[0]]), kwargs["out"])
+        elif name == "aten::cat":
+            self._name_joined(args[0], kwargs.get("out", result))
         elif name == "aten::copy_" and self._seen(args[1]).kind in _GATHERED:
             self._name(self._gathered_kind([args[1]]), [args[0]])  # FSDP2's gathering over a single rank
         for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._seen(leaf)
         return result
+
+    def _name_joined(self, parts: Sequence[Tensor], whole: Tensor) -> None:
+        """DeepSpeed's gathering: shards are joined in a buffer that all ranks fill, and parameters from parts of it."""
+        kinds = {self._seen(part).kind for part in parts}
+        for shard, gathered in _GATHERED.items():
+            if shard in kinds or gathered in kinds:
+                self._name(gathered, [whole])
+                return
 
     def _gathered_kind(self, sources: Sequence[Tensor]) -> Kind:
         """What a gathering of ``sources`` brings: theirs is that of the shards, or of a buffer filled from them."""
@@ -309,7 +319,7 @@ def register_run(tracker: Tracker, model: Llama, engine: SingleProcess, adapters
     tracker.register("adapters", adapters.homes)
     tracker.register("adapters", (tensor.parameter.data for tensor in adapters.tensors))
     tracker.register("gradients", adapters.gradients())
-    tracker.register("optimizer", adapters.optimizer.state(), is_counted=not layout.optimizer_on_host)
+    tracker.register("optimizer", adapters.optimizer_state(), is_counted=not layout.optimizer_on_host)
     tracker.watch(model)
 
 

@@ -154,6 +154,7 @@ def test_what_stays_from_step_to_step_is_the_arithmetic_to_the_byte(ranks, tiny_
         assert left <= 4 * shape.hidden * 2
 
 
+ZERO3 = {"engine": "zero3", "base_shard": "world", "adapters": "shard"}
 CASES = [
     *((quant, world, {}, False) for quant in BASES for world in WORLDS),
     ("nf4", "2", {"adapters": "shard"}, False),
@@ -162,6 +163,8 @@ CASES = [
     ("none", "1", {}, True),
     ("nf4", "2", {"offload": "all"}, False),
     ("none", "1", {"engine": "fsdp2"}, True),
+    *((quant, "2", ZERO3, quant == "nf4") for quant in BASES),
+    ("nf4", "2 x 2", ZERO3, True),
 ]
 
 
