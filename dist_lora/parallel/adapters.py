@@ -167,6 +167,10 @@ class FlatAdapters(Adapters):
         assert self._optimizer is not None, "start_training was not called"
         return self._optimizer
 
+    def optimizer_state(self) -> list[Tensor]:
+        """All tensors that the optimizer keeps from step to step beside the homes."""
+        return self.optimizer.state()
+
     def without_gradient(self, attribute: str) -> list[str]:
         """See ``Adapters``."""
         names = [tensor.name for tensor in self.tensors if tensor.attribute == attribute]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ class SingleProcess:
     """
 
     name = "none"
+    learns_in_steps = 0  # how many of the first steps gather otherwise than all that follow
 
     def __init__(self, world: World, layout: Layout) -> None:
         self.world, self.layout = world, layout
@@ -50,6 +52,10 @@ class SingleProcess:
     def forward_of(self, model: Llama) -> Forward:
         """What to call in place of ``model``: a micro-batch's forward as this engine runs it."""
         return model
+
+    def pretending(self) -> contextlib.AbstractContextManager[None]:
+        """Entered where the other ranks are pretended: the engine then asks nothing of them that they can't say."""
+        return contextlib.nullcontext()
 
     def keep_gathered(self, model: Llama, gathered: bool) -> None:
         """Hold the base whole between forwards (for generation, where it fits), or go back to shards."""

@@ -39,11 +39,11 @@ class Traffic:
     num_bytes: int
 
 
-class Wire(TorchDispatchMode):
+class Wire(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the collectives of this rank while it is entered. Seen from one rank, in the order of calling."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sent: list[Sent] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

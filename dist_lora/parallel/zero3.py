@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Zero3(SingleProcess):
     """Every parameter, of the base and of the adapters, is cut flat over all ranks and gathered block by block."""
 
     name = "zero3"
+    learns_in_steps = 2  # DeepSpeed records who uses what when, and from then on fetches ahead
 
     def __init__(self, world: World, layout: Layout) -> None:
         super().__init__(world, layout)
@@ -129,6 +130,17 @@ class Zero3(SingleProcess):
         assert self._engine is not None, "adapters was not called"
         forward: Forward = self._engine
         return forward
+
+    @contextlib.contextmanager
+    def pretending(self) -> Iterator[None]:
+        """See ``SingleProcess.pretending``: while it learns, DeepSpeed compares its order of modules with rank 0's."""
+        coordinator: Any = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
+        compare = coordinator.assert_ints_same_as_other_ranks
+        coordinator.assert_ints_same_as_other_ranks = lambda ints: None
+        try:
+            yield
+        finally:
+            coordinator.assert_ints_same_as_other_ranks = compare
 
     def keep_gathered(self, model: Llama, gathered: bool) -> None:
         """See ``SingleProcess.keep_gathered``. All ranks call it."""
@@ -221,6 +233,10 @@ class Zero3Adapters(FlatAdapters):
             count = torch.zeros((), dtype=torch.float32, device=values.device)
             moments = {"exp_avg": torch.zeros_like(values), "exp_avg_sq": torch.zeros_like(values)}
             optimizer.state[flat] = {"step": count, **moments}
+
+    def optimizer_state(self) -> list[Tensor]:
+        """See ``FlatAdapters``."""
+        return [values for of_flat in self._zero.optimizer.state.values() for values in of_flat.values()]
 
     def gradients(self) -> list[Tensor]:
         """See ``FlatAdapters``: after a step's last backward, until the step."""
@@ -360,7 +376,7 @@ def _quieten(deepspeed: Any, world: World) -> None:
     logger: logging.Logger = deepspeed.utils.logger
     logger.setLevel(logging.WARNING if world.is_first else logging.ERROR)
     for handler in logger.handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if type(handler) is logging.StreamHandler:  # a handler of another kind has its stream for a reason
             handler.setStream(sys.stderr)  # stdout is for results
     # torch 2.13 has new names for what DeepSpeed calls, and says so on each rank.
     warnings.filterwarnings(

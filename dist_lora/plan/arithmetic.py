@@ -269,8 +269,9 @@ def moments_of(setup: Setup) -> list[_Moment]:
     kept = setup.micro_tokens * shape.head_dim * c  # cosines and sines, shared by all layers
     kept += stream * with_graph if setup.recompute else sum(of_layers)
     end, block = (end_bytes(setup), block_bytes(setup)) if is_cut else (0, 0)
+    twice = 2 if setup.base_ranks > 1 else 1  # a rank alone copies, and keeps no buffer
     # A tied embedding stays gathered for the whole pass.
-    root, ends = (end, block) if shape.tied else (0, 2 * end)
+    root, ends = (end, (twice - 1) * block) if shape.tied else (0, twice * end)
     adapters = 0
     if setup.adapter_ranks > 1:
         adapters = 2 * FP32 * shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
@@ -278,12 +279,12 @@ def moments_of(setup: Setup) -> list[_Moment]:
     has_input_of_down = "down_proj" in setup.targets and last in setup.layers
     gradients = max(3 * wide, 2 * wide + dense_bytes(setup)) - (wide if has_input_of_down else 0)
     return [
-        _Moment("at the embedding", 2 * root, 0, 0, stream),
+        _Moment("at the embedding", twice * root, 0, 0, stream),
         _Moment("at the end of the forward", root + ends + block, kept + last_norm, 0, 2 * stream),
         _Moment("at the loss", root + ends, kept + last_norm + stream, logits_bytes(setup), 2 * stream),
         _Moment(
             "in the backward of the last layer",
-            root + 2 * block + adapters,
+            root + twice * block + adapters,
             kept + (of_layers[last] if setup.recompute else 0),
             0,
             gradients + stream,

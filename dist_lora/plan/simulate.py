@@ -6,8 +6,10 @@ What asks for a tensor's value gets zero, which decides nothing about what is al
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,15 +17,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from dist_lora.base.attention import choose_backend
 from dist_lora.base.index import WeightIndex
 from dist_lora.base.quant.published import BaseOnDisk
 from dist_lora.config.schema import Config
-from dist_lora.data.loader import Loader
+from dist_lora.data.loader import Loader, MicroBatch, StepBatch
 from dist_lora.data.tokens import TokenSet
-from dist_lora.errors import PlanError
 from dist_lora.herd.facts import Shape
 from dist_lora.lora.peft_file import BaseIdentity
 from dist_lora.parallel.adapters import FlatAdapters
@@ -34,7 +35,6 @@ from dist_lora.plan.layout import Layout
 from dist_lora.plan.tracker import Kind, Memory, Moment, Tracker, register_run
 from dist_lora.train.build import Base, Placed, Trainee, place
 from dist_lora.train.loop import Run
-from dist_lora.train.main import loader_of
 from dist_lora.train.signals import StopRequest
 
 STEP = 3  # the first in which the loop looks neither whether gradients arrive nor how long steps take
@@ -59,7 +59,7 @@ class Simulation:
     seconds: float  # that the simulation took
 
 
-class _Answers(TorchDispatchMode):
+class _Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Says zero to whoever asks a fake tensor for its value."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -90,17 +90,17 @@ def simulate(
 
     Raises:
         ConfigError: settings contradict each other, the shape or the world.
-        PlanError: the engine can't be simulated.
     """
     started_s = time.monotonic()
     config = _resolved(config, device)
     with pretended_world(num_nodes=num_nodes, gpus_per_node=gpus_per_node) as world:
-        loader = _loader(config, world, document_tokens or config.train.sequence_length)
+        loader = full_batches(config, world, document_tokens, _Batches)
         micro = loader.batch(0).micro_batches
-        placed = place(config, shape, world, name=config.model.name, memory_bytes=device_bytes)
-        if placed.engine.name == "zero3":
-            raise PlanError(_ZERO3)
-        memory, sent, host_bytes = _step(config, shape, placed, world, loader)
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        # FSDP2's meshes are made of real tensors; DeepSpeed makes parameters while it cuts, which must be fake ones.
+        with fake if config.parallel.engine == "zero3" else nullcontext():
+            placed = place(config, shape, world, name=config.model.name, memory_bytes=device_bytes)
+        memory, sent, host_bytes = _step(config, shape, placed, world, loader, fake)
     return Simulation(
         peak_bytes=memory.peak.total_bytes,
         composition=memory.composition,
@@ -113,11 +113,6 @@ def simulate(
         pretended=_pretended(config, placed),
         seconds=time.monotonic() - started_s,
     )
-
-
-_ZERO3 = (
-    "parallel.engine: zero3 can't be simulated: TODO. Simulate parallel.engine=fsdp2, or ask plan without --simulate"
-)
 
 
 def _resolved(config: Config, device: Literal["gpu", "cpu"]) -> Config:
@@ -155,10 +150,12 @@ def _pretended(config: Config, placed: Placed) -> tuple[str, ...]:
 # The step
 
 
-def _step(config: Config, shape: Shape, placed: Placed, world: World, loader: Loader) -> tuple[Memory, list[Sent], int]:
+def _step(
+    config: Config, shape: Shape, placed: Placed, world: World, loader: Loader, fake: FakeTensorMode
+) -> tuple[Memory, list[Sent], int]:
     """The memory and the collectives of a step, and the bytes that lie in host memory."""
     model, engine = placed.model, placed.engine
-    with FakeTensorMode(allow_non_fake_inputs=True), _Answers():
+    with engine.pretending(), fake, _Answers():  # type: ignore[no-untyped-call]
         engine.materialize(model)
         adapters = engine.adapters(placed.tensors)
         assert isinstance(adapters, FlatAdapters)
@@ -169,18 +166,41 @@ def _step(config: Config, shape: Shape, placed: Placed, world: World, loader: Lo
         run = Run(config, trainee, loader=loader, held_out=None, num_steps=STEP, folder=Path(), world=world)
         run.is_step_long = False
         model.train()
+        stop = StopRequest(environment={})
+        for _ in range(engine.learns_in_steps):
+            run.take_step(STEP, stop)
         tracker = Tracker()
         register_run(tracker, model, engine, adapters)
         with tracker:
-            run.take_step(STEP, StopRequest(environment={}))
+            run.take_step(STEP, stop)
         tracker.register("gradients", adapters.gradients())
         return tracker.memory(), tracker.sent, tracker.host_bytes
 
 
-def _loader(config: Config, world: World, document_tokens: int) -> Loader:
+class _Batches(Loader):
+    """The loop's loader, whose documents' bounds, which are values, stay real under a fake mode."""
+
+    def batch(self, step: int) -> StepBatch:
+        """See ``Loader.batch``."""
+        with _disable_current_modes():
+            made = super().batch(step)
+        return dataclasses.replace(made, micro_batches=tuple(map(_without_values, made.micro_batches)))
+
+
+def _without_values(micro: MicroBatch) -> MicroBatch:
+    ids, positions, index, labels = (
+        torch.empty(len(values), dtype=values.dtype)
+        for values in (micro.ids, micro.positions, micro.target_index, micro.labels)
+    )
+    return dataclasses.replace(micro, ids=ids, positions=positions, target_index=index, labels=labels)
+
+
+def full_batches(
+    config: Config, world: World, document_tokens: int | None = None, kind: type[Loader] = Loader
+) -> Loader:
     """The loop's own loader over a global batch for each step, every sequence full, every token but the first a target."""
     train = config.train
-    length = min(document_tokens, train.sequence_length)
+    length = min(document_tokens or train.sequence_length, train.sequence_length)
     each = train.sequence_length // length if train.packing else 1
     count = train.global_batch * each
     ids = np.zeros(count * length, np.uint32)
@@ -193,7 +213,16 @@ def _loader(config: Config, world: World, document_tokens: int) -> Loader:
         num_targets=lengths - 1,
         sample_ids=np.arange(count),
     )
-    return loader_of(config, documents, world)
+    return kind(
+        documents,
+        sequence_length=train.sequence_length,
+        packing=train.packing,
+        global_batch=train.global_batch,
+        micro_batch=train.micro_batch,
+        seed=train.seed,
+        world_rank=world.world_rank,
+        world_size=world.world_size,
+    )
 
 
 # What is drawn

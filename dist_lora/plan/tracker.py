@@ -82,14 +82,14 @@ class _Life:
     is_kept: bool = False  # it outlived the span that made it
 
 
-class Tracker(TorchDispatchMode):
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the memory of all storages made while it is entered, and of those that it was told of.
 
     One at a time in a process: it replaces ``torch.UntypedStorage.resize_`` meanwhile. It also keeps the collectives.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sent: list[Sent] = []
         self._lives: list[_Life] = []
         self._of: dict[int, tuple[weakref.ref[Any], _Life]] = {}  # by the storage's id
@@ -145,12 +145,12 @@ class Tracker(TorchDispatchMode):
             return result
 
         torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, kind: Any, error: Any, at: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        super().__exit__(kind, error, at)
+        super().__exit__(kind, error, at)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if is_above_local(types):
@@ -170,12 +170,22 @@ class Tracker(TorchDispatchMode):
             self._name(self._gathering, [args[1]])
         elif name == "fsdp::split_with_sizes_copy":
             self._name(self._gathered_kind([args[0]]), kwargs["out"])
+        elif name == "aten::cat":
+            self._name_joined(args[0], kwargs.get("out", result))
         elif name == "aten::copy_" and self._seen(args[1]).kind in _GATHERED:
             self._name(self._gathered_kind([args[1]]), [args[0]])  # FSDP2's gathering over a single rank
         for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._seen(leaf)
         return result
+
+    def _name_joined(self, parts: Sequence[Tensor], whole: Tensor) -> None:
+        """DeepSpeed's gathering: shards are joined in a buffer that all ranks fill, and parameters from parts of it."""
+        kinds = {self._seen(part).kind for part in parts}
+        for shard, gathered in _GATHERED.items():
+            if shard in kinds or gathered in kinds:
+                self._name(gathered, [whole])
+                return
 
     def _gathered_kind(self, sources: Sequence[Tensor]) -> Kind:
         """What a gathering of ``sources`` brings: theirs is that of the shards, or of a buffer filled from them."""
@@ -309,7 +319,7 @@ def register_run(tracker: Tracker, model: Llama, engine: SingleProcess, adapters
     tracker.register("adapters", adapters.homes)
     tracker.register("adapters", (tensor.parameter.data for tensor in adapters.tensors))
     tracker.register("gradients", adapters.gradients())
-    tracker.register("optimizer", adapters.optimizer.state(), is_counted=not layout.optimizer_on_host)
+    tracker.register("optimizer", adapters.optimizer_state(), is_counted=not layout.optimizer_on_host)
     tracker.watch(model)
 
 
@@ -319,4 +329,4 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, which itself has no storage."""
-    return tensor.to_local() if is_above_local((type(tensor),)) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.to_local() if is_above_local((type(tensor),)) else tensor  # type: ignore[attr-defined]

@@ -50,9 +50,10 @@ def _of_base(setup: Setup) -> Iterator[Collective]:
     block = padded([part for part in parts if part.block == 0])
     ends = [part for part in parts if part.name in ("embed_tokens", "lm_head") and not setup.shape.tied]
     root = [part for part in parts if part.block is None and part not in ends]
-    yield Collective(
-        "all-gather", "layers, forward and backward", ranks, crosses, block, 2 * setup.shape.num_layers * setup.passes
-    )
+    # Before the first adapted layer there is nothing to go back through; FSDP2 fetches one layer more than it needs.
+    num_layers, first = setup.shape.num_layers, min(setup.layers)
+    gatherings = num_layers + min(num_layers, num_layers - first + 1)
+    yield Collective("all-gather", "layers, forward and backward", ranks, crosses, block, gatherings * setup.passes)
     for end in ends:
         yield Collective("all-gather", end.name, ranks, crosses, padded([end]), setup.passes)
     yield Collective(
@@ -76,6 +77,7 @@ def _of_adapters(setup: Setup) -> Iterator[Collective]:
         if nodes > 1:
             share = FP32 * setup.trained_weights // setup.adapter_ranks
             yield Collective("all-reduce", "adapters' gradients between nodes", nodes, True, share, 1)
+        yield Collective("all-reduce", "the gradient's norm", setup.adapter_ranks, False, 8, 1)
     yield Collective("all-reduce", "loss and requests", world, crosses, FP32 * NUM_SCALARS, 1)
 
 

@@ -151,7 +151,7 @@ class Placed:
     how: str
 
 
-def place(config: Config, shape: Shape, world: World, *, name: str, memory_bytes: int | None = None) -> Placed:
+def place(config: Config, shape: Shape, world: World, *, name: str | None, memory_bytes: int | None = None) -> Placed:
     """The model of a config on meta, its adapters attached, cut by its engine. All ranks call it.
 
     Args:
@@ -205,7 +205,7 @@ def build(config: Config, base: Base, world: World) -> Trainee:
     return trainee
 
 
-def _check_shapes(shape: Shape, fmt: Format, model_name: str) -> None:
+def _check_shapes(shape: Shape, fmt: Format, model_name: str | None) -> None:
     refused = {name: why for name, sizes in shape.linear_shapes().items() if (why := fmt.refusal(*sizes))}
     if refused:
         name, why = next(iter(refused.items()))
