@@ -7,8 +7,8 @@ for by how many collectives each has started: the one that hangs has started the
 
 What counts as getting on depends on the kind of the phase (see ``progress.Kind``). A part of a step that stands still
 for ``parallel.hang_timeout`` hangs. Other work of the host gets three times as long for a single wait without a sign
-of life, since a file system may keep a process waiting that long; while it computes, or says that it gets on, it may
-take hours. Not watched at all is only what shows nothing from outside: downloads, compilers, another job's lock.
+of life, since a file system may keep a process waiting that long; while it computes, reads or writes, or says that it
+gets on, it may take hours. Not watched at all is only what shows nothing from outside: downloads, compilers, another job's lock.
 """
 
 from __future__ import annotations
@@ -94,8 +94,10 @@ class Stillness:
         for note in notes:
             before = self._seen.get(note.thread)
             # Not of a paced phase: whoever waits for a GPU may do so by looking at it again and again.
-            computed_s = _processor_s(note.thread) if note.kind in ("host", "long") else 0.0
-            mark: tuple[float, ...] = (note.count, collectives if note.kind == "paced" else 0, computed_s)
+            computed_s, transferred = 0.0, 0.0
+            if note.kind in ("host", "long"):
+                computed_s, transferred = _processor_s(note.thread), _transferred(note.native_thread)
+            mark: tuple[float, ...] = (note.count, collectives if note.kind == "paced" else 0, transferred, computed_s)
             still_s = 0.0
             if before is not None and before[0] is note and _is_same(before[1], mark):
                 mark, still_s = before[1], before[2] + elapsed_s
@@ -106,7 +108,7 @@ class Stillness:
 
 
 def _is_same(before: tuple[float, ...], now: tuple[float, ...]) -> bool:
-    return before[:2] == now[:2] and now[2] - before[2] < COMPUTED_S
+    return before[:-1] == now[:-1] and now[-1] - before[-1] < COMPUTED_S
 
 
 def _processor_s(thread: int) -> float:
@@ -115,6 +117,14 @@ def _processor_s(thread: int) -> float:
         return 0.0
     with contextlib.suppress(OSError):  # it has just ended
         return time.clock_gettime(time.pthread_getcpuclockid(thread))
+    return 0.0
+
+
+def _transferred(native_thread: int) -> float:
+    """Bytes that a thread of this process has read and written, of files and others; 0 where the system doesn't say."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path(f"/proc/self/task/{native_thread}/io").read_text().splitlines()
+        return sum(float(line.split()[1]) for line in lines if line.startswith(("rchar:", "wchar:")))
     return 0.0
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 # paced: a part of a step; it gets on as long as it says so, or starts collectives (a sharded base: two a layer and pass).
-# host: a part of a step that is the host's alone (its data): it gets on as long as it says so or computes.
-# long: work of the host alone, of any length (tokenizing, loading, saving): it gets on as long as it says so or computes.
+# host: a part of a step that is the host's alone (its data): it gets on as long as it says so, computes, reads or writes.
+# long: work of the host alone, of any length (tokenizing, loading, saving): it gets on likewise.
 # unseen: nobody can tell from outside whether it gets on (a download, a compiler): it may take as long as it likes.
 Kind = Literal["paced", "host", "long", "unseen"]
 
@@ -23,6 +23,7 @@ class Note:
     text: str
     kind: Kind
     thread: int
+    native_thread: int  # the system's number of it
     count: int = 0
     waits: int = 0  # above 0: it waits for another rank, by the store, so that it is not the one that hangs
 
@@ -37,7 +38,7 @@ class Progress:
     def now(self, text: str, *, kind: Kind = "paced") -> None:
         """This thread begins with ``text``, or with its next part."""
         thread = threading.get_ident()
-        self._notes[thread] = Note(text, kind, thread)
+        self._notes[thread] = Note(text, kind, thread, threading.get_native_id())
 
     def advance(self) -> None:
         """This thread has got on with what it is at."""

@@ -222,8 +222,8 @@ def test_a_wrong_setting_is_told_without_torch(config) -> None:
 
 
 def test_a_run_with_other_settings_is_refused_and_both_values_told(config, whole, here) -> None:
-    done = here("train", config, "optim.lr=1e-3", "lora.alpha=8")
-    assert_told_once(done, 2, ("optim.lr: the run has 0.01, the config says 0.001", "lora.alpha: the run has 32.0, "
+    done = here("train", config, "train.seed=3", "lora.alpha=8", "optim.lr=1e-3")
+    assert_told_once(done, 2, ("train.seed: the run has 0, the config says 3", "lora.alpha: the run has 32.0, "
                                "the config says 8.0", "run=NAME"))  # fmt: skip
     assert len((whole / "metrics.jsonl").read_text().splitlines()) == 8
 

@@ -161,7 +161,7 @@ def test_a_rank_killed_while_the_other_waits_for_what_it_writes_ends_both(config
     )
     assert_ended_in_time(done)
     folder = folder_of(config, "kill-save")
-    assert checkpoints(folder) == ["step-00000000", "step-00000002"]
+    assert [name for name in checkpoints(folder) if name.startswith("step-")] == ["step-00000000", "step-00000002"]
     verify(folder / "checkpoints" / "step-00000002")
 
 
@@ -277,7 +277,7 @@ def test_a_disk_that_fills_up_in_a_save_ends_all_ranks_and_the_same_command_goes
     verify(folder / "checkpoints" / "step-00000002")
     fill_the_disk(small_disk / "more")  # what the partial checkpoint took is free again
     still_full = here("train", config, "run=full", f"runs_dir={small_disk}")
-    assert_told_once(still_full, 1, f"error: {folder}: the run's folder can't be written: No space left on device")
+    assert_told_once(still_full, 1, f"error: {folder}/config.yaml: can't be written: No space left on device")
     assert "Traceback" not in still_full.stderr
     (small_disk / "ballast").unlink()
     (small_disk / "more").unlink()
@@ -295,7 +295,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_with_both_numbers(config, 
         " free and 0 in older ones. Make room, set checkpoint.keep lower, or runs_dir elsewhere.",
     )  # fmt: skip
     assert not (small_disk / "full" / "checkpoints").exists()
-    assert not (small_disk / "full" / "metrics.jsonl").exists()
+    assert losses(small_disk / "full") == []
 
 
 @pytest.mark.parametrize("trackers", ["[]", "[tensorboard]"])

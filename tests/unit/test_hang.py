@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +95,10 @@ def test_the_main_threads_note_comes_first_and_those_of_ended_threads_are_gone()
 
 
 def still_s(progress: Progress, stillness: Stillness, *, collectives: int = 0) -> list[float]:
-    return [seconds for _, seconds in stillness.look(progress.notes(), elapsed_s=7, collectives=collectives)]
+    # From a thread of its own, as the watch does: to look is to read files, which is a sign of life of whoever looks.
+    with ThreadPoolExecutor(1) as pool:
+        seen = pool.submit(lambda: stillness.look(progress.notes(), elapsed_s=7, collectives=collectives)).result()
+    return [seconds for _, seconds in seen]
 
 
 def test_a_note_stands_still_until_it_changes_or_says_that_it_gets_on() -> None:
@@ -235,3 +239,12 @@ def test_a_process_that_gets_on_is_left_alone_and_keeps_no_stacks(tmp_path) -> N
     watch.leave()
     assert not watch.is_alive() and (told, codes) == ([], [])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bytes_that_a_thread_reads_or_writes_are_a_sign_of_life_of_work_on_the_host(tmp_path) -> None:
+    progress, stillness = Progress(), Stillness()
+    progress.now("saving", kind="long")
+    with (tmp_path / "file").open("wb", buffering=0) as file:
+        assert [still_s(progress, stillness) for _ in range(2)] == [[0.0], [7.0]]
+        file.write(b"x")
+        assert [still_s(progress, stillness) for _ in range(2)] == [[0.0], [7.0]]
