@@ -39,6 +39,12 @@ def known_model(section: ModelSection) -> KnownModel:
         shape = _shape_by_hand(section)
         counted = section.shape.num_parameters
         num_parameters = counted or shape.num_parameters()
+        ends = shape.vocab * shape.hidden * (1 if shape.tied else 2)
+        if num_parameters - ends < shape.num_layers:
+            raise ConfigError(
+                f"model.shape.num_parameters: found {num_parameters:,}, expected more than the {ends:,} of the embedding "
+                "and the head (vocab_size x hidden_size each; one where they are tied)"
+            )
         return KnownModel(section.name, shape, num_parameters, is_counted_by_hand=counted is not None, is_by_hand=True)
     resolved = resolve_model(section.name)
     if resolved.folder is not None:

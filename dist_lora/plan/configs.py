@@ -71,7 +71,7 @@ SENSIBLE: dict[str, dict[Method, tuple[str, ...]]] = {
     "405b": {"lora": ("8x141gb", "4x8x80gb"), "qlora": ("8x80gb", "4x8x80gb")},
 }
 # Of these the host keeps the base, and brings it in layer by layer.
-ON_HOST = {("70b", "2x24gb")}
+ON_HOST = {("70b", "qlora", "2x24gb")}
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _parallel(preset: Preset) -> Iterator[tuple[str, str, Any, str]]:
         yield "parallel", "base_shard", "node", "of each node, so that no weight of the base crosses the network"
     elif machine.num_nodes > 1:
         yield "parallel", "base_shard", "world", "of all nodes: no single node could hold it"
-    if (preset.size, machine.name) in ON_HOST:
+    if (preset.size, preset.method, machine.name) in ON_HOST:
         yield "parallel", "offload", "base", "the host's memory keeps the base, and each layer comes in when it is used"
 
 

@@ -122,16 +122,18 @@ def _costs(config: Config, model: KnownModel) -> Iterator[str]:
         less = "" if way is lora else f" ({way.state_bytes / lora.state_bytes:.1f} x)"
         smaller = "" if way is lora else f" ({way.saved_bytes / lora.saved_bytes:,.1f} x)"
         yield f"{way.name:24} {way.trained:>17,}  {_size(way.state_bytes) + less:26} {_size(way.saved_bytes):>9}{smaller}"
-    frozen = _bytes_a_frozen_weight(config, model)
     yield (
-        f"A trained weight takes 16 bytes: in 16 bits 2 and its gradient 2, in fp32 a master 4 and AdamW's moments 8; an "
-        f"adapter's, in fp32, 4 + 4 + 8. A frozen one takes 2, beside these adapters {frozen:.3g}. "
-        "Activations come on top."
+        "Bytes a trained weight: 2 in 16 bits, its gradient 2, a master in fp32 4, AdamW's moments 4 + 4; "
+        "an adapter's 4 + 4 + 4 + 4, all in fp32."
+    )
+    yield (
+        f"A frozen one's: 2, and {_bytes_a_frozen_weight(config, model):.3g} beside these adapters. What is kept of a step "
+        "(activations) comes on top everywhere."
     )
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{whole / part:,.0f} times fewer" if part < whole else f"{part / whole:,.1f} times more"
+    return f"{whole / part:,.0f} times fewer" if part < whole else f"{part / whole:,.2f} times as many"
 
 
 def _size(num_bytes: float) -> str:
