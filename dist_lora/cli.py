@@ -67,6 +67,28 @@ def train(
     _on_ranks(loaded, 1 if dry_run and nproc is None else nproc, work)
 
 
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[list[int] | None, typer.Option("--nodes", help="Nodes (several with --sweep).")] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
+    gpu: Annotated[list[str] | None, typer.Option(help="Kind of GPU, as h100-80gb (several with --sweep).")] = None,
+    gpu_gib: Annotated[float | None, typer.Option(help="Memory of a GPU that has no name here, in GiB.")] = None,
+    host_gib: Annotated[float | None, typer.Option(help="Host memory of a node, in GiB.")] = None,
+    is_sweep: Annotated[
+        bool, typer.Option("--sweep", help="List the ways to run this model on these machines.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What each GPU will hold, what is sent, how long a step takes, and whether it fits: before anything is started."""
+    from dist_lora.plan.command import Fleets
+    from dist_lora.plan.command import plan as plan_here
+
+    fleets = Fleets(nodes or [1], gpus_per_node, gpu or [], gpu_gib, host_gib)
+    plan_here(_load(config, overrides), fleets, is_sweep=is_sweep, as_json=as_json)
+
+
 @app.command(name="eval")
 def evaluate(
     config: ConfigFile,

@@ -175,23 +175,45 @@ def kept_bytes_of_a_layer(setup: Setup, layer: int) -> int:
     By the letters of this file, for each token in c bytes: queries, what attention gave, keys and values (2 H E + 2 G E),
     gate, up and silu (3 F); and where an adapter sits beside them, its input: of q k v (D), of gate and up (D), of down
     (F), and R numbers for each. The inputs of both norms (2 D), a log-sum a head and two scales of norms in fp32. In 16
-    bits A and B are cast, and the casts kept. The first adapted layer's input has no gradient, and what lies before it no
-    graph.
+    bits A and B are cast, and the casts kept. Before the first adapter there is no graph, and nothing is kept.
     """
     first = min(setup.layers)
     if layer < first:
         return 0
-    shape, c, tokens = setup.shape, setup.item_bytes, setup.micro_tokens
+    shape, c = setup.shape, setup.item_bytes
     targets = set(setup.targets) if layer in setup.layers else set()
-    numbers = 2 * shape.num_heads * shape.head_dim + 2 * shape.num_kv_heads * shape.head_dim + 3 * shape.ffn
-    numbers += shape.hidden * bool(targets & {"q_proj", "k_proj", "v_proj"})
-    numbers += shape.hidden * bool(targets & {"gate_proj", "up_proj"})
-    numbers += shape.ffn * ("down_proj" in targets)
+    groups = ({"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"})
+    # The group with which the graph begins; -1 where the layer's input has a gradient.
+    begin = next(i for i, group in enumerate(groups) if group & targets) if layer == first else -1
+    heads = shape.num_heads * shape.head_dim
+    numbers = fp32_numbers = 0
+    if begin < 0:
+        fp32_numbers += shape.hidden + 1  # the first norm
+    if targets & groups[0]:
+        numbers += shape.hidden
+    if begin <= 0:
+        numbers += 2 * heads + 2 * shape.num_kv_heads * shape.head_dim
+        fp32_numbers += shape.num_heads
+    elif begin == 1:
+        numbers += heads
+    if begin <= 1:
+        fp32_numbers += shape.hidden + 1  # the second norm
+    if targets & groups[2]:
+        numbers += shape.hidden
+    if begin <= 1:
+        numbers += 3 * shape.ffn
+    elif begin == 2:  # silu keeps gate, and the product of both what the other's gradient needs
+        numbers += shape.ffn * (2 * ("gate_proj" in targets) + ("up_proj" in targets))
+    if "down_proj" in targets:
+        numbers += shape.ffn
     numbers += setup.lora_rank * len(targets)
-    fp32_numbers = (1 if layer == first else 2) * shape.hidden + shape.num_heads + 2
-    linears = shape.linear_shapes()
-    casts = 0 if c == FP32 else c * setup.lora_rank * sum(sum(linears[name]) for name in targets)
-    return tokens * (c * numbers + FP32 * fp32_numbers) + casts
+    casts = 0
+    if c != FP32:
+        for name in targets:
+            out, width = shape.linear_shapes()[name]
+            has_input_gradient = begin < 0 or name not in groups[begin]
+            casts += c * setup.lora_rank * (out + width * has_input_gradient)
+    return setup.micro_tokens * (c * numbers + FP32 * fp32_numbers) + casts
 
 
 def logits_bytes(setup: Setup) -> int:
@@ -275,12 +297,15 @@ def moments_of(setup: Setup) -> list[_Moment]:
     adapters = 0
     if setup.adapter_ranks > 1:
         adapters = 2 * FP32 * shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
+    # Adapters that are gathered too free the layer's buffer before the head is gathered.
+    last_block = 0 if adapters else block
     last_norm = setup.micro_tokens * shape.hidden * FP32
     has_input_of_down = "down_proj" in setup.targets and last in setup.layers
     gradients = max(3 * wide, 2 * wide + dense_bytes(setup)) - (wide if has_input_of_down else 0)
     return [
         _Moment("at the embedding", twice * root, 0, 0, stream),
-        _Moment("at the end of the forward", root + ends + block, kept + last_norm, 0, 2 * stream),
+        _Moment("in the first layer", (root if shape.tied else end) + twice * block, 0, 0, stream),
+        _Moment("at the end of the forward", root + ends + last_block, kept + last_norm, 0, 2 * stream),
         _Moment("at the loss", root + ends, kept + last_norm + stream, logits_bytes(setup), 2 * stream),
         _Moment(
             "in the backward of the last layer",

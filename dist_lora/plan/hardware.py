@@ -14,6 +14,7 @@ GIB = 2**30
 # reach less. Memory and wires: NCCL's and STREAM-like tests reach 70 to 90% for large transfers, less for small ones.
 REACHED_COMPUTE = (0.25, 0.50)
 REACHED_WIRE = (0.50, 0.85)
+REACHED_MEMORY = (0.60, 0.85)
 
 # Not to be seen on a machine without such a GPU: CUDA's context and the libraries' kernels, NCCL's buffers, and what the
 # caching allocator loses between blocks of unlike sizes. Figures for CUDA 12 and NCCL 2: about 0.5 GiB, 0.5 to 1 GiB for
@@ -26,8 +27,9 @@ FRAGMENTATION = 0.05
 class Gpu:
     """A GPU as its maker describes it; bytes a second are one way, ``source`` the data sheet.
 
-    ``tflops`` are dense bf16 products with fp32 sums; ``link_gb_s`` to the other GPUs of its node; ``network_gb_s`` the
-    part of its node's network that is common for it (an assumption, not the maker's).
+    ``tflops`` are dense bf16 products with fp32 sums; ``link_gb_s`` to the other GPUs of its node; ``host_gb_s`` to host
+    memory (PCIe 4 or 5, x16); ``network_gb_s`` the part of its node's network that is common for it (an assumption, not the
+    maker's).
     """
 
     name: str
@@ -36,6 +38,7 @@ class Gpu:
     memory_gb_s: float
     link_gb_s: float
     network_gb_s: float
+    host_gb_s: float
     source: str
 
     @property
@@ -47,16 +50,18 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a10g-24gb", 24, 70, 600, 32, 3.1, "NVIDIA A10G, AWS G5: 70 TFLOPS, PCIe 4"),
-        Gpu("rtx3090-24gb", 24, 71, 936, 32, 1.2, "NVIDIA Ampere GA102 whitepaper, table 2 (FP16, FP32 accumulate)"),
-        Gpu("rtx4090-24gb", 24, 165, 1008, 32, 1.2, "NVIDIA Ada GPU architecture whitepaper, appendix A"),
-        Gpu("l40s-48gb", 48, 362, 864, 32, 12.5, "NVIDIA L40S data sheet"),
-        Gpu("a100-40gb", 40, 312, 1555, 300, 12.5, "NVIDIA A100 data sheet"),
-        Gpu("a100-80gb", 80, 312, 2039, 300, 25, "NVIDIA A100 80GB data sheet, SXM"),
-        Gpu("h100-80gb", 80, 989, 3350, 450, 50, "NVIDIA H100 data sheet, SXM (dense)"),
-        Gpu("h200-141gb", 141, 989, 4800, 450, 50, "NVIDIA H200 data sheet, SXM (dense)"),
-        Gpu("b200-180gb", 180, 2250, 8000, 900, 50, "NVIDIA HGX B200 data sheet (dense)"),
-        Gpu("mi300x-192gb", 192, 1307, 5300, 448, 50, "AMD Instinct MI300X data sheet"),
+        Gpu("a10g-24gb", 24, 70, 600, 32, 3.1, 32, "NVIDIA A10G, AWS G5: 70 TFLOPS, PCIe 4"),
+        Gpu(
+            "rtx3090-24gb", 24, 71, 936, 32, 1.2, 32, "NVIDIA Ampere GA102 whitepaper, table 2 (FP16, FP32 accumulate)"
+        ),
+        Gpu("rtx4090-24gb", 24, 165, 1008, 32, 1.2, 32, "NVIDIA Ada GPU architecture whitepaper, appendix A"),
+        Gpu("l40s-48gb", 48, 362, 864, 32, 12.5, 32, "NVIDIA L40S data sheet"),
+        Gpu("a100-40gb", 40, 312, 1555, 300, 12.5, 32, "NVIDIA A100 data sheet"),
+        Gpu("a100-80gb", 80, 312, 2039, 300, 25, 32, "NVIDIA A100 80GB data sheet, SXM"),
+        Gpu("h100-80gb", 80, 989, 3350, 450, 50, 64, "NVIDIA H100 data sheet, SXM (dense)"),
+        Gpu("h200-141gb", 141, 989, 4800, 450, 50, 64, "NVIDIA H200 data sheet, SXM (dense)"),
+        Gpu("b200-180gb", 180, 2250, 8000, 900, 50, 64, "NVIDIA HGX B200 data sheet (dense)"),
+        Gpu("mi300x-192gb", 192, 1307, 5300, 448, 50, 64, "AMD Instinct MI300X data sheet"),
     )
 }
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dist_lora.plan.arithmetic import Setup
-from dist_lora.plan.hardware import REACHED_COMPUTE, REACHED_WIRE, Gpu
+from dist_lora.plan.arithmetic import Setup, base_bytes_of_a_rank, block_bytes
+from dist_lora.plan.hardware import REACHED_COMPUTE, REACHED_MEMORY, REACHED_WIRE, Gpu
 from dist_lora.plan.traffic import received_bytes
 
 
@@ -28,11 +28,17 @@ def flops_a_token(setup: Setup, *, context: int) -> float:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of a step at best and at worst, by what limits it; ``wall`` is what does so at best."""
+    """Seconds of a step at best and at worst, by what limits it; ``wall`` is what does so at best.
+
+    ``compute_s`` are the products, ``dense_s`` what making quantized weights dense takes of the GPU's memory,
+    ``inside_s`` the links of a node, ``between_s`` the network, ``host_s`` what is brought in of an offloaded base.
+    """
 
     compute_s: tuple[float, float]
+    dense_s: tuple[float, float]
     inside_s: tuple[float, float]
     between_s: tuple[float, float]
+    host_s: tuple[float, float]
     step_s: tuple[float, float]
     wall: str
     tokens_a_step: int
@@ -49,11 +55,33 @@ def speed_of(setup: Setup, gpu: Gpu, *, context: int) -> Speed:
     flops = flops_a_token(setup, context=context) * tokens
     inside, between = received_bytes(setup)
     compute = _range(flops, gpu.tflops * 1e12, REACHED_COMPUTE)
-    wires = _range(inside, gpu.link_gb_s * 1e9, REACHED_WIRE), _range(between, gpu.network_gb_s * 1e9, REACHED_WIRE)
-    best = max(compute[0], wires[0][0], wires[1][0])
-    walls = {compute[0]: "compute", wires[0][0]: "the links within a node", wires[1][0]: "the network between nodes"}
-    worst = compute[1] + wires[0][1] + wires[1][1]
-    return Speed(compute, *wires, (best, worst), walls[best], tokens * setup.num_ranks)
+    dense = _range(_dense_traffic(setup), gpu.memory_gb_s * 1e9, REACHED_MEMORY)
+    links = _range(inside, gpu.link_gb_s * 1e9, REACHED_WIRE)
+    network = _range(between, gpu.network_gb_s * 1e9, REACHED_WIRE)
+    brought = 2 * setup.passes * base_bytes_of_a_rank(setup) if setup.layout.base_on_host else 0
+    host = _range(brought, gpu.host_gb_s * 1e9, REACHED_WIRE)
+    walls = {
+        compute[0] + dense[0]: "compute",
+        links[0]: "the links within a node",
+        network[0]: "the network between nodes",
+        host[0]: "the link to host memory",
+    }
+    best = max(walls)
+    worst = compute[1] + dense[1] + links[1] + network[1] + host[1]
+    return Speed(compute, dense, links, network, host, (best, worst), walls[best], tokens * setup.num_ranks)
+
+
+def _dense_traffic(setup: Setup) -> float:
+    """Bytes of GPU memory that a step moves for making quantized linears dense: read as stored, written, read again.
+
+    Once in the forward, once in the recomputation, once in the backward.
+    """
+    if setup.quant == "none":
+        return 0.0
+    shape, c = setup.shape, setup.item_bytes
+    weights = sum(out * width for out, width in shape.linear_shapes().values())
+    stored = block_bytes(setup)
+    return setup.passes * (3 if setup.recompute else 2) * shape.num_layers * (stored + 2 * c * weights)
 
 
 def _range(amount: float, per_s: float, reached: tuple[float, float]) -> tuple[float, float]:

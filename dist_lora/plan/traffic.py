@@ -75,8 +75,8 @@ def _of_adapters(setup: Setup) -> Iterator[Collective]:
         )
         yield Collective("reduce-scatter", "adapters' gradients", setup.adapter_ranks, False, in_layer, count)
         if nodes > 1:
-            share = FP32 * setup.trained_weights // setup.adapter_ranks
-            yield Collective("all-reduce", "adapters' gradients between nodes", nodes, True, share, 1)
+            share = in_layer // setup.adapter_ranks
+            yield Collective("all-reduce", "adapters' gradients between nodes", nodes, True, share, len(setup.layers))
         yield Collective("all-reduce", "the gradient's norm", setup.adapter_ranks, False, 8, 1)
     yield Collective("all-reduce", "loss and requests", world, crosses, FP32 * NUM_SCALARS, 1)
 

@@ -1,0 +1,84 @@
+"""A plan in words and numbers, for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from dist_lora.plan.hardware import GIB
+from dist_lora.plan.report import Plan
+from dist_lora.plan.speed import flops_a_token
+from dist_lora.plan.traffic import received_bytes
+
+
+def lines_of(plan: Plan) -> Iterator[str]:
+    """The plan, a line each."""
+    setup, machines, memory = plan.setup, plan.machines, plan.memory
+    shape, train = setup.shape, plan.config.train
+    kind = {2: "bf16", 4: "fp32"}[setup.item_bytes]
+    stored = f"{setup.quant} base, computed in {kind}" if setup.quant != "none" else kind
+    yield f"{plan.config.run}: {plan.config.model.name} ({stored}) with LoRA rank {setup.lora_rank} on {machines}"
+    yield f"  {shape.num_parameters():,} frozen weights, {setup.trained_weights:,} trained"
+    for reason in setup.layout.reasons:
+        yield f"  {reason}"
+    recompute = "computed again in the backward" if setup.recompute else "kept for the backward"
+    yield (
+        f"  a pass  {train.micro_batch} x {train.sequence_length:,} tokens a GPU, {setup.passes} passes a step; "
+        f"activations are {recompute}"
+    )
+    yield ""
+    yield f"The fullest GPU holds most {memory.when}:"
+    parts = {
+        "its share of the base": memory.base,
+        "adapters, gradients, AdamW": memory.adapters + memory.gradients + memory.optimizer,
+        "what is gathered of the base": memory.gathered,
+        "activations": memory.activations,
+        "logits": memory.loss,
+        "gradients of activations": memory.workspace,
+        "CUDA, NCCL, fragmentation": plan.reserve_bytes,
+    }
+    for name, num_bytes in parts.items():
+        if num_bytes:
+            yield f"  {name:30} {num_bytes / GIB:8.2f} GiB"
+    verdict = "fits" if plan.fits else "does not fit"
+    yield f"  {'together':30} {plan.device_bytes / GIB:8.2f} GiB of {machines.gpu.memory_bytes / GIB:.1f}: {verdict}"
+    host = f" of {machines.host_bytes / GIB:.0f}" if machines.host_bytes is not None else ""
+    yield f"  {'host memory of a node':30} {plan.host_bytes / GIB:8.2f} GiB{host}"
+    yield f"  {'checkpoints':30} {plan.disk_bytes / GIB:8.2f} GiB, {memory.disk / GIB:.2f} each"
+    yield ""
+    yield from _of_speed(plan)
+    if not plan.fits:
+        yield ""
+        yield "It would fit with:" if plan.changes else "Nothing that was tried makes it fit."
+        yield from (f"  {change}" for change in plan.changes)
+
+
+def _of_speed(plan: Plan) -> Iterator[str]:
+    speed, setup = plan.speed, plan.setup
+    inside, between = received_bytes(setup)
+    low, high = speed.step_s
+    slow, fast = speed.tokens_per_s
+    flops = flops_a_token(setup, context=plan.config.train.sequence_length)
+    yield f"A step of {speed.tokens_a_step:,} tokens ({flops / 1e9:,.0f} GFLOP a token) takes {low:.3g} to {high:.3g} s:"
+    yield f"  {slow:,.0f} to {fast:,.0f} tokens/s of all GPUs; the wall is {speed.wall}"
+    yield f"  a GPU receives {inside / 1e9:,.2f} GB within its node and {between / 1e9:,.3f} GB from other nodes"
+    if plan.steps is not None:
+        hours = [plan.steps * seconds / 3600 for seconds in speed.step_s]
+        gpus = setup.num_ranks
+        yield (
+            f"  {plan.steps:,} steps: {hours[0]:,.2g} to {hours[1]:,.2g} hours, "
+            f"{hours[0] * gpus:,.3g} to {hours[1] * gpus:,.3g} GPU hours"
+        )
+
+
+def sweep_lines(plans: Sequence[Plan]) -> Iterator[str]:
+    """Several plans, a line each, from the smallest memory to the largest."""
+    yield f"{'GiB a GPU':>10}  {'step, s':>14}  {'tokens/s':>20}  with"
+    for plan in plans:
+        (low, high), (slow, fast) = plan.speed.step_s, plan.speed.tokens_per_s
+        setup, layout = plan.setup, plan.setup.layout
+        with_ = (
+            f"{plan.machines}: quant {setup.quant}, {layout.engine}, base_shard {layout.base_shard}, "
+            f"micro_batch {plan.config.train.micro_batch}, recompute {str(setup.recompute).lower()}"
+        )
+        steps, tokens = f"{low:.3g}-{high:.3g}", f"{slow:,.0f}-{fast:,.0f}"
+        yield f"{plan.device_bytes / GIB:10.1f}  {steps:>14}  {tokens:>20}  {with_}"
