@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -173,6 +173,43 @@ def generate(
     answer(adapter, base=base, prompt=prompt, system=system, is_plain=plain, max_new_tokens=max_new_tokens)
 
 
+@app.command()
+def explain(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Say what LoRA will do to the config's model: which matrices, how many weights, what that saves."""
+    from dist_lora.plan.explain import explain as explained
+
+    print(explained(_load(config, overrides)))
+
+
+@app.command()
+def herd(as_json: AsJson = False) -> None:
+    """List the herd: who is finetuned, multilingual, of long context or trained to use tools; release and licence."""
+    from dist_lora.herd.known import herd_rows, herd_table
+
+    print(json.dumps({"members": herd_rows()}) if as_json else _in_columns(*herd_table()))
+
+
+configs = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(configs, name="configs")
+
+
+@configs.callback()
+def list_configs(context: typer.Context, as_json: AsJson = False) -> None:
+    """List a config for each member of the herd, by method and machine, with the memory it needs."""
+    if context.invoked_subcommand is None:
+        from dist_lora.plan.configs import preset_rows, preset_table
+
+        print(json.dumps({"configs": preset_rows()}) if as_json else _in_columns(*preset_table()))
+
+
+@configs.command()
+def show(name: Annotated[str, typer.Argument(help="One of the list.", metavar="NAME")]) -> None:
+    """Print a config to start from: `dist-lora configs show NAME > my-run.yaml`."""
+    from dist_lora.plan.configs import find_preset, text_of
+
+    print(text_of(find_preset(name)), end="")
+
+
 def _load(config: Path, overrides: list[str] | None) -> Config:
     from dist_lora.config.load import load_config
 
@@ -186,6 +223,12 @@ def _as_table(result: dict[str, Any]) -> str:
             value = f"{value['correct']} of {value['total']} ({value['correct'] / value['total']:.1%})"
         lines.append(f"{name:14} {value:.6g}" if isinstance(value, float) else f"{name:14} {value}")
     return "\n".join(lines)
+
+
+def _in_columns(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (names, *rows))
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _on_ranks(config: Config, nproc: int | None, work: Callable[[World], None]) -> None:

@@ -35,7 +35,7 @@ RULES = (
     Rule(("train.steps", "train.epochs"), "said", "the schedule stretches: other learning rates from here on"),
     Rule(("optim",), "said", "other updates from here on"),
     Rule(("lora.dropout",), "said", "other masks from here on"),
-    Rule(("model.quant", "model.dtype"), "refused", "the adapters would be trained on beside another base"),
+    Rule(("model.shape", "model.quant", "model.dtype"), "refused", "the adapters would be trained on beside another base"),
     Rule(
         ("lora.rank", "lora.alpha", "lora.targets", "lora.layers", "lora.variant"),
         "refused",

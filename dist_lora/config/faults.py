@@ -89,9 +89,14 @@ def _translate(error: ValidationError, *, settings: Mapping[str, Any]) -> Iterat
 
 
 def _setting_of(loc: SettingPath) -> SettingPath:
-    """The part of pydantic's location that is a setting: two names in a section, one outside."""
-    field = Config.model_fields.get(str(loc[0]))
-    return loc[:2] if field is not None and _is_section(field.annotation) else loc[:1]
+    """The part of pydantic's location that is a setting: the sections' names and one more."""
+    model: type[Section] | None = Config
+    depth = 0
+    while model is not None and depth < len(loc):
+        field = model.model_fields.get(str(loc[depth]))
+        model = None if field is None else _section_of(field.annotation)
+        depth += 1
+    return loc[:depth]
 
 
 def _own_words(details: ErrorDetails, *, settings: Mapping[str, Any]) -> Iterator[Fault]:
@@ -116,8 +121,9 @@ def _blamed(involved: Sequence[str], given: Mapping[str, Any]) -> str:
 def _missing(path: SettingPath) -> Iterator[Fault]:
     field = _field_at(path)
     assert field is not None, path
-    if _is_section(field.annotation):
-        for name, inner in field.annotation.model_fields.items():
+    section = _section_of(field.annotation)
+    if section is not None:
+        for name, inner in section.model_fields.items():
             if inner.is_required():
                 yield from _missing((*path, name))
     else:
@@ -127,8 +133,8 @@ def _missing(path: SettingPath) -> Iterator[Fault]:
 def unknown_setting(path: SettingPath) -> str:
     """What to write instead of a setting that doesn't exist, as far as its name tells."""
     *section, name = (str(part) for part in path)
-    field = Config.model_fields.get(section[0]) if section else None
-    model = field.annotation if field is not None and _is_section(field.annotation) else Config
+    field = _field_at(tuple(section))
+    model = (None if field is None else _section_of(field.annotation)) or Config
     elsewhere = [full for full in setting_names() if full.rpartition(".")[2] == name]
     near = nearest(name, model.model_fields)
     advice = advice_for(name)
@@ -141,7 +147,7 @@ def unknown_setting(path: SettingPath) -> str:
         near = next((full for full in setting_names() if full.rpartition(".")[2] == near), None)
     if near is not None:
         return f"no such setting (nearest: {near})"
-    return f"no such setting ({section[0] + ' has' if section else 'there are'} {', '.join(model.model_fields)})"
+    return f"no such setting ({'.'.join(section) + ' has' if section else 'there are'} {', '.join(model.model_fields)})"
 
 
 def setting_names() -> list[str]:
@@ -156,9 +162,10 @@ def setting_names() -> list[str]:
 def _found_and_expected(path: SettingPath, *, found: Any) -> str:
     field = _field_at(path)
     assert field is not None, path
-    if _is_section(field.annotation):
-        inner = ", ".join(field.annotation.model_fields)
-        return f"found {show(found)}, expected settings, as {path[0]}: {{...}} with {inner}"
+    section = _section_of(field.annotation)
+    if section is not None:
+        inner = ", ".join(section.model_fields)
+        return f"found {show(found)}, expected settings, as {path[-1]}: {{...}} with {inner}"
     expected = _expected(field.annotation, field.metadata)
     return f"found {show(found)}, expected {expected}{_hint(field.annotation, found=found, expected=expected)}"
 
@@ -252,12 +259,21 @@ def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
+def _section_of(annotation: Any) -> type[Section] | None:
+    """The section that a type is, or is beside null."""
+    if _is_section(annotation):
+        return annotation
+    return next((branch for branch in get_args(annotation) if _is_section(branch)), None)
+
+
 def _field_at(path: SettingPath) -> FieldInfo | None:
     model: Any = Config
     field = None
     for part in path:
-        field = model.model_fields[part]
-        model = field.annotation
+        field = model.model_fields.get(part)
+        if field is None:
+            return None
+        model = _section_of(field.annotation)
     return field
 
 

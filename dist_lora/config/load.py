@@ -146,7 +146,7 @@ def _read(path: Path) -> tuple[_Source, list[str]]:
             raise ConfigError(f"{path}: is longer than {_MAX_BYTES:,} bytes; expected a YAML file of settings")
         text = content.decode("utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. Give the path of a YAML file, as configs/8b_one_node.yaml") from None
+        raise ConfigError(f"{path}: no such file. Give the path of a YAML file, as configs/quickstart.yaml") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not text in UTF-8 (byte {error.start}); expected a YAML file") from None
     except (OSError, ValueError) as error:
@@ -207,6 +207,9 @@ def _with_text_keys(settings: Mapping[Any, Any]) -> dict[str, Any]:
     for name, section in list(named.items()):
         if isinstance(section, dict):
             named[name] = {str(key): value for key, value in section.items()}
+            shape = named[name].get("shape")
+            if name == "model" and isinstance(shape, dict):
+                named[name]["shape"] = {str(key): value for key, value in shape.items()}
         elif section is None and name in Config.model_fields:
             del named[name]
     return named

@@ -144,10 +144,33 @@ class Section(BaseModel):
     )
 
 
+class ShapeSection(Section):
+    """The sizes of a Llama by hand, called as config.json calls them, for what is reckoned without any weights."""
+
+    hidden_size: int = Field(ge=1, description="Width d of the model.")
+    intermediate_size: int = Field(ge=1, description="Width of the feed-forward part.")
+    num_hidden_layers: int = Field(ge=1, description="Layers.")
+    num_attention_heads: int = Field(ge=1, description="Heads of queries.")
+    num_key_value_heads: int | None = Field(
+        default=None, ge=1, description="Heads of keys and values; null is as many as of queries."
+    )
+    head_dim: int | None = Field(default=None, ge=1, description="Width of a head; null is hidden_size / heads.")
+    vocab_size: int = Field(ge=1, description="Entries of the vocabulary.")
+    max_position_embeddings: int | None = Field(default=None, ge=1, description="Longest context, in tokens.")
+    tie_word_embeddings: bool = Field(default=False, description="The head is the embedding, and counts once.")
+    num_parameters: int | None = Field(
+        default=None, ge=1, description="Weights of the whole model where it is no Llama; null counts a Llama's."
+    )
+
+
 class ModelSection(Section):
     """The frozen base model."""
 
     name: Text = Field(description="A herd member (3.1-8b-instruct), a model folder, or a hub id (org/name).")
+    shape: ShapeSection | None = Field(
+        default=None,
+        description="Sizes by hand, for plan and explain: the name is then only a name. Such a model can't be trained.",
+    )
     quant: Literal["none", "nf4", "int8"] = Field(
         default="none",
         description="How the layers' linears are kept: none is as in dtype, nf4 4.5 bits a weight, int8 8 bits.",

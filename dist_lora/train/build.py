@@ -26,6 +26,7 @@ from dist_lora.data.loader import MicroBatch
 from dist_lora.errors import ConfigError, DistLoraError, WeightsError
 from dist_lora.export.evaluate import run_micro_batch
 from dist_lora.herd.facts import ResolvedModel, Shape, read_shape, resolve_model
+from dist_lora.herd.known import refuse_shape
 from dist_lora.lora.attach import AdapterTensor, attach_adapters
 from dist_lora.lora.fit import check_fit
 from dist_lora.lora.peft_file import BaseIdentity, identify_base, open_adapter, read_adapter
@@ -82,13 +83,14 @@ def open_base(config: Config, world: World) -> Base:
     """Find the base and check everything about it that can be checked without reading weights. All ranks call it.
 
     Raises:
-        ConfigError: an engine that can't run here; no such model; a layer it hasn't; a tokenizer without what the data needs.
+        ConfigError: an engine that can't run here; no such model, or only its sizes; a layer it hasn't; a tokenizer without what the data needs.
         WeightsError: a file is missing or damaged.
     """
     world.progress.now("opening the base", kind="long")
     error: Exception | None = None
     try:
         check_section(config.parallel, world_size=world.world_size, local_size=world.local_size)
+        refuse_shape(config.model)
         resolved = resolve_model(config.model.name)
         folder = folder_of(resolved, world)
         shape = read_shape(folder)

@@ -385,3 +385,13 @@ def test_a_mistyped_setting_answers_without_torch(tmp_path: Path) -> None:
     config.write_text("run: a\nmodel: {name: 3.1-8b}\ndata: {train: a.jsonl}\nlora: {rnak: 4}\n")
     loaded = imported_by(RUN.format(arguments=["train", str(config)], code=2))
     assert not loaded & {"torch", "transformers", "numpy"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["herd"], ["configs"], ["configs", "show", "3-8b_lora_8x80gb"], ["explain", "configs/3-8b_lora_8x80gb.yaml"]],
+    ids=" ".join,
+)
+def test_what_is_reckoned_answers_without_torch(arguments: list[str]) -> None:
+    loaded = imported_by(RUN.format(arguments=arguments, code=0))
+    assert not loaded & {"torch", "transformers", "numpy", "datasets", "accelerate", "huggingface_hub"}

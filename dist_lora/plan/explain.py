@@ -1,0 +1,143 @@
+"""What LoRA does to a model, in words and numbers: which matrices, what is trained, and what that saves.
+
+Letters: d_in and d_out are a matrix's width and height, r is LoRA's rank, L a model's layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dist_lora.config.schema import Config
+from dist_lora.herd.known import KnownModel, known_model
+from dist_lora.plan.arithmetic import FP32, base_parts
+from dist_lora.plan.layout import BYTES_A_TRAINED_WEIGHT
+
+# AdamW in 16 bits with fp32 master weights, as usual for training all: the weight and its gradient (2 + 2), the master and
+# two moments (4 + 4 + 4). With gradients in fp32 too it is 18. Source: ZeRO, arXiv 1910.02054, section 3.1.
+BYTES_OF_FULL_TRAINING = 16
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to fine-tune: what is trained, and what that needs beside activations, in bytes.
+
+    ``state_bytes`` are all weights, and gradients and AdamW's state of the trained ones; ``saved_bytes`` the weights
+    that differ from the base, as they are kept for use.
+    """
+
+    name: str
+    trained: int
+    state_bytes: float
+    saved_bytes: int
+
+
+def ways_of(config: Config, model: KnownModel) -> list[Way]:
+    """LoRA as the config has it, beside training all weights, and the last layers alone."""
+    shape, total = model.shape, model.num_parameters
+    adapters = shape.adapter_parameters(
+        config.lora.target_names(), config.lora.layer_indices(shape.num_layers), config.lora.rank
+    )
+    frozen = total * _bytes_a_frozen_weight(config, model)
+    layer = weights_of_a_layer(model)
+    ways = [Way("all weights", total, BYTES_OF_FULL_TRAINING * total, 2 * total)]
+    for count in sorted({min(4, shape.num_layers), 1}, reverse=True):
+        trained = count * layer
+        name = f"the last {count} layers" if count > 1 else "the last layer"
+        state = 2 * (total - trained) + BYTES_OF_FULL_TRAINING * trained
+        ways.append(Way(name, trained, state, 2 * trained))
+    in_nf4 = "" if config.model.quant == "none" else f" on a base in {config.model.quant}"
+    ways.append(Way(f"LoRA{in_nf4}", adapters, frozen + BYTES_A_TRAINED_WEIGHT * adapters, FP32 * adapters))
+    return ways
+
+
+def weights_of_a_layer(model: KnownModel) -> int:
+    """Weights of one layer; where only their sum was given, its part of what isn't embedding or head."""
+    shape = model.shape
+    if model.is_counted_by_hand:
+        ends = shape.vocab * shape.hidden * (1 if shape.tied else 2)
+        return (model.num_parameters - ends) // shape.num_layers
+    return sum(out * width for out, width in shape.linear_shapes().values()) + 2 * shape.hidden
+
+
+def _bytes_a_frozen_weight(config: Config, model: KnownModel) -> float:
+    item_bytes = 4 if config.model.dtype == "fp32" else 2
+    parts = base_parts(model.shape, quant=config.model.quant, item_bytes=item_bytes)
+    return sum(part.num_bytes for part in parts) / model.shape.num_parameters()
+
+
+def explain(config: Config) -> str:
+    """Some ten lines on what LoRA will do to the config's model.
+
+    Raises:
+        ConfigError: no such model, or nothing is known of it without its weights; a layer that it doesn't have.
+    """
+    model = known_model(config.model)
+    return "\n".join([*_what_is_trained(config, model), *_costs(config, model)])
+
+
+def _what_is_trained(config: Config, model: KnownModel) -> Iterator[str]:
+    shape, lora = model.shape, config.lora
+    r, layers = lora.rank, lora.layer_indices(shape.num_layers)
+    of_all = "all" if len(layers) == shape.num_layers else f"{len(layers)} of"
+    yield (
+        f"{model.title}: in {of_all} {shape.num_layers} layers W becomes W + (alpha / r) B A, "
+        f"with r = {r} and alpha / r = {lora.alpha / r:g}"
+    )
+    linears = shape.linear_shapes()
+    alike: dict[tuple[int, int], list[str]] = {}
+    for name in lora.target_names():
+        alike.setdefault(linears[name], []).append(name)
+    rows = [
+        ("matrices", "W (d_out, d_in)", "B (d_out, r)", "A (r, d_in)", "frozen d_out d_in", "trained r (d_out + d_in)")
+    ]
+    for (out, in_), names in alike.items():
+        thin, whole = r * (out + in_), out * in_
+        sizes = f"({out}, {in_})", f"({out}, {r})", f"({r}, {in_})"
+        rows.append((" ".join(names), *sizes, f"{whole:,}", f"{thin:,}, {_share(thin, whole)}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield "An adapter costs a token as many products as it has weights: O(r d) beside the O(d^2) of its matrix."
+    trained = shape.adapter_parameters(lora.target_names(), layers, r)
+    total = model.num_parameters
+    yield (
+        f"trained {trained:,} beside {total:,} frozen: {trained / total:.3%}, as many as "
+        f"{trained / weights_of_a_layer(model):.2g} layers have; {2 * trained / 1e6:,.1f} MB in 16 bits"
+    )
+    if model.is_by_hand:
+        counted = (
+            "as given"
+            if model.is_counted_by_hand
+            else "that of a Llama of these sizes (three matrices after attention)"
+        )
+        yield f"The frozen count is {counted}; what is trained follows from the shapes of the adapted matrices alone."
+
+
+def _costs(config: Config, model: KnownModel) -> Iterator[str]:
+    ways = ways_of(config, model)
+    lora = ways[-1]
+    yield f"{'to train':24} {'trained':>17}  {'weights, gradients, AdamW':26} {'to keep':>9} (x: times what LoRA takes)"
+    for way in ways:
+        less = "" if way is lora else f" ({way.state_bytes / lora.state_bytes:.1f} x)"
+        smaller = "" if way is lora else f" ({way.saved_bytes / lora.saved_bytes:,.1f} x)"
+        yield f"{way.name:24} {way.trained:>17,}  {_size(way.state_bytes) + less:26} {_size(way.saved_bytes):>9}{smaller}"
+    yield (
+        "Bytes a trained weight: 2 in 16 bits, its gradient 2, a master in fp32 4, AdamW's moments 4 + 4; "
+        "an adapter's 4 + 4 + 4 + 4, all in fp32."
+    )
+    yield (
+        f"A frozen one's: 2, and {_bytes_a_frozen_weight(config, model):.3g} beside these adapters. What is kept of a step "
+        "(activations) comes on top everywhere."
+    )
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{whole / part:,.0f} times fewer" if part < whole else f"{part / whole:,.2f} times as many"
+
+
+def _size(num_bytes: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes / 1e6:,.1f} MB"
