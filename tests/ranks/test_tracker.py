@@ -21,7 +21,6 @@ from tests.ranks.tiny import config_of, trainee_of
 
 BASES = ("none", "nf4", "int8")
 WORLDS = {"1": (1, 1), "2": (2, 2), "2 x 2": (4, 2)}  # ranks, ranks of a node
-MIB = 2**20
 
 
 # Known allocations
@@ -65,10 +64,10 @@ def test_a_storage_that_is_emptied_and_regrown_counts_what_it_has() -> None:
 
 def test_the_timeline_keeps_the_peak_however_few_moments_it_has() -> None:
     with (tracker := Tracker()):
-        for size in (10, 2000, 10, 10, 10, 10, 10, 10):
+        for size in (10, 10, 10, 2000, 10, 10, 10, 10):
             torch.zeros(size)
-    timeline = tracker.memory(num_moments=3).timeline
-    assert len(timeline) <= 3
+    timeline = tracker.memory(num_moments=4).timeline
+    assert len(timeline) <= 4
     assert max(moment.total_bytes for moment in timeline) == 8000
 
 
@@ -180,9 +179,7 @@ def test_the_simulation_is_the_real_run(ranks, tiny_llama, quant, world, paralle
     pretended = simulated(config, world)
     seen = ranks(size).run(tracked_step, config, node_size=node_size)
     fullest = max(one.memory.peak.total_bytes for one in seen)
-    print(quant, world, parallel, recompute, pretended.peak_bytes, fullest, pretended.seconds)
-    print(pretended.composition, seen[0].memory.composition)
-    assert pretended.peak_bytes == pytest.approx(fullest, rel=0.05)
+    assert pretended.peak_bytes == pytest.approx(fullest, rel=1e-3)  # some scalars are other ones
     for kind, num_bytes in seen[0].memory.composition.items():
-        assert pretended.composition[kind] == pytest.approx(num_bytes, rel=0.05, abs=0.01 * fullest), kind
+        assert pretended.composition[kind] == pytest.approx(num_bytes, rel=1e-3), kind
     assert Counter(pretended.traffic) == Counter(seen[0].traffic)
