@@ -26,7 +26,7 @@ from dist_lora.base.quant.published import BaseOnDisk
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader, MicroBatch, StepBatch
 from dist_lora.data.tokens import TokenSet
-from dist_lora.errors import SaveError
+from dist_lora.errors import ConfigError, SaveError
 from dist_lora.herd.facts import Shape
 from dist_lora.lora.peft_file import BaseIdentity
 from dist_lora.parallel.adapters import FlatAdapters
@@ -93,9 +93,13 @@ def simulate(
             without ``train.packing``.
 
     Raises:
-        ConfigError: settings contradict each other, the shape or the world.
+        ConfigError: settings contradict each other, the shape or the world; or there is no GPU.
     """
     started_s = time.monotonic()
+    if num_nodes < 1 or gpus_per_node < 1:
+        raise ConfigError(
+            f"machines: found {num_nodes} nodes of {gpus_per_node} GPUs, expected at least one of each (--nodes, --gpus-per-node)"
+        )
     config = _resolved(config, device)
     with pretended_world(num_nodes=num_nodes, gpus_per_node=gpus_per_node) as world:
         passes = full_batches(config, world, document_tokens).batch(0).micro_batches
