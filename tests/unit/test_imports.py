@@ -31,6 +31,7 @@ ROAD = (
     "train",
     "plan.tracker",  # sees the tensors of any run
     "plan.simulate",  # runs the real loop on pretend tensors
+    "plan.simulate_command",
     "cli",
     "__main__",
 )
