@@ -10,15 +10,16 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.facts import MEMBERS, Member
-from dist_lora.plan.arithmetic import FP32, Memory, Setup, base_bytes_of_a_rank, base_parts, memory_of, setup_of
-from dist_lora.plan.hardware import CONTEXT_BYTES, FRAGMENTATION, GIB, Gpu, find_gpu
-from dist_lora.plan.speed import speed_of
+from dist_lora.plan.arithmetic import FP32, base_bytes_of_a_rank, base_parts
+from dist_lora.plan.hardware import GIB, Gpu, find_gpu
+from dist_lora.plan.report import Machines, Plan, make_plan
 
 Method = Literal["lora", "qlora"]
 WIDTH = 112  # of a comment
@@ -100,16 +101,12 @@ class Preset:
             (tree.setdefault(section, {}) if section else tree)[key] = value
         return Config.model_validate(tree)
 
-    @property
-    def setup(self) -> Setup:
-        """Its run on its machine."""
+    @cached_property
+    def plan(self) -> Plan:
+        """What its run needs of its machine."""
         machine = self.machine
-        return setup_of(
-            self.config,
-            self.member.shape,
-            num_nodes=machine.num_nodes,
-            gpus_per_node=machine.gpus_per_node,
-            device_bytes=machine.gpu.memory_bytes,
+        return make_plan(
+            self.config, Machines(machine.num_nodes, machine.gpus_per_node, machine.gpu), shape=self.member.shape
         )
 
 
@@ -127,11 +124,6 @@ def presets() -> dict[str, Preset]:
         for machine in machines
     ]
     return {preset.name: preset for preset in made}
-
-
-def needed_bytes(memory: Memory) -> int:
-    """What a GPU must have for a run that holds so much: with CUDA's context, and blocks that don't fit together."""
-    return int(memory.device * (1 + FRAGMENTATION) + CONTEXT_BYTES)
 
 
 # The settings, and why they are so
@@ -229,7 +221,7 @@ def _head(preset: Preset) -> Iterator[str]:
 
 def _base_of(preset: Preset) -> str:
     """How large the base is, and who holds what of it."""
-    machine, setup = preset.machine, preset.setup
+    machine, setup = preset.machine, preset.plan.setup
     weights = setup.shape.num_parameters()
     told = f"The base is {2 * weights / 1e9:.1f} GB in bf16 ({weights / 1e9:.3g} billion weights, 2 bytes each)"
     if preset.method == "qlora":
@@ -253,8 +245,8 @@ def _base_of(preset: Preset) -> str:
 
 def costs_of(preset: Preset) -> Iterator[str]:
     """What a run needs, by arithmetic: memory a GPU by what it is, a step's time, disk."""
-    setup, gpu = preset.setup, preset.machine.gpu
-    memory = memory_of(setup)
+    plan, gpu = preset.plan, preset.machine.gpu
+    memory, setup, speed = plan.memory, plan.setup, plan.speed
     parts = {
         "base": memory.base,
         "adapters": memory.adapters,
@@ -264,23 +256,20 @@ def costs_of(preset: Preset) -> Iterator[str]:
         "activations": memory.activations,
         "logits": memory.loss,
         "workspace": memory.workspace,
-        "CUDA and gaps": needed_bytes(memory) - memory.device,
+        "CUDA and gaps": plan.reserve_bytes,
     }
-    needed, there = needed_bytes(memory) / GIB, gpu.memory_bytes / GIB
+    needed, there = plan.device_bytes / GIB, gpu.memory_bytes / GIB
     yield f"Memory of a GPU, by arithmetic: {needed:.1f} of {there:.1f} GiB, fullest {memory.when}:"
     told = [f"{name} {size / GIB:.2f}".replace(" ", "\0") for name, size in parts.items() if size >= 0.005 * GIB]
     for line in textwrap.wrap(", ".join(told), WIDTH - 2):
         yield "  " + line.replace("\0", " ")
     if setup.layout.base_on_host:
-        yield f"  and {memory.host / GIB:.1f} GiB of the host's for each GPU"
-    speed = speed_of(setup, gpu, context=preset.config.train.sequence_length)
+        yield f"  and {plan.host_bytes / GIB:.1f} GiB of the host's for all GPUs of a node"
     low, high = speed.tokens_per_s
     yield (
         f"A step on {gpu.name}: {_seconds(speed.step_s[0])} to {_seconds(speed.step_s[1])} s, "
         f"{_round(low)} to {_round(high)} tokens/s, at best limited by {speed.wall}"
     )
-    if setup.layout.base_on_host:
-        yield "  (without the time that the base takes from the host's memory to the GPU)"
     keep = preset.config.checkpoint.keep
     yield (
         f"Disk: {_disk(memory.disk)} a checkpoint, of which {keep} are kept and one more is written; "
@@ -323,16 +312,15 @@ def preset_rows() -> list[dict[str, Any]]:
     """Each config: name, model, method, machine and bytes a GPU."""
     rows = []
     for preset in presets().values():
-        memory = memory_of(preset.setup)
         rows.append(
             {
                 "name": preset.name,
                 "model": preset.member.name,
                 "method": preset.method,
                 "machine": str(preset.machine),
-                "needed_bytes": needed_bytes(memory),
+                "needed_bytes": preset.plan.device_bytes,
                 "gpu_bytes": preset.machine.gpu.memory_bytes,
-                "host_bytes": memory.host,
+                "host_bytes_a_node": preset.plan.host_bytes,
             }
         )
     return rows

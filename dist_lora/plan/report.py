@@ -11,7 +11,8 @@ from typing import Any
 
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
-from dist_lora.herd.facts import Shape, read_shape, resolve_model
+from dist_lora.herd.facts import Shape
+from dist_lora.herd.known import known_model
 from dist_lora.plan.arithmetic import Memory, Setup, memory_of, setup_of
 from dist_lora.plan.hardware import CONTEXT_BYTES, FRAGMENTATION, GIB, Gpu
 from dist_lora.plan.speed import Speed, speed_of
@@ -139,20 +140,12 @@ def make_plan(config: Config, machines: Machines, *, shape: Shape | None = None)
 
 
 def shape_of(config: Config) -> Shape:
-    """The shape that ``model.name`` means: a folder's, or a member's.
+    """The shape that the config means: by hand, a folder's, or a member's.
 
     Raises:
-        ConfigError: it is a hub id of no member, whose config.json is not here.
+        ConfigError: it is a hub id of no member, whose config.json is not here; or sizes that no Llama has.
     """
-    resolved = resolve_model(config.model.name)
-    if resolved.folder is not None:
-        return read_shape(resolved.folder)
-    if resolved.member is not None:
-        return resolved.member.shape
-    raise ConfigError(
-        f"model.name: {resolved.hub_id} is no member of the herd, and a plan fetches nothing: its shape is not known. "
-        "Give a folder with its config.json."
-    )
+    return known_model(config.model).shape
 
 
 def _plan(config: Config, machines: Machines, shape: Shape) -> Plan:

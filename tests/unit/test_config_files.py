@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import subprocess
 import sys
@@ -12,9 +11,9 @@ import pytest
 import yaml
 
 from dist_lora.config.load import load_config
+from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.facts import MEMBERS
-from dist_lora.plan.arithmetic import memory_of
 from dist_lora.plan.configs import (
     MACHINES,
     SCHEMA_LINE,
@@ -22,12 +21,12 @@ from dist_lora.plan.configs import (
     Method,
     Preset,
     find_preset,
-    needed_bytes,
     presets,
     size_of,
     text_of,
     write_configs,
 )
+from dist_lora.plan.report import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -66,8 +65,7 @@ def test_every_setting_has_a_comment_and_a_file_is_short(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_a_config_needs_is_there_on_its_machine(name: str) -> None:
-    preset = PRESETS[name]
-    assert needed_bytes(memory_of(preset.setup)) <= preset.machine.gpu.memory_bytes
+    assert PRESETS[name].plan.device_bytes <= PRESETS[name].machine.gpu.memory_bytes
 
 
 def preset_of(size: str, method: Method, machine: str) -> Preset:
@@ -85,17 +83,16 @@ def test_where_a_machine_is_left_out_the_base_in_bf16_does_not_fit(size: str) ->
     for machine in ("1x24gb", "2x24gb", "8x80gb", "4x8x80gb"):
         preset = preset_of(size, "lora", machine)
         is_told = machine in SENSIBLE[size]["lora"] or (size, machine) == ("1b", "4x8x80gb")
-        assert is_told == (needed_bytes(memory_of(preset.setup)) <= preset.machine.gpu.memory_bytes), machine
+        assert is_told == (preset.plan.fits), machine
 
 
 def test_a_70b_in_nf4_needs_the_hosts_memory_on_two_small_cards() -> None:
     preset = preset_of("70b", "qlora", "2x24gb")
-    section = preset.config.parallel
-    assert section.offload == "base"
-    assert memory_of(preset.setup).base == 0 and memory_of(preset.setup).host > 20e9
-    layout = dataclasses.replace(preset.setup.layout, base_on_host=False)
-    on_cards = memory_of(dataclasses.replace(preset.setup, layout=layout))
-    assert needed_bytes(on_cards) > preset.machine.gpu.memory_bytes
+    assert preset.config.parallel.offload == "base"
+    assert preset.plan.fits and preset.plan.memory.base == 0 and preset.plan.host_bytes > 40e9
+    tree = preset.config.model_dump(mode="json")
+    tree["parallel"]["offload"] = "none"
+    assert not make_plan(Config.model_validate(tree), preset.plan.machines).fits
 
 
 # The numbers in the comments, by hand

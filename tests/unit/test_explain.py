@@ -157,6 +157,23 @@ def test_sizes_are_given_in_the_names_of_a_config_json(tmp_path: Path) -> None:
     assert "model.shape.vocab_size=0 (argument): found 0, expected a whole number of at least 1" in told
 
 
+def test_a_size_whose_name_yaml_reads_as_a_number_is_told_with_the_names_there_are(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("run: a\nmodel: {name: mine, shape: {1: 2}}\ndata: {train: a}\n")
+    with pytest.raises(
+        ConfigError, match=r"model\.shape\.1: no such setting \(model\.shape has hidden_size, intermediate_size"
+    ):
+        load_config(path)
+
+
+def test_one_size_is_changed_by_an_argument(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("run: a\nmodel: {name: mine}\ndata: {train: a}\n")
+    sizes = [f"model.shape.{name}={size}" for name, size in LLAMA_3_8B.items()]
+    shape = load_config(path, overrides=[*sizes, "model.shape.num_hidden_layers=2"]).model.shape
+    assert shape is not None and (shape.num_hidden_layers, shape.hidden_size) == (2, 4096)
+
+
 @pytest.mark.parametrize("written", ["3", "[1]", "x"])
 def test_a_shape_that_is_no_mapping_is_told_what_it_holds(tmp_path: Path, written: str) -> None:
     path = tmp_path / "a.yaml"

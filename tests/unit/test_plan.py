@@ -172,7 +172,7 @@ def test_more_ranks_than_rows_are_planned() -> None:
 
 
 def test_a_hub_id_of_no_member_is_told() -> None:
-    with pytest.raises(ConfigError, match=r"someone/else is no member of the herd, and a plan fetches nothing"):
+    with pytest.raises(ConfigError, match=r"someone/else is no member of the herd, and its sizes lie on the hub"):
         make_plan(config_of(model={"name": "someone/else"}), Machines(1, 8, H100))
 
 
