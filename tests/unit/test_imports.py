@@ -357,7 +357,7 @@ LIGHT = [
     name
     for name in SOURCES
     if name.startswith(("dist_lora.config.", "dist_lora.herd.", "dist_lora.plan."))
-    and name not in ("dist_lora.plan.tracker", "dist_lora.plan.simulate")
+    and name not in ("dist_lora.plan.tracker", "dist_lora.plan.simulate", "dist_lora.plan.simulate_command")
 ]
 
 
