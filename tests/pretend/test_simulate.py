@@ -151,6 +151,33 @@ def test_shorter_documents_and_dropout_are_simulated(tiny_llama) -> None:
     assert peaks[0.0, 64] <= peaks[0.0, 256]
 
 
+def test_what_is_offloaded_lies_in_host_memory_and_not_on_the_device(tiny_llama) -> None:
+    folder = tiny_llama("llama31")
+    shape = read_shape(folder)
+    trained = shape.adapter_parameters(shape.linear_shapes(), range(shape.num_layers), 16)
+    found = {
+        offload: simulate(
+            config_of(str(folder), parallel={"offload": offload}, train={"sequence_length": 64, "global_batch": 4}),
+            shape,
+            num_nodes=1,
+            gpus_per_node=2,
+            device_bytes=GIB,
+        )
+        for offload in ("none", "base", "optimizer", "all")
+    }
+    base, moments = nf4_share(shape, 2), 8 * trained + 4
+    copies = 4 * trained  # of the parameters, which are updated there
+    assert {offload: each.host_bytes for offload, each in found.items()} == {
+        "none": 0,
+        "base": base,
+        "optimizer": moments + copies,
+        "all": base + moments + copies,
+    }
+    for offload, each in found.items():
+        assert each.composition["base shard"] == (base if offload in ("none", "optimizer") else 0)
+        assert each.composition["optimizer"] == (moments if offload in ("none", "base") else 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("base_shard", ["node", "world"])
 def test_405b_on_128_gpus_is_simulated_whole(base_shard) -> None:
