@@ -45,12 +45,14 @@ class Change:
     settings: tuple[str, ...]
     num_nodes: int
     device_bytes: int
+    host_bytes: int  # of a node
     step_s: tuple[float, float]
 
     def __str__(self) -> str:
         low, high = self.step_s
         return (
-            f"{' '.join(self.settings)}: {self.device_bytes / GIB:.1f} GiB a GPU, a step of {low:.2g} to {high:.2g} s"
+            f"{' '.join(self.settings)}: {self.device_bytes / GIB:.1f} GiB a GPU and {self.host_bytes / GIB:,.0f} GiB of "
+            f"host memory a node, a step of {low:.3g} to {high:.3g} s"
         )
 
 
