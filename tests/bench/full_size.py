@@ -15,31 +15,41 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
-from dist_lora.base.llama import build_on_meta
-from dist_lora.base.quant.formats import format_of
+from dist_lora.config.schema import Config
 from dist_lora.herd.facts import read_shape
+from dist_lora.plan.arithmetic import Setup, end_bytes, memory_of, setup_of
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
-ADAPTER_BYTES = 16  # a trained weight: itself, its gradient, two moments
 
 
-def expected_bytes(folder: Path, *, nproc: int, quant: str, rank: int = 16) -> dict[str, float]:
-    """What a rank holds, by arithmetic: its shard, the largest thing gathered, the adapters."""
-    shape = read_shape(folder)
-    model = build_on_meta(shape, dtype=torch.float32, fmt=format_of(quant, torch.float32))
-    whole = sum(p.numel() * p.element_size() for p in model.base_parameters().values())
-    end = 4 * shape.vocab * shape.hidden
-    targets = tuple(shape.linear_shapes())
-    trained = shape.adapter_parameters(targets, range(shape.num_layers), rank)
-    return {
-        "shard": whole / nproc,
-        # FSDP2 gathers into one buffer and copies it out into the parameter.
-        "embedding or head while it is gathered": 2.0 * end,
-        "adapters with gradients and moments": float(ADAPTER_BYTES * trained),
-    }
+def imported_bytes() -> int:
+    """What a process holds that has only imported what a rank needs."""
+    program = (
+        "import dist_lora.train.main, dist_lora.parallel.fsdp2, dist_lora.parallel.rank, transformers\n"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    return 1024 * int(done.stdout)
+
+
+def setup_for(folder: Path, *, nproc: int, quant: str, tokens: int) -> Setup:
+    """The run, as the plan sees it."""
+    config = Config.model_validate(
+        {
+            "run": "full-size",
+            "model": {"name": str(folder), "quant": quant, "dtype": "fp32"},
+            "data": {"train": "unused"},
+            "train": {
+                "steps": 1,
+                "global_batch": nproc,
+                "micro_batch": 1,
+                "sequence_length": tokens,
+                "activation_checkpointing": True,
+            },
+        }
+    )
+    setup_of(config, read_shape(folder), num_nodes=1, gpus_per_node=nproc, device_bytes=12 * GIB, on_gpu=False)
 
 
 def run(folder: Path, work: Path, *, nproc: int, quant: str, tokens: int) -> dict[str, float]:
@@ -86,12 +96,22 @@ def main() -> None:
     parser.add_argument("--quant", choices=("nf4", "int8"), default="nf4")
     parser.add_argument("--tokens", type=int, default=64)
     given = parser.parse_args()
-    expected = expected_bytes(given.folder, nproc=given.nproc, quant=given.quant)
+    setup = setup_for(given.folder, nproc=given.nproc, quant=given.quant, tokens=given.tokens)
+    memory = memory_of(setup)
     with tempfile.TemporaryDirectory() as work:
         found = run(given.folder, Path(work), nproc=given.nproc, quant=given.quant, tokens=given.tokens)
-    for name, num_bytes in expected.items():
+    parts = {
+        "its shard of the base": memory.base,
+        "adapters, gradients, AdamW": memory.adapters + memory.gradients + memory.optimizer,
+        "what is gathered of the base": memory.gathered,
+        "activations and logits": memory.activations + memory.loss + memory.workspace,
+        "a save's copy of what is trained": memory.host,
+        "gloo's own buffer for a gathering": end_bytes(setup),  # NCCL has none
+        "imports": imported_bytes(),
+    }
+    for name, num_bytes in parts.items():
         print(f"{name:40} {num_bytes / GIB:6.2f} GiB by arithmetic")
-    print(f"{'together':40} {sum(expected.values()) / GIB:6.2f} GiB")
+    print(f"{'together, ' + memory.when:40} {sum(parts.values()) / GIB:6.2f} GiB")
     print(f"{'peak of a rank, its whole process':40} {found['peak_bytes'] / GIB:6.2f} GiB measured")
     print(f"{'loading':40} {found['load_s']:6.1f} s")
     print(f"{'the step':40} {found['step_s']:6.1f} s, loss {found['loss']:.4f}")
