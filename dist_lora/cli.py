@@ -79,6 +79,12 @@ def plan(
     is_sweep: Annotated[
         bool, typer.Option("--sweep", help="List the ways to run this model on these machines.")
     ] = False,
+    is_simulated: Annotated[
+        bool, typer.Option("--simulate", help="Run the real step too, on pretended tensors in a pretended world.")
+    ] = False,
+    timeline: Annotated[
+        Path | None, typer.Option(help="With --simulate: where its numbers (.json) and its picture (.svg) go.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """What each GPU will hold, what is sent, how long a step takes, and whether it fits: before anything is started."""
@@ -86,6 +92,11 @@ def plan(
     from dist_lora.plan.command import plan as plan_here
 
     fleets = Fleets(nodes or [1], gpus_per_node, gpu or [], gpu_gib, host_gib)
+    if is_simulated:
+        from dist_lora.plan.simulate_command import simulate_plan
+
+        simulate_plan(_load(config, overrides), fleets, timeline=timeline, prints_json=as_json)
+        return
     plan_here(_load(config, overrides), fleets, is_sweep=is_sweep, as_json=as_json)
 
 

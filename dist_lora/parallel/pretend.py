@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,8 +23,11 @@ def pretended_world(*, num_nodes: int, gpus_per_node: int) -> Iterator[World]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized(), "this process already belongs to a world"
+    environment = dict(os.environ)  # DeepSpeed writes this rank's place there, for whoever is started later to find
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_nodes * gpus_per_node)
     try:
         yield World(0, num_nodes * gpus_per_node, 0, gpus_per_node, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(environment)

@@ -27,6 +27,7 @@ class Setup:
     Args:
         item_bytes: c, of the type that is computed in.
         recompute: activations are computed again in the backward.
+        joins_documents: attention is computed for each document of a pass, and what it gave is joined.
         num_ranks: R of the world; ``local_size`` of a node.
     """
 
@@ -39,6 +40,7 @@ class Setup:
     micro_tokens: int
     passes: int
     recompute: bool
+    joins_documents: bool
     layout: Layout
     num_ranks: int
     local_size: int
@@ -95,6 +97,8 @@ def setup_of(
         micro_tokens=train.micro_batch * train.sequence_length,
         passes=math.ceil(math.ceil(train.global_batch / num_ranks) / train.micro_batch),
         recompute=on_gpu if wanted == "auto" else wanted,
+        joins_documents=train.micro_batch > 1
+        and not (on_gpu and is_half and config.model.attention in ("auto", "varlen")),
         layout=layout,
         num_ranks=num_ranks,
         local_size=config.parallel.node_size or gpus_per_node,
@@ -194,6 +198,7 @@ def kept_bytes_of_a_layer(setup: Setup, layer: int) -> int:
     if begin <= 0:
         numbers += 2 * heads + 2 * shape.num_kv_heads * shape.head_dim
         fp32_numbers += shape.num_heads
+        numbers += heads * (setup.joins_documents and "o_proj" in targets)  # joined, and in parts
     elif begin == 1:
         numbers += heads
     if begin <= 1:

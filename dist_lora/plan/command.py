@@ -44,6 +44,17 @@ class Fleets:
         host_bytes = None if self.host_gib is None else int(self.host_gib * GIB)
         return [Machines(n, self.gpus_per_node, gpu, host_bytes) for gpu in self._gpus() for n in self.num_nodes]
 
+    def single(self) -> Machines:
+        """The machines, where only one kind and number was asked for.
+
+        Raises:
+            ConfigError: there are several.
+        """
+        machines = self.machines()
+        if len(machines) > 1:
+            raise ConfigError("--gpu and --nodes: several of them are for --sweep")
+        return machines[0]
+
     def _gpus(self) -> list[Gpu]:
         if self.gpu_gib is not None:
             # Its speed is taken for that of the default: only its memory is known.
@@ -58,8 +69,8 @@ def plan(config: Config, fleets: Fleets, *, is_sweep: bool, as_json: bool) -> No
         PlanError: it does not fit; all has been printed.
         ConfigError: see ``Fleets`` and ``make_plan``.
     """
-    machines = fleets.machines()
     if is_sweep:
+        machines = fleets.machines()
         plans = sweep(config, machines)
         if as_json:
             print(json.dumps([each.to_json() for each in plans]))
@@ -68,10 +79,13 @@ def plan(config: Config, fleets: Fleets, *, is_sweep: bool, as_json: bool) -> No
         if not plans:
             raise PlanError(f"{config.model.name} fits {' or '.join(map(str, machines))} in no way that was tried")
         return
-    if len(machines) > 1:
-        raise ConfigError("--gpu and --nodes: several of them are for --sweep")
-    found = make_plan(config, machines[0])
+    found = make_plan(config, fleets.single())
     print(json.dumps(found.to_json()) if as_json else "\n".join(lines_of(found)))
+    refuse_what_does_not_fit(found)
+
+
+def refuse_what_does_not_fit(found: Plan) -> None:
+    """Raise ``PlanError``, with both numbers, where a plan does not fit."""
     if not found.fits:
         raise PlanError(_why(found))
 

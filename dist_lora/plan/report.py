@@ -237,7 +237,7 @@ def _try(plan: Plan, settings: Mapping[str, Any], shape: Shape) -> Change | None
     told = tuple(
         f"{name} {value}" if name == "--nodes" else f"{name}={_plain(value)}" for name, value in settings.items()
     )
-    return Change(told, nodes, changed.device_bytes, changed.speed.step_s)
+    return Change(told, nodes, changed.device_bytes, changed.host_bytes, changed.speed.step_s)
 
 
 def _plain(value: object) -> str:

@@ -7,8 +7,9 @@ What asks for a tensor's value gets zero, which decides nothing about what is al
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from dist_lora.base.quant.published import BaseOnDisk
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader, MicroBatch, StepBatch
 from dist_lora.data.tokens import TokenSet
+from dist_lora.errors import ConfigError, SaveError
 from dist_lora.herd.facts import Shape
 from dist_lora.lora.peft_file import BaseIdentity
 from dist_lora.parallel.adapters import FlatAdapters
@@ -32,11 +34,12 @@ from dist_lora.parallel.pretend import pretended_world
 from dist_lora.parallel.wire import Sent, Traffic, traffic
 from dist_lora.parallel.world import World
 from dist_lora.plan.layout import Layout
-from dist_lora.plan.tracker import Kind, Memory, Moment, Tracker, register_run
+from dist_lora.plan.tracker import KINDS, Kind, Memory, Moment, Phase, Tracker, register_run
 from dist_lora.train.build import Base, Placed, Trainee, place
 from dist_lora.train.loop import Run
 from dist_lora.train.signals import StopRequest
 
+MOST_PASSES = 3  # of a step with more the first, the second and the last are run: those between are as the second
 STEP = 3  # the first in which the loop looks neither whether gradients arrive nor how long steps take
 
 
@@ -78,7 +81,7 @@ def simulate(
     device: Literal["gpu", "cpu"] = "gpu",
     document_tokens: int | None = None,
 ) -> Simulation:
-    """One optimizer step of a config on machines that aren't here; takes seconds, and two minutes for 405B.
+    """One optimizer step of a config on machines that aren't here; takes 10 s for 8B and 30 s for 405B on one core.
 
     Local: it opens a process group of its own, so the process may belong to no world. The first rank is seen, whose
     shards are the largest.
@@ -86,21 +89,26 @@ def simulate(
     Args:
         device_bytes: memory of a GPU: what ``parallel``'s ``auto`` goes by.
         device: whose choices ``auto`` takes for number format, attention and recomputation.
-        document_tokens: length of every document; None is ``train.sequence_length``. Sequences are full either way.
+        document_tokens: length of every document; None is ``train.sequence_length``. A sequence holds as many as fit, one
+            without ``train.packing``.
 
     Raises:
-        ConfigError: settings contradict each other, the shape or the world.
+        ConfigError: settings contradict each other, the shape or the world; or there is no GPU.
     """
     started_s = time.monotonic()
+    if num_nodes < 1 or gpus_per_node < 1:
+        raise ConfigError(
+            f"machines: found {num_nodes} nodes of {gpus_per_node} GPUs, expected at least one of each (--nodes, --gpus-per-node)"
+        )
     config = _resolved(config, device)
     with pretended_world(num_nodes=num_nodes, gpus_per_node=gpus_per_node) as world:
+        passes = full_batches(config, world, document_tokens).batch(0).micro_batches
         loader = full_batches(config, world, document_tokens, _Batches)
-        micro = loader.batch(0).micro_batches
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         # FSDP2's meshes are made of real tensors; DeepSpeed makes parameters while it cuts, which must be fake ones.
         with fake if config.parallel.engine == "zero3" else nullcontext():
             placed = place(config, shape, world, name=config.model.name, memory_bytes=device_bytes)
-        memory, sent, host_bytes = _step(config, shape, placed, world, loader, fake)
+        memory, sent, host_bytes = _step(config, shape, placed, world, loader, fake, num_passes=len(passes))
     return Simulation(
         peak_bytes=memory.peak.total_bytes,
         composition=memory.composition,
@@ -108,9 +116,9 @@ def simulate(
         traffic=traffic(sent, world),
         host_bytes=host_bytes,
         layout=placed.engine.layout,
-        micro_batches=len(micro),
-        tokens=max(len(one.ids) for one in micro),
-        pretended=_pretended(config, placed),
+        micro_batches=len(passes),
+        tokens=max(len(one.ids) for one in passes),
+        pretended=_pretended(config, placed, num_passes=len(passes)),
         seconds=time.monotonic() - started_s,
     )
 
@@ -134,7 +142,7 @@ def _resolved(config: Config, device: Literal["gpu", "cpu"]) -> Config:
     )
 
 
-def _pretended(config: Config, placed: Placed) -> tuple[str, ...]:
+def _pretended(config: Config, placed: Placed, *, num_passes: int) -> tuple[str, ...]:
     told = [
         "tensors have sizes and no contents, and collectives return at once: nothing is computed or sent",
         "one stream: on a GPU a gathered block may live on until the stream that used it has come so far",
@@ -144,6 +152,12 @@ def _pretended(config: Config, placed: Placed) -> tuple[str, ...]:
         told.append("flash attention is its declared output and softmax statistics; its kernel doesn't run")
     if placed.engine.layout.base_on_host:
         told.append("the shards of the block that is gathered, brought from the host, aren't counted on the device")
+    if config.model.quant == "int8" and config.model.dtype == "bf16":
+        told.append("int8's dequantization holds 64 MiB more for a moment, within its operator")
+    if num_passes > MOST_PASSES:
+        told.append(
+            f"of {num_passes} micro-batches the first two and the last were run; those between are as the second"
+        )
     return tuple(told)
 
 
@@ -151,7 +165,7 @@ def _pretended(config: Config, placed: Placed) -> tuple[str, ...]:
 
 
 def _step(
-    config: Config, shape: Shape, placed: Placed, world: World, loader: Loader, fake: FakeTensorMode
+    config: Config, shape: Shape, placed: Placed, world: World, loader: Loader, fake: FakeTensorMode, *, num_passes: int
 ) -> tuple[Memory, list[Sent], int]:
     """The memory and the collectives of a step, and the bytes that lie in host memory."""
     model, engine = placed.model, placed.engine
@@ -174,7 +188,8 @@ def _step(
         with tracker:
             run.take_step(STEP, stop)
         tracker.register("gradients", adapters.gradients())
-        return tracker.memory(), tracker.sent, tracker.host_bytes
+    second = tracker.sent[slice(*tracker.forwards[1:3])] if num_passes > MOST_PASSES else []
+    return tracker.memory(), [*tracker.sent, *second * (num_passes - MOST_PASSES)], tracker.host_bytes
 
 
 class _Batches(Loader):
@@ -184,7 +199,11 @@ class _Batches(Loader):
         """See ``Loader.batch``."""
         with _disable_current_modes():
             made = super().batch(step)
-        return dataclasses.replace(made, micro_batches=tuple(map(_without_values, made.micro_batches)))
+        self._all = tuple(map(_without_values, made.micro_batches))  # those that aren't run have their bytes too
+        chosen = self._all
+        if len(chosen) > MOST_PASSES:
+            chosen = (*chosen[: MOST_PASSES - 1], chosen[-1])
+        return dataclasses.replace(made, micro_batches=chosen)
 
 
 def _without_values(micro: MicroBatch) -> MicroBatch:
@@ -203,11 +222,11 @@ def full_batches(
     length = min(document_tokens or train.sequence_length, train.sequence_length)
     each = train.sequence_length // length if train.packing else 1
     count = train.global_batch * each
-    ids = np.zeros(count * length, np.uint32)
+    ids = np.broadcast_to(np.zeros(1, np.uint32), count * length)
     lengths = np.full(count, length, np.int64)
     documents = TokenSet(
         ids=ids,
-        is_target=np.ones(len(ids), bool),
+        is_target=np.broadcast_to(np.ones(1, bool), count * length),
         starts=np.arange(count, dtype=np.int64) * length,
         lengths=lengths,
         num_targets=lengths - 1,
@@ -228,6 +247,92 @@ def full_batches(
 # What is drawn
 
 
-def write_timeline(simulation: Simulation, path: Path) -> None:
-    """Write a simulation as JSON beside its picture: ``path`` ends in .json, .svg lies beside it."""
-    raise NotImplementedError
+def write_timeline(simulation: Simulation, path: Path) -> list[Path]:
+    """Write a simulation's numbers and its timeline as JSON, and a picture of it as SVG; returns both files.
+
+    ``path`` names them, with or without an ending: ``runs/plan/step`` becomes step.json and step.svg there.
+
+    Raises:
+        SaveError: the disk refuses.
+    """
+    base = path.with_suffix("") if path.suffix in (".json", ".svg", ".png") else path
+    texts = {".json": json.dumps(as_json(simulation)) + "\n", ".svg": _svg(simulation)}
+    written = [base.with_name(base.name + ending) for ending in texts]
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        for file, text in zip(written, texts.values(), strict=True):
+            file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SaveError(f"{base}: can't be written: {error.strerror or error}. Name another place.") from error
+    return written
+
+
+def as_json(simulation: Simulation) -> dict[str, Any]:
+    """All of a simulation in JSON's types; a moment of the timeline is [event, phase, bytes of each of ``kinds``]."""
+    plain = dataclasses.asdict(simulation)
+    plain["kinds"] = list(KINDS)
+    plain["timeline"] = [[moment.event, moment.phase, *moment.by_kind] for moment in simulation.timeline]
+    return plain
+
+
+_WIDTH, _HEIGHT, _LEFT, _TOP = 1000, 420, 70, 40
+_COLOURS = ("#4e79a7", "#a0cbe8", "#59a14f", "#8cd17d", "#f28e2b", "#ffbe7d", "#e15759", "#b07aa1", "#bab0ac")
+
+_PHASES: dict[Phase, str] = {
+    "forward": "#59a14f",
+    "head": "#f28e2b",
+    "backward": "#4e79a7",
+    "recompute": "#a0cbe8",
+    "update": "#bab0ac",
+}
+
+
+def _svg(simulation: Simulation) -> str:
+    """The timeline as stacked areas, the first kind lowest: bytes over the events of a step."""
+    moments = simulation.timeline
+    last, peak = max(1, moments[-1].event), max(1, simulation.peak_bytes)
+    heights = np.cumsum([moment.by_kind for moment in moments], axis=1) / peak * _HEIGHT
+    across = [_LEFT + moment.event / last * _WIDTH for moment in moments]
+    bottom = _TOP + _HEIGHT
+    parts = []
+    for column, (kind, colour) in enumerate(zip(KINDS, _COLOURS, strict=True)):
+        upper = [(x, bottom - heights[i, column]) for i, x in enumerate(across)]
+        lower = [(x, bottom - (heights[i, column - 1] if column else 0)) for i, x in enumerate(across)]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in [*upper, *reversed(lower)])
+        size = simulation.composition[kind]
+        parts.append(f'<polygon fill="{colour}" points="{points}"><title>{kind}</title></polygon>')
+        parts += _legend(f"{kind}: {_size(size)}", colour, x=_LEFT + _WIDTH + 16, y=_TOP + 14 + 22 * column)
+    parts += _phases(moments, across, top=bottom + 6)
+    for quarter in range(5):
+        y: float = bottom - quarter / 4 * _HEIGHT
+        parts.append(f'<line x1="{_LEFT}" x2="{_LEFT + _WIDTH}" y1="{y}" y2="{y}" stroke="#0003"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{_size(peak * quarter / 4)}</text>')
+    title = f"{_size(simulation.peak_bytes)} at the peak of a step: at right what it is made of, below all events of it"
+    width, height = _LEFT + _WIDTH + 250, bottom + 50
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">'
+        f'<rect width="{width}" height="{height}" fill="#fff"/><text x="{_LEFT}" y="24" font-size="15">{title}</text>'
+        + "".join(parts)
+        + "</svg>\n"
+    )
+
+
+def _phases(moments: Sequence[Moment], across: Sequence[float], *, top: float) -> list[str]:
+    """A strip below the areas that says what the step is at."""
+    parts = []
+    for i, (moment, x) in enumerate(zip(moments, across, strict=True)):
+        left = across[i - 1] if i else _LEFT
+        colour = _PHASES[moment.phase]
+        parts.append(f'<rect x="{left:.1f}" y="{top}" width="{x - left + 0.2:.1f}" height="10" fill="{colour}"/>')
+    for i, (phase, colour) in enumerate(_PHASES.items()):
+        parts += _legend(phase, colour, x=_LEFT + 110 * i, y=top + 32)
+    return parts
+
+
+def _legend(text: str, colour: str, *, x: float, y: float) -> list[str]:
+    rect = f'<rect x="{x}" y="{y - 11}" width="12" height="12" fill="{colour}"/>'
+    return [rect, f'<text x="{x + 18}" y="{y}">{text}</text>']
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"

@@ -56,7 +56,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a tracker saw: the moment with the most bytes alive, and a timeline that keeps every stretch's highest."""
+    """What a tracker saw: the moment with the most bytes alive, and a timeline with the highest of each stretch."""
 
     peak: Moment
     timeline: tuple[Moment, ...]
@@ -91,9 +91,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.sent: list[Sent] = []
+        self.forwards: list[int] = []  # how much was sent before each forward of the model that is watched
         self._lives: list[_Life] = []
         self._of: dict[int, tuple[weakref.ref[Any], _Life]] = {}  # by the storage's id
         self._event = 0
+        self._is_entered = False
         self._phases: list[tuple[int, Phase]] = [(0, "update")]
         self._span = 0
         self._flags: dict[str, bool] = {"forward": False, "head": False, "recompute": False}
@@ -124,6 +126,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def recompute(*_: Any) -> None:
             self._flags["recompute"] = torch._C._current_graph_task_id() != -1
 
+        model.register_forward_pre_hook(lambda *_: self.forwards.append(len(self.sent)), prepend=True)
         model.register_forward_pre_hook(flag("forward", True), prepend=True)
         model.register_forward_hook(flag("forward", False), always_call=True)
         model.lm_head.register_forward_pre_hook(flag("head", True))
@@ -145,11 +148,13 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
 
         torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
+        self._is_entered = True
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, kind: Any, error: Any, at: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        self._is_entered = False
         super().__exit__(kind, error, at)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -234,7 +239,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 life.kind = kind
 
     def _begin(self, num_bytes: int) -> _Life:
-        self._event += 1
+        self._event += self._is_entered  # what was there before is there at the first event
         life = _Life(num_bytes, self._event, self._phases[-1][1], self._span)
         self._lives.append(life)
         return life
@@ -269,7 +274,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def alive(self) -> dict[Kind, int]:
         """The bytes alive now, by what they are."""
         found = dict.fromkeys(KINDS, 0)
-        for _, life in self._of.values():
+        # A copy: a tensor may be freed at any moment, by the collector or by a thread that has sent it.
+        for _, life in list(self._of.values()):
             if life.is_counted:
                 found[self._kind_of(life)] += life.num_bytes
         return found
@@ -277,7 +283,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @property
     def host_bytes(self) -> int:
         """The bytes alive now that were said to lie elsewhere."""
-        return sum(life.num_bytes for _, life in self._of.values() if not life.is_counted)
+        return sum(life.num_bytes for _, life in list(self._of.values()) if not life.is_counted)
 
     def _kind_of(self, life: _Life) -> Kind:
         if life.kind is not None:
@@ -285,8 +291,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         is_kept = life.is_kept or (life.died is None and self._span != life.span)
         return "activations" if is_kept and life.phase in _LATER else "other"
 
-    def memory(self, *, num_moments: int = 1000) -> Memory:
-        """The peak and a timeline of at most ``num_moments``, of all that was seen so far."""
+    def memory(self, *, num_moments: int = 500) -> Memory:
+        """The peak and a timeline of all that was seen so far: at most ``num_moments``, the first and last among them."""
         num_events = self._event + 1
         changes = np.zeros((num_events, len(KINDS)), np.int64)
         for life in self._lives:
@@ -303,9 +309,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             phase = self._phases[int(np.searchsorted(starts, event, side="left")) - 1 if event else 0][1]
             return Moment(event, phase, int(total[event]), tuple(int(value) for value in by_kind[event]))
 
-        bounds = np.linspace(0, num_events, min(num_moments, num_events) + 1).astype(int)
-        highest = [int(a + total[a:b].argmax()) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
-        return Memory(moment(int(total.argmax())), tuple(map(moment, highest)), num_events)
+        bounds = np.linspace(0, num_events, num_moments - 1).astype(int)
+        highest = {int(a + total[a:b].argmax()) for a, b in zip(bounds, bounds[1:], strict=False) if b > a}
+        shown = sorted(highest | {0, num_events - 1})
+        return Memory(moment(int(total.argmax())), tuple(map(moment, shown)), num_events)
 
 
 def register_run(tracker: Tracker, model: Llama, engine: SingleProcess, adapters: FlatAdapters) -> None:

@@ -21,7 +21,6 @@ from tests.ranks.tiny import config_of, trainee_of
 
 BASES = ("none", "nf4", "int8")
 WORLDS = {"1": (1, 1), "2": (2, 2), "2 x 2": (4, 2)}  # ranks, ranks of a node
-MIB = 2**20
 
 
 # Known allocations
@@ -65,10 +64,10 @@ def test_a_storage_that_is_emptied_and_regrown_counts_what_it_has() -> None:
 
 def test_the_timeline_keeps_the_peak_however_few_moments_it_has() -> None:
     with (tracker := Tracker()):
-        for size in (10, 2000, 10, 10, 10, 10, 10, 10):
+        for size in (10, 10, 10, 2000, 10, 10, 10, 10):
             torch.zeros(size)
-    timeline = tracker.memory(num_moments=3).timeline
-    assert len(timeline) <= 3
+    timeline = tracker.memory(num_moments=4).timeline
+    assert len(timeline) <= 4
     assert max(moment.total_bytes for moment in timeline) == 8000
 
 
@@ -156,19 +155,27 @@ def test_what_stays_from_step_to_step_is_the_arithmetic_to_the_byte(ranks, tiny_
 
 ZERO3 = {"engine": "zero3", "base_shard": "world", "adapters": "shard"}
 CASES = [
-    *((quant, world, {}, False) for quant in BASES for world in WORLDS),
-    ("nf4", "2", {"adapters": "shard"}, False),
+    *(("nf4", world, {}, False) for world in WORLDS),
+    ("none", "2", {}, False),
+    ("int8", "2", {}, False),
     ("nf4", "2 x 2", {"adapters": "shard"}, True),
     ("int8", "2 x 2", {"base_shard": "world"}, True),
-    ("none", "1", {}, True),
     ("nf4", "2", {"offload": "all"}, False),
     ("none", "1", {"engine": "fsdp2"}, True),
-    *((quant, "2", ZERO3, quant == "nf4") for quant in BASES),
+    ("nf4", "2", ZERO3, True),
+]
+MORE_CASES = [
+    *((quant, world, {}, False) for quant in ("none", "int8") for world in ("1", "2 x 2")),
+    ("nf4", "2", {"adapters": "shard"}, False),
+    ("none", "1", {}, True),
+    *((quant, "2", ZERO3, False) for quant in ("none", "int8")),
     ("nf4", "2 x 2", ZERO3, True),
 ]
 
 
-@pytest.mark.parametrize("quant, world, parallel, recompute", CASES)
+@pytest.mark.parametrize(
+    "quant, world, parallel, recompute", [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES)]
+)
 def test_the_simulation_is_the_real_run(ranks, tiny_llama, quant, world, parallel, recompute) -> None:
     config = config_for(
         tiny_llama("llama31", num_layers=4),
@@ -180,9 +187,7 @@ def test_the_simulation_is_the_real_run(ranks, tiny_llama, quant, world, paralle
     pretended = simulated(config, world)
     seen = ranks(size).run(tracked_step, config, node_size=node_size)
     fullest = max(one.memory.peak.total_bytes for one in seen)
-    print(quant, world, parallel, recompute, pretended.peak_bytes, fullest, pretended.seconds)
-    print(pretended.composition, seen[0].memory.composition)
-    assert pretended.peak_bytes == pytest.approx(fullest, rel=0.05)
+    assert pretended.peak_bytes == pytest.approx(fullest, rel=1e-3)  # some scalars are other ones
     for kind, num_bytes in seen[0].memory.composition.items():
-        assert pretended.composition[kind] == pytest.approx(num_bytes, rel=0.05, abs=0.01 * fullest), kind
+        assert pretended.composition[kind] == pytest.approx(num_bytes, rel=1e-3), kind
     assert Counter(pretended.traffic) == Counter(seen[0].traffic)

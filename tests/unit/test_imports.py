@@ -31,6 +31,7 @@ ROAD = (
     "train",
     "plan.tracker",  # sees the tensors of any run
     "plan.simulate",  # runs the real loop on pretend tensors
+    "plan.simulate_command",
     "cli",
     "__main__",
 )
@@ -356,7 +357,7 @@ LIGHT = [
     name
     for name in SOURCES
     if name.startswith(("dist_lora.config.", "dist_lora.herd.", "dist_lora.plan."))
-    and name not in ("dist_lora.plan.tracker", "dist_lora.plan.simulate")
+    and name not in ("dist_lora.plan.tracker", "dist_lora.plan.simulate", "dist_lora.plan.simulate_command")
 ]
 
 

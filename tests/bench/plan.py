@@ -1,0 +1,142 @@
+"""The plan beside the simulated step, beside what a real run on this machine allocates, beside what its process takes.
+
+    bash launch/quickstart.sh        # once: SmolLM2-135M
+    python -m tests.bench.plan [--quick]
+
+Planned: ``dist_lora.plan.arithmetic``. Simulated: the real step on fake tensors. Tracked: the fullest rank of a real gloo
+run, by the same tracker. Process: the most that a rank of ``dist-lora train`` has held, beside what a rank holds that has
+only imported what it needs, plus the plan, plus a save's copy of what is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from dist_lora.config.schema import Config
+from dist_lora.herd.facts import read_shape
+from dist_lora.plan.arithmetic import memory_of, setup_of
+from dist_lora.plan.simulate import simulate
+from dist_lora.plan.traffic import collectives_of
+from tests.ranks import pool
+from tests.ranks.pool import Ranks
+from tests.ranks.test_tracker import WORLDS, tracked_step
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / ".cache" / "smollm2-135m-instruct"
+MIB = 2**20
+DEVICE_BYTES = 8 * 2**30
+IMPORTED = """
+import dist_lora.train.main, dist_lora.parallel.fsdp2, dist_lora.parallel.rank, transformers, torch
+transformers.AutoTokenizer
+print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])
+"""
+
+
+def config_for(quant: str, adapters: str, **train: Any) -> Config:
+    """SmolLM2 in fp32, as on this machine."""
+    return Config.model_validate(
+        {
+            "run": "it",
+            "model": {"name": str(MODEL), "quant": quant, "dtype": "fp32"},
+            "data": {"train": "unused"},
+            "train": {"sequence_length": 256, "micro_batch": 2, "global_batch": 8, "steps": 9, **train},
+            "parallel": {"adapters": adapters},
+        }
+    )
+
+
+def compare(ranks: Ranks, config: Config, world: str) -> tuple[int, int, int, bool]:
+    """Planned, simulated and tracked bytes; whether the collectives are the real run's to the byte."""
+    size, node_size = WORLDS[world]
+    shape = read_shape(MODEL)
+    machines = {"num_nodes": size // node_size, "gpus_per_node": node_size, "device_bytes": DEVICE_BYTES}
+    setup = setup_of(config, shape, **machines, on_gpu=False)
+    simulated = simulate(config, shape, **machines, device="cpu")
+    seen = ranks.run(tracked_step, config, node_size=node_size)
+    sent = sum(each.num_bytes for each in seen[0].traffic)
+    is_same = sum(each.count * each.num_bytes for each in collectives_of(setup)) == sent
+    return memory_of(setup).device, simulated.peak_bytes, max(s.memory.peak.total_bytes for s in seen), is_same
+
+
+def table_of_tensors(worlds: list[str]) -> None:
+    """Print planned, simulated and tracked."""
+    print(
+        "| base | adapters | activations | ranks | planned, MiB | simulated | tracked | sent |\n|---|---|---|---|---|---|---|---|"
+    )
+    for world in worlds:
+        size, _ = WORLDS[world]
+        with closing(Ranks(size)) as ranks:
+            for quant in ("none", "nf4", "int8"):
+                for adapters, again in (("replicate", False), ("replicate" if size == 1 else "shard", True)):
+                    config = config_for(quant, adapters, activation_checkpointing=again)
+                    planned, simulated, tracked, is_same = compare(ranks, config, world)
+                    off = [f"{value / MIB:.1f} ({value / planned - 1:+.2%})" for value in (simulated, tracked)]
+                    kept = "recomputed" if again else "kept"
+                    told = "as planned" if is_same else "otherwise"
+                    print(
+                        f"| {quant} | {adapters} | {kept} | {world} | {planned / MIB:.1f} | {off[0]} | {off[1]} | {told} |",
+                        flush=True,
+                    )
+
+
+def table_of_processes() -> None:
+    """Print what processes of the command take, beside what explains it."""
+    imported = 1024 * int(
+        subprocess.run([sys.executable, "-c", IMPORTED], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    )
+    print("| base | ranks | planned, MiB | with imports and a save's copy | most of a process |\n|---|---|---|---|---|")
+    for quant in ("none", "nf4", "int8"):
+        for nproc in (1, 2):
+            config = config_for(quant, "replicate")
+            setup = setup_of(
+                config, read_shape(MODEL), num_nodes=1, gpus_per_node=nproc, device_bytes=DEVICE_BYTES, on_gpu=False
+            )
+            memory = memory_of(setup)
+            explained = imported + memory.device + memory.host
+            with tempfile.TemporaryDirectory() as folder:
+                found = train(config, Path(folder), nproc)
+            print(
+                f"| {quant} | {nproc} | {memory.device / MIB:.0f} | {explained / MIB:.0f} | {found / MIB:.0f} ({found / explained - 1:+.1%}) |",
+                flush=True,
+            )
+
+
+def train(config: Config, folder: Path, nproc: int) -> int:
+    """Train three full steps by the command; the most bytes that a rank has held."""
+    tokens = config.train.sequence_length
+    (folder / "data.jsonl").write_text("".join(json.dumps({"text": f"{i} " * tokens}) + "\n" for i in range(64)))
+    tree = config.model_dump(mode="json")
+    tree["data"] |= {
+        "train": str(folder / "data.jsonl"),
+        "cache_dir": str(folder / "cache"),
+        "untrained_tokens": "allow",
+    }
+    tree["train"] |= {"steps": 3}
+    tree |= {"runs_dir": str(folder / "runs"), "log": {"trackers": []}}
+    (folder / "it.yaml").write_text(json.dumps(tree))
+    command = [sys.executable, "-m", "dist_lora", "train", str(folder / "it.yaml"), "--nproc", str(nproc)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    return max(json.loads((folder / "runs" / "it" / "summary.json").read_text())["peak_bytes"])
+
+
+def main() -> None:
+    """The command: see the top of this file."""
+    parser = argparse.ArgumentParser(description="The plan beside what is.")
+    parser.add_argument("--quick", action="store_true", help="two ranks alone, and no processes")
+    given = parser.parse_args()
+    pool.TIMEOUT_S = 600
+    table_of_tensors(["2"] if given.quick else list(WORLDS))
+    if not given.quick:
+        print()
+        table_of_processes()
+
+
+if __name__ == "__main__":
+    main()

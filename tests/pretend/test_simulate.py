@@ -1,0 +1,193 @@
+"""Steps on machines that aren't here: what the fullest rank holds and sends, against formulas by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import xml.etree.ElementTree as ET
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from dist_lora.config.schema import Config
+from dist_lora.errors import ConfigError, SaveError
+from dist_lora.herd.facts import MEMBERS, Shape, read_shape
+from dist_lora.plan.simulate import Simulation, simulate, write_timeline
+
+GIB = 2**30
+MIB = 2**20
+
+
+def config_of(name: str, **settings: dict[str, object]) -> Config:
+    tree: dict[str, Any] = {"run": "t", "model": {"name": name, "quant": "nf4"}, "data": {"train": "unused"}}
+    for section, values in settings.items():
+        tree[section] = {**tree.get(section, {}), **values}
+    return Config.model_validate(tree)
+
+
+def nf4_share(shape: Shape, num_ranks: int) -> float:
+    """Bytes of a rank's part of a base in NF4 and bf16, where rows divide evenly."""
+    linears = sum(out * in_ for out, in_ in shape.linear_shapes().values()) * shape.num_layers
+    return (linears * 0.5625 + 2 * (shape.num_parameters() - linears)) / num_ranks
+
+
+def crossing(simulation: Simulation, axis: str) -> int:
+    return sum(traffic.num_bytes for traffic in simulation.traffic if traffic.axis == axis)
+
+
+@pytest.fixture(scope="module")
+def eight() -> Simulation:
+    config = config_of("3.1-8b", train={"global_batch": 8, "micro_batch": 1}, parallel={"adapters": "replicate"})
+    return simulate(config, MEMBERS["3.1-8b"].shape, num_nodes=1, gpus_per_node=8, device_bytes=80 * GIB)
+
+
+def test_8b_on_eight_gpus_holds_at_its_peak_what_formulas_say(eight) -> None:
+    shape = MEMBERS["3.1-8b"].shape
+    trained = shape.adapter_parameters(shape.linear_shapes(), range(shape.num_layers), 16)
+    ends = 2 * shape.vocab * shape.hidden
+    row = 2048 * shape.hidden * 2  # one activation, bf16
+    found = eight.composition
+    assert found["base shard"] == nf4_share(shape, 8)
+    assert found["adapters"] == found["gradients"] == 4 * trained
+    assert found["optimizer"] == 8 * trained + 4
+    # The peak is in the head: FSDP2 holds it twice, as it was sent and as it is used, and the last norm.
+    assert found["gathered base"] == pytest.approx(2 * ends, rel=1e-3)
+    # A block's input each, the last one's output, its normed rows and their gradient; cosine and sine.
+    assert found["activations"] == pytest.approx((shape.num_layers + 3) * row, rel=2e-3)
+    rows = 2**25 // shape.vocab
+    assert found["logits"] == pytest.approx(rows * shape.vocab * (4 + 4 + 2), rel=0.01)
+    assert eight.peak_bytes == sum(found.values()) == max(moment.total_bytes for moment in eight.timeline)
+
+
+def test_8b_on_eight_gpus_sends_each_block_twice_as_it_is_stored_and_each_end_once(eight) -> None:
+    shape = MEMBERS["3.1-8b"].shape
+    trained = shape.adapter_parameters(shape.linear_shapes(), range(shape.num_layers), 16)
+    ends = 2 * 2 * shape.vocab * shape.hidden
+    whole = 8 * nf4_share(shape, 8)
+    gathered = next(traffic for traffic in eight.traffic if traffic.kind == "_allgather_base_")
+    assert gathered.num_bytes == 2 * (whole - ends - 2 * shape.hidden) + ends + 2 * shape.hidden
+    assert gathered.count == 2 * shape.num_layers + 3
+    reduced = next(traffic for traffic in eight.traffic if traffic.kind == "allreduce_")
+    assert reduced.num_bytes == 4 * trained + 4 * 4, "the gradients, and the loss with three numbers of the loop"
+    assert crossing(eight, "between nodes") == crossing(eight, "world") == 0
+
+
+def test_the_timeline_begins_with_what_stays_and_ends_with_it(eight) -> None:
+    kept = sum(eight.composition[kind] for kind in ("base shard", "adapters", "gradients", "optimizer"))
+    first, last = eight.timeline[0], eight.timeline[-1]
+    assert first.total_bytes == kept
+    assert kept <= last.total_bytes < kept + 0.1 * MIB
+    assert {moment.phase for moment in eight.timeline} >= {"forward", "head", "backward", "recompute"}
+    assert len(eight.timeline) <= 500
+
+
+def test_the_timeline_is_written_as_numbers_and_as_a_picture(eight, tmp_path) -> None:
+    files = write_timeline(eight, tmp_path / "plan" / "step.png")
+    assert [file.name for file in files] == ["step.json", "step.svg"]
+    told = json.loads(files[0].read_text())
+    assert told["peak_bytes"] == eight.peak_bytes
+    assert max(sum(moment[2:]) for moment in told["timeline"]) == eight.peak_bytes
+    assert told["traffic"][0]["axis"] == "node"
+    texts = [element.text for element in ET.fromstring(files[1].read_text()).iter() if element.text]
+    assert f"base shard: {eight.composition['base shard'] / MIB:,.1f} MiB" in texts
+
+
+def test_a_place_that_can_not_be_written_is_told(eight, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SaveError, match=r"file/step: can't be written: .*Name another place"):
+        write_timeline(eight, tmp_path / "file" / "step")
+
+
+def test_what_was_pretended_is_said_in_sentences(eight, tiny_llama) -> None:
+    assert any("nothing is computed or sent" in told for told in eight.pretended)
+    assert any("flash attention" in told for told in eight.pretended)
+    folder = tiny_llama("llama31")
+    many = config_of(str(folder), train={"global_batch": 10, "micro_batch": 1, "sequence_length": 64})
+    told = simulate(many, read_shape(folder), num_nodes=1, gpus_per_node=2, device_bytes=GIB).pretended
+    assert "of 5 micro-batches the first two and the last were run; those between are as the second" in told
+
+
+@pytest.mark.parametrize("engine, axis", [("fsdp2", "node"), ("zero3", "world")])
+def test_a_simulation_leaves_nothing_behind(tiny_llama, engine, axis) -> None:
+    folder = tiny_llama("llama31")
+    config = config_of(str(folder), parallel={"engine": engine}, train={"sequence_length": 64, "global_batch": 4})
+    before = dict(os.environ)
+    peaks = [
+        simulate(config, read_shape(folder), num_nodes=2, gpus_per_node=2, device_bytes=GIB, device="cpu").peak_bytes
+        for _ in range(2)
+    ]
+    assert peaks[0] == peaks[1]
+    assert dict(os.environ) == before
+    assert not dist.is_initialized()
+
+
+def test_what_a_run_would_refuse_a_simulation_refuses_with_the_same_words(tiny_llama) -> None:
+    folder = tiny_llama("llama31", ffn=96)
+    with pytest.raises(ConfigError, match=r"parallel\.engine: none runs one process and 8 were started"):
+        config = config_of(str(folder), model={"quant": "int8"}, parallel={"engine": "none"})
+        simulate(config, read_shape(folder), num_nodes=1, gpus_per_node=8, device_bytes=GIB)
+    with pytest.raises(ConfigError, match=r"model.quant: nf4 can't keep .*: down_proj: nf4 cuts each row into blocks"):
+        simulate(config_of(str(folder)), read_shape(folder), num_nodes=1, gpus_per_node=2, device_bytes=GIB)
+    with pytest.raises(ConfigError, match=r"found 0 nodes of 8 GPUs, expected at least one of each"):
+        simulate(config_of(str(folder)), read_shape(folder), num_nodes=0, gpus_per_node=8, device_bytes=GIB)
+    assert not dist.is_initialized(), "a refusal closes the pretended world too"
+
+
+def test_shorter_documents_and_dropout_are_simulated(tiny_llama) -> None:
+    folder = tiny_llama("llama31")
+    shape = read_shape(folder)
+    train: dict[str, object] = {"sequence_length": 256, "global_batch": 2, "micro_batch": 1}
+    peaks = {}
+    for dropout in (0.0, 0.5):
+        for tokens in (256, 64):
+            config = config_of(str(folder), train=train, lora={"dropout": dropout}, model={"attention": "eager"})
+            found = simulate(
+                config, shape, num_nodes=1, gpus_per_node=2, device_bytes=GIB, document_tokens=tokens, device="cpu"
+            )
+            assert found.tokens == 256
+            peaks[dropout, tokens] = found.peak_bytes
+    assert peaks[0.5, 256] > peaks[0.0, 256], "dropout keeps masks"
+    assert peaks[0.0, 64] <= peaks[0.0, 256]
+
+
+def test_what_is_offloaded_lies_in_host_memory_and_not_on_the_device(tiny_llama) -> None:
+    folder = tiny_llama("llama31")
+    shape = read_shape(folder)
+    trained = shape.adapter_parameters(shape.linear_shapes(), range(shape.num_layers), 16)
+    found = {
+        offload: simulate(
+            config_of(str(folder), parallel={"offload": offload}, train={"sequence_length": 64, "global_batch": 4}),
+            shape,
+            num_nodes=1,
+            gpus_per_node=2,
+            device_bytes=GIB,
+        )
+        for offload in ("none", "base", "optimizer", "all")
+    }
+    base, moments = nf4_share(shape, 2), 8 * trained + 4
+    copies = 4 * trained  # of the parameters, which are updated there
+    assert {offload: each.host_bytes for offload, each in found.items()} == {
+        "none": 0,
+        "base": base,
+        "optimizer": moments + copies,
+        "all": base + moments + copies,
+    }
+    for offload, each in found.items():
+        assert each.composition["base shard"] == (base if offload in ("none", "optimizer") else 0)
+        assert each.composition["optimizer"] == (moments if offload in ("none", "base") else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base_shard", ["node", "world"])
+def test_405b_on_128_gpus_is_simulated_whole(base_shard) -> None:
+    shape = MEMBERS["3.1-405b"].shape
+    config = config_of("3.1-405b", train={"global_batch": 128, "micro_batch": 1}, parallel={"base_shard": base_shard})
+    found = simulate(config, shape, num_nodes=16, gpus_per_node=8, device_bytes=80 * GIB)
+    assert found.composition["base shard"] == nf4_share(shape, 8 if base_shard == "node" else 128)
+    trained = shape.adapter_parameters(shape.linear_shapes(), range(shape.num_layers), 16)
+    assert found.composition["adapters"] == 4 * trained / 8, "9 GiB of them are cut over a node"
+    assert crossing(found, "between nodes") == 4 * trained / 8
+    gathered = sum(t.num_bytes for t in found.traffic if t.kind == "_allgather_base_" and t.axis == base_shard)
+    assert gathered >= 2 * 0.97 * nf4_share(shape, 1)
+    assert found.peak_bytes < 60 * GIB
