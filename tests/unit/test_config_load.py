@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_lora.config.load import dump_config, json_schema, load_config
@@ -331,6 +331,7 @@ def test_paths_are_kept_as_typed(tmp_path: Path) -> None:
     assert (config.checkpoint.resume, config.data.train) == (Path("runs/a"), "../t.csv")
 
 
+@settings(deadline=None)
 @given(
     run=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True),
     name=st.one_of(

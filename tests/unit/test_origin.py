@@ -14,9 +14,9 @@ CONFIG = "model: {name: org/x}\ndata: {train: a, format: FORMAT, chat_template: 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (CONFIG.replace("FORMAT", "text").replace("TEMPLATE", "llama3"), Origin("org/x", "llama3", True)),
-        (CONFIG.replace("FORMAT", "messages").replace("TEMPLATE", "null"), Origin("org/x", None, False)),
-        (CONFIG.replace("FORMAT", "messages").replace("TEMPLATE", "7"), Origin("org/x", None, False)),
+        (CONFIG.replace("FORMAT", "text").replace("TEMPLATE", "llama3"), Origin("org/x", "none", "llama3", True)),
+        (CONFIG.replace("FORMAT", "messages").replace("TEMPLATE", "null"), Origin("org/x", "none", None, False)),
+        (CONFIG.replace("FORMAT", "messages").replace("TEMPLATE", "7"), Origin("org/x", "none", None, False)),
         ("model: " + "[" * 5000, Origin()),
         ("a: [", Origin()),
         ("7", Origin()),
