@@ -49,7 +49,7 @@ def setup_for(folder: Path, *, nproc: int, quant: str, tokens: int) -> Setup:
             },
         }
     )
-    setup_of(config, read_shape(folder), num_nodes=1, gpus_per_node=nproc, device_bytes=12 * GIB, on_gpu=False)
+    return setup_of(config, read_shape(folder), num_nodes=1, gpus_per_node=nproc, device_bytes=12 * GIB, on_gpu=False)
 
 
 def run(folder: Path, work: Path, *, nproc: int, quant: str, tokens: int) -> dict[str, float]:

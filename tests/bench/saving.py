@@ -62,7 +62,7 @@ def train_and_save(world: World, folder: str, rank: int, num_steps: int) -> list
         world.agree(f"step {step}", None)
         mode = MODES[step % 3]
         started_s = time.monotonic()
-        run._step(step, stop)
+        run.take_step(step, stop)
         run.progress.step = step
         if mode != MODES[0]:
             run.save()
@@ -142,9 +142,14 @@ def disk(folder: Path, *, num_bytes: int, num_ranks: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     mib = num_bytes // 2**20
     rows = []
-    with tempfile.TemporaryDirectory(dir=folder) as place, closing(Ranks(num_ranks)) as ranks:
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # what dd writes is to be read from no disk
+    with (
+        tempfile.TemporaryDirectory(dir=memory) as shm,
+        tempfile.TemporaryDirectory(dir=folder) as place,
+        closing(Ranks(num_ranks)) as ranks,
+    ):
         there = Path(place)
-        source, target = there / "source", there / "target"
+        source, target = Path(shm) / "source", there / "target"
         subprocess.run(["dd", "if=/dev/urandom", f"of={source}", "bs=1M", f"count={mib}", "status=none"], check=True)
 
         def dd(*arguments: str) -> None:
