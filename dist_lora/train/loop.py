@@ -32,7 +32,7 @@ from dist_lora.train.build import Trainee
 from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.meter import Meter, peak_bytes, sync_metrics, truncate_metrics
 from dist_lora.train.optim import lr_at
-from dist_lora.train.resume import Found, warn_of_versions
+from dist_lora.train.resume import Found, best_of, warn_of_versions
 from dist_lora.train.signals import StopRequest
 
 log = logging.getLogger("dist_lora")
@@ -327,8 +327,7 @@ class Run:
                 f"{len(self._specs())}, or their names or shapes differ: it is another run's checkpoint"
             )
         self.adapters.restore(load_pieces(path, manifest, self.adapters.pieces()), num_steps=manifest.step)
-        best = manifest.progress.get("best_loss")
-        self.progress = Progress(manifest.step, manifest.progress.get("best_step"), math.inf if best is None else best)
+        self.progress = Progress(manifest.step, *best_of(found))
         self.saver.last, self._saved_step = path, manifest.step
         if self.world.is_first:
             truncate_metrics(self.folder, last_step=manifest.step)

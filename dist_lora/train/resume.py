@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,10 @@ def check_same_run(found: Found, *, base: BaseIdentity, data: str, world: World)
     def check() -> None:
         if not world.is_first:
             return
-        then = BaseIdentity(**found.manifest.base)
+        try:
+            then = BaseIdentity(**found.manifest.base)
+        except TypeError as error:
+            raise CheckpointError(f"{found.path}: what its manifest says of the base can't be read: {error}") from error
         other = then.differences(base)
         if other:
             raise ConfigError(f"model.name: {found.path} was trained beside another base: {'; '.join(other)}. {_AGAIN}")
@@ -116,6 +120,22 @@ def _check_changes(config: Config, found: Found, *, is_to_tell: bool) -> None:
         raise ConfigError(f"{found.path} is of a run with other settings:{told}\n{_AGAIN}")
     if by_effect["said"] and is_to_tell:
         log.warning(f"{found.path} goes on with other settings: {'; '.join(map(str, by_effect['said']))}")
+
+
+def best_of(found: Found) -> tuple[int | None, float]:
+    """Step and held-out loss of the best evaluation so far; None and infinity where there was none.
+
+    Raises:
+        CheckpointError: the manifest says neither.
+    """
+    step, loss = (found.manifest.progress.get(name) for name in ("best_step", "best_loss"))
+    if step is None and loss is None:
+        return None, math.inf
+    if not isinstance(step, int) or not isinstance(loss, int | float):
+        raise CheckpointError(
+            f"{found.path}: its manifest has best_step {step!r} and best_loss {loss!r}, expected numbers"
+        )
+    return step, float(loss)
 
 
 def warn_of_other_lr(found: Found, config: Config, *, num_steps: int) -> None:

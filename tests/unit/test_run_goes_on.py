@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +14,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dist_lora.checkpoint.manifest import read_manifest
+from dist_lora.checkpoint.manifest import MANIFEST_FILE, read_manifest, write_manifest
 from dist_lora.config.schema import Config
-from dist_lora.errors import ConfigError
+from dist_lora.errors import CheckpointError, ConfigError
 from dist_lora.parallel.world import World
 from dist_lora.train import main
 from dist_lora.train.optim import lr_at
@@ -157,6 +159,24 @@ def test_a_checkpoint_of_another_run_may_be_named_and_its_folder_stays_as_it_is(
     assert go_on(settings, caplog) == []
     assert [line["step"] for line in metrics(Path(begun["runs_dir"]) / "next")] == [3, 4]
     assert read_manifest(path).step == 2
+
+
+@pytest.mark.parametrize(
+    "changed, told",
+    [
+        ({"progress": {"best_step": 1, "best_loss": "low"}}, "best_step 1 and best_loss 'low', expected numbers"),
+        ({"base": {"name": "x", "colour": "red"}}, "what its manifest says of the base can't be read"),
+    ],
+    ids=("best", "base"),
+)
+def test_a_manifest_that_someone_signed_by_hand_is_told(begun, changed, told) -> None:
+    path = Path(begun["runs_dir"]) / "it" / "checkpoints" / "step-00000002"
+    manifest = read_manifest(path)
+    (path / MANIFEST_FILE).unlink()
+    write_manifest(path, dataclasses.replace(manifest, **changed))
+    with pytest.raises(CheckpointError, match=re.escape(told)) as raised:
+        train_command(World.alone(), begun)
+    assert raised.value.exit_code == 4
 
 
 def test_the_best_checkpoint_is_kept_and_becomes_the_adapter(begun, tmp_path, monkeypatch) -> None:
