@@ -284,8 +284,10 @@ class _Moment:
 def moments_of(setup: Setup) -> list[_Moment]:
     """The moments of a step of which one is the fullest.
 
-    FSDP2 keeps the buffer of a gathering until the next one: what was gathered last is there twice.
+    FSDP2 keeps the buffer of a gathering until the next one: what was gathered last is there twice. ZeRO-3 fetches ahead
+    and lets go later: in the backward three layers are there (DeepSpeed 0.19.8, by simulation of 8B).
     """
+    is_zero3 = setup.layout.engine == "zero3"
     shape, c = setup.shape, setup.item_bytes
     is_cut = setup.layout.engine != "none"
     stream = setup.micro_tokens * shape.hidden * c  # a layer's output
@@ -300,7 +302,7 @@ def moments_of(setup: Setup) -> list[_Moment]:
     # A tied embedding stays gathered for the whole pass.
     root, ends = (end, (twice - 1) * block) if shape.tied else (0, twice * end)
     adapters = 0
-    if setup.adapter_ranks > 1:
+    if setup.adapter_ranks > 1 and not is_zero3:
         adapters = 2 * FP32 * shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
     # Adapters that are gathered too free the layer's buffer before the head is gathered.
     last_block = 0 if adapters else block
@@ -310,11 +312,19 @@ def moments_of(setup: Setup) -> list[_Moment]:
     return [
         _Moment("at the embedding", twice * root, 0, 0, stream),
         _Moment("in the first layer", (root if shape.tied else end) + twice * block, 0, 0, stream),
-        _Moment("at the end of the forward", root + ends + last_block, kept + last_norm, 0, 2 * stream),
-        _Moment("at the loss", root + ends, kept + last_norm + stream, logits_bytes(setup), 2 * stream),
+        _Moment(
+            "at the end of the forward", root + ends + last_block, kept + last_norm, 0, (5 if is_zero3 else 2) * stream
+        ),
+        _Moment(
+            "at the loss",
+            end + 2 * block if is_zero3 else root + ends,
+            kept + last_norm + stream,
+            logits_bytes(setup),
+            2 * stream,
+        ),
         _Moment(
             "in the backward of the last layer",
-            root + twice * block + adapters,
+            root + (3 if is_zero3 else twice) * block + adapters,
             kept + (of_layers[last] if setup.recompute else 0),
             0,
             gradients + stream,

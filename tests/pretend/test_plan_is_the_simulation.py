@@ -48,6 +48,8 @@ CASES = {
         "3.1-8b", {"model": {"dtype": "fp32"}, "train": {"sequence_length": 256}}, gpus_per_node=2, device="cpu"
     ),
     "offload": Case("3.1-8b", {"parallel": {"offload": "all"}}),
+    "zero3": Case("3.1-8b", {"parallel": {"engine": "zero3"}}),
+    "zero3, nf4": Case("3.1-8b", {"parallel": {"engine": "zero3"}, "model": {"quant": "nf4"}}),
     "short": Case("3.1-8b", {"train": {"micro_batch": 1, "sequence_length": 64}}),
     "high rank": Case("3.1-8b", {"lora": {"rank": 256}, "train": {"sequence_length": 256}}),
 }
@@ -66,5 +68,6 @@ def test_the_plan_is_the_simulated_step(case: Case) -> None:
     simulated = simulate(config, shape, **machines, device=case.device)
     assert memory_of(setup).device == pytest.approx(simulated.peak_bytes, rel=0.01)
     planned = collectives_of(setup)
-    assert sum(each.count for each in planned) == sum(each.count for each in simulated.traffic)
+    if setup.layout.engine != "zero3":  # which sends the same bytes in other pieces
+        assert sum(each.count for each in planned) == sum(each.count for each in simulated.traffic)
     assert sum(each.count * each.num_bytes for each in planned) == sum(each.num_bytes for each in simulated.traffic)
