@@ -285,7 +285,8 @@ def moments_of(setup: Setup) -> list[_Moment]:
     """The moments of a step of which one is the fullest.
 
     FSDP2 keeps the buffer of a gathering until the next one: what was gathered last is there twice. ZeRO-3 fetches ahead
-    and lets go later: in the backward three layers are there (DeepSpeed 0.19.8, by simulation of 8B).
+    and lets go later: in the backward as much as DeepSpeed is allowed (``stage3_max_live_parameters``) may be there, which is
+    an upper bound.
     """
     is_zero3 = setup.layout.engine == "zero3"
     shape, c = setup.shape, setup.item_bytes
@@ -324,7 +325,9 @@ def moments_of(setup: Setup) -> list[_Moment]:
         ),
         _Moment(
             "in the backward of the last layer",
-            root + (3 if is_zero3 else twice) * block + adapters,
+            min((1 if shape.tied else 2) * end + 3 * block, root + shape.num_layers * block)
+            if is_zero3
+            else root + twice * block + adapters,
             kept + (of_layers[last] if setup.recompute else 0),
             0,
             gradients + stream,

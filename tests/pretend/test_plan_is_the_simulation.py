@@ -9,9 +9,9 @@ import pytest
 
 from dist_lora.config.schema import Config
 from dist_lora.herd.facts import MEMBERS
-from dist_lora.plan.arithmetic import memory_of, setup_of
+from dist_lora.plan.arithmetic import Setup, memory_of, setup_of
 from dist_lora.plan.hardware import GPUS
-from dist_lora.plan.simulate import simulate
+from dist_lora.plan.simulate import Simulation, simulate
 from dist_lora.plan.traffic import collectives_of
 
 DEVICE_BYTES = GPUS["h100-80gb"].memory_bytes
@@ -48,26 +48,37 @@ CASES = {
         "3.1-8b", {"model": {"dtype": "fp32"}, "train": {"sequence_length": 256}}, gpus_per_node=2, device="cpu"
     ),
     "offload": Case("3.1-8b", {"parallel": {"offload": "all"}}),
-    "zero3": Case("3.1-8b", {"parallel": {"engine": "zero3"}}),
-    "zero3, nf4": Case("3.1-8b", {"parallel": {"engine": "zero3"}, "model": {"quant": "nf4"}}),
     "short": Case("3.1-8b", {"train": {"micro_batch": 1, "sequence_length": 64}}),
     "high rank": Case("3.1-8b", {"lora": {"rank": 256}, "train": {"sequence_length": 256}}),
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_plan_is_the_simulated_step(case: Case) -> None:
+def planned_and_simulated(case: Case, *, num_layers: int = 3) -> tuple[Setup, Simulation]:
     tree: dict[str, Any] = {"run": "it", "model": {"name": case.member}, "data": {"train": "x"}, "train": {"steps": 9}}
     for section, values in case.settings.items():
         tree[section] = {**tree.get(section, {}), **values}
     tree["train"].setdefault("global_batch", 2 * 2 * case.num_nodes * case.gpus_per_node)
     config = Config.model_validate(tree)
-    shape = dataclasses.replace(MEMBERS[case.member].shape, num_layers=3)
+    shape = dataclasses.replace(MEMBERS[case.member].shape, num_layers=num_layers)
     machines = {"num_nodes": case.num_nodes, "gpus_per_node": case.gpus_per_node, "device_bytes": DEVICE_BYTES}
     setup = setup_of(config, shape, **machines, on_gpu=case.device == "gpu")
-    simulated = simulate(config, shape, **machines, device=case.device)
+    return setup, simulate(config, shape, **machines, device=case.device)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_plan_is_the_simulated_step(case: Case) -> None:
+    setup, simulated = planned_and_simulated(case)
     assert memory_of(setup).device == pytest.approx(simulated.peak_bytes, rel=0.01)
     planned = collectives_of(setup)
-    if setup.layout.engine != "zero3":  # which sends the same bytes in other pieces
-        assert sum(each.count for each in planned) == sum(each.count for each in simulated.traffic)
+    assert sum(each.count for each in planned) == sum(each.count for each in simulated.traffic)
+    assert sum(each.count * each.num_bytes for each in planned) == sum(each.num_bytes for each in simulated.traffic)
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_the_plan_of_zero3_is_no_less_than_the_simulated_step(quant: str) -> None:
+    """DeepSpeed fetches ahead as far as it is let: the plan is what it may hold. It sends the same bytes in other pieces."""
+    case = Case("3.1-8b", {"parallel": {"engine": "zero3"}, "model": {"quant": quant}})
+    setup, simulated = planned_and_simulated(case, num_layers=8)
+    assert 0.99 < memory_of(setup).device / simulated.peak_bytes < 1.25
+    planned = collectives_of(setup)
     assert sum(each.count * each.num_bytes for each in planned) == sum(each.num_bytes for each in simulated.traffic)
