@@ -42,7 +42,7 @@ def run_with_a_strayed_rank(world: World, folder: str, into: str) -> str:
     trainee = trainee_of(config, world)
     loader = Loader(documents(seed=0, lengths=[20, 30]), sequence_length=64, packing=False, global_batch=2,
                     micro_batch=1, seed=0, world_rank=world.world_rank, world_size=world.world_size)  # fmt: skip
-    step_of = Run._step
+    step_of = Run.take_step
 
     def astray(run: Run, *arguments: object) -> object:
         line = step_of(run, *arguments)  # type: ignore[arg-type]
@@ -50,13 +50,13 @@ def run_with_a_strayed_rank(world: World, folder: str, into: str) -> str:
             run.adapters.homes[0].data[7] += 1e-3  # type: ignore[attr-defined]
         return line
 
-    Run._step = astray  # type: ignore[method-assign, assignment]
+    Run.take_step = astray  # type: ignore[method-assign, assignment]
     try:
         run_steps(world, config, trainee, loader, folder=Path(into), num_steps=3)
     except TrainingError as error:
         return str(error)
     finally:
-        Run._step = step_of  # type: ignore[method-assign]
+        Run.take_step = step_of  # type: ignore[method-assign]
     return ""
 
 
