@@ -148,6 +148,19 @@ class World:
             raise error
         raise RankError(f"{stage}: rank {ranks[0]}: {first['message']}", exit_code=first["exit_code"])
 
+    def agree_on(self, stage: str, action: Callable[[], object]) -> None:
+        """Do this rank's part of a stage, and go on only if it did not fail by one of our errors on any. All ranks call it.
+
+        Raises:
+            what ``agree`` raises.
+        """
+        error: DistLoraError | None = None
+        try:
+            action()
+        except DistLoraError as caught:
+            error = caught
+        self.agree(stage, error)
+
     def _comes_soon(self, key: str) -> bool:
         deadline = time.monotonic() + PATIENCE_S
         with self.progress.waiting():

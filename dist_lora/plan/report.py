@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +136,8 @@ def make_plan(config: Config, machines: Machines, *, shape: Shape | None = None)
         ConfigError: settings contradict each other, the model or the machines; or the model's shape is not known here.
         WeightsError: the model's config.json is damaged.
     """
-    shape = shape or shape_of(config)
-    plan = _plan(config, machines, shape)
-    return plan if plan.fits else _with_changes(plan, shape)
+    plan = _plan(config, machines, shape or shape_of(config))
+    return plan if plan.fits else replace(plan, changes=tuple(itertools.islice(_changes(plan), NUM_CHANGES)))
 
 
 def shape_of(config: Config) -> Shape:
@@ -179,22 +178,17 @@ def _steps(config: Config) -> int | None:
 # Changes that make it fit
 
 
-def _with_changes(plan: Plan, shape: Shape) -> Plan:
-    """The plan with the cheapest changes that fit: single ones first, then pairs, then three at once."""
+def _changes(plan: Plan) -> Iterator[Change]:
+    """The cheapest changes that fit: single ones first, then pairs, then three at once; none that holds one before it."""
     single = list(_candidates(plan))
-    found: list[Change] = []
+    found: list[set[str]] = []
     for size in (1, 2, 3):
         for chosen in itertools.combinations(single, size):
-            merged: dict[str, Any] = {}
-            for candidate in chosen:
-                merged |= candidate
-            if len(merged) < size or len(found) == NUM_CHANGES:
-                continue
-            change = _try(plan, merged, shape)
-            is_new = change is not None and not any(set(f.settings) <= set(change.settings) for f in found)
-            if change is not None and is_new:
-                found.append(change)
-    return Plan(plan.config, plan.setup, plan.machines, plan.memory, plan.speed, plan.steps, tuple(found))
+            merged = {name: value for candidate in chosen for name, value in candidate.items()}
+            change = _try(plan, merged) if len(merged) >= size else None
+            if change is not None and not any(before <= set(change.settings) for before in found):
+                found.append(set(change.settings))
+                yield change
 
 
 def _candidates(plan: Plan) -> Iterator[dict[str, Any]]:
@@ -222,24 +216,29 @@ def _candidates(plan: Plan) -> Iterator[dict[str, Any]]:
         yield {"--nodes": plan.machines.num_nodes * factor, "parallel.base_shard": "world"}
 
 
-def _try(plan: Plan, settings: Mapping[str, Any], shape: Shape) -> Change | None:
+def _try(plan: Plan, settings: Mapping[str, Any]) -> Change | None:
     nodes = settings.get("--nodes", plan.machines.num_nodes)
-    machines = Machines(nodes, plan.machines.gpus_per_node, plan.machines.gpu, plan.machines.host_bytes)
     tree = plan.config.model_dump(mode="json")
     for name, value in settings.items():
         if name != "--nodes":
             section, _, key = name.partition(".")
             tree[section][key] = value
-    try:
-        changed = _plan(Config.model_validate(tree), machines, shape)
-    except (ConfigError, ValueError):  # together they are refused
-        return None
-    if not changed.fits:
+    changed = _fitting(tree, replace(plan.machines, num_nodes=nodes), plan.setup.shape)
+    if changed is None:
         return None
     told = tuple(
         f"{name} {value}" if name == "--nodes" else f"{name}={_plain(value)}" for name, value in settings.items()
     )
     return Change(told, nodes, changed.device_bytes, changed.host_bytes, changed.speed.step_s)
+
+
+def _fitting(tree: dict[str, Any], machines: Machines, shape: Shape) -> Plan | None:
+    """The plan of a config as a tree, where it fits; None also where its settings are refused together."""
+    try:
+        plan = _plan(Config.model_validate(tree), machines, shape)
+    except (ConfigError, ValueError):
+        return None
+    return plan if plan.fits else None
 
 
 def _plain(value: object) -> str:
@@ -276,11 +275,3 @@ def _variants(config: Config) -> Iterator[dict[str, Any]]:
         tree["model"]["quant"], tree["parallel"]["base_shard"] = quant, shard
         tree["train"]["micro_batch"], tree["train"]["activation_checkpointing"] = micro, again
         yield tree
-
-
-def _fitting(tree: dict[str, Any], machines: Machines, shape: Shape) -> Plan | None:
-    try:
-        plan = _plan(Config.model_validate(tree), machines, shape)
-    except (ConfigError, ValueError):
-        return None
-    return plan if plan.fits else None

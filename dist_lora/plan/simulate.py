@@ -37,6 +37,7 @@ from dist_lora.plan.layout import Layout
 from dist_lora.plan.tracker import KINDS, Kind, Memory, Moment, Phase, Tracker, register_run
 from dist_lora.train.build import Base, Placed, Trainee, place
 from dist_lora.train.loop import Run
+from dist_lora.train.main import loader_of
 from dist_lora.train.signals import StopRequest
 
 MOST_PASSES = 3  # of a step with more the first, the second and the last are run: those between are as the second
@@ -232,16 +233,7 @@ def full_batches(
         num_targets=lengths - 1,
         sample_ids=np.arange(count),
     )
-    return kind(
-        documents,
-        sequence_length=train.sequence_length,
-        packing=train.packing,
-        global_batch=train.global_batch,
-        micro_batch=train.micro_batch,
-        seed=train.seed,
-        world_rank=world.world_rank,
-        world_size=world.world_size,
-    )
+    return loader_of(config, documents, world, kind)
 
 
 # What is drawn

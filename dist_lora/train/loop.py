@@ -24,7 +24,7 @@ from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader, StepBatch
 from dist_lora.data.tokens import TokenSet
-from dist_lora.errors import CheckpointError, DistLoraError, StoppedOnRequest, TrainingError
+from dist_lora.errors import CheckpointError, StoppedOnRequest, TrainingError
 from dist_lora.lora.attach import layers_of
 from dist_lora.lora.state import Piece
 from dist_lora.parallel.world import World
@@ -297,14 +297,13 @@ class Run:
 
     def _check_room(self) -> None:
         """Raise on all ranks where the disk can't hold the checkpoints that this run is to keep."""
-        section = self.config.checkpoint
-        error: DistLoraError | None = None
-        if self.world.is_first:
-            try:
-                check_room(self.checkpoints, self._specs(), num_kept=section.keep + section.keep_best)
-            except DistLoraError as caught:
-                error = caught
-        self.world.agree("room for the checkpoints", error)
+        section, specs = self.config.checkpoint, self._specs()
+
+        def check() -> None:
+            if self.world.is_first:
+                check_room(self.checkpoints, specs, num_kept=section.keep + section.keep_best)
+
+        self.world.agree_on("room for the checkpoints", check)
 
     def _best(self) -> int | None:
         """The step whose checkpoint is kept however old it is."""

@@ -74,10 +74,10 @@ def _prepare(config: Config, base: Base, world: World, which: Which) -> TokenSet
     )
 
 
-def loader_of(config: Config, tokens: TokenSet, world: World) -> Loader:
+def loader_of(config: Config, tokens: TokenSet, world: World, kind: type[Loader] = Loader) -> Loader:
     """The order of the batches of a run."""
     section = config.train
-    return Loader(
+    return kind(
         tokens,
         sequence_length=section.sequence_length,
         packing=section.packing,
@@ -159,27 +159,22 @@ def _take_up(
                 f"{found.path}: the run has done {found.manifest.step} steps and train.steps is {num_steps}. "
                 "Ask for more steps, or name another run: run=NAME"
             )
-    error: SaveError | None = None
-    if world.is_first:
-        try:
-            write_config(folder, config)
-        except SaveError as caught:
-            error = caught
+
+    def begin() -> None:
+        if not world.is_first:
+            return
+        write_config(folder, config)
         if found is None:
             (folder / "metrics.jsonl").unlink(missing_ok=True)
         else:
             warn_of_other_lr(found, config, num_steps=num_steps)
-    world.agree("the run's config", error)
+
+    world.agree_on("the run's config", begin)
 
 
 def _check_trackers(config: Config, world: World) -> None:
-    error: ConfigError | None = None
-    if world.is_first:  # the only one that has them
-        try:
-            check_trackers(config.log.trackers)
-        except ConfigError as caught:
-            error = caught
-    world.agree("log.trackers", error)
+    # The first rank is the only one that has them.
+    world.agree_on("log.trackers", lambda: check_trackers(config.log.trackers) if world.is_first else None)
 
 
 def _train(run: Run, folder: Path, world: World, stop: StopRequest) -> None:
@@ -212,12 +207,7 @@ def _train(run: Run, folder: Path, world: World, stop: StopRequest) -> None:
 def _check_base(trainee: Trainee, world: World) -> None:
     """All ranks go on only if the frozen base is, on each, as it was filled."""
     world.progress.now("checking the base", kind="long")
-    error: DistLoraError | None = None
-    try:
-        trainee.check_base()
-    except DistLoraError as caught:
-        error = caught
-    world.agree("the frozen base", error)
+    world.agree_on("the frozen base", trainee.check_base)
 
 
 def _finish(run: Run, folder: Path, world: World, *, seconds: float) -> None:

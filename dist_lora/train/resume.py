@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from dist_lora.checkpoint.shards import versions_here
 from dist_lora.config.changes import Change, changes, rule_of
 from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config, OptimSection
-from dist_lora.errors import CheckpointError, ConfigError, DistLoraError
+from dist_lora.errors import CheckpointError, ConfigError
 from dist_lora.lora.peft_file import BaseIdentity
 from dist_lora.parallel.world import World
 from dist_lora.train.optim import lr_at
@@ -50,7 +50,7 @@ def find_checkpoint(config: Config, folder: Path, world: World) -> Found | None:
         found.append(Found(path, read_manifest(path)))
         _check_changes(config, found[0], is_to_tell=world.is_first)
 
-    _on_all(world, "the checkpoint", read)
+    world.agree_on("the checkpoint", read)
     return found[0]
 
 
@@ -64,7 +64,7 @@ def _path_of(config: Config, folder: Path, world: World) -> Path | None:
         if leftover is not None:
             log.warning(f"checkpoint.resume: never: beginning anew beside {leftover}")
         return None
-    _on_all(world, "checkpoint.resume", lambda: verify(wanted) if world.is_first else None)
+    world.agree_on("checkpoint.resume", lambda: verify(wanted) if world.is_first else None)
     return wanted
 
 
@@ -95,7 +95,7 @@ def check_same_run(found: Found, *, base: BaseIdentity, data: str, world: World)
                 f"{trained_on}: a file was edited, or the tokenizer, its template or a rule of data is another. {_AGAIN}"
             )
 
-    _on_all(world, "the base and the data of the checkpoint", check)
+    world.agree_on("the base and the data of the checkpoint", check)
 
 
 _AGAIN = "Bring back what it began with, name another run (run=NAME), or begin anew with checkpoint.resume=never."
@@ -164,12 +164,3 @@ def warn_of_versions(path: Path, then: Mapping[str, str]) -> None:
             f"{path} was saved by other versions: {'; '.join(others)}. The run goes on, and its losses may not be "
             "those it would have had"
         )
-
-
-def _on_all(world: World, stage: str, action: Callable[[], object]) -> None:
-    error: DistLoraError | None = None
-    try:
-        action()
-    except DistLoraError as caught:
-        error = caught
-    world.agree(stage, error)
