@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from dist_lora.config.faults import Fault, SettingPath, dotted, faults_of, show
-from dist_lora.config.schema import Config
+from dist_lora.config.schema import NO_TEXT, Config
 from dist_lora.errors import ConfigError
 
 
@@ -34,18 +34,28 @@ class _Loader(yaml.SafeLoader):
     def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
         """A text that the system takes for a name and UTF-8 can write: escapes may hold what is neither."""
         value = str(super().construct_yaml_str(node))
-        if _NO_TEXT.search(value):
+        if NO_TEXT.search(value):
             raise yaml.constructor.ConstructorError(None, None, "a text with NUL or half a character", node.start_mark)
         return value
 
 
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that :class:`_Loader` would read as numbers."""
+    """Quotes the texts that :class:`_Loader` would read as numbers, and escapes what YAML takes for the end of a line.
+
+    PyYAML (6.0) folds a text at such a character, and what it writes for ``\\x85`` reads back as a space.
+    """
+
+    def represent_text(self, text: str) -> yaml.Node:
+        """A text as it is read back."""
+        style = '"' if any(end in text for end in "\n\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 _MAX_BYTES = 2**20
@@ -250,7 +260,7 @@ def _child(node: yaml.Node | None, part: str | int) -> tuple[yaml.Node, yaml.Nod
 def _apply(overrides: Sequence[str], *, source: _Source) -> Iterator[str]:
     """Write the arguments over the file's settings; gives the faults of their form."""
     for text in overrides:
-        if _NO_TEXT.search(text):
+        if NO_TEXT.search(text):
             yield f"{text!a} (argument): not text in UTF-8"
             continue
         name, equals, written = text.partition("=")

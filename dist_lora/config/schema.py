@@ -115,9 +115,14 @@ def _check_range(layers: str) -> str:
     return layers
 
 
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what the system takes for no name, and UTF-8 can't write
+
+
 def _check_text(text: str) -> str:
     if not text.strip():
         raise ValueError("is empty")
+    if NO_TEXT.search(text):
+        raise ValueError("holds NUL or half a character")
     return text
 
 

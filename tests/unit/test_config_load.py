@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dist_lora.config.load import dump_config, json_schema, load_config
@@ -335,7 +335,8 @@ def test_paths_are_kept_as_typed(tmp_path: Path) -> None:
 @given(
     run=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True),
     name=st.one_of(
-        st.sampled_from(["1e5", "on", "null", "2024-01-01", "0x10", "a: b", "é#", "3.1"]), st.text(min_size=1)
+        st.sampled_from(["1e5", "on", "null", "2024-01-01", "0x10", "a: b", "é#", "3.1"]),
+        st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1),
     ),
     lr=st.floats(min_value=1e-12, max_value=1e3),
     resume=st.sampled_from(["auto", "never", Path("auto"), Path("runs/x"), Path("/a b")]),
@@ -343,6 +344,8 @@ def test_paths_are_kept_as_typed(tmp_path: Path) -> None:
     evaluated=st.one_of(st.none(), st.just("e.jsonl"), st.floats(min_value=0.01, max_value=0.99)),
     train=st.sampled_from([{}, {"steps": 3}, {"epochs": 0.5}, {"activation_checkpointing": False}]),
 )
+@example(run="r", name="0\x85", lr=1.0, resume="auto", layers="all", evaluated=None, train={})
+@example(run="r", name="a\u2028b\nc", lr=1.0, resume="auto", layers="all", evaluated=None, train={})
 def test_a_dumped_config_loads_to_an_equal_one(
     tmp_path_factory: pytest.TempPathFactory,
     run: str,
@@ -415,3 +418,9 @@ def test_reading_a_config_imports_neither_torch_nor_transformers() -> None:
     )
     printed = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"], ids=("NUL", "half a character"))
+def test_a_config_with_a_text_that_no_file_can_hold_can_not_be_built(name: str) -> None:
+    with pytest.raises(ValueError, match="holds NUL or half a character"):
+        Config.model_validate({"run": "r", "model": {"name": name}, "data": {"train": "x"}})
