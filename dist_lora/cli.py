@@ -58,13 +58,46 @@ def train(
 ) -> None:
     """Train adapters; the same command again goes on from the last checkpoint."""
     loaded = _load(config, overrides)
+    if dry_run:
+        _on_ranks(loaded, nproc or 1, lambda world: _train(loaded, world, is_dry=True))
+    from dist_lora.train.status import Mark
+
+    mark = Mark(loaded.runs_dir / loaded.run)
+    before = mark.ended_before()
+    if before is not None:
+        print(f"not started again, since it ended with exit code {before.code}: {before.reason}", file=sys.stderr)
+        sys.exit(before.code)
 
     def work(world: World) -> None:
-        from dist_lora.train.main import train as train_here
+        _train(loaded, world, is_dry=False)
+        if world.is_first:
+            mark.end(None)
 
-        train_here(loaded, world, is_dry=dry_run)
+    _on_ranks(loaded, nproc, work, leave=mark.end)
 
-    _on_ranks(loaded, 1 if dry_run and nproc is None else nproc, work)
+
+def _train(config: Config, world: World, *, is_dry: bool) -> None:
+    from dist_lora.train.main import train as train_here
+
+    train_here(config, world, is_dry=is_dry)
+
+
+@app.command()
+def status(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    since: Annotated[
+        float | None, typer.Option(help="Seconds since 1970: what was left earlier counts as nothing.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how the config's run stands or ended; the exit code is that of its last attempt, 0 while it runs."""
+    from dist_lora.train.status import tell_status
+
+    loaded = _load(config, overrides)
+    told = tell_status(loaded.runs_dir / loaded.run, since_s=since)
+    print(json.dumps(told.to_json()) if as_json else told.text)
+    sys.exit(told.exit_code)
 
 
 @app.command()
@@ -242,8 +275,17 @@ def _in_columns(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _on_ranks(config: Config, nproc: int | None, work: Callable[[World], None]) -> None:
-    """Do the work as the rank that a launcher made of this process, alone, or by starting local ranks."""
+def _on_ranks(
+    config: Config,
+    nproc: int | None,
+    work: Callable[[World], None],
+    *,
+    leave: Callable[[BaseException], None] = lambda error: None,
+) -> NoReturn:
+    """Do the work as the rank that a launcher made of this process, alone, or by starting local ranks.
+
+    ``leave``: called by the rank that tells the user of an error, once it has told.
+    """
     from dist_lora.parallel.place import place_from_environment
 
     place = place_from_environment(os.environ)
@@ -253,7 +295,11 @@ def _on_ranks(config: Config, nproc: int | None, work: Callable[[World], None]) 
         sys.exit(run_ranks(sys.argv[1:], num_ranks=num_ranks))
     from dist_lora.parallel.rank import run_as_rank
 
-    sys.exit(run_as_rank(place, config, work, report=report_error))
+    def report(error: BaseException, who: str) -> None:
+        report_error(error, who)
+        leave(error)
+
+    sys.exit(run_as_rank(place, config, work, report=report))
 
 
 def _num_gpus() -> int:

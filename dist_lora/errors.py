@@ -25,6 +25,10 @@ class ConfigError(DistLoraError, ValueError):
     exit_code = EXIT_USER
 
 
+class RunInUse(ConfigError):
+    """Another process is writing the same run."""
+
+
 class DataError(DistLoraError, ValueError):
     """The training or evaluation data is not what was said of it."""
 
