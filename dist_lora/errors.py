@@ -89,6 +89,10 @@ class StoppedOnRequest(DistLoraError, InterruptedError):
     exit_code = EXIT_STOPPED
 
 
+class StoppedForGood(StoppedOnRequest):
+    """The user asked the run to stop by hand: everything is saved, and no script is to start it again."""
+
+
 class StopNow(BaseException):
     """A signal asked this rank to stop where there is nothing to save: the same command begins again.
 

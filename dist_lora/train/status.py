@@ -3,9 +3,10 @@
 Launchers don't hand on exit codes: torchrun makes 1 of every one (torch 2.13), and a job that Slurm starts again shows
 the last attempt's. So a script asks the mark: one line of text, that a shell reads by ``read -r``::
 
-    CODE STEP STALLED ATTEMPT REASON
+    CODE AGAIN STEP STALLED ATTEMPT REASON
 
-CODE is the exit code, or ``running``; STEP that of the newest checkpoint; STALLED how many attempts in a row have ended
+CODE is the exit code, or ``running``; AGAIN is ``again`` where starting the same command again makes sense, or ``final``;
+STEP that of the newest checkpoint; STALLED how many attempts in a row have ended
 without a newer checkpoint than the one they began with; ATTEMPT names the start of the job.
 """
 
@@ -31,13 +32,17 @@ from dist_lora.errors import (
     EXIT_USER,
     CheckpointError,
     DistLoraError,
+    OutOfMemory,
     RunInUse,
     StopNow,
+    StoppedForGood,
+    TrainingError,
 )
 
 STATUS_FILE = "status"
 RUNNING = "running"
-FINAL = (EXIT_USER, EXIT_PLAN, EXIT_DAMAGED, EXIT_STOPPED)  # starting again within the same job changes nothing
+AGAIN, FINAL = "again", "final"
+MISTAKES = (EXIT_USER, EXIT_PLAN, EXIT_DAMAGED)  # the same command ends in the same way
 REASON_CHARACTERS = 300
 
 
@@ -46,6 +51,7 @@ class Status:
     """A mark, as read. ``code`` is None while the attempt runs (or when it was killed and left no other)."""
 
     code: int | None
+    is_final: bool
     step: int
     stalled: int
     attempt: str
@@ -55,14 +61,15 @@ class Status:
         """As it stands in the file."""
         code = RUNNING if self.code is None else str(self.code)
         reason = " ".join(self.reason.split())[:REASON_CHARACTERS]
-        return f"{code} {self.step} {self.stalled} {self.attempt} {reason}\n"
+        return f"{code} {FINAL if self.is_final else AGAIN} {self.step} {self.stalled} {self.attempt} {reason}\n"
 
 
 def read_status(folder: Path) -> Status | None:
     """The mark of a run's folder; None where there is none that can be read."""
     try:
-        code, step, stalled, attempt, reason = (folder / STATUS_FILE).read_text().split(" ", 4)
-        return Status(None if code == RUNNING else int(code), int(step), int(stalled), attempt, reason.strip())
+        code, kind, *numbers, attempt, reason = (folder / STATUS_FILE).read_text().split(" ", 5)
+        step, stalled = map(int, numbers)
+        return Status(None if code == RUNNING else int(code), kind == FINAL, step, stalled, attempt, reason.strip())
     except (OSError, ValueError):
         return None
 
@@ -79,6 +86,11 @@ def _job_of(attempt: str) -> str:
     return attempt.partition(".")[0]
 
 
+def _is_final(code: int, error: BaseException | None) -> bool:
+    """Whether starting again would be of no use: numbers that went wrong go wrong again, bit for bit."""
+    return code in (EXIT_DONE, *MISTAKES) or isinstance(error, StoppedForGood | TrainingError | OutOfMemory)
+
+
 class Mark:
     """The mark of one attempt at a run; writing it never fails: it helps scripts, and no run ends for want of it."""
 
@@ -90,7 +102,9 @@ class Mark:
     def ended_before(self) -> Status | None:
         """How this very job has ended already, where torchrun starts its workers again in spite of a final code."""
         before = read_status(self.folder) if self._is_restart else None
-        return before if before is not None and before.attempt == self.attempt and before.code in FINAL else None
+        if before is None or before.attempt != self.attempt:
+            return None
+        return before if before.code in (*MISTAKES, EXIT_STOPPED) else None
 
     def begin(self) -> None:
         """Say that this attempt runs. The first rank calls it, once the run's folder is its own."""
@@ -98,7 +112,7 @@ class Mark:
         stalled = 0 if before is None else before.stalled
         if before is not None and before.code is None:  # it was killed, and nobody has counted it
             stalled = 0 if step > before.step else stalled + 1
-        self._write(Status(None, step, stalled, self.attempt, f"since {time.strftime('%Y-%m-%d %H:%M:%S')}"))
+        self._write(Status(None, False, step, stalled, self.attempt, f"since {time.strftime('%Y-%m-%d %H:%M:%S')}"))
 
     def end(self, error: BaseException | None) -> None:
         """Say how it has ended: well (None) or by what. Called by the rank that tells the user."""
@@ -114,7 +128,7 @@ class Mark:
         has_come_on = code == EXIT_DONE or (before is not None and step > before.step)
         stalled = 0 if has_come_on else (before.stalled if before is not None else 0) + 1
         reason = "done" if error is None else str(error) or type(error).__name__
-        self._write(Status(code, step, stalled, self.attempt, reason))
+        self._write(Status(code, _is_final(code, error), step, stalled, self.attempt, reason))
 
     def _before(self) -> Status | None:
         """The mark of this attempt, or of an earlier one of the same job."""

@@ -9,7 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from dist_lora.errors import CheckpointError, ConfigError, PlanError, RankError, RunInUse, StopNow, StoppedOnRequest
+from dist_lora.errors import (
+    CheckpointError,
+    ConfigError,
+    OutOfMemory,
+    PlanError,
+    RankError,
+    RunInUse,
+    SaveError,
+    StopNow,
+    StoppedForGood,
+    StoppedOnRequest,
+    TrainingError,
+)
 from dist_lora.train.run_folder import _lock
 from dist_lora.train.status import Mark, Status, attempt_of, read_status, tell_status
 
@@ -28,11 +40,9 @@ def test_a_shell_reads_the_mark_word_by_word(tmp_path: Path) -> None:
     saved(tmp_path, 120)
     mark(tmp_path).begin()
     mark(tmp_path, 0).end(StoppedOnRequest("stopped on SIGUSR1's request\nat step 120"))
-    script = (
-        'read -r code step stalled attempt reason < "$1"; printf "%s|" "$code" "$step" "$stalled" "$attempt" "$reason"'
-    )
+    script = 'read -r code again step stalled attempt reason < "$1"; printf "%s|" "$code" "$again" "$step" "$stalled" "$attempt" "$reason"'
     told = subprocess.run(["bash", "-c", script, "-", tmp_path / "status"], capture_output=True, text=True, check=True)
-    assert told.stdout == "75|120|1|77.0|stopped on SIGUSR1's request at step 120|"
+    assert told.stdout == "75|again|120|1|77.0|stopped on SIGUSR1's request at step 120|"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".status")] == []
 
 
@@ -45,6 +55,20 @@ def test_the_mark_has_the_exit_code_of_the_error(tmp_path: Path, error: BaseExce
     mark(tmp_path).end(error)
     found = read_status(tmp_path)
     assert found is not None and found.code == code
+
+
+@pytest.mark.parametrize(
+    ("error", "is_final"),
+    [(None, True), (ConfigError("x"), True), (PlanError("x"), True), (CheckpointError("x"), True),
+     (StopNow("x"), False), (StoppedOnRequest("x"), False), (StoppedForGood("x"), True), (ValueError("x"), False),
+     (RankError("x"), False), (TrainingError("x"), True), (OutOfMemory("x"), True), (SaveError("x"), False)],
+)  # fmt: skip
+def test_the_mark_says_whether_starting_again_makes_sense(
+    tmp_path: Path, error: BaseException | None, is_final: bool
+) -> None:
+    mark(tmp_path).end(error)
+    found = read_status(tmp_path)
+    assert found is not None and found.is_final == is_final
 
 
 def test_attempts_without_a_newer_checkpoint_are_counted_until_one_has_come(tmp_path: Path) -> None:
@@ -99,7 +123,9 @@ def test_who_finds_a_run_in_use_leaves_its_mark_alone(tmp_path: Path) -> None:
     assert found is not None and (found.code, found.attempt) == (None, "77.0")
 
 
-@pytest.mark.parametrize("text", ["", "75", "x 1 0 77.0 why", "75 1 0 77.0", "\0\0"])
+@pytest.mark.parametrize(
+    "text", ["", "75", "x again 1 0 77.0 why", "75 again 1 0 77.0", "75 again 1 x 77.0 why", "\0\0"]
+)
 def test_a_mark_that_is_none_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "status").write_text(text)
     assert read_status(tmp_path) is None
@@ -128,7 +154,7 @@ def test_an_attempt_is_named_by_its_job_and_start(environment: dict[str, str], a
 def test_a_restarted_worker_ends_where_starting_again_changes_nothing(
     tmp_path: Path, code: int | None, restarts: str, attempt: str, ends: bool
 ) -> None:
-    (tmp_path / "status").write_text(Status(code, 0, 0, attempt, "why").line())
+    (tmp_path / "status").write_text(Status(code, False, 0, 0, attempt, "why").line())
     found = Mark(tmp_path, {"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": restarts}).ended_before()
     assert (found is not None) == ends
 
