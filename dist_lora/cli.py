@@ -64,7 +64,7 @@ def train(
 
         train_here(loaded, world, is_dry=dry_run)
 
-    _on_ranks(loaded, 1 if dry_run and nproc is None else nproc, work)
+    _on_ranks(loaded, nproc, work, needs_all=not dry_run)
 
 
 @app.command()
@@ -242,12 +242,22 @@ def _in_columns(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _on_ranks(config: Config, nproc: int | None, work: Callable[[World], None]) -> None:
-    """Do the work as the rank that a launcher made of this process, alone, or by starting local ranks."""
+def _on_ranks(config: Config, nproc: int | None, work: Callable[[World], None], *, needs_all: bool = True) -> None:
+    """Do the work as the rank that a launcher made of this process, alone, or by starting local ranks.
+
+    ``needs_all``: work for all GPUs; else one process does where neither a launcher nor ``nproc`` says otherwise.
+    """
     from dist_lora.parallel.place import place_from_environment
 
     place = place_from_environment(os.environ)
-    if place is None and (num_ranks := nproc or _num_gpus()) > 1:
+    if place is not None and nproc not in (None, place.local_size):
+        raise ConfigError(
+            f"--nproc: found {nproc}, and the launcher started {place.local_size} of the {place.world_size} processes on "
+            "each node. Leave --nproc out under a launcher, which says how many there are."
+        )
+    if place is not None and place.world_rank > 0:
+        logging.getLogger("dist_lora").setLevel(logging.ERROR)  # the first rank speaks for all
+    if place is None and (num_ranks := nproc or (_num_gpus() if needs_all else 1)) > 1:
         from dist_lora.parallel.local import run_ranks
 
         sys.exit(run_ranks(sys.argv[1:], num_ranks=num_ranks))
@@ -284,7 +294,7 @@ def report_error(error: BaseException, who: str = "") -> None:
 def main() -> NoReturn:
     """Run a command; returns to the shell with the design's exit codes."""
     logger = logging.getLogger("dist_lora")
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    logger.setLevel(logging.INFO)
     if not logger.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
