@@ -59,7 +59,7 @@ def train(
     """Train adapters; the same command again goes on from the last checkpoint."""
     loaded = _load(config, overrides)
     if dry_run:
-        _on_ranks(loaded, nproc or 1, lambda world: _train(loaded, world, is_dry=True))
+        _on_ranks(loaded, nproc, lambda world: _train(loaded, world, is_dry=True), needs_all=False)
     from dist_lora.train.status import Mark
 
     mark = Mark(loaded.runs_dir / loaded.run)
@@ -280,16 +280,26 @@ def _on_ranks(
     nproc: int | None,
     work: Callable[[World], None],
     *,
+    needs_all: bool = True,
     leave: Callable[[BaseException], None] = lambda error: None,
 ) -> NoReturn:
     """Do the work as the rank that a launcher made of this process, alone, or by starting local ranks.
 
-    ``leave``: called by the rank that tells the user of an error, once it has told.
+    Args:
+        needs_all: work for all GPUs; else one process does where neither a launcher nor ``nproc`` says otherwise.
+        leave: called by the rank that tells the user of an error, once it has told.
     """
     from dist_lora.parallel.place import place_from_environment
 
     place = place_from_environment(os.environ)
-    if place is None and (num_ranks := nproc or _num_gpus()) > 1:
+    if place is not None and nproc not in (None, place.local_size):
+        raise ConfigError(
+            f"--nproc: found {nproc}, and the launcher started {place.local_size} of the {place.world_size} processes on "
+            "each node. Leave --nproc out under a launcher, which says how many there are."
+        )
+    if place is not None and place.world_rank > 0:
+        logging.getLogger("dist_lora").setLevel(logging.ERROR)  # the first rank speaks for all
+    if place is None and (num_ranks := nproc or (_num_gpus() if needs_all else 1)) > 1:
         from dist_lora.parallel.local import run_ranks
 
         sys.exit(run_ranks(sys.argv[1:], num_ranks=num_ranks))
@@ -330,7 +340,7 @@ def report_error(error: BaseException, who: str = "") -> None:
 def main() -> NoReturn:
     """Run a command; returns to the shell with the design's exit codes."""
     logger = logging.getLogger("dist_lora")
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    logger.setLevel(logging.INFO)
     if not logger.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))

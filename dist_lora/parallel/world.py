@@ -309,7 +309,8 @@ def _open_store(place: Place, environment: Mapping[str, str], timeout_s: float) 
     file = environment.get("DIST_LORA_RENDEZVOUS")
     if file:
         return dist.FileStore(file, place.world_size)
-    url = f"env://?rank={place.world_rank}&world_size={place.world_size}"
+    address = "env://" if place.rendezvous is None else "tcp://{}:{}/".format(*place.rendezvous)
+    url = f"{address}?rank={place.world_rank}&world_size={place.world_size}"
     store, _, _ = next(iter(dist.rendezvous(url, timeout=timedelta(seconds=timeout_s))))
     return store
 
