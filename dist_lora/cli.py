@@ -41,6 +41,13 @@ class Quantization(StrEnum):
     INT8 = "int8"
 
 
+class Launcher(StrEnum):
+    """What starts a node's ranks in a Slurm job."""
+
+    SRUN = "srun"
+    TORCHRUN = "torchrun"
+
+
 ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: key=value.", metavar="KEY=VALUE")]
 NumRanks = Annotated[
@@ -131,6 +138,59 @@ def plan(
         simulate_plan(_load(config, overrides), fleets, timeline=timeline, prints_json=as_json)
         return
     plan_here(_load(config, overrides), fleets, is_sweep=is_sweep, as_json=as_json)
+
+
+@app.command()
+def slurm(
+    configs: Annotated[
+        list[str],
+        typer.Argument(
+            help="YAML files (several for an array of jobs) and settings to change: key=value.",
+            metavar="CONFIG... [KEY=VALUE]...",
+        ),
+    ],
+    nodes: Annotated[int, typer.Option(help="Nodes.")],
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU, for the plan.")] = "h100-80gb",
+    launcher: Annotated[Launcher, typer.Option(help="What starts the ranks of a node.")] = Launcher.SRUN,
+    time: Annotated[str | None, typer.Option(help="Time limit, as 36:00:00; default: by the plan.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Account.")] = None,
+    mail: Annotated[str | None, typer.Option(help="Whom to tell how it ends.")] = None,
+    container: Annotated[
+        str | None, typer.Option(help="Image to run in: a .sif file (apptainer), or a name (pyxis).")
+    ] = None,
+    env: Annotated[list[str] | None, typer.Option(help="Variable to set, NAME=VALUE; may be repeated.")] = None,
+    setup: Annotated[
+        list[str] | None, typer.Option(help="Line of bash to run first, as 'module load cuda'; may be repeated.")
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="Further option of sbatch, as --qos=high; may be repeated.")
+    ] = None,
+    cpus_per_gpu: Annotated[int, typer.Option(help="CPU cores for each GPU.")] = 8,
+    max_stalled: Annotated[int, typer.Option(help="Starts in a row without a newer step, then it is given up.")] = 3,
+    python: Annotated[
+        str | None, typer.Option(help="The Python to start; default: this one, or a container's.")
+    ] = None,
+    is_submitted: Annotated[
+        bool, typer.Option("--submit", help="Hand it to sbatch, and print the job's number.")
+    ] = False,
+) -> None:
+    """Print a batch script for Slurm that saves, stops and starts again by itself, filled in by the config's plan."""
+    from dist_lora.plan.hardware import find_gpu
+    from dist_lora.slurm.command import make_script, submit
+    from dist_lora.slurm.job import Request
+
+    request = Request(
+        configs=tuple(Path(name) for name in configs if "=" not in name or Path(name).exists()),
+        overrides=tuple(name for name in configs if "=" in name and not Path(name).exists()),
+        num_nodes=nodes, gpus_per_node=gpus_per_node, gpu=find_gpu(gpu), launcher=launcher.value,
+        python=python or ("python" if container else sys.executable), time=time, partition=partition, account=account,
+        mail=mail, container=container, environment=tuple(env or ()), setup=tuple(setup or ()), extra=tuple(sbatch or ()),
+        cpus_per_gpu=cpus_per_gpu, max_stalled=max_stalled,
+    )  # fmt: skip
+    script = make_script(request)
+    print(submit(script) if is_submitted else script, end="\n" if is_submitted else "")
 
 
 @app.command(name="eval")
