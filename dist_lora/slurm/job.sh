@@ -26,7 +26,9 @@ give_up() {
 
 code=none again=final step=0 stalled=0 marked='' reason=''
 read -r code again step stalled marked reason < "$run_dir/status" || true
-if [[ $marked != "$attempt" ]]; then # it ended before it came to its folder: a mistake, or an import that failed
+if [[ $marked != "$attempt" && $srun_code == 138 ]]; then # USR1 came in the ranks' first moments
+    code=75 again=again stalled=${SLURM_RESTART_COUNT:-0} reason='asked to stop before it could listen'
+elif [[ $marked != "$attempt" ]]; then # it ended before it came to its folder: a mistake, or an import that failed
     say "srun ended with exit code $srun_code and the run left no word of this start"
     exit "$srun_code"
 fi
