@@ -1,3 +1,7 @@
+if [[ -z ${SLURM_JOB_ID-} || -z ${SLURM_JOB_NODELIST-} ]]; then
+    echo "error: SLURM_JOB_ID and SLURM_JOB_NODELIST are not set: this is a script for sbatch" >&2
+    exit 2
+fi
 # Whatever ends this start of the job, the run's folder says how: CODE AGAIN STEP STALLED ATTEMPT REASON. An exit code
 # alone doesn't: torchrun makes 1 of each.
 attempt="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
