@@ -29,7 +29,7 @@ give_up() {
 }
 
 code=none again=final step=0 stalled=0 marked='' reason=''
-read -r code again step stalled marked reason < "$run_dir/status" || true
+[[ ! -e $run_dir/status ]] || read -r code again step stalled marked reason < "$run_dir/status"
 if [[ $marked != "$attempt" && $srun_code == 138 ]]; then # USR1 came in the ranks' first moments
     code=75 again=again stalled=${SLURM_RESTART_COUNT:-0} reason='asked to stop before it could listen'
 elif [[ $marked != "$attempt" ]]; then # it ended before it came to its folder: a mistake, or an import that failed

@@ -32,6 +32,11 @@ def slurm() -> Iterator[Cluster]:
         yield made
 
 
+def faulty(fault: str) -> list[str]:
+    """Options that let a fault into each rank."""
+    return ["--env", f"PYTHONPATH={os.pathsep.join([str(INJECT), str(ROOT)])}", "--env", f"DIST_LORA_FAULT={fault}"]
+
+
 class Jobs:
     """Scripts and configs in one folder, each run with a name of its own."""
 
@@ -128,15 +133,18 @@ def test_a_preempted_run_is_started_again_and_ends_as_if_nothing_had_been(
 
 
 def test_a_run_out_of_time_is_started_again_with_a_new_limit(slurm: Cluster, straight: Jobs) -> None:
-    job = slurm.submit(straight.script(straight.config("limited"), "--nodes", 2, "--time", "10"), straight.folder)
-    straight.wait_for_step("limited", 40, lambda: straight.output("limited", job))
-    slurm.set_limit(job, "1")  # less than what is left and the notice: Slurm sends its signal at once
+    printed = straight.script(
+        straight.config("limited"), "--nodes", 2, "--time", "10", *faulty("slow_steps_until_slurm_starts_it_again")
+    )
+    job = slurm.submit(printed, straight.folder)
+    straight.wait_for_step("limited", 5, lambda: straight.output("limited", job))
+    slurm.set_limit(job, "1")  # what is left is less than the notice: Slurm sends its signal when it looks next
     slurm.wait_for(lambda: slurm.job(job)["Restarts"] == "1", "the job to be started again", timeout_s=TIMEOUT_S)
     slurm.set_limit(job, "10")
     found = slurm.wait(job, timeout_s=TIMEOUT_S)
     told = straight.output("limited", job)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), told
-    assert told.count("exit code 75") == 1 and "scancel" not in told
+    assert "exit code 75" in told and "on SIGUSR1's request" in told
     assert_like(straight, "limited")
 
 
@@ -160,16 +168,14 @@ def test_a_config_that_became_wrong_is_not_started_again(slurm: Cluster, jobs: J
     job = slurm.submit(printed, jobs.folder)
     found = slurm.wait(job, timeout_s=TIMEOUT_S)
     told = jobs.output("typo", job)
-    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "2:0", "0"), told
+    assert (found["JobState"], found["Restarts"]) == ("FAILED", "0"), told
     assert "optimm" in told and "left no word" in told
 
 
 def test_a_run_that_never_comes_on_is_given_up(slurm: Cluster, jobs: Jobs) -> None:
     """A rank is killed before the first save, each time."""
-    faults = f"PYTHONPATH={os.pathsep.join([str(INJECT), str(ROOT)])}"
     printed = jobs.script(
-        jobs.config("stuck"), "--nodes", 2, "--time", "10", "--max-stalled", 2, "--env", faults, "--env",
-        "DIST_LORA_FAULT=kill_of_rank_1_in_step_3",
+        jobs.config("stuck"), "--nodes", 2, "--time", "10", "--max-stalled", 2, *faulty("kill_of_rank_1_in_step_3")
     )  # fmt: skip
     job = slurm.submit(printed, jobs.folder)
     found = slurm.wait(job, timeout_s=TIMEOUT_S)
