@@ -41,6 +41,13 @@ class Quantization(StrEnum):
     INT8 = "int8"
 
 
+class Launcher(StrEnum):
+    """What starts a node's ranks in a Slurm job."""
+
+    SRUN = "srun"
+    TORCHRUN = "torchrun"
+
+
 ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: key=value.", metavar="KEY=VALUE")]
 NumRanks = Annotated[
@@ -58,13 +65,46 @@ def train(
 ) -> None:
     """Train adapters; the same command again goes on from the last checkpoint."""
     loaded = _load(config, overrides)
+    if dry_run:
+        _on_ranks(loaded, nproc, lambda world: _train(loaded, world, is_dry=True), needs_all=False)
+    from dist_lora.train.status import Mark
+
+    mark = Mark(loaded.runs_dir / loaded.run)
+    before = mark.ended_before()
+    if before is not None:
+        print(f"not started again, since it ended with exit code {before.code}: {before.reason}", file=sys.stderr)
+        sys.exit(before.code)
 
     def work(world: World) -> None:
-        from dist_lora.train.main import train as train_here
+        _train(loaded, world, is_dry=False)
+        if world.is_first:
+            mark.end(None)
 
-        train_here(loaded, world, is_dry=dry_run)
+    _on_ranks(loaded, nproc, work, leave=mark.end)
 
-    _on_ranks(loaded, nproc, work, needs_all=not dry_run)
+
+def _train(config: Config, world: World, *, is_dry: bool) -> None:
+    from dist_lora.train.main import train as train_here
+
+    train_here(config, world, is_dry=is_dry)
+
+
+@app.command()
+def status(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    since: Annotated[
+        float | None, typer.Option(help="Seconds since 1970: what was left earlier counts as nothing.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how the config's run stands or ended; the exit code is that of its last attempt, 0 while it runs."""
+    from dist_lora.train.status import tell_status
+
+    loaded = _load(config, overrides)
+    told = tell_status(loaded.runs_dir / loaded.run, since_s=since)
+    print(json.dumps(told.to_json()) if as_json else told.text)
+    sys.exit(told.exit_code)
 
 
 @app.command()
@@ -98,6 +138,59 @@ def plan(
         simulate_plan(_load(config, overrides), fleets, timeline=timeline, prints_json=as_json)
         return
     plan_here(_load(config, overrides), fleets, is_sweep=is_sweep, as_json=as_json)
+
+
+@app.command()
+def slurm(
+    configs: Annotated[
+        list[str],
+        typer.Argument(
+            help="YAML files (several for an array of jobs) and settings to change: key=value.",
+            metavar="CONFIG... [KEY=VALUE]...",
+        ),
+    ],
+    nodes: Annotated[int, typer.Option(help="Nodes.")],
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU, for the plan.")] = "h100-80gb",
+    launcher: Annotated[Launcher, typer.Option(help="What starts the ranks of a node.")] = Launcher.SRUN,
+    time: Annotated[str | None, typer.Option(help="Time limit, as 36:00:00; default: by the plan.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Account.")] = None,
+    mail: Annotated[str | None, typer.Option(help="Whom to tell how it ends.")] = None,
+    container: Annotated[
+        str | None, typer.Option(help="Image to run in: a .sif file (apptainer), or a name (pyxis).")
+    ] = None,
+    env: Annotated[list[str] | None, typer.Option(help="Variable to set, NAME=VALUE; may be repeated.")] = None,
+    setup: Annotated[
+        list[str] | None, typer.Option(help="Line of bash to run first, as 'module load cuda'; may be repeated.")
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="Further option of sbatch, as --qos=high; may be repeated.")
+    ] = None,
+    cpus_per_gpu: Annotated[int, typer.Option(help="CPU cores for each GPU.")] = 8,
+    max_stalled: Annotated[int, typer.Option(help="Starts in a row without a newer step, then it is given up.")] = 3,
+    python: Annotated[
+        str | None, typer.Option(help="The Python to start; default: this one, or a container's.")
+    ] = None,
+    is_submitted: Annotated[
+        bool, typer.Option("--submit", help="Hand it to sbatch, and print the job's number.")
+    ] = False,
+) -> None:
+    """Print a batch script for Slurm that saves, stops and starts again by itself, filled in by the config's plan."""
+    from dist_lora.plan.hardware import find_gpu
+    from dist_lora.slurm.command import make_script, submit
+    from dist_lora.slurm.job import Request
+
+    request = Request(
+        configs=tuple(Path(name) for name in configs if "=" not in name or Path(name).exists()),
+        overrides=tuple(name for name in configs if "=" in name and not Path(name).exists()),
+        num_nodes=nodes, gpus_per_node=gpus_per_node, gpu=find_gpu(gpu), launcher=launcher.value,
+        python=python or ("python" if container else sys.executable), time=time, partition=partition, account=account,
+        mail=mail, container=container, environment=tuple(env or ()), setup=tuple(setup or ()), extra=tuple(sbatch or ()),
+        cpus_per_gpu=cpus_per_gpu, max_stalled=max_stalled,
+    )  # fmt: skip
+    script = make_script(request)
+    print(submit(script) if is_submitted else script, end="\n" if is_submitted else "")
 
 
 @app.command(name="eval")
@@ -242,10 +335,19 @@ def _in_columns(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _on_ranks(config: Config, nproc: int | None, work: Callable[[World], None], *, needs_all: bool = True) -> None:
+def _on_ranks(
+    config: Config,
+    nproc: int | None,
+    work: Callable[[World], None],
+    *,
+    needs_all: bool = True,
+    leave: Callable[[BaseException], None] = lambda error: None,
+) -> NoReturn:
     """Do the work as the rank that a launcher made of this process, alone, or by starting local ranks.
 
-    ``needs_all``: work for all GPUs; else one process does where neither a launcher nor ``nproc`` says otherwise.
+    Args:
+        needs_all: work for all GPUs; else one process does where neither a launcher nor ``nproc`` says otherwise.
+        leave: called by the rank that tells the user of an error, once it has told.
     """
     from dist_lora.parallel.place import place_from_environment
 
@@ -263,7 +365,11 @@ def _on_ranks(config: Config, nproc: int | None, work: Callable[[World], None], 
         sys.exit(run_ranks(sys.argv[1:], num_ranks=num_ranks))
     from dist_lora.parallel.rank import run_as_rank
 
-    sys.exit(run_as_rank(place, config, work, report=report_error))
+    def report(error: BaseException, who: str) -> None:
+        report_error(error, who)
+        leave(error)
+
+    sys.exit(run_as_rank(place, config, work, report=report))
 
 
 def _num_gpus() -> int:

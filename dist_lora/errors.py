@@ -25,6 +25,10 @@ class ConfigError(DistLoraError, ValueError):
     exit_code = EXIT_USER
 
 
+class RunInUse(ConfigError):
+    """Another process is writing the same run."""
+
+
 class DataError(DistLoraError, ValueError):
     """The training or evaluation data is not what was said of it."""
 
@@ -87,6 +91,10 @@ class StoppedOnRequest(DistLoraError, InterruptedError):
     """A signal asked the run to stop; everything is saved and the same command goes on."""
 
     exit_code = EXIT_STOPPED
+
+
+class StoppedForGood(StoppedOnRequest):
+    """The user asked the run to stop by hand: everything is saved, and no script is to start it again."""
 
 
 class StopNow(BaseException):

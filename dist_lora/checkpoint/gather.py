@@ -11,8 +11,9 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
+from dist_lora.checkpoint.folders import step_folders, step_of
 from dist_lora.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
-from dist_lora.checkpoint.resume import load_pieces, newest_whole_here, step_folders, step_of, verify
+from dist_lora.checkpoint.resume import load_pieces, newest_whole_here, verify
 from dist_lora.errors import CheckpointError
 from dist_lora.lora.peft_file import BaseIdentity, write_adapter
 from dist_lora.lora.state import Piece

@@ -109,11 +109,6 @@ def rank_file(world_rank: int, world_size: int) -> str:
     return f"rank-{world_rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def step_folder(step: int) -> str:
-    """The name of the folder of a step's checkpoint."""
-    return f"step-{step:08d}"
-
-
 def entry_to_bytes(entry: FileEntry) -> bytes:
     """A file's entry as a rank sends it to the first one."""
     return _ENTRY.dump_json(entry)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import logging
-import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dist_lora.base.index import first_few, links_out
+from dist_lora.checkpoint.folders import step_folders, step_of
 from dist_lora.checkpoint.keys import fresh_key
 from dist_lora.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -37,35 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dist_lora")
 
-_STEP = re.compile(r"step-([0-9]{8})")
 _BUFFER_BYTES = 16 * 2**20
-
-
-def step_of(folder: Path) -> int | None:
-    """The step that a checkpoint folder's name says, or None where it is not one's name."""
-    match = _STEP.fullmatch(folder.name)
-    return int(match[1]) if match else None
-
-
-def step_folders(root: Path) -> dict[int, Path]:
-    """All folders ``step-########`` of ``root`` by step, newest first, whole or not; none where ``root`` is
-    not there.
-
-    Raises:
-        CheckpointError: ``root`` can't be listed.
-    """
-    try:
-        found = {step: path for path in root.iterdir() if (step := step_of(path)) is not None and path.is_dir()}
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise CheckpointError(f"{root} can't be listed for checkpoints: {error.strerror or error}") from error
-    return dict(sorted(found.items(), reverse=True))
-
-
-def find_checkpoints(root: Path) -> list[int]:
-    """The steps that have a checkpoint with a manifest, newest first; whether whole is not looked at."""
-    return [step for step, path in step_folders(root).items() if (path / MANIFEST_FILE).is_file()]
 
 
 def verify(folder: Path, *, checksums: bool = True) -> Manifest:

@@ -25,6 +25,7 @@ import xxhash
 from torch import Tensor
 
 from dist_lora import __version__
+from dist_lora.checkpoint.folders import step_folder, step_folders
 from dist_lora.checkpoint.keys import fresh_key
 from dist_lora.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -35,11 +36,10 @@ from dist_lora.checkpoint.manifest import (
     entry_from_bytes,
     entry_to_bytes,
     rank_file,
-    step_folder,
     write_all,
     write_manifest,
 )
-from dist_lora.checkpoint.resume import step_folders, verify
+from dist_lora.checkpoint.resume import verify
 from dist_lora.errors import CheckpointError, DistLoraError, PlanError, SaveError
 from dist_lora.lora.peft_file import sync_path
 from dist_lora.lora.state import KINDS, Piece

@@ -40,7 +40,7 @@ def run_as_rank(
     Args:
         report: tells the user of an error, and which rank's it is: "" where that goes without saying.
     """
-    _end_with_parent()
+    _end_with_parent(place)
     world: World | None = None
     watch: HangWatch | None = None
     try:
@@ -138,11 +138,14 @@ def _who(place: Place | None, phase: str) -> str:
     return ", ".join(filter(None, (rank, phase)))
 
 
-def _end_with_parent() -> None:
-    """Have the kernel ask this rank to stop when the process that started it is gone (Linux)."""
-    parent = os.environ.get("DIST_LORA_PARENT")
-    if parent is None or not sys.platform.startswith("linux"):
+def _end_with_parent(place: Place | None) -> None:
+    """Have the kernel ask this rank to stop when the launcher that started it is gone (Linux).
+
+    torchrun gives each worker a session of its own, so that what kills the launcher leaves its workers at work.
+    """
+    if place is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(parent):
+    parent = os.environ.get("DIST_LORA_PARENT")
+    if parent is not None and os.getppid() != int(parent):
         sys.exit(EXIT_FAILED)

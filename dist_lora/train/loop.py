@@ -24,7 +24,7 @@ from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader, StepBatch
 from dist_lora.data.tokens import TokenSet
-from dist_lora.errors import CheckpointError, StoppedOnRequest, TrainingError
+from dist_lora.errors import CheckpointError, StoppedForGood, StoppedOnRequest, TrainingError
 from dist_lora.lora.attach import layers_of
 from dist_lora.lora.state import Piece
 from dist_lora.parallel.world import World
@@ -165,14 +165,12 @@ class Run:
     def _stop(self, stop: StopRequest, where: str) -> None:
         """End the run after its save, on all ranks."""
         self.saver.wait()
-        stop.obeyed()
+        kind = StoppedForGood if stop.obeyed() else StoppedOnRequest
         reason = self._own_reason
         if self.world.store is not None:
             keys = [f"{self._stop_key}/{rank}" for rank in range(self.world.world_size)]
             reason = next(self.world.fetch(key).decode() for key in keys if self.world.store.check([key]))
-        raise StoppedOnRequest(
-            f"stopped {where} on {reason}; saved {self.saver.last}. The same command goes on from there."
-        )
+        raise kind(f"stopped {where} on {reason}; saved {self.saver.last}. The same command goes on from there.")
 
     def _micro_batch(self, step: int, index: int, batch: StepBatch) -> Tensor:
         """Forward and backward of one micro-batch; its gradient counts for its share of the step's target tokens."""

@@ -12,8 +12,9 @@ from typing import TextIO
 
 from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
-from dist_lora.errors import ConfigError, SaveError
+from dist_lora.errors import ConfigError, RunInUse, SaveError
 from dist_lora.parallel.world import World
+from dist_lora.train.status import Mark
 
 SEEN_S = 10.0  # a network file system may hide a new file for as long as it remembers that there was none
 
@@ -24,7 +25,8 @@ def open_run_folder(config: Config, world: World) -> Path:
     All ranks call it.
 
     Raises:
-        ConfigError: another process is writing there, or a node can't see the folder.
+        RunInUse: another process is writing there.
+        ConfigError: a node can't see the folder.
         SaveError: the folder can't be made.
     """
     folder = config.runs_dir / config.run
@@ -33,6 +35,7 @@ def open_run_folder(config: Config, world: World) -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _lock(folder)
+            Mark(folder).begin()
         except OSError as caught:
             error = SaveError(
                 f"{folder}: the run's folder can't be written: {caught.strerror or caught}. "
@@ -85,7 +88,7 @@ def _lock(folder: Path) -> None:
     except BlockingIOError:
         lock.seek(0)
         owner = lock.read().strip() or "another process"
-        raise ConfigError(
+        raise RunInUse(
             f"{folder}: {owner} is writing this run now. Wait for it, stop it, or name another: run=NAME"
         ) from None
     lock.truncate(0)

@@ -74,11 +74,14 @@ class StopRequest:
             return f"account of the job's end at {end} ({END_VARIABLE})"
         return ""
 
-    def obeyed(self) -> None:
-        """Take the file STOP away: it has been obeyed, and the same command is to go on."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.unlink(missing_ok=True)
+    def obeyed(self) -> bool:
+        """Take the file STOP away, since it has been obeyed and the same command is to go on; whether there was one."""
+        if self._file is None:
+            return False
+        with contextlib.suppress(OSError):
+            self._file.unlink()
+            return True
+        return False
 
 
 def _end_of_job(environment: Mapping[str, str]) -> float | None:

@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dist_lora.checkpoint import resume
+from dist_lora.checkpoint.folders import step_folders
 from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.checkpoint.manifest import KINDS, Piece, entry_to_bytes, read_manifest
 from dist_lora.checkpoint.resume import (
     checksum_of,
-    find_checkpoints,
     load_pieces,
     newest_whole,
     newest_whole_here,
@@ -167,10 +167,10 @@ def test_a_file_that_can_not_be_read_is_named(root: Path, monkeypatch, caplog) -
 
 def test_no_checkpoint_at_all_is_no_error(tmp_path: Path) -> None:
     assert on_ranks(3, lambda world: newest_whole(tmp_path / "absent", world)) == [None] * 3
-    assert find_checkpoints(tmp_path) == []
+    assert step_folders(tmp_path) == {}
 
 
-def test_only_folders_of_steps_with_a_manifest_are_checkpoints(root: Path) -> None:
+def test_only_folders_named_by_a_step_are_checkpoints(root: Path) -> None:
     for name in (
         "step-300",
         ".step-00000400.partial",
@@ -181,7 +181,7 @@ def test_only_folders_of_steps_with_a_manifest_are_checkpoints(root: Path) -> No
         (root / name).mkdir()
     (root / "step-00000800").write_text("no folder")
     shutil.copy(root / "step-00000100" / "manifest.json", root / ".step-00000400.partial")
-    assert find_checkpoints(root) == [200, 100]
+    assert list(step_folders(root)) == [700, 200, 100]
 
 
 def test_the_newest_is_found_by_number_and_told_to_all(root: Path, caplog) -> None:
@@ -204,7 +204,7 @@ def test_asking_twice_in_one_world_gives_the_newer_answer(root: Path) -> None:
 def test_a_root_that_is_a_file_is_an_error_that_says_so(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(CheckpointError, match=r"checkpoints can't be listed for checkpoints: Not a directory"):
-        find_checkpoints(tmp_path / "checkpoints")
+        step_folders(tmp_path / "checkpoints")
 
 
 # Any range from any split

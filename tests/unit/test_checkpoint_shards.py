@@ -18,8 +18,9 @@ from checkpoint_ranks import SPECS, Killed, cut, flat_share, on_ranks, save, sav
 from safetensors import safe_open
 
 from dist_lora.checkpoint import shards
+from dist_lora.checkpoint.folders import step_folders
 from dist_lora.checkpoint.manifest import KINDS, Piece, TensorSpec, read_manifest
-from dist_lora.checkpoint.resume import find_checkpoints, load_pieces, newest_whole_here, verify
+from dist_lora.checkpoint.resume import load_pieces, newest_whole_here, verify
 from dist_lora.checkpoint.shards import rotate, set_aside
 from dist_lora.errors import CheckpointError, RankError, SaveError
 
@@ -185,7 +186,7 @@ def test_checkpoints_of_later_steps_are_set_aside_and_not_deleted(tmp_path: Path
         if seed == 1:
             saved(tmp_path, step=900)
             saved(tmp_path, step=10)
-    assert find_checkpoints(tmp_path) == [10]
+    assert list(step_folders(tmp_path)) == [10]
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"step-00000010", *(f"aside-{path.name}" for path in later), "aside-step-00000900.2"}
     assert f"{later[1]} is of a later step than 10, from which this run goes on: now aside-step-00001000" in caplog.text
@@ -495,7 +496,7 @@ def test_a_checkpoint_that_can_not_be_deleted_is_a_warning_and_stays(tmp_path: P
         patch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError(errno.EBUSY, "Device busy")))
         assert rotate(tmp_path, keep=2, best=None) == [tmp_path / "step-00000001"]
     assert "can't be deleted: Device busy. It takes room until someone does" in caplog.text
-    assert find_checkpoints(tmp_path) == [3, 2]
+    assert list(step_folders(tmp_path)) == [3, 2]
 
 
 def test_rotating_nothing_removes_nothing(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ ROAD = (
     "plan.tracker",  # sees the tensors of any run
     "plan.simulate",  # runs the real loop on pretend tensors
     "plan.simulate_command",
+    "slurm",  # batch scripts, by a plan
     "cli",
     "__main__",
 )

@@ -1,0 +1,1 @@
+"""Batch scripts for Slurm, made from a config and its plan."""
