@@ -83,6 +83,10 @@ class RankError(DistLoraError, RuntimeError):
         self.exit_code = exit_code
 
 
+class JoinError(DistLoraError, TimeoutError):
+    """The processes of a run did not all come to where they meet."""
+
+
 class StoppedOnRequest(DistLoraError, InterruptedError):
     """A signal asked the run to stop; everything is saved and the same command goes on."""
 

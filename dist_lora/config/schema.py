@@ -357,6 +357,9 @@ class ParallelSection(Section):
     offload: Literal["none", "base", "optimizer", "all"] = Field(
         default="none", description="What waits in host memory: the base, AdamW's state, or both."
     )
+    join_timeout: float = Field(
+        default=300.0, gt=0, description="Seconds within which all processes of the run must have been started."
+    )
     hang_timeout: float = Field(default=600.0, gt=0, description="Seconds without progress after which the run ends.")
     node_size: int | None = Field(
         default=None, ge=1, description="GPUs of a node; null asks the launcher (torchrun, SLURM, deepspeed)."

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from dist_lora.config.changes import flat
 from dist_lora.config.schema import Config
 from dist_lora.errors import EXIT_DONE, EXIT_FAILED, DistLoraError, OutOfMemory, RankError, StopNow, StoppedOnRequest
 from dist_lora.parallel.hang import HangWatch, collective_timeout_s
@@ -78,7 +79,14 @@ def _enter(place: Place | None, config: Config) -> World:
             return World.alone()
         place = Place(0, 1, 0, 1)
     timeout_s = collective_timeout_s(section.hang_timeout)
-    return join(place, os.environ, collective_timeout_s=timeout_s, node_size=section.node_size)
+    return join(
+        place,
+        os.environ,
+        collective_timeout_s=timeout_s,
+        join_timeout_s=section.join_timeout,
+        node_size=section.node_size,
+        settings=flat(config.model_dump(mode="json")),
+    )
 
 
 def _as_told(error: BaseException, world: World | None, config: Config) -> BaseException:
@@ -98,7 +106,8 @@ def _fail(
     """Tell the user or the other ranks, whichever is this rank's part; returns its exit code."""
     code = error.exit_code if isinstance(error, DistLoraError | StopNow) else EXIT_FAILED
     if world is None:
-        report(error, _who(place, ""))
+        if not isinstance(error, RankError):
+            report(error, _who(place, ""))
         return code
     # Our own errors say themselves where they come from.
     phase = "" if isinstance(error, DistLoraError) and not isinstance(error, OutOfMemory) else where

@@ -17,12 +17,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from dist_lora.errors import EXIT_FAILED, ConfigError, DistLoraError, RankError, StopNow
+from dist_lora.errors import EXIT_FAILED, EXIT_USER, ConfigError, DistLoraError, JoinError, RankError, StopNow
+from dist_lora.parallel.meeting import Told, meet, open_store, versions_of_this_process
 from dist_lora.parallel.place import Place
 from dist_lora.parallel.progress import Progress
 
@@ -30,7 +32,6 @@ FAILED_KEY = "failed"
 POLL_S = 1.0  # how often the watch looks whether another rank has failed
 GRACE_S = 5.0  # what a rank is given to end by itself once another has failed
 PATIENCE_S = 8.0  # how long a rank with an error waits for the others, of which a lower one may have it too
-JOIN_TIMEOUT_S = 120.0
 
 
 class Watch(Protocol):
@@ -265,27 +266,34 @@ def join(
     environment: Mapping[str, str],
     *,
     collective_timeout_s: float,
+    join_timeout_s: float,
     node_size: int | None = None,
-    join_timeout_s: float = JOIN_TIMEOUT_S,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> World:
     """Meet the other processes and start the process group (NCCL with GPUs, gloo without).
 
+    Args:
+        settings: what the config says, by full name; it must be the same on all ranks.
+
     Raises:
-        RankError: not all processes came within ``join_timeout_s``.
-        ConfigError: ``node_size`` does not divide the world.
+        JoinError: not all processes came within ``join_timeout_s``, or they can't reach each other.
+        ConfigError: they differ in settings or versions, or are not as many on each node.
+        RankError: another rank tells of one of these.
     """
     local_size = node_size or place.local_size
-    if place.world_size % local_size:
-        raise ConfigError(
-            f"parallel.node_size: {place.world_size} processes are not a multiple of {local_size}; "
-            "every node must hold the same number"
-        )
     device = default_device(place.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    store = open_store(place, environment, timeout_s=join_timeout_s)
+    told = Told(socket.gethostname(), place.world_size, place.local_size, versions_of_this_process(), dict(settings))
+    store = dist.PrefixStore(meet(store, place, told, timeout_s=join_timeout_s), store)
+    _check_node_size(place, local_size)
+    local_rank = place.world_rank % local_size
+    world = World(place.world_rank, place.world_size, local_rank, local_size, device, dist.PrefixStore("us", store))
+    watch = FailureWatch(world)
+    world.watches.append(watch)
+    watch.start()
     try:
-        store = _open_store(place, environment, join_timeout_s)
-        _meet(store, place, join_timeout_s)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("collectives", store),
@@ -294,40 +302,25 @@ def join(
             timeout=timedelta(seconds=collective_timeout_s),
         )
     except (dist.DistError, RuntimeError) as error:
-        raise RankError(f"rank {place.world_rank} could not join the others: {error}") from error
-    local_rank = place.world_rank % local_size
-    world = World(place.world_rank, place.world_size, local_rank, local_size, device, dist.PrefixStore("us", store))
-    watch = FailureWatch(world)
-    world.watches.append(watch)
-    watch.start()
+        watch.leave()
+        refused = JoinError(f"the ranks can't reach each other to compute: {error}")
+        if not world.fail(refused):
+            raise RankError(str(refused)) from error
+        raise refused from error
     return world
 
 
-def _open_store(place: Place, environment: Mapping[str, str], timeout_s: float) -> Any:
-    if place.world_size == 1:
-        return dist.HashStore()
-    file = environment.get("DIST_LORA_RENDEZVOUS")
-    if file:
-        return dist.FileStore(file, place.world_size)
-    address = "env://" if place.rendezvous is None else "tcp://{}:{}/".format(*place.rendezvous)
-    url = f"{address}?rank={place.world_rank}&world_size={place.world_size}"
-    store, _, _ = next(iter(dist.rendezvous(url, timeout=timedelta(seconds=timeout_s))))
-    return store
-
-
-def _meet(store: Any, place: Place, timeout_s: float) -> None:
-    arrived = store.add("joined", 1)
-    deadline = time.monotonic() + timeout_s
-    pause_s = 0.001
-    while arrived < place.world_size:
-        if time.monotonic() > deadline:
-            raise RankError(
-                f"{arrived} of {place.world_size} processes joined within {timeout_s:.0f} s. "
-                "Is every node started, with the same address, port and number of processes?"
-            )
-        time.sleep(pause_s)
-        pause_s = min(pause_s * 1.5, 0.1)
-        arrived = store.add("joined", 0)
+def _check_node_size(place: Place, local_size: int) -> None:
+    """All ranks find the same; the first tells."""
+    if place.world_size % local_size == 0:
+        return
+    text = (
+        f"parallel.node_size: {place.world_size} processes are not a multiple of {local_size}; "
+        "every node must hold the same number"
+    )
+    if place.world_rank:
+        raise RankError(text, exit_code=EXIT_USER)
+    raise ConfigError(text)
 
 
 class FailureWatch(threading.Thread):

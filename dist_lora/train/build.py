@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,13 +110,27 @@ def open_base(config: Config, world: World) -> Base:
 
 
 def _identity(resolved: ResolvedModel, folder: Path, world: World) -> BaseIdentity:
-    """What the adapter will remember of its base: made by one rank, for it reads a little of each tensor."""
+    """What the adapter will remember of its base: made by one rank of each node, for it reads a little of each tensor.
+
+    Raises:
+        ConfigError: a node has another base than the first.
+    """
     key = "base/identity"
-    if not world.is_first:
-        return BaseIdentity(**json.loads(world.fetch(key)))
-    revision = folder.name if resolved.folder is None else None  # the hub's cache names a snapshot by its commit
-    identity = identify_base(folder, name=resolved.hub_id, revision=revision)
-    world.share(key, json.dumps(dataclasses.asdict(identity)).encode())
+    here = None
+    if world.local_rank == 0:
+        revision = folder.name if resolved.folder is None else None  # the hub's cache names a snapshot by its commit
+        here = identify_base(folder, name=resolved.hub_id, revision=revision)
+    if here is not None and world.is_first:
+        world.share(key, json.dumps(dataclasses.asdict(here)).encode())
+    identity = here if here is not None and world.is_first else BaseIdentity(**json.loads(world.fetch(key)))
+    other = identity.differences(here) if here is not None else []
+    error = None
+    if other:
+        error = ConfigError(
+            f"model.name: {folder} on {socket.gethostname()} (rank {world.world_rank}) is another base than rank 0's: "
+            f"{'; '.join(other)}. Give every node the same files."
+        )
+    world.agree("the base on every node", error)
     return identity
 
 

@@ -67,28 +67,35 @@ def run_each_rank(*arguments: object, fault: str | None = None, timeout_s: float
     """
     with tempfile.TemporaryDirectory() as folder:
         place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "DIST_LORA_RENDEZVOUS": f"{folder}/rendezvous"}
-        ranks, files = [], []
-        for rank in range(2):
-            streams = [(Path(folder) / f"{rank}.{name}").open("w+") for name in ("out", "err")]
-            files.append(streams)
-            ranks.append(
-                subprocess.Popen(
-                    command(*arguments),
-                    cwd=ROOT,
-                    env=environment(fault) | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=streams[0],
-                    stderr=streams[1],
-                )
+        ranks = [(arguments, place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+        return run_processes(ranks, fault=fault, timeout_s=timeout_s)
+
+
+def run_processes(
+    ranks: Sequence[tuple[Sequence[object], Mapping[str, str]]], *, fault: str | None = None, timeout_s: float = 120
+) -> tuple[list[int], Done]:
+    """Run ``dist-lora`` once for each of these arguments and added environments, at once, to the end of all.
+
+    Returns the exit codes, and all that was printed with the largest of them.
+    """
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as files:
+        streams = [
+            [files.enter_context((Path(folder) / f"{rank}.{name}").open("w+")) for name in ("out", "err")]
+            for rank in range(len(ranks))
+        ]
+        processes = [
+            subprocess.Popen(
+                command(*arguments), cwd=ROOT, env=environment(fault) | dict(added), stdout=out, stderr=err
             )
+            for (arguments, added), (out, err) in zip(ranks, streams, strict=True)
+        ]
         try:
-            codes = [rank.wait(timeout_s) for rank in ranks]
+            codes = [process.wait(timeout_s) for process in processes]
         finally:
-            for rank in ranks:
-                rank.kill()
+            for process in processes:
+                process.kill()
         ended = time.time()
-        out, err = ("".join(Path(streams[i].name).read_text() for streams in files) for i in range(2))
-        for stream in (stream for streams in files for stream in streams):
-            stream.close()
+        out, err = ("".join(Path(pair[i].name).read_text() for pair in streams) for i in range(2))
     return codes, Done(max(codes), out, err, ended)
 
 

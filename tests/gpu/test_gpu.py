@@ -26,7 +26,7 @@ QUANTIZED = [Nf4(), Int8()]
 @pytest.fixture
 def world() -> Iterator[World]:
     """A world of one process with a process group: what fsdp2 needs on one GPU."""
-    made = join(Place(0, 1, 0, 1), {}, collective_timeout_s=60)
+    made = join(Place(0, 1, 0, 1), {}, collective_timeout_s=60, join_timeout_s=60)
     assert made.device.type == "cuda"
     yield made
     made.leave()

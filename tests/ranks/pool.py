@@ -88,6 +88,7 @@ def _serve(pipe: Connection, rank: int, size: int) -> None:
                 Place(rank, size, rank, size),
                 {"DIST_LORA_RENDEZVOUS": rendezvous},
                 collective_timeout_s=timeout_s,
+                join_timeout_s=timeout_s,
                 node_size=node_size,
             )
             value = function(world, *arguments)
