@@ -16,6 +16,9 @@ from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted([*(REPOSITORY / "launch").glob("*.sh"), REPOSITORY / "tests" / "run.sh", REPOSITORY / ".ci" / "run"])
+SHELL = sorted(
+    {*SCRIPTS, *(path for suffix in ("sh", "sbatch") for path in (REPOSITORY / "launch").rglob(f"*.{suffix}"))}
+)
 
 
 def constraints() -> dict[str, str]:
@@ -48,6 +51,15 @@ def test_scripts_are_executable_bash_that_stops_at_the_first_error(script: Path)
     assert re.search(r"^set -E?euo pipefail$", text, re.MULTILINE)
     assert script.stat().st_mode & 0o111
     subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.parametrize("script", SHELL, ids=lambda script: script.name)
+def test_shellcheck_finds_nothing(script: Path) -> None:
+    done = subprocess.run(
+        [Path(sys.executable).parent / "shellcheck", script], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_set_up_without_a_python_says_what_to_install(tmp_path: Path) -> None:
