@@ -131,7 +131,8 @@ def plan(
         bool, typer.Option("--simulate", help="Run the real step too, on pretended tensors in a pretended world.")
     ] = False,
     timeline: Annotated[
-        Path | None, typer.Option(help="With --simulate: where its numbers (.json) and its picture (.svg) go.")
+        Path | None,
+        typer.Option(help="With --simulate: draw its memory there (.png, .svg); numbers beside it (.json)."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -140,6 +141,8 @@ def plan(
     from dist_lora.plan.command import plan as plan_here
 
     fleets = Fleets(nodes or [1], gpus_per_node, gpu or [], gpu_gib, host_gib)
+    if timeline is not None and not is_simulated:
+        raise ConfigError("--timeline: it shows a simulated step; give --simulate too")
     if is_simulated:
         from dist_lora.plan.simulate_command import simulate_plan
 

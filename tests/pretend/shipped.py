@@ -26,32 +26,48 @@ def sizes_of(shape: Shape) -> Shape:
     return dataclasses.replace(shape, rope_theta=0.0, rope_scaling=None, context=0, norm_eps=0.0)
 
 
-def what_decides_bytes(preset: Preset) -> str:
-    """All that a simulation is given, but for names and values: equal for configs that hold and send the same."""
-    settings = preset.config.model_dump(mode="json", exclude=NAMES)
-    return json.dumps(
-        [settings, dataclasses.asdict(sizes_of(preset.member.shape)), preset.machine.name], sort_keys=True
-    )
-
-
 def alike(presets: Iterable[Preset]) -> list[list[Preset]]:
-    """The configs in groups of the same bytes, in their order."""
+    """The configs in groups, in their order: all that a simulation is given is equal in a group, but for names and values."""
     groups: dict[str, list[Preset]] = {}
     for preset in presets:
-        groups.setdefault(what_decides_bytes(preset), []).append(preset)
+        settings = preset.config.model_dump(mode="json", exclude=NAMES)
+        given = [settings, dataclasses.asdict(sizes_of(preset.member.shape)), preset.machine.name]
+        groups.setdefault(json.dumps(given, sort_keys=True), []).append(preset)
     return list(groups.values())
 
 
-def simulated(preset: Preset) -> Simulation:
-    """A step of a config, of full size, on its machines."""
-    machine = preset.machine
-    return simulate(
-        preset.config,
-        preset.member.shape,
-        num_nodes=machine.num_nodes,
-        gpus_per_node=machine.gpus_per_node,
-        device_bytes=machine.gpu.memory_bytes,
+@dataclass(frozen=True)
+class Compared:
+    """A plan beside the simulated step."""
+
+    planned_bytes: int
+    simulated_bytes: int
+    is_sent_as_planned: bool
+
+    @property
+    def off(self) -> float:
+        """How much more is planned than is held, as a part of that."""
+        return self.planned_bytes / self.simulated_bytes - 1
+
+
+def compared(group: list[Preset]) -> Iterator[tuple[Preset, Compared]]:
+    """Every config of a group beside one simulation, of full size: that of the first."""
+    first = group[0]
+    simulated = simulate(
+        first.config,
+        first.member.shape,
+        num_nodes=first.machine.num_nodes,
+        gpus_per_node=first.machine.gpus_per_node,
+        device_bytes=first.machine.gpu.memory_bytes,
     )
+    for preset in group:
+        yield preset, beside(preset.plan.setup, simulated)
+
+
+def beside(setup: Setup, simulated: Simulation) -> Compared:
+    """A setup's plan beside the simulation of the same run."""
+    is_same = planned_traffic(setup) == simulated_traffic(simulated)
+    return Compared(memory_of(setup).device, simulated.peak_bytes, is_same)
 
 
 def planned_traffic(setup: Setup) -> dict[int, tuple[int, int]]:
@@ -70,33 +86,3 @@ def _by_ranks(sent: Iterable[tuple[int, int, int]]) -> dict[int, tuple[int, int]
         counts, sizes = found.get(ranks, (0, 0))
         found[ranks] = (counts + count, sizes + num_bytes)
     return found
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A config's plan beside the simulation of its bytes."""
-
-    preset: Preset
-    planned_bytes: int
-    simulated_bytes: int
-    is_sent_as_planned: bool
-    seconds: float
-
-    @property
-    def off(self) -> float:
-        """How much more is planned than the simulated step holds, as a part of that."""
-        return self.planned_bytes / self.simulated_bytes - 1
-
-
-def compared(group: list[Preset]) -> Iterator[Compared]:
-    """Every config of a group beside one simulation, that of the first."""
-    found = simulated(group[0])
-    for preset in group:
-        setup = preset.plan.setup
-        yield Compared(
-            preset,
-            memory_of(setup).device,
-            found.peak_bytes,
-            planned_traffic(setup) == simulated_traffic(found),
-            found.seconds,
-        )
