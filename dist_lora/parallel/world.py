@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from dist_lora.errors import EXIT_FAILED, EXIT_USER, ConfigError, DistLoraError, JoinError, RankError, StopNow
-from dist_lora.parallel.meeting import Told, meet, open_store, versions_of_this_process
+from dist_lora.parallel.meeting import Told, meet, meeting_place, open_store, versions_of_this_process
 from dist_lora.parallel.place import Place
 from dist_lora.parallel.progress import Progress
 
@@ -51,6 +51,7 @@ class World:
     local_size: int
     device: torch.device
     store: Any = None  # a torch.distributed.Store; None where this process is alone
+    meets_at: str = ""  # where the store is, in words
     failures: Any = None  # the store in which failures are told, where ``store`` is a channel's
     watches: list[Watch] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)  # what this rank is at, for its watches and its errors
@@ -78,6 +79,7 @@ class World:
             self.local_size,
             self.device,
             store,
+            meets_at=self.meets_at,
             failures=failures,
             progress=self.progress,
         )
@@ -289,7 +291,9 @@ def join(
     store = dist.PrefixStore(meet(store, place, told, timeout_s=join_timeout_s), store)
     _check_node_size(place, local_size)
     local_rank = place.world_rank % local_size
-    world = World(place.world_rank, place.world_size, local_rank, local_size, device, dist.PrefixStore("us", store))
+    store = dist.PrefixStore("us", store)
+    at = meeting_place(place, environment)
+    world = World(place.world_rank, place.world_size, local_rank, local_size, device, store, meets_at=at)
     watch = FailureWatch(world)
     world.watches.append(watch)
     watch.start()

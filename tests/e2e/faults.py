@@ -316,7 +316,20 @@ def request_to_rank_1_while_the_other_loads() -> None:
     before(build, "fill_slots", (lambda: strike(lambda: signal_myself(signal.SIGUSR1))) if RANK == 1 else hang)
 
 
-# Slowness, which is no fault
+# What is no fault
+
+
+def bytes_of_the_network_told() -> None:
+    """Each rank notes what its host had sent before each step, in a file of its own in the folder ``NOTED``."""
+    counter = Path("/sys/class/net/eth0/statistics/tx_bytes")
+    noted = Path(os.environ["NOTED"]) / f"rank-{RANK}"
+
+    def batch(original: Callable[..., Any], self: Loader, step: int) -> Any:
+        with noted.open("a") as file:
+            file.write(f"{step} {counter.read_text().strip()} {time.time()}\n")
+        return original(self, step)
+
+    wrap(Loader, "batch", batch)
 
 
 def slow_steps_of_rank_1() -> None:
