@@ -132,15 +132,23 @@ class BasePart:
 
 
 def base_parts(shape: Shape, *, quant: str, item_bytes: int) -> list[BasePart]:
-    """Every frozen parameter as a run keeps it: linears of the layers quantized, all else as it is."""
+    """Every frozen parameter as a run keeps it: linears of the layers quantized, all else as it is.
+
+    Of a model whose weights were counted, a layer is one part: as many rows of its width as they make, rounded up.
+    """
     parts = [BasePart("embed_tokens", shape.vocab, shape.hidden * item_bytes, None)]
     for layer in range(shape.num_layers):
+        if shape.counted is not None:
+            row_bytes = sum(size for _, size in _row_bytes(quant, shape.hidden, item_bytes))
+            parts.append(BasePart("weights", math.ceil(shape.weights_of_a_layer() / shape.hidden), row_bytes, layer))
+            continue
         for name, (out, width) in shape.linear_shapes().items():
             parts += [
                 BasePart(f"{name}.{part}", out, size, layer) for part, size in _row_bytes(quant, width, item_bytes)
             ]
         parts += [BasePart(f"norm{i}", shape.hidden, item_bytes, layer) for i in (1, 2)]
-    parts.append(BasePart("norm", shape.hidden, item_bytes, None))
+    if shape.counted is None:
+        parts.append(BasePart("norm", shape.hidden, item_bytes, None))
     if not shape.tied:
         parts.append(BasePart("lm_head", shape.vocab, shape.hidden * item_bytes, None))
     return parts
@@ -226,13 +234,12 @@ def kept_bytes_of_a_layer(setup: Setup, layer: int) -> int:
 
 
 def logits_bytes(setup: Setup) -> int:
-    """The logits that are alive at once: a slice in c bytes and in fp32, while the one before it goes."""
-    shape, c = setup.shape, setup.item_bytes
-    rows = max(1, LOGITS_AT_ONCE // shape.vocab)
+    """The logits that are alive at once: a slice in c bytes and in fp32, while the one before it is there in fp32."""
+    vocab, c = setup.shape.vocab, setup.item_bytes
     of_one = FP32 if c == FP32 else FP32 + c
-    if setup.micro_tokens <= rows:
-        return setup.micro_tokens * shape.vocab * of_one
-    return rows * shape.vocab * (of_one + FP32)
+    first = min(setup.micro_tokens, max(1, LOGITS_AT_ONCE // vocab))
+    second = min(first, setup.micro_tokens - first)
+    return vocab * max(first * of_one, first * FP32 + second * of_one)
 
 
 def dense_bytes(setup: Setup) -> int:

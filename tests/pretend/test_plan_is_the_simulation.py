@@ -51,6 +51,9 @@ CASES = {
         {"train": {"sequence_length": 8192, "activation_checkpointing": False}, "lora": {"targets": ["down_proj"]}},
         gpus_per_node=1,
     ),
+    "a small second slice of logits": Case(
+        "3.2-1b", {"train": {"micro_batch": 1, "sequence_length": 300}}, gpus_per_node=1
+    ),
     "fp32 on CPUs": Case(
         "3.1-8b", {"model": {"dtype": "fp32"}, "train": {"sequence_length": 256}}, gpus_per_node=2, device="cpu"
     ),
