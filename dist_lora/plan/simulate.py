@@ -118,7 +118,7 @@ def simulate(
         layout=placed.engine.layout,
         micro_batches=len(passes),
         tokens=max(len(one.ids) for one in passes),
-        pretended=_pretended(config, placed, num_passes=len(passes)),
+        pretended=_pretended(config, shape, placed, num_passes=len(passes)),
         seconds=time.monotonic() - started_s,
     )
 
@@ -142,12 +142,15 @@ def _resolved(config: Config, device: Literal["gpu", "cpu"]) -> Config:
     )
 
 
-def _pretended(config: Config, placed: Placed, *, num_passes: int) -> tuple[str, ...]:
+def _pretended(config: Config, shape: Shape, placed: Placed, *, num_passes: int) -> tuple[str, ...]:
     told = [
         "tensors have sizes and no contents, and collectives return at once: nothing is computed or sent",
         "one stream: on a GPU a gathered block may live on until the stream that used it has come so far",
         "an operator's own workspace isn't seen, nor the CUDA context, NCCL's buffers and fragmentation",
     ]
+    if shape.counted is not None:
+        llama = dataclasses.replace(shape, counted=None).num_parameters()
+        told.append(f"the model is a Llama of these sizes, with {llama:,} weights instead of {shape.counted:,}")
     if config.model.attention == "varlen":
         told.append("flash attention is its declared output and softmax statistics; its kernel doesn't run")
     if placed.engine.layout.base_on_host:

@@ -159,6 +159,14 @@ def test_what_was_pretended_is_said_in_sentences(eight, tiny_llama) -> None:
     assert "of 5 micro-batches the first two and the last were run; those between are as the second" in told
 
 
+def test_a_model_whose_weights_were_counted_is_simulated_as_a_llama_and_said_to_be(tiny_llama) -> None:
+    shape = replace(read_shape(tiny_llama("llama31")), counted=100_000)
+    config = config_of("mine", train={"global_batch": 2, "micro_batch": 1, "sequence_length": 64})
+    told = simulate(config, shape, num_nodes=1, gpus_per_node=2, device_bytes=GIB).pretended
+    llama = replace(shape, counted=None).num_parameters()
+    assert f"the model is a Llama of these sizes, with {llama:,} weights instead of 100,000" in told
+
+
 @pytest.mark.parametrize("engine, axis", [("fsdp2", "node"), ("zero3", "world")])
 def test_a_simulation_leaves_nothing_behind(tiny_llama, engine, axis) -> None:
     folder = tiny_llama("llama31")

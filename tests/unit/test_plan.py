@@ -24,6 +24,7 @@ from dist_lora.plan.arithmetic import Setup, base_parts, kept_bytes_of_a_layer, 
 from dist_lora.plan.hardware import GIB, GPUS, find_gpu
 from dist_lora.plan.report import Machines, make_plan, sweep
 from dist_lora.plan.speed import flops_a_token
+from dist_lora.plan.table import lines_of
 
 ROOT = Path(__file__).parents[2]
 H100 = GPUS["h100-80gb"]
@@ -125,6 +126,58 @@ def test_what_a_layer_keeps_for_its_backward_is_what_autograd_saves(dtype, targe
         found = sum(size for pointer, size in storages.items() if pointer not in known)
         assert kept_bytes_of_a_layer(setup, layer) == found, layer
         known |= set(storages)
+
+
+# A model of which there is nothing but sizes
+
+# arXiv 2005.14165, table 2.1; two matrices after attention, and one for both ends: 175 billion weights.
+GPT3 = {
+    "hidden_size": 12288,
+    "intermediate_size": 4 * 12288,
+    "num_hidden_layers": 96,
+    "num_attention_heads": 96,
+    "vocab_size": 50257,
+    "tie_word_embeddings": True,
+    "num_parameters": 175_000_000_000,
+}
+
+
+def test_gpt3_is_planned_by_the_weights_that_were_counted() -> None:
+    config = config_of(
+        model={"name": "GPT-3", "shape": GPT3},
+        lora={"rank": 4, "targets": ["q_proj", "v_proj"]},
+        train={"activation_checkpointing": False, "sequence_length": 2048},
+    )
+    plan = make_plan(config, Machines(1, 8, H100))
+    told = plan.to_json()
+    assert told["frozen_weights"] == 175_000_000_000
+    assert told["trained_weights"] == 96 * 2 * 4 * (12288 + 12288) == 18_874_368
+    assert plan.memory.base * 8 == pytest.approx(350e9, rel=1e-4)  # 2 bytes each, in rows that divide by 8
+    # Of a checkpoint of 16 bits: the paper's "35MB".
+    assert 2 * told["trained_weights"] == 37_748_736
+    ends = 50257 * 12288
+    products = 4 * (175e9 - ends) + 4 * ends + 6 * 18_874_368
+    attention = 6 * 96 * 12288 * 2048 / 2 * 2
+    assert flops_a_token(plan.setup, context=2048) == pytest.approx(products + attention, rel=1e-6)
+    assert (
+        "  175,000,000,000 frozen weights (as given; what is computed is a Llama's of these sizes), 18,874,368 trained"
+        in list(lines_of(plan))
+    )
+
+
+def test_a_count_that_is_a_llamas_own_changes_no_plan() -> None:
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+             "num_key_value_heads": 8, "vocab_size": 128256}  # fmt: skip
+    plans = [
+        make_plan(config_of(model={"name": "it", "quant": quant, "shape": {**sizes, **counted}}), Machines(1, 8, H100))
+        for quant in ("none", "nf4", "int8")
+        for counted in ({}, {"num_parameters": 8_030_261_248})
+    ]
+    for plain, counted in zip(plans[::2], plans[1::2], strict=True):
+        assert counted.device_bytes == pytest.approx(plain.device_bytes, rel=1e-3)
+        assert counted.speed.step_s == pytest.approx(plain.speed.step_s, rel=1e-3)
+        # Quantized, the norms' weights count as the linears' do.
+        assert counted.memory.base == pytest.approx(plain.memory.base, rel=2e-3)
 
 
 # What fits
