@@ -22,9 +22,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from dist_lora.errors import EXIT_FAILED, ConfigError, DistLoraError, RankError, StopNow
+from dist_lora.errors import EXIT_FAILED, DistLoraError, RankError, StopNow
 from dist_lora.parallel.place import Place
 from dist_lora.parallel.progress import Progress
+from dist_lora.plan.layout import check_node_size
 
 FAILED_KEY = "failed"
 POLL_S = 1.0  # how often the watch looks whether another rank has failed
@@ -275,11 +276,7 @@ def join(
         ConfigError: ``node_size`` does not divide the world.
     """
     local_size = node_size or place.local_size
-    if place.world_size % local_size:
-        raise ConfigError(
-            f"parallel.node_size: {place.world_size} processes are not a multiple of {local_size}; "
-            "every node must hold the same number"
-        )
+    check_node_size(world_size=place.world_size, local_size=local_size)
     device = default_device(place.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dist_lora.config.schema import Config
+from dist_lora.errors import ConfigError
 from dist_lora.herd.facts import Shape
-from dist_lora.plan.layout import Layout, choose_layout
+from dist_lora.plan.layout import Layout, check_node_size, choose_layout
 
 FP32 = 4
 LOGITS_AT_ONCE = 2**25  # as the loss has it
@@ -75,16 +76,21 @@ def setup_of(
     """The setup of a config on so many nodes, ``auto`` resolved as a run resolves it.
 
     Raises:
-        ConfigError: settings of ``parallel`` contradict each other or the world; a layer that the model doesn't have.
+        ConfigError: settings of ``parallel`` contradict each other or the world; a layer that the model doesn't have; its
+            linears can't be quantized so.
     """
     num_ranks = num_nodes * gpus_per_node
+    local_size = config.parallel.node_size or gpus_per_node
+    check_node_size(world_size=num_ranks, local_size=local_size)
+    if config.model.quant == "nf4":
+        _check_nf4(shape, config.model.name)
     is_half = config.model.dtype == "bf16" or (config.model.dtype == "auto" and on_gpu)
     item_bytes = 2 if is_half else 4
     targets, layers = config.lora.target_names(), config.lora.layer_indices(shape.num_layers)
     layout = choose_layout(
         config.parallel,
         world_size=num_ranks,
-        local_size=config.parallel.node_size or gpus_per_node,
+        local_size=local_size,
         base_bytes=sum(part.num_bytes for part in base_parts(shape, quant=config.model.quant, item_bytes=item_bytes)),
         trained_weights=shape.adapter_parameters(targets, layers, config.lora.rank),
         device_bytes=device_bytes,
@@ -105,7 +111,24 @@ def setup_of(
         and not (on_gpu and is_half and config.model.attention in ("auto", "varlen")),
         layout=layout,
         num_ranks=num_ranks,
-        local_size=config.parallel.node_size or gpus_per_node,
+        local_size=local_size,
+    )
+
+
+def _check_nf4(shape: Shape, model_name: str) -> None:
+    for linear, sizes in shape.linear_shapes().items():
+        why = nf4_refusal(*sizes)
+        if why is not None:
+            raise ConfigError(f"model.quant: nf4 can't keep {model_name}: {linear}: {why}")
+
+
+def nf4_refusal(out: int, width: int) -> str | None:
+    """Why a matrix ``(out, width)`` can't be stored in NF4; None where it can: its rows must be whole blocks."""
+    if width % NF4_BLOCK == 0:
+        return None
+    return (
+        f"nf4 cuts each row into blocks of {NF4_BLOCK} weights, and a linear of ({out:,}, {width:,}) "
+        f"has {width % NF4_BLOCK} left over in each: set model.quant to int8 or none."
     )
 
 

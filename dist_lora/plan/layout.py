@@ -56,6 +56,15 @@ def choose_layout(
     return Layout(engine, base_shard, adapters, base_on_host, optimizer_on_host, reasons)
 
 
+def check_node_size(*, world_size: int, local_size: int) -> None:
+    """Raise ``ConfigError`` where nodes of ``local_size`` ranks don't make up the world."""
+    if world_size % local_size:
+        raise ConfigError(
+            f"parallel.node_size: {world_size} processes are not a multiple of {local_size}; "
+            "every node must hold the same number"
+        )
+
+
 def check_section(section: ParallelSection, *, world_size: int, local_size: int) -> None:
     """Raise ``ConfigError``, telling all of them, where settings of ``parallel`` contradict each other or the world."""
     num_nodes = world_size // local_size

@@ -32,7 +32,7 @@ from dist_lora.parallel.adapters import FlatAdapters
 from dist_lora.parallel.pretend import pretended_world
 from dist_lora.parallel.wire import Sent, Traffic, traffic
 from dist_lora.parallel.world import World
-from dist_lora.plan.layout import Layout
+from dist_lora.plan.layout import Layout, check_node_size
 from dist_lora.plan.tracker import KINDS, Kind, Memory, Moment, Tracker, register_run
 from dist_lora.train.build import Base, Placed, Trainee, place
 from dist_lora.train.loop import Run
@@ -101,7 +101,9 @@ def simulate(
             f"machines: found {num_nodes} nodes of {gpus_per_node} GPUs, expected at least one of each (--nodes, --gpus-per-node)"
         )
     config = _resolved(config, device)
-    with pretended_world(num_nodes=num_nodes, gpus_per_node=gpus_per_node) as world:
+    num_ranks, local_size = num_nodes * gpus_per_node, config.parallel.node_size or gpus_per_node
+    check_node_size(world_size=num_ranks, local_size=local_size)
+    with pretended_world(num_nodes=num_ranks // local_size, gpus_per_node=local_size) as world:
         passes = full_batches(config, world, document_tokens).batch(0).micro_batches
         loader = full_batches(config, world, document_tokens, _Batches)
         fake = FakeTensorMode(allow_non_fake_inputs=True)

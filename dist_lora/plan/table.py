@@ -21,6 +21,8 @@ def lines_of(plan: Plan) -> Iterator[str]:
     yield f"  {shape.num_parameters():,} frozen weights{counted}, {setup.trained_weights:,} trained"
     for reason in setup.layout.reasons:
         yield f"  {reason}"
+    for note in plan.notes:
+        yield f"  note      {note}"
     recompute = "computed again in the backward" if setup.recompute else "kept for the backward"
     yield (
         f"  a pass  {train.micro_batch} x {train.sequence_length:,} tokens a GPU, {setup.passes} passes a step; "

@@ -71,6 +71,7 @@ CASES = {
     "nodes of one GPU, sharded adapters": Case(
         "3.1-8b", {"parallel": {"adapters": "shard"}}, num_nodes=2, gpus_per_node=1
     ),
+    "nodes by setting": Case("3.1-8b", {"parallel": {"node_size": 4, "base_shard": "node", "adapters": "shard"}}),
     "nodes of one GPU": Case("3.1-8b", {"parallel": {"base_shard": "node"}}, num_nodes=2, gpus_per_node=1),
     "high rank": Case("3.1-8b", {"lora": {"rank": 256}, "train": {"sequence_length": 256}}),
 }

@@ -190,6 +190,9 @@ def test_what_a_run_would_refuse_a_simulation_refuses_with_the_same_words(tiny_l
         simulate(config_of(str(folder)), read_shape(folder), num_nodes=1, gpus_per_node=2, device_bytes=GIB)
     with pytest.raises(ConfigError, match=r"found 0 nodes of 8 GPUs, expected at least one of each"):
         simulate(config_of(str(folder)), read_shape(folder), num_nodes=0, gpus_per_node=8, device_bytes=GIB)
+    with pytest.raises(ConfigError, match=r"parallel\.node_size: 8 processes are not a multiple of 3"):
+        config = config_of(str(folder), parallel={"node_size": 3})
+        simulate(config, read_shape(folder), num_nodes=1, gpus_per_node=8, device_bytes=GIB)
     assert not dist.is_initialized(), "a refusal closes the pretended world too"
 
 

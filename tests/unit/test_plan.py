@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +21,13 @@ from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.facts import MEMBERS, Shape
 from dist_lora.lora.attach import attach_adapters
+from dist_lora.parallel.world import World
 from dist_lora.plan.arithmetic import Setup, base_parts, kept_bytes_of_a_layer, setup_of
 from dist_lora.plan.hardware import GIB, GPUS, find_gpu
 from dist_lora.plan.report import Machines, make_plan, sweep
 from dist_lora.plan.speed import flops_a_token
 from dist_lora.plan.table import lines_of
+from dist_lora.train.build import place
 
 ROOT = Path(__file__).parents[2]
 H100 = GPUS["h100-80gb"]
@@ -219,9 +222,34 @@ def test_a_sweep_holds_only_what_nothing_smaller_beats() -> None:
     assert memory == sorted(memory) and seconds == sorted(seconds, reverse=True)
 
 
-def test_more_ranks_than_rows_are_planned() -> None:
-    plan = make_plan(config_of(train={"global_batch": 4096}), Machines(512, 8, H100))
-    assert plan.setup.base_ranks in (8, 4096)
+def test_more_ranks_than_rows_or_sequences_or_layers_are_planned_and_said_to_be() -> None:
+    config = config_of(parallel={"base_shard": "world"}, train={"global_batch": 16})
+    plan = make_plan(config, Machines(512, 8, H100))
+    told = [
+        "4096 ranks share the 1,024 rows of k_proj.weight: 3,072 keep none",
+        "a step has 16 sequences: 4,080 of 4,096 ranks compute nothing",
+    ]
+    assert plan.fits and plan.notes == told == plan.to_json()["notes"]
+    assert [line.strip() for line in lines_of(plan) if "note " in line] == [f"note      {note}" for note in told]
+    assert plan.memory.base == 2 * sum(
+        math.ceil(shape[0] / 4096) * math.prod(shape[1:]) for shape in plan.setup.shape.tensor_shapes().values()
+    )
+    assert make_plan(config_of(train={"global_batch": 64}), Machines(1, 64, H100)).notes == []
+
+
+def test_what_a_run_would_refuse_a_plan_refuses_with_the_same_words() -> None:
+    config = config_of(model={"name": "it", "quant": "nf4"})
+    told = []
+    for refuse in (
+        lambda: make_plan(config, Machines(1, 2, H100), shape=dataclasses.replace(TINY, ffn=96)),
+        lambda: place(config, dataclasses.replace(TINY, ffn=96), World.alone(), name="it"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            refuse()
+        told.append(str(caught.value))
+    assert told[0] == told[1] and told[0].startswith(
+        "model.quant: nf4 can't keep it: down_proj: nf4 cuts each row into"
+    )
 
 
 def test_a_hub_id_of_no_member_is_told() -> None:
@@ -280,12 +308,29 @@ def test_what_does_not_fit_ends_with_3_and_tells_both_numbers(config_file) -> No
         (["--nodes", 1, "--nodes", 2], "several of them are for --sweep"),
         (["--timeline", "a.png"], "--timeline: it shows a simulated step; give --simulate too"),
         (["model.name=no-such-folder"], "expected a herd member, an existing folder or a hub id"),
+        (["--gpu", "zzz"], "no GPU called zzz is known (known: a10g-24gb, rtx3090-24gb,"),
+        (["model.name={empty}"], "has no config.json: expected config.json, *.safetensors and the tokenizer's files"),
+        (["model.name={bert}"], "not a Llama that can be trained here:\n  model_type: found 'bert', expected 'llama'"),
+        (
+            [
+                "model.shape={{hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 3, "
+                "vocab_size: 8}}"
+            ],
+            "model.shape.num_attention_heads: found 3, which doesn't divide hidden_size 64",
+        ),
+        (["parallel.node_size=3"], "parallel.node_size: 8 processes are not a multiple of 3; every node must hold"),
+        (["parallel.node_size=16"], "parallel.node_size: 8 processes are not a multiple of 16"),
+        (["lora.layers=[32]"], "lora.layers: found 32, expected 0-31 (the model has 32 layers)"),
         (["parallel.engine=none"], "parallel.engine: none runs one process and 8 were started"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_bad_input_is_told_once_and_ends_with_2(config_file, arguments: list[object], told: str) -> None:
-    done = plan_command(config_file, *arguments)
+def test_bad_input_is_told_once_and_ends_with_2(config_file, tmp_path, arguments: list[object], told: str) -> None:
+    folders = {name: tmp_path / name for name in ("empty", "bert")}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders["bert"] / "config.json").write_text('{"model_type": "bert"}')
+    done = plan_command(config_file, *(str(argument).format_map(folders) for argument in arguments))
     assert done.returncode == 2 and done.stderr.count("error:") == 1
     assert told in done.stderr and done.stdout == ""
 
