@@ -17,8 +17,8 @@ from dist_lora.herd.facts import Shape
 from dist_lora.plan.layout import Layout, check_node_size, choose_layout
 
 FP32 = 4
-LOGITS_AT_ONCE = 2**25  # as the loss has it
-NF4_BLOCK = 64
+LOGITS_AT_ONCE = 2**25  # weights of the largest slice of logits: 128 MiB in fp32, 261 rows at V = 128256
+NF4_BLOCK = 64  # weights that share a scale
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from typing import Literal
 
 from dist_lora.config.schema import ParallelSection
 from dist_lora.errors import ConfigError
+from dist_lora.plan.hardware import GIB
 
 EngineName = Literal["none", "fsdp2", "zero3"]
 
 BYTES_A_TRAINED_WEIGHT = 16  # fp32: the weight, its gradient and AdamW's two moments
 BASE_SHARE = 0.6  # of a device's memory: what a node's shard of the base may take before the world shares it
 ADAPTERS_SHARE = 0.05  # of a device's memory: what replicated adapters may take before a node shares them
-GIB = 2**30
 
 
 @dataclass(frozen=True)

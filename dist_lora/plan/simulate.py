@@ -81,7 +81,7 @@ def simulate(
     device: Literal["gpu", "cpu"] = "gpu",
     document_tokens: int | None = None,
 ) -> Simulation:
-    """One optimizer step of a config on machines that aren't here; takes 10 s for 8B and 30 s for 405B on one core.
+    """One optimizer step of a config on machines that aren't here; takes 5 to 10 s for 8B and 40 to 60 s for 405B on one core.
 
     Local: it opens a process group of its own, so the process may belong to no world. The first rank is seen, whose
     shards are the largest.
