@@ -27,6 +27,7 @@ from dist_lora.errors import EXIT_FAILED, EXIT_USER, ConfigError, DistLoraError,
 from dist_lora.parallel.meeting import Told, meet, meeting_place, open_store, versions_of_this_process
 from dist_lora.parallel.place import Place
 from dist_lora.parallel.progress import Progress
+from dist_lora.plan.layout import check_node_size
 
 FAILED_KEY = "failed"
 POLL_S = 1.0  # how often the watch looks whether another rank has failed
@@ -316,15 +317,12 @@ def join(
 
 def _check_node_size(place: Place, local_size: int) -> None:
     """All ranks find the same; the first tells."""
-    if place.world_size % local_size == 0:
-        return
-    text = (
-        f"parallel.node_size: {place.world_size} processes are not a multiple of {local_size}; "
-        "every node must hold the same number"
-    )
-    if place.world_rank:
-        raise RankError(text, exit_code=EXIT_USER)
-    raise ConfigError(text)
+    try:
+        check_node_size(world_size=place.world_size, local_size=local_size)
+    except ConfigError as error:
+        if place.world_rank:
+            raise RankError(str(error), exit_code=EXIT_USER) from error
+        raise
 
 
 class FailureWatch(threading.Thread):

@@ -18,7 +18,7 @@ def flops_a_token(setup: Setup, *, context: int) -> float:
     the frozen weights' own gradients.
     """
     shape = setup.shape
-    in_layers = shape.num_layers * sum(out * width for out, width in shape.linear_shapes().values())
+    in_layers = shape.num_layers * shape.weights_of_linears()
     head = shape.vocab * shape.hidden
     seen = shape.num_layers * shape.num_heads * shape.head_dim * context / 2 * 2  # scores, and the values' sum
     forward = 2 * (in_layers + setup.trained_weights + seen)
@@ -79,7 +79,7 @@ def _dense_traffic(setup: Setup) -> float:
     if setup.quant == "none":
         return 0.0
     shape, c = setup.shape, setup.item_bytes
-    weights = sum(out * width for out, width in shape.linear_shapes().values())
+    weights = shape.weights_of_linears()
     stored = block_bytes(setup)
     return setup.passes * (3 if setup.recompute else 2) * shape.num_layers * (stored + 2 * c * weights)
 

@@ -9,7 +9,6 @@ from typing import Literal
 
 from dist_lora.plan.arithmetic import FP32, BasePart, Setup, base_parts
 
-Axis = Literal["base", "node", "between nodes", "world"]
 NUM_SCALARS = 4  # loss, stop, failed save, seconds: summed once a step in fp32
 
 
