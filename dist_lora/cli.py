@@ -221,6 +221,38 @@ def show(name: Annotated[str, typer.Argument(help="One of the list.", metavar="N
     print(text_of(find_preset(name)), end="")
 
 
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="A run to look at: its folder, its model, its types.", metavar="[CONFIG]")
+    ] = None,
+    overrides: Overrides = None,
+    nproc: NumRanks = None,
+    out: Annotated[Path | None, typer.Option(help="Keep what was measured, for `plan --measured`.")] = None,
+    deadline: Annotated[float, typer.Option(min=1, help="Seconds that a step may take at most.")] = 60,
+    as_json: AsJson = False,
+) -> None:
+    """Versions, devices, disk, network, clocks and speed of this machine: what is wrong here, and what to do.
+
+    Under a launcher (as `train`) the links between the ranks too. Exit code 1 where anything is a fault.
+    """
+    loaded = None if config is None else _load(config, overrides)
+    from dist_lora.parallel.place import place_from_environment
+
+    place = place_from_environment(os.environ)
+    if out is not None and (place is None or place.world_rank == 0):
+        from dist_lora.plan.measured import check_out
+
+        check_out(out)
+    if place is None and (num_ranks := nproc or _num_gpus()) > 1:
+        from dist_lora.parallel.local import run_ranks
+
+        sys.exit(run_ranks(sys.argv[1:], num_ranks=num_ranks))
+    from dist_lora.doctor.command import Wishes, diagnose
+
+    sys.exit(diagnose(place, Wishes(loaded, out, as_json, deadline)))
+
+
 def _load(config: Path, overrides: list[str] | None) -> Config:
     from dist_lora.config.load import load_config
 
