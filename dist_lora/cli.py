@@ -72,10 +72,13 @@ def plan(
     config: ConfigFile,
     overrides: Overrides = None,
     nodes: Annotated[list[int] | None, typer.Option("--nodes", help="Nodes (several with --sweep).")] = None,
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of a node; default: 8.")] = None,
     gpu: Annotated[list[str] | None, typer.Option(help="Kind of GPU, as h100-80gb (several with --sweep).")] = None,
     gpu_gib: Annotated[float | None, typer.Option(help="Memory of a GPU that has no name here, in GiB.")] = None,
     host_gib: Annotated[float | None, typer.Option(help="Host memory of a node, in GiB.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="Machines that `doctor --out` has measured, in the place of --gpu.")
+    ] = None,
     is_sweep: Annotated[
         bool, typer.Option("--sweep", help="List the ways to run this model on these machines.")
     ] = False,
@@ -91,7 +94,7 @@ def plan(
     from dist_lora.plan.command import Fleets
     from dist_lora.plan.command import plan as plan_here
 
-    fleets = Fleets(nodes or [1], gpus_per_node, gpu or [], gpu_gib, host_gib)
+    fleets = Fleets.of(nodes, gpus_per_node, gpu, gpu_gib, host_gib, measured)
     if is_simulated:
         from dist_lora.plan.simulate_command import simulate_plan
 
