@@ -315,14 +315,23 @@ class Report:
         }  # fmt: skip
 
     def lines(self) -> Iterator[str]:
-        """For the terminal: what was found, in its order, and how many of each kind."""
+        """For the terminal: what was found, in its order, and how many of each kind.
+
+        Of what is in order, and differs from host to host in its numbers, the first host's is shown.
+        """
         size = self.patient.place.world_size
         yield f"{size} rank{'s' if size > 1 else ''} on {', '.join(self.hosts)}"
+        left_out = 0
         for each in self.findings:
+            if each.severity == "ok" and each.hosts and self.hosts[0] not in each.hosts:
+                left_out += 1
+                continue
             where = f" (on {', '.join(each.hosts)})" if each.hosts else ""
             yield f"{each.severity:8} {each.about}: {each.text}{where}"
             if each.todo:
                 yield f"{'':8} -> {each.todo}"
+        if left_out:
+            yield f"{'ok':8} {left_out} more of the other hosts, see --json"
         count = {kind: sum(each.severity == kind for each in self.findings) for kind in ("fault", "warning", "note")}
         yield ", ".join(f"{number} {kind}{'s' if number != 1 else ''}" for kind, number in count.items())
 

@@ -415,3 +415,32 @@ def test_a_machine_that_cant_be_kept_is_a_finding_and_all_else_is_told(tmp_path:
     report.keep(tmp_path / "machine.json")
     assert read_measured(tmp_path / "machine.json").memory_bytes == GIB
     assert list(report.lines())[-1] == "1 fault, 0 warnings, 0 notes"
+
+
+def test_of_what_is_in_order_the_first_hosts_is_shown_and_all_that_is_wrong() -> None:
+    patient = Patient(Place(0, 3, 0, 1), Wishes(None, None, as_json=False, deadline_s=5))
+    patient.hosts = ["a", "b", "c"]
+
+    def answer(host: str, memory: str, *more: Finding) -> dict[str, object]:
+        return Answer([Finding("ok", "host memory", memory), Finding("ok", "hub", "same"), *more]).to_json() | {
+            "host": host
+        }
+
+    told = [
+        answer("a", "64 GiB"),
+        answer("b", "32 GiB", Finding("fault", "disk", "bad", "Mend it.")),
+        answer("c", "16 GiB"),
+    ]
+    report = Report(patient, told)
+    assert list(report.lines()) == [
+        "3 ranks on a, b, c",
+        "ok       host memory: 64 GiB (on a)",
+        "ok       hub: same",
+        "fault    disk: bad (on b)",
+        "         -> Mend it.",
+        "ok       2 more of the other hosts, see --json",
+        "1 fault, 0 warnings, 0 notes",
+    ]
+    tree = report.to_json()
+    assert tree["severity"] == "fault" and len(tree["findings"]) == 5
+    assert [each["hosts"] for each in tree["findings"]][:2] == [["a"], ["a", "b", "c"]]
