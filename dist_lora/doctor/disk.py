@@ -38,9 +38,9 @@ def examine_disk(folder: Path) -> Answer:
         )
         return answer
     try:
-        _measure(scratch, there, answer)
+        _measure(scratch, folder, answer)
         _try_rename(scratch, answer)
-        _try_lock(scratch, there, answer)
+        _try_lock(scratch, folder, answer)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return answer
@@ -52,7 +52,7 @@ def _nearest(folder: Path) -> Path:
     return next((place for place in (folder, *folder.parents) if place.is_dir()), Path("/"))
 
 
-def _measure(scratch: Path, there: Path, answer: Answer) -> None:
+def _measure(scratch: Path, folder: Path, answer: Answer) -> None:
     free = shutil.disk_usage(scratch).free
     num_bytes = min(MOST_BYTES, free // 4)
     write_s, written = _write(scratch / "file", num_bytes)
@@ -63,21 +63,21 @@ def _measure(scratch: Path, there: Path, answer: Answer) -> None:
     answer.add(
         "ok",
         "disk",
-        f"{there}: {gib(free)} free; writes {write / 1e9:.2f} GB/s with fsync, reads {read / 1e9:.2f} GB/s "
+        f"{folder}: {gib(free)} free; writes {write / 1e9:.2f} GB/s with fsync, reads {read / 1e9:.2f} GB/s "
         f"(one process, {written / 2**20:.0f} MiB)",
     )
     if free < LEAST_FREE_BYTES:
         answer.add(
             "warning",
             "disk",
-            f"{gib(free)} are free in {there}",
+            f"{gib(free)} are free in {folder}",
             "Make room, or set runs_dir elsewhere: `dist-lora plan` says what a run's checkpoints take.",
         )
     if min(write, read) < SLOW_BYTES_PER_S:
         answer.add(
             "warning",
             "disk",
-            f"{there} writes {write / 1e6:.0f} MB/s and reads {read / 1e6:.0f} MB/s",
+            f"{folder} writes {write / 1e6:.0f} MB/s and reads {read / 1e6:.0f} MB/s",
             "Put runs_dir and the model on a faster disk; loading the base reads all of it.",
         )
 
@@ -127,7 +127,7 @@ def _try_rename(scratch: Path, answer: Answer) -> None:
     )
 
 
-def _try_lock(scratch: Path, there: Path, answer: Answer) -> None:
+def _try_lock(scratch: Path, folder: Path, answer: Answer) -> None:
     """A lock that is held must be refused to another opening of the same file."""
     todo = (
         "Two runs of one name would write into one folder: set runs_dir to another file system (Lustre: mount it with "
@@ -138,11 +138,11 @@ def _try_lock(scratch: Path, there: Path, answer: Answer) -> None:
         try:
             fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            answer.add("fault", "disk", f"flock does not work in {there}: {error.strerror or error}", todo)
+            answer.add("fault", "disk", f"flock does not work in {folder}: {error.strerror or error}", todo)
         else:
             with contextlib.suppress(OSError):
                 fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                answer.add("fault", "disk", f"flock in {there} lets two hold one lock", todo)
+                answer.add("fault", "disk", f"flock in {folder} lets two hold one lock", todo)
                 answer.facts["flock"] = False
                 return
             holds = True

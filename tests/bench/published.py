@@ -110,26 +110,35 @@ def name_of(figure: Figure) -> str:
     )
 
 
+def memory_cells(figure: Figure) -> list[str]:
+    """Theirs, ours and the error; empty where they published none."""
+    if "memory" not in figure.tree:
+        return ["", "", ""]
+    is_estimate = " (estimate)" if figure.tree.get("is_estimate") else ""
+    return [f"{figure.tree['memory']}{is_estimate}", f"{figure.memory_gib:.1f} GiB", f"{figure.memory_error:+.0%}"]
+
+
+def speed_cells(figure: Figure) -> list[str]:
+    """As ``memory_cells``."""
+    if "tokens_per_s" not in figure.tree and "tokens_per_s_a_gpu" not in figure.tree:
+        return ["", "", ""]
+    slow, fast = figure.plan.speed.tokens_per_s
+    error = f"{figure.speed_error:+.0%}" if figure.speed_error else "inside"
+    return [f"{figure.published_tokens_per_s:,.0f}", f"{slow:,.0f} to {fast:,.0f}", error]
+
+
 def main() -> None:
     """The command: see the top of this file."""
     parser = argparse.ArgumentParser(description="The plan beside published figures.")
     parser.add_argument("--sources", action="store_true", help="print quotations, assumptions and differences too")
     given = parser.parse_args()
     figures, sources = read_figures()
-    print("| source | run | theirs | planned | error |\n|---|---|---|---|---|")
+    print(
+        "| source | run | memory of a GPU | planned | error | tokens/s | planned | error |\n|---|---|---|---|---|---|---|---|"
+    )
     for figure in figures:
-        tree, name = figure.tree, name_of(figure)
-        is_estimate = " (estimate)" if tree.get("is_estimate") else ""
-        if "memory" in tree:
-            print(
-                f"| {tree['source']} | {name} | {tree['memory']}{is_estimate} | {figure.memory_gib:.1f} GiB | "
-                f"{figure.memory_error:+.0%} |"
-            )
-        if "tokens_per_s" in tree or "tokens_per_s_a_gpu" in tree:
-            slow, fast = figure.plan.speed.tokens_per_s
-            error = f"{figure.speed_error:+.0%}" if figure.speed_error else "inside"
-            theirs = f"{figure.published_tokens_per_s:,.0f} tokens/s"
-            print(f"| {tree['source']} | {name} | {theirs} | {slow:,.0f} to {fast:,.0f} | {error} |")
+        cells = [figure.tree["source"], name_of(figure), *memory_cells(figure), *speed_cells(figure)]
+        print(f"| {' | '.join(cells)} |")
     if given.sources:
         for figure in figures:
             tree, source = figure.tree, sources[figure.tree["source"]]
