@@ -71,7 +71,7 @@ class Plan:
     @property
     def reserve_bytes(self) -> int:
         """What only a GPU takes: contexts, buffers, fragmentation."""
-        return int(CONTEXT_BYTES + FRAGMENTATION * self.memory.device)
+        return int(CONTEXT_BYTES + FRAGMENTATION * self.memory.device) if self.machines.gpu.is_gpu else 0
 
     @property
     def device_bytes(self) -> int:
@@ -173,6 +173,7 @@ def _plan(config: Config, machines: Machines, shape: Shape) -> Plan:
         num_nodes=machines.num_nodes,
         gpus_per_node=machines.gpus_per_node,
         device_bytes=machines.gpu.memory_bytes,
+        on_gpu=machines.gpu.is_gpu,
     )
     speed = speed_of(setup, machines.gpu, context=config.train.sequence_length)
     return Plan(config, setup, machines, memory_of(setup), speed, _steps(config))

@@ -36,6 +36,7 @@ def simulate_plan(config: Config, fleets: Fleets, *, timeline: Path | None, prin
         num_nodes=machines.num_nodes,
         gpus_per_node=machines.gpus_per_node,
         device_bytes=machines.gpu.memory_bytes,
+        device="gpu" if machines.gpu.is_gpu else "cpu",
     )
     written = []
     if timeline is not None:

@@ -23,6 +23,7 @@ from dist_lora.base.stream import SliceReader
 from dist_lora.checkpoint import shards
 from dist_lora.data import tokens
 from dist_lora.data.loader import Loader
+from dist_lora.doctor import command
 from dist_lora.train import build, loop, main
 from tests.e2e import points
 from tests.e2e.runs import fill_the_disk
@@ -509,3 +510,13 @@ def run_folder() -> Path:
     held = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
     [lock] = {path for path in held if path.endswith("/lock")}
     return Path(lock).parent
+
+
+def hang_in_links() -> None:
+    """A rank that never begins with the measuring of the links."""
+    wrap(command, "measure_links", lambda original, *arguments, **named: time.sleep(LONG_S))
+
+
+def gone_in_links() -> None:
+    """A rank that ends there without a word."""
+    wrap(command, "measure_links", lambda original, *arguments, **named: os._exit(9))
