@@ -76,7 +76,7 @@ def check_arguments(command: str, arguments: list[str]) -> None:
     group = typer.main.get_command(app)
     found = group.commands[command]  # type: ignore[attr-defined]
     context = found.make_context(command, list(arguments))
-    assert context.params["config"] is not None
+    assert context.params.get("config") or context.params["configs"]
 
 
 def variables_of(script: str) -> set[str]:
@@ -225,22 +225,32 @@ def test_the_container_has_the_tested_versions_and_no_root() -> None:
 
 
 def commands_in_comments() -> Iterator[Any]:
-    """The commands that the files of launch/ show, by file."""
+    """The commands that the files of launch/ and the README's table show, by file."""
     for path in sorted(path for path in LAUNCH.rglob("*") if path.is_file() and path.suffix != ".py"):
         text = re.sub(r"\\\n# +", "", path.read_text())
         for line in re.findall(r"^#     (.*(?:dist[-_]lora train|\b\w+\.sh CONFIG).*)$", text, re.MULTILINE):
             yield pytest.param(line, id=f"{path.name}: {line}")
+    section = (
+        (ROOT / "README.md").read_text().partition("### Other ways to start it")[2].partition("\n\nThe scripts")[0]
+    )
+    for line in re.findall(r"`([^`]*CONFIG[^`]*)`", section):
+        yield pytest.param(line, id=f"README.md: {line}")
+
+
+def test_files_that_the_readme_names_are_there() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert all((ROOT / name).is_file() for name in re.findall(r"launch/[\w./]*\w", text))
 
 
 @pytest.mark.parametrize("line", list(commands_in_comments()))
 def test_a_command_that_a_file_shows_is_one_that_we_take(line: str) -> None:
     words = shlex.split(re.sub(r"\[KEY=VALUE \.\.\.\]", "lora.rank=8", line), comments=True)
-    place = next(i for i, word in enumerate(words) if word in ("train",) or word.endswith(".sh"))
+    place = next(i for i, word in enumerate(words) if word in ("train", "slurm") or word.endswith(".sh"))
     if words[place].endswith(".sh"):
         assert (ROOT / words[place]).is_file()
         given = {word.partition("=")[0] for word in words[:place] if re.match(r"[A-Z_]+=", word)}
         assert given <= variables_of(Path(words[place]).name)
-    check_arguments("train", words[place + 1 :])
+    check_arguments("slurm" if words[place] == "slurm" else "train", words[place + 1 :])
 
 
 def test_accelerates_file_is_one_that_accelerate_reads() -> None:
