@@ -65,28 +65,36 @@ def train(
 ) -> None:
     """Train adapters; the same command again goes on from the last checkpoint."""
     loaded = _load(config, overrides)
-    if dry_run:
-        _on_ranks(loaded, nproc, lambda world: _train(loaded, world, is_dry=True), needs_all=False)
+    from dist_lora.train.signals import StopRequest
     from dist_lora.train.status import Mark
 
     mark = Mark(loaded.runs_dir / loaded.run)
-    before = mark.ended_before()
+    before = None if dry_run else mark.ended_before()
     if before is not None:
         print(f"not started again, since it ended with exit code {before.code}: {before.reason}", file=sys.stderr)
         sys.exit(before.code)
 
-    def work(world: World) -> None:
-        _train(loaded, world, is_dry=False)
-        if world.is_first:
-            mark.end(None)
+    def leave(error: BaseException | None) -> None:
+        if not dry_run:
+            mark.end(error)
 
-    _on_ranks(loaded, nproc, work, leave=mark.end)
+    # From here on, and not from where the work begins: what is imported until then takes long, on some file systems.
+    with StopRequest() as stop:
 
+        def work(world: World) -> None:
+            from dist_lora.train.main import train as train_here
 
-def _train(config: Config, world: World, *, is_dry: bool) -> None:
-    from dist_lora.train.main import train as train_here
+            train_here(loaded, world, stop, is_dry=dry_run)
+            stop.over()
+            if world.is_first:
+                leave(None)
 
-    train_here(config, world, is_dry=is_dry)
+        try:
+            _on_ranks(loaded, nproc, work, needs_all=not dry_run, leave=leave)
+        except StopNow as error:  # before there was a rank that could tell
+            report_error(error)
+            leave(error)
+            sys.exit(error.exit_code)
 
 
 @app.command()
@@ -123,7 +131,8 @@ def plan(
         bool, typer.Option("--simulate", help="Run the real step too, on pretended tensors in a pretended world.")
     ] = False,
     timeline: Annotated[
-        Path | None, typer.Option(help="With --simulate: where its numbers (.json) and its picture (.svg) go.")
+        Path | None,
+        typer.Option(help="With --simulate: draw its memory there (.png, .svg); numbers beside it (.json)."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -132,6 +141,8 @@ def plan(
     from dist_lora.plan.command import plan as plan_here
 
     fleets = Fleets(nodes or [1], gpus_per_node, gpu or [], gpu_gib, host_gib)
+    if timeline is not None and not is_simulated:
+        raise ConfigError("--timeline: it shows a simulated step; give --simulate too")
     if is_simulated:
         from dist_lora.plan.simulate_command import simulate_plan
 

@@ -59,6 +59,10 @@ class Setup:
             return 1
         return self.num_ranks if self.layout.engine == "zero3" else self.local_size
 
+    def frees_buffer(self, layer: int) -> bool:
+        """Whether adapters that are cut, and so gathered within a layer, let its own gathering's buffer go."""
+        return self.layout.engine == "fsdp2" and self.layout.adapters == "shard" and layer in self.layers
+
     @property
     def trained_weights(self) -> int:
         """Elements of all A and B."""
@@ -281,58 +285,97 @@ class _Moment:
         return self.gathered + self.activations + self.loss + self.workspace
 
 
-def moments_of(setup: Setup) -> list[_Moment]:
-    """The moments of a step of which one is the fullest.
+@dataclass(frozen=True)
+class _Gathered:
+    """Bytes of the base (and of adapters that are cut) that lie gathered, at the moments of a step."""
 
-    FSDP2 keeps the buffer of a gathering until the next one: what was gathered last is there twice. ZeRO-3 fetches ahead
-    and lets go later: in the backward as much as DeepSpeed is allowed (``stage3_max_live_parameters``) may be there, which is
-    an upper bound.
+    at_embedding: int = 0
+    in_first_layer: int = 0
+    in_later_layer: int = 0
+    at_end_of_forward: int = 0
+    at_loss: int = 0
+    in_backward_of_norm: int = 0
+    in_backward: int = 0
+
+
+def _gathered(setup: Setup) -> _Gathered:
+    engine = setup.layout.engine
+    if engine == "none":
+        return _Gathered()
+    return _gathered_by_zero3(setup) if engine == "zero3" else _gathered_by_fsdp2(setup)
+
+
+def _gathered_by_fsdp2(setup: Setup) -> _Gathered:
+    """In the forward FSDP2 keeps the buffer of a gathering until the next one was copied out of its own.
+
+    What comes is there twice then, and once more what came before. Adapters that are cut are gathered within their
+    layer, and free its buffer. A tied embedding stays gathered for the whole pass.
     """
-    is_zero3 = setup.layout.engine == "zero3"
-    shape, c = setup.shape, setup.item_bytes
-    is_cut = setup.layout.engine != "none"
+    end, block = end_bytes(setup), block_bytes(setup)
+    buffers = 1 if setup.base_ranks > 1 else 0  # a rank alone copies, and keeps none
+    twice, root = 1 + buffers, end if setup.shape.tied else 0
+    last = setup.shape.num_layers - 1
+    of_last = 0 if setup.frees_buffer(last) else buffers * block
+    adapters = 0
+    if setup.adapter_ranks > 1:
+        adapters = 2 * FP32 * setup.shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
+    return _Gathered(
+        at_embedding=twice * end,
+        in_first_layer=root + buffers * end + twice * block,
+        in_later_layer=root + buffers * block + twice * block,
+        at_end_of_forward=of_last + (root + block if setup.shape.tied else twice * end),
+        at_loss=root + of_last if setup.shape.tied else twice * end,
+        in_backward_of_norm=root + block,
+        in_backward=root + twice * block + adapters,
+    )
+
+
+def _gathered_by_zero3(setup: Setup) -> _Gathered:
+    """An upper bound: DeepSpeed fetches ahead and lets go later, in the backward up to ``stage3_max_live_parameters``."""
+    end, block, num_layers = end_bytes(setup), block_bytes(setup), setup.shape.num_layers
+    root, ends = (end, 1) if setup.shape.tied else (0, 2)
+    return _Gathered(
+        at_embedding=2 * end,
+        in_first_layer=end + 2 * block,
+        in_later_layer=root + 2 * block,
+        at_end_of_forward=end + 2 * block if setup.shape.tied else 2 * end + block,
+        at_loss=end + 2 * block,
+        in_backward_of_norm=end + 2 * block,
+        in_backward=min(ends * end + 3 * block, root + num_layers * block),
+    )
+
+
+def moments_of(setup: Setup) -> list[_Moment]:
+    """The moments of a step of which one is the fullest."""
+    shape, c, first, gathered = setup.shape, setup.item_bytes, min(setup.layers), _gathered(setup)
     stream = setup.micro_tokens * shape.hidden * c  # a layer's output
     wide = setup.micro_tokens * shape.ffn * c
     last = shape.num_layers - 1
     of_layers = [kept_bytes_of_a_layer(setup, layer) for layer in range(shape.num_layers)]
-    with_graph = shape.num_layers - min(setup.layers)
-    kept = setup.micro_tokens * shape.head_dim * c  # cosines and sines, shared by all layers
-    kept += stream * with_graph if setup.recompute else sum(of_layers)
-    end, block = (end_bytes(setup), block_bytes(setup)) if is_cut else (0, 0)
-    twice = 2 if setup.base_ranks > 1 else 1  # a rank alone copies, and keeps no buffer
-    # A tied embedding stays gathered for the whole pass.
-    root, ends = (end, (twice - 1) * block) if shape.tied else (0, twice * end)
-    adapters = 0
-    if setup.adapter_ranks > 1 and not is_zero3:
-        adapters = 2 * FP32 * shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
-    # Adapters that are gathered too free the layer's buffer before the head is gathered.
-    last_block = 0 if adapters else block
+    turn = setup.micro_tokens * shape.head_dim * c  # cosines and sines, shared by all layers
+
+    def kept_before(layer: int) -> int:
+        """What the layers before one keep for the backward: all of it, or their inputs."""
+        return turn + (stream * max(0, layer - first) if setup.recompute else sum(of_layers[:layer]))
+
+    kept = kept_before(shape.num_layers)
     last_norm = setup.micro_tokens * shape.hidden * FP32
     has_input_of_down = "down_proj" in setup.targets and last in setup.layers
     gradients = max(3 * wide, 2 * wide + dense_bytes(setup)) - (wide if has_input_of_down else 0)
-    return [
-        _Moment("at the embedding", twice * root, 0, 0, stream),
-        _Moment("in the first layer", (root if shape.tied else end) + twice * block, 0, 0, stream),
-        _Moment(
-            "at the end of the forward", root + ends + last_block, kept + last_norm, 0, (5 if is_zero3 else 2) * stream
-        ),
-        _Moment(
-            "at the loss",
-            end + 2 * block if is_zero3 else root + ends,
-            kept + last_norm + stream,
-            logits_bytes(setup),
-            2 * stream,
-        ),
-        _Moment(
-            "in the backward of the last layer",
-            min((1 if shape.tied else 2) * end + 3 * block, root + shape.num_layers * block)
-            if is_zero3
-            else root + twice * block + adapters,
-            kept + (of_layers[last] if setup.recompute else 0),
-            0,
-            gradients + stream,
-        ),
+    of_last = of_layers[last] if setup.recompute else 0
+    streams_at_end = 5 if setup.layout.engine == "zero3" else 2
+    moments = [
+        _Moment("at the embedding", gathered.at_embedding, 0, 0, stream),
+        _Moment("in the first layer", gathered.in_first_layer, 0, 0, stream),
+        _Moment("at the end of the forward", gathered.at_end_of_forward, kept + last_norm, 0, streams_at_end * stream),
+        _Moment("at the loss", gathered.at_loss, kept + last_norm + stream, logits_bytes(setup), 2 * stream),
+        _Moment("in the backward of the last norm", gathered.in_backward_of_norm, kept + last_norm, 0, 5 * last_norm),
+        _Moment("in the backward of the last layer", gathered.in_backward, kept + of_last, 0, gradients + stream),
     ]
+    later = [layer for layer in range(1, shape.num_layers) if not setup.frees_buffer(layer - 1)]
+    if later:
+        moments.append(_Moment("as a layer comes", gathered.in_later_layer, kept_before(later[-1]), 0, stream))
+    return moments
 
 
 def memory_of(setup: Setup) -> Memory:

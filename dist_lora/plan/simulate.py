@@ -7,9 +7,8 @@ What asks for a tensor's value gets zero, which decides nothing about what is al
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from dist_lora.base.quant.published import BaseOnDisk
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader, MicroBatch, StepBatch
 from dist_lora.data.tokens import TokenSet
-from dist_lora.errors import ConfigError, SaveError
+from dist_lora.errors import ConfigError
 from dist_lora.herd.facts import Shape
 from dist_lora.lora.peft_file import BaseIdentity
 from dist_lora.parallel.adapters import FlatAdapters
@@ -34,7 +33,7 @@ from dist_lora.parallel.pretend import pretended_world
 from dist_lora.parallel.wire import Sent, Traffic, traffic
 from dist_lora.parallel.world import World
 from dist_lora.plan.layout import Layout
-from dist_lora.plan.tracker import KINDS, Kind, Memory, Moment, Phase, Tracker, register_run
+from dist_lora.plan.tracker import KINDS, Kind, Memory, Moment, Tracker, register_run
 from dist_lora.train.build import Base, Placed, Trainee, place
 from dist_lora.train.loop import Run
 from dist_lora.train.main import loader_of
@@ -236,95 +235,9 @@ def full_batches(
     return loader_of(config, documents, world, kind)
 
 
-# What is drawn
-
-
-def write_timeline(simulation: Simulation, path: Path) -> list[Path]:
-    """Write a simulation's numbers and its timeline as JSON, and a picture of it as SVG; returns both files.
-
-    ``path`` names them, with or without an ending: ``runs/plan/step`` becomes step.json and step.svg there.
-
-    Raises:
-        SaveError: the disk refuses.
-    """
-    base = path.with_suffix("") if path.suffix in (".json", ".svg", ".png") else path
-    texts = {".json": json.dumps(as_json(simulation)) + "\n", ".svg": _svg(simulation)}
-    written = [base.with_name(base.name + ending) for ending in texts]
-    try:
-        base.parent.mkdir(parents=True, exist_ok=True)
-        for file, text in zip(written, texts.values(), strict=True):
-            file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise SaveError(f"{base}: can't be written: {error.strerror or error}. Name another place.") from error
-    return written
-
-
 def as_json(simulation: Simulation) -> dict[str, Any]:
     """All of a simulation in JSON's types; a moment of the timeline is [event, phase, bytes of each of ``kinds``]."""
     plain = dataclasses.asdict(simulation)
     plain["kinds"] = list(KINDS)
     plain["timeline"] = [[moment.event, moment.phase, *moment.by_kind] for moment in simulation.timeline]
     return plain
-
-
-_WIDTH, _HEIGHT, _LEFT, _TOP = 1000, 420, 70, 40
-_COLOURS = ("#4e79a7", "#a0cbe8", "#59a14f", "#8cd17d", "#f28e2b", "#ffbe7d", "#e15759", "#b07aa1", "#bab0ac")
-
-_PHASES: dict[Phase, str] = {
-    "forward": "#59a14f",
-    "head": "#f28e2b",
-    "backward": "#4e79a7",
-    "recompute": "#a0cbe8",
-    "update": "#bab0ac",
-}
-
-
-def _svg(simulation: Simulation) -> str:
-    """The timeline as stacked areas, the first kind lowest: bytes over the events of a step."""
-    moments = simulation.timeline
-    last, peak = max(1, moments[-1].event), max(1, simulation.peak_bytes)
-    heights = np.cumsum([moment.by_kind for moment in moments], axis=1) / peak * _HEIGHT
-    across = [_LEFT + moment.event / last * _WIDTH for moment in moments]
-    bottom = _TOP + _HEIGHT
-    parts = []
-    for column, (kind, colour) in enumerate(zip(KINDS, _COLOURS, strict=True)):
-        upper = [(x, bottom - heights[i, column]) for i, x in enumerate(across)]
-        lower = [(x, bottom - (heights[i, column - 1] if column else 0)) for i, x in enumerate(across)]
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in [*upper, *reversed(lower)])
-        size = simulation.composition[kind]
-        parts.append(f'<polygon fill="{colour}" points="{points}"><title>{kind}</title></polygon>')
-        parts += _legend(f"{kind}: {_size(size)}", colour, x=_LEFT + _WIDTH + 16, y=_TOP + 14 + 22 * column)
-    parts += _phases(moments, across, top=bottom + 6)
-    for quarter in range(5):
-        y: float = bottom - quarter / 4 * _HEIGHT
-        parts.append(f'<line x1="{_LEFT}" x2="{_LEFT + _WIDTH}" y1="{y}" y2="{y}" stroke="#0003"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{_size(peak * quarter / 4)}</text>')
-    title = f"{_size(simulation.peak_bytes)} at the peak of a step: at right what it is made of, below all events of it"
-    width, height = _LEFT + _WIDTH + 250, bottom + 50
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">'
-        f'<rect width="{width}" height="{height}" fill="#fff"/><text x="{_LEFT}" y="24" font-size="15">{title}</text>'
-        + "".join(parts)
-        + "</svg>\n"
-    )
-
-
-def _phases(moments: Sequence[Moment], across: Sequence[float], *, top: float) -> list[str]:
-    """A strip below the areas that says what the step is at."""
-    parts = []
-    for i, (moment, x) in enumerate(zip(moments, across, strict=True)):
-        left = across[i - 1] if i else _LEFT
-        colour = _PHASES[moment.phase]
-        parts.append(f'<rect x="{left:.1f}" y="{top}" width="{x - left + 0.2:.1f}" height="10" fill="{colour}"/>')
-    for i, (phase, colour) in enumerate(_PHASES.items()):
-        parts += _legend(phase, colour, x=_LEFT + 110 * i, y=top + 32)
-    return parts
-
-
-def _legend(text: str, colour: str, *, x: float, y: float) -> list[str]:
-    rect = f'<rect x="{x}" y="{y - 11}" width="12" height="12" fill="{colour}"/>'
-    return [rect, f'<text x="{x + 18}" y="{y}">{text}</text>']
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"

@@ -11,19 +11,22 @@ from dist_lora.config.schema import Config
 from dist_lora.plan.command import Fleets, refuse_what_does_not_fit
 from dist_lora.plan.hardware import GIB
 from dist_lora.plan.report import Plan, make_plan
-from dist_lora.plan.simulate import Simulation, as_json, simulate, write_timeline
+from dist_lora.plan.simulate import Simulation, as_json, simulate
 from dist_lora.plan.table import lines_of
+from dist_lora.plan.timeline import Limit, check_picture, write_timeline
 
 log = logging.getLogger("dist_lora")
 
 
 def simulate_plan(config: Config, fleets: Fleets, *, timeline: Path | None, prints_json: bool) -> None:
-    """Print the plan and what the simulated step holds and sends; with ``timeline`` write its numbers and picture there.
+    """Print the plan and what the simulated step holds and sends; with ``timeline`` draw it there.
 
     Raises:
         PlanError: the run does not fit; all has been printed.
-        ConfigError: see ``make_plan``; several kinds of machines.
+        ConfigError: see ``make_plan``; several kinds of machines; ``timeline`` is no picture's name.
     """
+    if timeline is not None:
+        check_picture(timeline)
     found = make_plan(config, fleets.single())
     machines, shape = found.machines, found.setup.shape
     log.info(f"simulating a step on {machines}: 405B on 128 GPUs takes two minutes")
@@ -34,7 +37,11 @@ def simulate_plan(config: Config, fleets: Fleets, *, timeline: Path | None, prin
         gpus_per_node=machines.gpus_per_node,
         device_bytes=machines.gpu.memory_bytes,
     )
-    written = [] if timeline is None else write_timeline(simulated, timeline)
+    written = []
+    if timeline is not None:
+        title = f"{config.run}: {config.model.name} on {machines}"
+        limit = Limit(machines.gpu.name, machines.gpu.memory_bytes, found.reserve_bytes)
+        written = write_timeline(simulated, timeline, title=title, limit=limit)
     if prints_json:
         print(json.dumps(found.to_json() | {"simulated": as_json(simulated)}))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -62,23 +63,28 @@ def _of_base(setup: Setup) -> Iterator[Collective]:
 
 
 def _of_adapters(setup: Setup) -> Iterator[Collective]:
-    crosses = setup.num_ranks > setup.local_size
-    world = setup.num_ranks
-    if setup.adapter_ranks == 1:
-        yield Collective("all-reduce", "adapters' gradients", world, crosses, FP32 * setup.trained_weights, 1)
+    world, ranks = setup.num_ranks, setup.adapter_ranks
+    nodes = world // setup.local_size
+    if setup.layout.adapters == "replicate":
+        yield Collective("all-reduce", "adapters' gradients", world, nodes > 1, FP32 * setup.trained_weights, 1)
     else:
-        nodes = world // setup.local_size
-        in_layer = FP32 * setup.shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
+        in_layer = FP32 * _padded_adapters(setup)
         count = len(setup.layers) * setup.passes
-        yield Collective(
-            "all-gather", "adapters, forward and backward", setup.adapter_ranks, False, in_layer, 2 * count
-        )
-        yield Collective("reduce-scatter", "adapters' gradients", setup.adapter_ranks, False, in_layer, count)
+        if ranks > 1:
+            yield Collective("all-gather", "adapters, forward and backward", ranks, False, in_layer, 2 * count)
+            yield Collective("reduce-scatter", "adapters' gradients", ranks, False, in_layer, count)
+            yield Collective("all-reduce", "the gradient's norm", ranks, False, 8, 1)
         if nodes > 1:
-            share = in_layer // setup.adapter_ranks
+            share = in_layer // ranks
             yield Collective("all-reduce", "adapters' gradients between nodes", nodes, True, share, len(setup.layers))
-        yield Collective("all-reduce", "the gradient's norm", setup.adapter_ranks, False, 8, 1)
-    yield Collective("all-reduce", "loss and requests", world, crosses, FP32 * NUM_SCALARS, 1)
+    yield Collective("all-reduce", "loss and requests", world, nodes > 1, FP32 * NUM_SCALARS, 1)
+
+
+def _padded_adapters(setup: Setup) -> int:
+    """Weights of a layer's adapters, each A (R, in) and B (out, R) filled up to as many rows as divide by the ranks."""
+    r, ranks = setup.lora_rank, setup.adapter_ranks
+    shapes = [setup.shape.linear_shapes()[name] for name in setup.targets]
+    return sum(ranks * (math.ceil(r / ranks) * width + math.ceil(out / ranks) * r) for out, width in shapes)
 
 
 def received_bytes(setup: Setup) -> tuple[float, float]:

@@ -22,6 +22,8 @@ LOADING_S = 1800.0  # of a job's time limit: for reading the base, on a file sys
 SAVE_BYTES_PER_S = 0.5e9  # what a shared file system takes at least
 LEAST_NOTICE_S = 120  # Slurm sends a signal up to a minute early or late
 MOST_NOTICE_S = 3600
+LEAST_IN_SHORT_S = 30
+UNPLANNED_NOTICE_S = 600
 HOST_MARGIN = 1.2  # of what the plan needs: the page cache and what else runs on a node
 _TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -130,13 +132,26 @@ def needs_of(request: Request, runs: list[Config]) -> Needs:
         plans[config.run] = plan
         lines.append(_line(plan))
     if len(plans) < len(runs):
-        return Needs(None, None, MOST_NOTICE_S // 6, tuple(lines))
+        return Needs(None, None, _within(request.time, UNPLANNED_NOTICE_S), tuple(lines))
     return Needs(
         math.ceil(max(plan.host_bytes for plan in plans.values()) * HOST_MARGIN / GIB),
         _minutes(plans),
-        max(map(_notice_s, plans.values())),
+        _within(request.time, max(map(_notice_s, plans.values()))),
         tuple(lines),
     )
+
+
+def _within(time: str | None, notice_s: int) -> int:
+    """A quarter of a time limit at most: Slurm would ask a short job to stop before it has begun."""
+    if time is None:
+        return notice_s
+    days, has_days, clock = time.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if not has_days and len(parts) < 3:  # minutes, or minutes:seconds
+        parts = [0, *parts]
+    hours, minutes, seconds = [*parts, 0, 0][:3]
+    limit_s = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    return min(notice_s, max(LEAST_IN_SHORT_S, limit_s // 4))
 
 
 def _refuse(plan: Plan) -> None:

@@ -1,3 +1,7 @@
+if [[ -z ${SLURM_JOB_ID-} || -z ${SLURM_JOB_NODELIST-} ]]; then
+    echo "error: SLURM_JOB_ID and SLURM_JOB_NODELIST are not set: this is a script for sbatch" >&2
+    exit 2
+fi
 # Whatever ends this start of the job, the run's folder says how: CODE AGAIN STEP STALLED ATTEMPT REASON. An exit code
 # alone doesn't: torchrun makes 1 of each.
 attempt="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
@@ -25,8 +29,10 @@ give_up() {
 }
 
 code=none again=final step=0 stalled=0 marked='' reason=''
-read -r code again step stalled marked reason < "$run_dir/status" || true
-if [[ $marked != "$attempt" ]]; then # it ended before it came to its folder: a mistake, or an import that failed
+[[ ! -e $run_dir/status ]] || read -r code again step stalled marked reason < "$run_dir/status"
+if [[ $marked != "$attempt" && $srun_code == 138 ]]; then # USR1 came in the ranks' first moments
+    code=75 again=again stalled=${SLURM_RESTART_COUNT:-0} reason='asked to stop before it could listen'
+elif [[ $marked != "$attempt" ]]; then # it ended before it came to its folder: a mistake, or an import that failed
     say "srun ended with exit code $srun_code and the run left no word of this start"
     exit "$srun_code"
 fi

@@ -101,13 +101,8 @@ def num_steps_of(config: Config, loader: Loader) -> int:
     return steps
 
 
-def train(config: Config, world: World, *, is_dry: bool = False) -> None:
+def train(config: Config, world: World, stop: StopRequest, *, is_dry: bool = False) -> None:
     """``dist-lora train``. All ranks call it."""
-    with StopRequest() as stop:
-        _train_until_asked(config, world, stop, is_dry=is_dry)
-
-
-def _train_until_asked(config: Config, world: World, stop: StopRequest, *, is_dry: bool) -> None:
     started_s = time.monotonic()
     _check_trackers(config, world)
     base = open_base(config, world)

@@ -24,12 +24,12 @@ class StopRequest:
     """Whether this rank was asked to stop, from ``with`` to its end.
 
     While ``noted`` a request waits for the loop, which saves; a second one changes nothing. Before and after, there is
-    nothing to save: a signal raises ``StopNow`` wherever this rank is.
+    nothing to save: a signal raises ``StopNow`` wherever this rank is, until all is ``over``.
     """
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._signal_name = ""
-        self._is_noted = False
+        self._is_noted = self._is_over = False
         self._file: Path | None = None
         self._end_s = _end_of_job(environment)
 
@@ -43,6 +43,8 @@ class StopRequest:
             signal.signal(number, signal.SIG_IGN if self._signal_name else handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._is_over:
+            return
         is_first, self._signal_name = not self._signal_name, signal.Signals(number).name
         if is_first and not self._is_noted:
             raise StopNow(
@@ -74,8 +76,13 @@ class StopRequest:
             return f"account of the job's end at {end} ({END_VARIABLE})"
         return ""
 
+    def over(self) -> None:
+        """Mind no further request: all is saved, or done, and this rank takes its leave."""
+        self._is_over = True
+
     def obeyed(self) -> bool:
         """Take the file STOP away, since it has been obeyed and the same command is to go on; whether there was one."""
+        self.over()
         if self._file is None:
             return False
         with contextlib.suppress(OSError):

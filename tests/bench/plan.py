@@ -2,6 +2,7 @@
 
     bash launch/quickstart.sh        # once: SmolLM2-135M
     python -m tests.bench.plan [--quick]
+    python -m tests.bench.plan --configs    # every file of configs/ on its machines: planned beside simulated
 
 Planned: ``dist_lora.plan.arithmetic``. Simulated: the real step on fake tensors. Tracked: the fullest rank of a real gloo
 run, by the same tracker. Process: the most that a rank of ``dist-lora train`` has held, beside what a rank holds that has
@@ -15,15 +16,21 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from dist_lora.config.load import load_config
 from dist_lora.config.schema import Config
 from dist_lora.herd.facts import read_shape
 from dist_lora.plan.arithmetic import memory_of, setup_of
+from dist_lora.plan.configs import Preset, presets
+from dist_lora.plan.hardware import GIB
 from dist_lora.plan.simulate import simulate
 from dist_lora.plan.traffic import collectives_of
+from tests.pretend.shipped import Compared, alike, beside, compared
 from tests.ranks import pool
 from tests.ranks.pool import Ranks
 from tests.ranks.test_tracker import WORLDS, tracked_step
@@ -86,6 +93,40 @@ def table_of_tensors(worlds: list[str]) -> None:
                     )
 
 
+def table_of_configs() -> None:
+    """Print every shipped config's planned and simulated bytes of a GPU, and whether it sends what is planned."""
+    started_s = time.monotonic()
+    print("| config | machines | planned, GiB | simulated | difference | sent |\n|---|---|---|---|---|---|")
+    groups = alike(presets().values())
+    compared_all = []
+    for name, machines, found in _configs(groups):
+        sizes = f"{found.planned_bytes / GIB:.2f} | {found.simulated_bytes / GIB:.2f} | {found.off:+.2%}"
+        sent = "as planned" if found.is_sent_as_planned else "otherwise"
+        print(f"| {name} | {machines} | {sizes} | {sent} |", flush=True)
+        compared_all.append(found)
+    largest = max((found.off for found in compared_all), key=abs)
+    same = sum(found.is_sent_as_planned for found in compared_all)
+    print(
+        f"\n{len(compared_all)} configs, {len(groups) + 1} of them of other bytes than all others; largest difference "
+        f"{largest:+.2%}; {same} send what is planned: as many collectives and bytes, by the number of ranks; "
+        f"{time.monotonic() - started_s:.0f} s"
+    )
+
+
+def _configs(groups: list[list[Preset]]) -> Iterator[tuple[str, str, Compared]]:
+    for group in groups:
+        for preset, found in compared(group):
+            yield preset.name, str(preset.plan.machines), found
+    yield "quickstart", "2 processes without a GPU", _quickstart()
+
+
+def _quickstart() -> Compared:
+    config = load_config(ROOT / "configs" / "quickstart.yaml")
+    machines = {"num_nodes": 1, "gpus_per_node": 2, "device_bytes": DEVICE_BYTES}
+    simulated = simulate(config, read_shape(MODEL), **machines, device="cpu")
+    return beside(setup_of(config, read_shape(MODEL), **machines, on_gpu=False), simulated)
+
+
 def table_of_processes() -> None:
     """Print what processes of the command take, beside what explains it."""
     imported = 1024 * int(
@@ -130,7 +171,11 @@ def main() -> None:
     """The command: see the top of this file."""
     parser = argparse.ArgumentParser(description="The plan beside what is.")
     parser.add_argument("--quick", action="store_true", help="two ranks alone, and no processes")
+    parser.add_argument("--configs", action="store_true", help="every file of configs/, planned beside simulated")
     given = parser.parse_args()
+    if given.configs:
+        table_of_configs()
+        return
     pool.TIMEOUT_S = 600
     table_of_tensors(["2"] if given.quick else list(WORLDS))
     if not given.quick:

@@ -27,7 +27,7 @@ from dist_lora.train import build, loop, main
 from tests.e2e import points
 from tests.e2e.runs import fill_the_disk
 
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 LONG_S = 300.0  # longer than any test waits: who sleeps so long must be ended
 BOOM = "the boom of a test"
 now = {"step": 0}
@@ -323,6 +323,11 @@ def slow_steps_of_rank_1() -> None:
     """Each micro-batch of rank 1 takes more than half of the timeout longer than the other's, each step more than all of it."""
     if RANK == 1:
         wrap(build.Trainee, "run", lambda original, *arguments: (time.sleep(3), original(*arguments))[1])
+
+
+def slow_steps_until_slurm_starts_it_again() -> None:
+    if "SLURM_RESTART_COUNT" not in os.environ:
+        wrap(build.Trainee, "run", lambda original, *arguments: (time.sleep(0.1), original(*arguments))[1])
 
 
 def slow_phases() -> None:

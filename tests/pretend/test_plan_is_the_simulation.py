@@ -13,6 +13,7 @@ from dist_lora.plan.arithmetic import Setup, memory_of, setup_of
 from dist_lora.plan.hardware import GPUS
 from dist_lora.plan.simulate import Simulation, simulate
 from dist_lora.plan.traffic import collectives_of
+from tests.pretend.shipped import planned_traffic, simulated_traffic
 
 DEVICE_BYTES = GPUS["h100-80gb"].memory_bytes
 
@@ -28,6 +29,7 @@ class Case:
     device: Literal["gpu", "cpu"] = "gpu"
 
 
+SHORT = {"train": {"micro_batch": 1, "sequence_length": 64}}
 CASES = {
     "plain": Case("3.1-8b", {}),
     "kept activations": Case("3.1-8b", {"train": {"activation_checkpointing": False}}),
@@ -44,11 +46,29 @@ CASES = {
     ),
     "two targets": Case("3.1-8b", {"lora": {"targets": ["q_proj", "v_proj"]}}),
     "upper layers": Case("3.1-8b", {"lora": {"layers": "1-2"}, "train": {"activation_checkpointing": False}}),
+    "long and kept": Case(
+        "3.1-8b",
+        {"train": {"sequence_length": 8192, "activation_checkpointing": False}, "lora": {"targets": ["down_proj"]}},
+        gpus_per_node=1,
+    ),
     "fp32 on CPUs": Case(
         "3.1-8b", {"model": {"dtype": "fp32"}, "train": {"sequence_length": 256}}, gpus_per_node=2, device="cpu"
     ),
     "offload": Case("3.1-8b", {"parallel": {"offload": "all"}}),
-    "short": Case("3.1-8b", {"train": {"micro_batch": 1, "sequence_length": 64}}),
+    "short": Case("3.1-8b", SHORT),
+    "tied, short": Case("3.2-1b", SHORT, gpus_per_node=2),
+    "one GPU, offload, short": Case("3.1-8b", {**SHORT, "parallel": {"offload": "all"}}, gpus_per_node=1),
+    "first layer, sharded adapters": Case(
+        "3.1-8b", {**SHORT, "lora": {"layers": [0]}, "parallel": {"adapters": "shard"}}, gpus_per_node=2
+    ),
+    "layers larger than the embedding": Case("3.1-405b", {**SHORT, "parallel": {"adapters": "replicate"}}),
+    "rows that don't divide": Case(
+        "3.2-1b", {"lora": {"rank": 4}, "parallel": {"adapters": "shard"}}, num_nodes=2, gpus_per_node=3
+    ),
+    "nodes of one GPU, sharded adapters": Case(
+        "3.1-8b", {"parallel": {"adapters": "shard"}}, num_nodes=2, gpus_per_node=1
+    ),
+    "nodes of one GPU": Case("3.1-8b", {"parallel": {"base_shard": "node"}}, num_nodes=2, gpus_per_node=1),
     "high rank": Case("3.1-8b", {"lora": {"rank": 256}, "train": {"sequence_length": 256}}),
 }
 
@@ -69,9 +89,7 @@ def planned_and_simulated(case: Case, *, num_layers: int = 3) -> tuple[Setup, Si
 def test_the_plan_is_the_simulated_step(case: Case) -> None:
     setup, simulated = planned_and_simulated(case)
     assert memory_of(setup).device == pytest.approx(simulated.peak_bytes, rel=0.01)
-    planned = collectives_of(setup)
-    assert sum(each.count for each in planned) == sum(each.count for each in simulated.traffic)
-    assert sum(each.count * each.num_bytes for each in planned) == sum(each.num_bytes for each in simulated.traffic)
+    assert planned_traffic(setup) == simulated_traffic(simulated)
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])

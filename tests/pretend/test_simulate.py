@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import os
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch.distributed as dist
+from PIL import Image
 
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, SaveError
 from dist_lora.herd.facts import MEMBERS, Shape, read_shape
-from dist_lora.plan.simulate import Simulation, simulate, write_timeline
+from dist_lora.plan.command import Fleets
+from dist_lora.plan.simulate import Simulation, simulate
+from dist_lora.plan.simulate_command import simulate_plan
+from dist_lora.plan.timeline import Limit, parts_of_step, write_timeline
+from dist_lora.plan.tracker import KINDS, Moment, Phase
 
 GIB = 2**30
 MIB = 2**20
@@ -82,21 +89,65 @@ def test_the_timeline_begins_with_what_stays_and_ends_with_it(eight) -> None:
     assert len(eight.timeline) <= 500
 
 
-def test_the_timeline_is_written_as_numbers_and_as_a_picture(eight, tmp_path) -> None:
-    files = write_timeline(eight, tmp_path / "plan" / "step.png")
-    assert [file.name for file in files] == ["step.json", "step.svg"]
-    told = json.loads(files[0].read_text())
+LIMIT = Limit("h100-80gb", 79 * GIB, 2 * GIB)
+
+
+def test_the_timeline_is_written_as_numbers_and_as_a_picture_whose_texts_say_them(eight, tmp_path) -> None:
+    files = write_timeline(eight, tmp_path / "plan" / "step.svg", title="mine", limit=LIMIT)
+    assert [file.name for file in files] == ["step.svg", "step.json"]
+    told = json.loads(files[1].read_text())
     assert told["peak_bytes"] == eight.peak_bytes
     assert max(sum(moment[2:]) for moment in told["timeline"]) == eight.peak_bytes
     assert told["traffic"][0]["axis"] == "node"
-    texts = [element.text for element in ET.fromstring(files[1].read_text()).iter() if element.text]
-    assert f"base shard: {eight.composition['base shard'] / MIB:,.1f} MiB" in texts
+    texts = [element.text for element in ET.fromstring(files[0].read_text()).iter() if element.text]
+    peak = max(eight.timeline, key=lambda moment: moment.total_bytes)
+    part = {"head": "loss", "recompute": "backward"}.get(peak.phase, peak.phase)
+    assert f"peak {eight.peak_bytes / GIB:.2f} GiB, in the {part}" in texts
+    assert f"base: this GPU's share: {eight.composition['base shard'] / GIB:.2f}" in texts
+    assert any("h100-80gb holds 79.0 GiB (2.0 of it for CUDA, NCCL and gaps), far more" in text for text in texts)
+    assert {"mine", "forward", "backward", "from allocation to allocation; all passes: 1"} <= set(texts)
+
+
+def test_a_picture_in_points_shows_each_kind_as_high_as_it_is(eight, tmp_path) -> None:
+    (file, _) = write_timeline(eight, tmp_path / "step.png", title="", limit=replace(LIMIT, num_bytes=2 * GIB * 4))
+    points = np.asarray(Image.open(file).convert("RGB")).astype(int)
+    assert points.shape[1] > 1000
+
+    def height(colour: str) -> int:
+        """Points of a colour, one above the other, in a column in the midst of the areas."""
+        rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        return int((np.abs(points[:, 600] - rgb).max(axis=1) < 4).sum())
+
+    at = eight.composition
+    base, optimizer, adapters = height("#4e79a7"), height("#86bcb6"), height("#499894")
+    assert base > 30
+    assert base / optimizer == pytest.approx(at["base shard"] / at["optimizer"], rel=0.1)
+    assert base / adapters == pytest.approx(at["base shard"] / at["adapters"], rel=0.2)
+    red = (np.abs(points - [0xB2, 0x22, 0x22]).max(axis=2) < 4).sum(axis=1)
+    assert (red > points.shape[1] / 2).any(), "no line where the GPU is full"
+
+
+def test_parts_of_a_step_follow_each_other_and_a_backward_holds_what_it_recomputes() -> None:
+    phases: list[Phase] = ["update", "forward", "forward", "head", "backward", "recompute", "backward", "update"]
+    moments = [Moment(10 * i, phase, 0, (0,) * len(KINDS)) for i, phase in enumerate(phases)]
+    assert list(parts_of_step(moments)) == [
+        ("update", 0, 0), ("forward", 0, 20), ("loss", 20, 30), ("backward", 30, 60), ("update", 60, 70),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["step", "step.pdf", "step.json"])
+def test_a_picture_of_no_kind_that_is_known_is_told_before_anything_is_simulated(tmp_path, name) -> None:
+    told = f"--timeline: found {tmp_path / name}, expected a picture's name that ends in .png or .svg"
+    fleets = Fleets([1], 8, [], None, None)
+    with pytest.raises(ConfigError) as caught:
+        simulate_plan(config_of("3.1-405b"), fleets, timeline=tmp_path / name, prints_json=False)
+    assert str(caught.value) == told
 
 
 def test_a_place_that_can_not_be_written_is_told(eight, tmp_path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SaveError, match=r"file/step: can't be written: .*Name another place"):
-        write_timeline(eight, tmp_path / "file" / "step")
+    with pytest.raises(SaveError, match=r"file/step\.png: can't be written: .*Name another place"):
+        write_timeline(eight, tmp_path / "file" / "step.png", title="", limit=LIMIT)
 
 
 def test_what_was_pretended_is_said_in_sentences(eight, tiny_llama) -> None:

@@ -42,6 +42,12 @@ def chats_settings(base: Path, folder: Path, *, num_steps: int, dropout: float =
     }
 
 
+def train_until_asked(config: Config, world: World) -> None:
+    """The work of ``dist-lora train``, listening to signals as it does."""
+    with StopRequest() as stop:
+        main.train(config, world, stop)
+
+
 def train_command(world: World, settings: Mapping[str, Any], ask_at: int | None = None) -> str:
     """``dist-lora train``; returns what it said where it stopped on request, else nothing.
 
@@ -63,7 +69,7 @@ def train_command(world: World, settings: Mapping[str, Any], ask_at: int | None 
     loader_of = main.loader_of
     try:
         with mock.patch.object(main, "loader_of", asking):
-            main.train(Config.model_validate(settings), world)
+            train_until_asked(Config.model_validate(settings), world)
     except StoppedOnRequest as stopped:
         return str(stopped)
     finally:

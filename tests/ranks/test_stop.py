@@ -15,10 +15,10 @@ from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader
 from dist_lora.errors import ConfigError, StopNow, StoppedOnRequest
 from dist_lora.parallel.world import World
-from dist_lora.train import loop, main
+from dist_lora.train import loop
 from dist_lora.train.loop import Run
 from dist_lora.train.signals import StopRequest
-from tests.ranks.runs import chats_settings, metrics, train_command
+from tests.ranks.runs import chats_settings, metrics, train_command, train_until_asked
 
 EXACT = ("step", "loss", "grad_norm", "lr")
 ADAPTER = Path("it", "adapter", "adapter_model.safetensors")
@@ -116,7 +116,7 @@ def test_the_end_of_the_job_that_the_scheduler_tells_ends_a_run_before_it(config
     with pytest.raises(
         StoppedOnRequest, match=r"on account of the job's end at .* \(SLURM_JOB_END_TIME\); saved "
     ) as raised:
-        main.train(Config.model_validate(endless), World.alone())
+        train_until_asked(Config.model_validate(endless), World.alone())
     assert time.time() < end_s
     assert raised.value.exit_code == 75
     assert metrics(tmp_path / "it")[0]["step"] == 1

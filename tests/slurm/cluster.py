@@ -15,11 +15,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "sinfo", "srun", "unshare")
 FREEZER = Path("/sys/fs/cgroup/freezer/cgroup.procs")  # of cgroup v1: what proctrack/cgroup needs of this machine
@@ -112,7 +112,9 @@ class Cluster:
                 f"NodeName={node} NodeAddr={ADDRESS}.{i} NodeHostname={node} Port={port + i} CPUs={cpus} "
                 f"RealMemory=100000 Gres=gpu:{gpus} State=UNKNOWN"
             )
-        lines.append(f"PartitionName=main Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE State=UP OverTimeLimit=0")
+        lines.append(
+            f"PartitionName=main Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE State=UP OverTimeLimit=0"
+        )
         for i in range(gpus):
             os.mknod(self.folder / "gpu" / f"gpu{i}", 0o020666, os.makedev(1, 3))
         for name, text in (
@@ -146,7 +148,19 @@ class Cluster:
     def start_node(self, node: str) -> None:
         """Start a node's slurmd, or start it again."""
         inside = 'set -e; hostname "$2"; mount --bind "$1/hosts" /etc/hosts; exec slurmd -D -N "$2"'
-        command = ["unshare", "--uts", "--mount", "--propagation", "private", "bash", "-c", inside, "-", str(self.folder), node]
+        command = [
+            "unshare",
+            "--uts",
+            "--mount",
+            "--propagation",
+            "private",
+            "bash",
+            "-c",
+            inside,
+            "-",
+            str(self.folder),
+            node,
+        ]
         with (self.folder / "log" / f"{node}.out").open("ab") as log:
             self._slurmds[node] = subprocess.Popen(
                 command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -173,7 +187,13 @@ class Cluster:
     def submit(self, script: str, folder: Path) -> int:
         """``sbatch`` in a folder; the job's number."""
         done = subprocess.run(
-            ["sbatch", "--parsable"], input=script, cwd=folder, env=self.environment, capture_output=True, text=True, check=False
+            ["sbatch", "--parsable"],
+            input=script,
+            cwd=folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         return int(done.stdout.strip())
@@ -184,8 +204,16 @@ class Cluster:
 
     def wait(self, job: int | str, *, timeout_s: float) -> Mapping[str, str]:
         """What is said of a job when it has ended for good."""
+
         def ended() -> bool:
-            return self.job(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+            return self.job(job).get("JobState") in (
+                "COMPLETED",
+                "FAILED",
+                "CANCELLED",
+                "TIMEOUT",
+                "NODE_FAIL",
+                "OUT_OF_MEMORY",
+            )
 
         _until(ended, f"the end of job {job}", self.folder / "log", timeout_s=timeout_s)
         return self.job(job)
@@ -193,6 +221,23 @@ class Cluster:
     def signal(self, job: int | str, *options: str) -> None:
         """``scancel`` with options."""
         self._ask("scancel", *options, str(job))
+
+    def set_limit(self, job: int | str, minutes: str) -> None:
+        """Give a job another time limit."""
+        self._ask("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+
+    def ranks_on(self, node: str, folder: Path) -> list[int]:
+        """The processes on a node that work in a folder."""
+        found = []
+        for pid in self.pids_on(node):
+            with contextlib.suppress(OSError):
+                if Path(os.readlink(f"/proc/{pid}/cwd")) == folder:
+                    found.append(pid)
+        return found
+
+    def wait_for(self, is_so: Callable[[], bool], what: str, *, timeout_s: float) -> None:
+        """Return as soon as something is so."""
+        _until(is_so, what, self.folder / "log", timeout_s=timeout_s)
 
     def _ask(self, *command: str) -> str:
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
@@ -213,11 +258,13 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _until(is_so: Any, what: str, logs: Path, *, timeout_s: float = 60.0) -> None:
+def _until(is_so: Callable[[], bool], what: str, logs: Path, *, timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not is_so():
         if time.monotonic() > deadline:
-            tails = "\n".join(f"-- {path.name}\n{path.read_text(errors='replace')[-2000:]}" for path in sorted(logs.iterdir()))
+            tails = "\n".join(
+                f"-- {path.name}\n{path.read_text(errors='replace')[-2000:]}" for path in sorted(logs.iterdir())
+            )
             raise TimeoutError(f"{what}: not within {timeout_s:.0f} s\n{tails}")
         time.sleep(0.1)
 
@@ -245,8 +292,6 @@ def _all_pids() -> list[int]:
 
 def script(*arguments: object, environment: Mapping[str, str] | None = None, folder: Path) -> str:
     """What ``dist-lora slurm ARGUMENTS`` prints, called in a folder."""
-    import sys
-
     command: Sequence[str] = [sys.executable, "-m", "dist_lora", "slurm", *map(str, arguments)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

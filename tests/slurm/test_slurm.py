@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.e2e.runs import INJECT, ROOT
 from tests.ranks.runs import chats_settings
 from tests.slurm import cluster
 from tests.slurm.cluster import Cluster, script
@@ -30,6 +30,11 @@ EXACT = ("step", "loss", "grad_norm", "lr")
 def slurm() -> Iterator[Cluster]:
     with closing(Cluster(2)) as made:
         yield made
+
+
+def faulty(fault: str) -> list[str]:
+    """Options that let a fault into each rank."""
+    return ["--env", f"PYTHONPATH={os.pathsep.join([str(INJECT), str(ROOT)])}", "--env", f"DIST_LORA_FAULT={fault}"]
 
 
 class Jobs:
@@ -74,7 +79,9 @@ class Jobs:
         return (self.run(name) / "adapter" / "adapter_model.safetensors").read_bytes()
 
     def told(self, job: int | str) -> str:
-        return (self.folder / f"slurm-{job}.out").read_text() if (self.folder / f"slurm-{job}.out").exists() else "nothing"
+        return (
+            (self.folder / f"slurm-{job}.out").read_text() if (self.folder / f"slurm-{job}.out").exists() else "nothing"
+        )
 
     def output(self, run: str, job: int) -> str:
         return (self.folder / f"slurm-{run}-{job}.out").read_text()
@@ -123,3 +130,121 @@ def test_a_preempted_run_is_started_again_and_ends_as_if_nothing_had_been(
     assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("COMPLETED", "0:0", "2"), told
     assert told.count("to be started again") == 2
     assert_like(straight, name)
+
+
+def test_a_run_out_of_time_is_started_again_with_a_new_limit(slurm: Cluster, straight: Jobs) -> None:
+    printed = straight.script(
+        straight.config("limited"), "--nodes", 2, "--time", "10", *faulty("slow_steps_until_slurm_starts_it_again")
+    )
+    job = slurm.submit(printed, straight.folder)
+    straight.wait_for_step("limited", 5, lambda: straight.output("limited", job))
+    slurm.set_limit(job, "1")  # what is left is less than the notice: Slurm sends its signal when it looks next
+    slurm.wait_for(lambda: slurm.job(job)["Restarts"] == "1", "the job to be started again", timeout_s=TIMEOUT_S)
+    slurm.set_limit(job, "10")
+    found = slurm.wait(job, timeout_s=TIMEOUT_S)
+    told = straight.output("limited", job)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), told
+    assert "exit code 75" in told and "on SIGUSR1's request" in told
+    assert_like(straight, "limited")
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_a_mistake_is_not_started_again(slurm: Cluster, jobs: Jobs, launcher: str) -> None:
+    """Found once the run has its folder: torchrun's exit code is 1 then, and the mark says 2."""
+    name = f"mistaken-{launcher}"
+    config = jobs.config(name, data={"train": "no-such-file.jsonl"})
+    job = slurm.submit(jobs.script(config, "--nodes", 2, "--time", "10", "--launcher", launcher), jobs.folder)
+    found = slurm.wait(job, timeout_s=TIMEOUT_S)
+    told = jobs.output(name, job)
+    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "2:0", "0"), told
+    assert "no-such-file.jsonl" in told and told.count("error:") >= 1
+
+
+def test_a_config_that_became_wrong_is_not_started_again(slurm: Cluster, jobs: Jobs) -> None:
+    config = jobs.config("typo")
+    printed = jobs.script(config, "--nodes", 2, "--time", "10")
+    with (jobs.folder / config).open("a") as file:
+        file.write("optimm: {}\n")
+    job = slurm.submit(printed, jobs.folder)
+    found = slurm.wait(job, timeout_s=TIMEOUT_S)
+    told = jobs.output("typo", job)
+    assert (found["JobState"], found["Restarts"]) == ("FAILED", "0"), told
+    assert "optimm" in told and "left no word" in told
+
+
+def test_a_run_that_never_comes_on_is_given_up(slurm: Cluster, jobs: Jobs) -> None:
+    """A rank is killed before the first save, each time."""
+    printed = jobs.script(
+        jobs.config("stuck"), "--nodes", 2, "--time", "10", "--max-stalled", 2, *faulty("kill_of_rank_1_in_step_3")
+    )  # fmt: skip
+    job = slurm.submit(printed, jobs.folder)
+    found = slurm.wait(job, timeout_s=TIMEOUT_S)
+    told = jobs.output("stuck", job)
+    assert (found["JobState"], found["Restarts"]) == ("FAILED", "1"), told
+    assert "not started again: 2 starts in a row have saved no newer step" in told
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_a_lost_node_brings_the_job_back_by_itself(slurm: Cluster, straight: Jobs, launcher: str) -> None:
+    """No process of it is left on the other node; with the node back the run ends as if nothing had been."""
+    name = f"node-lost-{launcher}"
+    job = slurm.submit(
+        straight.script(straight.config(name), "--nodes", 2, "--time", "10", "--launcher", launcher), straight.folder
+    )
+    straight.wait_for_step(name, 50, lambda: straight.output(name, job))
+    slurm.power_off("n2")
+    try:
+        slurm.wait_for(
+            lambda: slurm.job(job)["JobState"] in ("PENDING", "FAILED"), "the job to end", timeout_s=TIMEOUT_S
+        )
+        slurm.wait_for(lambda: not slurm.ranks_on("n1", straight.folder), "n1's ranks to end", timeout_s=30)
+    finally:
+        slurm.start_node("n2")
+    found = slurm.wait(job, timeout_s=TIMEOUT_S)
+    told = straight.output(name, job)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), told
+    assert_like(straight, name)
+
+
+def test_an_array_trains_a_config_in_each_task(slurm: Cluster, jobs: Jobs) -> None:
+    """Each by itself: one is asked to stop and comes back, one is mistaken and doesn't."""
+    configs = [jobs.config("array-a", train={"seed": 1}), jobs.config("array-b", data={"train": "none.jsonl"}),
+               jobs.config("array-c", train={"seed": 2})]  # fmt: skip
+    job = slurm.submit(jobs.script(*configs, "--nodes", 1, "--time", "10"), jobs.folder)
+    jobs.wait_for_step("array-c", 30, lambda: jobs.output("dist-lora", f"{job}_2"))  # whose number is the array's
+    slurm.signal(f"{job}_2", "--signal=USR1")
+    ends = [slurm.wait(f"{job}_{i}", timeout_s=TIMEOUT_S) for i in range(3)]
+    told = [jobs.output("dist-lora", f"{job}_{i}") for i in range(3)]
+    assert [(end["JobState"], end["ExitCode"], end["Restarts"]) for end in ends] == [
+        ("COMPLETED", "0:0", "0"), ("FAILED", "2:0", "0"), ("COMPLETED", "0:0", "1")], told  # fmt: skip
+    assert jobs.steps_done("array-a") == jobs.steps_done("array-c") == NUM_STEPS
+    assert jobs.adapter("array-a") != jobs.adapter("array-c")
+
+
+def test_four_nodes_are_one_world(jobs: Jobs, straight: Jobs) -> None:
+    with closing(Cluster(4)) as four:
+        job = four.submit(jobs.script(jobs.config("four"), "--nodes", 4, "--time", "10"), jobs.folder)
+        jobs.wait_for_step("four", 40, lambda: jobs.output("four", job))
+        four.signal(job, "--signal=USR1")
+        found = four.wait(job, timeout_s=TIMEOUT_S)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), jobs.output("four", job)
+    for ours, theirs in zip(jobs.metrics("four")[:40], straight.metrics("straight"), strict=False):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5, abs=1e-5)
+
+
+def test_a_cancelled_job_leaves_no_process_where_slurm_knows_only_groups(jobs: Jobs) -> None:
+    """torchrun's workers have sessions of their own, which Slurm's tracking by process groups doesn't find."""
+    with closing(Cluster(2, tracking="pgid")) as groups:
+        job = groups.submit(
+            jobs.script(jobs.config("cancelled"), "--nodes", 2, "--time", "10", "--launcher", "torchrun"), jobs.folder
+        )
+        jobs.wait_for_step("cancelled", 30, lambda: jobs.output("cancelled", job))
+        groups.signal(job)
+        found = groups.wait(job, timeout_s=TIMEOUT_S)
+        for node in groups.nodes:
+            groups.wait_for(
+                lambda node=node: not groups.ranks_on(node, jobs.folder), f"{node}'s ranks to end", timeout_s=30
+            )
+    assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0"), jobs.output("cancelled", job)
+    step = int((jobs.run("cancelled") / "status").read_text().split()[2])
+    assert step >= 30  # asked by TERM, it has saved

@@ -31,6 +31,7 @@ ROAD = (
     "train",
     "plan.tracker",  # sees the tensors of any run
     "plan.simulate",  # runs the real loop on pretend tensors
+    "plan.timeline",
     "plan.simulate_command",
     "slurm",  # batch scripts, by a plan
     "cli",
@@ -41,6 +42,7 @@ DOORS = {
     "torch.distributed": ("parallel", "checkpoint"),
     "deepspeed": ("parallel.zero3",),
     "bitsandbytes": ("base.quant", "train.optim"),
+    "matplotlib": ("plan.timeline",),
 }
 # These run what they read, or let a file of the user's do so.
 NOWHERE = {
@@ -358,7 +360,13 @@ LIGHT = [
     name
     for name in SOURCES
     if name.startswith(("dist_lora.config.", "dist_lora.herd.", "dist_lora.plan."))
-    and name not in ("dist_lora.plan.tracker", "dist_lora.plan.simulate", "dist_lora.plan.simulate_command")
+    and name
+    not in (
+        "dist_lora.plan.tracker",
+        "dist_lora.plan.simulate",
+        "dist_lora.plan.timeline",
+        "dist_lora.plan.simulate_command",
+    )
 ]
 
 

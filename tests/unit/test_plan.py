@@ -225,6 +225,7 @@ def test_what_does_not_fit_ends_with_3_and_tells_both_numbers(config_file) -> No
         (["--gpu-gib", -1], "--gpu-gib: found -1, expected GiB above 0"),
         (["--gpu", "h100-80gb", "--gpu-gib", 80], "both say what a GPU holds"),
         (["--nodes", 1, "--nodes", 2], "several of them are for --sweep"),
+        (["--timeline", "a.png"], "--timeline: it shows a simulated step; give --simulate too"),
         (["model.name=no-such-folder"], "expected a herd member, an existing folder or a hub id"),
         (["parallel.engine=none"], "parallel.engine: none runs one process and 8 were started"),
     ],

@@ -18,9 +18,8 @@ from dist_lora.checkpoint.manifest import MANIFEST_FILE, read_manifest, write_ma
 from dist_lora.config.schema import Config
 from dist_lora.errors import CheckpointError, ConfigError
 from dist_lora.parallel.world import World
-from dist_lora.train import main
 from dist_lora.train.optim import lr_at
-from tests.ranks.runs import metrics, train_command
+from tests.ranks.runs import metrics, train_command, train_until_asked
 
 NUM_STEPS = 4
 
@@ -192,7 +191,7 @@ def test_the_best_checkpoint_is_kept_and_becomes_the_adapter(begun, tmp_path, mo
         eval={"every": 1},
         checkpoint={"every": 1, "keep": 1, "keep_best": True},
     )
-    main.train(Config.model_validate(settings), World.alone())
+    train_until_asked(Config.model_validate(settings), World.alone())
     folder = Path(begun["runs_dir"]) / "best"
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
     progress = read_manifest(folder / "checkpoints" / "step-00000004").progress

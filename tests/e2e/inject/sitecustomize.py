@@ -2,7 +2,7 @@
 
 import os
 
-if "RANK" in os.environ and "DIST_LORA_FAULT" in os.environ:
+if {"RANK", "SLURM_STEP_ID"} & set(os.environ) and "DIST_LORA_FAULT" in os.environ:
     from tests.e2e import faults
 
     getattr(faults, os.environ["DIST_LORA_FAULT"])()
