@@ -59,9 +59,26 @@ for name in TERM INT HUP USR1; do
     # shellcheck disable=SC2064  # the names of now
     trap "kill -s $name $torchrun 2> /dev/null || true" "$name"
 done
+
+# A torchrun that has lost the node of HEAD may wait for it for a quarter of an hour, deaf to TERM, when its ranks have long
+# ended. It is given the time in which ranks would have been started again.
+end_when_deaf() {
+    local had_ranks='' idle_s=0
+    while sleep 1 && kill -0 "$torchrun" 2> /dev/null; do
+        if [[ -n $(cat /proc/"$torchrun"/task/*/children 2> /dev/null) ]]; then
+            had_ranks=1 idle_s=0
+        elif [[ -n $had_ranks ]] && ((++idle_s > 2 * join_timeout)); then
+            printf 'launch/torchrun.sh: torchrun has had no ranks for %s s and is ended\n' "$idle_s" >&2
+            kill -s KILL "$torchrun"
+        fi
+    done
+}
+end_when_deaf &
+watcher=$!
 while kill -0 "$torchrun" 2> /dev/null; do wait "$torchrun" || true; done # a trap ends a wait early
 code=0
 wait "$torchrun" || code=$?
+kill "$watcher" 2> /dev/null || true
 ((code)) || exit 0
 
 # The run's folder says how it ended.

@@ -260,6 +260,35 @@ def test_a_script_that_is_asked_to_stop_lets_the_ranks_save_and_ends_with_75(fol
     assert len(list((folder / "the runs" / run / "checkpoints").glob("step-*/manifest.json"))) == 2, told
 
 
+DEAF = f"""#!{sys.executable}
+import signal, subprocess, sys, time
+if "torch.distributed.run" not in sys.argv:
+    sys.exit(1)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.run(["sleep", "2"])
+time.sleep(60)
+"""
+
+
+def test_a_torchrun_that_is_deaf_when_its_ranks_have_ended_is_ended(folder) -> None:
+    stand_in = folder.with_name("deaf")
+    stand_in.write_text(DEAF)
+    stand_in.chmod(0o755)
+    started = time.monotonic()
+    code, told = start(
+        LAUNCH / "torchrun.sh",
+        "train me.yaml",
+        folder=folder,
+        PYTHON=stand_in,
+        NNODES=2,
+        NPROC=1,
+        HEAD="a:1",
+        JOIN_TIMEOUT=1,
+    ).end()
+    assert code == 1 and time.monotonic() - started < 30, told
+    assert "torchrun has had no ranks for 3 s and is ended" in told
+
+
 # How it is called
 
 

@@ -51,7 +51,9 @@ def pods() -> list[tuple[str, Any]]:
 
 
 def environment_of(pod: Any) -> dict[str, str | None]:
-    return {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
+    container = pod["containers"][0]
+    exported = re.findall(r'^export ([A-Z_]+)="([^"]*)"$', container["args"][0], re.MULTILINE)
+    return {entry["name"]: entry.get("value") for entry in container["env"]} | dict(exported)
 
 
 def words_of(pod: Any) -> list[str]:
@@ -105,6 +107,8 @@ def test_a_pod_starts_the_ranks_by_a_script_with_what_it_reads(name: str, pod: A
     assert environment.keys() <= variables_of("torchrun.sh") | OTHERS
     assert environment.keys() >= {"NNODES", "NPROC", "HEAD", "LOCAL_ADDR"}
     assert re.fullmatch(r"[^:\s]+:[1-9][0-9]*", environment["HEAD"] or "")
+    # Kubernetes replaces $(NAME) by what stands before it, and what an operator adds stands behind.
+    assert not any("$(" in (value or "") for value in environment.values())
     container = pod["containers"][0]
     assert container["image"].endswith(f"/dist-lora:{__version__}")
     assert str(container["resources"]["limits"]["nvidia.com/gpu"]) == environment["NPROC"]
@@ -151,9 +155,11 @@ CODES = {0: 0, **{code: code for code in NEVER_AGAIN}, errors.EXIT_STOPPED: 143,
 def test_the_pytorchjob_tells_the_operator_what_to_start_again(code: int, told: int) -> None:
     (found,) = documents(PYTORCHJOB)
     script = found["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["args"][0]
-    standing_in = script.replace(f"bash {INSIDE}/launch/torchrun.sh my-run.yaml", f"bash -c 'exit {code}'")
+    standing_in = script.replace(f"bash {INSIDE}/launch/torchrun.sh my-run.yaml", f"bash -c 'echo $HEAD; exit {code}'")
     assert standing_in != script
-    assert subprocess.run(["bash", "-c", standing_in], check=False).returncode == told
+    environment = {"PATH": "/usr/bin:/bin", "MASTER_ADDR": "head"}
+    done = subprocess.run(["bash", "-c", standing_in], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (told, "head:29400\n")
 
 
 def test_skypilot_starts_the_ranks_by_a_script_with_what_it_reads() -> None:
