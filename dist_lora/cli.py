@@ -456,6 +456,9 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(EXIT_FAILED)
     except DistLoraError as error:
-        report_error(error)
+        from dist_lora.parallel.place import is_first_of_node
+
+        if is_first_of_node(os.environ):  # the others on this node have met with the same
+            report_error(error)
         sys.exit(error.exit_code)
     sys.exit(0)

@@ -55,6 +55,30 @@ class WeightIndex:
     folder: Path
     tensors: dict[str, TensorOnDisk]
 
+    def to_json(self) -> bytes:
+        """For another process on this node, which then needs to read no header: see `from_json`."""
+        tensors = [
+            (
+                tensor.name,
+                str(tensor.file.relative_to(self.folder)),
+                tensor.dtype,
+                tensor.shape,
+                tensor.start,
+                tensor.num_bytes,
+            )
+            for tensor in self.tensors.values()
+        ]
+        return json.dumps(tensors).encode()
+
+    @staticmethod
+    def from_json(folder: Path, text: bytes) -> WeightIndex:
+        """What `to_json` gave to a process that sees the same folder, not checked again."""
+        tensors = [
+            TensorOnDisk(name, folder / file, dtype, tuple(shape), start, num_bytes)
+            for name, file, dtype, shape, start, num_bytes in json.loads(text)
+        ]
+        return WeightIndex(folder, {tensor.name: tensor for tensor in tensors})
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors, without the headers."""

@@ -59,6 +59,14 @@ def place_from_environment(environment: Mapping[str, str]) -> Place | None:
     return place
 
 
+def is_first_of_node(environment: Mapping[str, str]) -> bool:
+    """Whether this process speaks for its node, of those that a launcher has started there; True where none has."""
+    local_rank = environment.get("LOCAL_RANK")
+    if local_rank is None and is_step(environment):
+        local_rank = environment.get("SLURM_LOCALID")
+    return local_rank in (None, "0")
+
+
 def _place_of_task(environment: Mapping[str, str]) -> Place | None:
     """The place of a task that srun started beside others."""
     if not is_step(environment):

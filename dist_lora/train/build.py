@@ -16,6 +16,7 @@ from torch import Tensor
 from dist_lora.base.attention import Backend, choose_backend
 from dist_lora.base.checksum import check_untouched, checksums
 from dist_lora.base.hub import fetch_model
+from dist_lora.base.index import WeightIndex, open_index
 from dist_lora.base.llama import Llama, build_on_meta
 from dist_lora.base.quant.formats import Format, format_of
 from dist_lora.base.quant.published import BaseOnDisk, open_base_on_disk
@@ -96,7 +97,7 @@ def open_base(config: Config, world: World) -> Base:
         folder = folder_of(resolved, world)
         shape = read_shape(folder)
         config.lora.layer_indices(shape.num_layers)
-        on_disk = open_base_on_disk(folder, quant=config.model.quant)
+        on_disk = open_base_on_disk(folder, quant=config.model.quant, index=_index_of(folder, world))
         on_disk.index.expect(shape.tensor_shapes())
         tokenizer = load_tokenizer(folder, chat_template=config.data.chat_template)
     except DistLoraError as caught:
@@ -155,6 +156,23 @@ def _from_hub(resolved: ResolvedModel, world: World) -> Path:
     finally:
         world.share(key, folder.encode())
     return Path(folder)
+
+
+def _index_of(folder: Path, world: World) -> WeightIndex:
+    """The index of a model's folder: one rank of each node reads the headers of its files, and tells the others."""
+    key = f"base/index/{world.world_rank // world.local_size}"
+    if world.local_rank != 0:
+        told = world.fetch(key)
+        if not told:  # the rank that reads says why
+            raise WeightsError(f"{folder} could not be opened on this node")
+        return WeightIndex.from_json(folder, told)
+    text = b""
+    try:
+        index = open_index(folder, allow_bytes=True)
+        text = index.to_json()
+    finally:
+        world.share(key, text)
+    return index
 
 
 @dataclass(frozen=True)

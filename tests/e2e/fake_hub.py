@@ -25,16 +25,18 @@ class Hub:
     repositories: dict[str, Path]
     refusals: dict[str, tuple[int, str, str]] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
+    is_busy: bool = False  # answers 429 to everything
     url: str = ""
 
     def environment(self, home: Path) -> dict[str, str]:
         """What sends a process's hub library here, with nothing in its cache."""
         return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
 
-    def fetched(self) -> list[str]:
-        """The files that were downloaded, each as often as it was."""
+    @staticmethod
+    def fetched(requests: list[tuple[str, str]]) -> list[str]:
+        """The files that were downloaded by these requests, each as often as it was."""
         return sorted(
-            path.rpartition(f"/{SHA}/")[2] for method, path in self.requests if method == "GET" and "/resolve/" in path
+            path.rpartition(f"/{SHA}/")[2] for method, path in requests if method == "GET" and "/resolve/" in path
         )
 
 
@@ -57,6 +59,8 @@ def serving(hub: Hub) -> Iterator[Hub]:
         def _answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append((self.command, path))
+            if hub.is_busy:
+                return self._refuse(429, "", "Too many requests")
             for name, folder in hub.repositories.items():
                 kind = "" if name.startswith("datasets/") else "models/"
                 if path.startswith(f"/api/{kind}{name}"):

@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.fake_hub import SHA, Hub, serving
-from tests.e2e.runs import ROOT, run
+from tests.e2e.runs import ROOT, Done, run, run_processes
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +58,67 @@ def test_model_and_data_are_fetched_by_one_rank_of_a_node(config, repository, da
         assert done.returncode == 0, done.stderr
         assert "data.train: 8 samples" in done.stderr
         needed = sorted(p.name for p in repository.iterdir() if p.suffix in (".json", ".safetensors", ".jinja"))
-        assert hub.fetched() == sorted([*needed, "train.jsonl"])
+        assert hub.fetched(hub.requests) == sorted([*needed, "train.jsonl"])
         assert len([name for name in needed if name.endswith(".safetensors")]) > 3
         assert len(hub.requests) == len(set(hub.requests))  # nothing is asked twice
         # A second start asks whether there is a newer one, and fetches nothing.
         hub.requests.clear()
         folder = fetch(environment, "org/tiny")
-        assert folder.endswith(SHA) and hub.fetched() == []
+        assert folder.endswith(SHA) and hub.fetched(hub.requests) == []
         assert len([path for _, path in hub.requests if "org/tiny" in path]) == 1
     assert fetch(environment, "org/tiny") == folder  # the hub is gone: the cache does
     origin = json.loads((config.parent / "runs" / "a" / "adapter" / "dist_lora.json").read_text())
     assert (origin["base"]["name"], origin["base"]["revision"]) == ("org/tiny", SHA)
+
+
+class TwoNodes:
+    """Runs of four ranks on two nodes, each of which has a disk of its own for what it fetches."""
+
+    def __init__(self, config: Path, hub: Hub, folder: Path) -> None:
+        self.hub, self._folder = hub, folder
+        self._arguments = ("train", config, "data.train=org/data", "data.eval=null", "train.global_batch=8",
+                           f"runs_dir={folder}/runs", f"data.cache_dir={folder}/cache")  # fmt: skip
+
+    def train(self, name: str) -> Done:
+        place = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "DIST_LORA_RENDEZVOUS": f"{self._folder}/meeting-{name}"}
+        ranks = [
+            place
+            | self.hub.environment(self._folder / f"home-{rank // 2}")
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank % 2)}
+            for rank in range(4)
+        ]
+        codes, done = run_processes([((*self._arguments, f"run={name}"), rank) for rank in ranks])
+        assert codes == [0] * 4, done.stderr
+        return done
+
+
+@pytest.fixture(scope="module")
+def two_nodes(config, repository, dataset, tmp_path_factory) -> Iterator[tuple[TwoNodes, list[tuple[str, str]]]]:
+    """Two nodes that have trained once, and what the hub was asked by that."""
+    with serving(Hub({"org/tiny": repository, "datasets/org/data": dataset})) as hub:
+        nodes = TwoNodes(config, hub, tmp_path_factory.mktemp("nodes"))
+        nodes.train("first")
+        yield nodes, hub.requests[:]
+
+
+def test_one_rank_of_each_node_asks_the_hub(two_nodes, repository) -> None:
+    nodes, asked = two_nodes
+    needed = [p.name for p in repository.iterdir() if p.suffix in (".json", ".safetensors", ".jinja")]
+    assert nodes.hub.fetched(asked) == sorted([*needed, "train.jsonl"] * 2)
+    assert set(Counter(asked).values()) == {2}  # each question once by each of the nodes
+
+
+@pytest.mark.slow
+def test_a_hub_that_answers_too_many_requests_stops_nobody_who_has_it_all(two_nodes) -> None:
+    nodes, _ = two_nodes
+    nodes.hub.requests.clear()
+    nodes.hub.is_busy = True
+    done = nodes.train("again")
+    assert "Traceback" not in done.stderr, done.stderr
+    counts = set(Counter(nodes.hub.requests).values())
+    assert (
+        counts and max(counts) <= 2 * 7 and all(count % 2 == 0 for count in counts)
+    )  # the library's own further tries
 
 
 REFUSALS = {

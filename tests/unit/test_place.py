@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dist_lora.errors import ConfigError
-from dist_lora.parallel.place import Place, place_from_environment
+from dist_lora.parallel.place import Place, is_first_of_node, place_from_environment
 from dist_lora.parallel.slurm import hosts_of, is_step, rendezvous_of, tasks_per_node
 
 # As a real Slurm (22.05) sets them: two nodes, of four tasks the fourth; the job was asked for by -N2 -n4.
@@ -246,6 +246,25 @@ def test_only_a_number_below_the_special_ones_is_a_step() -> None:
 def test_who_a_process_is_is_known_without_torch() -> None:
     program = "import sys, dist_lora.parallel.place; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=False).returncode == 0
+
+
+def test_one_process_of_a_node_speaks_of_what_all_have_met_with() -> None:
+    assert is_first_of_node({}) and is_first_of_node(JOB) and is_first_of_node(SHELL_OF_SALLOC)
+    assert is_first_of_node(TORCHRUN | {"LOCAL_RANK": "0"}) and not is_first_of_node(TORCHRUN)
+    assert is_first_of_node(TASK | {"SLURM_LOCALID": "0"}) and not is_first_of_node(TASK)
+    assert is_first_of_node(TASK | TORCHRUN | {"LOCAL_RANK": "0"})
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", 1), ("1", 0)])
+def test_a_mistake_before_the_ranks_have_met_is_told_once_a_node(rank, told, monkeypatch, capsys) -> None:
+    from dist_lora import cli
+
+    for name, value in {**TORCHRUN, "RANK": rank, "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["dist-lora", "train", "no-such.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and capsys.readouterr().err.count("error: no-such.yaml: no such file") == told
 
 
 def test_a_number_of_processes_that_contradicts_the_launcher_is_refused(tmp_path, monkeypatch) -> None:

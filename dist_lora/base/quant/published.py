@@ -96,20 +96,21 @@ class BaseOnDisk:
     nf4: Mapping[str, Nf4OnDisk]
 
 
-def open_base_on_disk(folder: Path, *, quant: Quant) -> BaseOnDisk:
+def open_base_on_disk(folder: Path, *, quant: Quant, index: WeightIndex | None = None) -> BaseOnDisk:
     """What a model folder holds, whether its linears are plain or NF4. Reads headers and, of NF4, 0.3 KB a linear.
 
     A folder may mix both (`llm_int8_skip_modules`).
 
     Args:
         quant: `model.quant`; NF4 on disk can be nothing else in memory.
+        index: the folder's, with bytes allowed, where another process has read the headers.
 
     Raises:
         ConfigError: NF4 on disk and another `quant`; or quantized in a way that is not read: FP4, another block
             or other levels.
         WeightsError: the folder is damaged or holds types that are not read.
     """
-    index = open_index(folder, allow_bytes=True)
+    index = index or open_index(folder, allow_bytes=True)
     states = [name for name in index.tensors if _STATE in name]
     if not states:
         check_types(index.tensors.values(), where=folder)
