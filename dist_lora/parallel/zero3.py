@@ -157,12 +157,13 @@ class Zero3(SingleProcess):
         blocks = model.blocks()
         block = max(sum(p.numel() for p in b.parameters()) for b in blocks)
         trained = max(sum(p.numel() for p in b.parameters() if p.requires_grad) for b in blocks)
-        ends = model.shape.vocab * model.shape.hidden * 2
+        head = model.shape.vocab * model.shape.hidden
         zero: dict[str, Any] = {
             "stage": 3,
             "stage3_param_persistence_threshold": 0,  # norms too are cut, instead of whole on every rank
             "stage3_prefetch_bucket_size": block,  # the next block comes while this one computes
-            "stage3_max_live_parameters": ends + 3 * block,
+            # The head with a block, or three blocks. In the backward DeepSpeed fetches ahead until so many are there.
+            "stage3_max_live_parameters": max(head + block, 3 * block),
             "stage3_max_reuse_distance": 1,  # only the head is kept from its forward to its backward, which follows
             "reduce_bucket_size": max(trained, MIN_REDUCED),
             "contiguous_gradients": False,  # they are copied once more for the reduction in any case

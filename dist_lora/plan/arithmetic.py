@@ -200,6 +200,15 @@ def block_bytes(setup: Setup) -> int:
     return sum(part.num_bytes for part in parts if part.block == 0)
 
 
+def _block_elements(setup: Setup) -> int:
+    """The elements of one layer's tensors: of an NF4 base two weights are one."""
+    parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
+    sizes = {"codes": 1, "absmax": FP32, "scale": FP32}
+    return sum(
+        part.num_bytes // sizes.get(part.name.rpartition(".")[2], setup.item_bytes) for part in parts if part.block == 0
+    )
+
+
 def end_bytes(setup: Setup) -> int:
     """The embedding, or the head, whole."""
     return setup.shape.vocab * setup.shape.hidden * setup.item_bytes
@@ -361,9 +370,13 @@ def _gathered_by_fsdp2(setup: Setup) -> _Gathered:
 
 
 def _gathered_by_zero3(setup: Setup) -> _Gathered:
-    """An upper bound: DeepSpeed fetches ahead and lets go later, in the backward up to ``stage3_max_live_parameters``."""
+    """An upper bound: DeepSpeed fetches ahead and lets go later.
+
+    In the backward it does so while no more elements are there than ``stage3_max_live_parameters``, and one layer more.
+    """
     end, block, num_layers = end_bytes(setup), block_bytes(setup), setup.shape.num_layers
-    root, ends = (end, 1) if setup.shape.tied else (0, 2)
+    live = max(setup.shape.vocab * setup.shape.hidden / _block_elements(setup) + 1, 3) + 1
+    root = end if setup.shape.tied else 0
     return _Gathered(
         at_embedding=2 * end,
         in_first_layer=end + 2 * block,
@@ -371,7 +384,7 @@ def _gathered_by_zero3(setup: Setup) -> _Gathered:
         at_end_of_forward=end + 2 * block if setup.shape.tied else 2 * end + block,
         at_loss=end + 2 * block,
         in_backward_of_norm=end + 2 * block,
-        in_backward=min(ends * end + 3 * block, root + num_layers * block),
+        in_backward=root + math.ceil(min(live, num_layers) * block),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
@@ -39,12 +40,16 @@ class Runs:
     settings: dict[str, Any]
     port: int = 29500
 
-    def start(self, run: str, *, on_each: int = 1, fault: str | None = None, **sections: Mapping[str, Any]) -> Ranks:
+    def config(self, run: str, **sections: Mapping[str, Any]) -> Path:
         tree = self.settings | {"run": run, "runs_dir": str(self.folder / "runs")}
         for name, values in sections.items():
             tree = tree | {name: {**tree.get(name, {}), **values}}
-        config = self.folder / f"{run}.yaml"
-        config.write_text(yaml.safe_dump(tree))
+        path = self.folder / f"{run}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    def start(self, run: str, *, on_each: int = 1, fault: str | None = None, **sections: Mapping[str, Any]) -> Ranks:
+        config = self.config(run, **sections)
         noted = self.folder / f"noted-{run}"
         noted.mkdir(exist_ok=True)
         self.port += 1
@@ -160,3 +165,44 @@ def test_a_cut_link_ends_all_ranks_and_the_run_goes_on_when_it_is_back(two: Runs
     two.to_its_end("cut", **settings)
     adapter = Path("adapter", "adapter_model.safetensors")
     assert (metrics.parent / adapter).read_bytes() == (whole / adapter).read_bytes()
+
+
+def test_a_lost_host_leaves_a_run_that_goes_on_with_fewer(two: Runs) -> None:
+    """``launch/torchrun.sh`` with one host or two: the other is switched off in mid-step; the losses stay the same."""
+    small = {
+        "train": {"steps": 200},
+        "lora": {"rank": 2},
+        "checkpoint": {"every": 10},
+        "parallel": {"hang_timeout": 10.0},
+    }
+    whole = two.to_its_end("elastic-whole", **small)
+    config = two.config("elastic", **small)
+    metrics = two.folder / "runs" / "elastic" / "metrics.jsonl"
+    files = [two.folder / f"torchrun-{host}" for host in range(2)]
+    agents = []
+    try:
+        for host in range(2):
+            place = {"NNODES": "1:2", "HEAD": f"{two.hosts.address(0)}:29400", "NPROC": "1", "LOCAL_ADDR": two.hosts.address(host),
+                     "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "JOIN_TIMEOUT": "60"}  # fmt: skip
+            command = ["bash", ROOT / "launch" / "torchrun.sh", config]
+            agents.append(two.hosts.start(host, command, environment=place, told=files[host]))
+        deadline = time.monotonic() + TIMEOUT_S
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 25:
+            assert time.monotonic() < deadline, [file.read_text() for file in files]
+            time.sleep(0.02)
+        two.hosts.power_off(1)
+        code = agents[0].wait(TIMEOUT_S)
+    finally:
+        two.hosts.mend(1)
+        for agent in agents:
+            if agent.poll() is None:
+                agent.kill()
+            agent.wait()
+    told = files[0].read_text()
+    assert code == 0, told
+    assert "on 2 ranks" in told and "on 1 ranks" in told, told
+    ours, theirs = (
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (metrics.parent, whole)
+    )
+    assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
