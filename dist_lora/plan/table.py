@@ -25,7 +25,7 @@ def lines_of(plan: Plan) -> Iterator[str]:
         yield f"  note      {note}"
     recompute = "computed again in the backward" if setup.recompute else "kept for the backward"
     yield (
-        f"  a pass  {train.micro_batch} x {train.sequence_length:,} tokens a GPU, {setup.passes} passes a step; "
+        f"  a pass  {train.micro_batch} x {train.sequence_length:,} tokens a GPU, {setup.passes} pass{'es' * (setup.passes > 1)} a step; "
         f"activations are {recompute}"
     )
     yield ""

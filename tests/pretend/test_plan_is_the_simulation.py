@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from typing import Any, Literal
 
 import pytest
@@ -93,6 +94,45 @@ def planned_and_simulated(case: Case, *, num_layers: int = 3) -> tuple[Setup, Si
 def test_the_plan_is_the_simulated_step(case: Case) -> None:
     setup, simulated = planned_and_simulated(case)
     assert memory_of(setup).device == pytest.approx(simulated.peak_bytes, rel=0.01)
+    assert planned_traffic(setup) == simulated_traffic(simulated)
+
+
+def drawn(seed: int) -> Case:
+    """Settings and machines by chance."""
+    draw = random.Random(seed).choice
+    num_nodes, gpus_per_node, micro = draw([1, 1, 1, 2, 4]), draw([1, 1, 2, 3, 8]), draw([1, 1, 2, 4])
+    targets = ["all", "all", ["q_proj", "v_proj"], ["down_proj"], ["gate_proj", "up_proj", "down_proj"], ["o_proj"]]
+    settings: dict[str, dict[str, Any]] = {
+        "model": {"quant": draw(["none", "nf4", "int8"]), "dtype": draw(["auto", "auto", "fp32"])},
+        "lora": {
+            "rank": draw([1, 4, 16, 64, 256]),
+            "targets": draw(targets),
+            "layers": draw(["all", "all", [0], [1, 2]]),
+        },
+        "train": {
+            "micro_batch": micro,
+            "sequence_length": draw([64, 256, 1000, 2048, 8192]),
+            "global_batch": micro * num_nodes * gpus_per_node * draw([1, 2, 5]),
+            "activation_checkpointing": draw(["auto", True, False]),
+        },
+        "parallel": {
+            "engine": draw(["auto", "fsdp2"]),
+            "base_shard": draw(["auto", "node", "world"]),
+            "adapters": draw(["auto", "replicate", "shard"]),
+            "offload": draw(["none", "none", "base", "optimizer", "all"]),
+            "node_size": draw([None, None, None, 1]),
+        },
+    }
+    device: Literal["gpu", "cpu"] = draw(["gpu", "gpu", "cpu"])
+    return Case(draw(["3.2-1b", "3.1-8b", "3.1-70b", "3.1-405b"]), settings, num_nodes, gpus_per_node, device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_is_set_is_never_planned_too_small_nor_much_too_large(seed: int) -> None:
+    """Above by some percent is what adapters that are cut don't hold yet in the first pass, or fp32 that is recomputed."""
+    setup, simulated = planned_and_simulated(drawn(seed))
+    assert 0.99 < memory_of(setup).device / simulated.peak_bytes < 1.06
     assert planned_traffic(setup) == simulated_traffic(simulated)
 
 
