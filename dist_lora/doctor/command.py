@@ -353,7 +353,9 @@ class Report:
 
 
 def _look_at_gpus() -> Answer:
-    return examine_gpus(ask_driver(), num_seen=torch.cuda.device_count(), build=torch_build())
+    # A driver that is too old for torch's CUDA still counts its GPUs.
+    num_seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return examine_gpus(ask_driver(), num_seen=num_seen, build=torch_build())
 
 
 def _hear(world: World, key: str, limit: timedelta) -> bytes:
