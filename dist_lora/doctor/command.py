@@ -82,7 +82,6 @@ class Patient:
 
     def __init__(self, place: Place, wishes: Wishes) -> None:
         self.place, self.wishes = place, wishes
-        self.examiner = Examiner(wishes.deadline_s)
         self.host = socket.gethostname()
         self.own = Answer()  # of this rank or host
         self.shared = Answer()  # of all ranks together: the first rank's alone
@@ -90,9 +89,15 @@ class Patient:
         self.world: World | None = None
         self.hosts: list[str] = [self.host]
         self.device = default_device(place.local_rank)
+        self.examiner = Examiner(wishes.deadline_s, begin=self._take_device)
         config = wishes.config
         self.local_size = (config.parallel.node_size if config else None) or place.local_size
         self.is_first_of_host = place.world_rank % self.local_size == 0
+
+    def _take_device(self) -> None:
+        """Each thread has a current GPU of its own, and begins with the first."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     def look_at_host(self) -> None:
         """What needs no other rank: one of each host looks at it, every rank at its own names."""
@@ -191,7 +196,8 @@ class Patient:
         world = self.world
         if world is None:
             if self.place.world_rank > 0:
-                return EXIT_FAILED  # nobody can be told but the launcher
+                self._tell_alone()
+                return EXIT_FAILED
             return self._conclude([self.own.to_json()])
         if world.is_first:
             told = [self.own.to_json(), *self._hear_others(world)]
@@ -207,6 +213,16 @@ class Patient:
             return code
         except RuntimeError:  # the store is gone, and with it the first rank
             return EXIT_FAILED
+
+    def _tell_alone(self) -> None:
+        """What is wrong here, from a rank that found no way to the first: it may be the reason."""
+        who = f"rank {self.place.world_rank} of {self.place.world_size} on {self.host}"
+        lines = [
+            f"{each.severity:8} {who}: {each.about}: {each.text}\n{'':8} -> {each.todo}"
+            for each in self.own.findings
+            if each.severity in ("fault", "warning")
+        ]
+        print("\n".join(lines), file=sys.stderr, flush=True)
 
     def _hear_others(self, world: World) -> Iterator[dict[str, Any]]:
         limit = timedelta(seconds=self.wishes.deadline_s)
@@ -337,7 +353,9 @@ class Report:
 
 
 def _look_at_gpus() -> Answer:
-    return examine_gpus(ask_driver(), num_seen=torch.cuda.device_count(), build=torch_build())
+    # A driver that is too old for torch's CUDA still counts its GPUs.
+    num_seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return examine_gpus(ask_driver(), num_seen=num_seen, build=torch_build())
 
 
 def _hear(world: World, key: str, limit: timedelta) -> bytes:

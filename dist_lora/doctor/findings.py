@@ -57,12 +57,14 @@ class Answer:
 class Examiner:
     """Runs steps one after the other, none for longer than ``deadline_s``: one that hangs or fails becomes a finding.
 
-    ``is_stuck``: a step is still at work behind its deadline; the process then ends without waiting for its threads.
+    ``begin`` is called at the start of each step, in its thread. ``is_stuck``: a step is still at work behind its deadline;
+    the process then ends without waiting for its threads.
     """
 
-    def __init__(self, deadline_s: float) -> None:
+    def __init__(self, deadline_s: float, begin: Callable[[], object] = lambda: None) -> None:
         self.deadline_s = deadline_s
         self.is_stuck = False
+        self._begin = begin
 
     def examine(self, about: str, step: Callable[[], Answer], *, todo: str, severity: Severity = "warning") -> Answer:
         """The step's answer, or that it could not be measured, with ``todo``, as a finding of ``severity``."""
@@ -70,6 +72,7 @@ class Examiner:
 
         def work() -> None:
             try:
+                self._begin()
                 found.append(step())
             except BaseException as error:
                 found.append(error)

@@ -158,6 +158,12 @@ def examine_gpus(driver: Sequence[GpuFacts] | None, *, num_seen: int, build: Map
     if driver is None:
         answer.add("note", "GPUs", f"{num_seen} seen by torch; no nvidia-smi here that could say more ({toolkit})")
         return answer
+    _say_what_torch_sees(answer, driver, num_seen=num_seen, toolkit=toolkit)
+    _say_unlike(answer, driver)
+    return answer
+
+
+def _say_what_torch_sees(answer: Answer, driver: Sequence[GpuFacts], *, num_seen: int, toolkit: str) -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not num_seen and driver:
         why = f"CUDA_VISIBLE_DEVICES is {visible!r}" if visible is not None else f"it is {toolkit}"
@@ -178,6 +184,9 @@ def examine_gpus(driver: Sequence[GpuFacts] | None, *, num_seen: int, build: Map
         )
     else:
         answer.add("ok", "GPUs", f"torch sees {num_seen} of {len(driver)} ({toolkit})")
+
+
+def _say_unlike(answer: Answer, driver: Sequence[GpuFacts]) -> None:
     kinds = {(gpu.name, gpu.total_bytes) for gpu in driver}
     if len(kinds) > 1:
         told = ", ".join(sorted(f"{name} of {gib(size)}" for name, size in kinds))
@@ -188,7 +197,6 @@ def examine_gpus(driver: Sequence[GpuFacts] | None, *, num_seen: int, build: Map
             "A step waits for the slowest, and the smallest must hold its share: leave the others out by "
             "CUDA_VISIBLE_DEVICES, or plan for the smallest.",
         )
-    return answer
 
 
 def torch_build() -> dict[str, Any]:

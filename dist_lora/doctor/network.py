@@ -59,6 +59,14 @@ def examine_names(
             "Mend /etc/hosts or the name service, or name the interface of the network: "
             "GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0.",
         )
+    _examine_master(environment, num_nodes=num_nodes, answer=answer)
+    if answer.findings == []:
+        answer.add("ok", "interfaces", f"{host} is {', '.join(sorted(own))}; up are {', '.join(there)}")
+    return answer
+
+
+def _examine_master(environment: Mapping[str, str], *, num_nodes: int, answer: Answer) -> None:
+    """Whether ``MASTER_ADDR``, where a launcher sets it, means the first node on all of them."""
     master = environment.get("MASTER_ADDR")
     if master:
         addresses = _addresses_of(master)
@@ -76,9 +84,6 @@ def examine_names(
                 f"MASTER_ADDR is {master}, which means each node itself, and there are {num_nodes} nodes",
                 "Give the first node's address in the network that joins them: MASTER_ADDR, or torchrun's --rdzv-endpoint.",
             )
-    if answer.findings == []:
-        answer.add("ok", "interfaces", f"{host} is {', '.join(sorted(own))}; up are {', '.join(there)}")
-    return answer
 
 
 def _matches(variable: str, wanted: str, there: Iterable[str]) -> bool:

@@ -80,8 +80,9 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """Of each node."""
-        return int(self.machines.gpus_per_node * (PROCESS_BYTES + LOADING_BYTES + self.memory.host))
+        """Of each node; where its processors are the devices, what they hold too."""
+        of_device = 0 if self.machines.gpu.is_gpu else self.memory.device
+        return int(self.machines.gpus_per_node * (PROCESS_BYTES + LOADING_BYTES + self.memory.host + of_device))
 
     @property
     def disk_bytes(self) -> int:

@@ -68,15 +68,16 @@ def test_a_rank_that_never_comes_is_a_fault_and_all_else_is_told() -> None:
     assert "ok       versions: Python" in done.stdout and "ok       disk: " in done.stdout
 
 
-def two_ranks(fault: str) -> list[Done]:
-    """Two ranks that nobody sees through, of which rank 1 begins with a function of ``faults.py``."""
+def two_ranks(fault: str | None = None, **of_second: str) -> list[Done]:
+    """Two ranks that nobody sees through, of which rank 1 begins with a function of ``faults.py`` or has other variables."""
     with tempfile.TemporaryDirectory() as folder:
         place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "DIST_LORA_RENDEZVOUS": f"{folder}/rendezvous"}
         ranks = [
             subprocess.Popen(
                 command("doctor", "--deadline", 4),
                 cwd=ROOT,
-                env=environment(fault if rank else None) | QUICK | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env=environment(fault if rank else None) | QUICK | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                | (of_second if rank else {}),
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
             for rank in range(2)
@@ -101,6 +102,14 @@ def test_a_rank_that_is_gone_is_named() -> None:
     assert (first.returncode, second.returncode) == (1, 9)
     assert "fault    network: could not be measured: " in first.stdout
     assert "fault    network: rank 1 on " in first.stdout and "no answer within 4 s" in first.stdout
+
+
+def test_a_rank_that_finds_no_way_to_the_first_tells_itself_what_is_wrong_there() -> None:
+    first, second = two_ranks(GLOO_SOCKET_IFNAME="none0")
+    assert first.returncode == second.returncode == 1
+    assert "fault    the ranks' meeting: could not be measured: " in first.stdout
+    assert "rank 1 of 2 on " in second.stderr and second.stdout == ""
+    assert "interfaces: GLOO_SOCKET_IFNAME is none0, and the interfaces that are up here are " in second.stderr
 
 
 def test_where_the_measured_would_go_is_checked_first(tmp_path: Path) -> None:

@@ -389,9 +389,11 @@ def test_a_step_that_hangs_or_fails_becomes_a_finding() -> None:
     def fail() -> Answer:
         raise OSError("no such\n  device")
 
-    quick = Examiner(deadline_s=20)
+    begun: list[str] = []
+    quick = Examiner(deadline_s=20, begin=lambda: begun.append(threading.current_thread().name))
     (finding,) = quick.examine("disk", fail, todo="Look.").findings
     assert finding.text == "could not be measured: OSError: no such device" and not quick.is_stuck
+    assert begun == ["doctor-disk"]
 
 
 def test_equal_findings_of_hosts_are_one() -> None:

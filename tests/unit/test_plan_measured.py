@@ -133,7 +133,9 @@ def test_a_host_has_no_reserve_computes_in_fp32_and_keeps_its_activations() -> N
     plan = make_plan(config, Machines(1, 1, measured_gpu(INSTANT)))
     assert plan.reserve_bytes == 0 and plan.setup.item_bytes == 4 and not plan.setup.recompute
     assert plan.machines.gpu.memory_bytes == 64 * GIB
+    assert plan.host_bytes > plan.memory.device + plan.memory.host + GIB
     on_gpu = make_plan(config, Machines(1, 1, measured_gpu(replace(INSTANT, is_gpu=True))))
+    assert on_gpu.host_bytes < 2 * GIB < on_gpu.memory.device
     assert on_gpu.reserve_bytes > GIB and on_gpu.setup.item_bytes == 2 and on_gpu.setup.recompute
 
 
