@@ -73,7 +73,12 @@ if [[ -z ${HOSTFILE-} || $num_nodes == 1 && -z ${NODE_RANK-} ]]; then
         nodes+=(--num_accelerators="${nproc:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 1)')}")
     fi
 fi
-free_port() { "$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
+# Below the ports that connections take by chance (from 32768): until the ranks listen, half a minute may pass.
+free_port() {
+    local port
+    while port=$((15000 + RANDOM % 17000)) && (: <> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do :; done
+    printf '%s\n' "$port"
+}
 if [[ -n ${HEAD-} ]]; then
     nodes+=(--master_addr="${HEAD%:*}" --master_port="${HEAD##*:}")
 else
@@ -88,7 +93,8 @@ children() { cat "/proc/$1/task/$1/children" 2> /dev/null || true; }
 # DeepSpeed's own processes die of USR1, and leave the ranks behind; or kill them 30 s after TERM. So the ranks are asked.
 # shellcheck disable=SC2329  # by the traps
 ask() {
-    local launcher found ranks=()
+    local launcher ranks=()
+    local -a found
     if [[ -z $by_ssh ]]; then
         for launcher in $(children "$runner"); do
             read -r -a found <<< "$(children "$launcher")"

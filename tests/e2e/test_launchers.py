@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +18,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from tests.e2e.runs import ROOT, losses, write_config
+from tests.e2e.runs import ROOT, free_port, losses, write_config
 from tests.slurm import cluster
 
 LAUNCH = ROOT / "launch"
@@ -52,15 +50,6 @@ def start(*words: object, folder: Path, **added: object) -> Started:
         cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     return Started(process)
-
-
-def free_port() -> int:
-    """One that nobody listens on, of those that no connection of another test takes by chance (from 32768)."""
-    while True:
-        port = random.randrange(15000, 32000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
 
 
 @pytest.fixture(scope="module")
