@@ -120,10 +120,13 @@ def plan(
     config: ConfigFile,
     overrides: Overrides = None,
     nodes: Annotated[list[int] | None, typer.Option("--nodes", help="Nodes (several with --sweep).")] = None,
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of a node; default: 8.")] = None,
     gpu: Annotated[list[str] | None, typer.Option(help="Kind of GPU, as h100-80gb (several with --sweep).")] = None,
     gpu_gib: Annotated[float | None, typer.Option(help="Memory of a GPU that has no name here, in GiB.")] = None,
     host_gib: Annotated[float | None, typer.Option(help="Host memory of a node, in GiB.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="Machines that `doctor --out` has measured, in the place of --gpu.")
+    ] = None,
     is_sweep: Annotated[
         bool, typer.Option("--sweep", help="List the ways to run this model on these machines.")
     ] = False,
@@ -140,7 +143,7 @@ def plan(
     from dist_lora.plan.command import Fleets
     from dist_lora.plan.command import plan as plan_here
 
-    fleets = Fleets(nodes or [1], gpus_per_node, gpu or [], gpu_gib, host_gib)
+    fleets = Fleets.of(nodes, gpus_per_node, gpu, gpu_gib, host_gib, measured)
     if timeline is not None and not is_simulated:
         raise ConfigError("--timeline: it shows a simulated step; give --simulate too")
     if is_simulated:
@@ -323,6 +326,38 @@ def show(name: Annotated[str, typer.Argument(help="One of the list.", metavar="N
     from dist_lora.plan.configs import find_preset, text_of
 
     print(text_of(find_preset(name)), end="")
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="A run to look at: its folder, its model, its types.", metavar="[CONFIG]")
+    ] = None,
+    overrides: Overrides = None,
+    nproc: NumRanks = None,
+    out: Annotated[Path | None, typer.Option(help="Keep what was measured, for `plan --measured`.")] = None,
+    deadline: Annotated[float, typer.Option(min=1, help="Seconds that a step may take at most.")] = 60,
+    as_json: AsJson = False,
+) -> None:
+    """Versions, devices, disk, network, clocks and speed of this machine: what is wrong here, and what to do.
+
+    Under a launcher (as `train`) the links between the ranks too. Exit code 1 where anything is a fault.
+    """
+    loaded = None if config is None else _load(config, overrides)
+    from dist_lora.parallel.place import place_from_environment
+
+    place = place_from_environment(os.environ)
+    if out is not None and (place is None or place.world_rank == 0):
+        from dist_lora.plan.measured import check_out
+
+        check_out(out)
+    if place is None and (num_ranks := nproc or _num_gpus()) > 1:
+        from dist_lora.parallel.local import run_ranks
+
+        sys.exit(run_ranks(sys.argv[1:], num_ranks=num_ranks))
+    from dist_lora.doctor.command import Wishes, diagnose
+
+    sys.exit(diagnose(place, Wishes(loaded, out, as_json, deadline)))
 
 
 def _load(config: Path, overrides: list[str] | None) -> Config:

@@ -17,11 +17,10 @@ from dist_lora.base.attention import Attention
 from dist_lora.base.quant.formats import Format, Plain
 from dist_lora.base.rope import inverse_frequencies, rotate, rotation
 from dist_lora.herd.facts import Shape
+from dist_lora.plan.arithmetic import LOGITS_AT_ONCE
 
 # T tokens of a micro-batch, D model width, F feed-forward width, V vocabulary, K rows that are asked for
 # H query heads, G key and value heads, E width of a head
-
-LOGITS_AT_ONCE = 2**25  # weights of the largest slice of logits: 128 MiB in fp32, 261 rows at V = 128256
 
 
 class FrozenLinear(nn.Module):

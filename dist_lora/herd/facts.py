@@ -37,6 +37,7 @@ class Shape:
     """All sizes of a Llama, and what follows from them.
 
     ``context`` is in tokens; ``tied`` says that the head is the embedding (no ``lm_head.weight`` on disk).
+    ``counted`` are the weights of a model that is a Llama in its sizes alone, where somebody counted them.
     """
 
     hidden: int
@@ -51,6 +52,7 @@ class Shape:
     context: int
     norm_eps: float
     tied: bool
+    counted: int | None = None
 
     @staticmethod
     def from_config(config: Mapping[str, Any], *, where: str) -> Shape:
@@ -102,11 +104,27 @@ class Shape:
             "down_proj": (self.hidden, self.ffn),
         }
 
+    def weights_of_linears(self) -> int:
+        """Weights of the seven linears of a layer; where all were counted, those of the whole layer."""
+        if self.counted is not None:
+            return self.weights_of_a_layer()
+        return sum(out * in_ for out, in_ in self.linear_shapes().values())
+
+    def weights_of_the_ends(self) -> int:
+        """Weights of the embedding and the head; a tied head counts once."""
+        return self.vocab * self.hidden * (1 if self.tied else 2)
+
+    def weights_of_a_layer(self) -> int:
+        """Weights of one layer; where all were counted, its part of those that are at no end."""
+        if self.counted is not None:
+            return (self.counted - self.weights_of_the_ends()) // self.num_layers
+        return self.weights_of_linears() + 2 * self.hidden
+
     def num_parameters(self) -> int:
         """Parameters of the base; a tied head counts once."""
-        linears = sum(out * in_ for out, in_ in self.linear_shapes().values())
-        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
-        return embeddings + self.num_layers * (linears + 2 * self.hidden) + self.hidden
+        if self.counted is not None:
+            return self.counted
+        return self.weights_of_the_ends() + self.num_layers * self.weights_of_a_layer() + self.hidden
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of a checkpoint by its name on disk, in the model's order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dist_lora.config.schema import ModelSection
@@ -13,18 +13,10 @@ from dist_lora.herd.facts import MEMBERS, Member, Shape, read_shape, resolve_mod
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A model as far as arithmetic needs it.
-
-    Args:
-        num_parameters: its weights; of a Llama those that follow from ``shape``.
-        is_counted_by_hand: ``num_parameters`` was given beside a shape that is a Llama's only in part.
-        is_by_hand: there is nothing but sizes.
-    """
+    """A model as far as arithmetic needs it; ``is_by_hand``: there is nothing but sizes."""
 
     title: str
     shape: Shape
-    num_parameters: int
-    is_counted_by_hand: bool = False
     is_by_hand: bool = False
 
 
@@ -37,26 +29,21 @@ def known_model(section: ModelSection) -> KnownModel:
     """
     if section.shape is not None:
         shape = _shape_by_hand(section)
-        counted = section.shape.num_parameters
-        num_parameters = counted or shape.num_parameters()
-        ends = shape.vocab * shape.hidden * (1 if shape.tied else 2)
-        if num_parameters - ends < shape.num_layers:
+        if shape.weights_of_a_layer() < 1:
             raise ConfigError(
-                f"model.shape.num_parameters: found {num_parameters:,}, expected more than the {ends:,} of the embedding "
-                "and the head (vocab_size x hidden_size each; one where they are tied)"
+                f"model.shape.num_parameters: found {shape.counted:,}, expected more than the {shape.weights_of_the_ends():,} "
+                "of the embedding and the head (vocab_size x hidden_size each; one where they are tied)"
             )
-        return KnownModel(section.name, shape, num_parameters, is_counted_by_hand=counted is not None, is_by_hand=True)
+        return KnownModel(section.name, shape, is_by_hand=True)
     resolved = resolve_model(section.name)
     if resolved.folder is not None:
-        shape = read_shape(resolved.folder)
-        return KnownModel(section.name, shape, shape.num_parameters())
+        return KnownModel(section.name, read_shape(resolved.folder))
     if resolved.member is None:
         raise ConfigError(
             f"model.name: {resolved.hub_id} is no member of the herd, and its sizes lie on the hub. Expected a member, "
             "a folder with config.json, or sizes by hand: model.shape: {hidden_size: 4096, ...}, as its config.json has them"
         )
-    shape = resolved.member.shape
-    return KnownModel(resolved.member.title, shape, shape.num_parameters())
+    return KnownModel(resolved.member.title, resolved.member.shape)
 
 
 def refuse_shape(section: ModelSection) -> None:
@@ -72,7 +59,8 @@ def _shape_by_hand(section: ModelSection) -> Shape:
     assert section.shape is not None
     sizes = section.shape.model_dump(exclude={"num_parameters"}, exclude_none=True)
     try:
-        return Shape.from_config({"model_type": "llama", **sizes}, where="model.shape")
+        shape = Shape.from_config({"model_type": "llama", **sizes}, where="model.shape")
+        return replace(shape, counted=section.shape.num_parameters)
     except WeightsError as error:
         faults = [line.strip() for line in str(error).splitlines()[1:-1]]
         raise ConfigError("\n".join(f"model.shape.{fault}" for fault in faults)) from None

@@ -34,10 +34,9 @@ from dist_lora.errors import EXIT_FAILED, HangError
 from dist_lora.parallel.local import leave_hang
 from dist_lora.parallel.memory import counted_kills, read_counters
 from dist_lora.parallel.progress import Kind, Note
+from dist_lora.parallel.reach import MOST_A_TICK_S, TICK_S, StoreWatch
 from dist_lora.parallel.world import World
 
-TICK_S = 0.25  # how often a rank looks at its own notes
-MOST_A_TICK_S = 1.0  # what a tick counts for at most: a job that was stopped (SIGSTOP, a suspended node) did not hang
 LONG_TIMES, LONG_EXTRA_S = 3.0, 2.0  # how much longer work of the host may wait without a sign of life
 COMPUTED_S = 0.05  # of a thread's processor time: a sign of life in a long phase
 STACKS_S = 3.0  # what the ranks are given to write down their stacks
@@ -186,7 +185,7 @@ def _describe_rank(beat: Beat, world_size: int, *, is_silent: bool) -> str:
     who = f"rank {beat.world_rank} of {world_size} on {beat.host}" if world_size > 1 else f"this run (on {beat.host})"
     at = f" (its last word: {beat.text})" if beat.text else ""
     if is_silent:
-        return f"{who} gives no sign of life{at}: process {beat.process} is stopped, gone, or stuck in a call that lets nothing else run"
+        return f"{who} gives no sign of life{at}: process {beat.process} is stopped, gone, cut off, or stuck in a call that lets nothing else run"
     return f"{who} hangs: {beat.text}, without progress for {beat.still_s:.0f} s"
 
 
@@ -209,6 +208,7 @@ class HangWatch(threading.Thread):
         self._world, self._timeout_s, self._tell, self._end = world, timeout_s, tell, end
         self.period_s = min(max(timeout_s / 10, 0.5), 10.0)
         self._stopped = threading.Event()
+        self._reach = StoreWatch(limit_s=timeout_s + 2 * self.period_s, when_silent=self._end_unreached)
         self._stillness = Stillness()
         self._beat = Beat(world.world_rank, socket.gethostname(), os.getpid(), 0)
         self._beats: dict[int, Beat] = {}  # as this judge has last read them
@@ -219,6 +219,7 @@ class HangWatch(threading.Thread):
     def stop(self) -> None:
         """Stop watching: this rank is done."""
         self._stopped.set()
+        self._reach.stop()
         if threading.current_thread() is not self and self.is_alive():
             self.join(5 * TICK_S)
         faulthandler.cancel_dump_traceback_later()
@@ -235,6 +236,8 @@ class HangWatch(threading.Thread):
         """See the class."""
         last_s = time.monotonic()
         due_s = hear_s = 0.0  # until the next beat and judgement, and until this rank listens again
+        if self._world.store is not None:
+            self._reach.start()
         try:
             while not self._stopped.wait(TICK_S):
                 now_s = time.monotonic()
@@ -244,13 +247,15 @@ class HangWatch(threading.Thread):
                 before = self._beat
                 self._look(elapsed_s, is_next=due_s <= 0)
                 if due_s <= 0 or self._beat.is_otherwise_than(before):
-                    self._publish(self._beat)
+                    with self._reach.asking():
+                        self._publish(self._beat)
                     self._arm()
                 verdict = None
-                if hear_s <= 0 or self._beat.hangs:
-                    verdict, hear_s = self._heard(), HEAR_S
-                if verdict is None and (due_s <= 0 or self._beat.hangs):
-                    verdict = self._judge()
+                with self._reach.asking():
+                    if hear_s <= 0 or self._beat.hangs:
+                        verdict, hear_s = self._heard(), HEAR_S
+                    if verdict is None and (due_s <= 0 or self._beat.hangs):
+                        verdict = self._judge()
                 if verdict is not None:
                     self._finish(verdict)
                     return
@@ -385,6 +390,29 @@ class HangWatch(threading.Thread):
                 store.add("hang/heard", 1)
         except (RuntimeError, dist.DistError):
             pass  # the store is gone: so is the rank that tells
+        self._end(EXIT_FAILED)
+
+    def _end_unreached(self, silent_s: float) -> None:
+        """Tell, once on each host, that the store is out of reach, and end this process.
+
+        The run's folder may be behind the same network: whatever is written there has a few seconds.
+        """
+        last = threading.Timer(STACKS_S, self._end, (EXIT_FAILED,))
+        last.daemon = True
+        last.start()
+        world, beat = self._world, self._beat
+        if world.local_rank == 0:
+            self._tell(
+                HangError(
+                    f"rank {world.world_rank} of {world.world_size} on {beat.host} (at {beat.text or 'its start'}) has had no "
+                    f"answer from {world.meets_at} for {silent_s:.0f} s, where the ranks hear of each other: that host, or "
+                    "the network to it, is gone. The same command goes on from the last checkpoint; where such a pause is "
+                    "to be expected, raise parallel.hang_timeout."
+                )
+            )
+        with contextlib.suppress(OSError):
+            self._write_stacks(world.stacks or Path(tempfile.gettempdir()) / f"dist-lora-stacks-{os.getpid()}")
+        last.cancel()
         self._end(EXIT_FAILED)
 
     def _write_stacks(self, folder: Path) -> None:

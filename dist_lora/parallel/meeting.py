@@ -104,6 +104,14 @@ def open_store(place: Place, environment: Mapping[str, str], *, timeout_s: float
         ) from error
 
 
+def meeting_place(place: Place, environment: Mapping[str, str]) -> str:
+    """Where the store of all processes is, in words."""
+    file = environment.get("DIST_LORA_RENDEZVOUS")
+    if place.world_size == 1 or file:
+        return file or "this process"
+    return "{}:{}".format(*(place.rendezvous or _address(environment)))
+
+
 def _address(environment: Mapping[str, str]) -> tuple[str, int]:
     host, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT", "")
     if not host or not port.isdecimal():

@@ -24,9 +24,10 @@ import torch
 import torch.distributed as dist
 
 from dist_lora.errors import EXIT_FAILED, EXIT_USER, ConfigError, DistLoraError, JoinError, RankError, StopNow
-from dist_lora.parallel.meeting import Told, meet, open_store, versions_of_this_process
+from dist_lora.parallel.meeting import Told, meet, meeting_place, open_store, versions_of_this_process
 from dist_lora.parallel.place import Place
 from dist_lora.parallel.progress import Progress
+from dist_lora.plan.layout import check_node_size
 
 FAILED_KEY = "failed"
 POLL_S = 1.0  # how often the watch looks whether another rank has failed
@@ -51,6 +52,7 @@ class World:
     local_size: int
     device: torch.device
     store: Any = None  # a torch.distributed.Store; None where this process is alone
+    meets_at: str = ""  # where the store is, in words
     failures: Any = None  # the store in which failures are told, where ``store`` is a channel's
     watches: list[Watch] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)  # what this rank is at, for its watches and its errors
@@ -78,6 +80,7 @@ class World:
             self.local_size,
             self.device,
             store,
+            meets_at=self.meets_at,
             failures=failures,
             progress=self.progress,
         )
@@ -290,7 +293,9 @@ def join(
     store.set_timeout(timedelta(seconds=collective_timeout_s))  # from here on ranks wait for each other's work
     _check_node_size(place, local_size)
     local_rank = place.world_rank % local_size
-    world = World(place.world_rank, place.world_size, local_rank, local_size, device, dist.PrefixStore("us", store))
+    store = dist.PrefixStore("us", store)
+    at = meeting_place(place, environment)
+    world = World(place.world_rank, place.world_size, local_rank, local_size, device, store, meets_at=at)
     watch = FailureWatch(world)
     world.watches.append(watch)
     watch.start()
@@ -313,15 +318,12 @@ def join(
 
 def _check_node_size(place: Place, local_size: int) -> None:
     """All ranks find the same; the first tells."""
-    if place.world_size % local_size == 0:
-        return
-    text = (
-        f"parallel.node_size: {place.world_size} processes are not a multiple of {local_size}; "
-        "every node must hold the same number"
-    )
-    if place.world_rank:
-        raise RankError(text, exit_code=EXIT_USER)
-    raise ConfigError(text)
+    try:
+        check_node_size(world_size=place.world_size, local_size=local_size)
+    except ConfigError as error:
+        if place.world_rank:
+            raise RankError(str(error), exit_code=EXIT_USER) from error
+        raise
 
 
 class FailureWatch(threading.Thread):

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dist_lora.config.schema import Config
+from dist_lora.errors import ConfigError
 from dist_lora.herd.facts import Shape
-from dist_lora.plan.layout import Layout, choose_layout
+from dist_lora.plan.layout import Layout, check_node_size, choose_layout
 
 FP32 = 4
-LOGITS_AT_ONCE = 2**25  # as the loss has it
-NF4_BLOCK = 64
+LOGITS_AT_ONCE = 2**25  # weights of the largest slice of logits: 128 MiB in fp32, 261 rows at V = 128256
+NF4_BLOCK = 64  # weights that share a scale
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,21 @@ def setup_of(
     """The setup of a config on so many nodes, ``auto`` resolved as a run resolves it.
 
     Raises:
-        ConfigError: settings of ``parallel`` contradict each other or the world; a layer that the model doesn't have.
+        ConfigError: settings of ``parallel`` contradict each other or the world; a layer that the model doesn't have; its
+            linears can't be quantized so.
     """
     num_ranks = num_nodes * gpus_per_node
+    local_size = config.parallel.node_size or gpus_per_node
+    check_node_size(world_size=num_ranks, local_size=local_size)
+    if config.model.quant == "nf4":
+        _check_nf4(shape, config.model.name)
     is_half = config.model.dtype == "bf16" or (config.model.dtype == "auto" and on_gpu)
     item_bytes = 2 if is_half else 4
     targets, layers = config.lora.target_names(), config.lora.layer_indices(shape.num_layers)
     layout = choose_layout(
         config.parallel,
         world_size=num_ranks,
-        local_size=config.parallel.node_size or gpus_per_node,
+        local_size=local_size,
         base_bytes=sum(part.num_bytes for part in base_parts(shape, quant=config.model.quant, item_bytes=item_bytes)),
         trained_weights=shape.adapter_parameters(targets, layers, config.lora.rank),
         device_bytes=device_bytes,
@@ -105,7 +111,24 @@ def setup_of(
         and not (on_gpu and is_half and config.model.attention in ("auto", "varlen")),
         layout=layout,
         num_ranks=num_ranks,
-        local_size=config.parallel.node_size or gpus_per_node,
+        local_size=local_size,
+    )
+
+
+def _check_nf4(shape: Shape, model_name: str) -> None:
+    for linear, sizes in shape.linear_shapes().items():
+        why = nf4_refusal(*sizes)
+        if why is not None:
+            raise ConfigError(f"model.quant: nf4 can't keep {model_name}: {linear}: {why}")
+
+
+def nf4_refusal(out: int, width: int) -> str | None:
+    """Why a matrix ``(out, width)`` can't be stored in NF4; None where it can: its rows must be whole blocks."""
+    if width % NF4_BLOCK == 0:
+        return None
+    return (
+        f"nf4 cuts each row into blocks of {NF4_BLOCK} weights, and a linear of ({out:,}, {width:,}) "
+        f"has {width % NF4_BLOCK} left over in each: set model.quant to int8 or none."
     )
 
 
@@ -132,15 +155,23 @@ class BasePart:
 
 
 def base_parts(shape: Shape, *, quant: str, item_bytes: int) -> list[BasePart]:
-    """Every frozen parameter as a run keeps it: linears of the layers quantized, all else as it is."""
+    """Every frozen parameter as a run keeps it: linears of the layers quantized, all else as it is.
+
+    Of a model whose weights were counted, a layer is one part: as many rows of its width as they make, rounded up.
+    """
     parts = [BasePart("embed_tokens", shape.vocab, shape.hidden * item_bytes, None)]
     for layer in range(shape.num_layers):
+        if shape.counted is not None:
+            row_bytes = sum(size for _, size in _row_bytes(quant, shape.hidden, item_bytes))
+            parts.append(BasePart("weights", math.ceil(shape.weights_of_a_layer() / shape.hidden), row_bytes, layer))
+            continue
         for name, (out, width) in shape.linear_shapes().items():
             parts += [
                 BasePart(f"{name}.{part}", out, size, layer) for part, size in _row_bytes(quant, width, item_bytes)
             ]
         parts += [BasePart(f"norm{i}", shape.hidden, item_bytes, layer) for i in (1, 2)]
-    parts.append(BasePart("norm", shape.hidden, item_bytes, None))
+    if shape.counted is None:
+        parts.append(BasePart("norm", shape.hidden, item_bytes, None))
     if not shape.tied:
         parts.append(BasePart("lm_head", shape.vocab, shape.hidden * item_bytes, None))
     return parts
@@ -226,13 +257,12 @@ def kept_bytes_of_a_layer(setup: Setup, layer: int) -> int:
 
 
 def logits_bytes(setup: Setup) -> int:
-    """The logits that are alive at once: a slice in c bytes and in fp32, while the one before it goes."""
-    shape, c = setup.shape, setup.item_bytes
-    rows = max(1, LOGITS_AT_ONCE // shape.vocab)
+    """The logits that are alive at once: a slice in c bytes and in fp32, while the one before it is there in fp32."""
+    vocab, c = setup.shape.vocab, setup.item_bytes
     of_one = FP32 if c == FP32 else FP32 + c
-    if setup.micro_tokens <= rows:
-        return setup.micro_tokens * shape.vocab * of_one
-    return rows * shape.vocab * (of_one + FP32)
+    first = min(setup.micro_tokens, max(1, LOGITS_AT_ONCE // vocab))
+    second = min(first, setup.micro_tokens - first)
+    return vocab * max(first * of_one, first * FP32 + second * of_one)
 
 
 def dense_bytes(setup: Setup) -> int:

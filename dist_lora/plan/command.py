@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, PlanError
-from dist_lora.plan.hardware import GIB, GPUS, Gpu, find_gpu
+from dist_lora.plan.hardware import GIB, GPUS, Gpu, find_gpu, measured_gpu
+from dist_lora.plan.measured import read_measured
 from dist_lora.plan.report import Machines, Plan, make_plan, sweep
 from dist_lora.plan.table import lines_of, sweep_lines
 
@@ -24,6 +26,29 @@ class Fleets:
     gpus: Sequence[str]
     gpu_gib: float | None
     host_gib: float | None
+    measured: Path | None = None  # a file of ``dist-lora doctor --out``
+
+    @staticmethod
+    def of(
+        num_nodes: Sequence[int] | None,
+        gpus_per_node: int | None,
+        gpus: Sequence[str] | None,
+        gpu_gib: float | None,
+        host_gib: float | None,
+        measured: Path | None,
+    ) -> Fleets:
+        """With what a user left out: one node of 8 GPUs, or the machines that were measured.
+
+        Raises:
+            ConfigError: the file of measured machines is none.
+        """
+        if measured is not None:
+            found = read_measured(measured)
+            num_nodes = num_nodes or [found.num_nodes]
+            gpus_per_node = found.ranks_per_node if gpus_per_node is None else gpus_per_node
+        return Fleets(
+            num_nodes or [1], 8 if gpus_per_node is None else gpus_per_node, gpus or [], gpu_gib, host_gib, measured
+        )
 
     def machines(self) -> list[Machines]:
         """Every kind of GPU on every number of nodes.
@@ -39,8 +64,12 @@ class Fleets:
                 faults.append(f"{name}: found {gib:g}, expected GiB above 0")
         if self.gpus and self.gpu_gib is not None:
             faults.append("--gpu and --gpu-gib: both say what a GPU holds; give one of them")
+        if self.measured is not None and (self.gpus or self.gpu_gib is not None):
+            faults.append("--measured and --gpu or --gpu-gib: both say what a GPU is; give one of them")
         if faults:
             raise ConfigError("\n".join(faults))
+        if self.measured is not None:
+            return self._as_measured(self.measured)
         host_bytes = None if self.host_gib is None else int(self.host_gib * GIB)
         return [Machines(n, self.gpus_per_node, gpu, host_bytes) for gpu in self._gpus() for n in self.num_nodes]
 
@@ -54,6 +83,19 @@ class Fleets:
         if len(machines) > 1:
             raise ConfigError("--gpu and --nodes: several of them are for --sweep")
         return machines[0]
+
+    def _as_measured(self, path: Path) -> list[Machines]:
+        """The machines of a file; a run on others would wait on links and processors that nobody has measured."""
+        found = read_measured(path)
+        if self.gpus_per_node != found.ranks_per_node or list(self.num_nodes) != [found.num_nodes]:
+            asked = f"{' and '.join(map(str, self.num_nodes))} x {self.gpus_per_node}"
+            raise ConfigError(
+                f"--measured: {path} holds {found.num_nodes} x {found.ranks_per_node} ranks (nodes x ranks a node), and "
+                f"{asked} are asked for. Measure with as many: dist-lora doctor --nproc N --out FILE, or under the "
+                "launcher that starts the run"
+            )
+        host_bytes = found.host_bytes if self.host_gib is None else int(self.host_gib * GIB)
+        return [Machines(found.num_nodes, found.ranks_per_node, measured_gpu(found), host_bytes)]
 
     def _gpus(self) -> list[Gpu]:
         if self.gpu_gib is not None:

@@ -34,12 +34,12 @@ class Way:
 
 def ways_of(config: Config, model: KnownModel) -> list[Way]:
     """LoRA as the config has it, beside training all weights, and the last layers alone."""
-    shape, total = model.shape, model.num_parameters
+    shape, total = model.shape, model.shape.num_parameters()
     adapters = shape.adapter_parameters(
         config.lora.target_names(), config.lora.layer_indices(shape.num_layers), config.lora.rank
     )
     frozen = total * _bytes_a_frozen_weight(config, model)
-    layer = weights_of_a_layer(model)
+    layer = shape.weights_of_a_layer()
     ways = [Way("all weights", total, BYTES_OF_FULL_TRAINING * total, 2 * total)]
     for count in sorted({min(4, shape.num_layers), 1}, reverse=True):
         trained = count * layer
@@ -49,15 +49,6 @@ def ways_of(config: Config, model: KnownModel) -> list[Way]:
     in_nf4 = "" if config.model.quant == "none" else f" on a base in {config.model.quant}"
     ways.append(Way(f"LoRA{in_nf4}", adapters, frozen + BYTES_A_TRAINED_WEIGHT * adapters, FP32 * adapters))
     return ways
-
-
-def weights_of_a_layer(model: KnownModel) -> int:
-    """Weights of one layer; where only their sum was given, its part of what isn't embedding or head."""
-    shape = model.shape
-    if model.is_counted_by_hand:
-        ends = shape.vocab * shape.hidden * (1 if shape.tied else 2)
-        return (model.num_parameters - ends) // shape.num_layers
-    return sum(out * width for out, width in shape.linear_shapes().values()) + 2 * shape.hidden
 
 
 def _bytes_a_frozen_weight(config: Config, model: KnownModel) -> float:
@@ -100,15 +91,15 @@ def _what_is_trained(config: Config, model: KnownModel) -> Iterator[str]:
         yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     yield "An adapter costs a token as many products as it has weights: O(r d) beside the O(d^2) of its matrix."
     trained = shape.adapter_parameters(lora.target_names(), layers, r)
-    total = model.num_parameters
+    total = shape.num_parameters()
     yield (
         f"trained {trained:,} beside {total:,} frozen: {trained / total:.3%}, as many as "
-        f"{trained / weights_of_a_layer(model):.2g} layers have; {2 * trained / 1e6:,.1f} MB in 16 bits"
+        f"{trained / shape.weights_of_a_layer():.2g} layers have; {2 * trained / 1e6:,.1f} MB in 16 bits"
     )
     if model.is_by_hand:
         counted = (
             "as given"
-            if model.is_counted_by_hand
+            if shape.counted is not None
             else "that of a Llama of these sizes (three matrices after attention)"
         )
         yield f"The frozen count is {counted}; what is trained follows from the shapes of the adapted matrices alone."

@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 
 from dist_lora.errors import ConfigError
+from dist_lora.plan.measured import Measured
 
 GIB = 2**30
 
@@ -29,7 +30,7 @@ class Gpu:
 
     ``tflops`` are dense bf16 products with fp32 sums; ``link_gb_s`` to the other GPUs of its node; ``host_gb_s`` to host
     memory (PCIe 4 or 5, x16); ``network_gb_s`` the part of its node's network that is common for it (an assumption, not the
-    maker's).
+    maker's). Of one that was ``measured`` those rates count, and its figures here are only words.
     """
 
     name: str
@@ -40,10 +41,18 @@ class Gpu:
     network_gb_s: float
     host_gb_s: float
     source: str
+    measured: Measured | None = None
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it is one: a host's processors can be measured too."""
+        return self.measured is None or self.measured.is_gpu
 
     @property
     def memory_bytes(self) -> int:
         """What the driver leaves: makers count GB of 2^30, and some hundred MiB are kept."""
+        if self.measured is not None:
+            return self.measured.memory_bytes
         return int(self.memory_gb * GIB * 0.985)
 
 
@@ -55,6 +64,7 @@ GPUS = {
             "rtx3090-24gb", 24, 71, 936, 32, 1.2, 32, "NVIDIA Ampere GA102 whitepaper, table 2 (FP16, FP32 accumulate)"
         ),
         Gpu("rtx4090-24gb", 24, 165, 1008, 32, 1.2, 32, "NVIDIA Ada GPU architecture whitepaper, appendix A"),
+        Gpu("a6000-48gb", 48, 155, 768, 32, 1.2, 32, "NVIDIA RTX A6000 data sheet (309.7 TFLOPS are with sparsity)"),
         Gpu("l40s-48gb", 48, 362, 864, 32, 12.5, 32, "NVIDIA L40S data sheet"),
         Gpu("a100-40gb", 40, 312, 1555, 300, 12.5, 32, "NVIDIA A100 data sheet"),
         Gpu("a100-80gb", 80, 312, 2039, 300, 25, 32, "NVIDIA A100 80GB data sheet, SXM"),
@@ -64,6 +74,27 @@ GPUS = {
         Gpu("mi300x-192gb", 192, 1307, 5300, 448, 50, 64, "AMD Instinct MI300X data sheet"),
     )
 }
+
+
+def measured_gpu(measured: Measured) -> Gpu:
+    """A measured device in the place of one by name; its link to host memory, which is not measured, is a PCIe 4's."""
+    best = max(each.flops_per_s[1] for each in measured.products) / 1e12
+    moved = max(each.bytes_per_s[1] for each in measured.elementwise) / 1e9
+    links = {
+        axis: max(each.bytes_per_s[1] for each in kinds["all-gather"].by_size) / 1e9
+        for axis, kinds in measured.links.items()
+    }
+    return Gpu(
+        name=f"{measured.device}, measured",
+        memory_gb=measured.memory_bytes / GIB,
+        tflops=best,
+        memory_gb_s=moved,
+        link_gb_s=links.get("within a node", 0.0),
+        network_gb_s=links.get("between nodes", 0.0),
+        host_gb_s=32,
+        source="dist-lora doctor",
+        measured=measured,
+    )
 
 
 def find_gpu(name: str) -> Gpu:

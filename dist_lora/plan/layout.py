@@ -7,13 +7,13 @@ from typing import Literal
 
 from dist_lora.config.schema import ParallelSection
 from dist_lora.errors import ConfigError
+from dist_lora.plan.hardware import GIB
 
 EngineName = Literal["none", "fsdp2", "zero3"]
 
 BYTES_A_TRAINED_WEIGHT = 16  # fp32: the weight, its gradient and AdamW's two moments
 BASE_SHARE = 0.6  # of a device's memory: what a node's shard of the base may take before the world shares it
 ADAPTERS_SHARE = 0.05  # of a device's memory: what replicated adapters may take before a node shares them
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,15 @@ def choose_layout(
     adapters, why_adapters = _adapters(section, engine, world_size, local_size, trained_weights, device_bytes)
     reasons = (why_engine, why_base, why_adapters)
     return Layout(engine, base_shard, adapters, base_on_host, optimizer_on_host, reasons)
+
+
+def check_node_size(*, world_size: int, local_size: int) -> None:
+    """Raise ``ConfigError`` where nodes of ``local_size`` ranks don't make up the world."""
+    if world_size % local_size:
+        raise ConfigError(
+            f"parallel.node_size: {world_size} processes are not a multiple of {local_size}; "
+            "every node must hold the same number"
+        )
 
 
 def check_section(section: ParallelSection, *, world_size: int, local_size: int) -> None:

@@ -13,7 +13,7 @@ from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.facts import Shape
 from dist_lora.herd.known import known_model
-from dist_lora.plan.arithmetic import Memory, Setup, memory_of, setup_of
+from dist_lora.plan.arithmetic import Memory, Setup, base_parts, memory_of, setup_of
 from dist_lora.plan.hardware import CONTEXT_BYTES, FRAGMENTATION, GIB, Gpu
 from dist_lora.plan.speed import Speed, speed_of
 from dist_lora.plan.traffic import Collective, collectives_of, received_bytes
@@ -71,7 +71,7 @@ class Plan:
     @property
     def reserve_bytes(self) -> int:
         """What only a GPU takes: contexts, buffers, fragmentation."""
-        return int(CONTEXT_BYTES + FRAGMENTATION * self.memory.device)
+        return int(CONTEXT_BYTES + FRAGMENTATION * self.memory.device) if self.machines.gpu.is_gpu else 0
 
     @property
     def device_bytes(self) -> int:
@@ -94,6 +94,22 @@ class Plan:
         """Whether GPUs and hosts hold it."""
         hosts = self.machines.host_bytes
         return self.device_bytes <= self.machines.gpu.memory_bytes and (hosts is None or self.host_bytes <= hosts)
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the machines lies idle, in a sentence each."""
+        told, setup, batch = [], self.setup, self.config.train.global_batch
+        ranks = setup.base_ranks
+        parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
+        least = min(parts, key=lambda part: part.rows)
+        if setup.layout.engine == "fsdp2" and ranks > least.rows:
+            told.append(
+                f"{ranks} ranks share the {least.rows:,} rows of {least.name}: {ranks - least.rows:,} keep none"
+            )
+        if setup.num_ranks > batch:
+            idle = setup.num_ranks - batch
+            told.append(f"a step has {batch} sequences: {idle:,} of {setup.num_ranks:,} ranks compute nothing")
+        return told
 
     @property
     def collectives(self) -> list[Collective]:
@@ -121,6 +137,7 @@ class Plan:
             "tokens_per_s": self.speed.tokens_per_s,
             "wall": self.speed.wall,
             "steps": self.steps,
+            "notes": self.notes,
             "chosen": [" ".join(reason.split()) for reason in self.setup.layout.reasons],
             "changes": [asdict(change) for change in self.changes],
         }  # fmt: skip
@@ -156,6 +173,7 @@ def _plan(config: Config, machines: Machines, shape: Shape) -> Plan:
         num_nodes=machines.num_nodes,
         gpus_per_node=machines.gpus_per_node,
         device_bytes=machines.gpu.memory_bytes,
+        on_gpu=machines.gpu.is_gpu,
     )
     speed = speed_of(setup, machines.gpu, context=config.train.sequence_length)
     return Plan(config, setup, machines, memory_of(setup), speed, _steps(config))

@@ -32,7 +32,7 @@ from dist_lora.parallel.adapters import FlatAdapters
 from dist_lora.parallel.pretend import pretended_world
 from dist_lora.parallel.wire import Sent, Traffic, traffic
 from dist_lora.parallel.world import World
-from dist_lora.plan.layout import Layout
+from dist_lora.plan.layout import Layout, check_node_size
 from dist_lora.plan.tracker import KINDS, Kind, Memory, Moment, Tracker, register_run
 from dist_lora.train.build import Base, Placed, Trainee, place
 from dist_lora.train.loop import Run
@@ -81,7 +81,7 @@ def simulate(
     device: Literal["gpu", "cpu"] = "gpu",
     document_tokens: int | None = None,
 ) -> Simulation:
-    """One optimizer step of a config on machines that aren't here; takes 10 s for 8B and 30 s for 405B on one core.
+    """One optimizer step of a config on machines that aren't here; takes 5 to 10 s for 8B and 40 to 60 s for 405B on one core.
 
     Local: it opens a process group of its own, so the process may belong to no world. The first rank is seen, whose
     shards are the largest.
@@ -101,7 +101,9 @@ def simulate(
             f"machines: found {num_nodes} nodes of {gpus_per_node} GPUs, expected at least one of each (--nodes, --gpus-per-node)"
         )
     config = _resolved(config, device)
-    with pretended_world(num_nodes=num_nodes, gpus_per_node=gpus_per_node) as world:
+    num_ranks, local_size = num_nodes * gpus_per_node, config.parallel.node_size or gpus_per_node
+    check_node_size(world_size=num_ranks, local_size=local_size)
+    with pretended_world(num_nodes=num_ranks // local_size, gpus_per_node=local_size) as world:
         passes = full_batches(config, world, document_tokens).batch(0).micro_batches
         loader = full_batches(config, world, document_tokens, _Batches)
         fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -118,7 +120,7 @@ def simulate(
         layout=placed.engine.layout,
         micro_batches=len(passes),
         tokens=max(len(one.ids) for one in passes),
-        pretended=_pretended(config, placed, num_passes=len(passes)),
+        pretended=_pretended(config, shape, placed, num_passes=len(passes)),
         seconds=time.monotonic() - started_s,
     )
 
@@ -142,12 +144,15 @@ def _resolved(config: Config, device: Literal["gpu", "cpu"]) -> Config:
     )
 
 
-def _pretended(config: Config, placed: Placed, *, num_passes: int) -> tuple[str, ...]:
+def _pretended(config: Config, shape: Shape, placed: Placed, *, num_passes: int) -> tuple[str, ...]:
     told = [
         "tensors have sizes and no contents, and collectives return at once: nothing is computed or sent",
         "one stream: on a GPU a gathered block may live on until the stream that used it has come so far",
         "an operator's own workspace isn't seen, nor the CUDA context, NCCL's buffers and fragmentation",
     ]
+    if shape.counted is not None:
+        llama = dataclasses.replace(shape, counted=None).num_parameters()
+        told.append(f"the model is a Llama of these sizes, with {llama:,} weights instead of {shape.counted:,}")
     if config.model.attention == "varlen":
         told.append("flash attention is its declared output and softmax statistics; its kernel doesn't run")
     if placed.engine.layout.base_on_host:

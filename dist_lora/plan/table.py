@@ -17,9 +17,12 @@ def lines_of(plan: Plan) -> Iterator[str]:
     kind = {2: "bf16", 4: "fp32"}[setup.item_bytes]
     stored = f"{setup.quant} base, computed in {kind}" if setup.quant != "none" else kind
     yield f"{plan.config.run}: {plan.config.model.name} ({stored}) with LoRA rank {setup.lora_rank} on {machines}"
-    yield f"  {shape.num_parameters():,} frozen weights, {setup.trained_weights:,} trained"
+    counted = "" if shape.counted is None else " (as given; what is computed is a Llama's of these sizes)"
+    yield f"  {shape.num_parameters():,} frozen weights{counted}, {setup.trained_weights:,} trained"
     for reason in setup.layout.reasons:
         yield f"  {reason}"
+    for note in plan.notes:
+        yield f"  note      {note}"
     recompute = "computed again in the backward" if setup.recompute else "kept for the backward"
     yield (
         f"  a pass  {train.micro_batch} x {train.sequence_length:,} tokens a GPU, {setup.passes} passes a step; "

@@ -9,7 +9,6 @@ from typing import Literal
 
 from dist_lora.plan.arithmetic import FP32, BasePart, Setup, base_parts
 
-Axis = Literal["base", "node", "between nodes", "world"]
 NUM_SCALARS = 4  # loss, stop, failed save, seconds: summed once a step in fp32
 
 
@@ -88,7 +87,7 @@ def _padded_adapters(setup: Setup) -> int:
 
 
 def received_bytes(setup: Setup) -> tuple[float, float]:
-    """Bytes that a rank receives in a step from its own node, and from other nodes."""
+    """Bytes that a rank receives in a step from its own node, and from other nodes, on average over a node's ranks."""
     inside = between = 0.0
     for each in collectives_of(setup):
         if not each.crosses_nodes:
@@ -96,8 +95,8 @@ def received_bytes(setup: Setup) -> tuple[float, float]:
         elif each.num_ranks == setup.num_ranks // setup.local_size:
             between += each.received_bytes
         else:
-            # Of a gathering over the world a rank's node holds its own part.
-            part = (each.num_ranks - setup.local_size) / max(1, each.num_ranks - 1)
+            # A ring enters each node once: one of its ranks receives from outside, by turns where there are several rings.
+            part = 1 / setup.local_size
             between += each.received_bytes * part
             inside += each.received_bytes * (1 - part)
     return inside, between

@@ -23,6 +23,7 @@ from dist_lora.base.stream import SliceReader
 from dist_lora.checkpoint import shards
 from dist_lora.data import tokens
 from dist_lora.data.loader import Loader
+from dist_lora.doctor import command
 from dist_lora.train import build, loop, main
 from tests.e2e import points
 from tests.e2e.runs import fill_the_disk
@@ -316,7 +317,20 @@ def request_to_rank_1_while_the_other_loads() -> None:
     before(build, "fill_slots", (lambda: strike(lambda: signal_myself(signal.SIGUSR1))) if RANK == 1 else hang)
 
 
-# Slowness, which is no fault
+# What is no fault
+
+
+def bytes_of_the_network_told() -> None:
+    """Each rank notes what its host had sent before each step, in a file of its own in the folder ``NOTED``."""
+    counter = Path("/sys/class/net/eth0/statistics/tx_bytes")
+    noted = Path(os.environ["NOTED"]) / f"rank-{RANK}"
+
+    def batch(original: Callable[..., Any], self: Loader, step: int) -> Any:
+        with noted.open("a") as file:
+            file.write(f"{step} {counter.read_text().strip()} {time.time()}\n")
+        return original(self, step)
+
+    wrap(Loader, "batch", batch)
 
 
 def slow_steps_of_rank_1() -> None:
@@ -496,3 +510,13 @@ def run_folder() -> Path:
     held = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
     [lock] = {path for path in held if path.endswith("/lock")}
     return Path(lock).parent
+
+
+def hang_in_links() -> None:
+    """A rank that never begins with the measuring of the links."""
+    wrap(command, "measure_links", lambda original, *arguments, **named: time.sleep(LONG_S))
+
+
+def gone_in_links() -> None:
+    """A rank that ends there without a word."""
+    wrap(command, "measure_links", lambda original, *arguments, **named: os._exit(9))

@@ -150,7 +150,7 @@ def test_a_rank_whose_threads_are_all_kept_from_running_is_named_by_the_other_an
     found = ended("locked")
     found.assert_told_once(
         f"error: rank 1 of 2 on {HOST} gives no sign of life (its last word: ",
-        "is stopped, gone, or stuck in a call that lets nothing else run.",
+        "is stopped, gone, cut off, or stuck in a call that lets nothing else run.",
         "The other ranks wait (rank 0 in step 3, micro-batch 1 of 2).",
     )
     found.assert_in_time()

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from dist_lora.base.llama import FrozenLinear
 from dist_lora.base.quant.formats import Format, Int8, Nf4
 from dist_lora.checkpoint.saver import Saver
+from dist_lora.doctor.compute import measure_compute
+from dist_lora.doctor.machine import ask_driver, examine_gpus, torch_build
 from dist_lora.lora.state import Piece
 from dist_lora.parallel.place import Place
 from dist_lora.parallel.world import World, join
@@ -118,3 +120,15 @@ def test_a_save_holds_the_state_at_its_start_while_the_gpu_goes_on() -> None:
     saver.wait()
     assert saver._aside is not None and saver._aside.is_pinned()
     assert copied[0].equal(torch.arange(2**24, dtype=torch.float32))
+
+
+def test_the_doctor_sees_the_gpus_and_measures_one() -> None:
+    driver = ask_driver()
+    answer = examine_gpus(driver, num_seen=torch.cuda.device_count(), build=torch_build())
+    assert "fault" not in {each.severity for each in answer.findings}
+    assert answer.facts["cuda"] and answer.facts["gpus_of_torch"] >= 1
+    found = measure_compute(torch.device("cuda", 0), torch.bfloat16, budget_s=5)
+    largest = max(each["flops_per_s"][1] for each in found["products"])
+    assert 1e12 < largest < 1e16
+    assert all(each["flops_per_s"][0] <= each["flops_per_s"][1] for each in found["attention"])
+    assert set(found["dense_weights_per_s"]) == {"nf4", "int8"}

@@ -51,6 +51,9 @@ CASES = {
         {"train": {"sequence_length": 8192, "activation_checkpointing": False}, "lora": {"targets": ["down_proj"]}},
         gpus_per_node=1,
     ),
+    "a small second slice of logits": Case(
+        "3.2-1b", {"train": {"micro_batch": 1, "sequence_length": 300}}, gpus_per_node=1
+    ),
     "fp32 on CPUs": Case(
         "3.1-8b", {"model": {"dtype": "fp32"}, "train": {"sequence_length": 256}}, gpus_per_node=2, device="cpu"
     ),
@@ -68,6 +71,7 @@ CASES = {
     "nodes of one GPU, sharded adapters": Case(
         "3.1-8b", {"parallel": {"adapters": "shard"}}, num_nodes=2, gpus_per_node=1
     ),
+    "nodes by setting": Case("3.1-8b", {"parallel": {"node_size": 4, "base_shard": "node", "adapters": "shard"}}),
     "nodes of one GPU": Case("3.1-8b", {"parallel": {"base_shard": "node"}}, num_nodes=2, gpus_per_node=1),
     "high rank": Case("3.1-8b", {"lora": {"rank": 256}, "train": {"sequence_length": 256}}),
 }

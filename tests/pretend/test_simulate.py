@@ -159,6 +159,14 @@ def test_what_was_pretended_is_said_in_sentences(eight, tiny_llama) -> None:
     assert "of 5 micro-batches the first two and the last were run; those between are as the second" in told
 
 
+def test_a_model_whose_weights_were_counted_is_simulated_as_a_llama_and_said_to_be(tiny_llama) -> None:
+    shape = replace(read_shape(tiny_llama("llama31")), counted=100_000)
+    config = config_of("mine", train={"global_batch": 2, "micro_batch": 1, "sequence_length": 64})
+    told = simulate(config, shape, num_nodes=1, gpus_per_node=2, device_bytes=GIB).pretended
+    llama = replace(shape, counted=None).num_parameters()
+    assert f"the model is a Llama of these sizes, with {llama:,} weights instead of 100,000" in told
+
+
 @pytest.mark.parametrize("engine, axis", [("fsdp2", "node"), ("zero3", "world")])
 def test_a_simulation_leaves_nothing_behind(tiny_llama, engine, axis) -> None:
     folder = tiny_llama("llama31")
@@ -182,6 +190,9 @@ def test_what_a_run_would_refuse_a_simulation_refuses_with_the_same_words(tiny_l
         simulate(config_of(str(folder)), read_shape(folder), num_nodes=1, gpus_per_node=2, device_bytes=GIB)
     with pytest.raises(ConfigError, match=r"found 0 nodes of 8 GPUs, expected at least one of each"):
         simulate(config_of(str(folder)), read_shape(folder), num_nodes=0, gpus_per_node=8, device_bytes=GIB)
+    with pytest.raises(ConfigError, match=r"parallel\.node_size: 8 processes are not a multiple of 3"):
+        config = config_of(str(folder), parallel={"node_size": 3})
+        simulate(config, read_shape(folder), num_nodes=1, gpus_per_node=8, device_bytes=GIB)
     assert not dist.is_initialized(), "a refusal closes the pretended world too"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -9,8 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from dist_lora.errors import HangError
 from dist_lora.parallel.hang import (
@@ -188,8 +192,8 @@ def test_a_hang_is_described_by_rank_host_phase_and_where_the_stacks_are() -> No
     )
     told = describe_hang(beats({}, {}), [1], silent=[1], judge=AT_WORK, stacks=Path("run/stacks"))
     assert told.startswith(
-        "rank 1 of 2 on here gives no sign of life (its last word: step 3, micro-batch 1): process 100 is stopped, gone, or "
-        "stuck in a call that lets nothing else run. The other ranks wait (rank 0 in step 3, micro-batch 1). The run ends;"
+        "rank 1 of 2 on here gives no sign of life (its last word: step 3, micro-batch 1): process 100 is stopped, gone, cut "
+        "off, or stuck in a call that lets nothing else run. The other ranks wait (rank 0 in step 3, micro-batch 1). The run ends;"
     )
     told = describe_hang(beats(still, still), [0, 1], silent=(), judge=AT_WORK, stacks=Path("run/stacks"))
     assert "for 12 s. No rank is ahead of the others: look at the connection between them. The run ends;" in told
@@ -248,3 +252,41 @@ def test_bytes_that_a_thread_reads_or_writes_are_a_sign_of_life_of_work_on_the_h
         assert [still_s(progress, stillness) for _ in range(2)] == [[0.0], [7.0]]
         file.write(b"x")
         assert [still_s(progress, stillness) for _ in range(2)] == [[0.0], [7.0]]
+
+
+class SilentStore:
+    """A store that answers until ``is_silent``, and then waits in each question as TCP does."""
+
+    def __init__(self) -> None:
+        self.store, self.is_silent, self.answer = dist.HashStore(), threading.Event(), threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        if self.is_silent.is_set():
+            self.answer.wait(60)
+        return getattr(self.store, name)
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_a_store_that_answers_no_more_ends_the_rank_and_is_told_once_a_host(tmp_path, local_rank: int) -> None:
+    store = SilentStore()
+    world = World(2 + local_rank, 4, local_rank, 2, torch.device("cpu"), store, meets_at="first:1234")
+    world.stacks = tmp_path / "stacks"
+    watch, told, codes = watch_of(world, 0.5)
+    world.progress.now("step 3")
+    ended = threading.Event()
+    watch._end = lambda code: (codes.append(code), ended.set())
+    watch.start()
+    while not store.store.check([f"beat/{2 + local_rank}"]):
+        world.progress.advance()
+    store.is_silent.set()
+    assert ended.wait(30)
+    store.answer.set()
+    watch.leave()
+    assert codes == [1] and len(told) == (local_rank == 0)
+    assert (world.stacks / f"rank-{2 + local_rank:05d}.txt").exists()
+    if told:
+        assert re.search(
+            r"rank 2 of 4 on \S+ \(at step 3\) has had no answer from first:1234 for \d+ s, where the ranks hear of each other: "
+            "that host, or the network to it, is gone",
+            str(told[0]),
+        )

@@ -29,6 +29,7 @@ ROAD = (
     "checkpoint",
     "export",
     "train",
+    "doctor",  # looks at what a run would use
     "plan.tracker",  # sees the tensors of any run
     "plan.simulate",  # runs the real loop on pretend tensors
     "plan.timeline",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +21,13 @@ from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.facts import MEMBERS, Shape
 from dist_lora.lora.attach import attach_adapters
+from dist_lora.parallel.world import World
 from dist_lora.plan.arithmetic import Setup, base_parts, kept_bytes_of_a_layer, setup_of
 from dist_lora.plan.hardware import GIB, GPUS, find_gpu
 from dist_lora.plan.report import Machines, make_plan, sweep
 from dist_lora.plan.speed import flops_a_token
+from dist_lora.plan.table import lines_of
+from dist_lora.train.build import place
 
 ROOT = Path(__file__).parents[2]
 H100 = GPUS["h100-80gb"]
@@ -127,6 +131,58 @@ def test_what_a_layer_keeps_for_its_backward_is_what_autograd_saves(dtype, targe
         known |= set(storages)
 
 
+# A model of which there is nothing but sizes
+
+# arXiv 2005.14165, table 2.1; two matrices after attention, and one for both ends: 175 billion weights.
+GPT3 = {
+    "hidden_size": 12288,
+    "intermediate_size": 4 * 12288,
+    "num_hidden_layers": 96,
+    "num_attention_heads": 96,
+    "vocab_size": 50257,
+    "tie_word_embeddings": True,
+    "num_parameters": 175_000_000_000,
+}
+
+
+def test_gpt3_is_planned_by_the_weights_that_were_counted() -> None:
+    config = config_of(
+        model={"name": "GPT-3", "shape": GPT3},
+        lora={"rank": 4, "targets": ["q_proj", "v_proj"]},
+        train={"activation_checkpointing": False, "sequence_length": 2048},
+    )
+    plan = make_plan(config, Machines(1, 8, H100))
+    told = plan.to_json()
+    assert told["frozen_weights"] == 175_000_000_000
+    assert told["trained_weights"] == 96 * 2 * 4 * (12288 + 12288) == 18_874_368
+    assert plan.memory.base * 8 == pytest.approx(350e9, rel=1e-4)  # 2 bytes each, in rows that divide by 8
+    # Of a checkpoint of 16 bits: the paper's "35MB".
+    assert 2 * told["trained_weights"] == 37_748_736
+    ends = 50257 * 12288
+    products = 4 * (175e9 - ends) + 4 * ends + 6 * 18_874_368
+    attention = 6 * 96 * 12288 * 2048 / 2 * 2
+    assert flops_a_token(plan.setup, context=2048) == pytest.approx(products + attention, rel=1e-6)
+    assert (
+        "  175,000,000,000 frozen weights (as given; what is computed is a Llama's of these sizes), 18,874,368 trained"
+        in list(lines_of(plan))
+    )
+
+
+def test_a_count_that_is_a_llamas_own_changes_no_plan() -> None:
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+             "num_key_value_heads": 8, "vocab_size": 128256}  # fmt: skip
+    plans = [
+        make_plan(config_of(model={"name": "it", "quant": quant, "shape": {**sizes, **counted}}), Machines(1, 8, H100))
+        for quant in ("none", "nf4", "int8")
+        for counted in ({}, {"num_parameters": 8_030_261_248})
+    ]
+    for plain, counted in zip(plans[::2], plans[1::2], strict=True):
+        assert counted.device_bytes == pytest.approx(plain.device_bytes, rel=1e-3)
+        assert counted.speed.step_s == pytest.approx(plain.speed.step_s, rel=1e-3)
+        # Quantized, the norms' weights count as the linears' do.
+        assert counted.memory.base == pytest.approx(plain.memory.base, rel=2e-3)
+
+
 # What fits
 
 
@@ -166,9 +222,34 @@ def test_a_sweep_holds_only_what_nothing_smaller_beats() -> None:
     assert memory == sorted(memory) and seconds == sorted(seconds, reverse=True)
 
 
-def test_more_ranks_than_rows_are_planned() -> None:
-    plan = make_plan(config_of(train={"global_batch": 4096}), Machines(512, 8, H100))
-    assert plan.setup.base_ranks in (8, 4096)
+def test_more_ranks_than_rows_or_sequences_or_layers_are_planned_and_said_to_be() -> None:
+    config = config_of(parallel={"base_shard": "world"}, train={"global_batch": 16})
+    plan = make_plan(config, Machines(512, 8, H100))
+    told = [
+        "4096 ranks share the 1,024 rows of k_proj.weight: 3,072 keep none",
+        "a step has 16 sequences: 4,080 of 4,096 ranks compute nothing",
+    ]
+    assert plan.fits and plan.notes == told == plan.to_json()["notes"]
+    assert [line.strip() for line in lines_of(plan) if "note " in line] == [f"note      {note}" for note in told]
+    assert plan.memory.base == 2 * sum(
+        math.ceil(shape[0] / 4096) * math.prod(shape[1:]) for shape in plan.setup.shape.tensor_shapes().values()
+    )
+    assert make_plan(config_of(train={"global_batch": 64}), Machines(1, 64, H100)).notes == []
+
+
+def test_what_a_run_would_refuse_a_plan_refuses_with_the_same_words() -> None:
+    config = config_of(model={"name": "it", "quant": "nf4"})
+    told = []
+    for refuse in (
+        lambda: make_plan(config, Machines(1, 2, H100), shape=dataclasses.replace(TINY, ffn=96)),
+        lambda: place(config, dataclasses.replace(TINY, ffn=96), World.alone(), name="it"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            refuse()
+        told.append(str(caught.value))
+    assert told[0] == told[1] and told[0].startswith(
+        "model.quant: nf4 can't keep it: down_proj: nf4 cuts each row into"
+    )
 
 
 def test_a_hub_id_of_no_member_is_told() -> None:
@@ -227,12 +308,29 @@ def test_what_does_not_fit_ends_with_3_and_tells_both_numbers(config_file) -> No
         (["--nodes", 1, "--nodes", 2], "several of them are for --sweep"),
         (["--timeline", "a.png"], "--timeline: it shows a simulated step; give --simulate too"),
         (["model.name=no-such-folder"], "expected a herd member, an existing folder or a hub id"),
+        (["--gpu", "zzz"], "no GPU called zzz is known (known: a10g-24gb, rtx3090-24gb,"),
+        (["model.name={empty}"], "has no config.json: expected config.json, *.safetensors and the tokenizer's files"),
+        (["model.name={bert}"], "not a Llama that can be trained here:\n  model_type: found 'bert', expected 'llama'"),
+        (
+            [
+                "model.shape={{hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 3, "
+                "vocab_size: 8}}"
+            ],
+            "model.shape.num_attention_heads: found 3, which doesn't divide hidden_size 64",
+        ),
+        (["parallel.node_size=3"], "parallel.node_size: 8 processes are not a multiple of 3; every node must hold"),
+        (["parallel.node_size=16"], "parallel.node_size: 8 processes are not a multiple of 16"),
+        (["lora.layers=[32]"], "lora.layers: found 32, expected 0-31 (the model has 32 layers)"),
         (["parallel.engine=none"], "parallel.engine: none runs one process and 8 were started"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_bad_input_is_told_once_and_ends_with_2(config_file, arguments: list[object], told: str) -> None:
-    done = plan_command(config_file, *arguments)
+def test_bad_input_is_told_once_and_ends_with_2(config_file, tmp_path, arguments: list[object], told: str) -> None:
+    folders = {name: tmp_path / name for name in ("empty", "bert")}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders["bert"] / "config.json").write_text('{"model_type": "bert"}')
+    done = plan_command(config_file, *(str(argument).format_map(folders) for argument in arguments))
     assert done.returncode == 2 and done.stderr.count("error:") == 1
     assert told in done.stderr and done.stdout == ""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dist_lora.base.quant.int8 import dense_int8, quantize_int8
 from dist_lora.base.quant.nf4 import BLOCK, dense_nf4, quantize_nf4
+from dist_lora.plan.arithmetic import nf4_refusal
 
 # D_in and D_out of a linear; rows: any number of its outputs, in any order
 
@@ -111,12 +112,7 @@ class Nf4:
 
     def refusal(self, out_features: int, in_features: int) -> str | None:
         """Rows must be whole blocks of 64 weights."""
-        if in_features % BLOCK == 0:
-            return None
-        return (
-            f"nf4 cuts each row into blocks of {BLOCK} weights, and a linear of ({out_features:,}, {in_features:,}) "
-            f"has {in_features % BLOCK} left over in each: set model.quant to int8 or none."
-        )
+        return nf4_refusal(out_features, in_features)
 
     def quantize_rows(self, rows: Tensor) -> dict[str, Tensor]:
         """``codes`` and ``absmax`` of ``rows``; see `quantize_nf4`."""

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from dist_lora.base.quant.finite import check_finite
 from dist_lora.base.quant.library import gpu_functions
+from dist_lora.plan.arithmetic import NF4_BLOCK
 
 # D_in inputs of a linear, a multiple of BLOCK; rows: any number of a linear's outputs
 
-BLOCK = 64
+BLOCK = NF4_BLOCK
 LEVELS: tuple[float, ...] = (
     -1.0,
     -0.6961928009986877,

@@ -1,0 +1,223 @@
+"""What a device reaches in a run's own kinds of work: products, attention, making weights dense, elementwise work, calls."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_lora.base.attention import Documents, choose_backend
+from dist_lora.base.quant.formats import Format, Int8, Nf4
+from dist_lora.doctor.findings import Answer
+from dist_lora.errors import DistLoraError
+
+# T tokens, D_in and D_out of a linear, H heads of E numbers
+
+# (T, D_in, D_out): of linears as Llamas have them, and of LoRA's thin ones
+TOKENS = (256, 1024, 4096)
+LINEARS = ((576, 576), (576, 1536), (1536, 576), (2048, 2048), (2048, 8192), (4096, 4096), (4096, 14336), (8192, 28672))
+THIN = ((576, 16), (16, 576), (1536, 16), (16, 1536), (4096, 16), (16, 4096), (14336, 16), (16, 14336))
+HEADS = (576, 49152), (4096, 128256)  # products with the head, in slices of its rows
+DOCUMENTS = ((256, 9, 64), (512, 9, 64), (1024, 9, 64), (256, 32, 64), (1024, 32, 64), (4096, 32, 128))
+DENSE = (2048, 2048)
+ELEMENTS = tuple(2**power for power in range(15, 26, 2))  # of elementwise work: what a cache holds, and what none does
+CALLS = 200
+SLOW_TIMES = 1.5  # a rank that is so much slower than the others is named
+
+REPEATS = 7
+# Of the time that all may take, what the repeats of one size get, and the longest that one of them may be: of work that
+# would take longer only smaller sizes are measured.
+ENOUGH, TOO_LONG = 1 / 200, 1 / 100
+
+
+def measure_compute(device: torch.device, dtype: torch.dtype, *, budget_s: float) -> dict[str, Any]:
+    """Rates of one rank, as ``plan.measured`` has them; sizes that would take too long are left out.
+
+    ``budget_s``: about what it takes at most.
+    """
+    return {
+        "elementwise": _elementwise(device, dtype, budget_s),
+        "call_s": _call_s(device, dtype, budget_s),
+        "products": _products(device, dtype, budget_s),
+        "attention": _attention(device, dtype, budget_s),
+        "dense_weights_per_s": {fmt.name: _dense(fmt, device, dtype, budget_s) for fmt in (Nf4(), Int8())},
+    }
+
+
+def examine_compute(device: torch.device, dtype: torch.dtype, *, budget_s: float) -> Answer:
+    """``measure_compute`` as facts, for ``judge_compute``; a format that this device can't make dense is a fault."""
+    answer = Answer()
+    try:
+        answer.facts = measure_compute(device, dtype, budget_s=budget_s)
+    except DistLoraError as error:
+        answer.add("fault", "compute", str(error), "See the message; model.quant: none and int8 may work all the same.")
+    return answer
+
+
+def judge_compute(ranks: Sequence[tuple[str, Mapping[str, Any]]]) -> Answer:
+    """What the slowest rank computes, and which ranks are slower than the others.
+
+    Args:
+        ranks: in order, each one's host and its facts; of one that measured nothing they are empty.
+    """
+    answer = Answer()
+    fastest = {
+        i: max(facts["products"], key=lambda each: each["flops_per_s"][1])["flops_per_s"][1]
+        for i, (_, facts) in enumerate(ranks)
+        if "products" in facts
+    }
+    if not fastest:
+        return answer
+    slowest = min(fastest, key=lambda i: fastest[i])
+    facts = ranks[slowest][1]
+    moved = [each["bytes_per_s"][1] / 1e9 for each in facts["elementwise"]]
+    dense = {name: rate[1] / 1e6 for name, rate in facts["dense_weights_per_s"].items()}
+    answer.add(
+        "ok",
+        "compute",
+        f"{facts['device']}: {fastest[slowest] / 1e12:.3g} TFLOP/s in products, {moved[-1]:.3g} to {max(moved):.3g} GB/s "
+        f"moved by elementwise work, {dense['nf4']:,.0f} million weights/s made dense of nf4 and {dense['int8']:,.0f} "
+        f"of int8{' (the slowest rank)' if len(ranks) > 1 else ''}",
+    )
+    usual = statistics.median(fastest.values())
+    for i, rate in fastest.items():
+        if rate * SLOW_TIMES < usual:
+            answer.add(
+                "warning",
+                "compute",
+                f"rank {i} on {ranks[i][0]} computes {rate / 1e12:.3g} TFLOP/s, and the others {usual / 1e12:.3g}",
+                "Look at what else runs on its device, at its clocks and its temperature (nvidia-smi -q -d PERFORMANCE), or "
+                "leave it out: every step waits for it.",
+            )
+    return answer
+
+
+def name_of(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''} a rank"
+
+
+def memory_of_device(device: torch.device, *, ranks: int) -> int:
+    """Bytes of a rank's device; on a CPU its part of the host's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total) // ranks
+
+
+def _products(device: torch.device, dtype: torch.dtype, budget_s: float) -> list[dict[str, Any]]:
+    """Forward and backward products of frozen linears and of LoRA's, by size."""
+    rates: list[dict[str, Any]] = []
+    fastest, ends_s = 0.0, time.perf_counter() + budget_s / 2
+    sizes = [(tokens, width, out) for tokens in TOKENS for width, out in LINEARS + THIN]
+    sizes += [(max(1, 2**25 // out), width, out) for width, out in HEADS]
+    for tokens, width, out in sorted(sizes, key=lambda size: size[0] * size[1] * size[2]):
+        flops = 2 * tokens * width * out
+        is_too_long = fastest and 2 * flops / fastest > TOO_LONG * budget_s
+        if rates and (is_too_long or time.perf_counter() > ends_s):
+            continue
+        x = torch.randn(tokens, width, device=device, dtype=dtype)
+        weight = torch.randn(out, width, device=device, dtype=dtype)
+        d_y = torch.randn(tokens, out, device=device, dtype=dtype)
+
+        def both(x: Tensor = x, weight: Tensor = weight, d_y: Tensor = d_y) -> None:
+            F.linear(x, weight)
+            torch.mm(d_y, weight)
+
+        times = _times(both, device, budget_s)
+        rate = _rate(2 * flops, times)
+        fastest = max(fastest, rate[1])
+        rates.append({"tokens": tokens, "width": width, "out": out, "flops_per_s": rate})
+    return rates
+
+
+def _attention(device: torch.device, dtype: torch.dtype, budget_s: float) -> list[dict[str, Any]]:
+    """Causal attention of one document, forward and backward, as the model calls it.
+
+    Counted are 6 operations for each pair of numbers and seen token: 2 forward, twice that backward, of scores and values.
+    """
+    rates: list[dict[str, Any]] = []
+    backend = choose_backend("auto", device, dtype)
+    for tokens, heads, head_dim in DOCUMENTS:
+        flops = 6 * heads * head_dim * tokens * tokens
+        if rates and flops / rates[-1]["flops_per_s"][1] > TOO_LONG * budget_s:
+            continue
+        parts = [torch.randn(tokens, heads, head_dim, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+        attention = Documents((0, tokens), backend)
+        d_y = torch.randn(tokens, heads, head_dim, device=device, dtype=dtype)
+
+        def both(parts: list[Tensor] = parts, attention: Documents = attention, d_y: Tensor = d_y) -> None:
+            torch.autograd.grad(attention(0, *parts), parts, d_y)
+
+        rates.append(
+            {
+                "tokens": tokens,
+                "width": heads,
+                "out": head_dim,
+                "flops_per_s": _rate(flops, _times(both, device, budget_s)),
+            }
+        )
+    return rates
+
+
+def _dense(fmt: Format, device: torch.device, dtype: torch.dtype, budget_s: float) -> list[float]:
+    parts = fmt.quantize_rows(torch.randn(*DENSE, device=device, dtype=dtype))
+    times = _times(lambda: fmt.dense(parts, dtype), device, budget_s)
+    return _rate(DENSE[0] * DENSE[1], times)
+
+
+def _elementwise(device: torch.device, dtype: torch.dtype, budget_s: float) -> list[dict[str, Any]]:
+    """Bytes a second that an addition into memory of its own reads and writes."""
+    rates: list[dict[str, Any]] = []
+    for elements in ELEMENTS:
+        num_bytes = 3 * elements * dtype.itemsize
+        if rates and num_bytes / rates[-1]["bytes_per_s"][0] > TOO_LONG * budget_s:
+            break
+        a, b = (torch.ones(elements, device=device, dtype=dtype) for _ in range(2))
+        times = _times(lambda a=a, b=b: torch.add(a, b), device, budget_s)  # type: ignore[misc]
+        rates.append({"num_bytes": a.nbytes, "bytes_per_s": _rate(num_bytes, times)})
+    return rates
+
+
+def _call_s(device: torch.device, dtype: torch.dtype, budget_s: float) -> float:
+    """Seconds of a small operator, or of its backward."""
+    x = torch.ones(8, device=device, dtype=dtype, requires_grad=True)
+
+    def chain() -> None:
+        y = x
+        for _ in range(CALLS):
+            y = y * 1.0
+        torch.autograd.grad(y, x, torch.ones_like(y))
+
+    return min(_times(chain, device, budget_s)) / (2 * CALLS)
+
+
+def _times(work: Callable[[], object], device: torch.device, budget_s: float) -> list[float]:
+    """Seconds of repeats, after one that is not counted: three, or as many as are enough."""
+    found: list[float] = []
+    started_s = time.perf_counter()
+    for turn in range(REPEATS + 1):
+        began_s = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now_s = time.perf_counter()
+        if turn:
+            found.append(now_s - began_s)
+        if len(found) >= 3 and now_s - started_s > ENOUGH * budget_s:
+            break
+    return found
+
+
+def _rate(amount: float, times: list[float]) -> list[float]:
+    """Slow and fast; of several repeats the slowest is left out: something else was at work."""
+    kept = sorted(times)[: max(1, len(times) - 1)]
+    return [amount / kept[-1], amount / kept[0]]

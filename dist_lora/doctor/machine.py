@@ -1,0 +1,220 @@
+"""One host: its processors and memory, and its GPUs as the driver and as torch see them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from dist_lora.doctor.findings import Answer
+from dist_lora.parallel.memory import gib, read_counters
+
+SHM = Path("/dev/shm")
+LEAST_SHM_BYTES = 2**30  # NCCL's buffers between the GPUs of a node that have no direct link
+LEAST_HOST_BYTES_A_RANK = 4 * 2**30  # Python, torch, CUDA's libraries, and what loading needs
+TAKEN_BYTES = 2**30  # of a GPU, before a run: more than a context of this process
+ASK_GPUS = ("index", "name", "driver_version", "memory.total", "memory.free")
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """Bytes and cores of this host, as far as this process may use them."""
+
+    cores: int
+    usable_cores: float
+    total_bytes: int
+    available_bytes: int
+    limit_bytes: int | None
+    shm_bytes: int | None
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """A GPU as its driver describes it."""
+
+    index: int
+    name: str
+    driver: str
+    total_bytes: int
+    free_bytes: int
+
+
+def read_host(root: Path = Path("/")) -> HostFacts:
+    """What this process may use of its host."""
+    memory = psutil.virtual_memory()
+    cores = os.cpu_count() or 1
+    usable: float = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    quota = _quota_cores(root)
+    shm = shutil.disk_usage(SHM).total if SHM.is_dir() else None
+    return HostFacts(
+        cores,
+        min(usable, quota or usable),
+        int(memory.total),
+        int(memory.available),
+        read_counters(root).limit_bytes,
+        shm,
+    )
+
+
+def _quota_cores(root: Path) -> float | None:
+    """Cores' worth of time that the control group allows (version 2), or None."""
+    try:
+        quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
+        return int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def examine_host(facts: HostFacts, *, ranks: int) -> Answer:
+    """Processors, memory and shared memory, for ``ranks`` processes of a run on this host."""
+    answer = Answer(facts=asdict(facts))
+    limit = "" if facts.limit_bytes is None else f", and its control group may take {gib(facts.limit_bytes)}"
+    answer.add("ok", "processors", f"{facts.usable_cores:g} of {facts.cores} cores may be used ({platform.machine()})")
+    answer.add("ok", "host memory", f"{gib(facts.total_bytes)}, {gib(facts.available_bytes)} of it available{limit}")
+    if facts.usable_cores < ranks:
+        answer.add(
+            "warning",
+            "processors",
+            f"{ranks} ranks share {facts.usable_cores:g} cores",
+            "Give the job a core or more a rank (Slurm: --cpus-per-task), or start fewer ranks.",
+        )
+    there = min(facts.available_bytes, facts.limit_bytes or facts.available_bytes)
+    if there < ranks * LEAST_HOST_BYTES_A_RANK:
+        answer.add(
+            "warning",
+            "host memory",
+            f"{gib(there)} can be used by {ranks} ranks, of which each takes {gib(LEAST_HOST_BYTES_A_RANK)} while it loads",
+            "Ask for more memory (Slurm: --mem), end what else runs here, or start fewer ranks.",
+        )
+    if facts.shm_bytes is None:
+        answer.add("note", "shared memory", f"{SHM} is not there")
+    elif facts.shm_bytes < LEAST_SHM_BYTES and ranks > 1:
+        answer.add(
+            "warning",
+            "shared memory",
+            f"{SHM} holds {gib(facts.shm_bytes)}, and the ranks of a node may pass data through it",
+            "Make it larger: docker run --shm-size=8g (or --ipc=host); in Kubernetes an emptyDir of medium Memory.",
+        )
+    else:
+        answer.add("ok", "shared memory", f"{SHM} holds {gib(facts.shm_bytes)}")
+    return answer
+
+
+# GPUs
+
+
+def ask_driver(command: Sequence[str] = ("nvidia-smi",), *, timeout_s: float = 20) -> list[GpuFacts] | None:
+    """The GPUs that the driver knows; None where there is no such driver or it gives no answer."""
+    try:
+        told = subprocess.run(
+            [*command, f"--query-gpu={','.join(ASK_GPUS)}", "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, timeout=timeout_s, check=True,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = []
+    for line in told.splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) == len(ASK_GPUS) and cells[0].isdigit():
+            total, free = (int(cell) * 2**20 if cell.isdigit() else 0 for cell in cells[3:])
+            found.append(GpuFacts(int(cells[0]), cells[1], cells[2], total, free))
+    return found
+
+
+def examine_gpus(driver: Sequence[GpuFacts] | None, *, num_seen: int, build: Mapping[str, Any]) -> Answer:
+    """The GPUs of a host, and whether torch can use them.
+
+    Args:
+        driver: as ``ask_driver`` gives them.
+        num_seen: how many torch sees.
+        build: torch's, see ``torch_build``.
+    """
+    answer = Answer(facts={"gpus": [asdict(gpu) for gpu in driver or ()], "gpus_of_torch": num_seen, **build})
+    toolkit = f"torch {build['torch']}, CUDA {build['cuda'] or '-'}, NCCL {build['nccl'] or '-'}"
+    if driver is None and not num_seen:
+        answer.add("note", "GPUs", f"none: runs are computed on the processors ({toolkit})")
+        return answer
+    for gpu in driver or ():
+        answer.add(
+            "ok",
+            "GPUs",
+            f"{gpu.index}: {gpu.name}, {gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free, driver {gpu.driver}",
+        )
+        if gpu.total_bytes - gpu.free_bytes > TAKEN_BYTES:
+            answer.add(
+                "warning",
+                "GPUs",
+                f"{gib(gpu.total_bytes - gpu.free_bytes)} of GPU {gpu.index} are taken already",
+                "See by whom: nvidia-smi. End it, or leave this GPU out by CUDA_VISIBLE_DEVICES.",
+            )
+    if driver is None:
+        answer.add("note", "GPUs", f"{num_seen} seen by torch; no nvidia-smi here that could say more ({toolkit})")
+        return answer
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not num_seen and driver:
+        why = f"CUDA_VISIBLE_DEVICES is {visible!r}" if visible is not None else f"it is {toolkit}"
+        answer.add(
+            "fault",
+            "GPUs",
+            f"the driver knows {len(driver)} GPUs and torch sees none: {why}",
+            "Unset CUDA_VISIBLE_DEVICES."
+            if visible is not None
+            else "Install torch's build for CUDA (pip install torch from download.pytorch.org/whl/cuXXX) that the driver supports.",
+        )
+    elif num_seen < len(driver) and visible is None:
+        answer.add(
+            "warning",
+            "GPUs",
+            f"the driver knows {len(driver)} GPUs and torch sees {num_seen}",
+            "Look into the kernel's log (dmesg | grep -i xid): a GPU may have fallen off the bus.",
+        )
+    else:
+        answer.add("ok", "GPUs", f"torch sees {num_seen} of {len(driver)} ({toolkit})")
+    kinds = {(gpu.name, gpu.total_bytes) for gpu in driver}
+    if len(kinds) > 1:
+        told = ", ".join(sorted(f"{name} of {gib(size)}" for name, size in kinds))
+        answer.add(
+            "warning",
+            "GPUs",
+            f"of different kinds: {told}",
+            "A step waits for the slowest, and the smallest must hold its share: leave the others out by "
+            "CUDA_VISIBLE_DEVICES, or plan for the smallest.",
+        )
+    return answer
+
+
+def torch_build() -> dict[str, Any]:
+    """What torch was built for."""
+    nccl = None
+    if torch.cuda.is_available():
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    return {"torch": torch.__version__, "cuda": torch.version.cuda or torch.version.hip, "nccl": nccl}
+
+
+def compare_gpus(kinds: Mapping[str, Sequence[str]]) -> Answer:
+    """Whether all hosts have the same GPUs and drivers.
+
+    Args:
+        kinds: by host, a word for each GPU.
+    """
+    answer = Answer()
+    hosts: dict[tuple[str, ...], list[str]] = {}
+    for host, gpus in kinds.items():
+        hosts.setdefault(tuple(gpus), []).append(host)
+    if len(hosts) > 1:
+        told = "; ".join(f"{', '.join(gpus) or 'none'} on {', '.join(there)}" for gpus, there in hosts.items())
+        answer.add(
+            "warning",
+            "GPUs",
+            f"nodes have different GPUs or drivers: {told}",
+            "A step waits for the slowest: ask the scheduler for nodes of one kind (Slurm: --constraint).",
+        )
+    return answer

@@ -1,0 +1,117 @@
+"""The packages that a run uses: which versions are here, and whether they were tested together."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from collections.abc import Callable, Mapping
+
+from dist_lora.doctor.findings import Answer
+
+# Of constraints.txt, which a test holds equal: an installed package doesn't have that file.
+TESTED = {
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "deepspeed": "0.19.8",
+    "accelerate": "1.15.0",
+    "bitsandbytes": "0.50.2",
+    "datasets": "5.2.0",
+    "peft": "0.21.2",
+    "safetensors": "0.8.0",
+    "tokenizers": "0.23.3",
+    "huggingface_hub": "2.4.0",
+    "pydantic": "2.14.3",
+    "typer": "0.29.2",
+    "rich": "15.0.0",
+    "PyYAML": "6.0.3",
+    "xxhash": "4.1.0",
+    "tensorboard": "2.21.0",
+    "numpy": "2.4.6",
+    "Jinja2": "3.1.6",
+    "psutil": "7.2.2",
+}
+TESTED_PYTHON = "3.11"
+OPTIONAL = ("peft",)  # only compared with
+SHOWN = ("torch", "transformers", "deepspeed", "accelerate", "bitsandbytes", "datasets", "peft", "safetensors")
+
+
+def installed_version(name: str) -> str | None:
+    """The version of a package that is installed here, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def examine_versions(version_of: Callable[[str], str | None] = installed_version) -> Answer:
+    """Versions beside those that were tested together.
+
+    Args:
+        version_of: the version of a package, or None where it is not there.
+    """
+    found = {name: version_of(name) for name in TESTED}
+    answer = Answer(facts={"python": platform.python_version(), "packages": found})
+    shown = [f"Python {platform.python_version()}", *(f"{name} {found[name] or '-'}" for name in SHOWN)]
+    lacking = [name for name, version in found.items() if version is None and name not in OPTIONAL]
+    others = _others(found)
+    verdict = "as tested together" if not lacking and not others else "other than those tested together"
+    answer.add("ok", "versions", f"{', '.join(shown)}: {verdict}")
+    if lacking:
+        wanted = " ".join(f"{name}=={TESTED[name]}" for name in lacking)
+        answer.add(
+            "fault",
+            "versions",
+            f"not installed: {', '.join(lacking)}",
+            f"Install what is lacking: pip install {wanted}",
+        )
+    older = [name for name, version in others.items() if _parts(version) < _parts(TESTED[name])]
+    for names, severity in ((older, "warning"), ([name for name in others if name not in older], "note")):
+        if names:
+            told = ", ".join(f"{name} {others[name]} (tested: {TESTED[name]})" for name in names)
+            answer.add(
+                "warning" if severity == "warning" else "note",
+                "versions",
+                f"{'older' if severity == 'warning' else 'other'} than tested: {told}",
+                "Where something fails, install the tested ones: pip install "
+                + " ".join(f"{name}=={TESTED[name]}" for name in names),
+            )
+    if not platform.python_version().startswith(TESTED_PYTHON + "."):
+        answer.add("note", "versions", f"Python {platform.python_version()}; tested was {TESTED_PYTHON}")
+    return answer
+
+
+def _others(found: Mapping[str, str | None]) -> dict[str, str]:
+    """Versions that differ from the tested ones; a build's suffix (+cu128, +cpu) is none."""
+    return {
+        name: version
+        for name, version in found.items()
+        if version is not None and version.partition("+")[0] != TESTED[name]
+    }
+
+
+def _parts(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0]))
+
+
+def compare_nodes(packages: Mapping[str, Mapping[str, str | None]]) -> Answer:
+    """Whether all hosts have the same versions.
+
+    Args:
+        packages: by host, each package's version (with its build), Python's too.
+    """
+    answer = Answer()
+    first = next(iter(packages.values()), {})
+    for name in first:
+        hosts: dict[str, list[str]] = {}
+        for host, versions in packages.items():
+            hosts.setdefault(versions.get(name) or "not installed", []).append(host)
+        if len(hosts) > 1:
+            told = "; ".join(f"{version} on {', '.join(there)}" for version, there in hosts.items())
+            answer.add(
+                "fault",
+                "versions",
+                f"nodes have different versions of {name}: {told}",
+                "Start all nodes from the same environment (one image, or one folder that all see).",
+            )
+    return answer

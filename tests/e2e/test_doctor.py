@@ -1,0 +1,117 @@
+"""`dist-lora doctor` as a user runs it: on one rank, on two, and where a rank is lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_lora.plan.measured import read_measured
+from tests.e2e.runs import ROOT, Done, command, environment, run, write_config
+
+QUICK = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The file of a measured machine, and what was told of it, by two ranks."""
+    out = tmp_path_factory.mktemp("doctor") / "machine.json"
+    done = run("doctor", "--nproc", 2, "--json", "--out", out, "--deadline", 20, env=environment() | QUICK)
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout)
+
+
+def test_two_ranks_tell_one_object_with_all_that_was_looked_at(machine) -> None:
+    _, told = machine
+    assert told["ranks"] == 2 and len(told["hosts"]) == 1 and len(told["facts_of_ranks"]) == 2
+    about = {each["about"] for each in told["findings"]}
+    assert about >= {"versions", "processors", "host memory", "disk", "hub", "compute", "network"}
+    assert all(each["todo"] for each in told["findings"] if each["severity"] in ("warning", "fault"))
+    axes = [(each["kind"], each["axis"]) for each in told["facts"]["axes"]]
+    assert axes == [("all-gather", "within a node"), ("all-reduce", "within a node")]
+    assert {(each["sender"], each["receiver"]) for each in told["facts"]["pairs"]} == {(0, 1), (1, 0)}
+    assert told["severity"] != "fault"
+
+
+def test_the_measured_machine_is_what_plan_reads(machine, tmp_path: Path) -> None:
+    out, _ = machine
+    measured = read_measured(out)
+    assert (measured.num_nodes, measured.ranks_per_node, measured.is_gpu, measured.dtype) == (1, 2, False, "fp32")
+    assert set(measured.links["within a node"]) == {"all-gather", "all-reduce"}
+    config = write_config(tmp_path / "it.yaml", run="it", model={"name": "3.2-1b"}, data={"train": "x"},
+                          train={"steps": 3, "sequence_length": 128})  # fmt: skip
+    done = run("plan", config, "--measured", out, "--json")
+    assert done.returncode == 0, done.stderr
+    low, high = json.loads(done.stdout)["step_s"]
+    assert 0 < low < high
+    other = run("plan", config, "--measured", out, "--gpus-per-node", 4)
+    assert other.returncode == 2
+    assert f"--measured: {out} holds 1 x 2 ranks (nodes x ranks a node), and 1 x 4 are asked for" in other.stderr
+
+
+def test_a_rank_that_never_comes_is_a_fault_and_all_else_is_told() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+        place["DIST_LORA_RENDEZVOUS"] = f"{folder}/rendezvous"
+        started_s = time.monotonic()
+        done = run("doctor", "--deadline", 3, env=environment() | QUICK | place)
+    assert done.returncode == 1 and time.monotonic() - started_s < 60
+    assert (
+        "fault    the ranks' meeting: could not be measured: RankError: rank 0 could not join the others" in done.stdout
+    )
+    assert "-> Is every node started, with the same address, port and number of processes" in done.stdout
+    assert "ok       versions: Python" in done.stdout and "ok       disk: " in done.stdout
+
+
+def two_ranks(fault: str) -> list[Done]:
+    """Two ranks that nobody sees through, of which rank 1 begins with a function of ``faults.py``."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "DIST_LORA_RENDEZVOUS": f"{folder}/rendezvous"}
+        ranks = [
+            subprocess.Popen(
+                command("doctor", "--deadline", 4),
+                cwd=ROOT,
+                env=environment(fault if rank else None) | QUICK | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        try:
+            told = [rank.communicate(timeout=90) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        return [Done(rank.returncode, *texts) for rank, texts in zip(ranks, told, strict=True)]
+
+
+def test_a_rank_that_hangs_in_the_links_ends_the_others_waiting() -> None:
+    first, second = two_ranks("hang_in_links")
+    assert first.returncode == second.returncode == 1
+    assert "fault    network: could not be measured: no answer within 4 s" in first.stdout
+    assert "ok       versions: Python" in first.stdout
+
+
+def test_a_rank_that_is_gone_is_named() -> None:
+    first, second = two_ranks("gone_in_links")
+    assert (first.returncode, second.returncode) == (1, 9)
+    assert "fault    network: could not be measured: " in first.stdout
+    assert "fault    network: rank 1 on " in first.stdout and "no answer within 4 s" in first.stdout
+
+
+def test_where_the_measured_would_go_is_checked_first(tmp_path: Path) -> None:
+    done = run("doctor", "--out", tmp_path / "no" / "machine.json")
+    assert done.returncode == 2 and "--out: " in done.stderr and "Name a file in a folder that is" in done.stderr
+
+
+def test_a_run_whose_folder_cant_be_written_is_a_fault(tmp_path: Path, tiny_llama) -> None:
+    config = write_config(
+        tmp_path / "it.yaml", run="it", runs_dir="/proc/runs", model={"name": str(tiny_llama())}, data={"train": "x"}
+    )
+    done = run("doctor", config, "--deadline", 10, env=environment() | QUICK)
+    assert done.returncode == 1
+    assert "fault    disk: /proc can't be written" in done.stdout and "1 fault, " in done.stdout

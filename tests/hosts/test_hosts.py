@@ -1,0 +1,162 @@
+"""Runs over several hosts, whose links are counted and cut."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import yaml
+
+from dist_lora.config.schema import Config
+from dist_lora.herd.facts import read_shape
+from dist_lora.plan.arithmetic import FP32, setup_of
+from dist_lora.plan.traffic import received_bytes
+from tests.e2e.runs import INJECT, ROOT
+from tests.hosts import network
+from tests.hosts.network import Hosts, Ranks
+from tests.ranks.runs import chats_settings
+
+pytestmark = [pytest.mark.hosts, pytest.mark.skipif(bool(network.lacking()), reason=network.lacking() or "-")]
+
+TIMEOUT_S = 120.0
+FROM_STEP = 3  # the steps before it warm up: connections are made, step 1 checks more
+
+
+@dataclass
+class Runs:
+    """Runs of one tiny model over some hosts."""
+
+    hosts: Hosts
+    folder: Path
+    settings: dict[str, Any]
+    port: int = 29500
+
+    def start(self, run: str, *, on_each: int = 1, fault: str | None = None, **sections: Mapping[str, Any]) -> Ranks:
+        tree = self.settings | {"run": run, "runs_dir": str(self.folder / "runs")}
+        for name, values in sections.items():
+            tree = tree | {name: {**tree.get(name, {}), **values}}
+        config = self.folder / f"{run}.yaml"
+        config.write_text(yaml.safe_dump(tree))
+        noted = self.folder / f"noted-{run}"
+        noted.mkdir(exist_ok=True)
+        self.port += 1
+        environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{INJECT}:{ROOT}", "NOTED": str(noted)}
+        if fault is not None:
+            environment["DIST_LORA_FAULT"] = fault
+        return Ranks(
+            self.hosts,
+            [sys.executable, "-m", "dist_lora", "train", config],
+            on_each=on_each,
+            port=self.port,
+            folder=self.folder,
+            environment=environment,
+        )
+
+    def to_its_end(self, run: str, **given: Any) -> Path:
+        with closing(self.start(run, **given)) as ranks:
+            codes = ranks.wait(TIMEOUT_S)
+            assert set(codes) == {0}, "\n".join(ranks.told())
+        return self.folder / "runs" / run
+
+    def sent_a_step(self, run: str, world_rank: int) -> float:
+        """Bytes that a rank's host sends in a step, by its interface's own counter."""
+        lines = (self.folder / f"noted-{run}" / f"rank-{world_rank}").read_text().splitlines()
+        counts = {int(step): int(num_bytes) for step, num_bytes, _ in map(str.split, lines)}
+        return median(counts[step + 1] - counts[step] for step in sorted(counts)[FROM_STEP:-1])
+
+
+def runs_on(number: int, tiny_llama: Any, folder: Path) -> Iterator[Runs]:
+    settings = chats_settings(tiny_llama("llama31", num_layers=4, ffn=2048), folder, num_steps=9)
+    settings["lora"] = {"rank": 64}
+    settings["train"] |= {"global_batch": 4, "micro_batch": 4}
+    settings["checkpoint"] = {"every": 100}
+    with closing(Hosts(number)) as hosts:
+        yield Runs(hosts, folder, settings)
+
+
+@pytest.fixture(scope="module")
+def two(tiny_llama, tmp_path_factory) -> Iterator[Runs]:
+    yield from runs_on(2, tiny_llama, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tiny_llama, tmp_path_factory) -> Iterator[Runs]:
+    yield from runs_on(4, tiny_llama, tmp_path_factory.mktemp("four"))
+
+
+def planned(runs: Runs, run: str, *, on_each: int) -> tuple[float, int]:
+    """Bytes a step that a rank receives from other hosts by the plan, and of all adapters' gradients."""
+    config = Config.model_validate(yaml.safe_load((runs.folder / f"{run}.yaml").read_text()))
+    setup = setup_of(
+        config,
+        read_shape(Path(config.model.name)),
+        num_nodes=runs.hosts.number,
+        gpus_per_node=on_each,
+        device_bytes=2**34,
+        on_gpu=False,
+    )
+    return received_bytes(setup)[1], FP32 * setup.trained_weights
+
+
+@pytest.mark.parametrize(
+    ("number", "on_each", "base_shard", "quant"),
+    [(2, 1, "node", "none"), (2, 1, "node", "nf4"), (2, 1, "world", "none"), (2, 1, "world", "nf4"),
+     (4, 1, "node", "none"), (4, 1, "world", "nf4"), (2, 2, "node", "nf4"), (2, 2, "world", "none")],
+)  # fmt: skip
+def test_what_crosses_between_hosts_is_what_was_planned(
+    request: pytest.FixtureRequest, number: int, on_each: int, base_shard: str, quant: str
+) -> None:
+    """With the base in each node it is the adapters' gradients, once around a ring, and next to nothing else."""
+    runs: Runs = request.getfixturevalue({2: "two", 4: "four"}[number])
+    run = f"{base_shard}-{quant}-{on_each}"
+    runs.to_its_end(
+        run,
+        on_each=on_each,
+        fault="bytes_of_the_network_told",
+        parallel={"base_shard": base_shard},
+        model={"quant": quant},
+    )
+    by_plan, gradients = planned(runs, run, on_each=on_each)
+    sent = [runs.sent_a_step(run, host * on_each) for host in range(number)]
+    assert sent == pytest.approx([on_each * by_plan] * number, rel=0.05)
+    if base_shard == "node":
+        world_size = number * on_each
+        assert max(sent) <= 1.05 * gradients * 2 * (world_size - 1) / world_size
+
+
+def test_a_cut_link_ends_all_ranks_and_the_run_goes_on_when_it_is_back(two: Runs) -> None:
+    """Each host tells once of the other, soon after ``hang_timeout``: neither hears what the other one says."""
+    settings = {
+        "parallel": {"hang_timeout": 8.0, "base_shard": "world"},
+        "train": {"steps": 60},
+        "checkpoint": {"every": 5},
+    }
+    whole = two.to_its_end("whole", **settings)
+    metrics = two.folder / "runs" / "cut" / "metrics.jsonl"
+    with closing(two.start("cut", **settings)) as ranks:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 12:
+            assert time.monotonic() < deadline, ranks.told()
+            time.sleep(0.02)
+        two.hosts.cut(1)
+        codes = ranks.wait(60)
+        two.hosts.mend(1)
+    first, second = ranks.told()
+    assert codes == [1, 1], (first, second)
+    assert first.count("error:") == second.count("error:") == 1, (first, second)
+    assert re.search(r"error: rank 1 of 2 on a1 gives no sign of life", first)
+    assert re.search(
+        r"error: rank 1 of 2 on a1 \(at step \d+.*has had no answer from 10\.77\.0\.1:\d+ for \d+ s", second
+    )
+    assert len(metrics.read_text().splitlines()) < 60
+    two.to_its_end("cut", **settings)
+    adapter = Path("adapter", "adapter_model.safetensors")
+    assert (metrics.parent / adapter).read_bytes() == (whole / adapter).read_bytes()
