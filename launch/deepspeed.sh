@@ -37,12 +37,11 @@ command -v -- "$python" > /dev/null || usage "PYTHON: there is no $python"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 by_ssh=
+nproc=${NPROC-}
 if [[ -z ${HOSTFILE-} ]]; then
     [[ -z ${NODE_RANK-} ]] || usage "NODE_RANK is set and HOSTFILE isn't: the launcher reads there how many nodes there are"
-    # A hostfile that nobody has: DeepSpeed would take /job/hostfile where there is one.
-    nodes=(--hostfile=/dev/null/none --num_accelerators="${NPROC:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 1)')}")
 else
-    [[ -z ${NPROC-} ]] || usage "NPROC and HOSTFILE are both set: the hostfile's slots are the processes of each node"
+    [[ -z $nproc ]] || usage "NPROC and HOSTFILE are both set: the hostfile's slots are the processes of each node"
     [[ -f $HOSTFILE ]] || usage "HOSTFILE: there is no file $HOSTFILE"
     slots=$(sed -n 's/^[[:space:]]*[^#[:space:]][^[:space:]]*[[:space:]]\{1,\}slots=\([0-9]*\)[[:space:]]*\(#.*\)\{0,1\}$/\1/p' "$HOSTFILE")
     num_nodes=$(grep -c . <<< "$slots" || true)
@@ -59,9 +58,27 @@ else
         by_ssh=1
         [[ $PWD$python != *[[:space:]]* ]] || usage "DeepSpeed's ssh can't go to a folder with a space in its name: $PWD; set NODE_RANK on each node"
         command -v pdsh > /dev/null || usage "DeepSpeed reaches other nodes by pdsh, which isn't here; install it, or set NODE_RANK on each node"
+    else
+        nproc=$slots # on this node, without the ssh to it that DeepSpeed would ask for
     fi
 fi
-free_port() { "$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
+if [[ -z ${HOSTFILE-} || $num_nodes == 1 && -z ${NODE_RANK-} ]]; then
+    nodes=(--hostfile=/dev/null/none) # which nobody has: DeepSpeed would take /job/hostfile where there is one
+    if [[ -n ${CUDA_VISIBLE_DEVICES-} ]]; then # which DeepSpeed passes over where it is told a number
+        IFS=, read -r -a gpus <<< "$CUDA_VISIBLE_DEVICES"
+        ((${nproc:=${#gpus[@]}} <= ${#gpus[@]})) || usage "NPROC: found $nproc, and CUDA_VISIBLE_DEVICES has ${#gpus[@]} GPUs"
+        gpus=("${gpus[@]:0:nproc}")
+        nodes+=(--include="localhost:$(IFS=,; printf '%s' "${gpus[*]}")")
+    else
+        nodes+=(--num_accelerators="${nproc:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 1)')}")
+    fi
+fi
+# Below the ports that connections take by chance (from 32768): until the ranks listen, half a minute may pass.
+free_port() {
+    local port
+    while port=$((15000 + RANDOM % 17000)) && (: <> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do :; done
+    printf '%s\n' "$port"
+}
 if [[ -n ${HEAD-} ]]; then
     nodes+=(--master_addr="${HEAD%:*}" --master_port="${HEAD##*:}")
 else
@@ -76,7 +93,8 @@ children() { cat "/proc/$1/task/$1/children" 2> /dev/null || true; }
 # DeepSpeed's own processes die of USR1, and leave the ranks behind; or kill them 30 s after TERM. So the ranks are asked.
 # shellcheck disable=SC2329  # by the traps
 ask() {
-    local launcher found ranks=()
+    local launcher ranks=()
+    local -a found
     if [[ -z $by_ssh ]]; then
         for launcher in $(children "$runner"); do
             read -r -a found <<< "$(children "$launcher")"

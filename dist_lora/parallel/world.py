@@ -290,6 +290,7 @@ def join(
     store = open_store(place, environment, timeout_s=join_timeout_s)
     told = Told(socket.gethostname(), place.world_size, place.local_size, versions_of_this_process(), dict(settings))
     store = dist.PrefixStore(meet(store, place, told, timeout_s=join_timeout_s), store)
+    store.set_timeout(timedelta(seconds=collective_timeout_s))  # from here on ranks wait for each other's work
     _check_node_size(place, local_size)
     local_rank = place.world_rank % local_size
     store = dist.PrefixStore("us", store)

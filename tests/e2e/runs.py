@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -107,6 +109,15 @@ def run_under_torchrun(*arguments: object, fault: str | None = None, timeout_s: 
         cwd=ROOT, env=environment(fault), capture_output=True, text=True, timeout=timeout_s, check=False,
     )  # fmt: skip
     return Done(done.returncode, done.stdout, done.stderr, ended=time.time())
+
+
+def free_port() -> int:
+    """One that nobody listens on, of those that no connection of another test takes by chance (from 32768)."""
+    while True:
+        port = random.randrange(15000, 32000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
 
 
 def write_config(path: Path, **settings: object) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.e2e.runs import Done, run_processes, write_config
+from tests.e2e.runs import Done, free_port, run_processes, write_config
 
 HOST = socket.gethostname()
 
@@ -32,9 +32,7 @@ def ranks_of(rendezvous: Mapping[str, str], *, ranks: int, of: int, per_node: in
 
 @pytest.fixture
 def rendezvous() -> dict[str, str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
 def test_one_node_of_two_ends_in_time_and_names_the_other(config, rendezvous) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +18,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from tests.e2e.runs import ROOT, losses, write_config
+from tests.e2e.runs import ROOT, free_port, losses, write_config
 from tests.slurm import cluster
 
 LAUNCH = ROOT / "launch"
@@ -54,15 +52,6 @@ def start(*words: object, folder: Path, **added: object) -> Started:
     return Started(process)
 
 
-def free_port() -> int:
-    """One that nobody listens on, of those that no connection of another test takes by chance (from 32768)."""
-    while True:
-        port = random.randrange(15000, 32000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-
-
 @pytest.fixture(scope="module")
 def folder(config, tmp_path_factory) -> Path:
     """A folder with a space in its name: beside ``train me.yaml`` the data lie, and runs/ will."""
@@ -85,7 +74,8 @@ def torchrun_on_two_nodes(folder: Path, *arguments: str) -> list[Started]:
 
 
 def deepspeed(folder: Path, *arguments: str) -> list[Started]:
-    return [start(LAUNCH / "deepspeed.sh", "train me.yaml", *arguments, folder=folder, NPROC=2)]
+    (folder / "one host").write_text("node-a slots=2\n")
+    return [start(LAUNCH / "deepspeed.sh", "train me.yaml", *arguments, folder=folder, HOSTFILE="one host")]
 
 
 def deepspeed_on_two_nodes(folder: Path, *arguments: str) -> list[Started]:
@@ -310,6 +300,7 @@ def test_a_torchrun_that_is_deaf_when_its_ranks_have_ended_is_ended(folder) -> N
         ("deepspeed.sh", ["c"], {"HOSTFILE": "the hosts", "NODE_RANK": "1"}, "HEAD: found nothing, expected HOST:PORT"),
         ("deepspeed.sh", ["c"], {"HOSTFILE": "the hosts"}, "DeepSpeed's ssh can't go to a folder with a space"),
         ("deepspeed.sh", ["c"], {"NODE_RANK": "1"}, "NODE_RANK is set and HOSTFILE isn't"),
+        ("deepspeed.sh", ["c"], {"NPROC": "3", "CUDA_VISIBLE_DEVICES": "4,6"}, "NPROC: found 3, and CUDA_VISIBLE_DEVICES has 2"),
         ("deepspeed.sh", ["c"], {"HEAD": "a:b"}, "HEAD: found a:b, expected HOST:PORT of the first node"),
         ("deepspeed.sh", ["c"], {"HOSTFILE": "uneven"}, "HOSTFILE: the nodes of uneven have different slots"),
     ],
@@ -318,3 +309,22 @@ def test_a_script_that_is_called_wrongly_says_so_in_a_line(folder, script, argum
     (folder / "uneven").write_text("a slots=2\nb slots=4\n")
     code, text = start(LAUNCH / script, *arguments, folder=folder, **added).end()
     assert code == 2 and text.startswith(f"launch/{script}: ") and told in text and text.count("\n") == 1, text
+
+
+@pytest.mark.parametrize(
+    ("added", "told"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "4,6"}, "--include=localhost:4,6 "),
+        ({"CUDA_VISIBLE_DEVICES": "4,6", "NPROC": "1"}, "--include=localhost:4 "),
+        ({"CUDA_VISIBLE_DEVICES": "", "NPROC": "3"}, "--num_accelerators=3 "),
+        ({"CUDA_VISIBLE_DEVICES": "4,6", "HOSTFILE": "the hosts", "NODE_RANK": "0", "HEAD": "a:1"}, "--hostfile=the hosts --no_ssh "),
+    ],
+)  # fmt: skip
+def test_deepspeed_gets_the_gpus_that_are_visible_here(folder, added, told) -> None:
+    stand_in = folder.with_name("says its words")
+    stand_in.write_text('#!/bin/sh\necho "$@" >&2\necho 1\n')
+    stand_in.chmod(0o755)
+    code, text = start(LAUNCH / "deepspeed.sh", "train me.yaml", folder=folder, PYTHON=stand_in, **added).end()
+    words = text.splitlines()[-1]
+    assert code == 0 and words.startswith("-m deepspeed.launcher.runner ") and told in words, text
+    assert words.endswith("--no_local_rank --log_level=warning --module dist_lora train train me.yaml")
