@@ -27,6 +27,7 @@ TESTED = {
     "PyYAML": "6.0.3",
     "xxhash": "4.1.0",
     "tensorboard": "2.21.0",
+    "matplotlib": "3.11.2",
     "numpy": "2.4.6",
     "Jinja2": "3.1.6",
     "psutil": "7.2.2",

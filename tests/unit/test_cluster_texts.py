@@ -245,7 +245,7 @@ def commands_in_comments() -> Iterator[Any]:
 
 def test_files_that_the_readme_names_are_there() -> None:
     text = (ROOT / "README.md").read_text()
-    assert all((ROOT / name).is_file() for name in re.findall(r"launch/[\w./]*\w", text))
+    assert all((ROOT / name).exists() for name in re.findall(r"launch/[\w./]*\w", text))
 
 
 @pytest.mark.parametrize("line", list(commands_in_comments()))
