@@ -272,10 +272,12 @@ def join(
     join_timeout_s: float,
     node_size: int | None = None,
     settings: Mapping[str, Any] = MappingProxyType({}),
+    ends_with_others: bool = True,
 ) -> World:
     """Meet the other processes and start the process group (NCCL with GPUs, gloo without).
 
     Args:
+        ends_with_others: this process ends where another rank fails.
         settings: what the config says, by full name; it must be the same on all ranks.
 
     Raises:
@@ -297,8 +299,9 @@ def join(
     at = meeting_place(place, environment)
     world = World(place.world_rank, place.world_size, local_rank, local_size, device, store, meets_at=at)
     watch = FailureWatch(world)
-    world.watches.append(watch)
-    watch.start()
+    if ends_with_others:
+        world.watches.append(watch)
+        watch.start()
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -310,7 +313,7 @@ def join(
     except (dist.DistError, RuntimeError) as error:
         watch.leave()
         refused = JoinError(f"the ranks can't reach each other to compute: {error}")
-        if not world.fail(refused):
+        if ends_with_others and not world.fail(refused):
             raise RankError(str(refused)) from error
         raise refused from error
     return world
