@@ -32,6 +32,7 @@ from dist_lora.plan.layout import check_node_size
 FAILED_KEY = "failed"
 POLL_S = 1.0  # how often the watch looks whether another rank has failed
 GRACE_S = 5.0  # what a rank is given to end by itself once another has failed
+HEARD_S = 3.0  # how long the first rank stays for the others to read why all end
 PATIENCE_S = 8.0  # how long a rank with an error waits for the others, of which a lower one may have it too
 
 
@@ -148,6 +149,7 @@ class World:
             return
         ranks = [r for r in range(self.world_size) if self.store.check([f"{prefix}/error/{r}"])]
         first = json.loads(self.store.get(f"{prefix}/error/{ranks[0]}"))
+        self._let_others_hear(f"{prefix}/heard")
         if error is not None and self.world_rank == ranks[0]:
             raise error
         raise RankError(f"{stage}: rank {ranks[0]}: {first['message']}", exit_code=first["exit_code"])
@@ -164,6 +166,14 @@ class World:
         except DistLoraError as caught:
             error = caught
         self.agree(stage, error)
+
+    def _let_others_hear(self, key: str) -> None:
+        """The store may live in the first rank's process: that one goes once all have read what it is for."""
+        num_heard = self.store.add(key, 1)
+        deadline = time.monotonic() + HEARD_S
+        while self.is_first and num_heard < self.world_size and time.monotonic() < deadline:
+            time.sleep(0.01)
+            num_heard = self.store.add(key, 0)
 
     def _comes_soon(self, key: str) -> bool:
         deadline = time.monotonic() + PATIENCE_S
