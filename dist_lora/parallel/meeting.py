@@ -7,6 +7,7 @@ to theirs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import platform
@@ -25,7 +26,7 @@ import torch.distributed as dist
 import xxhash
 
 import dist_lora
-from dist_lora.errors import EXIT_FAILED, EXIT_USER, ConfigError, JoinError, RankError
+from dist_lora.errors import EXIT_FAILED, EXIT_USER, ConfigError, JoinError, RankError, StopNow
 from dist_lora.parallel.place import Place
 
 POLL_S = 0.1
@@ -201,6 +202,10 @@ class _Meeting:
                 self._store.add(f"heard/{outcome['id']}", 1)
                 if outcome["kind"] == "begun":
                     return str(outcome["name"])
+                # A launcher ends the first rank before it has told, where another one of its node ends earlier; what
+                # it then asks of this one changes nothing.
+                with contextlib.suppress(StopNow):
+                    time.sleep(HEARD_S)
                 code = EXIT_USER if outcome["kind"] == "refused" else EXIT_FAILED
                 raise RankError("rank 0 has told why the ranks don't begin", exit_code=code)
             self._raise_if_twice()

@@ -121,10 +121,18 @@ class Mark:
         code = EXIT_DONE if error is None else EXIT_FAILED
         if isinstance(error, DistLoraError | StopNow):
             code = error.exit_code
-        if code in (EXIT_STOPPED, EXIT_FAILED):  # the others are not started again, and a mistake makes no folder
+        before = self._before()
+        if (
+            isinstance(error, StopNow)
+            and before is not None
+            and before.attempt == self.attempt
+            and before.code is not None
+        ):
+            return  # a launcher has ended this rank, for a reason that another one has told
+        if code in (EXIT_STOPPED, EXIT_FAILED) or self.attempt != "-":  # by hand, a mistake makes no folder
             with contextlib.suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-        step, before = self._step(), self._before()
+        step = self._step()
         has_come_on = code == EXIT_DONE or (before is not None and step > before.step)
         stalled = 0 if has_come_on else (before.stalled if before is not None else 0) + 1
         reason = "done" if error is None else str(error) or type(error).__name__

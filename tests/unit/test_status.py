@@ -111,9 +111,19 @@ def test_an_attempt_that_ends_before_it_has_begun_counts_too(tmp_path: Path) -> 
     assert found is not None and (found.code, found.stalled) == (75, 2)
 
 
-def test_a_mistake_makes_no_folder(tmp_path: Path) -> None:
-    mark(tmp_path / "run").end(ConfigError("no such model"))
+def test_a_mistake_by_hand_makes_no_folder(tmp_path: Path) -> None:
+    Mark(tmp_path / "run", {}).end(ConfigError("no such model"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_its_launcher_ends_leaves_the_reason_alone(tmp_path: Path) -> None:
+    mark(tmp_path / "run").end(ConfigError("no such model"))
+    mark(tmp_path / "run").end(StopNow("stopped on SIGTERM's request"))
+    found = read_status(tmp_path / "run")
+    assert found is not None and (found.code, found.is_final, found.reason) == (2, True, "no such model")
+    mark(tmp_path / "run", 1).end(StopNow("stopped on SIGTERM's request"))
+    found = read_status(tmp_path / "run")
+    assert found is not None and (found.code, found.attempt) == (75, "77.1")
 
 
 def test_who_finds_a_run_in_use_leaves_its_mark_alone(tmp_path: Path) -> None:
