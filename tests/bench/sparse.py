@@ -17,6 +17,7 @@ import torch
 
 from dist_lora.herd.facts import MEMBERS, Shape
 from tests.conftest import save_byte_tokenizer
+from tests.shapes import sizes_in_config
 
 FILE_BYTES = 4 * 10**9  # of a file, as the hub's uploads have it; a larger tensor has one of its own
 ITEM_BYTES = 2  # bf16
@@ -86,31 +87,11 @@ def _values(name: str, count: int, generator: torch.Generator) -> Iterator[torch
 
 
 def _config(shape: Shape) -> dict[str, object]:
-    scaling = shape.rope_scaling
-    rope: dict[str, object] = {"rope_type": "default", "rope_theta": shape.rope_theta}
-    if scaling is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_context,
-        }
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.ffn,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "vocab_size": shape.vocab,
-        "max_position_embeddings": shape.context,
-        "rms_norm_eps": shape.norm_eps,
-        "rope_parameters": rope,
-        "tie_word_embeddings": shape.tied,
+        **sizes_in_config(shape),
         "torch_dtype": "bfloat16",
     }
 

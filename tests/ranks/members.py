@@ -20,6 +20,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from dist_lora.herd.facts import Member, Shape
+from tests.shapes import sizes_in_config
 
 NUM_LAYERS = 2
 
@@ -42,29 +43,9 @@ def tiny_shape(shape: Shape) -> Shape:
 
 def hugging_face_config(member: Member) -> LlamaConfig:
     """The config.json of a tiny member, in transformers' own hand."""
-    shape, tokens = tiny_shape(member.shape), member.tokens
-    scaling = shape.rope_scaling
-    rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
-    if scaling is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_context,
-        }
+    tokens = member.tokens
     return LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab,
-        max_position_embeddings=shape.context,
-        rms_norm_eps=shape.norm_eps,
-        rope_parameters=rope,
-        tie_word_embeddings=shape.tied,
+        **sizes_in_config(tiny_shape(member.shape)),
         bos_token_id=tokens.begin_of_text,
         eos_token_id=list(tokens.stop) if len(tokens.stop) > 1 else tokens.stop[0],
         initializer_range=0.1,

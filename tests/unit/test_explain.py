@@ -15,16 +15,8 @@ from dist_lora.herd.known import known_model
 from dist_lora.parallel.world import World
 from dist_lora.plan.explain import Way, explain, ways_of
 from dist_lora.train.build import open_base
+from tests.shapes import GPT3, GPT3_WEIGHTS
 
-# arXiv 2005.14165, table 2.1; feed-forward of 4 d, and one matrix for both ends.
-GPT3 = {
-    "hidden_size": 12288,
-    "intermediate_size": 4 * 12288,
-    "num_hidden_layers": 96,
-    "num_attention_heads": 96,
-    "vocab_size": 50257,
-    "tie_word_embeddings": True,
-}
 LLAMA_3_8B = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -51,7 +43,7 @@ def test_gpt3_at_rank_4_on_q_and_v_trains_what_the_paper_says() -> None:
     than the usual 16 bytes a weight, and are not what is reckoned here.
     """
     config = config_of(
-        shape={**GPT3, "num_parameters": 175_000_000_000}, name="GPT-3", rank=4, targets=["q_proj", "v_proj"]
+        shape={**GPT3, "num_parameters": GPT3_WEIGHTS}, name="GPT-3", rank=4, targets=["q_proj", "v_proj"]
     )
     told = explain(config)
     assert 96 * 2 * 4 * (12288 + 12288) == 18_874_368
@@ -74,7 +66,7 @@ def test_without_a_count_a_shape_by_hand_is_a_llamas_and_said_to_be() -> None:
 
 
 def test_a_layer_of_a_model_whose_weights_were_counted_by_hand_is_its_part_of_what_is_no_embedding() -> None:
-    shape = known_model(config_of(shape={**GPT3, "num_parameters": 175_000_000_000}).model).shape
+    shape = known_model(config_of(shape={**GPT3, "num_parameters": GPT3_WEIGHTS}).model).shape
     assert shape.weights_of_a_layer() == pytest.approx(12 * 12288**2, rel=0.01)  # 4 d^2 of attention, 8 d^2 after it
 
 

@@ -28,6 +28,7 @@ from dist_lora.plan.report import Machines, make_plan, sweep
 from dist_lora.plan.speed import flops_a_token
 from dist_lora.plan.table import lines_of
 from dist_lora.train.build import place
+from tests.shapes import GPT3, GPT3_WEIGHTS
 
 ROOT = Path(__file__).parents[2]
 H100 = GPUS["h100-80gb"]
@@ -133,21 +134,10 @@ def test_what_a_layer_keeps_for_its_backward_is_what_autograd_saves(dtype, targe
 
 # A model of which there is nothing but sizes
 
-# arXiv 2005.14165, table 2.1; two matrices after attention, and one for both ends: 175 billion weights.
-GPT3 = {
-    "hidden_size": 12288,
-    "intermediate_size": 4 * 12288,
-    "num_hidden_layers": 96,
-    "num_attention_heads": 96,
-    "vocab_size": 50257,
-    "tie_word_embeddings": True,
-    "num_parameters": 175_000_000_000,
-}
-
 
 def test_gpt3_is_planned_by_the_weights_that_were_counted() -> None:
     config = config_of(
-        model={"name": "GPT-3", "shape": GPT3},
+        model={"name": "GPT-3", "shape": {**GPT3, "num_parameters": GPT3_WEIGHTS}},
         lora={"rank": 4, "targets": ["q_proj", "v_proj"]},
         train={"activation_checkpointing": False, "sequence_length": 2048},
     )

@@ -13,6 +13,7 @@ from dist_lora.base.llama import build_on_meta, materialize
 from dist_lora.base.rope import check_frequencies, inverse_frequencies
 from dist_lora.errors import WeightsError
 from dist_lora.herd.facts import MEMBERS
+from tests.shapes import rope_parameters
 
 SHAPES = {name: MEMBERS[name].shape for name in ("3-8b", "3.1-8b", "3.1-70b", "3.1-405b", "3.2-1b")}
 
@@ -55,21 +56,11 @@ def test_hidden_states_far_out_equal_those_of_transformers(name) -> None:
 
     member = SHAPES[name]
     shape = dataclasses.replace(member, num_layers=1, hidden=64, ffn=64, num_heads=2, num_kv_heads=1, vocab=32)
-    rope: dict = {"rope_type": "default", "rope_theta": shape.rope_theta}
-    if shape.rope_scaling is not None:
-        scaling = shape.rope_scaling
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_context,
-        }
     torch.manual_seed(0)
     theirs = LlamaModel(
         LlamaConfig(
             hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=shape.head_dim, vocab_size=32, rope_parameters=rope,
+            num_key_value_heads=1, head_dim=shape.head_dim, vocab_size=32, rope_parameters=rope_parameters(shape),
             rms_norm_eps=shape.norm_eps, max_position_embeddings=131072,
         )
     )  # fmt: skip
