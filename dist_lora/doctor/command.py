@@ -85,7 +85,7 @@ class Patient:
         self.host = socket.gethostname()
         self.own = Answer()  # of this rank or host
         self.shared = Answer()  # of all ranks together: the first rank's alone
-        self.links: dict[str, list[tuple[str, AxisRate]]] = {}  # by axis and kind
+        self.links: list[AxisRate] = []
         self.world: World | None = None
         self.hosts: list[str] = [self.host]
         self.device = default_device(place.local_rank)
@@ -174,8 +174,7 @@ class Patient:
     def _links(self) -> Answer:
         assert self.world is not None
         rates, pairs = measure_links(self.world, hosts=self.hosts)
-        for each in rates:
-            self.links.setdefault(each.axis, []).append((each.kind, each))
+        self.links = rates
         return judge_links(rates, pairs, has_gpus=self.device.type == "cuda")
 
     def _together(self, key: str) -> bool:
@@ -308,12 +307,7 @@ class Report:
             },
             elementwise=_slowest_sizes([each["elementwise"] for each in rates]),
             call_s=max(each["call_s"] for each in rates),
-            links={
-                axis: {
-                    kind: Link(tuple(AtSize(*each) for each in link.by_size), link.latency_s) for kind, link in kinds
-                }
-                for axis, kinds in patient.links.items()
-            },
+            links=_links_by_axis(patient.links),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -379,6 +373,14 @@ def _versions_of(facts: dict[str, Any]) -> dict[str, str | None]:
 
 def _gpus_of(facts: dict[str, Any]) -> list[str]:
     return [f"{gpu['name']} (driver {gpu['driver']})" for gpu in facts.get("gpus", {}).get("gpus", ())]
+
+
+def _links_by_axis(rates: Sequence[AxisRate]) -> dict[str, dict[str, Link]]:
+    links: dict[str, dict[str, Link]] = {}
+    for each in rates:
+        sizes = tuple(AtSize(*size) for size in each.by_size)
+        links.setdefault(each.axis, {})[each.kind] = Link(sizes, each.latency_s)
+    return links
 
 
 def _slowest_products(ranks: Sequence[Sequence[dict[str, Any]]]) -> tuple[Product, ...]:

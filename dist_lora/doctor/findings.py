@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 Severity = Literal["ok", "note", "warning", "fault"]
 SEVERITIES: tuple[Severity, ...] = ("ok", "note", "warning", "fault")
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,15 +98,21 @@ def _unmeasured(severity: Severity, about: str, why: str, todo: str) -> Answer:
     return answer
 
 
-def merge_hosts(by_host: Iterable[tuple[str, Finding]], *, num_hosts: int) -> list[Finding]:
-    """Equal findings of several hosts as one that names them, unless all have it; in the order of their first."""
-    hosts: dict[Finding, list[str]] = {}
-    for host, finding in by_host:
-        there = hosts.setdefault(finding, [])
+def hosts_by(has: Iterable[tuple[str, T]]) -> dict[T, list[str]]:
+    """The hosts that have the same, each once, by what they have; in the order of their first."""
+    hosts: dict[T, list[str]] = {}
+    for host, each in has:
+        there = hosts.setdefault(each, [])
         if host not in there:
             there.append(host)
+    return hosts
+
+
+def merge_hosts(by_host: Iterable[tuple[str, Finding]], *, num_hosts: int) -> list[Finding]:
+    """Equal findings of several hosts as one that names them, unless all have it; in the order of their first."""
     return [
-        finding if len(there) == num_hosts else replace(finding, hosts=tuple(there)) for finding, there in hosts.items()
+        finding if len(there) == num_hosts else replace(finding, hosts=tuple(there))
+        for finding, there in hosts_by(by_host).items()
     ]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from dist_lora.doctor.findings import Answer
+from dist_lora.doctor.findings import Answer, hosts_by
 from dist_lora.parallel.memory import gib, read_counters
 
 SHM = Path("/dev/shm")
@@ -214,9 +214,7 @@ def compare_gpus(kinds: Mapping[str, Sequence[str]]) -> Answer:
         kinds: by host, a word for each GPU.
     """
     answer = Answer()
-    hosts: dict[tuple[str, ...], list[str]] = {}
-    for host, gpus in kinds.items():
-        hosts.setdefault(tuple(gpus), []).append(host)
+    hosts = hosts_by((host, tuple(gpus)) for host, gpus in kinds.items())
     if len(hosts) > 1:
         told = "; ".join(f"{', '.join(gpus) or 'none'} on {', '.join(there)}" for gpus, there in hosts.items())
         answer.add(

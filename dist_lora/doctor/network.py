@@ -6,6 +6,7 @@ import ipaddress
 import socket
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 
 import psutil
 
@@ -134,7 +135,7 @@ def judge_clocks(offsets: Sequence[Offset]) -> Answer:
 
 def judge_links(rates: Sequence[AxisRate], pairs: Sequence[PairRate], *, has_gpus: bool) -> Answer:
     """What the links carry, by axis of the mesh, and the slowest of them by name."""
-    answer = Answer(facts={"axes": [each.to_json() for each in rates], "pairs": [each.to_json() for each in pairs]})
+    answer = Answer(facts={"axes": [asdict(each) for each in rates], "pairs": [asdict(each) for each in pairs]})
     for each in rates:
         slow, fast = each.bytes_per_s
         answer.add(

@@ -7,7 +7,7 @@ import platform
 import re
 from collections.abc import Callable, Mapping
 
-from dist_lora.doctor.findings import Answer
+from dist_lora.doctor.findings import Answer, hosts_by
 
 # Of constraints.txt, which a test holds equal: an installed package doesn't have that file.
 TESTED = {
@@ -104,9 +104,7 @@ def compare_nodes(packages: Mapping[str, Mapping[str, str | None]]) -> Answer:
     answer = Answer()
     first = next(iter(packages.values()), {})
     for name in first:
-        hosts: dict[str, list[str]] = {}
-        for host, versions in packages.items():
-            hosts.setdefault(versions.get(name) or "not installed", []).append(host)
+        hosts = hosts_by((host, versions.get(name) or "not installed") for host, versions in packages.items())
         if len(hosts) > 1:
             told = "; ".join(f"{version} on {', '.join(there)}" for version, there in hosts.items())
             answer.add(

@@ -6,8 +6,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -39,10 +39,6 @@ class AxisRate:
     latency_s: float
     by_size: tuple[tuple[int, tuple[float, float]], ...]  # the same for each size, in bytes of the whole tensor
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class PairRate:
@@ -57,10 +53,6 @@ class PairRate:
 
     def __str__(self) -> str:
         return f"from rank {self.sender} on {self.sender_host} to rank {self.receiver} on {self.receiver_host}"
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
 
 
 def axes_of(world: World) -> dict[AxisName, dist.ProcessGroup | None]:
