@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from dist_lora.errors import EXIT_FAILED, EXIT_USER, ConfigError, DistLoraError, JoinError, RankError, StopNow
-from dist_lora.parallel.meeting import Told, meet, meeting_place, open_store, versions_of_this_process
+from dist_lora.parallel.meeting import HEARD_S, Told, meet, meeting_place, open_store, versions_of_this_process
 from dist_lora.parallel.place import Place
 from dist_lora.parallel.progress import Progress
 from dist_lora.plan.layout import check_node_size
@@ -32,7 +32,6 @@ from dist_lora.plan.layout import check_node_size
 FAILED_KEY = "failed"
 POLL_S = 1.0  # how often the watch looks whether another rank has failed
 GRACE_S = 5.0  # what a rank is given to end by itself once another has failed
-HEARD_S = 3.0  # how long the first rank stays for the others to read why all end
 PATIENCE_S = 8.0  # how long a rank with an error waits for the others, of which a lower one may have it too
 
 

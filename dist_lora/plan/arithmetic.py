@@ -265,11 +265,16 @@ def kept_bytes_of_a_layer(setup: Setup, layer: int) -> int:
     return setup.micro_tokens * (c * numbers + FP32 * fp32_numbers) + casts
 
 
+def logit_rows(setup: Setup) -> int:
+    """Tokens of a micro-batch whose logits are computed at once."""
+    return min(setup.micro_tokens, max(1, LOGITS_AT_ONCE // setup.shape.vocab))
+
+
 def logits_bytes(setup: Setup) -> int:
     """The logits that are alive at once: a slice in c bytes and in fp32, while the one before it is there in fp32."""
     vocab, c = setup.shape.vocab, setup.item_bytes
     of_one = FP32 if c == FP32 else FP32 + c
-    first = min(setup.micro_tokens, max(1, LOGITS_AT_ONCE // vocab))
+    first = logit_rows(setup)
     second = min(first, setup.micro_tokens - first)
     return vocab * max(first * of_one, first * FP32 + second * of_one)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, PlanError
 from dist_lora.plan.hardware import GIB, GPUS, Gpu, find_gpu, measured_gpu
-from dist_lora.plan.measured import read_measured
+from dist_lora.plan.measured import Measured, read_measured
 from dist_lora.plan.report import Machines, Plan, make_plan, sweep
 from dist_lora.plan.table import lines_of, sweep_lines
 
@@ -26,7 +26,8 @@ class Fleets:
     gpus: Sequence[str]
     gpu_gib: float | None
     host_gib: float | None
-    measured: Path | None = None  # a file of ``dist-lora doctor --out``
+    measured: Measured | None = None  # what a file of ``dist-lora doctor --out`` holds, in the place of ``gpus``
+    measured_in: Path | None = None  # that file
 
     @staticmethod
     def of(
@@ -42,12 +43,19 @@ class Fleets:
         Raises:
             ConfigError: the file of measured machines is none.
         """
+        found = None
         if measured is not None:
             found = read_measured(measured)
             num_nodes = num_nodes or [found.num_nodes]
             gpus_per_node = found.ranks_per_node if gpus_per_node is None else gpus_per_node
         return Fleets(
-            num_nodes or [1], 8 if gpus_per_node is None else gpus_per_node, gpus or [], gpu_gib, host_gib, measured
+            num_nodes or [1],
+            8 if gpus_per_node is None else gpus_per_node,
+            gpus or [],
+            gpu_gib,
+            host_gib,
+            found,
+            measured,
         )
 
     def machines(self) -> list[Machines]:
@@ -69,7 +77,7 @@ class Fleets:
         if faults:
             raise ConfigError("\n".join(faults))
         if self.measured is not None:
-            return self._as_measured(self.measured)
+            return [self._as_measured(self.measured)]
         host_bytes = None if self.host_gib is None else int(self.host_gib * GIB)
         return [Machines(n, self.gpus_per_node, gpu, host_bytes) for gpu in self._gpus() for n in self.num_nodes]
 
@@ -84,18 +92,17 @@ class Fleets:
             raise ConfigError("--gpu and --nodes: several of them are for --sweep")
         return machines[0]
 
-    def _as_measured(self, path: Path) -> list[Machines]:
-        """The machines of a file; a run on others would wait on links and processors that nobody has measured."""
-        found = read_measured(path)
+    def _as_measured(self, found: Measured) -> Machines:
+        """The measured machines; a run on others would wait on links and processors that nobody has measured."""
         if self.gpus_per_node != found.ranks_per_node or list(self.num_nodes) != [found.num_nodes]:
             asked = f"{' and '.join(map(str, self.num_nodes))} x {self.gpus_per_node}"
             raise ConfigError(
-                f"--measured: {path} holds {found.num_nodes} x {found.ranks_per_node} ranks (nodes x ranks a node), and "
+                f"--measured: {self.measured_in} holds {found.num_nodes} x {found.ranks_per_node} ranks (nodes x ranks a node), and "
                 f"{asked} are asked for. Measure with as many: dist-lora doctor --nproc N --out FILE, or under the "
                 "launcher that starts the run"
             )
         host_bytes = found.host_bytes if self.host_gib is None else int(self.host_gib * GIB)
-        return [Machines(found.num_nodes, found.ranks_per_node, measured_gpu(found), host_bytes)]
+        return Machines(found.num_nodes, found.ranks_per_node, measured_gpu(found), host_bytes)
 
     def _gpus(self) -> list[Gpu]:
         if self.gpu_gib is not None:

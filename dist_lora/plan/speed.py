@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dist_lora.plan.arithmetic import FP32, LOGITS_AT_ONCE, Setup, base_bytes_of_a_rank, block_bytes
+from dist_lora.plan.arithmetic import FP32, Setup, base_bytes_of_a_rank, block_bytes, logit_rows
 from dist_lora.plan.hardware import REACHED_COMPUTE, REACHED_MEMORY, REACHED_WIRE, Gpu
 from dist_lora.plan.measured import Measured, Range
 from dist_lora.plan.traffic import Collective, collectives_of, received_bytes
@@ -197,7 +197,7 @@ def _elementwise(setup: Setup, measured: Measured) -> _Seconds:
 def _loss(setup: Setup, measured: Measured) -> _Seconds:
     """The head's two products, in slices, and six passes over the logits in fp32."""
     shape = setup.shape
-    rows = min(setup.micro_tokens, max(1, LOGITS_AT_ONCE // shape.vocab))
+    rows = logit_rows(setup)
     flops = 2 * 2 * setup.micro_tokens * shape.hidden * shape.vocab
     products = _at(flops, measured.product_flops_per_s(rows, shape.hidden, shape.vocab))
     logits = FP32 * setup.micro_tokens * shape.vocab
@@ -214,8 +214,7 @@ def _dense(setup: Setup, measured: Measured) -> _Seconds:
     """A layer's weights made dense once."""
     if setup.quant == "none":
         return _Seconds()
-    weights = sum(out * width for out, width in setup.shape.linear_shapes().values())
-    return _at(weights, measured.dense_weights_per_s[setup.quant])
+    return _at(setup.shape.weights_of_linears(), measured.dense_weights_per_s[setup.quant])
 
 
 def _wires(setup: Setup, measured: Measured) -> tuple[_Seconds, _Seconds]:
