@@ -351,10 +351,8 @@ def doctor(
         from dist_lora.plan.measured import check_out
 
         check_out(out)
-    if place is None and (num_ranks := nproc or _num_gpus()) > 1:
-        from dist_lora.parallel.local import run_ranks
-
-        sys.exit(run_ranks(sys.argv[1:], num_ranks=num_ranks))
+    if place is None:
+        _start_ranks(nproc or _num_gpus())
     from dist_lora.doctor.command import Wishes, diagnose
 
     sys.exit(diagnose(place, Wishes(loaded, out, as_json, deadline)))
@@ -405,10 +403,8 @@ def _on_ranks(
         )
     if place is not None and place.world_rank > 0:
         logging.getLogger("dist_lora").setLevel(logging.ERROR)  # the first rank speaks for all
-    if place is None and (num_ranks := nproc or (_num_gpus() if needs_all else 1)) > 1:
-        from dist_lora.parallel.local import run_ranks
-
-        sys.exit(run_ranks(sys.argv[1:], num_ranks=num_ranks))
+    if place is None:
+        _start_ranks(nproc or (_num_gpus() if needs_all else 1))
     from dist_lora.parallel.rank import run_as_rank
 
     def report(error: BaseException, who: str) -> None:
@@ -416,6 +412,14 @@ def _on_ranks(
         leave(error)
 
     sys.exit(run_as_rank(place, config, work, report=report))
+
+
+def _start_ranks(num_ranks: int) -> None:
+    """This very command as so many local ranks, and their exit code; returns where one is all, which is this process."""
+    if num_ranks > 1:
+        from dist_lora.parallel.local import run_ranks
+
+        sys.exit(run_ranks(sys.argv[1:], num_ranks=num_ranks))
 
 
 def _num_gpus() -> int:
