@@ -10,10 +10,13 @@ from dist_lora.plan.measured import Measured
 
 GIB = 2**30
 
-# What programs reach of the makers' figures, from poor to good. Compute: "The Llama 3 Herd of Models" (arXiv 2407.21783,
-# table 4) reports 38 to 43% of the bf16 peak for large dense training on H100; LoRA's thin products and short passes
-# reach less. Memory and wires: NCCL's and STREAM-like tests reach 70 to 90% for large transfers, less for small ones.
-REACHED_COMPUTE = (0.25, 0.50)
+# What programs reach, from poor to good. Compute, of what single large products reach: torchtune's compiled LoRA runs on A100s
+# 0.69 and 0.74 (tests/bench/published.yaml), "The Llama 3 Herd of Models" (arXiv 2407.21783, table 4) 0.47 to 0.54 for dense
+# training on H100s (38 to 43% of the maker's figure); thin products and short passes reach less. Memory and wires, of the
+# makers' figures: NCCL's and STREAM-like tests reach 70 to 90% for large transfers, less for small ones.
+REACHED_COMPUTE = (0.30, 0.80)
+# What single large products reach of the maker's figure where nobody has published it: as on an A100 and an H100.
+REACHED_BY_PRODUCTS = 0.85
 REACHED_WIRE = (0.50, 0.85)
 REACHED_MEMORY = (0.60, 0.85)
 
@@ -28,9 +31,12 @@ FRAGMENTATION = 0.05
 class Gpu:
     """A GPU as its maker describes it; bytes a second are one way, ``source`` the data sheet.
 
-    ``tflops`` are dense bf16 products with fp32 sums; ``link_gb_s`` to the other GPUs of its node; ``host_gb_s`` to host
-    memory (PCIe 4 or 5, x16); ``network_gb_s`` the part of its node's network that is common for it (an assumption, not the
-    maker's). Of one that was ``measured`` those rates count, and its figures here are only words.
+    ``tflops`` are dense bf16 products with fp32 sums, ``product_tflops`` what the fastest of them were measured to reach
+    (github.com/stas00/ml-engineering, compute/accelerator, "Maximum Achievable Matmul FLOPS"; for the 3090, 4090, A6000 and
+    L40S github.com/zzc0721/torch-performance-test-data, database.md; ``None``: in neither); ``link_gb_s`` to the other GPUs of
+    its node; ``host_gb_s`` to host memory (PCIe 4 or 5, x16); ``network_gb_s`` the part of its node's network that is common
+    for it (an assumption, not the maker's). Of one that was ``measured`` those rates count, and its figures here are only
+    words.
     """
 
     name: str
@@ -41,7 +47,13 @@ class Gpu:
     network_gb_s: float
     host_gb_s: float
     source: str
+    product_tflops: float | None = None
     measured: Measured | None = None
+
+    @property
+    def products_flops_per_s(self) -> float:
+        """What single large products reach, operations a second."""
+        return 1e12 * (self.product_tflops or REACHED_BY_PRODUCTS * self.tflops)
 
     @property
     def is_gpu(self) -> bool:
@@ -60,18 +72,16 @@ GPUS = {
     gpu.name: gpu
     for gpu in (
         Gpu("a10g-24gb", 24, 70, 600, 32, 3.1, 32, "NVIDIA A10G, AWS G5: 70 TFLOPS, PCIe 4"),
-        Gpu(
-            "rtx3090-24gb", 24, 71, 936, 32, 1.2, 32, "NVIDIA Ampere GA102 whitepaper, table 2 (FP16, FP32 accumulate)"
-        ),
-        Gpu("rtx4090-24gb", 24, 165, 1008, 32, 1.2, 32, "NVIDIA Ada GPU architecture whitepaper, appendix A"),
-        Gpu("a6000-48gb", 48, 155, 768, 32, 1.2, 32, "NVIDIA RTX A6000 data sheet (309.7 TFLOPS are with sparsity)"),
-        Gpu("l40s-48gb", 48, 362, 864, 32, 12.5, 32, "NVIDIA L40S data sheet"),
-        Gpu("a100-40gb", 40, 312, 1555, 300, 12.5, 32, "NVIDIA A100 data sheet"),
-        Gpu("a100-80gb", 80, 312, 2039, 300, 25, 32, "NVIDIA A100 80GB data sheet, SXM"),
-        Gpu("h100-80gb", 80, 989, 3350, 450, 50, 64, "NVIDIA H100 data sheet, SXM (dense)"),
-        Gpu("h200-141gb", 141, 989, 4800, 450, 50, 64, "NVIDIA H200 data sheet, SXM (dense)"),
-        Gpu("b200-180gb", 180, 2250, 8000, 900, 50, 64, "NVIDIA HGX B200 data sheet (dense)"),
-        Gpu("mi300x-192gb", 192, 1307, 5300, 448, 50, 64, "AMD Instinct MI300X data sheet"),
+        Gpu("rtx3090-24gb", 24, 71, 936, 32, 1.2, 32, "NVIDIA Ampere GA102 whitepaper, table 2 (FP32 sums)", 76.68),
+        Gpu("rtx4090-24gb", 24, 165, 1008, 32, 1.2, 32, "NVIDIA Ada GPU architecture whitepaper, appendix A", 173.31),
+        Gpu("a6000-48gb", 48, 155, 768, 32, 1.2, 32, "NVIDIA RTX A6000 data sheet (half of 309.7)", 123.34),
+        Gpu("l40s-48gb", 48, 362, 864, 32, 12.5, 32, "NVIDIA L40S data sheet", 269.15),
+        Gpu("a100-40gb", 40, 312, 1555, 300, 12.5, 32, "NVIDIA A100 data sheet", 271.2),
+        Gpu("a100-80gb", 80, 312, 2039, 300, 25, 32, "NVIDIA A100 80GB data sheet, SXM", 271.2),
+        Gpu("h100-80gb", 80, 989, 3350, 450, 50, 64, "NVIDIA H100 data sheet, SXM (dense)", 794.5),
+        Gpu("h200-141gb", 141, 989, 4800, 450, 50, 64, "NVIDIA H200 data sheet, SXM (dense)", 794.5),
+        Gpu("b200-180gb", 180, 2250, 8000, 900, 50, 64, "NVIDIA HGX B200 data sheet (dense)", 1745),
+        Gpu("mi300x-192gb", 192, 1307, 5300, 448, 50, 64, "AMD Instinct MI300X data sheet", 668.4),
     )
 }
 

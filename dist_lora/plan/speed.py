@@ -57,7 +57,7 @@ def speed_of(setup: Setup, gpu: Gpu, *, context: int) -> Speed:
     tokens = setup.micro_tokens * setup.passes
     flops = flops_a_token(setup, context=context) * tokens
     inside, between = received_bytes(setup)
-    compute = _range(flops, gpu.tflops * 1e12, REACHED_COMPUTE)
+    compute = _range(flops, gpu.products_flops_per_s, REACHED_COMPUTE)
     dense = _range(_dense_traffic(setup), gpu.memory_gb_s * 1e9, REACHED_MEMORY)
     links = _range(inside, gpu.link_gb_s * 1e9, REACHED_WIRE)
     network = _range(between, gpu.network_gb_s * 1e9, REACHED_WIRE)

@@ -205,6 +205,17 @@ def test_an_offloaded_base_lies_in_host_memory_and_comes_over_its_link() -> None
     assert make_plan(config, Machines(1, 8, H100, host_bytes=100 * GIB)).fits is False
 
 
+def test_products_take_as_long_as_the_gpu_was_measured_to_take_by_hand() -> None:
+    plan = make_plan(config_of(train={"sequence_length": 2048}), Machines(1, 8, H100))
+    flops = flops_a_token(plan.setup, context=2048) * plan.setup.micro_tokens * plan.setup.passes
+    assert plan.speed.compute_s == pytest.approx((flops / (0.8 * 794.5e12), flops / (0.3 * 794.5e12)))
+
+
+def test_what_products_reach_is_near_the_makers_figure() -> None:
+    for gpu in GPUS.values():  # boards clock higher than their data sheets say; an MI300X reaches half
+        assert 0.5 <= gpu.products_flops_per_s / (1e12 * gpu.tflops) <= 1.1, gpu.name
+
+
 def test_a_sweep_holds_only_what_nothing_smaller_beats() -> None:
     plans = sweep(config_of(model={"name": "3.1-70b"}), [Machines(1, 8, H100)])
     assert len(plans) >= 2 and all(plan.fits for plan in plans)
