@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -29,8 +30,7 @@ from dist_lora.plan.arithmetic import memory_of, setup_of
 from dist_lora.plan.configs import Preset, presets
 from dist_lora.plan.hardware import GIB
 from dist_lora.plan.simulate import simulate
-from dist_lora.plan.traffic import collectives_of
-from tests.pretend.shipped import Compared, alike, beside, compared
+from tests.pretend.shipped import Compared, alike, beside, compared, planned_traffic, simulated_traffic
 from tests.ranks import pool
 from tests.ranks.pool import Ranks
 from tests.ranks.test_tracker import WORLDS, tracked_step
@@ -46,7 +46,7 @@ print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM'
 """
 
 
-def config_for(quant: str, adapters: str, **train: Any) -> Config:
+def config_for(quant: str, parallel: dict[str, str], **train: Any) -> Config:
     """SmolLM2 in fp32, as on this machine."""
     return Config.model_validate(
         {
@@ -54,42 +54,49 @@ def config_for(quant: str, adapters: str, **train: Any) -> Config:
             "model": {"name": str(MODEL), "quant": quant, "dtype": "fp32"},
             "data": {"train": "unused"},
             "train": {"sequence_length": 256, "micro_batch": 2, "global_batch": 8, "steps": 9, **train},
-            "parallel": {"adapters": adapters},
+            "parallel": parallel,
         }
     )
 
 
-def compare(ranks: Ranks, config: Config, world: str) -> tuple[int, int, int, bool]:
-    """Planned, simulated and tracked bytes; whether the collectives are the real run's to the byte."""
+def compare(ranks: Ranks, config: Config, world: str) -> tuple[int, int, int, str]:
+    """Planned, simulated and tracked bytes; how the collectives of the real run compare, to the byte."""
     size, node_size = WORLDS[world]
     shape = read_shape(MODEL)
     machines = {"num_nodes": size // node_size, "gpus_per_node": node_size, "device_bytes": DEVICE_BYTES}
     setup = setup_of(config, shape, **machines, on_gpu=False)
     simulated = simulate(config, shape, **machines, device="cpu")
     seen = ranks.run(tracked_step, config, node_size=node_size)
-    sent = sum(each.num_bytes for each in seen[0].traffic)
-    is_same = sum(each.count * each.num_bytes for each in collectives_of(setup)) == sent
-    return memory_of(setup).device, simulated.peak_bytes, max(s.memory.peak.total_bytes for s in seen), is_same
+    sent = "otherwise"
+    if Counter(simulated.traffic) == Counter(seen[0].traffic):
+        sent = "as simulated"
+        if planned_traffic(setup) == simulated_traffic(simulated):
+            sent = "as planned"
+    return memory_of(setup).device, simulated.peak_bytes, max(s.memory.peak.total_bytes for s in seen), sent
+
+
+FSDP2_KEPT = ({"engine": "fsdp2", "adapters": "replicate"}, False)
+FSDP2 = ({"engine": "fsdp2", "adapters": "shard"}, True)
+ALONE = [({"engine": "none"}, is_again) for is_again in (False, True)]
+ZERO3 = ({"engine": "zero3"}, True)
+WAYS = {"1": ALONE, "2": [FSDP2_KEPT, FSDP2, ZERO3], "2 x 2": [FSDP2]}  # and whether activations are recomputed
 
 
 def table_of_tensors(worlds: list[str]) -> None:
     """Print planned, simulated and tracked."""
-    print(
-        "| base | adapters | activations | ranks | planned, MiB | simulated | tracked | sent |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| engine | base | adapters | activations | ranks | planned, MiB | simulated | tracked | sent |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for world in worlds:
-        size, _ = WORLDS[world]
-        with closing(Ranks(size)) as ranks:
+        with closing(Ranks(WORLDS[world][0])) as ranks:
             for quant in ("none", "nf4", "int8"):
-                for adapters, again in (("replicate", False), ("replicate" if size == 1 else "shard", True)):
-                    config = config_for(quant, adapters, activation_checkpointing=again)
-                    planned, simulated, tracked, is_same = compare(ranks, config, world)
+                for parallel, again in WAYS[world]:
+                    config = config_for(quant, parallel, activation_checkpointing=again)
+                    planned, simulated, tracked, sent = compare(ranks, config, world)
                     off = [f"{value / MIB:.1f} ({value / planned - 1:+.2%})" for value in (simulated, tracked)]
+                    way = f"{parallel['engine']} | {quant} | {parallel.get('adapters', '-')}"
                     kept = "recomputed" if again else "kept"
-                    told = "as planned" if is_same else "otherwise"
                     print(
-                        f"| {quant} | {adapters} | {kept} | {world} | {planned / MIB:.1f} | {off[0]} | {off[1]} | {told} |",
-                        flush=True,
+                        f"| {way} | {kept} | {world} | {planned / MIB:.1f} | {off[0]} | {off[1]} | {sent} |", flush=True
                     )
 
 
@@ -135,7 +142,7 @@ def table_of_processes() -> None:
     print("| base | ranks | planned, MiB | with imports and a save's copy | most of a process |\n|---|---|---|---|---|")
     for quant in ("none", "nf4", "int8"):
         for nproc in (1, 2):
-            config = config_for(quant, "replicate")
+            config = config_for(quant, {"adapters": "replicate"})
             setup = setup_of(
                 config, read_shape(MODEL), num_nodes=1, gpus_per_node=nproc, device_bytes=DEVICE_BYTES, on_gpu=False
             )

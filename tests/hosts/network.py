@@ -86,6 +86,36 @@ class Hosts:
                 stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             )  # fmt: skip
 
+    def allow_ssh(self) -> tuple[list[subprocess.Popen[bytes]], dict[str, str]]:
+        """An sshd on each host, and the environment in which ``ssh`` reaches them by their names with a key of this test.
+
+        The daemons are the caller's to end, by ``kill``.
+        """
+        key = self._folder / "key"
+        for name in ("key", "host-key"):
+            _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self._folder / name))
+        shutil.copy(key.with_suffix(".pub"), self._folder / "authorized")
+        daemon = self._folder / "sshd_config"
+        daemon.write_text(
+            f"HostKey {self._folder}/host-key\nAuthorizedKeysFile {self._folder}/authorized\nPidFile none\n"
+            "StrictModes no\nPermitRootLogin yes\nPasswordAuthentication no\nUsePAM no\n"
+        )
+        client = self._folder / "ssh_config"
+        client.write_text(
+            f"Host *\n  IdentityFile {key}\n  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
+        )
+        (self._folder / "bin").mkdir()
+        wrapper = self._folder / "bin" / "ssh"  # ssh asks the list of users for its settings, not HOME
+        wrapper.write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {client} "$@"\n')
+        wrapper.chmod(0o755)
+        Path("/run/sshd").mkdir(exist_ok=True)
+        sshd = shutil.which("sshd", path=_PATH)
+        daemons = [
+            self.start(host, [sshd, "-D", "-e", "-f", daemon], environment={}, told=self._folder / f"sshd-{host}")
+            for host in range(self.number)
+        ]
+        return daemons, {"PATH": os.pathsep.join([str(wrapper.parent), _PATH])}
+
     def power_off(self, host: int) -> None:
         """End all processes of a host at once, and cut its cable first: nobody hears of their end."""
         self.cut(host)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +21,7 @@ import yaml
 from dist_lora.config.schema import Config
 from dist_lora.herd.facts import read_shape
 from dist_lora.plan.arithmetic import FP32, setup_of
+from dist_lora.plan.measured import read_measured
 from dist_lora.plan.traffic import received_bytes
 from tests.e2e.runs import INJECT, ROOT
 from tests.hosts import network
@@ -207,3 +210,76 @@ def test_a_lost_host_leaves_a_run_that_goes_on_with_fewer(two: Runs) -> None:
         for folder in (metrics.parent, whole)
     )
     assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.skipif(
+    any(shutil.which(name, path="/usr/sbin:/usr/bin:/bin") is None for name in ("sshd", "ssh-keygen", "pdsh")),
+    reason="no sshd or pdsh on this machine (Debian: apt-get install openssh-server pdsh)",
+)
+def test_deepspeeds_launcher_starts_all_hosts_by_ssh(two: Runs) -> None:
+    """``launch/deepspeed.sh`` with a hostfile, on the first host: it is stopped by a file STOP, and goes on by itself."""
+    settings = {"train": {"steps": 30}, "parallel": {"engine": "zero3"}}
+    whole = two.to_its_end("ssh-whole", **settings)
+    config = two.config("ssh", **settings)
+    home = two.folder / "home"
+    home.mkdir()
+    (home / "hostfile").write_text("a0 slots=1\na1 slots=1\n")
+    (home / ".deepspeed_env").write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nHF_HUB_OFFLINE=1\n")
+    daemons, by_ssh = two.hosts.allow_ssh()
+    place = {**by_ssh, "HOME": str(home), "HOSTFILE": str(home / "hostfile"), "PYTHON": sys.executable}
+    run, told = two.folder / "runs" / "ssh", two.folder / "told-ssh"
+
+    def start() -> subprocess.Popen[bytes]:
+        return two.hosts.start(0, ["bash", ROOT / "launch" / "deepspeed.sh", config], environment=place, told=told)
+
+    try:
+        first = start()
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 5:
+            assert time.monotonic() < deadline and first.poll() is None, told.read_text()
+            time.sleep(0.02)
+        (run / "STOP").touch()
+        assert first.wait(TIMEOUT_S) == 75, told.read_text()
+        assert len((run / "metrics.jsonl").read_text().splitlines()) < 30
+        assert start().wait(TIMEOUT_S) == 0, told.read_text()
+    finally:
+        for daemon in daemons:
+            daemon.kill()
+            daemon.wait()
+    adapter = Path("adapter", "adapter_model.safetensors")
+    assert (run / adapter).read_bytes() == (whole / adapter).read_bytes()
+
+
+def test_doctor_names_the_slow_host_and_measures_each_axis(four: Runs) -> None:
+    """Two ranks on each of four hosts, one of which has a link of 200 Mbit/s."""
+    machine = four.folder / "machine.json"
+    four.hosts.slow(2, "200mbit")
+    four.port += 1
+    try:
+        command = [sys.executable, "-m", "dist_lora", "doctor", "--deadline", 30, "--json", "--out", machine]
+        ranks = Ranks(
+            four.hosts, command, on_each=2, port=four.port, folder=four.folder, environment={"HF_HUB_OFFLINE": "1"}
+        )
+        with closing(ranks):
+            codes = ranks.wait(TIMEOUT_S)
+            assert codes == [0] * 8, "\n".join(ranks.told())
+    finally:
+        four.hosts.fast(2)
+    told = json.loads(ranks.files[0].read_text().splitlines()[-1])  # above it stand torch's own warnings
+    assert told["hosts"] == ["a0", "a1", "a2", "a3"] and told["ranks"] == 8
+    assert [(each["kind"], each["axis"], each["num_ranks"]) for each in told["facts"]["axes"]] == [
+        (kind, axis, size)
+        for axis, size in (("within a node", 2), ("between nodes", 4), ("over all ranks", 8))
+        for kind in ("all-gather", "all-reduce")
+    ]
+    warned = [each["text"] for each in told["findings"] if each["severity"] == "warning" and each["about"] == "network"]
+    assert len(warned) == 1 and re.search(
+        r"slowest link between nodes is from rank . on a\d to rank . on a\d", warned[0]
+    )
+    assert "on a2" in warned[0]
+    clocks = [each for each in told["findings"] if each["about"] == "clocks"]
+    assert [each["severity"] for each in clocks] == ["ok"]
+    links = read_measured(machine).links
+    assert set(links) == {"within a node", "between nodes", "over all ranks"}
+    # No faster than the link that is limited: of what a ring sends over it, in both directions at once.
+    assert max(each.bytes_per_s[1] for each in links["between nodes"]["all-gather"].by_size) < 1.5 * 200e6 / 8

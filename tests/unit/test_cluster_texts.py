@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ import yaml
 
 from dist_lora import __version__, errors
 from dist_lora.cli import app
+from dist_lora.train.status import Status
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
@@ -148,18 +151,36 @@ def test_the_pytorchjob_has_a_pod_a_node() -> None:
     assert pod["containers"][0]["name"] == "pytorch"
 
 
-CODES = {0: 0, **{code: code for code in NEVER_AGAIN}, errors.EXIT_STOPPED: 143, errors.EXIT_FAILED: 143, 137: 143}
-
-
-@pytest.mark.parametrize(("code", "told"), CODES.items())
-def test_the_pytorchjob_tells_the_operator_what_to_start_again(code: int, told: int) -> None:
+def code_of_pytorchjob(code: int, folder: Path) -> int:
+    """What a pod's script ends with, in a folder of runs, where ``launch/torchrun.sh`` ends with ``code``."""
     (found,) = documents(PYTORCHJOB)
     script = found["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["args"][0]
     standing_in = script.replace(f"bash {INSIDE}/launch/torchrun.sh my-run.yaml", f"bash -c 'echo $HEAD; exit {code}'")
     assert standing_in != script
-    environment = {"PATH": "/usr/bin:/bin", "MASTER_ADDR": "head"}
-    done = subprocess.run(["bash", "-c", standing_in], env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (told, "head:29400\n")
+    environment = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin:/bin"]), "MASTER_ADDR": "head"}
+    done = subprocess.run(
+        ["bash", "-c", standing_in], env=environment, cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "head:29400\n", done.stderr
+    return done.returncode
+
+
+CODES = {0: 0, **{code: code for code in NEVER_AGAIN}, errors.EXIT_STOPPED: 143, errors.EXIT_FAILED: 143, 137: 143}
+
+
+@pytest.mark.parametrize(("code", "told"), CODES.items())
+def test_the_pytorchjob_tells_the_operator_what_to_start_again(tmp_path: Path, code: int, told: int) -> None:
+    (tmp_path / "my-run.yaml").write_text("run: mine\nmodel: {name: 3.1-8b}\ndata: {train: x.jsonl}\n")
+    assert code_of_pytorchjob(code, tmp_path) == told
+
+
+@pytest.mark.parametrize(("stalled", "told"), [(2, 143), (3, 1), (12, 1)])
+def test_the_pytorchjob_gives_up_a_run_that_comes_to_no_newer_step(tmp_path: Path, stalled: int, told: int) -> None:
+    (tmp_path / "my-run.yaml").write_text("run: mine\nmodel: {name: 3.1-8b}\ndata: {train: x.jsonl}\n")
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    mark = Status(errors.EXIT_FAILED, False, 5, stalled, "my-run.yaml", "a rank was lost")
+    (tmp_path / "runs" / "mine" / "status").write_text(mark.line())
+    assert code_of_pytorchjob(errors.EXIT_FAILED, tmp_path) == told
 
 
 def test_skypilot_starts_the_ranks_by_a_script_with_what_it_reads() -> None:
