@@ -1,4 +1,4 @@
-"""What a run tells of itself while it goes: metrics.jsonl, a progress bar, and the trackers one names."""
+"""What a run tells of itself while it goes: metrics.jsonl, evaluations.jsonl, a progress bar, and the trackers one names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from dist_lora.errors import ConfigError, SaveError
 
 log = logging.getLogger("dist_lora")
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"  # a line a step
+EVALUATIONS_FILE = "evaluations.jsonl"  # a line an evaluation
 STATUS = Path("/proc/self/status")  # Linux
 
 
@@ -44,41 +45,50 @@ def truncate_metrics(folder: Path, *, last_step: int) -> None:
     Raises:
         SaveError: the disk refuses.
     """
-    path = folder / METRICS_FILE
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
+    for name in (METRICS_FILE, EVALUATIONS_FILE):
+        path = folder / name
+        if not path.exists():
+            continue
+        kept = "".join(
+            json.dumps(line, allow_nan=True) + "\n" for line in read_lines(path) if line["step"] <= last_step
+        )
+        aside = path.with_suffix(".partial")
         try:
-            is_kept = json.loads(line)["step"] <= last_step
+            aside.write_text(kept)
+            os.replace(aside, path)
+        except OSError as error:
+            raise SaveError(
+                f"{path}: can't be written: {error.strerror or error}. Make room, or set runs_dir elsewhere."
+            ) from error
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file of steps, in their order; what a process died in, or wrote otherwise, is left out."""
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+            is_whole = isinstance(line["step"], int)
         except (ValueError, KeyError, TypeError):
-            continue  # the line that the process died in
-        if is_kept:
-            kept.append(line + "\n")
-    aside = path.with_suffix(".partial")
-    try:
-        aside.write_text("".join(kept))
-        os.replace(aside, path)
-    except OSError as error:
-        raise SaveError(
-            f"{path}: can't be written: {error.strerror or error}. Make room, or set runs_dir elsewhere."
-        ) from error
+            continue
+        if is_whole:
+            yield line
 
 
 def sync_metrics(folder: Path) -> None:
-    """Have what was written of the metrics on the disk's surface, not only in the system's memory.
+    """Have what was written of steps and evaluations on the disk's surface, not only in the system's memory.
 
     Raises:
         SaveError: the disk refuses.
     """
-    path = folder / METRICS_FILE
-    try:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    except FileNotFoundError:
-        return  # before the first step
-    except OSError as error:
-        raise SaveError(f"{path}: can't be written to the disk: {error.strerror or error}.") from error
+    for name in (METRICS_FILE, EVALUATIONS_FILE):
+        path = folder / name
+        try:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        except FileNotFoundError:
+            continue  # before the first step, or the first evaluation
+        except OSError as error:
+            raise SaveError(f"{path}: can't be written to the disk: {error.strerror or error}.") from error
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -104,8 +114,8 @@ class Meter:
         first_step: int,
         num_steps: int,
     ) -> None:
-        self._path = folder / METRICS_FILE
-        self._file = self._path.open("a")
+        self._folder = folder
+        self._files = {METRICS_FILE: (folder / METRICS_FILE).open("a")}
         self._every = every
         self._num_steps = num_steps
         self._trackers = {name: _tracker(name, folder, settings, first_step=first_step) for name in trackers}
@@ -119,14 +129,7 @@ class Meter:
         Raises:
             SaveError: the disk refuses.
         """
-        try:
-            self._file.write(json.dumps(line, allow_nan=True) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise SaveError(
-                f"{self._path}: step {line['step']} can't be written down: {error.strerror or error}. "
-                "Make room (or set runs_dir elsewhere), and the same command goes on from the last checkpoint."
-            ) from error
+        self._write(METRICS_FILE, line, what="step")
         step = int(line["step"])
         self._track(step, {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"})
         shown = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tokens/s"
@@ -139,7 +142,12 @@ class Meter:
             print(f"step {step}/{self._num_steps}  {shown}  {left_s:,.0f} s left", file=sys.stderr, flush=True)
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
-        """Write down an evaluation beside its step, for the trackers and for the eye."""
+        """Write down an evaluation beside its step: in its file, for the trackers and for the eye.
+
+        Raises:
+            SaveError: the disk refuses.
+        """
+        self._write(EVALUATIONS_FILE, {"step": step, **values}, what="the evaluation at step")
         self._track(step, values)
         told = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         print(f"step {step}: {told}", file=sys.stderr, flush=True)
@@ -148,13 +156,27 @@ class Meter:
         """End the bar, the file and the trackers."""
         if self._bar is not None:
             self._bar[0].stop()
-        with contextlib.suppress(OSError):  # what it could not write was told when it could not
-            self._file.close()
+        for file in self._files.values():
+            with contextlib.suppress(OSError):  # what it could not write was told when it could not
+                file.close()
         for name, tracker in self._trackers.items():
             try:
                 tracker.finish()
             except Exception as error:
                 log.warning(f"log.trackers: {name} could not be finished: {error}")
+
+    def _write(self, name: str, line: Mapping[str, Any], *, what: str) -> None:
+        path = self._folder / name
+        try:
+            if name not in self._files:  # most runs evaluate late, and some never
+                self._files[name] = path.open("a")
+            self._files[name].write(json.dumps(line, allow_nan=True) + "\n")
+            self._files[name].flush()
+        except OSError as error:
+            raise SaveError(
+                f"{path}: {what} {line['step']} can't be written down: {error.strerror or error}. "
+                "Make room (or set runs_dir elsewhere), and the same command goes on from the last checkpoint."
+            ) from error
 
     def _track(self, step: int, values: Mapping[str, Any]) -> None:
         """Hand values to the trackers. One that fails (its server is gone) costs the run its curves, not its weights."""

@@ -3,6 +3,7 @@
     bash launch/quickstart.sh        # once: SmolLM2-135M
     python -m tests.bench.plan [--quick]
     python -m tests.bench.plan --configs    # every file of configs/ on its machines: planned beside simulated
+    python -m tests.bench.plan --zero3      # some of them by engine zero3
 
 Planned: ``dist_lora.plan.arithmetic``. Simulated: the real step on fake tensors. Tracked: the fullest rank of a real gloo
 run, by the same tracker. Process: the most that a rank of ``dist-lora train`` has held, beside what a rank holds that has
@@ -120,6 +121,33 @@ def table_of_configs() -> None:
     )
 
 
+# One of each size, method and machine by whose GPUs a base is cut.
+BY_ZERO3 = (
+    "3.2-1b-instruct_lora_2x24gb", "3.2-1b-instruct_lora_8x80gb", "3.1-8b-instruct_lora_2x24gb", "3.1-8b-instruct_lora_8x80gb",
+    "3.1-8b-instruct_qlora_2x24gb", "3.1-70b-instruct_lora_8x80gb", "3.1-70b-instruct_qlora_8x80gb",
+    "3.1-405b-instruct_qlora_8x80gb",
+)  # fmt: skip
+
+
+def table_of_zero3() -> None:
+    """Print planned and simulated bytes of a GPU with engine zero3."""
+    print("| config, with parallel.engine=zero3 | planned, GiB | simulated | difference |\n|---|---|---|---|")
+    for name in BY_ZERO3:
+        preset = presets()[name]
+        parallel = {"engine": "zero3", "offload": preset.config.parallel.offload}
+        config = Config.model_validate(preset.config.model_dump() | {"parallel": parallel})
+        machine = preset.machine
+        machines = {
+            "num_nodes": machine.num_nodes, "gpus_per_node": machine.gpus_per_node, "device_bytes": machine.gpu.memory_bytes,
+        }  # fmt: skip
+        simulated = simulate(config, preset.member.shape, **machines)
+        found = beside(setup_of(config, preset.member.shape, **machines), simulated)
+        print(
+            f"| {name} | {found.planned_bytes / GIB:.2f} | {found.simulated_bytes / GIB:.2f} | {found.off:+.2%} |",
+            flush=True,
+        )
+
+
 def _configs(groups: list[list[Preset]]) -> Iterator[tuple[str, str, Compared]]:
     for group in groups:
         for preset, found in compared(group):
@@ -179,7 +207,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The plan beside what is.")
     parser.add_argument("--quick", action="store_true", help="two ranks alone, and no processes")
     parser.add_argument("--configs", action="store_true", help="every file of configs/, planned beside simulated")
+    parser.add_argument(
+        "--zero3", action="store_true", help="some of configs/ by engine zero3, planned beside simulated"
+    )
     given = parser.parse_args()
+    if given.zero3:
+        table_of_zero3()
+        return
     if given.configs:
         table_of_configs()
         return

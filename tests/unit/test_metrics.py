@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 
-from dist_lora.train.meter import METRICS_FILE, Meter, truncate_metrics
+import pytest
+
+from dist_lora.errors import SaveError
+from dist_lora.train.meter import EVALUATIONS_FILE, METRICS_FILE, Meter, read_lines, truncate_metrics
 
 
 def line(step: int, loss: float = 1.0) -> dict[str, float]:
@@ -25,6 +28,29 @@ def test_a_run_that_goes_on_from_an_earlier_step_writes_each_step_once(tmp_path)
     lines = [json.loads(text) for text in (tmp_path / METRICS_FILE).read_text().splitlines()]
     assert [(of["step"], of["loss"]) for of in lines] == [(step, step / 8) for step in range(1, 8)]
     assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
+
+
+def test_evaluations_are_written_down_and_repeated_with_the_steps_before_them(tmp_path) -> None:
+    for first, last in ((1, 5), (4, 6)):
+        truncate_metrics(tmp_path, last_step=first - 1)
+        meter = Meter(tmp_path, trackers=[], settings={}, every=1, first_step=first, num_steps=6)
+        for step in range(first, last + 1):
+            meter.step(line(step))
+            if step % 2 == 0:
+                meter.evaluated(step, {"eval_loss": step / 8 + first})
+        meter.close()
+    evaluations = list(read_lines(tmp_path / EVALUATIONS_FILE))
+    assert evaluations == [
+        {"step": 2, "eval_loss": 1.25}, {"step": 4, "eval_loss": 4.5}, {"step": 6, "eval_loss": 4.75},
+    ]  # fmt: skip
+
+
+def test_an_evaluation_that_the_disk_refuses_is_told_with_its_file(tmp_path) -> None:
+    meter = Meter(tmp_path, trackers=[], settings={}, every=1, first_step=1, num_steps=6)
+    (tmp_path / EVALUATIONS_FILE).mkdir()
+    with pytest.raises(SaveError, match=r"evaluations.jsonl: the evaluation at step 2 can't be written down: Is a dir"):
+        meter.evaluated(2, {"eval_loss": 1.0})
+    meter.close()
 
 
 def test_metrics_that_are_not_there_are_not_made_by_dropping_lines(tmp_path) -> None:
