@@ -253,6 +253,19 @@ def gather(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's folder, as runs/NAME.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write; default: report.html in the run's folder.")
+    ] = None,
+) -> None:
+    """Write one page of HTML about a run, finished or not: its curves, evaluations and settings."""
+    from dist_lora.export.report import write_report
+
+    print(write_report(run, out=out))
+
+
+@app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
     out: Annotated[Path, typer.Option(help="The folder to make.")],

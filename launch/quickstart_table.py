@@ -20,7 +20,7 @@ MB = 10**6
 GIB = 2**30
 NEXT_STEPS = """\
 To chat with the result:  .venv/bin/dist-lora generate {run}/adapter
-To see the curves:        .venv/bin/tensorboard --logdir {runs}
+To see the curves:        .venv/bin/dist-lora report {run}    (or .venv/bin/tensorboard --logdir {runs})
 To merge it:              .venv/bin/dist-lora merge {run}/adapter --out {run}/merged"""
 
 

@@ -30,8 +30,9 @@ from dist_lora.lora.state import Piece
 from dist_lora.parallel.world import World
 from dist_lora.train.build import Trainee
 from dist_lora.train.held_out import exact_match_of, loss_of
-from dist_lora.train.meter import Meter, peak_bytes, sync_metrics, truncate_metrics
+from dist_lora.train.meter import Meter, peak_bytes
 from dist_lora.train.optim import lr_at
+from dist_lora.train.records import sync_metrics, truncate_metrics
 from dist_lora.train.resume import Found, best_of, warn_of_versions
 from dist_lora.train.signals import StopRequest
 

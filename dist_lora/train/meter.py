@@ -11,18 +11,17 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dist_lora.errors import ConfigError, SaveError
+from dist_lora.train.records import EVALUATIONS_FILE, METRICS_FILE
 
 log = logging.getLogger("dist_lora")
 
-METRICS_FILE = "metrics.jsonl"  # a line a step
-EVALUATIONS_FILE = "evaluations.jsonl"  # a line an evaluation
 STATUS = Path("/proc/self/status")  # Linux
 
 
@@ -37,58 +36,6 @@ def peak_bytes(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
-
-
-def truncate_metrics(folder: Path, *, last_step: int) -> None:
-    """Drop the lines of steps after ``last_step``: they were lost with the process that made them, and come again.
-
-    Raises:
-        SaveError: the disk refuses.
-    """
-    for name in (METRICS_FILE, EVALUATIONS_FILE):
-        path = folder / name
-        if not path.exists():
-            continue
-        kept = "".join(
-            json.dumps(line, allow_nan=True) + "\n" for line in read_lines(path) if line["step"] <= last_step
-        )
-        aside = path.with_suffix(".partial")
-        try:
-            aside.write_text(kept)
-            os.replace(aside, path)
-        except OSError as error:
-            raise SaveError(
-                f"{path}: can't be written: {error.strerror or error}. Make room, or set runs_dir elsewhere."
-            ) from error
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file of steps, in their order; what a process died in, or wrote otherwise, is left out."""
-    for text in path.read_text(errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-            is_whole = isinstance(line["step"], int)
-        except (ValueError, KeyError, TypeError):
-            continue
-        if is_whole:
-            yield line
-
-
-def sync_metrics(folder: Path) -> None:
-    """Have what was written of steps and evaluations on the disk's surface, not only in the system's memory.
-
-    Raises:
-        SaveError: the disk refuses.
-    """
-    for name in (METRICS_FILE, EVALUATIONS_FILE):
-        path = folder / name
-        try:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        except FileNotFoundError:
-            continue  # before the first step, or the first evaluation
-        except OSError as error:
-            raise SaveError(f"{path}: can't be written to the disk: {error.strerror or error}.") from error
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -89,6 +89,19 @@ def test_gathering_into_a_folder_of_something_else_is_refused_and_leaves_it_alon
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_report_of_a_run_has_its_evaluations(config, here, tmp_path) -> None:
+    done = here("train", config, "run=reported", "data.eval=0.25", "eval.every=3", "train.steps=8")
+    assert done.returncode == 0, done.stderr
+    folder, page = config.parent / "runs" / "reported", tmp_path / "page.html"
+    done = run("report", folder, "--out", page)
+    assert (done.returncode, done.stdout) == (0, f"{page}\n"), done.stderr
+    evaluations = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert [each["step"] for each in evaluations] == [3, 6, 8]
+    told = page.read_text()
+    assert all(f"<td>{each['eval_loss']:.4f}</td>" in told for each in evaluations)
+    assert "exit code 0: done" in told
+
+
 def test_torchrun_leads_to_the_numbers_of_our_own_launcher(config, whole) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",

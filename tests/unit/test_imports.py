@@ -29,6 +29,7 @@ ROAD = (
     "checkpoint",
     "export",
     "train",
+    "export.report",  # reads what a run has left
     "doctor",  # looks at what a run would use
     "plan.tracker",  # sees the tensors of any run
     "plan.simulate",  # runs the real loop on pretend tensors
@@ -43,7 +44,7 @@ DOORS = {
     "torch.distributed": ("parallel", "checkpoint"),
     "deepspeed": ("parallel.zero3",),
     "bitsandbytes": ("base.quant", "train.optim"),
-    "matplotlib": ("plan.timeline",),
+    "matplotlib": ("plan.timeline", "export.report"),
 }
 # These run what they read, or let a file of the user's do so.
 NOWHERE = {

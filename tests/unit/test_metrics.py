@@ -8,7 +8,8 @@ import math
 import pytest
 
 from dist_lora.errors import SaveError
-from dist_lora.train.meter import EVALUATIONS_FILE, METRICS_FILE, Meter, read_lines, truncate_metrics
+from dist_lora.train.meter import Meter
+from dist_lora.train.records import EVALUATIONS_FILE, METRICS_FILE, read_lines, truncate_metrics
 
 
 def line(step: int, loss: float = 1.0) -> dict[str, float]:

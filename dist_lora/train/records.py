@@ -1,0 +1,66 @@
+"""The files in which a run writes down its steps and evaluations, a line of JSON each; needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dist_lora.errors import SaveError
+
+METRICS_FILE = "metrics.jsonl"  # a line a step
+EVALUATIONS_FILE = "evaluations.jsonl"  # a line an evaluation
+
+
+def truncate_metrics(folder: Path, *, last_step: int) -> None:
+    """Drop the lines of steps after ``last_step``: they were lost with the process that made them, and come again.
+
+    Raises:
+        SaveError: the disk refuses.
+    """
+    for name in (METRICS_FILE, EVALUATIONS_FILE):
+        path = folder / name
+        if not path.exists():
+            continue
+        kept = "".join(
+            json.dumps(line, allow_nan=True) + "\n" for line in read_lines(path) if line["step"] <= last_step
+        )
+        aside = path.with_suffix(".partial")
+        try:
+            aside.write_text(kept)
+            os.replace(aside, path)
+        except OSError as error:
+            raise SaveError(
+                f"{path}: can't be written: {error.strerror or error}. Make room, or set runs_dir elsewhere."
+            ) from error
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file of steps, in their order; what a process died in, or wrote otherwise, is left out."""
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+            is_whole = isinstance(line["step"], int) and 0 <= line["step"] < 2**63
+        except (ValueError, KeyError, TypeError):
+            continue
+        if is_whole:
+            yield line
+
+
+def sync_metrics(folder: Path) -> None:
+    """Have what was written of steps and evaluations on the disk's surface, not only in the system's memory.
+
+    Raises:
+        SaveError: the disk refuses.
+    """
+    for name in (METRICS_FILE, EVALUATIONS_FILE):
+        path = folder / name
+        try:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        except FileNotFoundError:
+            continue  # before the first step, or the first evaluation
+        except OSError as error:
+            raise SaveError(f"{path}: can't be written to the disk: {error.strerror or error}.") from error
