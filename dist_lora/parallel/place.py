@@ -23,6 +23,9 @@ class Place:
     rendezvous: tuple[str, int] | None = None
 
 
+_OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
 def place_from_environment(environment: Mapping[str, str]) -> Place | None:
     """This process's place in the world that a launcher made, or None where none did.
 
@@ -34,8 +37,7 @@ def place_from_environment(environment: Mapping[str, str]) -> Place | None:
         ConfigError: a part of the set is there and another part is not, a value is no number, they contradict each
             other, or srun has spread the tasks unevenly.
     """
-    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    found = {name: environment[name] for name in needed if name in environment}
+    found = {name: environment[name] for name in _OF_A_LAUNCHER if name in environment}
     if found.keys() <= {"WORLD_SIZE"}:  # which many a batch script sets for whatever srun starts
         task = _place_of_task(environment)
         if task is not None and found.get("WORLD_SIZE", str(task.world_size)) != str(task.world_size):
@@ -44,7 +46,7 @@ def place_from_environment(environment: Mapping[str, str]) -> Place | None:
             )
         if task is not None or not found:
             return task
-    lacking = [name for name in needed if name not in found]
+    lacking = [name for name in _OF_A_LAUNCHER if name not in found]
     if lacking:
         raise ConfigError(
             f"the environment has {', '.join(found)} but not {', '.join(lacking)}: a launcher sets all of them. "
@@ -60,11 +62,13 @@ def place_from_environment(environment: Mapping[str, str]) -> Place | None:
 
 
 def is_first_of_node(environment: Mapping[str, str]) -> bool:
-    """Whether this process speaks for its node, of those that a launcher has started there; True where none has."""
-    local_rank = environment.get("LOCAL_RANK")
-    if local_rank is None and is_step(environment):
-        local_rank = environment.get("SLURM_LOCALID")
-    return local_rank in (None, "0")
+    """Whether this process speaks for its node, of those that a launcher has started there; True where none has.
+
+    A part of a launcher's variables, as a shell may have left, makes nobody silent.
+    """
+    if all(name in environment for name in _OF_A_LAUNCHER):
+        return environment["LOCAL_RANK"] == "0"
+    return not is_step(environment) or environment.get("SLURM_LOCALID", "0") == "0"
 
 
 def _place_of_task(environment: Mapping[str, str]) -> Place | None:

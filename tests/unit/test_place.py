@@ -253,6 +253,7 @@ def test_one_process_of_a_node_speaks_of_what_all_have_met_with() -> None:
     assert is_first_of_node(TORCHRUN | {"LOCAL_RANK": "0"}) and not is_first_of_node(TORCHRUN)
     assert is_first_of_node(TASK | {"SLURM_LOCALID": "0"}) and not is_first_of_node(TASK)
     assert is_first_of_node(TASK | TORCHRUN | {"LOCAL_RANK": "0"})
+    assert is_first_of_node({"LOCAL_RANK": "1"})  # a shell's leftover
 
 
 @pytest.mark.parametrize(("rank", "told"), [("0", 1), ("1", 0)])
