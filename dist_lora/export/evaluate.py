@@ -45,20 +45,37 @@ def run_micro_batch(
     )
 
 
+def go_on() -> None:
+    """What ``ask`` is where nobody may end an evaluation."""
+
+
 @torch.no_grad()
 def held_out_loss(
-    model: Llama, batches: Iterable[MicroBatch], *, run: Callable[[MicroBatch], torch.Tensor], world: World
+    model: Llama,
+    batches: Iterable[MicroBatch],
+    *,
+    run: Callable[[MicroBatch], torch.Tensor],
+    world: World,
+    ask: Callable[[], None] = go_on,
 ) -> HeldOut:
-    """The loss over every sample once, whatever the number of ranks; ``run`` gives a micro-batch's sum. All ranks call it."""
+    """The loss over every sample once, whatever the number of ranks. All ranks call it.
+
+    Args:
+        run: gives a micro-batch's sum.
+        ask: called before each micro-batch; what it raises, on all ranks, ends the evaluation.
+    """
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for batch in batches:
-        sums[0] += run(batch)
-        sums[1] += len(batch.labels)
-        world.progress.advance()
+    try:
+        for batch in batches:
+            ask()
+            sums[0] += run(batch)
+            sums[1] += len(batch.labels)
+            world.progress.advance()
+    finally:
+        model.train(was_training)
     world.sum(sums)
-    model.train(was_training)
     return HeldOut(float(sums[0] / sums[1]), int(sums[1]))
 
 
@@ -80,10 +97,11 @@ def exact_match(
     max_new_tokens: int,
     batch: int,
     world: World,
+    ask: Callable[[], None] = go_on,
 ) -> ExactMatch:
     """Generate the last answer of each sample from what comes before it, and compare. All ranks call it.
 
-    Each rank takes every ``world_size``-th sample; where memory allows, the base stays gathered meanwhile.
+    ``ask`` is called before each batch of answers, see ``held_out_loss``. Each rank takes every ``world_size``-th sample; where memory allows, the base stays gathered meanwhile.
     """
     mine = [last_answer(*tokens.document(i)) for i in range(world.world_rank, len(tokens), world.world_size)]
     per_rank = math.ceil(len(tokens) / world.world_size)
@@ -92,19 +110,22 @@ def exact_match(
     is_gathered = base_fits_whole(model, world)
     engine.keep_gathered(model, is_gathered)
     correct = 0
-    for first in range(0, per_rank, batch):
-        asked = mine[first : first + batch]
-        answers = generate(
-            model,
-            [prompt for prompt, _ in asked],
-            stop_ids=stop_ids,
-            max_new_tokens=max_new_tokens,
-            world=world,
-        )
-        for (_, wanted), answer in zip(asked, answers, strict=True):
-            correct += tokenizer.decode(answer).strip() == tokenizer.decode(_until_stop(wanted, stop_ids)).strip()
-    engine.keep_gathered(model, False)
-    model.train(was_training)
+    try:
+        for first in range(0, per_rank, batch):
+            ask()
+            asked = mine[first : first + batch]
+            answers = generate(
+                model,
+                [prompt for prompt, _ in asked],
+                stop_ids=stop_ids,
+                max_new_tokens=max_new_tokens,
+                world=world,
+            )
+            for (_, wanted), answer in zip(asked, answers, strict=True):
+                correct += tokenizer.decode(answer).strip() == tokenizer.decode(_until_stop(wanted, stop_ids)).strip()
+    finally:
+        engine.keep_gathered(model, False)
+        model.train(was_training)
     total = world.sum(torch.tensor([float(correct)], device=world.device))
     return ExactMatch(int(total), len(tokens))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import EvalBatches
 from dist_lora.data.tokens import TokenSet
-from dist_lora.export.evaluate import ExactMatch, HeldOut, exact_match, held_out_loss
+from dist_lora.export.evaluate import ExactMatch, HeldOut, exact_match, go_on, held_out_loss
 from dist_lora.export.generate import stop_ids_of
 from dist_lora.parallel.world import World
 from dist_lora.train.build import Trainee
@@ -13,8 +15,10 @@ from dist_lora.train.build import Trainee
 ANSWERS_AT_ONCE = 32  # of a rank, where eval.batch is not set
 
 
-def loss_of(trainee: Trainee, tokens: TokenSet, *, config: Config, world: World) -> HeldOut:
-    """The held-out loss of the trainee as it is now. All ranks call it."""
+def loss_of(
+    trainee: Trainee, tokens: TokenSet, *, config: Config, world: World, ask: Callable[[], None] = go_on
+) -> HeldOut:
+    """The held-out loss of the trainee as it is now. All ranks call it. ``ask``: see ``held_out_loss``."""
     batches = EvalBatches(
         tokens,
         micro_batch=config.eval.batch or config.train.micro_batch,
@@ -23,11 +27,13 @@ def loss_of(trainee: Trainee, tokens: TokenSet, *, config: Config, world: World)
         world_rank=world.world_rank,
         world_size=world.world_size,
     )
-    return held_out_loss(trainee.model, batches, run=trainee.run, world=world)
+    return held_out_loss(trainee.model, batches, run=trainee.run, world=world, ask=ask)
 
 
-def exact_match_of(trainee: Trainee, tokens: TokenSet, *, config: Config, world: World) -> ExactMatch:
-    """How many of the trainee's answers are right to the letter. All ranks call it."""
+def exact_match_of(
+    trainee: Trainee, tokens: TokenSet, *, config: Config, world: World, ask: Callable[[], None] = go_on
+) -> ExactMatch:
+    """How many of the trainee's answers are right to the letter. All ranks call it. ``ask``: see ``held_out_loss``."""
     return exact_match(
         trainee.model,
         trainee.engine,
@@ -37,4 +43,5 @@ def exact_match_of(trainee: Trainee, tokens: TokenSet, *, config: Config, world:
         max_new_tokens=config.eval.max_new_tokens,
         batch=config.eval.batch or ANSWERS_AT_ONCE,
         world=world,
+        ask=ask,
     )

@@ -33,7 +33,7 @@ from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.meter import Meter, peak_bytes
 from dist_lora.train.optim import lr_at
 from dist_lora.train.records import sync_metrics, truncate_metrics
-from dist_lora.train.resume import Found, best_of, warn_of_versions
+from dist_lora.train.resume import Found, best_of, last_evaluated, warn_of_versions
 from dist_lora.train.signals import StopRequest
 
 log = logging.getLogger("dist_lora")
@@ -48,6 +48,11 @@ class Progress:
     step: int = 0
     best_step: int | None = None
     best_loss: float = math.inf
+    evaluated_step: int = 0
+
+
+class _Asked(Exception):
+    """An evaluation is left, on all ranks, since one was asked to stop."""
 
 
 class Run:
@@ -85,6 +90,10 @@ class Run:
         self._check_room()
         if section.save_at_start and self._saved_step is None:
             self.save()
+        if self._is_to_evaluate() and not self._evaluate(
+            meter, stop
+        ):  # the start before this one was asked to stop in it
+            self._stop(stop, f"at step {self.progress.step} of {self.num_steps}")
         while self.progress.step < self.num_steps:
             started_s = time.monotonic()
             step = self.progress.step + 1
@@ -92,17 +101,17 @@ class Run:
             self.progress.step = step
             is_last = step == self.num_steps
             is_to_save = is_last or is_asked or step % section.every == 0
-            if step == 1 or is_to_save:
+            if step == 1 or is_to_save or self._is_to_evaluate():
                 self._check_copies(step)
             if meter is not None:
                 self.world.progress.now(f"step {step}, writing it down", kind="host")
                 meter.step(line)
-            if self.held_out is not None and (is_last or step % self.config.eval.every == 0):
-                self._evaluate(step, meter)
-            if is_to_save:
+            if self._is_to_evaluate() and not is_asked:
+                is_asked = not self._evaluate(meter, stop)
+            if is_to_save or is_asked:
                 self.save()
             self._longest_s = max(self._longest_s, time.monotonic() - started_s)
-            if is_asked and not is_last:
+            if is_asked and (not is_last or self._is_to_evaluate()):
                 self._stop(stop, f"at step {step} of {self.num_steps}")
         self.saver.wait()
         if self.world.is_first:
@@ -234,20 +243,39 @@ class Run:
         )
         self.world.agree(f"step {step}", error)
 
-    def _evaluate(self, step: int, meter: Meter | None) -> None:
+    def _is_to_evaluate(self) -> bool:
+        """Whether the step that was done last is one after which the held-out set is measured, and it wasn't yet."""
+        step = self.progress.step
+        is_due = step > 0 and (step == self.num_steps or step % self.config.eval.every == 0)
+        return self.held_out is not None and is_due and self.progress.evaluated_step != step
+
+    def _evaluate(self, meter: Meter | None, stop: StopRequest) -> bool:
+        """Measure the held-out set; False where any rank was asked to stop meanwhile, and nothing of it counts."""
         assert self.held_out is not None
+        step = self.progress.step
         self.world.progress.now(f"step {step}, evaluating")
-        held_out = loss_of(self.trainee, self.held_out, config=self.config, world=self.world)
-        values = {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity}
-        if self.config.eval.exact_match:
-            match = exact_match_of(self.trainee, self.held_out, config=self.config, world=self.world)
-            values["eval_exact_match"] = match.correct / match.total
+
+        def ask() -> None:
+            if self.world.any(bool(self._reason(stop))):
+                raise _Asked
+
+        given: dict[str, Any] = {"config": self.config, "world": self.world, "ask": ask}
+        try:
+            held_out = loss_of(self.trainee, self.held_out, **given)
+            values = {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity}
+            if self.config.eval.exact_match:
+                match = exact_match_of(self.trainee, self.held_out, **given)
+                values["eval_exact_match"] = match.correct / match.total
+        except _Asked:
+            return False
+        self.progress.evaluated_step = step
         if held_out.loss < self.progress.best_loss:
             self.progress.best_loss, self.progress.best_step = held_out.loss, step
             if self.config.checkpoint.keep_best:
                 self.save()
         if meter is not None:
             meter.evaluated(step, values)
+        return True
 
     # What is saved, and what a start takes up again
 
@@ -279,6 +307,7 @@ class Run:
             "progress": {
                 "best_step": self.progress.best_step,
                 "best_loss": _plain(self.progress.best_loss),
+                "evaluated_step": self.progress.evaluated_step,
                 "data": self.loader.fingerprint if self.world.is_first else None,
                 "num_steps": self.num_steps,
             },
@@ -325,10 +354,10 @@ class Run:
                 f"{len(self._specs())}, or their names or shapes differ: it is another run's checkpoint"
             )
         self.adapters.restore(load_pieces(path, manifest, self.adapters.pieces()), num_steps=manifest.step)
-        self.progress = Progress(manifest.step, *best_of(found))
+        self.progress = Progress(manifest.step, *best_of(found), last_evaluated(found))
         self.saver.last, self._saved_step = path, manifest.step
         if self.world.is_first:
-            truncate_metrics(self.folder, last_step=manifest.step)
+            truncate_metrics(self.folder, last_step=manifest.step, last_evaluation=self.progress.evaluated_step)
             log.info(f"resumed {path}: step {manifest.step} of {self.num_steps}")
             warn_of_versions(path, manifest.versions)
 

@@ -14,8 +14,8 @@ METRICS_FILE = "metrics.jsonl"  # a line a step
 EVALUATIONS_FILE = "evaluations.jsonl"  # a line an evaluation
 
 
-def truncate_metrics(folder: Path, *, last_step: int) -> None:
-    """Drop the lines of steps after ``last_step``: they were lost with the process that made them, and come again.
+def truncate_metrics(folder: Path, *, last_step: int, last_evaluation: int) -> None:
+    """Drop the lines of later steps and evaluations: they were lost with the process that made them, and come again.
 
     Raises:
         SaveError: the disk refuses.

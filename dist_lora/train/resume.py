@@ -138,6 +138,12 @@ def best_of(found: Found) -> tuple[int | None, float]:
     return step, float(loss)
 
 
+def last_evaluated(found: Found) -> int:
+    """The step of the last evaluation, 0 before the first; the checkpoint's own where it doesn't say."""
+    step = found.manifest.progress.get("evaluated_step", found.manifest.step)
+    return step if isinstance(step, int) else 0
+
+
 def warn_of_other_lr(found: Found, config: Config, *, num_steps: int) -> None:
     """Say so where the next step's learning rate is not the one that the run would have had."""
     step = found.manifest.step + 1

@@ -214,6 +214,31 @@ def boom_while_the_other_saves() -> None:
     _boom_of_rank_1_while_rank_0_is_busy(shards, "_write_file")
 
 
+def _term_of_rank_1_while_it_evaluates(step: int) -> None:
+    """In the second micro-batch of its evaluation."""
+    if RANK != 1:
+        return
+    count_steps()
+    evaluated = []
+
+    def run(original: Callable[..., Any], trainee: Any, *arguments: Any) -> Any:
+        if not trainee.model.training and now["step"] == step:
+            evaluated.append(step)
+            if len(evaluated) == 2:
+                signal_myself(signal.SIGTERM)
+        return original(trainee, *arguments)
+
+    wrap(build.Trainee, "run", run)
+
+
+def term_of_rank_1_in_the_evaluation_of_step_4() -> None:
+    _term_of_rank_1_while_it_evaluates(4)
+
+
+def term_of_rank_1_in_the_evaluation_of_step_8() -> None:
+    _term_of_rank_1_while_it_evaluates(8)
+
+
 # Ranks that are killed, hang, lose each other
 
 

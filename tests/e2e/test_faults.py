@@ -232,6 +232,42 @@ def test_a_request_to_the_launcher_before_its_ranks_listen_ends_all_with_75(conf
     assert told == "stopped on SIGTERM's request: nothing is lost, and the same command goes on.\n"
 
 
+@pytest.fixture(scope="module")
+def evaluated(config, tmp_path_factory) -> tuple[tuple[object, ...], Path]:
+    """The arguments of a run that evaluates after steps 4 and 8, and the folder of one that nothing interrupted."""
+    cache = tmp_path_factory.mktemp("cache")
+    arguments = ("train", config, f"data.cache_dir={cache}", "data.eval=0.5", "eval.every=4", "eval.batch=1",
+                 "train.packing=false", "checkpoint.every=3", "checkpoint.keep_best=true", "--nproc", 2)  # fmt: skip
+    done = run(*arguments, "run=evaluated")
+    assert done.returncode == 0, done.stderr
+    return arguments, folder_of(config, "evaluated")
+
+
+@pytest.mark.parametrize("step", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_run_that_is_stopped_in_an_evaluation_leaves_it_and_the_next_start_makes_up_for_it(
+    step, config, evaluated
+) -> None:
+    arguments, whole = evaluated
+    name, fault = f"left-{step}", f"term_of_rank_1_in_the_evaluation_of_step_{step}"
+    done = run(*arguments, f"run={name}", fault=fault)
+    folder = folder_of(config, name)
+    assert done.returncode == 75, done.stderr
+    assert (
+        f"stopped at step {step} of 8 on SIGTERM's request to rank 1; saved" in done.stderr and f"step-{step:08d}" in done.stderr
+    )
+    evaluations = (whole / "evaluations.jsonl").read_text()
+    left = folder / "evaluations.jsonl"
+    assert (left.read_text() if left.exists() else "") == "".join(
+        evaluations.splitlines(keepends=True)[: step // 4 - 1]
+    )
+    done = run(*arguments, f"run={name}")
+    assert done.returncode == 0, done.stderr
+    assert left.read_text() == evaluations and evaluations.count("\n") == 2
+    assert [number for number, _ in losses(folder)] == list(range(1, 9))
+    adapter = Path("adapter", "adapter_model.safetensors")
+    assert (folder / adapter).read_bytes() == (whole / adapter).read_bytes()
+
+
 # Slowness, which is no fault
 
 

@@ -18,7 +18,7 @@ def line(step: int, loss: float = 1.0) -> dict[str, float]:
 
 def test_a_run_that_goes_on_from_an_earlier_step_writes_each_step_once(tmp_path) -> None:
     for first, last in ((1, 5), (4, 7)):  # the first process died in step 6, its last checkpoint is of step 3
-        truncate_metrics(tmp_path, last_step=first - 1)
+        truncate_metrics(tmp_path, last_step=first - 1, last_evaluation=first - 1)
         meter = Meter(tmp_path, trackers=[], settings={}, every=1, first_step=first, num_steps=7)
         for step in range(first, last + 1):
             meter.step(line(step, loss=step / 8))
@@ -33,7 +33,7 @@ def test_a_run_that_goes_on_from_an_earlier_step_writes_each_step_once(tmp_path)
 
 def test_evaluations_are_written_down_and_repeated_with_the_steps_before_them(tmp_path) -> None:
     for first, last in ((1, 5), (4, 6)):
-        truncate_metrics(tmp_path, last_step=first - 1)
+        truncate_metrics(tmp_path, last_step=first - 1, last_evaluation=first - 1)
         meter = Meter(tmp_path, trackers=[], settings={}, every=1, first_step=first, num_steps=6)
         for step in range(first, last + 1):
             meter.step(line(step))
@@ -55,7 +55,7 @@ def test_an_evaluation_that_the_disk_refuses_is_told_with_its_file(tmp_path) -> 
 
 
 def test_metrics_that_are_not_there_are_not_made_by_dropping_lines(tmp_path) -> None:
-    truncate_metrics(tmp_path, last_step=3)
+    truncate_metrics(tmp_path, last_step=3, last_evaluation=3)
     assert not (tmp_path / METRICS_FILE).exists()
 
 
