@@ -200,15 +200,6 @@ def block_bytes(setup: Setup) -> int:
     return sum(part.num_bytes for part in parts if part.block == 0)
 
 
-def _block_elements(setup: Setup) -> int:
-    """The elements of one layer's tensors: of an NF4 base two weights are one."""
-    parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
-    sizes = {"codes": 1, "absmax": FP32, "scale": FP32}
-    return sum(
-        part.num_bytes // sizes.get(part.name.rpartition(".")[2], setup.item_bytes) for part in parts if part.block == 0
-    )
-
-
 def end_bytes(setup: Setup) -> int:
     """The embedding, or the head, whole."""
     return setup.shape.vocab * setup.shape.hidden * setup.item_bytes
@@ -375,21 +366,23 @@ def _gathered_by_fsdp2(setup: Setup) -> _Gathered:
 
 
 def _gathered_by_zero3(setup: Setup) -> _Gathered:
-    """An upper bound: DeepSpeed fetches ahead and lets go later.
+    """What DeepSpeed 0.19 holds by our settings, as its simulated steps show it; adapters are gathered with their layer.
 
-    In the backward it does so while no more elements are there than ``stage3_max_live_parameters``, and one layer more.
+    The head is copied out of its gathering while a layer is still there. The backward of a layer begins with that layer
+    and three more. Without recomputation in fp32 the graph keeps the adapters of all layers, gathered.
     """
-    end, block, num_layers = end_bytes(setup), block_bytes(setup), setup.shape.num_layers
-    live = max(setup.shape.vocab * setup.shape.hidden / _block_elements(setup) + 1, 3) + 1
-    root = end if setup.shape.tied else 0
+    end, block = end_bytes(setup), block_bytes(setup)
+    adapters = FP32 * setup.shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
+    layer = block + adapters
+    kept = 0 if setup.recompute or setup.item_bytes != FP32 else len(setup.layers) * adapters
     return _Gathered(
         at_embedding=2 * end,
-        in_first_layer=end + 2 * block,
-        in_later_layer=root + 2 * block,
-        at_end_of_forward=end + 2 * block if setup.shape.tied else 2 * end + block,
-        at_loss=end + 2 * block,
-        in_backward_of_norm=end + 2 * block,
-        in_backward=root + math.ceil(min(live, num_layers) * block),
+        in_first_layer=end + 2 * layer,
+        in_later_layer=2 * layer + kept,
+        at_end_of_forward=2 * end + layer + kept,
+        at_loss=end + layer + kept,
+        in_backward_of_norm=end + layer + kept,
+        in_backward=min(4, setup.shape.num_layers) * layer + kept,
     )
 
 
@@ -411,11 +404,11 @@ def moments_of(setup: Setup) -> list[_Moment]:
     has_input_of_down = "down_proj" in setup.targets and last in setup.layers
     gradients = max(3 * wide, 2 * wide + dense_bytes(setup)) - (wide if has_input_of_down else 0)
     of_last = of_layers[last] if setup.recompute else 0
-    streams_at_end = 5 if setup.layout.engine == "zero3" else 2
+    at_end = stream + (2 * last_norm if setup.layout.engine == "zero3" else stream)
     moments = [
         _Moment("at the embedding", gathered.at_embedding, 0, 0, stream),
         _Moment("in the first layer", gathered.in_first_layer, 0, 0, stream),
-        _Moment("at the end of the forward", gathered.at_end_of_forward, kept + last_norm, 0, streams_at_end * stream),
+        _Moment("at the end of the forward", gathered.at_end_of_forward, kept + last_norm, 0, at_end),
         _Moment("at the loss", gathered.at_loss, kept + last_norm + stream, logits_bytes(setup), 2 * stream),
         _Moment("in the backward of the last norm", gathered.in_backward_of_norm, kept + last_norm, 0, 5 * last_norm),
         _Moment("in the backward of the last layer", gathered.in_backward, kept + of_last, 0, gradients + stream),
@@ -433,9 +426,11 @@ def memory_of(setup: Setup) -> Memory:
     base = base_bytes_of_a_rank(setup)
     fullest = max(moments_of(setup), key=lambda moment: moment.num_bytes)
     moments = 2 * FP32 * share
+    # DeepSpeed keeps a share of the parameters and, for AdamW, one in fp32, which ours are already.
+    copies = 2 if layout.engine == "zero3" else 1
     return Memory(
         base=0 if layout.base_on_host else base,
-        adapters=FP32 * share,
+        adapters=copies * FP32 * share,
         gradients=FP32 * share,
         optimizer=0 if layout.optimizer_on_host else moments,
         gathered=fullest.gathered,

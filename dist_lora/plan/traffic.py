@@ -31,7 +31,7 @@ class Collective:
 
 
 def collectives_of(setup: Setup) -> list[Collective]:
-    """All collectives of one step of engine fsdp2 (none has none; zero3's are about the same bytes in other pieces)."""
+    """All collectives of one step of engine fsdp2 (none has none; zero3's are as many bytes in other pieces)."""
     if setup.layout.engine == "none" or setup.num_ranks == 1:
         return []
     return [*_of_base(setup), *_of_adapters(setup)]
@@ -59,6 +59,9 @@ def _of_base(setup: Setup) -> Iterator[Collective]:
     yield Collective(
         "all-gather", "last norm" + " and embedding" * setup.shape.tied, ranks, crosses, padded(root), setup.passes
     )
+    if setup.shape.tied and setup.layout.engine == "zero3":  # which lets go of it in between
+        embedding = [part for part in parts if part.name == "embed_tokens"]
+        yield Collective("all-gather", "embedding as head", ranks, crosses, padded(embedding), setup.passes)
 
 
 def _of_adapters(setup: Setup) -> Iterator[Collective]:
@@ -73,7 +76,7 @@ def _of_adapters(setup: Setup) -> Iterator[Collective]:
             yield Collective("all-gather", "adapters, forward and backward", ranks, False, in_layer, 2 * count)
             yield Collective("reduce-scatter", "adapters' gradients", ranks, False, in_layer, count)
             yield Collective("all-reduce", "the gradient's norm", ranks, False, 8, 1)
-        if nodes > 1:
+        if nodes > 1 and setup.layout.engine != "zero3":
             share = in_layer // ranks
             yield Collective("all-reduce", "adapters' gradients between nodes", nodes, True, share, len(setup.layers))
     yield Collective("all-reduce", "loss and requests", world, nodes > 1, FP32 * NUM_SCALARS, 1)

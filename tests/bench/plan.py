@@ -1,19 +1,20 @@
 """The plan beside the simulated step, beside what a real run on this machine allocates, beside what its process takes.
 
     bash launch/quickstart.sh        # once: SmolLM2-135M
-    python -m tests.bench.plan [--quick]
+    python -m tests.bench.plan [--tensors] [--processes]
     python -m tests.bench.plan --configs    # every file of configs/ on its machines: planned beside simulated
     python -m tests.bench.plan --zero3      # some of them by engine zero3
 
 Planned: ``dist_lora.plan.arithmetic``. Simulated: the real step on fake tensors. Tracked: the fullest rank of a real gloo
-run, by the same tracker. Process: the most that a rank of ``dist-lora train`` has held, beside what a rank holds that has
-only imported what it needs, plus the plan, plus a save's copy of what is trained.
+run, by the same tracker. Process: the most that a rank of ``dist-lora train`` has held, beside what one has held that came as
+far as to its data, plus the plan, plus a save's copy of what is trained.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -40,11 +41,19 @@ ROOT = Path(__file__).parents[2]
 MODEL = ROOT / ".cache" / "smollm2-135m-instruct"
 MIB = 2**20
 DEVICE_BYTES = 8 * 2**30
-IMPORTED = """
-import dist_lora.train.main, dist_lora.parallel.fsdp2, dist_lora.parallel.rank, transformers, torch
-transformers.AutoTokenizer
+# What a rank holds without a model: the command looks at its data and trains nothing.
+DRY_RUN = """
+import sys
+from dist_lora.cli import app
+try:
+    app(["train", sys.argv[1], "--dry-run", "--nproc", "1"], standalone_mode=False)
+except SystemExit:
+    pass
+print()
 print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])
 """
+# glibc's heap keeps blocks of up to 32 MiB that were freed; by these it gives back what is 64 KiB or more, and is slower.
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
 def config_for(quant: str, parallel: dict[str, str], **train: Any) -> Config:
@@ -164,10 +173,10 @@ def _quickstart() -> Compared:
 
 def table_of_processes() -> None:
     """Print what processes of the command take, beside what explains it."""
-    imported = 1024 * int(
-        subprocess.run([sys.executable, "-c", IMPORTED], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    print(
+        "| base | ranks | planned, MiB | with imports, data and a save's copy | most of a process | with glibc's usual heap |"
     )
-    print("| base | ranks | planned, MiB | with imports and a save's copy | most of a process |\n|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|")
     for quant in ("none", "nf4", "int8"):
         for nproc in (1, 2):
             config = config_for(quant, {"adapters": "replicate"})
@@ -175,17 +184,19 @@ def table_of_processes() -> None:
                 config, read_shape(MODEL), num_nodes=1, gpus_per_node=nproc, device_bytes=DEVICE_BYTES, on_gpu=False
             )
             memory = memory_of(setup)
-            explained = imported + memory.device + memory.host
-            with tempfile.TemporaryDirectory() as folder:
-                found = train(config, Path(folder), nproc)
+            with tempfile.TemporaryDirectory() as name:
+                path = config_file(config, Path(name))
+                explained = imported(path) + memory.device + memory.host
+                found, usual = train(path, nproc, GIVES_BACK), train(path, nproc, {})
             print(
-                f"| {quant} | {nproc} | {memory.device / MIB:.0f} | {explained / MIB:.0f} | {found / MIB:.0f} ({found / explained - 1:+.1%}) |",
+                f"| {quant} | {nproc} | {memory.device / MIB:.0f} | {explained / MIB:.0f} | "
+                f"{found / MIB:.0f} ({found / explained - 1:+.1%}) | {usual / MIB:.0f} |",
                 flush=True,
             )
 
 
-def train(config: Config, folder: Path, nproc: int) -> int:
-    """Train three full steps by the command; the most bytes that a rank has held."""
+def config_file(config: Config, folder: Path) -> Path:
+    """The file of a run of three full steps, with its data."""
     tokens = config.train.sequence_length
     (folder / "data.jsonl").write_text("".join(json.dumps({"text": f"{i} " * tokens}) + "\n" for i in range(64)))
     tree = config.model_dump(mode="json")
@@ -195,17 +206,33 @@ def train(config: Config, folder: Path, nproc: int) -> int:
         "untrained_tokens": "allow",
     }
     tree["train"] |= {"steps": 3}
+    tree["checkpoint"] |= {"resume": "never"}
     tree |= {"runs_dir": str(folder / "runs"), "log": {"trackers": []}}
     (folder / "it.yaml").write_text(json.dumps(tree))
-    command = [sys.executable, "-m", "dist_lora", "train", str(folder / "it.yaml"), "--nproc", str(nproc)]
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    return max(json.loads((folder / "runs" / "it" / "summary.json").read_text())["peak_bytes"])
+    return folder / "it.yaml"
+
+
+def imported(config: Path) -> int:
+    """The most bytes of a process that has come as far as to its data."""
+    command = [sys.executable, "-c", DRY_RUN, str(config)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **GIVES_BACK}, capture_output=True, text=True, check=True
+    )
+    return 1024 * int(done.stdout.splitlines()[-1])
+
+
+def train(config: Path, nproc: int, settings: dict[str, str]) -> int:
+    """Train by the command; the most bytes that a rank has held."""
+    command = [sys.executable, "-m", "dist_lora", "train", str(config), "--nproc", str(nproc)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, check=True)
+    return max(json.loads((config.parent / "runs" / "it" / "summary.json").read_text())["peak_bytes"])
 
 
 def main() -> None:
     """The command: see the top of this file."""
     parser = argparse.ArgumentParser(description="The plan beside what is.")
-    parser.add_argument("--quick", action="store_true", help="two ranks alone, and no processes")
+    parser.add_argument("--tensors", action="store_true", help="planned, simulated and tracked tensors alone")
+    parser.add_argument("--processes", action="store_true", help="what processes take alone")
     parser.add_argument("--configs", action="store_true", help="every file of configs/, planned beside simulated")
     parser.add_argument(
         "--zero3", action="store_true", help="some of configs/ by engine zero3, planned beside simulated"
@@ -217,10 +244,11 @@ def main() -> None:
     if given.configs:
         table_of_configs()
         return
-    pool.TIMEOUT_S = 600
-    table_of_tensors(["2"] if given.quick else list(WORLDS))
-    if not given.quick:
+    if given.tensors or not given.processes:
+        pool.TIMEOUT_S = 600
+        table_of_tensors(list(WORLDS))
         print()
+    if given.processes or not given.tensors:
         table_of_processes()
 
 

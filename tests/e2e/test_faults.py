@@ -253,7 +253,8 @@ def test_a_run_that_is_stopped_in_an_evaluation_leaves_it_and_the_next_start_mak
     folder = folder_of(config, name)
     assert done.returncode == 75, done.stderr
     assert (
-        f"stopped at step {step} of 8 on SIGTERM's request to rank 1; saved" in done.stderr and f"step-{step:08d}" in done.stderr
+        f"stopped at step {step} of 8 on SIGTERM's request to rank 1; saved" in done.stderr
+        and f"step-{step:08d}" in done.stderr
     )
     evaluations = (whole / "evaluations.jsonl").read_text()
     left = folder / "evaluations.jsonl"

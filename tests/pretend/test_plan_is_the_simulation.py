@@ -136,11 +136,37 @@ def test_whatever_is_set_is_never_planned_too_small_nor_much_too_large(seed: int
     assert planned_traffic(setup) == simulated_traffic(simulated)
 
 
-@pytest.mark.parametrize("quant", ["none", "nf4"])
-def test_the_plan_of_zero3_is_no_less_than_the_simulated_step(quant: str) -> None:
-    """DeepSpeed fetches ahead as far as it is let: the plan is what it may hold. It sends the same bytes in other pieces."""
-    case = Case("3.1-8b", {"parallel": {"engine": "zero3"}, "model": {"quant": quant}})
-    setup, simulated = planned_and_simulated(case, num_layers=8)
-    assert 0.99 < memory_of(setup).device / simulated.peak_bytes < 1.25
-    planned = collectives_of(setup)
-    assert sum(each.count * each.num_bytes for each in planned) == sum(each.num_bytes for each in simulated.traffic)
+ZERO3 = {"parallel": {"engine": "zero3"}}
+BY_ZERO3 = {
+    "plain": Case("3.1-8b", ZERO3),
+    "nf4": Case("3.1-8b", ZERO3 | {"model": {"quant": "nf4"}}),
+    "int8, kept": Case(
+        "3.1-8b", ZERO3 | {"model": {"quant": "int8"}, "train": {"activation_checkpointing": False}}, gpus_per_node=2
+    ),
+    "tied": Case("3.2-1b", ZERO3, gpus_per_node=2),
+    "tied, kept": Case("3.2-1b", ZERO3 | {"train": {"activation_checkpointing": False}}, gpus_per_node=2),
+    "tied, fp32 on CPUs, kept": Case(
+        "3.2-1b",
+        ZERO3 | {"model": {"dtype": "fp32"}, "train": {"sequence_length": 256, "activation_checkpointing": False}},
+        gpus_per_node=2,
+        device="cpu",
+    ),
+    "nodes": Case("3.1-70b", ZERO3 | {"model": {"quant": "nf4"}}, num_nodes=2),
+    "offload": Case("3.1-8b", {"parallel": {"engine": "zero3", "offload": "all"}}),
+    "short, high rank": Case("3.1-8b", SHORT | ZERO3 | {"lora": {"rank": 128}}, gpus_per_node=2),
+}
+
+
+QUICK = ("nf4", "tied")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=[pytest.mark.slow] * (name not in QUICK)) for name, case in BY_ZERO3.items()],
+)
+def test_the_plan_of_zero3_is_the_simulated_step(case: Case) -> None:
+    """It sends as many bytes in other pieces; how it puts the gradient's norm together differs by some."""
+    setup, simulated = planned_and_simulated(case, num_layers=6)
+    assert memory_of(setup).device == pytest.approx(simulated.peak_bytes, rel=0.03)
+    planned = sum(each.count * each.num_bytes for each in collectives_of(setup))
+    assert abs(planned - sum(each.num_bytes for each in simulated.traffic)) <= 8
