@@ -101,7 +101,8 @@ def exact_match(
 ) -> ExactMatch:
     """Generate the last answer of each sample from what comes before it, and compare. All ranks call it.
 
-    ``ask`` is called before each batch of answers, see ``held_out_loss``. Each rank takes every ``world_size``-th sample; where memory allows, the base stays gathered meanwhile.
+    Each rank takes every ``world_size``-th sample; where memory allows, the base stays gathered meanwhile. ``ask`` is called
+    before each batch of answers, see ``held_out_loss``.
     """
     mine = [last_answer(*tokens.document(i)) for i in range(world.world_rank, len(tokens), world.world_size)]
     per_rank = math.ceil(len(tokens) / world.world_size)

@@ -90,9 +90,8 @@ class Run:
         self._check_room()
         if section.save_at_start and self._saved_step is None:
             self.save()
-        if self._is_to_evaluate() and not self._evaluate(
-            meter, stop
-        ):  # the start before this one was asked to stop in it
+        # The start before this one was asked to stop before it had evaluated.
+        if self._is_to_evaluate() and not self._evaluate(meter, stop):
             self._stop(stop, f"at step {self.progress.step} of {self.num_steps}")
         while self.progress.step < self.num_steps:
             started_s = time.monotonic()
