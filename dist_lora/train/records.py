@@ -20,13 +20,11 @@ def truncate_metrics(folder: Path, *, last_step: int, last_evaluation: int) -> N
     Raises:
         SaveError: the disk refuses.
     """
-    for name in (METRICS_FILE, EVALUATIONS_FILE):
+    for name, last in ((METRICS_FILE, last_step), (EVALUATIONS_FILE, last_evaluation)):
         path = folder / name
         if not path.exists():
             continue
-        kept = "".join(
-            json.dumps(line, allow_nan=True) + "\n" for line in read_lines(path) if line["step"] <= last_step
-        )
+        kept = "".join(json.dumps(line, allow_nan=True) + "\n" for line in read_lines(path) if line["step"] <= last)
         aside = path.with_suffix(".partial")
         try:
             aside.write_text(kept)

@@ -97,9 +97,8 @@ def tracked_step(world: World, config: Config) -> Seen:
     tracker = Tracker()
     register_run(tracker, trainee.model, trainee.engine, trainee.adapters)
     before = tracker.alive
-    run.is_step_long = (
-        False  # being tracked makes steps long, and between the passes of long ones ranks ask each other to stop
-    )
+    # Being tracked makes steps long, and between the passes of long ones ranks ask each other whether to stop.
+    run.is_step_long = False
     with tracker:
         run.take_step(STEP, stop)
     tracker.register("gradients", trainee.adapters.gradients())

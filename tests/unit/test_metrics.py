@@ -46,6 +46,19 @@ def test_evaluations_are_written_down_and_repeated_with_the_steps_before_them(tm
     ]  # fmt: skip
 
 
+def test_an_evaluation_that_no_checkpoint_knows_of_is_dropped_though_its_step_is_saved(tmp_path) -> None:
+    """The step was saved, its evaluation was made up for by the next start, and that one was killed: it comes again."""
+    meter = Meter(tmp_path, trackers=[], settings={}, every=1, first_step=1, num_steps=6)
+    for step in range(1, 5):
+        meter.step(line(step))
+        if step % 2 == 0:
+            meter.evaluated(step, {"eval_loss": 1.0})
+    meter.close()
+    truncate_metrics(tmp_path, last_step=4, last_evaluation=2)
+    assert [each["step"] for each in read_lines(tmp_path / METRICS_FILE)] == [1, 2, 3, 4]
+    assert [each["step"] for each in read_lines(tmp_path / EVALUATIONS_FILE)] == [2]
+
+
 def test_an_evaluation_that_the_disk_refuses_is_told_with_its_file(tmp_path) -> None:
     meter = Meter(tmp_path, trackers=[], settings={}, every=1, first_step=1, num_steps=6)
     (tmp_path / EVALUATIONS_FILE).mkdir()
