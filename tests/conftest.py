@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests import ROOT
 
 # The special tokens of Llama 3.1 that matter for training, in Meta's spelling.
 SPECIAL_TOKENS = (
@@ -90,8 +90,8 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> TinyLlama:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct in fp32, kept in .cache; the first use takes a minute."""
-    folder = REPOSITORY / ".cache" / "smollm2-135m-instruct"
-    script = REPOSITORY / "launch" / "smollm2.py"
+    folder = ROOT / ".cache" / "smollm2-135m-instruct"
+    script = ROOT / "launch" / "smollm2.py"
     done = subprocess.run([sys.executable, script, "--out", folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder

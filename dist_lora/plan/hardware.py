@@ -11,7 +11,7 @@ from dist_lora.plan.measured import Measured
 GIB = 2**30
 
 # What programs reach, from poor to good. Compute, of what single large products reach: torchtune's compiled LoRA runs on A100s
-# 0.69 and 0.74 (tests/bench/published.yaml), "The Llama 3 Herd of Models" (arXiv 2407.21783, table 4) 0.47 to 0.54 for dense
+# 0.69 and 0.74 (bench/published.yaml), "The Llama 3 Herd of Models" (arXiv 2407.21783, table 4) 0.47 to 0.54 for dense
 # training on H100s (38 to 43% of the maker's figure); thin products and short passes reach less. Memory and wires, of the
 # makers' figures: NCCL's and STREAM-like tests reach 70 to 90% for large transfers, less for small ones.
 REACHED_COMPUTE = (0.30, 0.80)

@@ -20,8 +20,8 @@ from dist_lora.config.schema import LINEARS, Config
 from dist_lora.parallel.world import World
 from dist_lora.train.build import open_base
 from dist_lora.train.main import loader_of, tokens_of
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 NUM_STEPS, WARMUP_STEPS, WEIGHT_DECAY = 10, 3, 0.05
 MAX_GRAD_NORM = 0.2  # below the norm of every step, which the test checks
 RANK, ALPHA = 4, 8

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import ROOT
 from tests.e2e.runs import Done, free_port, run_processes, write_config
 
 HOST = socket.gethostname()
@@ -84,7 +85,7 @@ def test_nodes_of_other_configs_are_told_setting_by_setting(config, rendezvous, 
 
 def test_nodes_of_other_versions_are_told(config, rendezvous, tmp_path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import dist_lora\ndist_lora.__version__ = '0.0.1'\n")
-    done = run_two_nodes(rendezvous, config, of_second={"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"})
+    done = run_two_nodes(rendezvous, config, of_second={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
     assert f"{HOST} (rank 1): dist_lora is 0.0.1, not " in done.stderr, done.stderr
 
 
@@ -114,6 +115,6 @@ def test_nodes_of_other_weights_are_told(config, tiny_llama, rendezvous, tmp_pat
 def run_two_nodes_in(rendezvous: Mapping[str, str], path: Path, folder: Path) -> Done:
     """As ``run_two_nodes``, each in a folder ``node-0`` or ``node-1``."""
     (folder / "sitecustomize.py").write_text("import os\nos.chdir(os.environ['NODES_FOLDER'])\n")
-    search = {"PYTHONPATH": f"{folder}:{Path(__file__).parents[2]}"}
+    search = {"PYTHONPATH": f"{folder}:{ROOT}"}
     first = dict(rendezvous) | search | {"NODES_FOLDER": str(folder / "node-0")}
     return run_two_nodes(first, path, of_second={"NODES_FOLDER": str(folder / "node-1")})

@@ -1,6 +1,6 @@
 """What a fuzzer feeds: each target puts bytes where a file is read, and reads it as the commands do.
 
-``hypothesis`` (tests/unit/test_fuzz.py) and a coverage-guided fuzzer (tests/fuzz/run.py) use the same targets. An
+``hypothesis`` (tests/fuzz/test_files.py) and a coverage-guided fuzzer (tests/fuzz/run.py) use the same targets. An
 outcome is a clean load or one of our errors; whatever else is raised is a fault of ours.
 """
 
@@ -33,7 +33,7 @@ from dist_lora.herd.facts import read_shape
 from dist_lora.lora.peft_file import BaseIdentity, identify_base, read_adapter, write_adapter
 from dist_lora.lora.state import Piece
 from tests.conftest import save_tiny_llama
-from tests.unit.checkpoint_ranks import saved
+from tests.unit.checkpoint.thread_ranks import saved
 
 RANK_0 = "rank-00000-of-00002.safetensors"
 SPLIT = b"\0\0"  # between the parts of an input that has several

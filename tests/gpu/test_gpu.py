@@ -9,8 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dist_lora.base.attention import Documents
 from dist_lora.base.llama import FrozenLinear
+from dist_lora.base.quant.finite import NotFiniteError
 from dist_lora.base.quant.formats import Format, Int8, Nf4
+from dist_lora.base.quant.nf4 import dense_nf4, quantize_nf4
 from dist_lora.checkpoint.saver import Saver
 from dist_lora.doctor.compute import measure_compute
 from dist_lora.doctor.machine import ask_driver, examine_gpus, torch_build
@@ -19,6 +22,8 @@ from dist_lora.parallel.place import Place
 from dist_lora.parallel.world import World, join
 from tests.ranks.test_frozen_base import step_of
 from tests.ranks.tiny import config_of, trainee_of
+from tests.unit.base.quant.test_nf4 import random_rows
+from tests.unit.base.test_attention import BOUNDS, heads
 
 pytestmark = pytest.mark.gpu
 
@@ -132,3 +137,23 @@ def test_the_doctor_sees_the_gpus_and_measures_one() -> None:
     assert 1e12 < largest < 1e16
     assert all(each["flops_per_s"][0] <= each["flops_per_s"][1] for each in found["attention"])
     assert set(found["dense_weights_per_s"]) == {"nf4", "int8"}
+
+
+def test_flash_attention_agrees_with_eager_on_a_gpu() -> None:
+    inputs = [tensor.cuda().bfloat16() for tensor in heads(0)]
+    flash = Documents(BOUNDS, "varlen")(0, *inputs)
+    eager = Documents(BOUNDS, "eager")(0, *inputs)
+    torch.testing.assert_close(flash, eager, atol=2e-2, rtol=2e-2)
+
+
+def test_nf4_rows_are_independent_and_dense_weights_are_those_of_the_cpu() -> None:
+    rows = random_rows(13, 192).cuda()
+    codes, absmax = quantize_nf4(rows)
+    part_codes, part_absmax = quantize_nf4(rows[5:6])
+    assert torch.equal(part_codes, codes[5:6]) and torch.equal(part_absmax, absmax[5:6])
+    assert torch.equal(absmax.cpu(), quantize_nf4(rows.cpu())[1])
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(dense_nf4(codes, absmax, dtype).cpu(), dense_nf4(codes.cpu(), absmax.cpu(), dtype))
+    rows[2, 3] = float("nan")
+    with pytest.raises(NotFiniteError, match="row 2, column 3 is nan"):
+        quantize_nf4(rows)

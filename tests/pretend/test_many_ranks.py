@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from bench.sparse import write_sparse
 from dist_lora.herd.facts import MEMBERS
-from tests.bench.sparse import write_sparse
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 MIB = 2**20
 
 
 def share(folder: Path, *arguments: object) -> dict[str, int]:
-    """What ``tests.bench.share`` printed."""
+    """What ``bench.share`` printed."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.share", folder, *map(str, arguments)],
+        [sys.executable, "-m", "bench.share", folder, *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

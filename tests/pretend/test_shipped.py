@@ -1,6 +1,6 @@
 """The configs that are shipped are planned as their simulated steps are, within 3%, and send what is planned.
 
-``python -m tests.bench.plan --configs`` does it for all of them.
+``python -m bench.plan --configs`` does it for all of them.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
+
 PACKAGE = ROOT / "dist_lora"
 
 # A module may import what stands before it here, and its own stage. What lies in a stage's folder belongs to it,

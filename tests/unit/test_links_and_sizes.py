@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_ranks import saved
 from safetensors.torch import save_file
 
 from dist_lora.base.index import open_index
@@ -21,9 +20,10 @@ from dist_lora.checkpoint.manifest import read_manifest
 from dist_lora.checkpoint.resume import verify
 from dist_lora.errors import AdapterError, CheckpointError, WeightsError
 from dist_lora.lora.peft_file import BaseIdentity, open_adapter, write_adapter
+from tests import ROOT
 from tests.fuzz.targets import signed
+from tests.unit.checkpoint.thread_ranks import saved
 
-ROOT = Path(__file__).parents[2]
 RANK_0 = "rank-00000-of-00002.safetensors"
 
 

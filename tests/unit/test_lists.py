@@ -17,8 +17,7 @@ from dist_lora.config.load import load_config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.facts import MEMBERS
 from dist_lora.plan.configs import presets
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
 
 
 def printed(*arguments: str) -> str:

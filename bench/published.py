@@ -1,0 +1,152 @@
+"""The plan's memory and speed beside figures that other projects have published: `published.yaml` has them with their sources.
+
+    python -m bench.published [--sources]
+
+An error is the plan's figure over theirs, less one. Of a speed the plan has a range: it holds theirs, or it is said by how
+much the nearer end misses it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_lora.config.schema import Config
+from dist_lora.plan.hardware import GIB, GPUS, find_gpu
+from dist_lora.plan.report import Machines, Plan, make_plan
+
+FILE = Path(__file__).with_suffix(".yaml")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One published figure beside our plan of the same run."""
+
+    tree: dict[str, Any]
+    plan: Plan
+
+    @property
+    def published_gib(self) -> float:
+        """Their memory of a GPU."""
+        number, unit = self.tree["memory"].split()
+        return float(number) * {"GiB": 1.0, "GB": 1e9 / GIB}[unit]
+
+    @property
+    def published_tokens_per_s(self) -> float:
+        """Theirs, of all GPUs."""
+        if "tokens_per_s_a_gpu" in self.tree:
+            return float(self.tree["tokens_per_s_a_gpu"]) * int(self.tree["machines"]["gpus"])
+        return float(self.tree["tokens_per_s"])
+
+    @property
+    def memory_gib(self) -> float:
+        """Ours of a GPU, counted as the source counts it."""
+        of_plan = self.plan.memory.device if self.tree["counts"] == "tensors" else self.plan.device_bytes
+        return of_plan / GIB
+
+    @property
+    def memory_error(self) -> float:
+        """The plan's over theirs, less one."""
+        return self.memory_gib / self.published_gib - 1
+
+    @property
+    def speed_error(self) -> float:
+        """By how much the nearer end of our range misses theirs; 0 where the range holds it."""
+        slow, fast = self.plan.speed.tokens_per_s
+        nearest = min(max(self.published_tokens_per_s, slow), fast)
+        return nearest / self.published_tokens_per_s - 1
+
+
+def read_figures(path: Path = FILE) -> tuple[list[Figure], dict[str, dict[str, str]]]:
+    """All figures with their plans, and the sources by name."""
+    tree = yaml.safe_load(path.read_text())
+    return [Figure(each, plan_of(each)) for each in tree["figures"]], tree["sources"]
+
+
+def plan_of(figure: dict[str, Any]) -> Plan:
+    """Our plan of the same run."""
+    wanted, machines = figure["config"], figure["machines"]
+    micro, passes = wanted["micro_batch"], wanted.get("passes", 1)
+    model = {"name": wanted["model"], "quant": wanted.get("quant", "none")}
+    if "shape" in wanted:
+        model["shape"] = wanted["shape"]
+    config = Config.model_validate(
+        {
+            "run": "it",
+            "model": model,
+            "lora": {"rank": wanted["rank"], "targets": wanted.get("targets", "all")},
+            "data": {"train": "unused"},
+            "train": {
+                "micro_batch": micro,
+                "global_batch": micro * passes * machines["gpus"],
+                "sequence_length": wanted["sequence_length"],
+                "activation_checkpointing": wanted["recompute"],
+            },
+            "parallel": {
+                "engine": wanted.get("engine", "auto"),
+                "offload": wanted.get("offload", "none"),
+                "adapters": wanted.get("adapters", "auto"),
+            },
+        }
+    )
+    if "gpu_gib" in machines:
+        gpu = replace(GPUS["h100-80gb"], name="a GPU of any size", memory_gb=machines["gpu_gib"])
+    else:
+        gpu = find_gpu(machines["gpu"])
+    return make_plan(config, Machines(1, machines["gpus"], gpu))
+
+
+def name_of(figure: Figure) -> str:
+    """The run in a few words."""
+    wanted, machines = figure.tree["config"], figure.tree["machines"]
+    on = machines.get("gpu", "")
+    return (
+        f"{wanted['model']} {wanted.get('quant', 'bf16').replace('none', 'bf16')} r{wanted['rank']}, {wanted['micro_batch']} x "
+        f"{wanted['sequence_length']}, {machines['gpus']} x {on}".rstrip(" x")
+    )
+
+
+def memory_cells(figure: Figure) -> list[str]:
+    """Theirs, ours and the error; empty where they published none."""
+    if "memory" not in figure.tree:
+        return ["", "", ""]
+    is_estimate = " (estimate)" if figure.tree.get("is_estimate") else ""
+    return [f"{figure.tree['memory']}{is_estimate}", f"{figure.memory_gib:.1f} GiB", f"{figure.memory_error:+.0%}"]
+
+
+def speed_cells(figure: Figure) -> list[str]:
+    """As ``memory_cells``."""
+    if "tokens_per_s" not in figure.tree and "tokens_per_s_a_gpu" not in figure.tree:
+        return ["", "", ""]
+    slow, fast = figure.plan.speed.tokens_per_s
+    error = f"{figure.speed_error:+.0%}" if figure.speed_error else "inside"
+    return [f"{figure.published_tokens_per_s:,.0f}", f"{slow:,.0f} to {fast:,.0f}", error]
+
+
+def main() -> None:
+    """The command: see the top of this file."""
+    parser = argparse.ArgumentParser(description="The plan beside published figures.")
+    parser.add_argument("--sources", action="store_true", help="print quotations, assumptions and differences too")
+    given = parser.parse_args()
+    figures, sources = read_figures()
+    print(
+        "| source | run | memory of a GPU | planned | error | tokens/s | planned | error |\n|---|---|---|---|---|---|---|---|"
+    )
+    for figure in figures:
+        cells = [figure.tree["source"], name_of(figure), *memory_cells(figure), *speed_cells(figure)]
+        print(f"| {' | '.join(cells)} |")
+    if given.sources:
+        for figure in figures:
+            tree, source = figure.tree, sources[figure.tree["source"]]
+            print(
+                f"\n{name_of(figure)}\n  {source['where']}\n  {tree['quotation']}\n  setting: {source['setting'].strip()}"
+            )
+            print(f"  assumed: {tree['assumed']}\n  other than ours: {tree['other']}")
+
+
+if __name__ == "__main__":
+    main()

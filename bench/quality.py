@@ -1,0 +1,53 @@
+"""What quantizing the base costs: the quickstart's task learned on each base, as a table.
+
+bash launch/quickstart.sh          # first: makes the model and the data
+python -m bench.quality      # about 5 minutes a base on 2 cores
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from dist_lora.config.load import load_config
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "quickstart.yaml"
+BASES = ("none", "nf4", "int8")
+
+
+def measure(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ``dist-lora eval`` says of the base before and after a training of its own."""
+    settings = [f"run=quality-{base}", f"model.quant={base}", "log.trackers=[]"]
+    folder = ROOT / "runs" / f"quality-{base}"
+    shutil.rmtree(folder, ignore_errors=True)
+    _dist_lora("train", *settings)
+    before = json.loads(_dist_lora("eval", *settings, "--json"))
+    after = json.loads(_dist_lora("eval", *settings, "--adapter", str(folder / "adapter"), "--json"))
+    return before, after
+
+
+def _dist_lora(command: str, *arguments: str) -> str:
+    line = [sys.executable, "-m", "dist_lora", command, str(CONFIG.relative_to(ROOT)), "--nproc", "2", *arguments]
+    return subprocess.run(line, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def main() -> None:
+    """The command: see the top of this file."""
+    load_config(CONFIG)
+    print("| base | held-out loss before | after | answered exactly |\n|---|---|---|---|", flush=True)
+    for base in BASES:
+        before, after = measure(base)
+        match = after["exact_match"]
+        print(
+            f"| {base} | {before['loss']:.4f} | {after['loss']:.4f} | {match['correct']} of {match['total']} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

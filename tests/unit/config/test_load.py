@@ -1,0 +1,426 @@
+"""Reading settings: every fault at once, where it is, what was found, what was expected, what to write."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from dist_lora.config.load import dump_config, json_schema, load_config
+from dist_lora.config.schema import Config, DataSection, LoraSection, ModelSection
+from dist_lora.errors import ConfigError
+from tests import ROOT
+
+SHORTEST = "run: a\nmodel: {name: 3.1-8b}\ndata: {train: t.jsonl}\n"
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def complaint(tmp_path: Path, text: str, *overrides: str) -> str:
+    """The error's text, with the file's folder cut away."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(written(tmp_path, text), overrides=overrides)
+    assert caught.value.exit_code == 2
+    return str(caught.value).replace(f"{tmp_path}/", "")
+
+
+def complaint_about(tmp_path: Path, section: str, **settings: object) -> str:
+    """The one fault that a section's settings have, without the file's name and line."""
+    text = complaint(tmp_path, SHORTEST, *(f"{section}.{key}={json.dumps(v)}" for key, v in settings.items()))
+    head, *faults = text.split("\n")
+    assert head == "1 setting of c.yaml is wrong:"
+    (fault,) = faults
+    return fault.partition("(argument): ")[2]
+
+
+def test_the_shortest_config_has_every_default(tmp_path: Path) -> None:
+    config = load_config(written(tmp_path, SHORTEST))
+    assert config == Config(run="a", model=ModelSection(name="3.1-8b"), data=DataSection(train="t.jsonl"))
+    assert config.runs_dir == Path("runs")
+    assert (config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.layers) == (
+        16,
+        32.0,
+        "all",
+        "all",
+    )
+    assert (config.train.steps, config.train.epochs) == (None, 1.0)
+    assert (config.optim.lr, config.checkpoint.resume, config.log.trackers) == (2e-4, "auto", ["tensorboard"])
+
+
+def test_all_faults_come_in_one_error_in_the_order_of_the_file(tmp_path: Path) -> None:
+    text = (
+        "run: a/b\n"
+        "model: {name: 3.1-8b, quant: fp4}\n"
+        "lora:\n"
+        "  rank: 0\n"
+        "  targets: [q_proj, v_porj]\n"
+        "optim:\n"
+        "  warmup_step: 3\n"
+        "train:\n"
+        "  steps: 10\n"
+        "  epochs: 2\n"
+        "  packing: 'yes'\n"
+    )
+    assert complaint(tmp_path, text, "train.step=10").split("\n") == [
+        "9 settings of c.yaml are wrong:",
+        "  c.yaml: data.train: is missing. Training data: a file (jsonl, json, csv, parquet), a hub id, "
+        "or a list of them.",
+        "  c.yaml:1: run: 'a/b' is no name of a run: letters, digits, '.', '_' and '-' only "
+        "(the folder it lies in is set by runs_dir)",
+        "  c.yaml:2: model.quant: found 'fp4', expected none, nf4 or int8 (nearest: nf4)",
+        "  c.yaml:4: lora.rank: found 0, expected a whole number of at least 1",
+        "  c.yaml:5: lora.targets[1]: 'v_porj' is not a linear of Llama "
+        "(q_proj k_proj v_proj o_proj gate_proj up_proj down_proj); did you mean v_proj?",
+        "  c.yaml:7: optim.warmup_step: no such setting (nearest: warmup_steps)",
+        "  c.yaml:10: train.epochs: found epochs 2 and steps 10, expected one of the two; "
+        "remove one (or set it to null)",
+        "  c.yaml:11: train.packing: found 'yes', expected true or false",
+        "  train.step=10 (argument): no such setting (nearest: steps)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("lora.rank", True, "found true, expected a whole number of at least 1"),
+        ("lora.rank", "16", "found '16', expected a whole number of at least 1"),
+        ("lora.rank", 1.5, "found 1.5, expected a whole number of at least 1"),
+        ("lora.alpha", True, "found true, expected a number above 0"),
+        ("lora.alpha", 0, "found 0, expected a number above 0"),
+        ("lora.dropout", 1, "found 1, expected a number of at least 0 and below 1"),
+        ("lora.targets", [], "the list is empty, expected at least one"),
+        ("lora.targets", ["q_proj", "q_proj"], "q_proj: named more than once"),
+        (
+            "lora.targets",
+            "q_proj",
+            "found 'q_proj', expected all or a list of q_proj k_proj v_proj o_proj gate_proj up_proj "
+            "down_proj "
+            "(a list: [q_proj])",
+        ),
+        ("lora.layers", [], "the list is empty, expected at least one"),
+        ("lora.layers", [1, 1], "1: named more than once"),
+        ("lora.layers", "15-8", "'15-8' runs backwards; write 8-15"),
+        (
+            "lora.layers",
+            "8..15",
+            "found '8..15', expected all, a range of layers as 8-15 or a list of whole numbers of at least 0",
+        ),
+        (
+            "lora.layers",
+            [-1],
+            "found [-1], expected all, a range of layers as 8-15 or a list of whole numbers of at least 0",
+        ),
+        ("model.dtype", "fp16", "found 'fp16', expected auto, bf16 or fp32 (nearest: bf16)"),
+        ("parallel.engine", "zero2", "found 'zero2', expected auto, fsdp2, zero3 or none (nearest: zero3)"),
+        ("parallel.adapters", "split", "found 'split', expected auto, replicate or shard"),
+        ("parallel.hang_timeout", "10m", "found '10m', expected a number above 0"),
+        ("data.train", [], "the list is empty, expected at least one"),
+        ("data.train", " ", "is empty"),
+        ("data.eval", 1.5, "found 1.5, expected text, a number above 0 and below 1 or null"),
+        ("optim.lr", "fast", "found 'fast', expected a number above 0"),
+        ("optim.max_grad_norm", 0, "found 0, expected a number above 0 or null"),
+        ("checkpoint.resume", 5, "found 5, expected auto, never or a path"),
+        ("checkpoint.keep_best", 1, "found 1, expected true or false"),
+        ("train.activation_checkpointing", "on", "found 'on', expected auto, true or false"),
+        (
+            "train.micro_batch",
+            32,
+            "found 32 sequences a pass, more than the 16 of a step (train.global_batch); "
+            "set train.micro_batch to 16 or less",
+        ),
+        (
+            "log.trackers",
+            "wandb",
+            "found 'wandb', expected a list of tensorboard wandb mlflow trackio comet_ml aim clearml "
+            "dvclive swanlab (a list: [wandb])",
+        ),
+        ("log.trackers", ["wandb", "wandb"], "wandb: named more than once"),
+        (
+            "model.name",
+            31,
+            'found 31, expected text (YAML reads it as something else than text: put it in quotes, "...")',
+        ),
+    ],
+)
+def test_a_wrong_value_says_what_was_found_and_what_is_expected(
+    tmp_path: Path, setting: str, value: object, message: str
+) -> None:
+    section, _, name = setting.partition(".")
+    assert complaint_about(tmp_path, section, **{name: value}) == message
+
+
+@pytest.mark.parametrize("frozen", ["lm_head", "embed_tokens", "model.embed_tokens"])
+def test_head_and_embeddings_are_refused_as_targets(tmp_path: Path, frozen: str) -> None:
+    assert complaint(tmp_path, SHORTEST + f"lora: {{targets: [q_proj, {frozen}]}}\n").endswith(
+        f"c.yaml:4: lora.targets[1]: {frozen!r} stays frozen: only the seven linears of a layer are adapted "
+        "(q_proj k_proj v_proj o_proj gate_proj up_proj down_proj), never the embeddings or the head (where they are "
+        "tied, both are one matrix, and an adapter on one end would have to change the other)"
+    )
+
+
+def test_infinity_and_nan_are_no_numbers_here(tmp_path: Path) -> None:
+    text = complaint(tmp_path, SHORTEST + "optim: {lr: .inf, weight_decay: .nan}\n")
+    assert "c.yaml:4: optim.lr: found inf, expected a number above 0" in text
+    assert "c.yaml:4: optim.weight_decay: found nan, expected a number of at least 0" in text
+
+
+def test_settings_that_clash_are_told_though_another_of_their_section_is_wrong(tmp_path: Path) -> None:
+    text = complaint(tmp_path, SHORTEST + "train:\n  steps: 1\n  epochs: 1\n  micro_batch: 99\n  seed: x\n")
+    assert text.startswith("3 settings")
+    assert "c.yaml:6: train.epochs: found epochs 1 and steps 1, expected one of the two" in text
+    assert "c.yaml:7: train.micro_batch: found 99 sequences a pass, more than the 16 of a step" in text
+    assert "c.yaml:8: train.seed: found 'x', expected a whole number of at least 0" in text
+
+
+def test_a_wrong_setting_is_not_taken_for_its_default_when_settings_are_compared(tmp_path: Path) -> None:
+    text = complaint(tmp_path, SHORTEST + "train: {global_batch: many, micro_batch: 99}\n")
+    assert text.startswith("1 setting") and "train.global_batch: found 'many'" in text
+
+
+def test_only_the_setting_that_was_written_is_blamed(tmp_path: Path) -> None:
+    text = complaint(tmp_path, SHORTEST + "train:\n  global_batch: 1\n")
+    assert "c.yaml:5: train.global_batch: found 2 sequences a pass, more than the 1 of a step" in text
+
+
+def test_an_unknown_section_and_a_setting_in_the_wrong_place_are_told_apart(tmp_path: Path) -> None:
+    text = complaint(
+        tmp_path, SHORTEST + "optm: {}\nlr: 1\nlora: {seed: 1}\nzzz: 1\neval: {zzz: 1}\nsequence_lenght: 4\n"
+    )
+    assert "c.yaml:4: optm: no such setting (nearest: optim)" in text
+    assert "c.yaml:5: lr: no such setting (did you mean optim.lr?)" in text
+    assert "c.yaml:6: lora.seed: no such setting (did you mean train.seed?)" in text
+    assert "c.yaml:7: zzz: no such setting (there are run, runs_dir, model, lora, data, train" in text
+    assert "c.yaml:8: eval.zzz: no such setting (eval has every, exact_match, max_new_tokens, batch)" in text
+    assert "c.yaml:9: sequence_lenght: no such setting (nearest: train.sequence_length)" in text
+
+
+def test_a_key_given_twice_is_told_with_both_lines(tmp_path: Path) -> None:
+    text = complaint(tmp_path, SHORTEST + "optim:\n  lr: 1e-4\n  lr: 2e-4\nrun: b\n")
+    assert "c.yaml:6: optim.lr: set twice (first in line 5)" in text
+    assert "c.yaml:7: run: set twice (first in line 1)" in text
+    text = complaint(tmp_path, SHORTEST, "optim={lr: 1, lr: 2}")
+    assert "optim={lr: 1, lr: 2} (argument): lr: set twice" in text
+
+
+def test_a_section_that_is_no_mapping_says_what_belongs_there(tmp_path: Path) -> None:
+    text = complaint(tmp_path, SHORTEST + "lora: 16\n", "lora.rank=8")
+    assert text.split("\n")[1] == "  lora.rank=8 (argument): no such setting: lora is no section"
+    assert text.split("\n")[2] == (
+        "  c.yaml:4: lora: found 16, expected settings, as lora: {...} with rank, alpha, dropout, targets, "
+        "layers, start_from"
+    )
+
+
+def test_keys_that_yaml_reads_as_something_else_are_unknown_settings(tmp_path: Path) -> None:
+    text = complaint(tmp_path, SHORTEST + "on: 1\nlora: {1: 2}\n")
+    assert "True: no such setting" in text
+    assert "c.yaml:5: lora.1: no such setting (lora has rank" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "c.yaml: holds no settings; expected at least run, model.name and data.train"),
+        ("# nothing\n", "c.yaml: holds no settings; expected at least run, model.name and data.train"),
+        ("- a\n- b\n", "c.yaml: found ['a', 'b'], expected settings with names, as"),
+        ("just words\n", "c.yaml: found 'just words', expected settings with names, as"),
+        ("run: a\nlora: [1\n", "c.yaml:3: not YAML: while parsing a flow sequence"),
+        ("run: a\n\tlora: 1\n", "c.yaml:2: not YAML: "),
+        ("run: a\n---\nrun: b\n", "c.yaml:2: not YAML: expected a single document"),
+        (
+            "run: !!python/object/apply:os.system [ls]\n",
+            "c.yaml:1: not YAML: could not determine a constructor",
+        ),
+        ("run: 2024-13-45\n", "c.yaml: not YAML: month must be in 1..12"),
+        ("run: \x00\n", "c.yaml: not YAML: unacceptable character"),
+    ],
+)
+def test_a_file_that_is_no_config_is_one_clear_error(tmp_path: Path, text: str, message: str) -> None:
+    assert complaint(tmp_path, text).startswith(message)
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no\.yaml: no such file\. Give the path of a YAML file"):
+        load_config(tmp_path / "no.yaml")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory; expected a YAML file"):
+        load_config(tmp_path)
+    (tmp_path / "b.yaml").write_bytes(b"run: \xff")
+    with pytest.raises(ConfigError, match=r"b\.yaml: not text in UTF-8 \(byte 5\)"):
+        load_config(tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize("number", ["1e-4", "1E-4", "1.e-4", "0.0001", "1.0e-4", "+1e-4", ".1e-3"])
+def test_every_spelling_of_a_small_number_is_a_number(tmp_path: Path, number: str) -> None:
+    assert load_config(written(tmp_path, SHORTEST + f"optim: {{lr: {number}}}\n")).optim.lr == 1e-4
+    assert load_config(written(tmp_path, SHORTEST), overrides=[f"optim.lr={number}"]).optim.lr == 1e-4
+
+
+def test_an_empty_section_has_its_defaults(tmp_path: Path) -> None:
+    assert load_config(written(tmp_path, SHORTEST + "optim:\n")) == load_config(written(tmp_path, SHORTEST))
+
+
+def test_anchors_and_merges_work_and_faults_in_them_have_their_line(tmp_path: Path) -> None:
+    shared = "run: a\nmodel: {name: x/y}\ndata: {train: t}\nlora: &l\n  rank: 4\n"
+    assert load_config(written(tmp_path, shared)).lora.rank == 4
+    text = complaint(tmp_path, "run: a\nmodel: &m\n  name: 3.1-8b\n  every: x\ndata: {train: t}\neval:\n  <<: *m\n")
+    assert "c.yaml:4: eval.every: found 'x', expected a whole number of at least 1" in text
+    assert "c.yaml:3: eval.name: no such setting (did you mean model.name?)" in text
+
+
+def test_a_setting_that_contains_itself_is_told_not_followed(tmp_path: Path) -> None:
+    assert "lora.rank: found {'rank': {...}}, expected" in complaint(tmp_path, SHORTEST + "lora: &a {rank: *a}\n")
+
+
+def test_arguments_stand_over_the_file_and_the_last_wins(tmp_path: Path) -> None:
+    config = load_config(
+        written(tmp_path, SHORTEST + "optim: {lr: 1}\n"),
+        overrides=["optim.lr=2", "optim.lr=3e-4", "lora.targets=[q_proj,v_proj]", "data.eval=", "run=b"],
+    )
+    assert (config.optim.lr, config.lora.targets, config.data.eval, config.run) == (
+        3e-4,
+        ["q_proj", "v_proj"],
+        None,
+        "b",
+    )
+
+
+def test_an_argument_mends_a_fault_of_the_file(tmp_path: Path) -> None:
+    assert load_config(written(tmp_path, SHORTEST + "lora: {rank: x}\n"), overrides=["lora.rank=8"]).lora.rank == 8
+
+
+@pytest.mark.parametrize(("given_key", "other"), [("steps", "epochs"), ("epochs", "steps")])
+def test_steps_as_an_argument_take_the_place_of_the_files_epochs(tmp_path: Path, given_key: str, other: str) -> None:
+    path = written(tmp_path, SHORTEST + f"train: {{{other}: 3}}\n")
+    train = load_config(path, overrides=[f"train.{given_key}=7"]).train
+    assert (getattr(train, given_key), getattr(train, other)) == (7, None)
+    both = complaint(tmp_path, SHORTEST, "train.steps=7", "train.epochs=1")
+    assert "train.epochs=1 (argument): found epochs 1 and steps 7, expected one of the two" in both
+
+
+@pytest.mark.parametrize("argument", ["--train.steps=1", "train.steps", "=1", "train..steps=1"])
+def test_an_argument_of_another_form_says_the_form(tmp_path: Path, argument: str) -> None:
+    text = complaint(tmp_path, SHORTEST, argument)
+    assert text.split("\n")[1] == f"  {argument} (argument): expected setting=value, as train.steps=10"
+
+
+def test_an_argument_that_is_not_yaml_is_told_with_the_others(tmp_path: Path) -> None:
+    text = complaint(tmp_path, SHORTEST, "lora.targets=[q_proj", "model.nam=x", "optim={lr: x}")
+    assert text.startswith("3 settings of c.yaml are wrong:")
+    assert "lora.targets=[q_proj (argument): not YAML: while parsing a flow sequence" in text
+    assert "model.nam=x (argument): no such setting (nearest: name)" in text
+    assert "optim={lr: x} (argument): optim.lr: found 'x', expected a number above 0" in text
+
+
+def test_an_argument_below_a_setting_is_told_not_dropped(tmp_path: Path) -> None:
+    text = complaint(tmp_path, SHORTEST + "lora: {rank: 8}\n", "lora.rank.x=1", "run.x=1")
+    assert "lora.rank.x=1 (argument): no such setting: lora.rank is no section" in text
+    assert "run.x=1 (argument): no such setting: run is no section" in text
+
+
+def test_paths_are_kept_as_typed(tmp_path: Path) -> None:
+    config = load_config(written(tmp_path, SHORTEST), overrides=["checkpoint.resume=runs/a", "data.train=../t.csv"])
+    assert (config.checkpoint.resume, config.data.train) == (Path("runs/a"), "../t.csv")
+
+
+@settings(deadline=None)
+@given(
+    run=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True),
+    name=st.one_of(
+        st.sampled_from(["1e5", "on", "null", "2024-01-01", "0x10", "a: b", "é#", "3.1"]),
+        st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1),
+    ),
+    lr=st.floats(min_value=1e-12, max_value=1e3),
+    resume=st.sampled_from(["auto", "never", Path("auto"), Path("runs/x"), Path("/a b")]),
+    layers=st.sampled_from(["all", "0-3", [3, 1]]),
+    evaluated=st.one_of(st.none(), st.just("e.jsonl"), st.floats(min_value=0.01, max_value=0.99)),
+    train=st.sampled_from([{}, {"steps": 3}, {"epochs": 0.5}, {"activation_checkpointing": False}]),
+)
+@example(run="r", name="0\x85", lr=1.0, resume="auto", layers="all", evaluated=None, train={})
+@example(run="r", name="a\u2028b\nc", lr=1.0, resume="auto", layers="all", evaluated=None, train={})
+def test_a_dumped_config_loads_to_an_equal_one(
+    tmp_path_factory: pytest.TempPathFactory,
+    run: str,
+    name: str,
+    lr: float,
+    resume: str | Path,
+    layers: object,
+    evaluated: object,
+    train: dict[str, object],
+) -> None:
+    if not name.strip():
+        name = "x"
+    settings = {
+        "run": run,
+        "model": {"name": name},
+        "data": {"train": [name], "eval": evaluated},
+        "optim": {"lr": lr},
+        "lora": {"layers": layers, "start_from": Path("1e5")},
+        "checkpoint": {"resume": resume},
+        "train": train,
+    }
+    config = Config.model_validate(settings)
+    path = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+def test_targets_are_in_canonical_order_and_layers_ascend() -> None:
+    section = LoraSection(targets=["down_proj", "q_proj"], layers=[3, 0])
+    assert section.target_names() == ("q_proj", "down_proj")
+    assert section.layer_indices(4) == (0, 3)
+    assert LoraSection(layers="1-3").layer_indices(4) == (1, 2, 3)
+    assert LoraSection().layer_indices(3) == (0, 1, 2)
+    assert len(LoraSection().target_names()) == 7
+
+
+@pytest.mark.parametrize(("layers", "found"), [([0, 99], "99"), ("8-16", "8-16"), ([16, 17], "16, 17")])
+def test_layers_that_the_model_lacks_are_named_with_the_range(layers: object, found: str) -> None:
+    section = LoraSection.model_validate({"layers": layers})
+    with pytest.raises(ConfigError) as caught:
+        section.layer_indices(16)
+    assert str(caught.value) == f"lora.layers: found {found}, expected 0-15 (the model has 16 layers)"
+
+
+def test_the_stored_json_schema_is_current() -> None:
+    stored = json.loads((ROOT / "configs/schema.json").read_text(encoding="utf-8"))
+    assert stored == json_schema(), "run: python -m dist_lora.config.load > configs/schema.json"
+
+
+def test_the_command_that_rewrites_the_schema_prints_it() -> None:
+    command = [sys.executable, "-m", "dist_lora.config.load"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert json.loads(printed) == json_schema()
+
+
+def test_every_setting_of_the_schema_has_a_description_of_one_line() -> None:
+    schema = json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        assert section["additionalProperties"] is False
+        for name, setting in section["properties"].items():
+            if "$ref" in setting:
+                setting = schema["$defs"][setting["$ref"].rpartition("/")[2]]
+            assert setting.get("description") and "\n" not in setting["description"], name
+
+
+def test_reading_a_config_imports_neither_torch_nor_transformers() -> None:
+    program = (
+        "import sys, dist_lora.config.load, dist_lora.herd.facts;"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'numpy') if m in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"], ids=("NUL", "half a character"))
+def test_a_config_with_a_text_that_no_file_can_hold_can_not_be_built(name: str) -> None:
+    with pytest.raises(ValueError, match="holds NUL or half a character"):
+        Config.model_validate({"run": "r", "model": {"name": name}, "data": {"train": "x"}})

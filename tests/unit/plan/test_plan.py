@@ -1,0 +1,361 @@
+"""The plan of a run: arithmetic that is checked by hand and by autograd, and a command that says what fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_lora.base.attention import Documents
+from dist_lora.base.llama import build_on_meta, materialize
+from dist_lora.base.quant.formats import format_of
+from dist_lora.base.rope import rotation
+from dist_lora.config.schema import Config
+from dist_lora.errors import ConfigError
+from dist_lora.herd.facts import MEMBERS, Shape
+from dist_lora.lora.attach import attach_adapters
+from dist_lora.parallel.world import World
+from dist_lora.plan.arithmetic import Setup, base_parts, kept_bytes_of_a_layer, setup_of
+from dist_lora.plan.hardware import GIB, GPUS, find_gpu
+from dist_lora.plan.report import Machines, make_plan, sweep
+from dist_lora.plan.speed import flops_a_token
+from dist_lora.plan.table import lines_of
+from dist_lora.train.build import place
+from tests import ROOT
+from tests.shapes import GPT3, GPT3_WEIGHTS
+
+H100 = GPUS["h100-80gb"]
+TINY = Shape(
+    hidden=256, ffn=512, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=64, vocab=512, rope_theta=5e5,
+    rope_scaling=None, context=8192, norm_eps=1e-5, tied=False,
+)  # fmt: skip
+
+
+def config_of(**sections: Any) -> Config:
+    tree: dict[str, Any] = {"run": "it", "model": {"name": "3.1-8b"}, "data": {"train": "x.jsonl"}}
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values}
+    return Config.model_validate(tree)
+
+
+def setup_for(
+    config: Config, shape: Shape, *, num_nodes: int = 1, gpus_per_node: int = 8, on_gpu: bool = True
+) -> Setup:
+    return setup_of(
+        config, shape, num_nodes=num_nodes, gpus_per_node=gpus_per_node, device_bytes=80 * GIB, on_gpu=on_gpu
+    )
+
+
+# By hand
+
+
+@pytest.mark.parametrize(
+    "quant, a_weight", [("none", 2.0), ("int8", 1.0), ("nf4", 0.5625)], ids=("none", "int8", "nf4")
+)
+def test_the_bytes_of_8b_are_those_of_its_card(quant: str, a_weight: float) -> None:
+    shape = MEMBERS["3.1-8b"].shape
+    linears = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
+    rows = 32 * (4096 + 1024 + 1024 + 4096 + 14336 + 14336 + 4096)
+    ends = 2 * 128256 * 4096 + (2 * 32 + 1) * 4096
+    assert linears + ends == 8_030_261_248
+    expected = a_weight * linears + 2 * ends + (4 * rows if quant == "int8" else 0)
+    assert sum(part.num_bytes for part in base_parts(shape, quant=quant, item_bytes=2)) == expected
+
+
+def test_the_shares_of_ranks_are_rounded_up_to_rows() -> None:
+    setup = setup_for(config_of(parallel={"engine": "fsdp2"}), TINY, gpus_per_node=3)
+    parts = {part.name: part.shard_bytes(3) for part in base_parts(TINY, quant="none", item_bytes=2)}
+    assert parts["q_proj.weight"] == 86 * 256 * 2  # of 256 rows
+    assert setup.base_ranks == 3
+
+
+def test_operations_of_a_token_by_hand() -> None:
+    config = config_of(lora={"rank": 4, "targets": ["q_proj"]}, train={"activation_checkpointing": False})
+    frozen = 3 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256)
+    trained = 3 * 4 * (256 + 256)
+    seen = 3 * 256 * 100 / 2 * 2
+    expected = 4 * (frozen + 512 * 256) + 6 * trained + 6 * seen
+    assert flops_a_token(setup_for(config, TINY), context=100) == expected
+    again = setup_for(config_of(lora={"rank": 4, "targets": ["q_proj"]}), TINY)
+    assert flops_a_token(again, context=100) == expected + 2 * (frozen + trained + seen)
+
+
+# By autograd
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "targets, layers",
+    [("all", "all"), (["q_proj", "v_proj"], "all"), (["down_proj"], [1]), ("all", [1, 2]), (["o_proj", "up_proj"], "all"),
+     (["gate_proj"], "all"), (["up_proj", "down_proj"], [0, 2]), (["gate_proj", "up_proj"], "all")],
+    ids=str,
+)  # fmt: skip
+def test_what_a_layer_keeps_for_its_backward_is_what_autograd_saves(dtype, targets, layers) -> None:
+    """Counted are storages: what two operators save together is one."""
+    tokens = 100
+    config = config_of(
+        lora={"rank": 8, "targets": targets, "layers": layers},
+        train={"micro_batch": 1, "sequence_length": tokens, "activation_checkpointing": False},
+        model={"name": "3.1-8b", "dtype": "fp32" if dtype == torch.float32 else "bf16"},
+    )
+    setup = setup_for(config, TINY, gpus_per_node=1)
+    model = build_on_meta(TINY, dtype=dtype, fmt=format_of("none", dtype))
+    attach_adapters(model, config.lora)
+    materialize(model, torch.device("cpu"))
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.02)
+    x = torch.randn(tokens, TINY.hidden).to(dtype)
+    turn = rotation(torch.arange(tokens), model.inv_freq, dtype)
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    known |= {t.untyped_storage().data_ptr() for t in turn}
+    alive = []  # so that no storage takes the place of another
+    for layer, block in enumerate(model.model.layers):
+        saved: list[torch.Tensor] = []
+
+        def keep(tensor: torch.Tensor, saved: list[torch.Tensor] = saved) -> torch.Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            x = block(x, turn, Documents((0, tokens)))
+        alive += [*saved, x]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+        found = sum(size for pointer, size in storages.items() if pointer not in known)
+        assert kept_bytes_of_a_layer(setup, layer) == found, layer
+        known |= set(storages)
+
+
+# A model of which there is nothing but sizes
+
+
+def test_gpt3_is_planned_by_the_weights_that_were_counted() -> None:
+    config = config_of(
+        model={"name": "GPT-3", "shape": {**GPT3, "num_parameters": GPT3_WEIGHTS}},
+        lora={"rank": 4, "targets": ["q_proj", "v_proj"]},
+        train={"activation_checkpointing": False, "sequence_length": 2048},
+    )
+    plan = make_plan(config, Machines(1, 8, H100))
+    told = plan.to_json()
+    assert told["frozen_weights"] == 175_000_000_000
+    assert told["trained_weights"] == 96 * 2 * 4 * (12288 + 12288) == 18_874_368
+    assert plan.memory.base * 8 == pytest.approx(350e9, rel=1e-4)  # 2 bytes each, in rows that divide by 8
+    # Of a checkpoint of 16 bits: the paper's "35MB".
+    assert 2 * told["trained_weights"] == 37_748_736
+    ends = 50257 * 12288
+    products = 4 * (175e9 - ends) + 4 * ends + 6 * 18_874_368
+    attention = 6 * 96 * 12288 * 2048 / 2 * 2
+    assert flops_a_token(plan.setup, context=2048) == pytest.approx(products + attention, rel=1e-6)
+    assert (
+        "  175,000,000,000 frozen weights (as given; what is computed is a Llama's of these sizes), 18,874,368 trained"
+        in list(lines_of(plan))
+    )
+
+
+def test_a_count_that_is_a_llamas_own_changes_no_plan() -> None:
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+             "num_key_value_heads": 8, "vocab_size": 128256}  # fmt: skip
+    plans = [
+        make_plan(config_of(model={"name": "it", "quant": quant, "shape": {**sizes, **counted}}), Machines(1, 8, H100))
+        for quant in ("none", "nf4", "int8")
+        for counted in ({}, {"num_parameters": 8_030_261_248})
+    ]
+    for plain, counted in zip(plans[::2], plans[1::2], strict=True):
+        assert counted.device_bytes == pytest.approx(plain.device_bytes, rel=1e-3)
+        assert counted.speed.step_s == pytest.approx(plain.speed.step_s, rel=1e-3)
+        # Quantized, the norms' weights count as the linears' do.
+        assert counted.memory.base == pytest.approx(plain.memory.base, rel=2e-3)
+
+
+# What fits
+
+
+def test_changes_that_are_offered_do_fit_and_the_plan_without_them_does_not() -> None:
+    config = config_of(model={"name": "3.1-70b"}, train={"micro_batch": 8, "sequence_length": 8192, "global_batch": 64})
+    plan = make_plan(config, Machines(1, 8, GPUS["a100-40gb"]))
+    assert not plan.fits and len(plan.changes) == 3
+    for change in plan.changes:
+        tree = config.model_dump(mode="json")
+        for setting in change.settings:
+            name, _, value = setting.partition("=")
+            if name.startswith("--nodes"):
+                continue
+            section, _, key = name.partition(".")
+            tree[section][key] = json.loads(value) if value[0].isdigit() or value in ("true", "false") else value
+        again = make_plan(Config.model_validate(tree), Machines(change.num_nodes, 8, GPUS["a100-40gb"]))
+        assert again.fits and again.device_bytes == change.device_bytes
+    assert plan.changes[0].settings == ("train.micro_batch=1",)
+
+
+def test_an_offloaded_base_lies_in_host_memory_and_comes_over_its_link() -> None:
+    config = config_of(model={"name": "3.1-70b"}, parallel={"offload": "all"})
+    plan, plain = (
+        make_plan(config, Machines(1, 8, H100)),
+        make_plan(config_of(model={"name": "3.1-70b"}), Machines(1, 8, H100)),
+    )
+    assert plan.memory.base == 0 and plan.memory.optimizer == 0
+    assert plan.memory.host - plain.memory.host == plain.memory.base + plain.memory.optimizer
+    assert plan.speed.host_s[0] == pytest.approx(2 * plain.setup.passes * plain.memory.base / (64e9 * 0.85))
+    assert make_plan(config, Machines(1, 8, H100, host_bytes=100 * GIB)).fits is False
+
+
+def test_products_take_as_long_as_the_gpu_was_measured_to_take_by_hand() -> None:
+    plan = make_plan(config_of(train={"sequence_length": 2048}), Machines(1, 8, H100))
+    flops = flops_a_token(plan.setup, context=2048) * plan.setup.micro_tokens * plan.setup.passes
+    assert plan.speed.compute_s == pytest.approx((flops / (0.8 * 794.5e12), flops / (0.3 * 794.5e12)))
+
+
+def test_what_products_reach_is_near_the_makers_figure() -> None:
+    for gpu in GPUS.values():  # boards clock higher than their data sheets say; an MI300X reaches half
+        assert 0.5 <= gpu.products_flops_per_s / (1e12 * gpu.tflops) <= 1.1, gpu.name
+
+
+def test_a_sweep_holds_only_what_nothing_smaller_beats() -> None:
+    plans = sweep(config_of(model={"name": "3.1-70b"}), [Machines(1, 8, H100)])
+    assert len(plans) >= 2 and all(plan.fits for plan in plans)
+    memory, seconds = [p.device_bytes for p in plans], [p.speed.step_s[0] for p in plans]
+    assert memory == sorted(memory) and seconds == sorted(seconds, reverse=True)
+
+
+def test_more_ranks_than_rows_or_sequences_or_layers_are_planned_and_said_to_be() -> None:
+    config = config_of(parallel={"base_shard": "world"}, train={"global_batch": 16})
+    plan = make_plan(config, Machines(512, 8, H100))
+    told = [
+        "4096 ranks share the 1,024 rows of k_proj.weight: 3,072 keep none",
+        "a step has 16 sequences: 4,080 of 4,096 ranks compute nothing",
+    ]
+    assert plan.fits and plan.notes == told == plan.to_json()["notes"]
+    assert [line.strip() for line in lines_of(plan) if "note " in line] == [f"note      {note}" for note in told]
+    assert plan.memory.base == 2 * sum(
+        math.ceil(shape[0] / 4096) * math.prod(shape[1:]) for shape in plan.setup.shape.tensor_shapes().values()
+    )
+    assert make_plan(config_of(train={"global_batch": 64}), Machines(1, 64, H100)).notes == []
+
+
+def test_what_a_run_would_refuse_a_plan_refuses_with_the_same_words() -> None:
+    config = config_of(model={"name": "it", "quant": "nf4"})
+    told = []
+    for refuse in (
+        lambda: make_plan(config, Machines(1, 2, H100), shape=dataclasses.replace(TINY, ffn=96)),
+        lambda: place(config, dataclasses.replace(TINY, ffn=96), World.alone(), name="it"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            refuse()
+        told.append(str(caught.value))
+    assert told[0] == told[1] and told[0].startswith(
+        "model.quant: nf4 can't keep it: down_proj: nf4 cuts each row into"
+    )
+
+
+def test_a_hub_id_of_no_member_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"someone/else is no member of the herd, and its sizes lie on the hub"):
+        make_plan(config_of(model={"name": "someone/else"}), Machines(1, 8, H100))
+
+
+# The command
+
+
+def plan_command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dist_lora", "plan", *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "it.yaml"
+    path.write_text("run: it\nmodel: {name: 3.1-8b}\ndata: {train: x.jsonl}\ntrain: {steps: 100}\n")
+    return path
+
+
+def test_a_plan_that_fits_is_printed_with_what_was_chosen_and_why(config_file) -> None:
+    done = plan_command(config_file)
+    assert done.returncode == 0 and done.stderr == ""
+    for text in ("8,030,261,248 frozen weights, 41,943,040 trained", "engine    fsdp2: 8 processes share the base",
+                 "1.87 GiB", ": fits", "100 steps: ", "the wall is compute"):  # fmt: skip
+        assert text in done.stdout, done.stdout
+
+
+def test_a_plan_in_json_adds_up(config_file) -> None:
+    told = json.loads(plan_command(config_file, "--json", "--gpus-per-node", 4).stdout)
+    of_gpu = told["gpu_bytes"]
+    parts = ("base", "adapters", "gradients", "optimizer", "gathered", "activations", "loss", "workspace", "reserve")
+    assert sum(of_gpu[name] for name in parts) == of_gpu["needed"] <= of_gpu["there"]
+    assert told["fits"] is True and told["changes"] == []
+
+
+def test_what_does_not_fit_ends_with_3_and_tells_both_numbers(config_file) -> None:
+    done = plan_command(config_file, "model.name=3.1-405b", "--gpu-gib", 24)
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: 3.1-405b needs ") and "24.0 GiB are there" in done.stderr
+    assert "does not fit" in done.stdout and "It would fit with:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--gpu", "h100"], "no GPU called h100 is known (nearest: h100-80gb"),
+        (["--nodes", 0], "--nodes: found 0, expected 1 or more"),
+        (["--gpus-per-node", 0], "--gpus-per-node: found 0, expected 1 or more"),
+        (["--gpu-gib", -1], "--gpu-gib: found -1, expected GiB above 0"),
+        (["--gpu", "h100-80gb", "--gpu-gib", 80], "both say what a GPU holds"),
+        (["--nodes", 1, "--nodes", 2], "several of them are for --sweep"),
+        (["--timeline", "a.png"], "--timeline: it shows a simulated step; give --simulate too"),
+        (["model.name=no-such-folder"], "expected a herd member, an existing folder or a hub id"),
+        (["--gpu", "zzz"], "no GPU called zzz is known (known: a10g-24gb, rtx3090-24gb,"),
+        (["model.name={empty}"], "has no config.json: expected config.json, *.safetensors and the tokenizer's files"),
+        (["model.name={bert}"], "not a Llama that can be trained here:\n  model_type: found 'bert', expected 'llama'"),
+        (
+            [
+                "model.shape={{hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 3, "
+                "vocab_size: 8}}"
+            ],
+            "model.shape.num_attention_heads: found 3, which doesn't divide hidden_size 64",
+        ),
+        (["parallel.node_size=3"], "parallel.node_size: 8 processes are not a multiple of 3; every node must hold"),
+        (["parallel.node_size=16"], "parallel.node_size: 8 processes are not a multiple of 16"),
+        (["lora.layers=[32]"], "lora.layers: found 32, expected 0-31 (the model has 32 layers)"),
+        (["parallel.engine=none"], "parallel.engine: none runs one process and 8 were started"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_bad_input_is_told_once_and_ends_with_2(config_file, tmp_path, arguments: list[object], told: str) -> None:
+    folders = {name: tmp_path / name for name in ("empty", "bert")}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders["bert"] / "config.json").write_text('{"model_type": "bert"}')
+    done = plan_command(config_file, *(str(argument).format_map(folders) for argument in arguments))
+    assert done.returncode == 2 and done.stderr.count("error:") == 1
+    assert told in done.stderr and done.stdout == ""
+
+
+def test_a_plan_imports_no_torch(config_file) -> None:
+    code = (
+        "import sys; sys.argv = ['dist-lora', 'plan', sys.argv[1], '--sweep', '--json']\n"
+        "from dist_lora.cli import app\n"
+        "try: app(standalone_mode=False)\n"
+        "finally: print('torch' in sys.modules, 'transformers' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, config_file], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == "False False\n"
+
+
+def test_every_gpu_has_its_source_and_a_name_that_says_its_memory() -> None:
+    for name, gpu in GPUS.items():
+        assert gpu.source and name.endswith(f"-{gpu.memory_gb:g}gb")
+    assert find_gpu("H100-80GB") is H100
+
+
+def test_the_shape_is_the_folders_where_there_is_one(tiny_llama) -> None:
+    plan = make_plan(config_of(model={"name": str(tiny_llama("llama31"))}), Machines(1, 1, H100))
+    assert plan.setup.shape.hidden == 64 and plan.fits
+    assert dataclasses.replace(plan.setup.shape, hidden=64) == plan.setup.shape

@@ -1,0 +1,368 @@
+"""The batch script that ``dist-lora slurm`` prints, run by bash beside stand-ins for Slurm's commands."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from dist_lora.cli import app
+from dist_lora.errors import ConfigError, DistLoraError, PlanError
+from dist_lora.parallel.slurm import hosts_of, rendezvous_of
+from dist_lora.plan.hardware import find_gpu
+from dist_lora.slurm.command import make_script, submit
+from dist_lora.slurm.job import Request, _within
+from dist_lora.slurm.templates import FOLDER, TEMPLATES, text_of
+from tests import ROOT
+
+
+def config(folder: Path, run: str = "it", **sections: Any) -> Path:
+    tree: dict[str, Any] = {
+        "run": run,
+        "runs_dir": str(folder / "all runs"),
+        "model": {"name": "3.2-1b"},
+        "data": {"train": "data.jsonl"},
+        "train": {"steps": 1000, "global_batch": 32, "micro_batch": 1},
+    }
+    path = folder / f"{run} config.yaml"
+    path.write_text(yaml.safe_dump(tree | sections))
+    return path
+
+
+def request(folder: Path, *configs: Path, **changes: Any) -> Request:
+    made = Request(
+        configs=configs or (config(folder),),
+        overrides=(),
+        num_nodes=3,
+        gpus_per_node=2,
+        gpu=find_gpu("h100-80gb"),
+        python=str(folder / "py thon"),
+    )
+    return replace(made, **changes)
+
+
+class Stubs:
+    """A folder of commands that write down how they were called; ``python`` leaves the mark that it is told to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.calls = folder, folder / "calls"
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        for name in ("scontrol", "scancel"):
+            self.write(self.bin / name, f'echo {name} "$@" >> "$CALLS"; [[ $1 != requeue ]] || kill -KILL $PPID')
+        # As srun does: the task alone, with what comes after srun's own options.
+        self.write(self.bin / "srun", 'echo srun "$@" >> "$CALLS"; while [[ $1 == -* ]]; do shift; done; exec "$@"')
+        (folder / "all runs" / "it").mkdir(parents=True)
+
+    def write(self, path: Path, text: str) -> None:
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+
+    def python(self, text: str) -> None:
+        """``text`` is bash; ``$STATUS`` is the file of the mark, ``$ATTEMPT`` what names this start."""
+        self.write(self.folder / "py thon", text)
+
+    def start(self, script: str, **environment: str) -> subprocess.Popen[str]:
+        job = {
+            "SLURM_JOB_ID": "77",
+            "SLURM_JOB_NODELIST": "gpu[003-004,010]",
+            "SLURM_JOB_NUM_NODES": "3",
+            "SLURM_CPUS_PER_TASK": "8",
+        }
+        added = job | environment
+        added |= {
+            "STATUS": str(self.folder / "all runs" / "it" / "status"),
+            "ATTEMPT": f"{added['SLURM_JOB_ID']}.{added.get('SLURM_RESTART_COUNT', 0)}",
+            "CALLS": str(self.calls),
+            "PATH": f"{self.bin}:/usr/bin:/bin",
+        }
+        return subprocess.Popen(
+            ["bash"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=added,
+            cwd=self.folder,
+        )
+
+    def run(self, script: str, **environment: str) -> tuple[int, str]:
+        started = self.start(script, **environment)
+        told, _ = started.communicate(script, timeout=30)
+        return started.returncode, told
+
+    @property
+    def called(self) -> str:
+        return self.calls.read_text() if self.calls.exists() else ""
+
+
+@pytest.fixture
+def stubs(tmp_path: Path) -> Stubs:
+    return Stubs(tmp_path)
+
+
+def leaves(mark: str, exit_code: int = 1) -> str:
+    return f'echo "{mark}" > "$STATUS"; exit {exit_code}'
+
+
+# What becomes of a job
+
+
+@pytest.mark.parametrize(
+    ("mark", "python_code", "exit_code", "is_requeued"),
+    [
+        ("75 again 120 0 $ATTEMPT stopped on SIGUSR1's request", 75, -9, True),
+        ("75 again 120 0 $ATTEMPT stopped", 1, -9, True),  # as torchrun has it
+        ("1 again 120 1 $ATTEMPT a lost peer", 1, -9, True),
+        ("running again 120 0 $ATTEMPT since", 137, -9, True),
+        ("0 final 120 0 $ATTEMPT done", 0, 0, False),
+        ("2 final 120 0 $ATTEMPT a mistake", 1, 2, False),
+        ("3 final 120 0 $ATTEMPT does not fit", 1, 3, False),
+        ("4 final 120 0 $ATTEMPT damaged", 1, 4, False),
+        ("1 final 120 0 $ATTEMPT not a number", 1, 1, False),
+        ("75 final 120 0 $ATTEMPT the file STOP", 75, 75, False),
+        ("75 again 120 3 $ATTEMPT no step comes", 75, 75, False),
+        ("running again 0 3 $ATTEMPT since", 137, 1, False),
+        ("running again 0 0 $ATTEMPT since", 2, 1, False),  # the mark of a rank elsewhere is not to be seen yet
+        ("75 again 120 0 76.0 an earlier job's", 1, 1, False),
+        ("75 again 120 0 76.0 an earlier job's", 2, 2, False),
+    ],
+)
+def test_the_mark_and_no_exit_code_says_whether_it_is_started_again(
+    stubs: Stubs, mark: str, python_code: int, exit_code: int, is_requeued: bool
+) -> None:
+    stubs.python(leaves(mark, python_code))
+    code, told = stubs.run(make_script(request(stubs.folder)))
+    assert stubs.called.count("scontrol requeue 77") == is_requeued, told
+    if not is_requeued:
+        assert code == exit_code, told
+
+
+def test_without_a_mark_it_is_not_started_again(stubs: Stubs) -> None:
+    stubs.python("exit 9")
+    code, told = stubs.run(make_script(request(stubs.folder)))
+    assert (code, "requeue" in stubs.called) == (9, False)
+    assert "srun ended with exit code 9 and the run left no word of this start" in told
+
+
+@pytest.mark.parametrize(("restart", "is_requeued"), [("0", True), ("2", True), ("3", False)])
+def test_a_signal_before_the_ranks_listen_starts_it_again_a_few_times(
+    stubs: Stubs, restart: str, is_requeued: bool
+) -> None:
+    stubs.python("kill -USR1 $$; sleep 9")
+    _, told = stubs.run(make_script(request(stubs.folder)), SLURM_RESTART_COUNT=restart)
+    assert ("scontrol requeue 77" in stubs.called) == is_requeued, told
+
+
+def test_a_task_of_an_array_asks_for_itself_alone(stubs: Stubs) -> None:
+    other = config(stubs.folder, "other")
+    stubs.python(leaves("75 again 120 0 $ATTEMPT stopped", 75))
+    script = make_script(request(stubs.folder, config(stubs.folder), other))
+    stubs.run(script, SLURM_ARRAY_JOB_ID="70", SLURM_ARRAY_TASK_ID="0")
+    assert "scontrol requeue 70_0" in stubs.called
+    assert f"{stubs.folder}/it config.yaml" in stubs.called and "other config.yaml" not in stubs.called
+    assert "#SBATCH --array=0-1" in script and "slurm-%x-%A_%a.out" in script
+
+
+def test_a_signal_to_the_shell_reaches_the_ranks(stubs: Stubs) -> None:
+    stubs.python('touch "$STATUS.begun"; for i in {1..100}; do [[ ! -e $CALLS.go ]] || break; sleep 0.1; done; '
+                 + leaves("75 again 1 0 $ATTEMPT stopped", 75))  # fmt: skip
+    started = stubs.start("")
+    assert started.stdin is not None
+    started.stdin.write(make_script(request(stubs.folder)))
+    started.stdin.close()
+    begun = stubs.folder / "all runs" / "it" / "status.begun"
+    while not begun.exists():
+        time.sleep(0.01)
+    started.send_signal(signal.SIGUSR1)
+    while "scancel --signal=USR1 77" not in stubs.called:
+        time.sleep(0.01)
+    Path(f"{stubs.calls}.go").touch()
+    started.wait(30)
+    assert "scontrol requeue 77" in stubs.called
+
+
+def test_what_slurm_ends_is_not_started_again(stubs: Stubs) -> None:
+    """A cancelled job would come back for ever; a preempted one is put back by Slurm itself."""
+    stubs.python('kill -TERM "$PPID"; ' + leaves("75 again 1 0 $ATTEMPT stopped on SIGTERM's request", 75))
+    code, told = stubs.run(make_script(request(stubs.folder)))
+    assert (code, "requeue" in stubs.called) == (75, False), told
+
+
+def test_outside_a_job_it_says_so(stubs: Stubs) -> None:
+    done = subprocess.run(["bash"], input=make_script(request(stubs.folder)), capture_output=True, text=True, check=False,
+                          env={"PATH": "/usr/bin:/bin"})  # fmt: skip
+    assert (done.returncode, "this is a script for sbatch" in done.stderr) == (2, True)
+
+
+# How the ranks are started
+
+
+def test_srun_starts_a_task_for_each_gpu(stubs: Stubs) -> None:
+    stubs.python(leaves("0 final 1 0 $ATTEMPT done", 0))
+    script = make_script(request(stubs.folder, overrides=("run=it", "lora.rank=4")))
+    assert stubs.run(script)[0] == 0
+    assert "#SBATCH --ntasks-per-node=2\n#SBATCH --gpus-per-node=2\n#SBATCH --cpus-per-task=8\n" in script
+    python, path = stubs.folder / "py thon", stubs.folder / "it config.yaml"
+    assert (
+        f"srun --kill-on-bad-exit=1 --cpus-per-task=8 {python} -m dist_lora train {path} run=it lora.rank=4\n"
+        == stubs.called
+    )
+
+
+def test_torchrun_meets_on_the_first_host_at_the_jobs_own_port(stubs: Stubs) -> None:
+    stubs.python(leaves("0 final 1 0 $ATTEMPT done", 0))
+    script = make_script(request(stubs.folder, launcher="torchrun"))
+    assert "#SBATCH --ntasks-per-node=1\n#SBATCH --gpus-per-node=2\n#SBATCH --cpus-per-task=16\n" in script
+    endpoints = []
+    for job in ("77", "78"):
+        assert stubs.run(script, SLURM_JOB_ID=job)[0] == 0
+        endpoints.append(re.findall(r"--nnodes=3 --nproc-per-node=2 .*--rdzv-endpoint=(\S+)", stubs.called)[-1])
+        environment = {"SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "gpu[003-004,010]"}
+        assert endpoints[-1] == "{}:{}".format(*rendezvous_of(environment))
+    assert endpoints[0].startswith("gpu003:") and endpoints[0] != endpoints[1]
+
+
+NAMES = st.text("abgn", min_size=1, max_size=4)
+NUMBERS = st.integers(0, 120).map(lambda n: f"{n:03d}")
+RANGES = st.tuples(NUMBERS, st.integers(0, 9)).map(lambda pair: f"{pair[0]}-{int(pair[0]) + pair[1]:03d}")
+BRACKETS = st.lists(NUMBERS | RANGES, min_size=1, max_size=3).map(lambda parts: f"[{','.join(parts)}]")
+NODES = st.lists(NAMES | BRACKETS, min_size=1, max_size=4).map("".join).filter(lambda text: not text.startswith("["))
+
+
+@given(st.lists(st.lists(NODES, min_size=1, max_size=3).map(",".join), min_size=1, max_size=20))
+@settings(max_examples=20, deadline=None)
+def test_the_scripts_first_host_is_the_lists_first(nodelists: list[str]) -> None:
+    text = (FOLDER / "many-nodes-torchrun.sbatch").read_text()
+    function = re.search(r"^first_host\(\) \{.*?^\}", text, re.MULTILINE | re.DOTALL)
+    assert function is not None
+    done = subprocess.run(["bash", "-c", function[0] + '\nfor list; do first_host "$list"; echo; done', "-", *nodelists],
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert done.stdout.split() == [hosts_of(nodelist)[0] for nodelist in nodelists]
+
+
+def test_what_is_asked_for_stands_in_the_script(tmp_path: Path) -> None:
+    script = make_script(
+        request(tmp_path, partition="big", account="lab", mail="me@lab", time="2-12:00:00", environment=("A=b c", "D=$E"),
+                setup=("module load cuda",), extra=("--qos=high",), container="image.sif")
+    )  # fmt: skip
+    for line in ("#SBATCH --partition=big", "#SBATCH --account=lab", "#SBATCH --mail-user=me@lab", "#SBATCH --time=2-12:00:00",
+                 "#SBATCH --qos=high", "export A='b c'", "export D='$E'", "module load cuda", "#SBATCH --requeue"):  # fmt: skip
+        assert f"\n{line}\n" in script
+    assert 'apptainer exec --nv --bind "$PWD" image.sif' in script
+    pyxis = make_script(request(tmp_path, container="nvcr.io/x:1"))
+    assert '--container-image=nvcr.io/x:1 --container-mounts="$PWD:$PWD" --container-workdir="$PWD"' in pyxis
+
+
+def test_memory_time_and_notice_are_the_plans(tmp_path: Path) -> None:
+    path = config(tmp_path)
+    told = CliRunner().invoke(app, ["plan", str(path), "--nodes", "3", "--gpus-per-node", "2", "--json"]).stdout
+    plan = yaml.safe_load(told)
+    script = make_script(request(tmp_path, path))
+    memory = re.search(r"--mem=(\d+)G", script)
+    limit = re.search(r"--time=(\d+):(\d\d):00", script)
+    notice = re.search(r"--signal=USR1@(\d+)", script)
+    assert memory and limit and notice
+    assert plan["host_bytes_a_node"] < int(memory[1]) * 2**30 < 1.5 * plan["host_bytes_a_node"] + 2**30
+    slowest_s = 1000 * plan["step_s"][1]
+    assert slowest_s + 1800 <= 3600 * int(limit[1]) + 60 * int(limit[2]) <= slowest_s + 1800 + 900
+    assert int(notice[1]) >= 120 + 2 * plan["step_s"][1]
+
+
+@pytest.mark.parametrize(
+    ("time_limit", "notice_s"),
+    [
+        (None, 500),
+        ("1", 30),
+        ("8:00", 120),
+        ("8:00:00", 500),
+        ("0-1", 500),
+        ("1-00:00:00", 500),
+        ("0:10:00", 150),
+        ("20", 300),
+    ],
+)
+def test_a_notice_is_a_quarter_of_a_short_job_at_most(time_limit: str | None, notice_s: int) -> None:
+    assert _within(time_limit, 500) == notice_s
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_nodes": 0}, "--nodes: found 0, expected 1 or more"),
+        ({"gpus_per_node": 0, "cpus_per_gpu": 0}, "--gpus-per-node: found 0.*\n--cpus-per-gpu: found 0"),
+        ({"time": "tomorrow"}, "--time: found 'tomorrow', expected minutes"),
+        ({"environment": ("x",)}, "--env: found 'x', expected NAME=VALUE"),
+        ({"environment": ("a b=x",)}, "--env: found 'a b=x'"),
+        ({"partition": "a\n#SBATCH --x"}, "--partition: found .* expected one line"),
+        ({"configs": ()}, "no config is given"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_told(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=re.compile(told, re.DOTALL)):
+        make_script(request(tmp_path, **changes))
+
+
+def test_a_run_that_does_not_fit_gets_no_script(tmp_path: Path) -> None:
+    big = config(tmp_path, model={"name": "3.1-405b", "quant": "nf4"})
+    with pytest.raises(PlanError, match=r"it: 3\.1-405b needs .* GiB of each GPU.* It would fit with"):
+        make_script(request(tmp_path, big, gpu=find_gpu("a10g-24gb")))
+
+
+def test_two_configs_of_one_run_are_refused(tmp_path: Path) -> None:
+    path = config(tmp_path)
+    with pytest.raises(ConfigError, match=r"both write .*all runs/it; give each its own name"):
+        make_script(request(tmp_path, path, path))
+
+
+def test_a_model_of_unknown_size_gets_a_script_without_a_plan(tmp_path: Path) -> None:
+    script = make_script(request(tmp_path, config(tmp_path, model={"name": "someone/their-llama"})))
+    assert "# it: not planned, since the sizes of someone/their-llama lie on the hub" in script
+    assert "#SBATCH --mem=0\n" in script and "\n##SBATCH --time=" in script
+
+
+def test_submitting_hands_the_script_over(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(stubs.bin))
+    with pytest.raises(ConfigError, match="no sbatch on the PATH"):
+        submit("text")
+    monkeypatch.setenv("PATH", f"{stubs.bin}:/usr/bin:/bin")
+    stubs.write(stubs.bin / "sbatch", f'cat > "{stubs.folder}/got"; echo "88;cluster"')
+    assert submit("text") == "88"
+    assert (stubs.folder / "got").read_text() == "text"
+    stubs.write(stubs.bin / "sbatch", 'echo "sbatch: error: invalid account" >&2; exit 1')
+    with pytest.raises(DistLoraError, match="sbatch refuses the job: sbatch: error: invalid account"):
+        submit("text")
+
+
+def test_the_command_tells_configs_from_settings(tmp_path: Path) -> None:
+    path = config(tmp_path)
+    done = CliRunner().invoke(app, ["slurm", str(path), "--nodes", "1", "lora.rank=4", "--gpus-per-node", "1"])
+    assert done.exit_code == 0, done.output
+    assert "overrides=(lora.rank=4)" in done.stdout
+
+
+# launch/slurm/
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_templates_are_what_is_printed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert (FOLDER / f"{name}.sbatch").read_text() == text_of(name)
+    assert subprocess.run(["bash", "-n", FOLDER / f"{name}.sbatch"], check=False).returncode == 0
+
+
+def test_there_is_no_other_template() -> None:
+    assert {path.stem for path in FOLDER.glob("*.sbatch")} == set(TEMPLATES)
