@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
-from tests import ROOT
+from tests import ROOT, turns
 
 # The special tokens of Llama 3.1 that matter for training, in Meta's spelling.
 SPECIAL_TOKENS = (
@@ -56,6 +58,31 @@ CONTEXT = {"llama3": 8192, "llama31": 131072, "llama32": 131072}
 TinyLlama = Callable[..., Path]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--turn``: see ``turns.py``."""
+    parser.addoption(
+        "--turn", metavar="TREE|all", help="cases marked turn: those of this tree (default: HEAD's), or all"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Know the turn before anything is collected."""
+    turns.configure(config.getoption("--turn"))
+
+
+def pytest_report_header() -> str:
+    """Say the turn, by which a run can be repeated."""
+    return f"turn: {os.environ[turns.VARIABLE]} (--turn), kills by seed {turns.seed_of('kills')}"
+
+
+@pytest.hookimpl(tryfirst=True)  # the parts are dealt out of all that there is, whatever -m and -k leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the cases whose turn it isn't."""
+    if left := turns.left_out(items):
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> TinyLlama:
     """Makes folders of tiny Llama models with random weights; equal arguments give the same folder.
@@ -92,7 +119,9 @@ def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct in fp32, kept in .cache; the first use takes a minute."""
     folder = ROOT / ".cache" / "smollm2-135m-instruct"
     script = ROOT / "launch" / "smollm2.py"
-    done = subprocess.run([sys.executable, script, "--out", folder], capture_output=True, text=True, check=False)
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # another worker of pytest may want it too
+        done = subprocess.run([sys.executable, script, "--out", folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -1,18 +1,16 @@
 #!/usr/bin/env bash
 # Sets the project up, then checks it: ruff, mypy, pytest.
 #
-#     bash tests/run.sh                  all tests but those marked slow, gpu, slurm or hosts (pyproject.toml says what
-#                                        each mark means)
-#     bash tests/run.sh --all            all tests but those for a GPU
+#     bash tests/run.sh                  all tests but those marked slow, turn, gpu, slurm or hosts (pyproject.toml says
+#                                        what each mark means)
+#     bash tests/run.sh --all [--turn T] all tests but those for a GPU; of those marked turn the part of this commit's
+#                                        tree, or of T, or with --turn all each (tests/turns.py)
 #     bash tests/run.sh ARGUMENTS...     any other arguments go to pytest, which then chooses the tests
+#
+# WORKERS=1 runs one test at a time; by default as many as there are cores, up to 4. COVERAGE=1 tells at the end which lines
+# of dist_lora ran, in the tests and in the processes that they start (it takes half as long again).
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
-
-case "${1-}" in
-    --all) chosen=(-m 'not gpu' "${@:2}") ;;
-    "") chosen=(-m 'not slow and not gpu and not slurm and not hosts') ;;
-    *) chosen=("$@") ;;
-esac
 
 bash launch/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
@@ -23,8 +21,29 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tests start several processes o
 # Without this DeepSpeed looks for a GPU on a machine that has none, and says so at length.
 [[ -e /dev/nvidiactl || -e /dev/kfd ]] || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
 
+cores=$(nproc)
+# Stealing: a worker goes through a folder in order, so what its tests share is made once; who is done takes from the others.
+workers=(--numprocesses "${WORKERS:-$((cores < 4 ? cores : 4))}" --dist worksteal)
+python=(python)
+if [[ ${COVERAGE:-} == 1 ]]; then
+    python=(python -m coverage run)
+    rm -rf .cache/coverage && mkdir -p .cache/coverage
+fi
+
 stage() { printf '\n== %s\n' "$*"; "$@"; }
+pytest() { stage "${python[@]}" -m pytest "$@" < /dev/null; }
 stage ruff check
 stage ruff format --check
 stage mypy
-stage python -m pytest "${chosen[@]}" < /dev/null
+case "${1-}" in
+    --all)
+        pytest "${workers[@]}" -m 'not gpu and not slurm and not hosts' "${@:2}"
+        pytest -m 'slurm or hosts' "${@:2}" # clusters on this machine: one after the other
+        ;;
+    "") pytest "${workers[@]}" -m 'not slow and not turn and not gpu and not slurm and not hosts' ;;
+    *) pytest "$@" ;;
+esac
+if [[ ${COVERAGE:-} == 1 ]]; then
+    stage python -m coverage combine --quiet
+    stage python -m coverage report --skip-covered
+fi

@@ -31,8 +31,8 @@ from typing import Any
 
 from dist_lora.checkpoint.resume import verify
 from tests.e2e.points import INSIDE, VICTIMS, Aim, Victim, came_by, doomed
-from tests.e2e.runs import chats_config
-from tests.e2e.starter import Start, Starter
+from tests.e2e.runs import chats_config, environment, starter_of
+from tests.e2e.starter import Start
 
 STEPS = 22
 KEEP = 2
@@ -138,8 +138,8 @@ class Hunt:
         self.folder, self.config, self.tally = folder, config, Tally()
         self._draw = random.Random(seed)
         self._engine = engine
-        also = ("deepspeed", "dist_lora.parallel.zero3") if engine == "zero3" and is_forking else ()
-        self._starter = Starter(is_forking=is_forking, also_imported=also)
+        self._starter = starter_of(is_forking, is_forking and engine == "zero3")
+        self._under_way: Start | None = None
         self._temporary = folder / "tmp"
         self._temporary.mkdir()
         self._pids: set[int] = set()
@@ -147,8 +147,9 @@ class Hunt:
         self._whole_s = 0.0
 
     def close(self) -> None:
-        """End its processes."""
-        self._starter.close()
+        """End what is left of a run."""
+        if self._under_way is not None:
+            self._under_way.close()
 
     def run(self, num_kills: int) -> Tally:
         """Kill ``num_kills`` times; every run that was begun is led to its end and compared."""
@@ -191,11 +192,13 @@ class Hunt:
         if inside is not None:
             env["DIST_LORA_AIM"] = inside.to_json()
         self.tally.starts += 1
-        return self._starter.start(
-            "train", self.config, f"run={run.name}", f"runs_dir={self.folder / 'runs'}", *SETTINGS,
-            f"data.cache_dir={self.folder / 'cache' / run.name}", f"parallel.engine={self._engine}", "--nproc", 2,
-            told=told / "output", fault="killed_at_a_point", env=env,
-        )  # fmt: skip
+        with (told / "output").open("a") as output:
+            self._under_way = self._starter.start(
+                "train", self.config, f"run={run.name}", f"runs_dir={self.folder / 'runs'}", *SETTINGS,
+                f"data.cache_dir={self.folder / 'cache' / run.name}", f"parallel.engine={self._engine}", "--nproc", 2,
+                env=environment("killed_at_a_point") | env, stdout=output, stderr=output,
+            )  # fmt: skip
+        return self._under_way
 
     def _plan(self, run: Path) -> Plan:
         """The next kill of a run; each place comes once before any comes again."""
@@ -229,7 +232,7 @@ class Hunt:
             code, is_struck = self._watch(start, run, plan)
         if code is None:
             code = start.wait(ENDS_S)
-        left = self._starter.descendants()
+        left = start.descendants()
         self._pids |= set(left)
         assert code is not None, f"{plan}: after {ENDS_S:.0f} s there is still {left}:\n{self._told(run)}"
         if plan is None or plan.inside is not None:
@@ -312,7 +315,8 @@ class Hunt:
             verify(run / "checkpoints" / name)
         if not KEEP <= len(steps) <= KEEP + 1:  # the newest, and the best
             left.append(str(steps))
-        left += [f"process {pid}" for pid in self._starter.descendants()]
+        assert self._under_way is not None
+        left += [f"process {pid}" for pid in self._under_way.descendants()]
         shared = [path.name for path in Path("/dev/shm").iterdir()]
         left += [name for name in shared if any(re.search(rf"(?<!\d){pid}(?!\d)", name) for pid in self._pids)]
         return left

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -13,11 +16,14 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
+from tests.e2e.starter import FOR_ZERO3, Starter
+
 INJECT = Path(__file__).parent / "inject"
 
 
@@ -47,8 +53,15 @@ def run(
     timeout_s: float = 300,
     env: Mapping[str, str] | None = None,
     input: str | None = None,
+    is_executed: bool = False,
 ) -> Done:
-    """Run ``dist-lora ARGUMENTS`` in processes of its own to its end; ``env`` takes the place of this one's."""
+    """Run ``dist-lora ARGUMENTS`` in processes of its own to its end.
+
+    They are forked from one that has the imports behind it (see ``starter.py``), but for those with an environment,
+    ``env``, in the place of this one's, and those of which ``is_executed`` says so: these begin as a user's do.
+    """
+    if env is None and not is_executed:
+        return run_processes([(arguments, {})], fault=fault, timeout_s=timeout_s, input=input)[1]
     done = subprocess.run(
         command(*arguments),
         cwd=ROOT,
@@ -74,31 +87,86 @@ def run_each_rank(*arguments: object, fault: str | None = None, timeout_s: float
 
 
 def run_processes(
-    ranks: Sequence[tuple[Sequence[object], Mapping[str, str]]], *, fault: str | None = None, timeout_s: float = 120
+    processes: Sequence[tuple[Sequence[object], Mapping[str, str]]],
+    *,
+    fault: str | None = None,
+    timeout_s: float = 120,
+    input: str | None = None,
 ) -> tuple[list[int], Done]:
     """Run ``dist-lora`` once for each of these arguments and added environments, at once, to the end of all.
 
     Returns the exit codes, and all that was printed with the largest of them.
     """
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as files:
-        streams = [
-            [files.enter_context((Path(folder) / f"{rank}.{name}").open("w+")) for name in ("out", "err")]
-            for rank in range(len(ranks))
-        ]
-        processes = [
-            subprocess.Popen(
-                command(*arguments), cwd=ROOT, env=environment(fault) | dict(added), stdout=out, stderr=err
-            )
-            for (arguments, added), (out, err) in zip(ranks, streams, strict=True)
-        ]
-        try:
-            codes = [process.wait(timeout_s) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
+    started = [Process(*arguments, fault=fault, added=added, input=input) for arguments, added in processes]
+    deadline = time.monotonic() + timeout_s
+    with contextlib.ExitStack() as ends:
+        for process in started:
+            ends.callback(process.close)
+        codes = [process.wait(max(0.0, deadline - time.monotonic())) for process in started]
         ended = time.time()
-        out, err = ("".join(Path(pair[i].name).read_text() for pair in streams) for i in range(2))
-    return codes, Done(max(codes), out, err, ended)
+        out, err = ("".join(getattr(process, name)() for process in started) for name in ("stdout", "stderr"))
+        assert None not in codes, f"no end within {timeout_s} s:\n{out}{err}"
+    return [code for code in codes if code is not None], Done(max(codes), out, err, ended)
+
+
+class Process:
+    """``dist-lora ARGUMENTS`` under way: a fork, unless its environment differs in what an import may look at."""
+
+    def __init__(
+        self,
+        *arguments: object,
+        fault: str | None = None,
+        added: Mapping[str, str] = MappingProxyType({}),
+        input: str | None = None,
+    ) -> None:
+        self._files = [tempfile.TemporaryFile("w+") for _ in range(3)]  # noqa: SIM115  # not pipes, which can be full
+        stdin, stdout, stderr = self._files
+        stdin.write(input or "")
+        stdin.seek(0)
+        is_forking = may_fork({**os.environ, **added})
+        starter = starter_of(is_forking, is_forking and "parallel.engine=zero3" in arguments)
+        env = environment(fault) | dict(added)
+        self._start = starter.start(*arguments, env=env, stdin=stdin, stdout=stdout, stderr=stderr)
+        self.pid, self.ranks, self.wait = self._start.pid, self._start.ranks, self._start.wait
+
+    def stdout(self) -> str:
+        """What it has printed until now."""
+        return self._text(1)
+
+    def stderr(self) -> str:
+        """What it has told until now."""
+        return self._text(2)
+
+    def _text(self, number: int) -> str:
+        return Path(f"/proc/self/fd/{self._files[number].fileno()}").read_text()
+
+    def close(self) -> None:
+        """End whatever is left of it."""
+        self._start.close()
+        for file in self._files:
+            file.close()
+
+
+AT_START = dict(os.environ)
+# What is looked at when a command begins, whatever was imported before; and what torch 2.13 sets at its import.
+LOOKED_AT_LATE = re.compile(
+    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|(DIST_LORA|PYTEST)_\w+"
+    r"|PYTORCH_NVML_BASED_CUDA_CHECK|TORCHINDUCTOR_CACHE_DIR"
+)
+
+
+def may_fork(env: Mapping[str, str]) -> bool:
+    """Whether a process that has imported all in the environment of this process's start can begin in this one."""
+    differing = {name for name in env.keys() | AT_START.keys() if env.get(name) != AT_START.get(name)}
+    return all(LOOKED_AT_LATE.fullmatch(name) for name in differing)
+
+
+@functools.cache
+def starter_of(is_forking: bool, has_deepspeed: bool) -> Starter:
+    """A process that starts commands, for all tests: it ends with this one."""
+    starter = Starter(is_forking=is_forking, also_imported=FOR_ZERO3 if has_deepspeed else ())
+    atexit.register(starter.close)
+    return starter
 
 
 def run_under_torchrun(*arguments: object, fault: str | None = None, timeout_s: float = 300) -> Done:

@@ -1,10 +1,11 @@
-"""Runs started from a process that has the imports behind it: many starts in the time that imports alone would take.
+"""Commands started from a process that has the imports behind it: many starts in the time that imports alone would take.
 
-``python -m tests.e2e.starter`` imports what a run imports, and then forks: the launcher for each run that it is asked
-for (a line of JSON on stdin), and the launcher its ranks. Signals, files, locks and the ranks' meeting are those of
-``dist-lora train``; only ``exec`` is left out. ``Starter(is_forking=False)`` runs the command itself instead.
+``python -m tests.e2e.starter`` imports what a run imports, and then forks, for each command that it is asked for: a
+process that looks after it, which forks the command, which forks its ranks. Signals, files, locks and the ranks' meeting
+are those of ``dist-lora``; only ``exec`` is left out. ``Starter(is_forking=False)`` executes the command instead.
 
-This process is the one that orphans fall to, so it knows of every process of a run, and says when the last has ended.
+Orphans fall to the process that looks after a command, so it knows of all that the command has started, and says when the
+last has ended. Commands run side by side.
 """
 
 from __future__ import annotations
@@ -15,84 +16,110 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
-from tests.e2e.runs import ROOT, command, environment
+from tests import ROOT
 
 PR_SET_CHILD_SUBREAPER = 36
-IMPORTED = ("dist_lora.cli", "dist_lora.train.main", "dist_lora.parallel.rank", "dist_lora.parallel.fsdp2", "transformers",
-            "datasets", "tests.e2e.runs", "torch.distributed.fsdp", "torch._dynamo")  # fmt: skip
+IMPORTED = (
+    "dist_lora.cli", "dist_lora.train.main", "dist_lora.parallel.rank", "dist_lora.parallel.fsdp2", "datasets",
+    "transformers.convert_slow_tokenizer", "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.configuration_llama", "tokenizers.implementations", "torch._dynamo",
+    "torch.distributed._composable.fsdp",
+)  # fmt: skip
+FOR_ZERO3 = (
+    "dist_lora.parallel.zero3",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "torch._inductor.compile_fx",
+)
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+MAX_REQUEST_BYTES = 2**17
 
 
 @dataclass
 class Start:
-    """A run under way."""
+    """A command under way."""
 
-    pid: int  # of its launcher
-    _starter: Starter
+    pid: int  # of the command: where it starts ranks, of their launcher
+    _keeper: int  # the process that looks after it
+    _answers: IO[bytes]
 
     def wait(self, timeout_s: float) -> int | None:
-        """The launcher's exit code (negative: the signal that ended it) once all processes have ended, or None."""
-        return self._starter.answer(timeout_s)
+        """The command's exit code (negative: the signal that ended it) once all its processes have ended, or None."""
+        ready, _, _ = select.select([self._answers], [], [], timeout_s)
+        return int(self._answers.readline()) if ready else None
 
     def ranks(self) -> list[int]:
         """The processes that the launcher has started and not seen the end of."""
         return children_of(self.pid)
 
-
-class Starter:
-    """Starts one run at a time; ``close`` it."""
-
-    def __init__(self, *, is_forking: bool = True, also_imported: Sequence[str] = ()) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.e2e.starter", *(IMPORTED if is_forking else ()), *also_imported],
-            cwd=ROOT, env={**environment(), "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        self._is_forking = is_forking
-
-    def start(
-        self, *arguments: object, told: Path, fault: str | None = None, env: Mapping[str, str] = MappingProxyType({})
-    ) -> Start:
-        """``dist-lora ARGUMENTS``; what it prints goes to the file ``told``."""
-        ask = {
-            "arguments": [str(argument) for argument in arguments],
-            "env": {**environment(fault), **env},
-            "told": str(told),
-            "is_forking": self._is_forking,
-        }
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(ask).encode() + b"\n")
-        self._process.stdin.flush()
-        pid = self.answer(120)
-        assert pid is not None, "the starter did not start"
-        return Start(pid, self)
-
-    def answer(self, timeout_s: float) -> int | None:
-        """The next number that the other process says, or None where it says none in time."""
-        assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], timeout_s)
-        return int(self._process.stdout.readline()) if ready else None
-
     def descendants(self) -> list[int]:
-        """All processes of the run under way."""
-        found = children_of(self._process.pid)
+        """All processes of the command."""
+        found = children_of(self._keeper)
         for pid in found:
             found += children_of(pid)
         return found
 
     def close(self) -> None:
-        """End it and what is left of a run."""
-        for pid in self.descendants():
-            os.kill(pid, signal.SIGKILL)
-        self._process.communicate()
+        """End all that is left of the command, whatever it does."""
+        while left := self.descendants():
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+        self._answers.close()
+
+
+class Starter:
+    """Starts commands; ``close`` it."""
+
+    def __init__(self, *, is_forking: bool = True, also_imported: Sequence[str] = ()) -> None:
+        self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.e2e.starter", str(theirs.fileno()), *(IMPORTED if is_forking else ()), *also_imported],
+                cwd=ROOT, env=environment_of_tests(), stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
+            )  # fmt: skip
+        self._is_forking = is_forking
+
+    def start(
+        self,
+        *arguments: object,
+        env: Mapping[str, str] = MappingProxyType({}),
+        stdin: IO[Any] | None = None,
+        stdout: IO[Any],
+        stderr: IO[Any],
+    ) -> Start:
+        """``dist-lora ARGUMENTS`` in exactly this environment, with these files, and with nothing to read by default."""
+        request = {"arguments": [*map(str, arguments)], "env": dict(env), "is_forking": self._is_forking}
+        ours, theirs = socket.socketpair()
+        with theirs, open(os.devnull) as nothing:
+            files = [theirs.fileno(), (stdin or nothing).fileno(), stdout.fileno(), stderr.fileno()]
+            socket.send_fds(self._requests, [json.dumps(request).encode()], files)
+        with ours:
+            answers = ours.makefile("rb", buffering=0)
+        keeper, pid = (int(word) for word in answers.readline().split())
+        return Start(pid, keeper, answers)
+
+    def close(self) -> None:
+        """End it and what is left of its commands."""
+        self._requests.close()  # it ends by that
+        self._process.wait()
+
+
+def environment_of_tests() -> dict[str, str]:
+    """This process's environment, in which the tests' own modules are found."""
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def children_of(pid: int) -> list[int]:
@@ -106,45 +133,61 @@ def children_of(pid: int) -> list[int]:
 # The process that starts
 
 
-def serve(imported: Sequence[str]) -> None:
-    """Start what stdin asks for; say each launcher's process id, and its exit code when nothing of it is left."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+def serve(requests: socket.socket, imported: Sequence[str]) -> None:
+    """Start what is asked for, each with a process that looks after it, until nobody can ask any more."""
     for name in imported:
         importlib.import_module(name)
-    while line := sys.stdin.readline():
-        ask = json.loads(line)
-        launcher = os.fork()
-        if not launcher:
-            _launch(ask)
-        print(launcher, flush=True)
-        code = 0
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody here waits for those that look after the commands
+    while True:
+        request, files, _, _ = socket.recv_fds(requests, MAX_REQUEST_BYTES, 4)
+        if not request:
+            break
+        if not os.fork():
+            requests.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _look_after(json.loads(request), files)
+        for descriptor in files:
+            os.close(descriptor)
+
+
+def _look_after(request: dict[str, Any], files: list[int]) -> NoReturn:
+    """Fork the command; say its process id, and its exit code when nothing of it is left."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    answers, *standard = files
+    command = os.fork()
+    if not command:
+        os.close(answers)
+        _launch(request, standard)
+    for descriptor in standard:
+        os.close(descriptor)
+    os.write(answers, f"{os.getpid()} {command}\n".encode())
+    code = 0
+    with suppress(ChildProcessError):
         while True:
-            try:
-                pid, status = os.waitpid(-1, 0)
-            except ChildProcessError:
-                break
-            if pid == launcher:
+            pid, status = os.waitpid(-1, 0)
+            if pid == command:
                 code = os.waitstatus_to_exitcode(status)
-        print(code, flush=True)
+    with suppress(BrokenPipeError):  # nobody waits any more
+        os.write(answers, f"{code}\n".encode())
+    os._exit(0)
 
 
-def _launch(ask: dict[str, Any]) -> NoReturn:
-    """Become the launcher of a run."""
+def _launch(request: dict[str, Any], standard: list[int]) -> NoReturn:
+    """Become the command."""
     os.setsid()
-    told = os.open(ask["told"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for number, at in ((nothing, 0), (told, 1), (told, 2)):
-        os.dup2(number, at)
-    if not ask["is_forking"]:
-        words = command(*ask["arguments"])
-        os.execve(words[0], words, ask["env"])
+    for number, descriptor in enumerate(standard):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    if not request["is_forking"]:
+        words = [sys.executable, "-m", "dist_lora", *request["arguments"]]
+        os.execve(words[0], words, request["env"])
     from dist_lora.parallel import local
 
     local.subprocess = SimpleNamespace(Popen=_Forked, TimeoutExpired=subprocess.TimeoutExpired)  # type: ignore[attr-defined]
-    _become(ask["arguments"], ask["env"])
+    _become(request["arguments"], request["env"])
 
 
-def _become(arguments: Sequence[str], env: Mapping[str, str], first: Callable[[], None] = lambda: None) -> NoReturn:
+def _become(arguments: Sequence[str], env: Mapping[str, str]) -> NoReturn:
     """Run the command in this process and end it as a process that was started for it ends."""
     from dist_lora.cli import main
 
@@ -155,10 +198,10 @@ def _become(arguments: Sequence[str], env: Mapping[str, str], first: Callable[[]
     sys.argv = ["dist-lora", *arguments]
     code: Any = 1
     try:
-        first()
+        _let_the_fault_in()
         main()
     except SystemExit as ended:
-        code = ended.code
+        code = ended.code or 0
     except BaseException:
         traceback.print_exc()
     finally:
@@ -180,16 +223,16 @@ class _Forked(subprocess.Popen[bytes]):
         self._child_created = True
         if not self.pid:
             os.setsid()
-            _become(self._arguments, self._env, _let_the_fault_in)
+            _become(self._arguments, self._env)
 
 
 def _let_the_fault_in() -> None:
     """What ``inject/sitecustomize.py`` does in a rank that is a new process."""
-    if "DIST_LORA_FAULT" in os.environ:
+    if {"RANK", "DIST_LORA_FAULT"} <= os.environ.keys():
         from tests.e2e import faults
 
         getattr(faults, os.environ["DIST_LORA_FAULT"])()
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1:])
+    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])

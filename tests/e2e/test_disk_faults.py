@@ -1,42 +1,27 @@
-"""A disk that refuses in mid-run ends all ranks with the system's words, once; what was saved is whole, and the run goes on.
-
-The processes are forked from one that has the imports behind it (see ``starter.py``).
-"""
+"""A disk that refuses in mid-run ends all ranks with the system's words, once; what was saved is whole, and the run goes on."""
 
 from __future__ import annotations
 
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dist_lora.checkpoint.resume import verify
-from tests.e2e.runs import Done, losses
-from tests.e2e.starter import Starter
+from tests.e2e.runs import Done, losses, run
 from tests.e2e.test_faults import RANK_1, assert_ended_in_time, assert_told_once, checkpoints, folder_of
 
 ADAPTER = Path("adapter", "adapter_model.safetensors")
 Train = Callable[..., Done]
 
 
-@pytest.fixture(scope="module")
-def starter() -> Iterator[Starter]:
-    made = Starter()
-    yield made
-    made.close()
-
-
 @pytest.fixture
-def train(starter, config, tmp_path) -> Train:
+def train(config) -> Train:
     """``train(*settings, fault=None)`` on two ranks."""
 
     def to_its_end(*settings: str, fault: str | None = None) -> Done:
-        told = tmp_path / f"told-{time.monotonic_ns()}"
-        code = starter.start("train", config, *settings, "--nproc", 2, told=told, fault=fault).wait(60)
-        assert code is not None, told.read_text()
-        return Done(code, told.read_text(), told.read_text(), time.time())
+        return run("train", config, *settings, "--nproc", 2, fault=fault, timeout_s=60)
 
     return to_its_end
 

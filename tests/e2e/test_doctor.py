@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dist_lora.plan.measured import read_measured
-from tests.e2e.runs import ROOT, Done, command, environment, run, write_config
+from tests.e2e.runs import Done, Process, run, run_processes, write_config
 
 QUICK = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -21,7 +21,7 @@ QUICK = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 def machine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The file of a measured machine, and what was told of it, by two ranks."""
     out = tmp_path_factory.mktemp("doctor") / "machine.json"
-    done = run("doctor", "--nproc", 2, "--json", "--out", out, "--deadline", 20, env=environment() | QUICK)
+    _, done = run_processes([(("doctor", "--nproc", 2, "--json", "--out", out, "--deadline", 20), QUICK)])
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout)
 
@@ -59,7 +59,7 @@ def test_a_rank_that_never_comes_is_a_fault_and_all_else_is_told() -> None:
         place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
         place["DIST_LORA_RENDEZVOUS"] = f"{folder}/rendezvous"
         started_s = time.monotonic()
-        done = run("doctor", "--deadline", 3, env=environment() | QUICK | place)
+        _, done = run_processes([(("doctor", "--deadline", 3), QUICK | place)])
     assert done.returncode == 1 and time.monotonic() - started_s < 60
     assert (
         "fault    the ranks' meeting: could not be measured: JoinError: 1 of 2 processes joined within" in done.stdout
@@ -73,22 +73,17 @@ def two_ranks(fault: str | None = None, **of_second: str) -> list[Done]:
     """Two ranks that nobody sees through, of which rank 1 begins with a function of ``faults.py`` or has other variables."""
     with tempfile.TemporaryDirectory() as folder:
         place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "DIST_LORA_RENDEZVOUS": f"{folder}/rendezvous"}
-        ranks = [
-            subprocess.Popen(
-                command("doctor", "--deadline", 4),
-                cwd=ROOT,
-                env=environment(fault if rank else None) | QUICK | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                | (of_second if rank else {}),
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-            for rank in range(2)
-        ]  # fmt: skip
-        try:
-            told = [rank.communicate(timeout=90) for rank in ranks]
-        finally:
+        with contextlib.ExitStack() as ends:
+            ranks = [
+                Process("doctor", "--deadline", 4, fault=fault if rank else None,
+                        added=QUICK | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (of_second if rank else {}))
+                for rank in range(2)
+            ]  # fmt: skip
             for rank in ranks:
-                rank.kill()
-        return [Done(rank.returncode, *texts) for rank, texts in zip(ranks, told, strict=True)]
+                ends.callback(rank.close)
+            codes = [rank.wait(90) for rank in ranks]
+            assert None not in codes, [rank.stderr() for rank in ranks]
+            return [Done(code or 0, rank.stdout(), rank.stderr()) for code, rank in zip(codes, ranks, strict=True)]
 
 
 def test_a_rank_that_hangs_in_the_links_ends_the_others_waiting() -> None:
@@ -122,6 +117,6 @@ def test_a_run_whose_folder_cant_be_written_is_a_fault(tmp_path: Path, tiny_llam
     config = write_config(
         tmp_path / "it.yaml", run="it", runs_dir="/proc/runs", model={"name": str(tiny_llama())}, data={"train": "x"}
     )
-    done = run("doctor", config, "--deadline", 10, env=environment() | QUICK)
+    _, done = run_processes([(("doctor", config, "--deadline", 10), QUICK)])
     assert done.returncode == 1
     assert "fault    disk: /proc can't be written" in done.stdout and "1 fault, " in done.stdout

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.kills import Hunt, Tally
 from tests.e2e.points import INSIDE
+from tests.turns import seed_of
 
 
 def hunted(config: Path, folder: Path, num_kills: int, **settings: object) -> Tally:
-    seed = random.SystemRandom().randrange(10**6)
-    print(f"seed {seed}")  # shown where the test fails
-    hunt = Hunt(folder, config, seed=seed, **settings)  # type: ignore[arg-type]
+    hunt = Hunt(folder, config, seed=seed_of("kills"), **settings)  # type: ignore[arg-type]
     try:
         return hunt.run(num_kills)
     finally:
@@ -25,7 +23,7 @@ def test_a_run_that_is_killed_a_few_times_is_the_run_that_nothing_killed(config,
     assert hunted(config, tmp_path, 4).kills.total() == 4
 
 
-@pytest.mark.slow
+@pytest.mark.turn(of=2)
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_runs_that_are_killed_twenty_times_wherever_they_are_are_the_run_that_nothing_killed(
     config, tmp_path, engine

@@ -159,7 +159,7 @@ NEEDS_SLURM = [pytest.mark.slurm, pytest.mark.skipif(bool(cluster.lacking()), re
 def marks_of(name: str, engine: str) -> list[pytest.MarkDecorator]:
     if name == "srun":
         return NEEDS_SLURM
-    return [] if (name, engine) in IN_EVERY_SUITE else [pytest.mark.slow]
+    return [] if (name, engine) in IN_EVERY_SUITE else [pytest.mark.turn(of=4)]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.e2e.runs import ROOT, command, losses, run
+from tests.e2e.runs import ROOT, Process, command, losses, run
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -64,17 +65,14 @@ def test_a_killed_run_goes_on_to_the_bytes_of_one_that_was_not(config, sharded) 
     whole, _, _ = sharded
     arguments = ("train", config, "run=zero3-killed", "parallel.engine=zero3", "data.eval=0.2", "eval.every=4",
                  "eval.exact_match=true", "eval.max_new_tokens=4", "--nproc", 2)  # fmt: skip
-    started = subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert started.stderr is not None
-    for line in started.stderr:
-        if line.startswith("step 3/8"):
-            children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
-            os.kill(int(children[-1]), signal.SIGKILL)
-            break
-    rest = started.stderr.read()
-    assert started.wait(30) == 1, rest
+    with contextlib.closing(Process(*arguments)) as started:
+        while "\nstep 3/8" not in started.stderr():
+            assert started.wait(0.02) is None, started.stderr()
+        os.kill(started.ranks()[-1], signal.SIGKILL)
+        assert started.wait(30) == 1, started.stderr()
+        told = started.stderr()
     folder = whole.parent / "zero3-killed"
-    assert not (folder / "adapter").exists(), rest
+    assert not (folder / "adapter").exists(), told
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
     assert losses(folder) == losses(whole)

@@ -127,7 +127,7 @@ def drawn(seed: int) -> Case:
     return Case(draw(["3.2-1b", "3.1-8b", "3.1-70b", "3.1-405b"]), settings, num_nodes, gpus_per_node, device)
 
 
-@pytest.mark.slow
+@pytest.mark.turn(of=8)
 @pytest.mark.parametrize("seed", range(40))
 def test_whatever_is_set_is_never_planned_too_small_nor_much_too_large(seed: int) -> None:
     """Above by some percent is what adapters that are cut don't hold yet in the first pass, or fp32 that is recomputed."""
@@ -162,7 +162,10 @@ QUICK = ("nf4", "tied")
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id=name, marks=[pytest.mark.slow] * (name not in QUICK)) for name, case in BY_ZERO3.items()],
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.turn(of=3)] * (name not in QUICK))
+        for name, case in BY_ZERO3.items()
+    ],
 )
 def test_the_plan_of_zero3_is_the_simulated_step(case: Case) -> None:
     """It sends as many bytes in other pieces; how it puts the gradient's norm together differs by some."""

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
 
-from tests.ranks.matrix import ADAPTER_TOLERANCE, BASES, TOLERANCE, Cell, Matrix, all_cells, is_refused, pairwise
+from tests.ranks.matrix import (
+    ADAPTER_TOLERANCE,
+    BASES,
+    ENGINES,
+    TOLERANCE,
+    WORLDS,
+    Cell,
+    Matrix,
+    all_cells,
+    is_refused,
+    pairwise,
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +42,25 @@ def test_each_pair_of_settings_has_the_numbers_of_one_process(matrix, cell) -> N
     assert_equal(matrix, cell)
 
 
-@pytest.mark.slow
+@pytest.mark.turn(of=8)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("engine", ["none", "fsdp2", "zero3"])
-def test_all_settings_have_the_numbers_of_one_process(matrix, engine, base) -> None:
-    cells = [cell for cell in all_cells() if (cell.engine, cell.base) == (engine, base)]
-    ran = [cell for cell in cells if not is_refused(cell)]
-    for cell in ran:
-        assert_equal(matrix, cell)
-    assert len(ran) > 0
+@pytest.mark.parametrize("engine", ENGINES)
+def test_all_settings_have_the_numbers_of_one_process(matrix, engine, base, world, recompute) -> None:
+    place = (engine, base, world, recompute)
+    cells = [cell for cell in all_cells() if (cell.engine, cell.base, cell.world, cell.recompute) == place]
+    assert len(cells) == len(all_cells()) / 54
     for cell in cells:
         if is_refused(cell):
             assert matrix.run(cell).refused
+        else:
+            assert_equal(matrix, cell)
+
+
+def test_every_engine_and_base_runs_somewhere_in_all_settings() -> None:
+    ran = {(cell.engine, cell.base) for cell in all_cells() if not is_refused(cell)}
+    assert ran == set(itertools.product(ENGINES, BASES))
 
 
 def test_bases_differ_so_that_equal_means_something(matrix) -> None:

@@ -95,7 +95,7 @@ def our_logits(settings: dict[str, Any], adapter: Path, ids: torch.Tensor) -> to
         )
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FIRST else pytest.mark.slow) for n in MEMBERS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FIRST else pytest.mark.turn(of=4)) for n in MEMBERS])
 def test_a_member_trains_on_two_ranks_and_peft_answers_as_our_model_does(ranks, makers, tmp_path, name) -> None:
     member = MEMBERS[name]
     folder = makers.folder(member)

@@ -176,7 +176,8 @@ MORE_CASES = [
 
 
 @pytest.mark.parametrize(
-    "quant, world, parallel, recompute", [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES)]
+    "quant, world, parallel, recompute",
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.turn(of=3)) for case in MORE_CASES)],
 )
 def test_the_simulation_is_the_real_run(ranks, tiny_llama, quant, world, parallel, recompute) -> None:
     config = config_for(
