@@ -106,7 +106,7 @@ def test_a_held_out_set_smaller_than_the_ranks_has_the_loss_of_one_process(small
     for of_rank in small[num_ranks, packing]:
         found = of_rank["held_out"][size]
         assert found[1] == num_targets
-        assert found[0] == pytest.approx(wanted, abs=1e-6)
+        assert found[0] == pytest.approx(wanted, abs=1e-5)  # 1e-6 is two units in the last place of such a loss
 
 
 # The learning rate
@@ -190,5 +190,5 @@ def test_the_reported_loss_is_that_of_all_target_tokens_where_ranks_differ(ranks
     assert [seen for _, seen in found] == [[[0]] * 3, [[1]] * 3]
     lines = found[0][0]
     assert [line["step"] for line in lines] == [1, 2, 3]
-    assert [line["loss"] for line in lines] == pytest.approx([by_hand] * 3, abs=1e-6)
+    assert [line["loss"] for line in lines] == pytest.approx([by_hand] * 3, abs=1e-5)
     assert [line["target_tokens"] for line in lines] == [36] * 3
