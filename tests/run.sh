@@ -21,9 +21,9 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tests start several processes o
 # Without this DeepSpeed looks for a GPU on a machine that has none, and says so at length.
 [[ -e /dev/nvidiactl || -e /dev/kfd ]] || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
 
-cores=$(nproc)
-# Stealing: a worker goes through a folder in order, so what its tests share is made once; who is done takes from the others.
-workers=(--numprocesses "${WORKERS:-$((cores < 4 ? cores : 4))}" --dist worksteal)
+cores=$(env -u OMP_NUM_THREADS nproc) # which says that number where it is set
+# A file stays with one worker, so what its tests share is made once; the long ones come first.
+workers=(--numprocesses "${WORKERS:-$((cores < 4 ? cores : 4))}" --dist loadfile --no-loadscope-reorder)
 python=(python)
 if [[ ${COVERAGE:-} == 1 ]]; then
     python=(python -m coverage run)

@@ -239,6 +239,8 @@ class HangWatch(threading.Thread):
         if self._world.store is not None:
             self._reach.start()
         try:
+            with self._reach.asking():
+                self._publish(self._beat)  # at once: a rank that is killed before its first tick is named, too
             while not self._stopped.wait(TICK_S):
                 now_s = time.monotonic()
                 elapsed_s, last_s = min(now_s - last_s, MOST_A_TICK_S), now_s

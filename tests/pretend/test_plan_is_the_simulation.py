@@ -157,7 +157,7 @@ BY_ZERO3 = {
 }
 
 
-QUICK = ("nf4", "tied")
+QUICK = ("tied",)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -84,6 +85,7 @@ def test_what_is_no_node_list_is_said_of_it(nodelist: str, found: str) -> None:
 
 
 @pytest.mark.slurm
+@pytest.mark.skipif(shutil.which("scontrol") is None, reason="no Slurm here: scontrol is not on the PATH")
 @pytest.mark.parametrize("nodelist", ["gpu[003-004,010]", "r[0-1]n[08-10]", "a[9-010,7],b", "[1-3]", "n1,n1"])
 def test_slurm_itself_expands_a_node_list_so(nodelist: str, tmp_path, monkeypatch) -> None:
     (tmp_path / "slurm.conf").write_text("ClusterName=none\nSlurmctldHost=localhost\n")  # it refuses to start without
