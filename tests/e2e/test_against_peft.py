@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from dist_lora.config.schema import LINEARS, Config
 from dist_lora.parallel.world import World
 from dist_lora.train.build import open_base
 from dist_lora.train.main import loader_of, tokens_of
-from tests import ROOT
+from tests.e2e.runs import run
 
 NUM_STEPS, WARMUP_STEPS, WEIGHT_DECAY = 10, 3, 0.05
 MAX_GRAD_NORM = 0.2  # below the norm of every step, which the test checks
@@ -43,8 +41,7 @@ class Trial:
 
 
 def dist_lora(*arguments: object, timeout_s: float = 900) -> str:
-    command = [sys.executable, "-m", "dist_lora", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False)
+    done = run(*arguments, timeout_s=timeout_s)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -119,7 +119,7 @@ def test_every_b_has_a_gradient_after_the_first_step_and_every_a_after_the_secon
         pytest.param("boom_while_the_other_tokenises", "tokenising data.train", marks=pytest.mark.slow),
         pytest.param("boom_while_the_other_loads", "loading the base", marks=pytest.mark.slow),
         pytest.param("boom_while_the_other_evaluates", "step 2, evaluating", marks=pytest.mark.slow),
-        ("boom_while_the_other_saves", "saving the checkpoint of step 0"),
+        pytest.param("boom_while_the_other_saves", "saving the checkpoint of step 0", marks=pytest.mark.slow),
     ],
 )
 def test_an_error_of_one_rank_ends_all_and_is_told_once_with_rank_host_and_phase(

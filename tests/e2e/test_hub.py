@@ -225,6 +225,7 @@ def test_the_watch_sees_what_the_hubs_library_does(watched) -> None:
     assert Path(watched["CONNECTIONS"]).read_text().startswith("resolve huggingface.co")
 
 
+@pytest.mark.slow
 def test_with_local_files_no_other_machine_is_asked_for_anything(config, tiny_llama, tmp_path, watched) -> None:
     base, runs = tiny_llama("llama31"), tmp_path / "runs"
     settings = [f"model.name={base}", f"runs_dir={runs}", "log.trackers=[tensorboard]", "eval.exact_match=true"]

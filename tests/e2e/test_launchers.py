@@ -152,14 +152,11 @@ LAUNCHERS: Mapping[str, Callable[..., list[Started]]] = {
     "accelerate, two nodes": functools.partial(accelerate, machines=(0, 1)),
     "srun": srun,
 }
-IN_EVERY_SUITE = (("torchrun", "fsdp2"), ("deepspeed, two nodes", "zero3"))
 NEEDS_SLURM = [pytest.mark.slurm, pytest.mark.skipif(bool(cluster.lacking()), reason=cluster.lacking() or "-")]
 
 
-def marks_of(name: str, engine: str) -> list[pytest.MarkDecorator]:
-    if name == "srun":
-        return NEEDS_SLURM
-    return [] if (name, engine) in IN_EVERY_SUITE else [pytest.mark.turn(of=4)]
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    return NEEDS_SLURM if name == "srun" else [pytest.mark.turn(of=4)]
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +186,7 @@ def launched(folder, request) -> Iterator[Callable[[str, str], Path]]:
 
 @pytest.mark.parametrize(
     ("name", "engine"),
-    [pytest.param(name, engine, marks=marks_of(name, engine)) for name in LAUNCHERS for engine in ENGINES],
+    [pytest.param(name, engine, marks=marks_of(name)) for name in LAUNCHERS for engine in ENGINES],
 )
 def test_whoever_starts_the_ranks_the_losses_are_the_same(name, engine, launched, whole) -> None:
     found, wanted = losses(launched(name, engine)), losses(whole)

@@ -58,7 +58,6 @@ FAST: dict[str, tuple[str, Launcher, tuple[str, ...]]] = {
     "data": ("hang_of_rank_1_in_the_data_of_step_3", "ours", ()),
     "data, alone": ("hang_of_rank_1_in_the_data_of_step_3", "none", ()),
     "forward": ("hang_of_rank_1_in_the_forward_of_step_3", "ours", ()),
-    "forward, torchrun": ("hang_of_rank_1_in_the_forward_of_step_3", "torchrun", ()),
     "layer": ("hang_of_rank_1_within_a_forward", "ours", ("parallel.hang_timeout=5",)),
     "save": ("hang_of_rank_1_in_the_save_of_step_4", "ours", ("parallel.hang_timeout=3",)),
     "locked": ("hang_of_rank_1_that_lets_nothing_else_run", "ours", ("parallel.hang_timeout=5",)),
@@ -69,6 +68,7 @@ FAST: dict[str, tuple[str, Launcher, tuple[str, ...]]] = {
     "slow": ("slow_steps_of_rank_1", "none", ("parallel.hang_timeout=5", "train.steps=3")),
 }
 SLOW: dict[str, tuple[str, Launcher, tuple[str, ...]]] = {
+    "forward, torchrun": ("hang_of_rank_1_in_the_forward_of_step_3", "torchrun", ()),
     "save, 10 s": ("hang_of_rank_1_in_the_save_of_step_4", "ours", ()),
     "save, 10 s, alone": ("hang_of_rank_1_in_the_save_of_step_4", "none", ()),
 }
@@ -108,7 +108,7 @@ def _run(config: Path, name: str) -> Ended:
         ("data", "step 3, reading its data"),
         ("data, alone", "step 3, reading its data"),
         ("forward", "step 3, micro-batch 1 of 2"),
-        ("forward, torchrun", "step 3, micro-batch 1 of 2"),
+        pytest.param("forward, torchrun", "step 3, micro-batch 1 of 2", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_hangs_in_a_step_is_named_and_ends_all(name, phase, ended) -> None:
@@ -231,6 +231,7 @@ def control_group() -> Iterator[Path]:
     pytest.skip("no control group can be made here")
 
 
+@pytest.mark.slow
 def test_a_rank_that_the_kernel_kills_for_want_of_memory_is_told_so_as_a_fact(config, control_group) -> None:
     arguments = command("train", config, "run=hang-killed-for-memory", "--nproc", 2)
     done = subprocess.run(

@@ -90,7 +90,18 @@ def planned_and_simulated(case: Case, *, num_layers: int = 3) -> tuple[Setup, Si
     return setup, simulate(config, shape, **machines, device=case.device)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+# In every suite those of which each has something of its own; the others are two of these at once, or another size.
+IN_EVERY_SUITE = ("plain", "kept activations", "nf4", "int8", "tied", "one GPU", "nodes, sharded adapters", "world", "405B on 128",
+                  "upper layers", "a small second slice of logits", "fp32 on CPUs", "offload", "rows that don't divide")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] * (name not in IN_EVERY_SUITE))
+        for name, case in CASES.items()
+    ],
+)
 def test_the_plan_is_the_simulated_step(case: Case) -> None:
     setup, simulated = planned_and_simulated(case)
     assert memory_of(setup).device == pytest.approx(simulated.peak_bytes, rel=0.01)

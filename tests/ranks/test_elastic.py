@@ -20,6 +20,7 @@ def assert_equal(elastic: Elastic, move: Move) -> None:
     assert moved.is_bit_for_bit or move.saved != move.gone_on, (move, moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("move", pairwise(all_moves()), ids=lambda m: f"{m.base}: {m.saved} -> {m.gone_on}")
 def test_each_pair_of_settings_goes_on_to_the_numbers_of_the_run_that_stayed(elastic, move) -> None:
     assert_equal(elastic, move)

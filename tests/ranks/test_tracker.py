@@ -164,11 +164,11 @@ CASES = [
     ("int8", "2 x 2", {"base_shard": "world"}, True),
     ("nf4", "2", {"offload": "all"}, False),
     ("none", "1", {"engine": "fsdp2"}, True),
-    ("nf4", "2", ZERO3, True),
+    ("nf4", "2", {"adapters": "shard"}, False),
 ]
 MORE_CASES = [
+    ("nf4", "2", ZERO3, True),
     *((quant, world, {}, False) for quant in ("none", "int8") for world in ("1", "2 x 2")),
-    ("nf4", "2", {"adapters": "shard"}, False),
     ("none", "1", {}, True),
     *((quant, "2", ZERO3, False) for quant in ("none", "int8")),
     ("nf4", "2 x 2", ZERO3, True),

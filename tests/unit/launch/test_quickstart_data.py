@@ -104,6 +104,7 @@ def test_the_number_of_samples_is_what_is_asked_for(tmp_path: Path) -> None:
     assert (len(train), len(held_out)) == (9, 3)
 
 
+@pytest.mark.slow
 def test_samples_are_short_in_smollm2s_tokens(data: Data, smollm2: Path) -> None:
     from transformers import AutoTokenizer
 
