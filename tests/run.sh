@@ -8,7 +8,7 @@
 #     bash tests/run.sh ARGUMENTS...     any other arguments go to pytest, which then chooses the tests
 #
 # WORKERS=1 runs one test at a time; by default as many as there are cores, up to 4. COVERAGE=1 tells at the end which lines
-# of dist_lora ran, in the tests and in the processes that they start (it takes half as long again).
+# of dist_lora ran, in the tests and in the processes that they start.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 

@@ -112,7 +112,7 @@ class Starter:
         return Start(pid, keeper, answers)
 
     def close(self) -> None:
-        """End it and what is left of its commands."""
+        """End it; each command is closed by itself."""
         self._requests.close()  # it ends by that
         self._process.wait()
 
