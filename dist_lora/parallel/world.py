@@ -289,6 +289,8 @@ def join(
         ends_with_others: this process ends where another rank fails.
         settings: what the config says, by full name; it must be the same on all ranks.
 
+    Where they end together, it returns once all are connected.
+
     Raises:
         JoinError: not all processes came within ``join_timeout_s``, or they can't reach each other.
         ConfigError: they differ in settings or versions, or are not as many on each node.
@@ -325,6 +327,9 @@ def join(
         if ends_with_others and not world.fail(refused):
             raise RankError(str(refused)) from error
         raise refused from error
+    if ends_with_others:
+        # One that left while another still connects would look to it like one that crashed.
+        world.agree("joining", None)
     return world
 
 

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from dist_lora.errors import ConfigError, RankError
-from dist_lora.parallel.world import World
+from dist_lora.parallel.place import Place
+from dist_lora.parallel.world import World, join
 
 
 class SlowReader:
@@ -43,3 +44,21 @@ def test_the_first_rank_stays_until_the_others_have_read_why_they_end() -> None:
         with pytest.raises(RankError, match="the stage: rank 1: another base") as caught:
             of_first.result(30)
     assert caught.value.exit_code == 2
+
+
+def test_no_rank_has_joined_before_all_are_connected(tmp_path, monkeypatch) -> None:
+    """One that came, had nothing to do and left would close the connection that another is still making."""
+    may_connect = threading.Event()
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, rank, **__: may_connect.wait(30) if rank == 0 else None)
+    environment = {"DIST_LORA_RENDEZVOUS": str(tmp_path / "rendezvous")}
+
+    def come(rank: int) -> World:
+        return join(Place(rank, 2, rank, 2), environment, collective_timeout_s=30, join_timeout_s=30)
+
+    with ThreadPoolExecutor(2) as threads:
+        slow, quick = threads.submit(come, 0), threads.submit(come, 1)
+        with pytest.raises(TimeoutError):
+            quick.result(0.5)
+        may_connect.set()
+        for joined in (slow, quick):
+            joined.result(30).leave()
