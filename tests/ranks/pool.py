@@ -1,7 +1,7 @@
 """Several gloo processes that stay alive and run one test's function after the other, each in a world of its own.
 
-Starting a process costs seconds (torch is imported), so a pool is shared by many tests. A function that is to run
-on the ranks lies at the top of its test module and takes the ``World`` first.
+They are forked from a process that has the imports behind it, and a pool is shared by many tests. A function that is to
+run on the ranks lies at the top of its test module and takes the ``World`` first.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 120
+IMPORTED = ("dist_lora.train.main", "dist_lora.parallel.fsdp2", "dist_lora.parallel.zero3", "tests.ranks.runs", "tests.ranks.tiny",
+            "torch._dynamo", "torch._inductor.compile_fx", "deepspeed.runtime.superoffload.superoffload_stage3",
+            "transformers.convert_slow_tokenizer", "transformers.models.llama.configuration_llama")  # fmt: skip
 
 
 class RankFailed(AssertionError):
@@ -32,7 +35,8 @@ class Ranks:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload([*IMPORTED])
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
