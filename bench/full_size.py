@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 from dist_lora.config.schema import Config
-from dist_lora.herd.facts import read_shape
-from dist_lora.plan.arithmetic import Setup, end_bytes, memory_of, setup_of
+from dist_lora.herd.shape import read_shape
+from dist_lora.layout.memory import Setup, end_bytes, memory_of, setup_of
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -26,7 +26,7 @@ GIB = 2**30
 def imported_bytes() -> int:
     """What a process holds that has only imported what a rank needs."""
     program = (
-        "import dist_lora.train.main, dist_lora.parallel.fsdp2, dist_lora.parallel.rank, transformers\n"
+        "import dist_lora.train.command, dist_lora.engines.fsdp2, dist_lora.supervision.run_rank, transformers\n"
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -21,8 +21,8 @@ from typing import Any
 import yaml
 
 from dist_lora.config.schema import Config
-from dist_lora.herd.facts import read_shape
-from dist_lora.plan.arithmetic import setup_of
+from dist_lora.herd.shape import read_shape
+from dist_lora.layout.memory import setup_of
 from dist_lora.plan.traffic import received_bytes
 from tests.e2e.runs import INJECT, ROOT
 from tests.hosts.network import Hosts, Ranks, lacking

@@ -5,7 +5,7 @@
     python -m bench.plan --configs    # every file of configs/ on its machines: planned beside simulated
     python -m bench.plan --zero3      # some of them by engine zero3
 
-Planned: ``dist_lora.plan.arithmetic``. Simulated: the real step on fake tensors. Tracked: the fullest rank of a real gloo
+Planned: ``dist_lora.layout.memory``. Simulated: the real step on fake tensors. Tracked: the fullest rank of a real gloo
 run, by the same tracker. Process: the most that a rank of ``dist-lora train`` has held, beside what one has held that came as
 far as to its data, plus the plan, plus a save's copy of what is trained.
 """
@@ -27,11 +27,11 @@ from typing import Any
 
 from dist_lora.config.load import load_config
 from dist_lora.config.schema import Config
-from dist_lora.herd.facts import read_shape
-from dist_lora.plan.arithmetic import memory_of, setup_of
-from dist_lora.plan.configs import Preset, presets
+from dist_lora.herd.shape import read_shape
+from dist_lora.layout.memory import memory_of, setup_of
 from dist_lora.plan.hardware import GIB
-from dist_lora.plan.simulate import simulate
+from dist_lora.plan.presets import Preset, presets
+from dist_lora.simulation.simulate import simulate
 from tests.pretend.shipped import Compared, alike, beside, compared, planned_traffic, simulated_traffic
 from tests.ranks import pool
 from tests.ranks.pool import Ranks

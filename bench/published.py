@@ -17,7 +17,7 @@ import yaml
 
 from dist_lora.config.schema import Config
 from dist_lora.plan.hardware import GIB, GPUS, find_gpu
-from dist_lora.plan.report import Machines, Plan, make_plan
+from dist_lora.plan.plan import Machines, Plan, make_plan
 
 FILE = Path(__file__).with_suffix(".yaml")
 

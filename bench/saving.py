@@ -29,16 +29,16 @@ from typing import Any
 import torch
 
 from dist_lora.checkpoint.manifest import TensorSpec, read_manifest
-from dist_lora.checkpoint.resume import load_pieces, verify
-from dist_lora.checkpoint.shards import save_checkpoint
+from dist_lora.checkpoint.read import load_pieces, verify
+from dist_lora.checkpoint.write import save_checkpoint
 from dist_lora.config.load import load_config
+from dist_lora.engines.adapters import share_of
 from dist_lora.lora.state import KINDS, Piece
-from dist_lora.parallel.adapters import share_of
-from dist_lora.parallel.world import World
 from dist_lora.train.build import build, open_base
+from dist_lora.train.command import loader_of, tokens_of
 from dist_lora.train.loop import Run
-from dist_lora.train.main import loader_of, tokens_of
 from dist_lora.train.signals import StopRequest
+from dist_lora.world.world import World
 from tests.ranks import pool
 from tests.ranks.pool import Ranks
 

@@ -23,11 +23,11 @@ from dist_lora.base.llama import build_on_meta
 from dist_lora.base.quant.formats import format_of
 from dist_lora.base.stream import SLICE_BYTES, fill_slots
 from dist_lora.config.schema import ParallelSection
-from dist_lora.herd.facts import read_shape
-from dist_lora.parallel.engines import make_engine
-from dist_lora.parallel.world import World
-from dist_lora.plan.layout import choose_layout
+from dist_lora.engines.choose import make_engine
+from dist_lora.herd.shape import read_shape
+from dist_lora.layout.choices import choose_layout
 from dist_lora.train.meter import peak_bytes
+from dist_lora.world.world import World
 
 
 def load_share(folder: Path, *, num_ranks: int, rank: int, quant: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dist_lora.herd.facts import MEMBERS, Shape
+from dist_lora.herd.shape import MEMBERS, Shape
 from tests.conftest import save_byte_tokenizer
 from tests.shapes import sizes_in_config
 

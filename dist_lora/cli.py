@@ -21,7 +21,7 @@ from dist_lora.errors import EXIT_FAILED, ConfigError, DistLoraError, StopNow, S
 
 if TYPE_CHECKING:
     from dist_lora.config.schema import Config
-    from dist_lora.parallel.world import World
+    from dist_lora.world.world import World
 
 app = typer.Typer(
     name="dist-lora",
@@ -65,8 +65,8 @@ def train(
 ) -> None:
     """Train adapters; the same command again goes on from the last checkpoint."""
     loaded = _load(config, overrides)
+    from dist_lora.run_folder.status import Mark
     from dist_lora.train.signals import StopRequest
-    from dist_lora.train.status import Mark
 
     mark = Mark(loaded.runs_dir / loaded.run)
     before = None if dry_run else mark.ended_before()
@@ -82,7 +82,7 @@ def train(
     with StopRequest() as stop:
 
         def work(world: World) -> None:
-            from dist_lora.train.main import train as train_here
+            from dist_lora.train.command import train as train_here
 
             train_here(loaded, world, stop, is_dry=dry_run)
             stop.over()
@@ -107,7 +107,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Say how the config's run stands or ended; the exit code is that of its last attempt, 0 while it runs."""
-    from dist_lora.train.status import tell_status
+    from dist_lora.run_folder.status import tell_status
 
     loaded = _load(config, overrides)
     told = tell_status(loaded.runs_dir / loaded.run, since_s=since)
@@ -147,7 +147,7 @@ def plan(
     if timeline is not None and not is_simulated:
         raise ConfigError("--timeline: it shows a simulated step; give --simulate too")
     if is_simulated:
-        from dist_lora.plan.simulate_command import simulate_plan
+        from dist_lora.simulation.command import simulate_plan
 
         simulate_plan(_load(config, overrides), fleets, timeline=timeline, prints_json=as_json)
         return
@@ -221,7 +221,7 @@ def evaluate(
     loaded = _load(config, overrides)
 
     def work(world: World) -> None:
-        from dist_lora.train.main import evaluate as evaluate_here
+        from dist_lora.train.command import evaluate as evaluate_here
 
         result = evaluate_here(loaded, world, adapter=adapter)
         if world.is_first:
@@ -260,7 +260,7 @@ def report(
     ] = None,
 ) -> None:
     """Write one page of HTML about a run, finished or not: its curves, evaluations and settings."""
-    from dist_lora.export.report import write_report
+    from dist_lora.run_folder.report import write_report
 
     print(write_report(run, out=out))
 
@@ -276,8 +276,8 @@ def merge(
     ] = Quantization.NONE,
 ) -> None:
     """Add an adapter to its base for good: a model that runs at the base's speed. Streams from file to file."""
-    from dist_lora.export.merge import merge_adapter
-    from dist_lora.train.answer import find_base, origin_of
+    from dist_lora.chat.command import find_base, origin_of
+    from dist_lora.lora.merge import merge_adapter
 
     trained_beside = origin_of(adapter).quant
     report = merge_adapter(adapter, base=find_base(adapter, base), out=out, force=force, quant=quant.value)
@@ -299,7 +299,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
 ) -> None:
     """Answer one prompt, or chat, with an adapter beside its base on this machine."""
-    from dist_lora.train.answer import answer
+    from dist_lora.chat.command import answer
 
     answer(adapter, base=base, prompt=prompt, system=system, is_plain=plain, max_new_tokens=max_new_tokens)
 
@@ -315,7 +315,7 @@ def explain(config: ConfigFile, overrides: Overrides = None) -> None:
 @app.command()
 def herd(as_json: AsJson = False) -> None:
     """List the herd: who is finetuned, multilingual, of long context or trained to use tools; release and licence."""
-    from dist_lora.herd.known import herd_rows, herd_table
+    from dist_lora.herd.models import herd_rows, herd_table
 
     print(json.dumps({"members": herd_rows()}) if as_json else _in_columns(*herd_table()))
 
@@ -328,7 +328,7 @@ app.add_typer(configs, name="configs")
 def list_configs(context: typer.Context, as_json: AsJson = False) -> None:
     """List a config for each member of the herd, by method and machine, with the memory it needs."""
     if context.invoked_subcommand is None:
-        from dist_lora.plan.configs import preset_rows, preset_table
+        from dist_lora.plan.presets import preset_rows, preset_table
 
         print(json.dumps({"configs": preset_rows()}) if as_json else _in_columns(*preset_table()))
 
@@ -336,7 +336,7 @@ def list_configs(context: typer.Context, as_json: AsJson = False) -> None:
 @configs.command()
 def show(name: Annotated[str, typer.Argument(help="One of the list.", metavar="NAME")]) -> None:
     """Print a config to start from: `dist-lora configs show NAME > my-run.yaml`."""
-    from dist_lora.plan.configs import find_preset, text_of
+    from dist_lora.plan.presets import find_preset, text_of
 
     print(text_of(find_preset(name)), end="")
 
@@ -357,7 +357,7 @@ def doctor(
     Under a launcher (as `train`) the links between the ranks too. Exit code 1 where anything is a fault.
     """
     loaded = None if config is None else _load(config, overrides)
-    from dist_lora.parallel.place import place_from_environment
+    from dist_lora.world.launcher import place_from_environment
 
     place = place_from_environment(os.environ)
     if out is not None and (place is None or place.world_rank == 0):
@@ -406,7 +406,7 @@ def _on_ranks(
         needs_all: work for all GPUs; else one process does where neither a launcher nor ``nproc`` says otherwise.
         leave: called by the rank that tells the user of an error, once it has told.
     """
-    from dist_lora.parallel.place import place_from_environment
+    from dist_lora.world.launcher import place_from_environment
 
     place = place_from_environment(os.environ)
     if place is not None and nproc not in (None, place.local_size):
@@ -418,7 +418,7 @@ def _on_ranks(
         logging.getLogger("dist_lora").setLevel(logging.ERROR)  # the first rank speaks for all
     if place is None:
         _start_ranks(nproc or (_num_gpus() if needs_all else 1))
-    from dist_lora.parallel.rank import run_as_rank
+    from dist_lora.supervision.run_rank import run_as_rank
 
     def report(error: BaseException, who: str) -> None:
         report_error(error, who)
@@ -430,7 +430,7 @@ def _on_ranks(
 def _start_ranks(num_ranks: int) -> None:
     """This very command as so many local ranks, and their exit code; returns where one is all, which is this process."""
     if num_ranks > 1:
-        from dist_lora.parallel.local import run_ranks
+        from dist_lora.supervision.local_ranks import run_ranks
 
         sys.exit(run_ranks(sys.argv[1:], num_ranks=num_ranks))
 
@@ -473,7 +473,7 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(EXIT_FAILED)
     except DistLoraError as error:
-        from dist_lora.parallel.place import is_first_of_node
+        from dist_lora.world.launcher import is_first_of_node
 
         if is_first_of_node(os.environ):  # the others on this node have met with the same
             report_error(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dist_lora.herd.facts import Shape
+from dist_lora.herd.shape import Shape
 
 # arXiv 2005.14165, table 2.1; two matrices after attention (feed-forward of 4 d), and one matrix for both ends.
 GPT3: dict[str, Any] = {

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from dist_lora.base.attention import Attention
 from dist_lora.base.quant.formats import Format, Plain
 from dist_lora.base.rope import inverse_frequencies, rotate, rotation
-from dist_lora.herd.facts import Shape
-from dist_lora.plan.arithmetic import LOGITS_AT_ONCE
+from dist_lora.herd.shape import Shape
+from dist_lora.layout.memory import LOGITS_AT_ONCE
 
 # T tokens of a micro-batch, D model width, F feed-forward width, V vocabulary, K rows that are asked for
 # H query heads, G key and value heads, E width of a head

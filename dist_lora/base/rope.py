@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dist_lora.errors import WeightsError
-from dist_lora.herd.facts import Shape
+from dist_lora.herd.shape import Shape
 
 # T tokens, H heads, E width of a head
 

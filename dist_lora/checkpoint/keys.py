@@ -6,7 +6,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dist_lora.parallel.world import World
+    from dist_lora.world.world import World
 
 _counts: dict[tuple[int, str], int] = {}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dist_lora.checkpoint.keys import fresh_key
 from dist_lora.lora.state import Piece
-from dist_lora.parallel.world import World
+from dist_lora.world.world import World
 
 Write = Callable[[World, Mapping[Piece, Tensor]], Path]
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from dist_lora.config.names import advice_for
+from dist_lora.config.other_trainers import advice_for
 from dist_lora.config.schema import Config, Expected, Section, SettingFaults, nearest
 
 SettingPath = tuple[str | int, ...]

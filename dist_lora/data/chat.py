@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import xxhash
 
-from dist_lora.data.shapes import Chat, Continuation, Format, Instruction, Turn, read_sample
+from dist_lora.data.records import Chat, Continuation, Format, Instruction, Turn, read_sample
 from dist_lora.errors import DataError, WeightsError
 
 if TYPE_CHECKING:

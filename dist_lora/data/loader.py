@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dist_lora.data.pack import pack_best_fit
-from dist_lora.data.tokens import TokenSet
+from dist_lora.data.token_set import TokenSet
 
 _KEPT_EPOCHS = 2
 """Plans kept in memory: evaluation or a look ahead across an epoch's end does not make a plan twice."""

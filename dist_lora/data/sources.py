@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
-from dist_lora.data.shapes import EXAMPLES, Format, check_columns, recognise_format
+from dist_lora.data.records import EXAMPLES, Format, check_columns, recognise_format
 from dist_lora.errors import DataError
 
 MAX_RECORD_BYTES = 32 * 2**20

@@ -21,13 +21,13 @@ import torch
 from dist_lora.base.index import WeightIndex, first_few, open_weights
 from dist_lora.base.stream import SliceReader
 from dist_lora.data.chat import special_ids
-from dist_lora.data.tokens import TokenSet
+from dist_lora.data.token_set import TokenSet
 from dist_lora.errors import DataError, DistLoraError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dist_lora.parallel.world import World
+    from dist_lora.world.world import World
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

@@ -18,19 +18,19 @@ import psutil
 import torch
 
 from dist_lora.config.schema import Config
+from dist_lora.doctor.clocks import clock_offsets
 from dist_lora.doctor.compute import examine_compute, judge_compute, memory_of_device, name_of
 from dist_lora.doctor.disk import examine_disk
 from dist_lora.doctor.findings import Answer, Examiner, Finding, merge_hosts, worst
 from dist_lora.doctor.hub import examine_hub
+from dist_lora.doctor.links import AxisRate, measure_links
 from dist_lora.doctor.machine import ask_driver, compare_gpus, examine_gpus, examine_host, read_host, torch_build
 from dist_lora.doctor.network import examine_names, interfaces, judge_clocks, judge_links
 from dist_lora.doctor.versions import compare_nodes, examine_versions
 from dist_lora.errors import EXIT_DONE, EXIT_FAILED, DistLoraError, SaveError
-from dist_lora.parallel.clocks import clock_offsets
-from dist_lora.parallel.links import AxisRate, measure_links
-from dist_lora.parallel.place import Place
-from dist_lora.parallel.world import World, default_device, join
 from dist_lora.plan.measured import AtSize, Link, Measured, Product, slowest_of, write_measured
+from dist_lora.world.launcher import Place
+from dist_lora.world.world import World, default_device, join
 
 LEAVE_S = 5.0  # how long the first rank, in which the store may live, waits for the others to hear the end
 EARLIER_S = 0.8  # of a deadline: what a wait on another rank gets, so that it ends before the step that waits

@@ -10,9 +10,9 @@ from dataclasses import asdict
 
 import psutil
 
+from dist_lora.doctor.clocks import Offset
 from dist_lora.doctor.findings import Answer
-from dist_lora.parallel.clocks import Offset
-from dist_lora.parallel.links import AxisRate, PairRate
+from dist_lora.doctor.links import AxisRate, PairRate
 
 MOST_OFFSET_S = 1.0
 SLOW_TIMES = 3.0  # a link that is so much slower than its like is named

@@ -42,7 +42,7 @@ from dist_lora.base.index import (
 from dist_lora.base.stream import SliceReader, read_tensor
 from dist_lora.config.schema import LINEARS
 from dist_lora.errors import AdapterError, ConfigError, SaveError, WeightsError
-from dist_lora.herd.facts import module_path
+from dist_lora.herd.shape import module_path
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

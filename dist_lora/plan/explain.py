@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dist_lora.config.schema import Config
-from dist_lora.herd.known import KnownModel, known_model
-from dist_lora.plan.arithmetic import FP32, base_parts
-from dist_lora.plan.layout import BYTES_A_TRAINED_WEIGHT
+from dist_lora.herd.models import KnownModel, known_model
+from dist_lora.layout.choices import BYTES_A_TRAINED_WEIGHT
+from dist_lora.layout.memory import FP32, base_parts
 
 # AdamW in 16 bits with fp32 master weights, as usual for training all: the weight and its gradient (2 + 2), the master and
 # two moments (4 + 4 + 4). With gradients in fp32 too it is 18. Source: ZeRO, arXiv 1910.02054, section 3.1.

@@ -14,7 +14,7 @@ from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, PlanError
 from dist_lora.plan.command import refuse_what_does_not_fit
 from dist_lora.plan.hardware import GIB, Gpu
-from dist_lora.plan.report import Machines, Plan, make_plan
+from dist_lora.plan.plan import Machines, Plan, make_plan
 
 Launcher = Literal["srun", "torchrun"]
 

@@ -25,19 +25,19 @@ from dist_lora.base.stream import fill_slots
 from dist_lora.config.schema import Config
 from dist_lora.data.chat import load_tokenizer
 from dist_lora.data.loader import MicroBatch
+from dist_lora.engines.adapters import Adapters
+from dist_lora.engines.choose import make_engine
+from dist_lora.engines.engine import SingleProcess
+from dist_lora.engines.precision import Precision, base_dtype
 from dist_lora.errors import ConfigError, DistLoraError, WeightsError
-from dist_lora.export.evaluate import run_micro_batch
-from dist_lora.herd.facts import ResolvedModel, Shape, read_shape, resolve_model
-from dist_lora.herd.known import refuse_shape
+from dist_lora.evaluation.evaluate import run_micro_batch
+from dist_lora.herd.models import refuse_shape
+from dist_lora.herd.shape import ResolvedModel, Shape, read_shape, resolve_model
+from dist_lora.layout.choices import Layout, check_section, choose_layout
 from dist_lora.lora.attach import AdapterTensor, attach_adapters
 from dist_lora.lora.fit import check_fit
 from dist_lora.lora.peft_file import BaseIdentity, identify_base, open_adapter, read_adapter
-from dist_lora.parallel.adapters import Adapters
-from dist_lora.parallel.engine import SingleProcess
-from dist_lora.parallel.engines import make_engine
-from dist_lora.parallel.precision import Precision, base_dtype
-from dist_lora.parallel.world import World, device_bytes
-from dist_lora.plan.layout import Layout, check_section, choose_layout
+from dist_lora.world.world import World, device_bytes
 
 log = logging.getLogger("dist_lora")
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import EvalBatches
-from dist_lora.data.tokens import TokenSet
-from dist_lora.export.evaluate import ExactMatch, HeldOut, exact_match, go_on, held_out_loss
-from dist_lora.export.generate import stop_ids_of
-from dist_lora.parallel.world import World
+from dist_lora.data.token_set import TokenSet
+from dist_lora.evaluation.evaluate import ExactMatch, HeldOut, exact_match, go_on, held_out_loss
+from dist_lora.evaluation.generate import stop_ids_of
 from dist_lora.train.build import Trainee
+from dist_lora.world.world import World
 
 ANSWERS_AT_ONCE = 32  # of a rank, where eval.batch is not set
 

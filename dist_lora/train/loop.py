@@ -17,24 +17,24 @@ from torch import Tensor
 from dist_lora.base.index import first_few
 from dist_lora.checkpoint.keys import fresh_key
 from dist_lora.checkpoint.manifest import TensorSpec
-from dist_lora.checkpoint.resume import load_pieces
+from dist_lora.checkpoint.read import load_pieces
 from dist_lora.checkpoint.saver import Saver
-from dist_lora.checkpoint.shards import check_room, rotate, save_checkpoint
+from dist_lora.checkpoint.write import check_room, rotate, save_checkpoint
 from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader, StepBatch
-from dist_lora.data.tokens import TokenSet
+from dist_lora.data.token_set import TokenSet
 from dist_lora.errors import CheckpointError, StoppedForGood, StoppedOnRequest, TrainingError
 from dist_lora.lora.attach import layers_of
 from dist_lora.lora.state import Piece
-from dist_lora.parallel.world import World
+from dist_lora.run_folder.records import sync_metrics, truncate_metrics
 from dist_lora.train.build import Trainee
 from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.meter import Meter, peak_bytes
-from dist_lora.train.optim import lr_at
-from dist_lora.train.records import sync_metrics, truncate_metrics
 from dist_lora.train.resume import Found, best_of, last_evaluated, warn_of_versions
+from dist_lora.train.schedule import lr_at
 from dist_lora.train.signals import StopRequest
+from dist_lora.world.world import World
 
 log = logging.getLogger("dist_lora")
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dist_lora.errors import ConfigError, SaveError
-from dist_lora.train.records import EVALUATIONS_FILE, METRICS_FILE
+from dist_lora.run_folder.records import EVALUATIONS_FILE, METRICS_FILE
 
 log = logging.getLogger("dist_lora")
 

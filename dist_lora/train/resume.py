@@ -11,15 +11,15 @@ from pathlib import Path
 import yaml
 
 from dist_lora.checkpoint.manifest import Manifest, read_manifest
-from dist_lora.checkpoint.resume import newest_whole, verify
-from dist_lora.checkpoint.shards import versions_here
+from dist_lora.checkpoint.read import newest_whole, verify
+from dist_lora.checkpoint.write import versions_here
 from dist_lora.config.changes import Change, changes, rule_of
 from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config, OptimSection
 from dist_lora.errors import CheckpointError, ConfigError
 from dist_lora.lora.peft_file import BaseIdentity
-from dist_lora.parallel.world import World
-from dist_lora.train.optim import lr_at
+from dist_lora.train.schedule import lr_at
+from dist_lora.world.world import World
 
 log = logging.getLogger("dist_lora")
 

@@ -77,7 +77,7 @@ def whole(config) -> Path:
 def here(capfd, monkeypatch) -> Iterator[Callable[..., Done]]:
     """``here("train", ...)`` runs a command of one process in this one, which has its imports behind it."""
     from dist_lora.cli import main
-    from dist_lora.train import run_folder
+    from dist_lora.run_folder import folder
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -90,8 +90,8 @@ def here(capfd, monkeypatch) -> Iterator[Callable[..., Done]]:
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
-        while run_folder._locks:  # a process that ends gives them back
-            run_folder._locks.pop().close()
+        while folder._locks:  # a process that ends gives them back
+            folder._locks.pop().close()
         told = capfd.readouterr()
         assert isinstance(ended.value.code, int)
         return Done(ended.value.code, told.out, told.err)

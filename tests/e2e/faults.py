@@ -20,11 +20,12 @@ from typing import Any
 import torch
 
 from dist_lora.base.stream import SliceReader
-from dist_lora.checkpoint import shards
-from dist_lora.data import tokens
+from dist_lora.checkpoint import write as write_module
+from dist_lora.data import token_set as token_set_module
 from dist_lora.data.loader import Loader
 from dist_lora.doctor import command
-from dist_lora.train import build, loop, main
+from dist_lora.train import build, loop
+from dist_lora.train import command as train_command
 from tests.e2e import points
 from tests.e2e.runs import fill_the_disk
 
@@ -62,7 +63,7 @@ def in_the_model(change: Callable[[Any], None]) -> None:
         change(trainee.model)
         return trainee
 
-    wrap(main, "build", built)
+    wrap(train_command, "build", built)
 
 
 def before(module: Any, name: str, action: Callable[[], None], *, at_call: int = 1) -> None:
@@ -199,7 +200,7 @@ def _boom_of_rank_1_while_rank_0_is_busy(module: Any, name: str) -> None:
 
 
 def boom_while_the_other_tokenises() -> None:
-    _boom_of_rank_1_while_rank_0_is_busy(tokens, "encode_sample")
+    _boom_of_rank_1_while_rank_0_is_busy(token_set_module, "encode_sample")
 
 
 def boom_while_the_other_loads() -> None:
@@ -211,7 +212,7 @@ def boom_while_the_other_evaluates() -> None:
 
 
 def boom_while_the_other_saves() -> None:
-    _boom_of_rank_1_while_rank_0_is_busy(shards, "_write_file")
+    _boom_of_rank_1_while_rank_0_is_busy(write_module, "_write_file")
 
 
 def _term_of_rank_1_while_it_evaluates(step: int) -> None:
@@ -244,7 +245,7 @@ def term_of_rank_1_in_the_evaluation_of_step_8() -> None:
 
 def kill_of_rank_1_while_the_other_waits_for_its_share() -> None:
     if RANK == 1:
-        before(shards, "_write_file", lambda: strike(lambda: signal_myself(signal.SIGKILL)), at_call=3)
+        before(write_module, "_write_file", lambda: strike(lambda: signal_myself(signal.SIGKILL)), at_call=3)
 
 
 def hang_of_rank_1_in_the_data_of_step_3() -> None:
@@ -276,7 +277,7 @@ def hang_of_rank_1_in_the_save_of_step_4() -> None:
         return original(path, share, step, **named)
 
     if RANK == 1:
-        wrap(shards, "_write_file", write)
+        wrap(write_module, "_write_file", write)
 
 
 def hang_of_rank_1_that_lets_nothing_else_run() -> None:
@@ -401,7 +402,7 @@ def slow_phases() -> None:
         return points.GATHERED.search(points.path_of(path, {})) is not None
 
     if RANK == 1:
-        slow(tokens, "encode_sample", "tokenising", 1.3)
+        slow(token_set_module, "encode_sample", "tokenising", 1.3)
         slow(SliceReader, "_read", "loading", 0.8)
         slow(build.Trainee, "run", "evaluating", 2.7, lambda trainee, *_: not trainee.model.training)
         slow(os, "write", "saving", 0.4, is_first_save)
@@ -435,7 +436,7 @@ def _disk_full_in_step_4(*, rank: int) -> None:
             (runs / "other-is-done").touch()
         return entry
 
-    wrap(shards, "_write_file", write)
+    wrap(write_module, "_write_file", write)
 
 
 # Kills at a point that is told by the environment
@@ -527,7 +528,7 @@ def checkpoints_gone_in_the_save_of_step_4() -> None:
         return original(path, share, step, **named)
 
     if RANK == 1:
-        wrap(shards, "_write_file", gone)
+        wrap(write_module, "_write_file", gone)
 
 
 def run_folder() -> Path:

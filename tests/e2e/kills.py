@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dist_lora.checkpoint.resume import verify
+from dist_lora.checkpoint.read import verify
 from tests.e2e.points import INSIDE, VICTIMS, Aim, Victim, came_by, doomed
 from tests.e2e.runs import chats_config, environment, starter_of
 from tests.e2e.starter import Start

@@ -32,13 +32,13 @@ from tests import ROOT
 
 PR_SET_CHILD_SUBREAPER = 36
 IMPORTED = (
-    "dist_lora.cli", "dist_lora.train.main", "dist_lora.parallel.rank", "dist_lora.parallel.fsdp2", "datasets",
+    "dist_lora.cli", "dist_lora.train.command", "dist_lora.supervision.run_rank", "dist_lora.engines.fsdp2", "datasets",
     "transformers.convert_slow_tokenizer", "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.configuration_llama", "tokenizers.implementations", "torch._dynamo",
     "torch.distributed._composable.fsdp",
 )  # fmt: skip
 FOR_ZERO3 = (
-    "dist_lora.parallel.zero3",
+    "dist_lora.engines.zero3",
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "torch._inductor.compile_fx",
 )
@@ -181,9 +181,9 @@ def _launch(request: dict[str, Any], standard: list[int]) -> NoReturn:
     if not request["is_forking"]:
         words = [sys.executable, "-m", "dist_lora", *request["arguments"]]
         os.execve(words[0], words, request["env"])
-    from dist_lora.parallel import local
+    from dist_lora.supervision import local_ranks
 
-    local.subprocess = SimpleNamespace(Popen=_Forked, TimeoutExpired=subprocess.TimeoutExpired)  # type: ignore[attr-defined]
+    local_ranks.subprocess = SimpleNamespace(Popen=_Forked, TimeoutExpired=subprocess.TimeoutExpired)  # type: ignore[attr-defined]
     _become(request["arguments"], request["env"])
 
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 from dist_lora.config.load import load_config
 from dist_lora.config.schema import LINEARS, Config
-from dist_lora.parallel.world import World
 from dist_lora.train.build import open_base
-from dist_lora.train.main import loader_of, tokens_of
+from dist_lora.train.command import loader_of, tokens_of
+from dist_lora.world.world import World
 from tests.e2e.runs import run
 
 NUM_STEPS, WARMUP_STEPS, WEIGHT_DECAY = 10, 3, 0.05

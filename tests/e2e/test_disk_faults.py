@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_lora.checkpoint.resume import verify
+from dist_lora.checkpoint.read import verify
 from tests.e2e.runs import Done, losses, run
 from tests.e2e.test_faults import RANK_1, assert_ended_in_time, assert_told_once, checkpoints, folder_of
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dist_lora.checkpoint.resume import verify
+from dist_lora.checkpoint.read import verify
 from dist_lora.data.loader import Loader
 from tests.e2e.runs import ROOT, Done, command, fill_the_disk, losses, run, run_each_rank, run_under_torchrun
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 import yaml
 
+from dist_lora.chat.chat import Speaker
+from dist_lora.chat.command import open_for_answers
 from dist_lora.data.chat import encode_prompt
-from dist_lora.export.chat import Speaker
-from dist_lora.export.generate import generate, stop_ids_of
-from dist_lora.parallel.world import World
-from dist_lora.train.answer import open_for_answers
+from dist_lora.evaluation.generate import generate, stop_ids_of
+from dist_lora.world.world import World
 from tests.e2e.conftest import learn
 from tests.e2e.runs import ROOT, command, run
 

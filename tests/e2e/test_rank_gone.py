@@ -14,7 +14,7 @@ from typing import Literal
 
 import pytest
 
-from dist_lora.checkpoint.resume import verify
+from dist_lora.checkpoint.read import verify
 from tests.e2e.runs import ROOT, Done, command, environment, losses, run, run_each_rank, run_under_torchrun
 
 TIMEOUT_S = 10

@@ -23,13 +23,13 @@ from dist_lora.base.quant.published import open_base_on_disk
 from dist_lora.base.stream import read_tensor
 from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.checkpoint.manifest import KINDS, read_manifest
-from dist_lora.checkpoint.resume import load_pieces, verify
+from dist_lora.checkpoint.read import load_pieces, verify
 from dist_lora.config.load import dump_config, load_config
 from dist_lora.data.chat import encode_prompt, encode_sample, hash_tokenizer, load_tokenizer
-from dist_lora.data.shapes import REQUIRED_COLUMNS
+from dist_lora.data.records import REQUIRED_COLUMNS
 from dist_lora.data.sources import read_records
 from dist_lora.errors import DataError, DistLoraError
-from dist_lora.herd.facts import read_shape
+from dist_lora.herd.shape import read_shape
 from dist_lora.lora.peft_file import BaseIdentity, identify_base, read_adapter, write_adapter
 from dist_lora.lora.state import Piece
 from tests.conftest import save_tiny_llama

@@ -18,8 +18,8 @@ from dist_lora.checkpoint.saver import Saver
 from dist_lora.doctor.compute import measure_compute
 from dist_lora.doctor.machine import ask_driver, examine_gpus, torch_build
 from dist_lora.lora.state import Piece
-from dist_lora.parallel.place import Place
-from dist_lora.parallel.world import World, join
+from dist_lora.world.launcher import Place
+from dist_lora.world.world import World, join
 from tests.ranks.test_frozen_base import step_of
 from tests.ranks.tiny import config_of, trainee_of
 from tests.unit.base.quant.test_nf4 import random_rows

@@ -11,11 +11,11 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from dist_lora.herd.facts import Shape
-from dist_lora.plan.arithmetic import Setup, memory_of
-from dist_lora.plan.configs import Preset
-from dist_lora.plan.simulate import Simulation, simulate
+from dist_lora.herd.shape import Shape
+from dist_lora.layout.memory import Setup, memory_of
+from dist_lora.plan.presets import Preset
 from dist_lora.plan.traffic import collectives_of
+from dist_lora.simulation.simulate import Simulation, simulate
 
 # Settings that are names, places and values: nothing that a step holds or sends depends on them.
 NAMES = {"run": ..., "model": {"name"}, "data": ..., "optim": {"lr"}, "checkpoint": {"every"}}

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import pytest
 
 from dist_lora.config.schema import Config
-from dist_lora.herd.facts import MEMBERS
-from dist_lora.plan.arithmetic import Setup, memory_of, setup_of
+from dist_lora.herd.shape import MEMBERS
+from dist_lora.layout.memory import Setup, memory_of, setup_of
 from dist_lora.plan.hardware import GPUS
-from dist_lora.plan.simulate import Simulation, simulate
 from dist_lora.plan.traffic import collectives_of
+from dist_lora.simulation.simulate import Simulation, simulate
 from tests.pretend.shipped import planned_traffic, simulated_traffic
 
 DEVICE_BYTES = GPUS["h100-80gb"].memory_bytes

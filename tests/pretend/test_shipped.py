@@ -9,11 +9,11 @@ import dataclasses
 
 import pytest
 
-from dist_lora.herd.facts import MEMBERS
-from dist_lora.plan.arithmetic import memory_of
-from dist_lora.plan.configs import MACHINES, SENSIBLE, presets, size_of
-from dist_lora.plan.simulate import simulate
+from dist_lora.herd.shape import MEMBERS
+from dist_lora.layout.memory import memory_of
+from dist_lora.plan.presets import MACHINES, SENSIBLE, presets, size_of
 from dist_lora.plan.traffic import collectives_of
+from dist_lora.simulation.simulate import simulate
 from tests.pretend.shipped import alike, compared, sizes_of
 
 PRESETS = presets()

@@ -15,12 +15,12 @@ from PIL import Image
 
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, SaveError
-from dist_lora.herd.facts import MEMBERS, Shape, read_shape
+from dist_lora.herd.shape import MEMBERS, Shape, read_shape
 from dist_lora.plan.command import Fleets
-from dist_lora.plan.simulate import Simulation, simulate
-from dist_lora.plan.simulate_command import simulate_plan
-from dist_lora.plan.timeline import Limit, parts_of_step, write_timeline
-from dist_lora.plan.tracker import KINDS, Moment, Phase
+from dist_lora.simulation.command import simulate_plan
+from dist_lora.simulation.simulate import Simulation, simulate
+from dist_lora.simulation.timeline import Limit, parts_of_step, write_timeline
+from dist_lora.simulation.tracker import KINDS, Moment, Phase
 
 GIB = 2**30
 MIB = 2**20

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from dist_lora.config.schema import ParallelSection
 from dist_lora.errors import ConfigError
-from dist_lora.plan.layout import check_section
+from dist_lora.layout.choices import check_section
 from tests.ranks.matrix import BASES, ENGINES, Outcome
 from tests.ranks.pool import Ranks
 from tests.ranks.runs import chats_settings, exact, metrics, train_command

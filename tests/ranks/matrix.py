@@ -22,10 +22,10 @@ from torch import Tensor
 from dist_lora.config.schema import ParallelSection
 from dist_lora.data.loader import Loader
 from dist_lora.errors import ConfigError
+from dist_lora.layout.choices import choose_layout
 from dist_lora.lora.state import Piece
-from dist_lora.parallel.world import World
-from dist_lora.plan.layout import choose_layout
-from dist_lora.train.optim import lr_at
+from dist_lora.train.schedule import lr_at
+from dist_lora.world.world import World
 from tests.ranks.pool import Ranks
 from tests.ranks.tiny import accumulate, config_of, documents, trainee_of
 

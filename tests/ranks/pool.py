@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 120
-IMPORTED = ("dist_lora.train.main", "dist_lora.parallel.fsdp2", "dist_lora.parallel.zero3", "tests.ranks.runs", "tests.ranks.tiny",
+IMPORTED = ("dist_lora.train.command", "dist_lora.engines.fsdp2", "dist_lora.engines.zero3", "tests.ranks.runs", "tests.ranks.tiny",
             "torch._dynamo", "torch._inductor.compile_fx", "deepspeed.runtime.superoffload.superoffload_stage3",
             "transformers.convert_slow_tokenizer", "transformers.models.llama.configuration_llama")  # fmt: skip
 
@@ -76,8 +76,8 @@ def _serve(pipe: Connection, rank: int, size: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from dist_lora.parallel.place import Place
-    from dist_lora.parallel.world import World, join
+    from dist_lora.world.launcher import Place
+    from dist_lora.world.world import World, join
 
     while True:
         try:

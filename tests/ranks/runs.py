@@ -12,14 +12,15 @@ from unittest import mock
 
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader, StepBatch
-from dist_lora.data.tokens import TokenSet
+from dist_lora.data.token_set import TokenSet
 from dist_lora.errors import StoppedOnRequest
-from dist_lora.parallel.world import World
-from dist_lora.train import main, run_folder
+from dist_lora.run_folder import folder as folder_module
+from dist_lora.train import command
 from dist_lora.train.build import Trainee
 from dist_lora.train.loop import Run
 from dist_lora.train.meter import Meter
 from dist_lora.train.signals import ASKING, StopRequest
+from dist_lora.world.world import World
 
 EXACT = ("step", "epoch", "loss", "grad_norm", "lr", "target_tokens", "tokens")
 
@@ -45,7 +46,7 @@ def chats_settings(base: Path, folder: Path, *, num_steps: int, dropout: float =
 def train_until_asked(config: Config, world: World) -> None:
     """The work of ``dist-lora train``, listening to signals as it does."""
     with StopRequest() as stop:
-        main.train(config, world, stop)
+        command.train(config, world, stop)
 
 
 def train_command(world: World, settings: Mapping[str, Any], ask_at: int | None = None) -> str:
@@ -66,17 +67,17 @@ def train_command(world: World, settings: Mapping[str, Any], ask_at: int | None 
         loader.batch = batch  # type: ignore[method-assign]
         return loader
 
-    loader_of = main.loader_of
+    loader_of = command.loader_of
     try:
-        with mock.patch.object(main, "loader_of", asking):
+        with mock.patch.object(command, "loader_of", asking):
             train_until_asked(Config.model_validate(settings), world)
     except StoppedOnRequest as stopped:
         return str(stopped)
     finally:
         for number in ASKING:  # a process that was asked ends deaf; this one lives on
             signal.signal(number, signal.SIG_DFL)
-        while run_folder._locks:  # and gives its lock back
-            run_folder._locks.pop().close()
+        while folder_module._locks:  # and gives its lock back
+            folder_module._locks.pop().close()
     return ""
 
 

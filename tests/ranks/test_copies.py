@@ -9,8 +9,8 @@ import torch
 
 from dist_lora.data.loader import Loader
 from dist_lora.errors import TrainingError
-from dist_lora.parallel.world import World
 from dist_lora.train.loop import Run
+from dist_lora.world.world import World
 from tests.ranks.runs import run_steps
 from tests.ranks.tiny import config_of, documents, trainee_of
 

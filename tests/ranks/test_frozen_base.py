@@ -18,10 +18,10 @@ from dist_lora.base.quant.formats import format_of
 from dist_lora.base.quant.nf4 import BLOCK, LEVELS
 from dist_lora.data.loader import EvalBatches, Loader
 from dist_lora.errors import WeightsError
-from dist_lora.herd.facts import read_shape
-from dist_lora.parallel.wire import Wire
-from dist_lora.parallel.world import World
+from dist_lora.herd.shape import read_shape
+from dist_lora.simulation.collectives import Wire
 from dist_lora.train.build import Trainee
+from dist_lora.world.world import World
 from tests.ranks.tiny import accumulate, config_of, documents, trainee_of
 
 BASES = ("none", "nf4", "int8")

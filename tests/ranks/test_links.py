@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dist_lora.parallel import links
-from dist_lora.parallel.clocks import Offset, clock_offsets
-from dist_lora.parallel.links import AxisRate, PairRate, measure_links
-from dist_lora.parallel.world import World
+from dist_lora.doctor import links
+from dist_lora.doctor.clocks import Offset, clock_offsets
+from dist_lora.doctor.links import AxisRate, PairRate, measure_links
+from dist_lora.world.world import World
 from tests.ranks.pool import RankFailed
 
 HOSTS = ("a", "a", "b", "b")

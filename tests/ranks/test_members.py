@@ -18,12 +18,12 @@ from dist_lora.base.attention import Documents
 from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.config.schema import Config
 from dist_lora.data.chat import encode_sample, load_tokenizer
-from dist_lora.data.shapes import Format
-from dist_lora.export.generate import stop_ids_of
-from dist_lora.herd.facts import MEMBERS, Member, read_shape
-from dist_lora.parallel.world import World
-from dist_lora.plan.configs import presets
+from dist_lora.data.records import Format
+from dist_lora.evaluation.generate import stop_ids_of
+from dist_lora.herd.shape import MEMBERS, Member, read_shape
+from dist_lora.plan.presets import presets
 from dist_lora.train.build import load_adapter
+from dist_lora.world.world import World
 from tests.ranks.members import Makers, tiny_shape, write_samples
 from tests.ranks.runs import exact, metrics, train_command
 from tests.ranks.tiny import trainee_of

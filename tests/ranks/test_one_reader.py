@@ -10,8 +10,8 @@ from dist_lora.base import index
 from dist_lora.base.quant.published import open_base_on_disk
 from dist_lora.config.schema import Config
 from dist_lora.errors import DistLoraError
-from dist_lora.parallel.world import World
 from dist_lora.train.build import open_base
+from dist_lora.world.world import World
 from tests.ranks.runs import chats_settings
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dist_lora.checkpoint.manifest import KINDS, Piece, read_manifest
-from dist_lora.checkpoint.resume import load_pieces
-from dist_lora.parallel.world import World
+from dist_lora.checkpoint.read import load_pieces
+from dist_lora.world.world import World
 from tests.ranks.runs import chats_settings, exact, metrics, train_command
 
 NUM_STEPS, STOP_AT = 10, 4

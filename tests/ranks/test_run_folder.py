@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-import dist_lora.train.run_folder
-from dist_lora.parallel.world import World
+import dist_lora.run_folder.folder
+from dist_lora.world.world import World
 from tests.ranks.pool import RankFailed
 from tests.ranks.tiny import config_of
 
 
 def open_there(world: World, folder: str, is_shared: bool) -> list[str]:
     """Opens the run's folder; where it isn't shared, each node has a folder of its own under the same name."""
-    dist_lora.train.run_folder.SEEN_S = 0.3
+    dist_lora.run_folder.folder.SEEN_S = 0.3
     runs = Path(folder) / ("all" if is_shared else f"node-{world.world_rank // 2}")
     config = config_of("unused").model_copy(update={"runs_dir": runs})
-    opened = dist_lora.train.run_folder.open_run_folder(config, world)
+    opened = dist_lora.run_folder.folder.open_run_folder(config, world)
     return sorted(path.name for path in opened.iterdir())
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dist_lora.data.loader import Loader
-from dist_lora.export.evaluate import run_micro_batch
-from dist_lora.parallel.world import World
-from dist_lora.train.optim import lr_at
+from dist_lora.evaluation.evaluate import run_micro_batch
+from dist_lora.train.schedule import lr_at
+from dist_lora.world.world import World
 from tests.ranks.tiny import accumulate, config_of, documents, trainee_of
 
 LENGTHS = [40, 3, 17, 29, 5, 61, 2, 11, 33, 8, 21, 55, 4, 13, 9, 26]

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_lora.checkpoint.manifest import KINDS, read_manifest
-from dist_lora.parallel.world import World
 from dist_lora.train.loop import Run
+from dist_lora.world.world import World
 from tests.ranks.test_whole_runs import remembering
 from tests.ranks.tiny import config_of, documents, trainee_of
 

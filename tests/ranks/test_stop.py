@@ -14,10 +14,10 @@ import pytest
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader
 from dist_lora.errors import ConfigError, StopNow, StoppedOnRequest
-from dist_lora.parallel.world import World
 from dist_lora.train import loop
 from dist_lora.train.loop import Run
 from dist_lora.train.signals import StopRequest
+from dist_lora.world.world import World
 from tests.ranks.runs import chats_settings, metrics, train_command, train_until_asked
 
 EXACT = ("step", "loss", "grad_norm", "lr")

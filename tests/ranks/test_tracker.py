@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from dist_lora.config.schema import Config
-from dist_lora.herd.facts import read_shape
-from dist_lora.parallel.wire import Traffic, traffic
-from dist_lora.parallel.world import World
-from dist_lora.plan.simulate import STEP, Simulation, full_batches, simulate
-from dist_lora.plan.tracker import Memory, Tracker, register_run
+from dist_lora.herd.shape import read_shape
+from dist_lora.simulation.collectives import Traffic, traffic
+from dist_lora.simulation.simulate import STEP, Simulation, full_batches, simulate
+from dist_lora.simulation.tracker import Memory, Tracker, register_run
 from dist_lora.train.loop import Run
 from dist_lora.train.signals import StopRequest
+from dist_lora.world.world import World
 from tests.ranks.tiny import config_of, trainee_of
 
 BASES = ("none", "nf4", "int8")

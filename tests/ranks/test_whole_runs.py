@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from dist_lora.data.loader import Loader, StepBatch
-from dist_lora.data.tokens import TokenSet
-from dist_lora.parallel.world import World
+from dist_lora.data.token_set import TokenSet
 from dist_lora.train.held_out import loss_of
+from dist_lora.world.world import World
 from tests.ranks.runs import run_steps
 from tests.ranks.tiny import config_of, documents, trainee_of
 

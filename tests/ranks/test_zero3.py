@@ -16,17 +16,17 @@ from torch import Tensor
 
 from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.checkpoint.manifest import TensorSpec, read_manifest
-from dist_lora.checkpoint.resume import load_pieces
-from dist_lora.checkpoint.shards import save_checkpoint
+from dist_lora.checkpoint.read import load_pieces
+from dist_lora.checkpoint.write import save_checkpoint
 from dist_lora.data.loader import EvalBatches, Loader
 from dist_lora.errors import ConfigError
-from dist_lora.export.evaluate import held_out_loss
-from dist_lora.export.generate import base_fits_whole, generate
-from dist_lora.parallel.wire import Wire
-from dist_lora.parallel.world import World
-from dist_lora.plan.layout import Layout
+from dist_lora.evaluation.evaluate import held_out_loss
+from dist_lora.evaluation.generate import base_fits_whole, generate
+from dist_lora.layout.choices import Layout
+from dist_lora.simulation.collectives import Wire
 from dist_lora.train.build import Trainee, describe_trained
-from dist_lora.train.optim import lr_at
+from dist_lora.train.schedule import lr_at
+from dist_lora.world.world import World
 from tests.ranks.tiny import accumulate, config_of, documents, trainee_of
 
 LENGTHS = [40, 3, 17, 29, 5, 61, 2, 11, 33, 8, 21, 55, 4, 13, 9, 26]
@@ -505,7 +505,7 @@ def refusal(world: World, fault: str) -> tuple[str, int]:
     import deepspeed
 
     layout = Layout("zero3", "world", "shard", base_on_host=False, optimizer_on_host=False, reasons=())
-    from dist_lora.parallel import zero3
+    from dist_lora.engines import zero3
 
     modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "deepspeed"}
     version, importing = deepspeed.__version__, zero3.importlib.import_module

@@ -10,11 +10,11 @@ import torch
 from dist_lora.base.quant.published import open_base_on_disk
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import StepBatch
-from dist_lora.data.tokens import TokenSet
-from dist_lora.herd.facts import Shape
+from dist_lora.data.token_set import TokenSet
+from dist_lora.herd.shape import Shape
 from dist_lora.lora.peft_file import BaseIdentity
-from dist_lora.parallel.world import World
 from dist_lora.train.build import Base, Trainee, build
+from dist_lora.world.world import World
 
 
 def documents(*, seed: int, lengths: list[int], vocab: int = 512, targets_from: float = 0.4) -> TokenSet:

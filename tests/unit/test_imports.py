@@ -22,30 +22,33 @@ ROAD = (
     "errors",
     "config",
     "herd",
+    "plan.measured",
+    "plan.hardware",
+    "layout",
     "plan",
     "base",
     "lora",
-    "parallel",
+    "world",
+    "engines",
+    "supervision",
     "data",
     "checkpoint",
-    "export",
+    "evaluation",
+    "run_folder",
     "train",
-    "export.report",  # reads what a run has left
-    "doctor",  # looks at what a run would use
-    "plan.tracker",  # sees the tensors of any run
-    "plan.simulate",  # runs the real loop on pretend tensors
-    "plan.timeline",
-    "plan.simulate_command",
-    "slurm",  # batch scripts, by a plan
+    "chat",
+    "doctor",
+    "simulation",
+    "slurm",
     "cli",
     "__main__",
 )
 # One door for each package that we do not want to meet everywhere.
 DOORS = {
-    "torch.distributed": ("parallel", "checkpoint"),
-    "deepspeed": ("parallel.zero3",),
+    "torch.distributed": ("world", "engines", "supervision", "checkpoint", "doctor", "simulation"),
+    "deepspeed": ("engines.zero3",),
     "bitsandbytes": ("base.quant", "train.optim"),
-    "matplotlib": ("plan.timeline", "export.report"),
+    "matplotlib": ("simulation.timeline", "run_folder.report"),
 }
 # These run what they read, or let a file of the user's do so.
 NOWHERE = {
@@ -264,12 +267,12 @@ def test_the_scripts_beside_the_package_run_no_code_from_a_file_either(script: s
         "from ..train import build",
         "from .. import train",
         "import importlib\nimportlib.import_module('dist_lora.train.build')",
-        "from dist_lora.plan import simulate",
+        "from dist_lora.simulation import simulate",
         "if True:\n    import dist_lora.cli",
     ],
 )
 def test_every_spelling_of_an_import_that_leads_back_is_seen(source: str) -> None:
-    assert len(wrong_ways(source, module="dist_lora.data.tokens")) == 1
+    assert len(wrong_ways(source, module="dist_lora.data.token_set")) == 1
 
 
 @pytest.mark.parametrize(
@@ -277,17 +280,17 @@ def test_every_spelling_of_an_import_that_leads_back_is_seen(source: str) -> Non
     [
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dist_lora.train.build import Trainee",
         "import typing\nif typing.TYPE_CHECKING:\n    from dist_lora.train.build import Trainee",
-        "from dist_lora.plan import arithmetic\nfrom dist_lora.parallel.world import World",
+        "from dist_lora.plan import arithmetic\nfrom dist_lora.world.world import World",
         "from .chat import Encoded\nimport dist_lora\nfrom dist_lora import __version__",
     ],
 )
 def test_an_import_for_types_or_of_an_earlier_stage_is_fine(source: str) -> None:
-    assert wrong_ways(source, module="dist_lora.data.tokens") == []
+    assert wrong_ways(source, module="dist_lora.data.token_set") == []
 
 
 def test_an_import_beside_those_for_types_counts() -> None:
     source = "if TYPE_CHECKING:\n    pass\nelse:\n    from dist_lora.train.build import Trainee"
-    assert len(wrong_ways(source, module="dist_lora.data.tokens")) == 1
+    assert len(wrong_ways(source, module="dist_lora.data.token_set")) == 1
 
 
 def test_a_module_without_a_place_on_the_road_is_told() -> None:
@@ -311,7 +314,7 @@ def test_every_way_around_a_door_is_seen(source: str) -> None:
 
 
 def test_a_door_is_open_to_its_package() -> None:
-    assert wrong_doors("import torch.distributed as dist", module="dist_lora.parallel.world") == []
+    assert wrong_doors("import torch.distributed as dist", module="dist_lora.world.world") == []
     assert wrong_doors("import bitsandbytes.functional", module="dist_lora.base.quant.nf4") == []
     assert len(wrong_doors("import deepspeed", module="dist_lora.parallel.zero3_helpers")) == 1
 
@@ -362,19 +365,12 @@ def imported_by(program: str) -> set[str]:
 LIGHT = [
     name
     for name in SOURCES
-    if name.startswith(("dist_lora.config.", "dist_lora.herd.", "dist_lora.plan."))
-    and name
-    not in (
-        "dist_lora.plan.tracker",
-        "dist_lora.plan.simulate",
-        "dist_lora.plan.timeline",
-        "dist_lora.plan.simulate_command",
-    )
+    if name.startswith(("dist_lora.config.", "dist_lora.herd.", "dist_lora.layout.", "dist_lora.plan."))
 ]
 
 
 def test_config_herd_and_plan_do_without_torch() -> None:
-    assert "dist_lora.config.load" in LIGHT and "dist_lora.herd.facts" in LIGHT
+    assert "dist_lora.config.load" in LIGHT and "dist_lora.herd.shape" in LIGHT
     loaded = imported_by("import " + ", ".join(LIGHT))
     assert set(LIGHT) <= loaded
     assert not loaded & {"torch", "numpy", "transformers", "deepspeed", "accelerate", "bitsandbytes", "datasets"}

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from dist_lora.base.index import open_index
 from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.checkpoint.manifest import read_manifest
-from dist_lora.checkpoint.resume import verify
+from dist_lora.checkpoint.read import verify
 from dist_lora.errors import AdapterError, CheckpointError, WeightsError
 from dist_lora.lora.peft_file import BaseIdentity, open_adapter, write_adapter
 from tests import ROOT
@@ -150,7 +150,7 @@ import torch
 from dist_lora.base.index import open_index
 from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.errors import DistLoraError
-from dist_lora.herd.facts import read_shape
+from dist_lora.herd.shape import read_shape
 from dist_lora.lora.peft_file import read_adapter
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from dist_lora.cli import app
 from dist_lora.config.load import load_config
 from dist_lora.errors import ConfigError
-from dist_lora.herd.facts import MEMBERS
-from dist_lora.plan.configs import presets
+from dist_lora.herd.shape import MEMBERS
+from dist_lora.plan.presets import presets
 from tests import ROOT
 
 

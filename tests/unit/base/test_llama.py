@@ -17,10 +17,10 @@ from dist_lora.base import llama
 from dist_lora.base.attention import Documents
 from dist_lora.base.llama import LOGITS_AT_ONCE, SumOfCrossEntropy
 from dist_lora.data.loader import Loader
-from dist_lora.export.evaluate import run_micro_batch
-from dist_lora.parallel.world import World
+from dist_lora.evaluation.evaluate import run_micro_batch
 from dist_lora.train.build import Trainee
 from dist_lora.train.held_out import loss_of
+from dist_lora.world.world import World
 from tests.ranks.tiny import config_of, documents, trainee_of
 
 VOCAB, NUM_TARGETS = 128256, 2048

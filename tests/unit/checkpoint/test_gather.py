@@ -145,7 +145,8 @@ for name in [name for name in sys.modules if name.startswith("torch.distributed"
 for name in ("deepspeed", "transformers", "peft", "datasets"):
     sys.modules[name] = None
 from pathlib import Path
-from dist_lora.checkpoint.gather import gather_adapter, verify_checkpoints
+from dist_lora.checkpoint.gather import gather_adapter
+from dist_lora.checkpoint.gather import verify_checkpoints
 gather_adapter(Path(sys.argv[1]), out=Path(sys.argv[2]))
 assert not [name for name in set(sys.modules) - loaded if name.startswith("torch.distributed")]
 """

@@ -25,7 +25,7 @@ from dist_lora.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from dist_lora.checkpoint.resume import load_pieces, verify
+from dist_lora.checkpoint.read import load_pieces, verify
 from dist_lora.errors import CheckpointError
 from tests.unit.checkpoint.thread_ranks import SPECS, saved, whole_state
 

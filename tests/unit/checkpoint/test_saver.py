@@ -15,7 +15,7 @@ from torch import Tensor
 from dist_lora.checkpoint.saver import Saver
 from dist_lora.errors import RankError, SaveError
 from dist_lora.lora.state import Piece
-from dist_lora.parallel.world import World
+from dist_lora.world.world import World
 
 PIECES = [Piece("a", "adapter", 0, 3), Piece("b", "exp_avg", 2, 4)]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dist_lora.checkpoint.manifest import KINDS, Piece, TensorSpec
-from dist_lora.checkpoint.shards import save_checkpoint
+from dist_lora.checkpoint.write import save_checkpoint
 from dist_lora.errors import DistLoraError, RankError
-from dist_lora.parallel.progress import Progress
+from dist_lora.world.progress import Progress
 
 DEADLINE_S = 30
 ADAPTER = {"rank": 3, "alpha": 6.0, "dropout": 0.0, "targets": ["q_proj"], "layers": [0, 1], "num_layers": 2}
@@ -42,7 +42,7 @@ class Store:
 
 
 class MemoryWorld:
-    """The promise of a world for one rank, as a thread: see ``dist_lora.parallel.world``."""
+    """The promise of a world for one rank, as a thread: see ``dist_lora.world.world``."""
 
     def __init__(self, world_rank: int, world_size: int, store: Store) -> None:
         self.world_rank, self.world_size, self.store = world_rank, world_size, store

@@ -413,7 +413,7 @@ def test_every_setting_of_the_schema_has_a_description_of_one_line() -> None:
 
 def test_reading_a_config_imports_neither_torch_nor_transformers() -> None:
     program = (
-        "import sys, dist_lora.config.load, dist_lora.herd.facts;"
+        "import sys, dist_lora.config.load, dist_lora.herd.shape;"
         "print([m for m in ('torch', 'transformers', 'datasets', 'numpy') if m in sys.modules])"
     )
     printed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_lora.data.loader import EvalBatches, Loader, deal
-from dist_lora.data.tokens import TokenSet
+from dist_lora.data.token_set import TokenSet
 
 
 def token_set(lengths, *, sample_ids=None) -> TokenSet:

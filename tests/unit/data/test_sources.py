@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dist_lora.data.shapes import (
+from dist_lora.data.records import (
     Chat,
     Continuation,
     Instruction,

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from dist_lora.base.index import open_index
 from dist_lora.data import untrained
 from dist_lora.data.chat import load_tokenizer
-from dist_lora.data.tokens import TokenRules, TokenSet, prepare_tokens
+from dist_lora.data.token_set import TokenRules, TokenSet, prepare_tokens
 from dist_lora.data.untrained import EMBEDDING, HEAD, check_special_tokens, tokens_in_use
 from dist_lora.errors import DataError, WeightsError
-from dist_lora.herd.facts import read_shape
-from dist_lora.parallel.world import World
+from dist_lora.herd.shape import read_shape
+from dist_lora.world.world import World
 
 # The ids of the tiny tokenizer: bytes are 0 to 255.
 BEGIN, END_OF_TEXT, START_HEADER, END_HEADER, END_OF_TURN, END_OF_MESSAGE, PAD, PYTHON = range(256, 264)

@@ -16,10 +16,12 @@ import torch
 
 from dist_lora.config.schema import Config
 from dist_lora.doctor import disk, hub, network, versions
+from dist_lora.doctor.clocks import Offset
 from dist_lora.doctor.command import Patient, Report, Wishes
 from dist_lora.doctor.compute import judge_compute, measure_compute
 from dist_lora.doctor.disk import examine_disk
 from dist_lora.doctor.findings import Answer, Examiner, Finding, merge_hosts, worst
+from dist_lora.doctor.links import AxisRate, PairRate
 from dist_lora.doctor.machine import (
     GpuFacts,
     HostFacts,
@@ -31,10 +33,8 @@ from dist_lora.doctor.machine import (
 )
 from dist_lora.doctor.network import examine_names, judge_clocks, judge_links
 from dist_lora.doctor.versions import TESTED, compare_nodes, examine_versions
-from dist_lora.parallel.clocks import Offset
-from dist_lora.parallel.links import AxisRate, PairRate
-from dist_lora.parallel.place import Place
 from dist_lora.plan.measured import read_measured
+from dist_lora.world.launcher import Place
 from tests import ROOT
 from tests.e2e.fake_hub import Hub, serving
 

@@ -18,7 +18,7 @@ import yaml
 
 from dist_lora import __version__, errors
 from dist_lora.cli import app
-from dist_lora.train.status import Status
+from dist_lora.run_folder.status import Status
 from tests import ROOT
 
 LAUNCH = ROOT / "launch"

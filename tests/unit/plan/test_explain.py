@@ -10,11 +10,11 @@ import pytest
 from dist_lora.config.load import load_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
-from dist_lora.herd.facts import MEMBERS
-from dist_lora.herd.known import known_model
-from dist_lora.parallel.world import World
+from dist_lora.herd.models import known_model
+from dist_lora.herd.shape import MEMBERS
 from dist_lora.plan.explain import Way, explain, ways_of
 from dist_lora.train.build import open_base
+from dist_lora.world.world import World
 from tests.shapes import GPT3, GPT3_WEIGHTS
 
 LLAMA_3_8B = {

@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from dist_lora.cli import app
 from dist_lora.errors import ConfigError, DistLoraError, PlanError
-from dist_lora.parallel.slurm import hosts_of, rendezvous_of
 from dist_lora.plan.hardware import find_gpu
 from dist_lora.slurm.command import make_script, submit
 from dist_lora.slurm.job import Request, _within
 from dist_lora.slurm.templates import FOLDER, TEMPLATES, text_of
+from dist_lora.world.slurm import hosts_of, rendezvous_of
 from tests import ROOT
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from dist_lora.checkpoint.shards import versions_here
-from dist_lora.parallel.world import World
+from dist_lora.checkpoint.write import versions_here
+from dist_lora.world.world import World
 from tests import ROOT
 from tests.ranks.runs import metrics, train_command
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import dist_lora
 from dist_lora.checkpoint.manifest import MANIFEST_FILE, read_manifest, write_manifest
-from dist_lora.parallel.world import World
+from dist_lora.world.world import World
 from tests.ranks.runs import metrics, train_command
 
 

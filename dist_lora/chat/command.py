@@ -1,0 +1,111 @@
+"""The work behind ``generate``: an adapter opened beside the base that it belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from dist_lora.chat.chat import Speaker, chat, continue_text
+from dist_lora.config.schema import Config
+from dist_lora.errors import ConfigError
+from dist_lora.evaluation.generate import stop_ids_of
+from dist_lora.herd.shape import resolve_model
+from dist_lora.lora.peft_file import open_adapter
+from dist_lora.train.build import Trainee, build, check_adapter, folder_of, load_adapter, open_base
+from dist_lora.world.world import World
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the config of the run that an adapter lies in says of it; nothing where it lies elsewhere."""
+
+    model: str | None = None
+    quant: str | None = None
+    chat_template: str | None = None
+    is_plain: bool = False
+
+
+def origin_of(adapter: Path) -> Origin:
+    """The origin of an adapter, by the ``config.yaml`` beside its folder."""
+    path = adapter.resolve().parent / "config.yaml"
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        model, data = settings["model"], settings["data"]
+        is_plain = data.get("format") in ("text", "prompt-completion")
+        template = data.get("chat_template")
+        return Origin(
+            model=str(model["name"]),
+            quant=str(model.get("quant", "none")),
+            chat_template=template if isinstance(template, str) else None,
+            is_plain=is_plain,
+        )
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError, RecursionError):
+        return Origin()  # there is none, or it is no run's: an adapter may lie anywhere
+
+
+def base_name(adapter: Path, base: str | None) -> str:
+    """What to load beside ``adapter``: what was said, what its run's config says, or what the adapter itself does."""
+    name = base or origin_of(adapter).model or open_adapter(adapter).base.name
+    if name is None:
+        raise ConfigError(f"{adapter} does not say which model it was trained on; name it: --base MODEL")
+    return name
+
+
+def find_base(adapter: Path, base: str | None) -> Path:
+    """The folder of the base that ``adapter`` belongs to.
+
+    Raises:
+        ConfigError: it is neither here nor on the hub.
+    """
+    return folder_of(resolve_model(base_name(adapter, base)), World.alone())
+
+
+def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Trainee:
+    """The base whole on this process, with the adapter's values beside it."""
+    found = open_adapter(adapter)  # its headers; the tensors are read once, below
+    config = Config.model_validate(
+        {
+            "run": "generate",
+            "model": {"name": base_name(adapter, base)},
+            "lora": {
+                "rank": found.rank,
+                "alpha": found.scale * found.rank,  # of rsLoRA too
+                "targets": list(found.targets),
+                "layers": "all" if found.layers is None else list(found.layers),
+            },
+            "data": {"train": "-", "chat_template": origin_of(adapter).chat_template},
+        }
+    )
+    opened = open_base(config, world)
+    check_adapter(adapter, config=config, base=opened, world=world)
+    trainee = build(config, opened, world)
+    load_adapter(trainee.adapters, adapter, world=world)
+    trainee.model.eval()
+    return trainee
+
+
+def answer(
+    adapter: Path, *, base: str | None, prompt: str | None, system: str | None, is_plain: bool, max_new_tokens: int
+) -> None:
+    """``dist-lora generate``: answer ``prompt`` on stdout, or hold a chat on the terminal.
+
+    Plain text, without a chat template, is gone on with where ``is_plain`` says so, where the adapter's run was
+    trained on such, and where the model has no chat template.
+
+    Raises:
+        ConfigError: the prompt is empty, or a system message has no place in plain text.
+        AdapterError, WeightsError: the adapter or its base is damaged, or they don't belong together.
+    """
+    if prompt is not None and not prompt.strip():
+        raise ConfigError("--prompt: is empty; give the text to answer, or leave it out for a chat")
+    trainee = open_for_answers(adapter, base=base, world=World.alone())
+    tokenizer = trainee.base.tokenizer
+    speaker = Speaker(trainee.model, tokenizer, stop_ids_of(trainee.base.folder, tokenizer), max_new_tokens)
+    if not (is_plain or origin_of(adapter).is_plain or tokenizer.chat_template is None):
+        chat(speaker, prompt=prompt, system=system)
+    elif system is not None:
+        raise ConfigError("--system: plain text is gone on with here, and a system message has no place in it")
+    else:
+        continue_text(speaker, prompt=prompt)

@@ -1,0 +1,20 @@
+"""The engine that a layout names; only that one's library is imported."""
+
+from __future__ import annotations
+
+from dist_lora.engines.engine import SingleProcess
+from dist_lora.layout.choices import Layout
+from dist_lora.world.world import World
+
+
+def make_engine(layout: Layout, world: World) -> SingleProcess:
+    """The engine that a layout names."""
+    if layout.engine == "fsdp2":
+        from dist_lora.engines.fsdp2 import Fsdp2
+
+        return Fsdp2(world, layout)
+    if layout.engine == "zero3":
+        from dist_lora.engines.zero3 import Zero3
+
+        return Zero3(world, layout)
+    return SingleProcess(world, layout)

@@ -1,0 +1,222 @@
+"""Engine ``fsdp2``: the frozen base in row shards, gathered block by block while it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from dist_lora.base.llama import Llama, materialize
+from dist_lora.base.stream import Slot
+from dist_lora.engines.adapters import Adapters, FlatAdapters, Part, ReplicatedAdapters, same_on_all
+from dist_lora.engines.engine import SingleProcess
+from dist_lora.layout.choices import Layout
+from dist_lora.lora.attach import AdapterTensor
+from dist_lora.lora.layer import LoraAdapter
+from dist_lora.world.world import World
+
+
+class Fsdp2(SingleProcess):
+    """Every base parameter is cut by rows over the ranks of a node or of the world.
+
+    Adapters are whole on every rank, where FSDP2 never sees them (nothing is reduced but their sum, once a step), or
+    cut by rows within each node on a mesh of their own.
+    """
+
+    name = "fsdp2"
+
+    def __init__(self, world: World, layout: Layout) -> None:
+        super().__init__(world, layout)
+        self._groups: list[FSDPModule] = []  # of sharded adapters, one a block
+        self._meshes: dict[str, DeviceMesh] = {}  # each has process groups of its own: made once
+
+    def shard(self, model: Llama) -> str:
+        """See ``SingleProcess.shard``. Call it while the parameters are on meta."""
+        layout = self.layout
+        trained = {p for name, p in model.named_parameters() if ".adapter." in name}
+        if layout.adapters == "shard":
+            mesh = self._mesh("node")
+            self._groups = [group for block in model.model.layers if (group := _shard_adapters(block, mesh))]
+            trained = set()
+        mesh = self._mesh(layout.base_shard)
+        policy = self._offload_policy()
+        # No MixedPrecisionPolicy: the base is stored in the type it is computed in, and a policy would
+        # also cast what must not be cast (the scales of a quantized base).
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=trained, offload_policy=policy)
+        if not model.shape.tied:
+            for end in (model.model.embed_tokens, model.lm_head):
+                fully_shard(end, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+                # The loss makes its gradient in the forward and a frozen embedding needs none: neither is used again.
+                end.set_unshard_in_backward(False)  # type: ignore[operator]
+        # The root holds the last norm and, where the head is tied, the embedding that both ends use.
+        fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=trained, offload_policy=policy)
+        return f"the base is cut by rows over {mesh.shape[-1]} ranks (FSDP2)"
+
+    def _mesh(self, over: str) -> DeviceMesh:
+        if over not in self._meshes:
+            self._meshes[over] = self._make_mesh(over)
+        return self._meshes[over]
+
+    def _make_mesh(self, over: str) -> DeviceMesh:
+        world = self.world
+        kind = world.device.type
+        if over == "node" and world.num_nodes > 1:
+            return init_device_mesh(kind, (world.num_nodes, world.local_size), mesh_dim_names=("node", "shard"))
+        return init_device_mesh(kind, (world.world_size,), mesh_dim_names=("shard",))
+
+    def _offload_policy(self) -> OffloadPolicy:
+        if not self.layout.base_on_host:
+            return OffloadPolicy()
+        return CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda")
+
+    def materialize(self, model: Llama) -> None:
+        """See ``SingleProcess.materialize``."""
+        device = self.world.device
+        materialize(model, device, base_device=torch.device("cpu") if self.layout.base_on_host else device)
+
+    def slots(self, model: Llama) -> list[Slot]:
+        """See ``SingleProcess.slots``."""
+        return [
+            _slot(name, parameter, *model.place_on_disk(name)) for name, parameter in model.base_parameters().items()
+        ]
+
+    def frozen_shares(self, model: Llama) -> list[tuple[str, Tensor]]:
+        """See ``SingleProcess.frozen_shares``. The root stays gathered after a forward: it goes back to its shard."""
+        for module in _sharded_modules(model):
+            module.reshard()
+        return super().frozen_shares(model)
+
+    def adapters(self, tensors: Sequence[AdapterTensor]) -> Adapters:
+        """See ``SingleProcess.adapters``."""
+        on_host = self.layout.optimizer_on_host
+        if self.layout.adapters == "replicate":
+            return ReplicatedAdapters(tensors, self.world, optimizer_on_host=on_host)
+        return ShardedAdapters(tensors, self.world, self._groups, mesh=self._mesh("node"), optimizer_on_host=on_host)
+
+    def keep_gathered(self, model: Llama, gathered: bool) -> None:
+        """See ``SingleProcess.keep_gathered``. All ranks call it."""
+        for module in _sharded_modules(model):
+            module.set_reshard_after_forward(not gathered and not isinstance(module, Llama), recurse=False)
+            if not gathered:
+                module.reshard()
+
+
+class ShardedAdapters(FlatAdapters):
+    """Trained tensors cut by rows over the ranks of a node by FSDP2, and the same on every node.
+
+    A micro-batch's gradients are summed within the node, where each rank keeps those of its rows; between nodes they
+    are summed once a step.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[AdapterTensor],
+        world: World,
+        groups: Sequence[FSDPModule],
+        *,
+        mesh: DeviceMesh,
+        optimizer_on_host: bool,
+    ) -> None:
+        self._groups, self._shards = list(groups), mesh["shard"].get_group()
+        self._twins = mesh["node"].get_group() if mesh.ndim > 1 else None
+        for group in groups:
+            # The first gathering may move a shard to a padded copy: afterwards it stays where it is.
+            group.unshard()
+            group.reshard()
+        self._held: list[nn.Parameter] = []
+        homes: list[nn.Parameter] = []
+        parts: list[Part] = []
+        for tensor in tensors:
+            rows = _Rows(tensor.parameter.data)
+            if rows.local.numel() == 0:
+                continue  # fewer rows than ranks
+            parts.append(Part(tensor.name, rows.first, rows.first + rows.local.numel(), home=len(homes), at=0))
+            homes.append(nn.Parameter(rows.local.detach().view(-1)))
+            self._held.append(tensor.parameter)
+        super().__init__(tensors, homes=homes, parts=parts, world=world, optimizer_on_host=optimizer_on_host)
+
+    def gradients(self) -> list[Tensor]:
+        """See ``FlatAdapters``."""
+        found = []
+        for parameter, home in zip(self._held, self.homes, strict=True):
+            gradient = parameter.grad
+            assert gradient is None or isinstance(gradient, DTensor)
+            found.append(torch.zeros_like(home) if gradient is None else gradient.to_local().reshape(-1))
+        return found
+
+    def begin_step(self) -> None:
+        """See ``Adapters``."""
+        for tensor in self.tensors:
+            tensor.parameter.grad = None
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """See ``Adapters``."""
+        for group in self._groups:
+            group.set_requires_all_reduce(is_last)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def reduce(self, scalars: Tensor) -> None:
+        """See ``Adapters``: the gradients are summed in the backward already."""
+        self.world.sum(scalars)
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        if not gradients:
+            return self._sum_over_shards(torch.zeros((), dtype=torch.float64, device=self.world.device)).sqrt()
+        return super()._norm(gradients)
+
+    def _sum_over_shards(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values, group=self._shards)
+        return values
+
+    def copies_agree(self) -> bool:
+        """See ``Adapters``."""
+        is_same = self._twins is None or same_on_all(self.homes, self.world.device, group=self._twins)
+        return not self.world.sum(torch.tensor([float(not is_same)], device=self.world.device)).item()
+
+    def _copies(self) -> tuple[int, int]:
+        return self.world.world_rank // self.world.local_size, self.world.num_nodes
+
+
+def _shard_adapters(block: nn.Module, mesh: DeviceMesh) -> FSDPModule | None:
+    """One group of all adapters of a block, or None where it has none."""
+    adapters: list[nn.Module] = [module for module in block.modules() if isinstance(module, LoraAdapter)]
+    if not adapters:
+        return None
+    group = fully_shard(adapters, mesh=mesh, reshard_after_forward=True)[0]
+    # Sums, not means: the loss of a micro-batch is already divided by the targets of the whole step.
+    group.set_gradient_divide_factor(1.0)
+    group.set_force_sum_reduction_for_comms(True)
+    return group
+
+
+def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules that hold the base; adapters have groups of their own."""
+    trained = {id(module) for module in model.modules() if isinstance(module, LoraAdapter)}
+    return [m for m in model.modules() if isinstance(m, FSDPModule) and id(m) not in trained]
+
+
+class _Rows:
+    """The rows of a row-sharded tensor that this rank holds: ``local``, and the number of its first element."""
+
+    def __init__(self, sharded: Tensor) -> None:
+        assert isinstance(sharded, DTensor)
+        assert all(p in (Shard(0),) or p.is_replicate() for p in sharded.placements), sharded.placements
+        _, offset = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
+        self.local: Tensor = sharded.to_local()
+        # Not sharded[0].numel(): to index a DTensor is a collective.
+        self.width = math.prod(sharded.shape[1:])
+        self.first = int(offset[0]) * self.width if self.local.numel() else 0
+
+
+def _slot(name: str, parameter: nn.Parameter, tensor: str, part: str) -> Slot:
+    sharded = parameter.data
+    rows = _Rows(sharded)
+    return Slot(tensor, part, tuple(sharded.shape), rows.first, rows.local.view(-1))

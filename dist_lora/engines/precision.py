@@ -1,0 +1,73 @@
+"""Which number format each part of a run has: declared once, printed at the start, held at both ends of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dist_lora.base.index import first_few
+from dist_lora.base.llama import Llama
+from dist_lora.base.quant.formats import Format
+from dist_lora.engines.adapters import Adapters
+from dist_lora.errors import TrainingError
+
+TRAINED = torch.float32  # adapters, the sum of their gradients, AdamW's moments
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The number formats of a run. ``fmt`` is that of the layers' linears, ``dtype`` all else of the base has.
+
+    Products and activations are computed in ``dtype``; the loss, the norms' statistics, the adapters, their gradients
+    over all ranks and AdamW's moments are fp32 whatever the base is.
+    """
+
+    fmt: Format
+    dtype: torch.dtype
+
+    def lines(self) -> list[str]:
+        """The table that is printed at the start, a line for each part."""
+        kept = {_short(part.dtype): part.name for part in self.fmt.parts(64, 64)}
+        linears = ", ".join(f"{name} {dtype}" for dtype, name in kept.items())
+        rest = _short(self.dtype)
+        return [
+            f"formats   linears of the layers {self.fmt.name} ({linears}); embeddings, norms and head {rest}, unquantized",
+            f"          computed in {rest}; adapters, their gradients' sum and AdamW in {_short(TRAINED)}",
+        ]
+
+    def check(self, model: Llama, adapters: Adapters) -> None:
+        """Raise ``TrainingError``, naming them, where tensors have another format than is declared."""
+        expected = {
+            f"{name}.{part.name}": part.dtype
+            for name, linear in model.linears().items()
+            for part in self.fmt.parts(linear.out_features, linear.in_features)
+        }
+        wrong = [
+            f"{name} is {_short(parameter.dtype)}, not {_short(expected.get(name, self.dtype))}"
+            for name, parameter in model.base_parameters().items()
+            if parameter.dtype != expected.get(name, self.dtype)
+        ]
+        wrong += [f"{name} has a gradient" for name, p in model.base_parameters().items() if p.grad is not None]
+        wrong += [
+            f"{tensor.name} is {_short(tensor.parameter.dtype)}, not {_short(TRAINED)}"
+            for tensor in adapters.tensors
+            if tensor.parameter.dtype != TRAINED
+        ]
+        if wrong:
+            raise TrainingError(
+                f"{len(wrong):,} tensors are not in the format that this run declares: {first_few(wrong)}. A library "
+                "has cast them; nothing is saved from here on. Compare its version with constraints.txt."
+            )
+
+
+def base_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The type that the base is stored and computed in for ``model.dtype``; ``auto`` is bf16 on a GPU, else fp32."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+
+
+def _short(dtype: torch.dtype) -> str:
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    return names.get(dtype, str(dtype).removeprefix("torch."))

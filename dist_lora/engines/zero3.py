@@ -1,0 +1,385 @@
+"""Engine ``zero3``: DeepSpeed ZeRO-3 behind the same promise as ``fsdp2``; the only file that imports deepspeed.
+
+A parameter is cut flat over all ranks, whatever its rows are; the last part may end in padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_lora.base.llama import Block, Llama
+from dist_lora.base.stream import Slot
+from dist_lora.config.schema import OptimSection
+from dist_lora.engines.adapters import Adapters, FlatAdapters, Part
+from dist_lora.engines.engine import Forward, SingleProcess
+from dist_lora.errors import ConfigError
+from dist_lora.layout.choices import Layout
+from dist_lora.lora.attach import AdapterTensor
+from dist_lora.lora.state import Kind, Piece
+from dist_lora.world.world import World
+
+# N elements of a parameter
+
+NEEDED = "0.19.8"
+MIN_REDUCED = 2**22  # weights: 16 MiB of gradients are worth a collective
+KEPT = -1  # stands among the numbers of the modules that use a parameter
+
+
+class Zero3(SingleProcess):
+    """Every parameter, of the base and of the adapters, is cut flat over all ranks and gathered block by block."""
+
+    name = "zero3"
+    learns_in_steps = 2  # DeepSpeed records who uses what when, and from then on fetches ahead
+
+    def __init__(self, world: World, layout: Layout) -> None:
+        super().__init__(world, layout)
+        self._deepspeed = _load_deepspeed(world)
+        self._model: Llama | None = None
+        self._settings: dict[str, Any] = {}
+        self._engine: Any = None  # DeepSpeed's, once there are adapters
+
+    def shard(self, model: Llama) -> str:
+        """See ``SingleProcess.shard``. Call it while the parameters are on meta."""
+        self._model, self._settings = model, self._settings_for(model)
+        for linear in model.linears().values():
+            linear.keeps_views = False
+        self._gather_by_block(model)
+        made: dict[int, nn.Parameter] = {}
+        init = self._deepspeed.zero.Init(config_dict_or_path=self._settings)
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    if id(parameter) not in made:
+                        made[id(parameter)] = self._adopted(parameter, init)
+                    module._parameters[name] = made[id(parameter)]
+        return f"the base is cut flat over {self.world.world_size} ranks (ZeRO-3)"
+
+    def _gather_by_block(self, model: Llama) -> None:
+        """One gathering for a block's forward and one for its backward, recomputation and all.
+
+        Left to itself DeepSpeed gathers each linear for its forward, its recomputation and its backward.
+        """
+        self._deepspeed.utils.set_z3_leaf_modules(model, [Block])
+        # DeepSpeed collects a block's gradients when that of its input is there (0.19.8, stage3.py:1536): where the
+        # input needs none, it would do so before there are any.
+        trained = (block for block in model.blocks() if any(p.requires_grad for p in block.parameters()))
+        first = next(trained, None)
+        if first is not None:
+            first.register_forward_pre_hook(_ask_for_gradient)
+
+    def _adopted(self, parameter: nn.Parameter, init: Any) -> nn.Parameter:
+        """A parameter of DeepSpeed's in place of one on meta: of the same whole shape, and without memory."""
+        whole = torch.empty(1, dtype=parameter.dtype, device=self.world.device).expand(parameter.shape)
+        made = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+        init._convert_to_deepspeed_param(made)
+        return made
+
+    def materialize(self, model: Llama) -> None:
+        """See ``SingleProcess.materialize``. Only this rank's share is ever allocated."""
+        device, world_size = self.world.device, self.world.world_size
+        home = torch.device("cpu") if self.layout.base_on_host else device
+        partitions = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
+        for parameter in _dynamic(model.parameters()):
+            # What DeepSpeed's own partition() leaves behind (0.19.8, partition_parameters.py:1789), which starts
+            # from the whole tensor.
+            num_elements = -(-parameter.ds_numel // world_size)
+            share: Any = torch.zeros(num_elements, dtype=parameter.dtype, device=home, pin_memory=home != device)
+            share.ds_numel, share.final_location = num_elements, None
+            share.status = partitions.PartitionedParamStatus.AVAILABLE
+            parameter.ds_tensor, parameter.ds_numel_aligned = share, num_elements * world_size
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=device)
+            parameter.ds_status = partitions.ZeroParamStatus.NOT_AVAILABLE
+        model.inv_freq = model.inv_freq.to(device)
+
+    def slots(self, model: Llama) -> list[Slot]:
+        """See ``SingleProcess.slots``."""
+        named = model.base_parameters()
+        return [
+            self._slot(parameter, *model.place_on_disk(name))
+            for name, parameter in zip(named, _dynamic(named.values()), strict=True)
+        ]
+
+    def _slot(self, parameter: Any, tensor: str, part: str) -> Slot:
+        held = _held(parameter, self.world.world_rank)
+        return Slot(tensor, part, tuple(parameter.ds_shape), held.start, parameter.ds_tensor[: len(held)])
+
+    def adapters(self, tensors: Sequence[AdapterTensor]) -> Adapters:
+        """See ``SingleProcess.adapters``. All ranks call it."""
+        assert self._model is not None, "shard was not called"
+        # What of it the config sets comes with start_training, and its state too.
+        optimizer = torch.optim.AdamW([tensor.parameter for tensor in tensors], lr=0.0, fused=True)
+        self._engine = self._deepspeed.initialize(
+            model=self._model, optimizer=optimizer, config=self._settings, dist_init_required=False
+        )[0]
+        return Zero3Adapters(tensors, self._engine, self.world)
+
+    def forward_of(self, model: Llama) -> Forward:
+        """See ``SingleProcess.forward_of``."""
+        assert self._engine is not None, "adapters was not called"
+        forward: Forward = self._engine
+        return forward
+
+    @contextlib.contextmanager
+    def pretending(self) -> Iterator[None]:
+        """See ``SingleProcess.pretending``: while it learns, DeepSpeed compares its order of modules with rank 0's."""
+        coordinator: Any = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
+        compare = coordinator.assert_ints_same_as_other_ranks
+        coordinator.assert_ints_same_as_other_ranks = lambda ints: None
+        try:
+            yield
+        finally:
+            coordinator.assert_ints_same_as_other_ranks = compare
+
+    def keep_gathered(self, model: Llama, gathered: bool) -> None:
+        """See ``SingleProcess.keep_gathered``. All ranks call it."""
+        self._engine.empty_partition_cache()  # frees all, also what was fetched ahead
+        if gathered:
+            parameters = _dynamic(model.parameters())
+            parameters[0].all_gather(param_list=parameters)
+            for parameter in parameters:
+                # DeepSpeed frees a parameter after a module's forward where no other module is said to use it.
+                parameter.ds_active_sub_modules.add(KEPT)
+
+    def _settings_for(self, model: Llama) -> dict[str, Any]:
+        """DeepSpeed's configuration. There is no 16-bit section: it would cast scales and adapters."""
+        blocks = model.blocks()
+        block = max(sum(p.numel() for p in b.parameters()) for b in blocks)
+        trained = max(sum(p.numel() for p in b.parameters() if p.requires_grad) for b in blocks)
+        head = model.shape.vocab * model.shape.hidden
+        zero: dict[str, Any] = {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,  # norms too are cut, instead of whole on every rank
+            "stage3_prefetch_bucket_size": block,  # the next block comes while this one computes
+            # The head with a block, or three blocks. In the backward DeepSpeed fetches ahead until so many are there.
+            "stage3_max_live_parameters": max(head + block, 3 * block),
+            "stage3_max_reuse_distance": 1,  # only the head is kept from its forward to its backward, which follows
+            "reduce_bucket_size": max(trained, MIN_REDUCED),
+            "contiguous_gradients": False,  # they are copied once more for the reduction in any case
+            "overlap_comm": True,
+        }
+        host = {"device": "cpu", "pin_memory": self.world.device.type == "cuda"}
+        if self.layout.base_on_host:
+            zero["offload_param"] = host
+        if self.layout.optimizer_on_host:
+            zero["offload_optimizer"] = host
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,  # the loop says which micro-batch is a step's last
+            "zero_optimization": zero,
+            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW on the host as well, so that the numbers are the same
+            "steps_per_print": None,
+            "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU before each forward
+        }
+
+
+class Zero3Adapters(FlatAdapters):
+    """Trained tensors cut flat over all ranks, updated by torch's AdamW inside DeepSpeed's optimizer.
+
+    Each rank's parts lie in flat fp32 partitions of DeepSpeed's; what the forward gathers is ``ds_tensor``, which may
+    be the same memory or a copy.
+    """
+
+    def __init__(self, tensors: Sequence[AdapterTensor], engine: Any, world: World) -> None:
+        self._engine, self._zero = engine, engine.optimizer
+        self._held: list[Any] = []
+        homes: list[nn.Parameter] = []
+        parts: list[Part] = []
+        for tensor, parameter in zip(tensors, _dynamic(t.parameter for t in tensors), strict=True):
+            held = _held(parameter, world.world_rank)
+            if held:
+                parts.append(Part(tensor.name, held.start, held.stop, home=len(homes), at=0))
+                self._held.append(parameter)
+                homes.append(nn.Parameter(self._partition(parameter, self._zero.fp32_partitioned_groups_flat)))
+        super().__init__(tensors, homes=homes, parts=parts, world=world, optimizer_on_host=False)
+        shapes = zip(tensors, _dynamic(t.parameter for t in tensors), strict=True)
+        self.shapes = {tensor.name: tuple(parameter.ds_shape) for tensor, parameter in shapes}
+
+    def _partition(self, parameter: Any, flats: Sequence[Tensor]) -> Tensor:
+        """This rank's part of a parameter, with its padding, in the flat tensors of DeepSpeed's groups."""
+        group: int
+        group, offset, num_elements = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        return flats[group].detach()[offset : offset + num_elements]
+
+    def load(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """See ``Adapters``."""
+        super().load(values)
+        self._publish()
+
+    def _publish(self) -> None:
+        for parameter, home in zip(self._held, self.homes, strict=True):
+            parameter.ds_tensor.copy_(home.detach())
+
+    def start_training(self, section: OptimSection) -> None:
+        """See ``Adapters``."""
+        optimizer = self._zero.optimizer
+        for group in optimizer.param_groups:
+            group["betas"], group["eps"] = (section.beta1, section.beta2), section.eps
+            group["weight_decay"] = section.weight_decay
+        self._zero.clip_grad = section.max_grad_norm or 0.0
+        for flat in self._zero.fp32_partitioned_groups_flat:
+            values = flat.detach()
+            # fused AdamW wants the count of steps beside the parameter, as a tensor.
+            count = torch.zeros((), dtype=torch.float32, device=values.device)
+            moments = {"exp_avg": torch.zeros_like(values), "exp_avg_sq": torch.zeros_like(values)}
+            optimizer.state[flat] = {"step": count, **moments}
+
+    def optimizer_state(self) -> list[Tensor]:
+        """See ``FlatAdapters``."""
+        return [values for of_flat in self._zero.optimizer.state.values() for values in of_flat.values()]
+
+    def gradients(self) -> list[Tensor]:
+        """See ``FlatAdapters``: after a step's last backward, until the step."""
+        return [self._zero.get_local_fp32_grad_for_param(parameter) for parameter in self._held]
+
+    def begin_step(self) -> None:
+        """See ``Adapters``."""
+        self._zero.zero_grad()
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """See ``Adapters``. The gradients are summed over the ranks at once."""
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        # DeepSpeed takes the mean over the ranks; ours is a sum.
+        self._engine.backward(loss * self.world.world_size, scale_wrt_gas=False)
+
+    def reduce(self, scalars: Tensor) -> None:
+        """See ``Adapters``: the gradients are summed in the backward already."""
+        self.world.sum(scalars)
+
+    def step(self, lr: float) -> float:
+        """See ``Adapters``."""
+        self._zero.set_lr(lr)
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())  # infinity also where it is NaN
+
+    def copies_agree(self) -> bool:
+        """Whether all ranks that hold the same trained weights hold the same bytes: no two hold the same."""
+        return True
+
+    def restore(self, values: Mapping[Piece, Tensor], *, num_steps: int) -> None:
+        """See ``Adapters``."""
+        state = self._state()
+        for part in self.parts:
+            for kind, flats in state.items():
+                self._place(part, flats).copy_(values[Piece(part.name, kind, part.start, part.stop)])
+        for of_flat in self._zero.optimizer.state.values():
+            of_flat["step"].fill_(num_steps)
+        self._publish()
+
+    def _state(self) -> dict[Kind, Sequence[Tensor]]:
+        flats = self._zero.fp32_partitioned_groups_flat
+        of_flats = [self._zero.optimizer.state[flat] for flat in flats]
+
+        def of_parts(key: str) -> list[Tensor]:
+            return [self._partition(parameter, [of_flat[key] for of_flat in of_flats]) for parameter in self._held]
+
+        return {"adapter": self.homes, "exp_avg": of_parts("exp_avg"), "exp_avg_sq": of_parts("exp_avg_sq")}
+
+    def _sum_over_shards(self, values: Tensor) -> Tensor:
+        return self.world.sum(values)
+
+    def _copies(self) -> tuple[int, int]:
+        return 0, 1
+
+
+def _ask_for_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """A hook before a block's forward: its input as the beginning of a graph, where it isn't part of one."""
+    x, *rest = inputs
+    if x.requires_grad or not torch.is_grad_enabled():
+        return None
+    return (x.detach().requires_grad_(), *rest)
+
+
+def _held(parameter: Any, world_rank: int) -> range:
+    """The elements of a whole parameter that a rank holds; the rest of its share is padding."""
+    num_elements, share = parameter.ds_numel, parameter.ds_tensor.ds_numel
+    return range(min(num_elements, world_rank * share), min(num_elements, (world_rank + 1) * share))
+
+
+def _dynamic(parameters: Iterable[nn.Parameter]) -> list[Any]:
+    """The parameters with what DeepSpeed has written onto them, of which their type says nothing."""
+    return list(parameters)
+
+
+# DeepSpeed itself
+
+
+def _load_deepspeed(world: World) -> Any:
+    """The module, on the world's process group, warning on the first rank's stderr only.
+
+    Raises:
+        ConfigError: it isn't there, can't be imported, or is older than ``NEEDED``.
+    """
+    assert dist.is_initialized(), "zero3 works by a process group, also where a process is alone"
+    _set_environment(world)
+    deepspeed = _import_deepspeed()
+    _check_version(str(deepspeed.__version__))
+    _quieten(deepspeed, world)
+    # The groups that it remembers may be those of an earlier run in this process.
+    importlib.import_module("deepspeed.utils.groups")._release_process_group_references()
+    # Its shared-memory helper for inference would be compiled now (g++, ninja, a minute), and is never used here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+    return deepspeed
+
+
+def _set_environment(world: World) -> None:
+    if world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # unset, it is guessed, with a warning
+    # It asks for its device by these two. On a CPU, without the second, it calls numactl at each reduction.
+    os.environ["LOCAL_RANK"] = str(world.local_rank if world.device.index is None else world.device.index)
+    os.environ["LOCAL_SIZE"] = str(world.local_size)
+
+
+def _import_deepspeed() -> Any:
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return importlib.import_module("deepspeed")
+    except ModuleNotFoundError as error:
+        is_absent = error.name == "deepspeed"
+        found = "it is not installed" if is_absent else f"the one that is installed lacks {error.name}"
+        raise _needed(found) from error
+    except Exception as error:  # built against another torch, a broken extension: it runs much when imported
+        spec = importlib.util.find_spec("deepspeed")
+        where = spec.origin if spec else "the one that is installed"
+        raise _needed(f"{where} can't be imported ({type(error).__name__}: {error})") from error
+
+
+def _check_version(found: str) -> None:
+    from packaging.version import Version
+
+    if Version(found) < Version(NEEDED):
+        raise _needed(
+            f"{found} is installed: before 0.19.3 activation checkpointing breaks over a frozen base, and before "
+            "0.19.8 a gradient of NaN is taken for one of norm 1 and trained on"
+        )
+
+
+def _needed(found: str) -> ConfigError:
+    return ConfigError(
+        f"parallel.engine: zero3 needs DeepSpeed {NEEDED} or newer, and {found}. "
+        f'Run pip install "deepspeed>={NEEDED}" where torch is installed already, or set parallel.engine=fsdp2.'
+    )
+
+
+def _quieten(deepspeed: Any, world: World) -> None:
+    logger: logging.Logger = deepspeed.utils.logger
+    logger.setLevel(logging.WARNING if world.is_first else logging.ERROR)
+    for handler in logger.handlers:
+        if type(handler) is logging.StreamHandler:  # a handler of another kind has its stream for a reason
+            handler.setStream(sys.stderr)  # stdout is for results
+    # torch 2.13 has new names for what DeepSpeed calls, and says so on each rank.
+    warnings.filterwarnings(
+        "ignore", message=r".*torch\.distributed\.\w+_tensor. is deprecated", category=FutureWarning
+    )

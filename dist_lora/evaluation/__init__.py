@@ -1,0 +1,1 @@
+"""Held-out loss, exact match and generation."""

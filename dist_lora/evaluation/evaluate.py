@@ -1,0 +1,150 @@
+"""How good a model is on held-out data: loss, perplexity, and exact match of generated answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dist_lora.base.attention import Backend, Documents
+from dist_lora.base.llama import Llama
+from dist_lora.data.loader import MicroBatch
+from dist_lora.data.token_set import TokenSet
+from dist_lora.engines.engine import SingleProcess
+from dist_lora.evaluation.generate import base_fits_whole, generate
+from dist_lora.world.world import World
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Loss over all target tokens of a held-out set, the mean in nats a token."""
+
+    loss: float
+    target_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def run_micro_batch(
+    forward: Callable[..., torch.Tensor], batch: MicroBatch, *, device: torch.device, backend: Backend
+) -> torch.Tensor:
+    """Sum of the cross entropies of a micro-batch's targets, an fp32 scalar with a graph behind it."""
+    return forward(
+        batch.ids.to(device),
+        positions=batch.positions.to(device),
+        attention=Documents(tuple(batch.starts.tolist()), backend),
+        rows=batch.target_index.to(device),
+        labels=batch.labels.to(device),
+    )
+
+
+def go_on() -> None:
+    """What ``ask`` is where nobody may end an evaluation."""
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Llama,
+    batches: Iterable[MicroBatch],
+    *,
+    run: Callable[[MicroBatch], torch.Tensor],
+    world: World,
+    ask: Callable[[], None] = go_on,
+) -> HeldOut:
+    """The loss over every sample once, whatever the number of ranks. All ranks call it.
+
+    Args:
+        run: gives a micro-batch's sum.
+        ask: called before each micro-batch; what it raises, on all ranks, ends the evaluation.
+    """
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    try:
+        for batch in batches:
+            ask()
+            sums[0] += run(batch)
+            sums[1] += len(batch.labels)
+            world.progress.advance()
+    finally:
+        model.train(was_training)
+    world.sum(sums)
+    return HeldOut(float(sums[0] / sums[1]), int(sums[1]))
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """How many generated answers equal the wanted ones, letter by letter but for space around them."""
+
+    correct: int
+    total: int
+
+
+def exact_match(
+    model: Llama,
+    engine: SingleProcess,
+    tokens: TokenSet,
+    *,
+    tokenizer: Any,
+    stop_ids: frozenset[int],
+    max_new_tokens: int,
+    batch: int,
+    world: World,
+    ask: Callable[[], None] = go_on,
+) -> ExactMatch:
+    """Generate the last answer of each sample from what comes before it, and compare. All ranks call it.
+
+    Each rank takes every ``world_size``-th sample; where memory allows, the base stays gathered meanwhile. ``ask`` is called
+    before each batch of answers, see ``held_out_loss``.
+    """
+    mine = [last_answer(*tokens.document(i)) for i in range(world.world_rank, len(tokens), world.world_size)]
+    per_rank = math.ceil(len(tokens) / world.world_size)
+    was_training = model.training
+    model.eval()
+    is_gathered = base_fits_whole(model, world)
+    engine.keep_gathered(model, is_gathered)
+    correct = 0
+    try:
+        for first in range(0, per_rank, batch):
+            ask()
+            asked = mine[first : first + batch]
+            answers = generate(
+                model,
+                [prompt for prompt, _ in asked],
+                stop_ids=stop_ids,
+                max_new_tokens=max_new_tokens,
+                world=world,
+            )
+            for (_, wanted), answer in zip(asked, answers, strict=True):
+                correct += tokenizer.decode(answer).strip() == tokenizer.decode(_until_stop(wanted, stop_ids)).strip()
+    finally:
+        engine.keep_gathered(model, False)
+        model.train(was_training)
+    total = world.sum(torch.tensor([float(correct)], device=world.device))
+    return ExactMatch(int(total), len(tokens))
+
+
+def _until_stop(ids: Sequence[int], stop_ids: frozenset[int]) -> list[int]:
+    # What a template puts after an end token (a newline) is no part of the answer.
+    for i, token in enumerate(ids):
+        if token in stop_ids:
+            return list(ids[:i])
+    return list(ids)
+
+
+def last_answer(ids: np.ndarray, is_target: np.ndarray) -> tuple[list[int], list[int]]:
+    """A sample's prompt, up to its last run of targets, and that run."""
+    stop = len(ids)
+    while stop > 0 and not is_target[stop - 1]:
+        stop -= 1
+    start = stop
+    while start > 1 and is_target[start - 1]:
+        start -= 1
+    return [int(i) for i in ids[:start]], [int(i) for i in ids[start:stop]]

@@ -1,0 +1,145 @@
+"""Greedy answers with a cache of keys and values, batched, on any engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_lora.base.attention import causal_attention
+from dist_lora.base.index import read_json
+from dist_lora.base.llama import Llama
+from dist_lora.errors import WeightsError
+from dist_lora.world.world import World
+
+# B answers of a batch, T tokens of all prompts, L the longest answer with its prompt
+# H query heads, G key and value heads, E width of a head
+
+END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>")
+
+
+class KeyValueCache:
+    """Keys and values of a batch of answers; first it takes the prompts, then a token of each at a time."""
+
+    def __init__(self, model: Llama, bounds: Sequence[int], *, max_new_tokens: int) -> None:
+        shape = model.shape
+        lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        device = model.inv_freq.device
+        self._bounds = tuple(bounds)
+        self._is_filled = False
+        self.lengths = torch.tensor(lengths, device=device)  # (B,) tokens that each answer has so far
+        size = (len(lengths), shape.num_kv_heads, max(lengths) + max_new_tokens, shape.head_dim)
+        dtype = model.model.norm.weight.dtype
+        self._keys = [torch.zeros(size, device=device, dtype=dtype) for _ in range(shape.num_layers)]
+        self._values = [torch.zeros(size, device=device, dtype=dtype) for _ in range(shape.num_layers)]
+
+    def advance(self) -> None:
+        """A pass is over: the first one brought the prompts, each later one a token of each answer."""
+        if self._is_filled:
+            self.lengths += 1
+        self._is_filled = True
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See ``base.attention.Attention``: T is all prompts' tokens first, then B."""
+        keys, values = self._keys[layer], self._values[layer]
+        if not self._is_filled:
+            parts = []
+            for i, (a, b) in enumerate(zip(self._bounds, self._bounds[1:], strict=False)):
+                keys[i, :, : b - a] = key[a:b].transpose(0, 1)
+                values[i, :, : b - a] = value[a:b].transpose(0, 1)
+                parts.append(causal_attention(query[a:b], key[a:b], value[a:b]))
+            return torch.cat(parts)
+        each = torch.arange(len(self.lengths), device=query.device)
+        keys[each, :, self.lengths] = key
+        values[each, :, self.lengths] = value
+        # The query heads that share a key head are taken as that head's rows: (B, G, H / G, E).
+        rows = query.view(len(query), keys.shape[1], -1, query.shape[-1])
+        seen = torch.arange(keys.shape[2], device=query.device) <= self.lengths[:, None]
+        attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=seen[:, None, None, :])
+        return attended.flatten(1, 2)
+
+
+@torch.no_grad()
+def generate(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_ids: frozenset[int],
+    max_new_tokens: int,
+    world: World,
+    on_token: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """The most likely continuation of each prompt, without the id that ended it.
+
+    All ranks call it, each with its own prompts (none is allowed): they run the same number of passes, since a
+    sharded base is gathered by all. Cost: one pass a token for all prompts together.
+
+    Args:
+        prompts: token ids of each; not empty.
+        on_token: is given each id of the first answer as it comes.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    is_open = [True] * len(prompts)
+    rows = [list(prompt) for prompt in prompts] or [[0]]
+    bounds = [0]
+    for row in rows:
+        bounds.append(bounds[-1] + len(row))
+    device = model.inv_freq.device
+    cache = KeyValueCache(model, bounds, max_new_tokens=max_new_tokens)
+    ids = torch.tensor([i for row in rows for i in row], device=device)
+    positions = torch.cat([torch.arange(len(row), device=device) for row in rows])
+    last = torch.tensor(bounds[1:], device=device) - 1
+    for _ in range(max_new_tokens):
+        logits = model(ids, positions=positions, attention=cache, rows=last)
+        cache.advance()
+        world.progress.advance()
+        ids = logits.argmax(dim=-1)
+        for i, token in enumerate(ids.tolist()[: len(prompts)]):
+            is_open[i] = is_open[i] and token not in stop_ids
+            if is_open[i]:
+                answers[i].append(token)
+                if i == 0 and on_token is not None:
+                    on_token(token)
+        positions = cache.lengths.clone()
+        last = torch.arange(len(rows), device=device)
+        if not float(world.sum(torch.tensor([float(any(is_open))], device=device))):
+            break
+    return answers
+
+
+def stop_ids_of(folder: Path, tokenizer: Any) -> frozenset[int]:
+    """Every id that ends an answer: of generation_config.json, config.json and the tokenizer's ends of a turn."""
+    found: set[int] = set()
+    for file in ("generation_config.json", "config.json"):
+        path = folder / file
+        if path.exists():
+            ids = read_json(path).get("eos_token_id")
+            listed = [ids] if isinstance(ids, int) else ids or []
+            if not (isinstance(listed, list) and all(type(token) is int for token in listed)):
+                raise WeightsError(f"{path} has eos_token_id {ids!r}; an id or a list of ids was expected")
+            found |= set(listed)
+    if tokenizer.eos_token_id is not None:
+        found.add(int(tokenizer.eos_token_id))
+    vocabulary = tokenizer.get_vocab()
+    found |= {vocabulary[token] for token in END_OF_TURN if token in vocabulary}
+    return frozenset(found)
+
+
+def base_fits_whole(model: Llama, world: World) -> bool:
+    """Whether every rank can hold the whole base for a while in a quarter of the memory that is free there.
+
+    Generation passes the base once a token: gathered once it is many times faster on a slow wire. All ranks
+    call it and get the same answer.
+    """
+    if world.device.type == "cuda":
+        free_bytes = torch.cuda.mem_get_info(world.device)[0]
+    else:
+        import psutil
+
+        free_bytes = psutil.virtual_memory().available // world.local_size
+    no_votes = world.sum(torch.tensor([float(model.base_bytes * 4 > free_bytes)], device=world.device))
+    return not float(no_votes)

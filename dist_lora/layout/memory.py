@@ -1,0 +1,444 @@
+"""What each rank of a run holds, sends and computes, by arithmetic: no torch, no weights, a fraction of a second.
+
+The rank that is meant is the one that holds most: the first, where rows do not divide. Letters: T tokens of a
+micro-batch, K of them with a label, D model width, F feed-forward width, H and G heads of queries and of keys, E width
+of a head, V vocabulary, R LoRA rank, L layers; c bytes of a number in the type that is computed in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dist_lora.config.schema import Config
+from dist_lora.errors import ConfigError
+from dist_lora.herd.shape import Shape
+from dist_lora.layout.choices import Layout, check_node_size, choose_layout
+
+FP32 = 4
+LOGITS_AT_ONCE = 2**25  # weights of the largest slice of logits: 128 MiB in fp32, 261 rows at V = 128256
+NF4_BLOCK = 64  # weights that share a scale
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run, as far as memory, wires and time depend on it.
+
+    Args:
+        item_bytes: c, of the type that is computed in.
+        recompute: activations are computed again in the backward.
+        joins_documents: attention is computed for each document of a pass, and what it gave is joined.
+        num_ranks: R of the world; ``local_size`` of a node.
+    """
+
+    shape: Shape
+    quant: str
+    item_bytes: int
+    lora_rank: int
+    targets: tuple[str, ...]
+    layers: tuple[int, ...]
+    micro_tokens: int
+    passes: int
+    recompute: bool
+    joins_documents: bool
+    layout: Layout
+    num_ranks: int
+    local_size: int
+
+    @property
+    def base_ranks(self) -> int:
+        """Over how many ranks the base is cut."""
+        if self.layout.engine == "none":
+            return 1
+        return self.num_ranks if self.layout.base_shard == "world" else self.local_size
+
+    @property
+    def adapter_ranks(self) -> int:
+        """Over how many ranks the adapters are cut."""
+        if self.layout.adapters == "replicate":
+            return 1
+        return self.num_ranks if self.layout.engine == "zero3" else self.local_size
+
+    def frees_buffer(self, layer: int) -> bool:
+        """Whether adapters that are cut, and so gathered within a layer, let its own gathering's buffer go."""
+        return self.layout.engine == "fsdp2" and self.layout.adapters == "shard" and layer in self.layers
+
+    @property
+    def trained_weights(self) -> int:
+        """Elements of all A and B."""
+        return self.shape.adapter_parameters(self.targets, self.layers, self.lora_rank)
+
+
+def setup_of(
+    config: Config, shape: Shape, *, num_nodes: int, gpus_per_node: int, device_bytes: int, on_gpu: bool = True
+) -> Setup:
+    """The setup of a config on so many nodes, ``auto`` resolved as a run resolves it.
+
+    Raises:
+        ConfigError: settings of ``parallel`` contradict each other or the world; a layer that the model doesn't have; its
+            linears can't be quantized so.
+    """
+    num_ranks = num_nodes * gpus_per_node
+    local_size = config.parallel.node_size or gpus_per_node
+    check_node_size(world_size=num_ranks, local_size=local_size)
+    if config.model.quant == "nf4":
+        _check_nf4(shape, config.model.name)
+    is_half = config.model.dtype == "bf16" or (config.model.dtype == "auto" and on_gpu)
+    item_bytes = 2 if is_half else 4
+    targets, layers = config.lora.target_names(), config.lora.layer_indices(shape.num_layers)
+    layout = choose_layout(
+        config.parallel,
+        world_size=num_ranks,
+        local_size=local_size,
+        base_bytes=sum(part.num_bytes for part in base_parts(shape, quant=config.model.quant, item_bytes=item_bytes)),
+        trained_weights=shape.adapter_parameters(targets, layers, config.lora.rank),
+        device_bytes=device_bytes,
+    )
+    train = config.train
+    wanted = train.activation_checkpointing
+    return Setup(
+        shape=shape,
+        quant=config.model.quant,
+        item_bytes=item_bytes,
+        lora_rank=config.lora.rank,
+        targets=targets,
+        layers=layers,
+        micro_tokens=train.micro_batch * train.sequence_length,
+        passes=math.ceil(math.ceil(train.global_batch / num_ranks) / train.micro_batch),
+        recompute=on_gpu if wanted == "auto" else wanted,
+        joins_documents=train.micro_batch > 1
+        and not (on_gpu and is_half and config.model.attention in ("auto", "varlen")),
+        layout=layout,
+        num_ranks=num_ranks,
+        local_size=local_size,
+    )
+
+
+def _check_nf4(shape: Shape, model_name: str) -> None:
+    for linear, sizes in shape.linear_shapes().items():
+        why = nf4_refusal(*sizes)
+        if why is not None:
+            raise ConfigError(f"model.quant: nf4 can't keep {model_name}: {linear}: {why}")
+
+
+def nf4_refusal(out: int, width: int) -> str | None:
+    """Why a matrix ``(out, width)`` can't be stored in NF4; None where it can: its rows must be whole blocks."""
+    if width % NF4_BLOCK == 0:
+        return None
+    return (
+        f"nf4 cuts each row into blocks of {NF4_BLOCK} weights, and a linear of ({out:,}, {width:,}) "
+        f"has {width % NF4_BLOCK} left over in each: set model.quant to int8 or none."
+    )
+
+
+# The base
+
+
+@dataclass(frozen=True)
+class BasePart:
+    """A frozen parameter: ``rows`` rows of ``row_bytes``; ``block`` is its layer, or None at the ends."""
+
+    name: str
+    rows: int
+    row_bytes: int
+    block: int | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole."""
+        return self.rows * self.row_bytes
+
+    def shard_bytes(self, num_ranks: int) -> int:
+        """Of the largest shard by rows."""
+        return math.ceil(self.rows / num_ranks) * self.row_bytes
+
+
+def base_parts(shape: Shape, *, quant: str, item_bytes: int) -> list[BasePart]:
+    """Every frozen parameter as a run keeps it: linears of the layers quantized, all else as it is.
+
+    Of a model whose weights were counted, a layer is one part: as many rows of its width as they make, rounded up.
+    """
+    parts = [BasePart("embed_tokens", shape.vocab, shape.hidden * item_bytes, None)]
+    for layer in range(shape.num_layers):
+        if shape.counted is not None:
+            row_bytes = sum(size for _, size in _row_bytes(quant, shape.hidden, item_bytes))
+            parts.append(BasePart("weights", math.ceil(shape.weights_of_a_layer() / shape.hidden), row_bytes, layer))
+            continue
+        for name, (out, width) in shape.linear_shapes().items():
+            parts += [
+                BasePart(f"{name}.{part}", out, size, layer) for part, size in _row_bytes(quant, width, item_bytes)
+            ]
+        parts += [BasePart(f"norm{i}", shape.hidden, item_bytes, layer) for i in (1, 2)]
+    if shape.counted is None:
+        parts.append(BasePart("norm", shape.hidden, item_bytes, None))
+    if not shape.tied:
+        parts.append(BasePart("lm_head", shape.vocab, shape.hidden * item_bytes, None))
+    return parts
+
+
+def _row_bytes(quant: str, width: int, item_bytes: int) -> Iterator[tuple[str, int]]:
+    if quant == "nf4":
+        yield "codes", width // 2
+        yield "absmax", FP32 * (width // NF4_BLOCK)
+    elif quant == "int8":
+        yield "codes", width
+        yield "scale", FP32
+    else:
+        yield "weight", width * item_bytes
+
+
+def base_bytes_of_a_rank(setup: Setup) -> int:
+    """The rank's share of the base."""
+    parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
+    return sum(part.shard_bytes(setup.base_ranks) for part in parts)
+
+
+def block_bytes(setup: Setup) -> int:
+    """One layer of the base, whole."""
+    parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
+    return sum(part.num_bytes for part in parts if part.block == 0)
+
+
+def end_bytes(setup: Setup) -> int:
+    """The embedding, or the head, whole."""
+    return setup.shape.vocab * setup.shape.hidden * setup.item_bytes
+
+
+# What a pass keeps
+
+
+def kept_bytes_of_a_layer(setup: Setup, layer: int) -> int:
+    """What the backward of a layer needs of its forward, without recomputation.
+
+    By the letters of this file, for each token in c bytes: queries, what attention gave, keys and values (2 H E + 2 G E),
+    gate, up and silu (3 F); and where an adapter sits beside them, its input: of q k v (D), of gate and up (D), of down
+    (F), and R numbers for each. The inputs of both norms (2 D), a log-sum a head and two scales of norms in fp32. In 16
+    bits A and B are cast, and the casts kept. Before the first adapter there is no graph, and nothing is kept.
+    """
+    first = min(setup.layers)
+    if layer < first:
+        return 0
+    shape, c = setup.shape, setup.item_bytes
+    targets = set(setup.targets) if layer in setup.layers else set()
+    groups = ({"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"})
+    # The group with which the graph begins; -1 where the layer's input has a gradient.
+    begin = next(i for i, group in enumerate(groups) if group & targets) if layer == first else -1
+    heads = shape.num_heads * shape.head_dim
+    numbers = fp32_numbers = 0
+    if begin < 0:
+        fp32_numbers += shape.hidden + 1  # the first norm
+    if targets & groups[0]:
+        numbers += shape.hidden
+    if begin <= 0:
+        numbers += 2 * heads + 2 * shape.num_kv_heads * shape.head_dim
+        fp32_numbers += shape.num_heads
+        numbers += heads * (setup.joins_documents and "o_proj" in targets)  # joined, and in parts
+    elif begin == 1:
+        numbers += heads
+    if begin <= 1:
+        fp32_numbers += shape.hidden + 1  # the second norm
+    if targets & groups[2]:
+        numbers += shape.hidden
+    if begin <= 1:
+        numbers += 3 * shape.ffn
+    elif begin == 2:  # silu keeps gate, and the product of both what the other's gradient needs
+        numbers += shape.ffn * (2 * ("gate_proj" in targets) + ("up_proj" in targets))
+    if "down_proj" in targets:
+        numbers += shape.ffn
+    numbers += setup.lora_rank * len(targets)
+    casts = 0
+    if c != FP32:
+        for name in targets:
+            out, width = shape.linear_shapes()[name]
+            has_input_gradient = begin < 0 or name not in groups[begin]
+            casts += c * setup.lora_rank * (out + width * has_input_gradient)
+    return setup.micro_tokens * (c * numbers + FP32 * fp32_numbers) + casts
+
+
+def logit_rows(setup: Setup) -> int:
+    """Tokens of a micro-batch whose logits are computed at once."""
+    return min(setup.micro_tokens, max(1, LOGITS_AT_ONCE // setup.shape.vocab))
+
+
+def logits_bytes(setup: Setup) -> int:
+    """The logits that are alive at once: a slice in c bytes and in fp32, while the one before it is there in fp32."""
+    vocab, c = setup.shape.vocab, setup.item_bytes
+    of_one = FP32 if c == FP32 else FP32 + c
+    first = logit_rows(setup)
+    second = min(first, setup.micro_tokens - first)
+    return vocab * max(first * of_one, first * FP32 + second * of_one)
+
+
+def dense_bytes(setup: Setup) -> int:
+    """The largest linear made dense for a product; 0 where it is stored so."""
+    if setup.quant == "none":
+        return 0
+    return setup.item_bytes * max(out * width for out, width in setup.shape.linear_shapes().values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the fullest rank's device holds when most is held, by what it is, in bytes; ``host`` beside it, and ``disk``.
+
+    ``when`` names the moment.
+    """
+
+    base: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    activations: int
+    loss: int
+    workspace: int
+    when: str
+    host: int
+    disk: int
+
+    @property
+    def device(self) -> int:
+        """All of it."""
+        return (
+            self.base + self.adapters + self.gradients + self.optimizer + self.gathered + self.activations + self.loss
+            + self.workspace
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """What is held beside the base, the adapters and their state at one moment of a step."""
+
+    name: str
+    gathered: int
+    activations: int
+    loss: int
+    workspace: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.gathered + self.activations + self.loss + self.workspace
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """Bytes of the base (and of adapters that are cut) that lie gathered, at the moments of a step."""
+
+    at_embedding: int = 0
+    in_first_layer: int = 0
+    in_later_layer: int = 0
+    at_end_of_forward: int = 0
+    at_loss: int = 0
+    in_backward_of_norm: int = 0
+    in_backward: int = 0
+
+
+def _gathered(setup: Setup) -> _Gathered:
+    engine = setup.layout.engine
+    if engine == "none":
+        return _Gathered()
+    return _gathered_by_zero3(setup) if engine == "zero3" else _gathered_by_fsdp2(setup)
+
+
+def _gathered_by_fsdp2(setup: Setup) -> _Gathered:
+    """In the forward FSDP2 keeps the buffer of a gathering until the next one was copied out of its own.
+
+    What comes is there twice then, and once more what came before. Adapters that are cut are gathered within their
+    layer, and free its buffer. A tied embedding stays gathered for the whole pass.
+    """
+    end, block = end_bytes(setup), block_bytes(setup)
+    buffers = 1 if setup.base_ranks > 1 else 0  # a rank alone copies, and keeps none
+    twice, root = 1 + buffers, end if setup.shape.tied else 0
+    last = setup.shape.num_layers - 1
+    of_last = 0 if setup.frees_buffer(last) else buffers * block
+    adapters = 0
+    if setup.adapter_ranks > 1:
+        adapters = 2 * FP32 * setup.shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
+    return _Gathered(
+        at_embedding=twice * end,
+        in_first_layer=root + buffers * end + twice * block,
+        in_later_layer=root + buffers * block + twice * block,
+        at_end_of_forward=of_last + (root + block if setup.shape.tied else twice * end),
+        at_loss=root + of_last if setup.shape.tied else twice * end,
+        in_backward_of_norm=root + block,
+        in_backward=root + twice * block + adapters,
+    )
+
+
+def _gathered_by_zero3(setup: Setup) -> _Gathered:
+    """What DeepSpeed 0.19 holds by our settings, as its simulated steps show it; adapters are gathered with their layer.
+
+    The head is copied out of its gathering while a layer is still there. The backward of a layer begins with that layer
+    and three more. Without recomputation in fp32 the graph keeps the adapters of all layers, gathered.
+    """
+    end, block = end_bytes(setup), block_bytes(setup)
+    adapters = FP32 * setup.shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
+    layer = block + adapters
+    kept = 0 if setup.recompute or setup.item_bytes != FP32 else len(setup.layers) * adapters
+    return _Gathered(
+        at_embedding=2 * end,
+        in_first_layer=end + 2 * layer,
+        in_later_layer=2 * layer + kept,
+        at_end_of_forward=2 * end + layer + kept,
+        at_loss=end + layer + kept,
+        in_backward_of_norm=end + layer + kept,
+        in_backward=min(4, setup.shape.num_layers) * layer + kept,
+    )
+
+
+def moments_of(setup: Setup) -> list[_Moment]:
+    """The moments of a step of which one is the fullest."""
+    shape, c, first, gathered = setup.shape, setup.item_bytes, min(setup.layers), _gathered(setup)
+    stream = setup.micro_tokens * shape.hidden * c  # a layer's output
+    wide = setup.micro_tokens * shape.ffn * c
+    last = shape.num_layers - 1
+    of_layers = [kept_bytes_of_a_layer(setup, layer) for layer in range(shape.num_layers)]
+    turn = setup.micro_tokens * shape.head_dim * c  # cosines and sines, shared by all layers
+
+    def kept_before(layer: int) -> int:
+        """What the layers before one keep for the backward: all of it, or their inputs."""
+        return turn + (stream * max(0, layer - first) if setup.recompute else sum(of_layers[:layer]))
+
+    kept = kept_before(shape.num_layers)
+    last_norm = setup.micro_tokens * shape.hidden * FP32
+    has_input_of_down = "down_proj" in setup.targets and last in setup.layers
+    gradients = max(3 * wide, 2 * wide + dense_bytes(setup)) - (wide if has_input_of_down else 0)
+    of_last = of_layers[last] if setup.recompute else 0
+    at_end = stream + (2 * last_norm if setup.layout.engine == "zero3" else stream)
+    moments = [
+        _Moment("at the embedding", gathered.at_embedding, 0, 0, stream),
+        _Moment("in the first layer", gathered.in_first_layer, 0, 0, stream),
+        _Moment("at the end of the forward", gathered.at_end_of_forward, kept + last_norm, 0, at_end),
+        _Moment("at the loss", gathered.at_loss, kept + last_norm + stream, logits_bytes(setup), 2 * stream),
+        _Moment("in the backward of the last norm", gathered.in_backward_of_norm, kept + last_norm, 0, 5 * last_norm),
+        _Moment("in the backward of the last layer", gathered.in_backward, kept + of_last, 0, gradients + stream),
+    ]
+    later = [layer for layer in range(1, shape.num_layers) if not setup.frees_buffer(layer - 1)]
+    if later:
+        moments.append(_Moment("as a layer comes", gathered.in_later_layer, kept_before(later[-1]), 0, stream))
+    return moments
+
+
+def memory_of(setup: Setup) -> Memory:
+    """The fullest rank at the fullest moment of a step."""
+    layout = setup.layout
+    share = math.ceil(setup.trained_weights / setup.adapter_ranks)
+    base = base_bytes_of_a_rank(setup)
+    fullest = max(moments_of(setup), key=lambda moment: moment.num_bytes)
+    moments = 2 * FP32 * share
+    # DeepSpeed keeps a share of the parameters and, for AdamW, one in fp32, which ours are already.
+    copies = 2 if layout.engine == "zero3" else 1
+    return Memory(
+        base=0 if layout.base_on_host else base,
+        adapters=copies * FP32 * share,
+        gradients=FP32 * share,
+        optimizer=0 if layout.optimizer_on_host else moments,
+        gathered=fullest.gathered,
+        activations=fullest.activations,
+        loss=fullest.loss,
+        workspace=fullest.workspace,
+        when=fullest.name,
+        # A save copies what is trained aside.
+        host=(base if layout.base_on_host else 0) + (moments if layout.optimizer_on_host else 0) + 3 * FP32 * share,
+        disk=3 * FP32 * setup.trained_weights,
+    )

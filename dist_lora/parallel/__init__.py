@@ -1,1 +1,0 @@
-"""The processes of a run: how they start, agree and end, and how they share a model."""

@@ -1,0 +1,296 @@
+"""The plan of a run: what its GPUs, hosts, wires and disk will bear, whether it fits, and what would make it fit."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dist_lora.config.schema import Config
+from dist_lora.errors import ConfigError
+from dist_lora.herd.models import known_model
+from dist_lora.herd.shape import Shape
+from dist_lora.layout.memory import Memory, Setup, base_parts, memory_of, setup_of
+from dist_lora.plan.hardware import CONTEXT_BYTES, FRAGMENTATION, GIB, Gpu
+from dist_lora.plan.speed import Speed, speed_of
+from dist_lora.plan.traffic import Collective, collectives_of, received_bytes
+
+PROCESS_BYTES = 1.3 * GIB  # of a rank in host memory: Python, torch and the CUDA libraries
+LOADING_BYTES = 150 * 2**20  # while it loads: three slices of 16 MiB, and what reading and quantizing need
+BYTES_A_TOKEN = 4  # of English text, for a file that was not tokenized
+NUM_CHANGES = 3
+
+
+@dataclass(frozen=True)
+class Machines:
+    """So many nodes of so many GPUs of a kind; ``host_bytes`` of each node, where they are known."""
+
+    num_nodes: int
+    gpus_per_node: int
+    gpu: Gpu
+    host_bytes: int | None = None
+
+    def __str__(self) -> str:
+        nodes = f"{self.num_nodes} nodes x " if self.num_nodes > 1 else ""
+        return f"{nodes}{self.gpus_per_node} x {self.gpu.name}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings, or more nodes, with which a run fits."""
+
+    settings: tuple[str, ...]
+    num_nodes: int
+    device_bytes: int
+    host_bytes: int  # of a node
+    step_s: tuple[float, float]
+
+    def __str__(self) -> str:
+        low, high = self.step_s
+        return (
+            f"{' '.join(self.settings)}: {self.device_bytes / GIB:.1f} GiB a GPU and {self.host_bytes / GIB:,.0f} GiB of "
+            f"host memory a node, a step of {low:.3g} to {high:.3g} s"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on some machines."""
+
+    config: Config
+    setup: Setup
+    machines: Machines
+    memory: Memory
+    speed: Speed
+    steps: int | None
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def reserve_bytes(self) -> int:
+        """What only a GPU takes: contexts, buffers, fragmentation."""
+        return int(CONTEXT_BYTES + FRAGMENTATION * self.memory.device) if self.machines.gpu.is_gpu else 0
+
+    @property
+    def device_bytes(self) -> int:
+        """All of a GPU that the run needs."""
+        return self.memory.device + self.reserve_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Of each node; where its processors are the devices, what they hold too."""
+        of_device = 0 if self.machines.gpu.is_gpu else self.memory.device
+        return int(self.machines.gpus_per_node * (PROCESS_BYTES + LOADING_BYTES + self.memory.host + of_device))
+
+    @property
+    def disk_bytes(self) -> int:
+        """The checkpoints that are kept at most, and the one that is being written."""
+        section = self.config.checkpoint
+        return self.memory.disk * (section.keep + section.keep_best + 1)
+
+    @property
+    def fits(self) -> bool:
+        """Whether GPUs and hosts hold it."""
+        hosts = self.machines.host_bytes
+        return self.device_bytes <= self.machines.gpu.memory_bytes and (hosts is None or self.host_bytes <= hosts)
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the machines lies idle, in a sentence each."""
+        told, setup, batch = [], self.setup, self.config.train.global_batch
+        ranks = setup.base_ranks
+        parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
+        least = min(parts, key=lambda part: part.rows)
+        if setup.layout.engine == "fsdp2" and ranks > least.rows:
+            told.append(
+                f"{ranks} ranks share the {least.rows:,} rows of {least.name}: {ranks - least.rows:,} keep none"
+            )
+        if setup.num_ranks > batch:
+            idle = setup.num_ranks - batch
+            told.append(f"a step has {batch} sequences: {idle:,} of {setup.num_ranks:,} ranks compute nothing")
+        return told
+
+    @property
+    def collectives(self) -> list[Collective]:
+        """Of one step."""
+        return collectives_of(self.setup)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, in bytes and seconds."""
+        inside, between = received_bytes(self.setup)
+        return {
+            "run": self.config.run,
+            "model": self.config.model.name,
+            "machines": str(self.machines),
+            "fits": self.fits,
+            "gpu_bytes": {**asdict(self.memory), "reserve": self.reserve_bytes, "needed": self.device_bytes,
+                          "there": self.machines.gpu.memory_bytes},
+            "host_bytes_a_node": self.host_bytes,
+            "disk_bytes": self.disk_bytes,
+            "checkpoint_bytes": self.memory.disk,
+            "trained_weights": self.setup.trained_weights,
+            "frozen_weights": self.setup.shape.num_parameters(),
+            "received_bytes_a_step": {"within a node": inside, "between nodes": between},
+            "collectives_a_step": [asdict(each) for each in self.collectives],
+            "step_s": self.speed.step_s,
+            "tokens_per_s": self.speed.tokens_per_s,
+            "wall": self.speed.wall,
+            "steps": self.steps,
+            "notes": self.notes,
+            "chosen": [" ".join(reason.split()) for reason in self.setup.layout.reasons],
+            "changes": [asdict(change) for change in self.changes],
+        }  # fmt: skip
+
+
+def make_plan(config: Config, machines: Machines, *, shape: Shape | None = None) -> Plan:
+    """The plan of a config on some machines; where it does not fit, with changes that do. Needs no torch and no weights.
+
+    Args:
+        shape: of the model; without it what ``model.name`` means here.
+
+    Raises:
+        ConfigError: settings contradict each other, the model or the machines; or the model's shape is not known here.
+        WeightsError: the model's config.json is damaged.
+    """
+    plan = _plan(config, machines, shape or shape_of(config))
+    return plan if plan.fits else replace(plan, changes=tuple(itertools.islice(_changes(plan), NUM_CHANGES)))
+
+
+def shape_of(config: Config) -> Shape:
+    """The shape that the config means: by hand, a folder's, or a member's.
+
+    Raises:
+        ConfigError: it is a hub id of no member, whose config.json is not here; or sizes that no Llama has.
+    """
+    return known_model(config.model).shape
+
+
+def _plan(config: Config, machines: Machines, shape: Shape) -> Plan:
+    setup = setup_of(
+        config,
+        shape,
+        num_nodes=machines.num_nodes,
+        gpus_per_node=machines.gpus_per_node,
+        device_bytes=machines.gpu.memory_bytes,
+        on_gpu=machines.gpu.is_gpu,
+    )
+    speed = speed_of(setup, machines.gpu, context=config.train.sequence_length)
+    return Plan(config, setup, machines, memory_of(setup), speed, _steps(config))
+
+
+def _steps(config: Config) -> int | None:
+    """Steps of the run: as set, or by the size of a training file that lies here; None where nobody knows."""
+    train, data = config.train, config.data.train
+    if train.steps is not None:
+        return train.steps
+    files = [Path(name) for name in ([data] if isinstance(data, str) else data)]
+    try:
+        num_bytes = sum(file.stat().st_size for file in files)
+    except (OSError, ValueError):
+        return None
+    tokens = num_bytes / BYTES_A_TOKEN * (train.epochs or 1)
+    return max(1, math.ceil(tokens / (train.global_batch * train.sequence_length)))
+
+
+# Changes that make it fit
+
+
+def _changes(plan: Plan) -> Iterator[Change]:
+    """The cheapest changes that fit: single ones first, then pairs, then three at once; none that holds one before it."""
+    single = list(_candidates(plan))
+    found: list[set[str]] = []
+    for size in (1, 2, 3):
+        for chosen in itertools.combinations(single, size):
+            merged = {name: value for candidate in chosen for name, value in candidate.items()}
+            change = _try(plan, merged) if len(merged) >= size else None
+            if change is not None and not any(before <= set(change.settings) for before in found):
+                found.append(set(change.settings))
+                yield change
+
+
+def _candidates(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Settings to try, the cheapest first: what costs a little time, then precision, then money."""
+    config, train, layout = plan.config, plan.config.train, plan.setup.layout
+    micro = train.micro_batch
+    while micro > 1:
+        micro //= 2
+        yield {"train.micro_batch": micro}
+    if not plan.setup.recompute:
+        yield {"train.activation_checkpointing": True}
+    if plan.machines.num_nodes > 1 and layout.base_shard == "node" and layout.engine != "none":
+        yield {"parallel.base_shard": "world"}
+    if layout.adapters == "replicate" and plan.machines.gpus_per_node > 1 and layout.engine != "none":
+        yield {"parallel.adapters": "shard"}
+    if config.model.quant != "nf4":
+        if config.model.quant == "none":
+            yield {"model.quant": "int8"}
+        yield {"model.quant": "nf4"}
+    if config.parallel.offload == "none" and layout.engine != "zero3":
+        yield {"parallel.offload": "all"}
+    if train.sequence_length >= 1024:
+        yield {"train.sequence_length": train.sequence_length // 2}
+    for factor in (2, 4, 8):
+        yield {"--nodes": plan.machines.num_nodes * factor, "parallel.base_shard": "world"}
+
+
+def _try(plan: Plan, settings: Mapping[str, Any]) -> Change | None:
+    nodes = settings.get("--nodes", plan.machines.num_nodes)
+    tree = plan.config.model_dump(mode="json")
+    for name, value in settings.items():
+        if name != "--nodes":
+            section, _, key = name.partition(".")
+            tree[section][key] = value
+    changed = _fitting(tree, replace(plan.machines, num_nodes=nodes), plan.setup.shape)
+    if changed is None:
+        return None
+    told = tuple(
+        f"{name} {value}" if name == "--nodes" else f"{name}={_plain(value)}" for name, value in settings.items()
+    )
+    return Change(told, nodes, changed.device_bytes, changed.host_bytes, changed.speed.step_s)
+
+
+def _fitting(tree: dict[str, Any], machines: Machines, shape: Shape) -> Plan | None:
+    """The plan of a config as a tree, where it fits; None also where its settings are refused together."""
+    try:
+        plan = _plan(Config.model_validate(tree), machines, shape)
+    except (ConfigError, ValueError):
+        return None
+    return plan if plan.fits else None
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# All ways on some machines
+
+
+def sweep(config: Config, fleets: list[Machines], *, shape: Shape | None = None) -> list[Plan]:
+    """The ways to run a model that fit and that no other way beats in both memory and speed, the smallest first.
+
+    Varied are quantization, ``base_shard``, ``micro_batch`` and recomputation; on each of ``fleets`` for itself.
+    """
+    shape = shape or shape_of(config)
+    kept: list[Plan] = []
+    for machines in fleets:
+        fitting = [plan for tree in _variants(config) if (plan := _fitting(tree, machines, shape)) is not None]
+        fitting.sort(key=lambda plan: (plan.device_bytes, plan.speed.step_s))
+        fastest = math.inf
+        for plan in fitting:
+            if plan.speed.step_s[0] < fastest:
+                fastest = plan.speed.step_s[0]
+                kept.append(plan)
+    return sorted(kept, key=lambda plan: plan.device_bytes)
+
+
+def _variants(config: Config) -> Iterator[dict[str, Any]]:
+    micros = {m for m in (1, 2, 4, 8, config.train.micro_batch) if m <= config.train.global_batch}
+    for quant, shard, micro, again in itertools.product(
+        ("none", "int8", "nf4"), ("node", "world"), sorted(micros), (True, False)
+    ):
+        tree = config.model_dump(mode="json")
+        tree["model"]["quant"], tree["parallel"]["base_shard"] = quant, shard
+        tree["train"]["micro_batch"], tree["train"]["activation_checkpointing"] = micro, again
+        yield tree

@@ -1,0 +1,112 @@
+"""A run's folder: who may write in it, and whether all nodes see it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+import uuid
+from pathlib import Path
+from typing import TextIO
+
+from dist_lora.config.load import dump_config
+from dist_lora.config.schema import Config
+from dist_lora.errors import ConfigError, RunInUse, SaveError
+from dist_lora.run_folder.status import Mark
+from dist_lora.world.world import World
+
+SEEN_S = 10.0  # a network file system may hide a new file for as long as it remembers that there was none
+
+
+def open_run_folder(config: Config, world: World) -> Path:
+    """``runs_dir/run``, made if need be, locked by the first rank for as long as this process lives.
+
+    All ranks call it.
+
+    Raises:
+        RunInUse: another process is writing there.
+        ConfigError: a node can't see the folder.
+        SaveError: the folder can't be made.
+    """
+    folder = config.runs_dir / config.run
+    error: Exception | None = None
+    if world.is_first:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _lock(folder)
+            Mark(folder).begin()
+        except OSError as caught:
+            error = SaveError(
+                f"{folder}: the run's folder can't be written: {caught.strerror or caught}. "
+                "Set runs_dir to a folder that can."
+            )
+        except ConfigError as caught:
+            error = caught
+    world.agree("the run's folder", error)
+    _check_shared(folder, world)
+    return folder
+
+
+def _check_shared(folder: Path, world: World) -> None:
+    """Raise on all ranks where a node doesn't see what the first one writes: its checkpoints would be in pieces."""
+    if world.num_nodes == 1:
+        return
+    key, probe = "run_folder/probe", folder / f".probe-{uuid.uuid4().hex}"
+    error: Exception | None = None
+    if world.is_first:
+        try:
+            probe.touch()
+        except OSError as caught:
+            error = SaveError(f"{folder}: the run's folder can't be written: {caught.strerror or caught}")
+        world.share(key, probe.name.encode())
+    elif world.local_rank == 0:
+        probe = folder / world.fetch(key).decode()
+        deadline = time.monotonic() + SEEN_S
+        while not probe.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if not probe.exists():
+            error = ConfigError(
+                f"runs_dir: {folder} is not one folder for all nodes: what rank 0 has written there is not seen on "
+                f"{socket.gethostname()} (rank {world.world_rank}) after {SEEN_S:.0f} s. Set runs_dir to a file system "
+                "that all nodes share."
+            )
+    try:
+        world.agree("the run's folder on every node", error)
+    finally:
+        if world.is_first:
+            probe.unlink(missing_ok=True)
+
+
+_locks: list[TextIO] = []  # open for as long as the process lives: closing a lock's file gives it back
+
+
+def _lock(folder: Path) -> None:
+    lock = (folder / "lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read().strip() or "another process"
+        raise RunInUse(
+            f"{folder}: {owner} is writing this run now. Wait for it, stop it, or name another: run=NAME"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    _locks.append(lock)
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Leave the resolved config in the run's folder; one rank calls it, once nothing of the config is refused.
+
+    Raises:
+        SaveError: the disk refuses.
+    """
+    path = folder / "config.yaml"
+    aside = path.with_suffix(".partial")
+    try:
+        aside.write_text(dump_config(config))
+        os.replace(aside, path)
+    except OSError as error:
+        raise SaveError(f"{path}: can't be written: {error.strerror or error}. Set runs_dir elsewhere.") from error

@@ -1,0 +1,248 @@
+"""A training step run for its memory and its traffic alone: real model, engine and loop, pretended tensors and ranks.
+
+Nothing is computed and nothing sent: tensors are fake (sizes without contents), the process group returns at once.
+What asks for a tensor's value gets zero, which decides nothing about what is allocated or sent after a run's first steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from dist_lora.base.attention import choose_backend
+from dist_lora.base.index import WeightIndex
+from dist_lora.base.quant.published import BaseOnDisk
+from dist_lora.config.schema import Config
+from dist_lora.data.loader import Loader, MicroBatch, StepBatch
+from dist_lora.data.token_set import TokenSet
+from dist_lora.engines.adapters import FlatAdapters
+from dist_lora.errors import ConfigError
+from dist_lora.herd.shape import Shape
+from dist_lora.layout.choices import Layout, check_node_size
+from dist_lora.lora.peft_file import BaseIdentity
+from dist_lora.simulation.collectives import Sent, Traffic, traffic
+from dist_lora.simulation.tracker import KINDS, Kind, Memory, Moment, Tracker, register_run
+from dist_lora.simulation.world import pretended_world
+from dist_lora.train.build import Base, Placed, Trainee, place
+from dist_lora.train.command import loader_of
+from dist_lora.train.loop import Run
+from dist_lora.train.signals import StopRequest
+from dist_lora.world.world import World
+
+MOST_PASSES = 3  # of a step with more the first, the second and the last are run: those between are as the second
+STEP = 3  # the first in which the loop looks neither whether gradients arrive nor how long steps take
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What the fullest rank holds and sends in one step.
+
+    ``pretended`` says in a sentence each what a run on the real machine does otherwise.
+    """
+
+    peak_bytes: int
+    composition: Mapping[Kind, int]  # at the peak
+    timeline: tuple[Moment, ...]
+    traffic: tuple[Traffic, ...]  # of the step, seen from one rank
+    host_bytes: int  # what offloading keeps in host memory for this rank
+    layout: Layout
+    micro_batches: int  # of this rank, in the step
+    tokens: int  # of a micro-batch
+    pretended: tuple[str, ...]
+    seconds: float  # that the simulation took
+
+
+class _Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Says zero to whoever asks a fake tensor for its value."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0.0 if args[0].dtype.is_floating_point else 0
+        return func(*args, **(kwargs or {}))
+
+
+def simulate(
+    config: Config,
+    shape: Shape,
+    *,
+    num_nodes: int,
+    gpus_per_node: int,
+    device_bytes: int,
+    device: Literal["gpu", "cpu"] = "gpu",
+    document_tokens: int | None = None,
+) -> Simulation:
+    """One optimizer step of a config on machines that aren't here; takes 5 to 10 s for 8B and 40 to 60 s for 405B on one core.
+
+    Local: it opens a process group of its own, so the process may belong to no world. The first rank is seen, whose
+    shards are the largest.
+
+    Args:
+        device_bytes: memory of a GPU: what ``parallel``'s ``auto`` goes by.
+        device: whose choices ``auto`` takes for number format, attention and recomputation.
+        document_tokens: length of every document; None is ``train.sequence_length``. A sequence holds as many as fit, one
+            without ``train.packing``.
+
+    Raises:
+        ConfigError: settings contradict each other, the shape or the world; or there is no GPU.
+    """
+    started_s = time.monotonic()
+    if num_nodes < 1 or gpus_per_node < 1:
+        raise ConfigError(
+            f"machines: found {num_nodes} nodes of {gpus_per_node} GPUs, expected at least one of each (--nodes, --gpus-per-node)"
+        )
+    config = _resolved(config, device)
+    num_ranks, local_size = num_nodes * gpus_per_node, config.parallel.node_size or gpus_per_node
+    check_node_size(world_size=num_ranks, local_size=local_size)
+    with pretended_world(num_nodes=num_ranks // local_size, gpus_per_node=local_size) as world:
+        passes = full_batches(config, world, document_tokens).batch(0).micro_batches
+        loader = full_batches(config, world, document_tokens, _Batches)
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        # FSDP2's meshes are made of real tensors; DeepSpeed makes parameters while it cuts, which must be fake ones.
+        with fake if config.parallel.engine == "zero3" else nullcontext():
+            placed = place(config, shape, world, name=config.model.name, memory_bytes=device_bytes)
+        memory, sent, host_bytes = _step(config, shape, placed, world, loader, fake, num_passes=len(passes))
+    return Simulation(
+        peak_bytes=memory.peak.total_bytes,
+        composition=memory.composition,
+        timeline=memory.timeline,
+        traffic=traffic(sent, world),
+        host_bytes=host_bytes,
+        layout=placed.engine.layout,
+        micro_batches=len(passes),
+        tokens=max(len(one.ids) for one in passes),
+        pretended=_pretended(config, shape, placed, num_passes=len(passes)),
+        seconds=time.monotonic() - started_s,
+    )
+
+
+def _resolved(config: Config, device: Literal["gpu", "cpu"]) -> Config:
+    """The config with what ``auto`` means on the pretended device, since the process has only a CPU's tensors."""
+    kind = torch.device("cuda" if device == "gpu" else "cpu")
+    model = config.model
+    dtype = ("bf16" if device == "gpu" else "fp32") if model.dtype == "auto" else model.dtype
+    in_torch = torch.bfloat16 if dtype == "bf16" else torch.float32
+    recompute = config.train.activation_checkpointing
+    return config.model_copy(
+        update={
+            "model": model.model_copy(
+                update={"dtype": dtype, "attention": choose_backend(model.attention, kind, in_torch)}
+            ),
+            "train": config.train.model_copy(
+                update={"activation_checkpointing": device == "gpu" if recompute == "auto" else recompute}
+            ),
+        }
+    )
+
+
+def _pretended(config: Config, shape: Shape, placed: Placed, *, num_passes: int) -> tuple[str, ...]:
+    told = [
+        "tensors have sizes and no contents, and collectives return at once: nothing is computed or sent",
+        "one stream: on a GPU a gathered block may live on until the stream that used it has come so far",
+        "an operator's own workspace isn't seen, nor the CUDA context, NCCL's buffers and fragmentation",
+    ]
+    if shape.counted is not None:
+        llama = dataclasses.replace(shape, counted=None).num_parameters()
+        told.append(f"the model is a Llama of these sizes, with {llama:,} weights instead of {shape.counted:,}")
+    if config.model.attention == "varlen":
+        told.append("flash attention is its declared output and softmax statistics; its kernel doesn't run")
+    if placed.engine.layout.base_on_host:
+        told.append("the shards of the block that is gathered, brought from the host, aren't counted on the device")
+    if config.model.quant == "int8" and config.model.dtype == "bf16":
+        told.append("int8's dequantization holds 64 MiB more for a moment, within its operator")
+    if num_passes > MOST_PASSES:
+        told.append(
+            f"of {num_passes} micro-batches the first two and the last were run; those between are as the second"
+        )
+    return tuple(told)
+
+
+# The step
+
+
+def _step(
+    config: Config, shape: Shape, placed: Placed, world: World, loader: Loader, fake: FakeTensorMode, *, num_passes: int
+) -> tuple[Memory, list[Sent], int]:
+    """The memory and the collectives of a step, and the bytes that lie in host memory."""
+    model, engine = placed.model, placed.engine
+    with engine.pretending(), fake, _Answers():  # type: ignore[no-untyped-call]
+        engine.materialize(model)
+        adapters = engine.adapters(placed.tensors)
+        assert isinstance(adapters, FlatAdapters)
+        identity = BaseIdentity(config.model.name, None, None, None)
+        base = Base(Path(), shape, BaseOnDisk(WeightIndex(Path(), {}), {}), None, identity)
+        backend = choose_backend(config.model.attention, world.device, placed.precision.dtype)
+        trainee = Trainee(base, model, engine, adapters, backend, placed.precision, {})
+        run = Run(config, trainee, loader=loader, held_out=None, num_steps=STEP, folder=Path(), world=world)
+        run.is_step_long = False
+        model.train()
+        stop = StopRequest(environment={})
+        for _ in range(engine.learns_in_steps):
+            run.take_step(STEP, stop)
+        tracker = Tracker()
+        register_run(tracker, model, engine, adapters)
+        with tracker:
+            run.take_step(STEP, stop)
+        tracker.register("gradients", adapters.gradients())
+    second = tracker.sent[slice(*tracker.forwards[1:3])] if num_passes > MOST_PASSES else []
+    return tracker.memory(), [*tracker.sent, *second * (num_passes - MOST_PASSES)], tracker.host_bytes
+
+
+class _Batches(Loader):
+    """The loop's loader, whose documents' bounds, which are values, stay real under a fake mode."""
+
+    def batch(self, step: int) -> StepBatch:
+        """See ``Loader.batch``."""
+        with _disable_current_modes():
+            made = super().batch(step)
+        self._all = tuple(map(_without_values, made.micro_batches))  # those that aren't run have their bytes too
+        chosen = self._all
+        if len(chosen) > MOST_PASSES:
+            chosen = (*chosen[: MOST_PASSES - 1], chosen[-1])
+        return dataclasses.replace(made, micro_batches=chosen)
+
+
+def _without_values(micro: MicroBatch) -> MicroBatch:
+    ids, positions, index, labels = (
+        torch.empty(len(values), dtype=values.dtype)
+        for values in (micro.ids, micro.positions, micro.target_index, micro.labels)
+    )
+    return dataclasses.replace(micro, ids=ids, positions=positions, target_index=index, labels=labels)
+
+
+def full_batches(
+    config: Config, world: World, document_tokens: int | None = None, kind: type[Loader] = Loader
+) -> Loader:
+    """The loop's own loader over a global batch for each step, every sequence full, every token but the first a target."""
+    train = config.train
+    length = min(document_tokens or train.sequence_length, train.sequence_length)
+    each = train.sequence_length // length if train.packing else 1
+    count = train.global_batch * each
+    ids = np.broadcast_to(np.zeros(1, np.uint32), count * length)
+    lengths = np.full(count, length, np.int64)
+    documents = TokenSet(
+        ids=ids,
+        is_target=np.broadcast_to(np.ones(1, bool), count * length),
+        starts=np.arange(count, dtype=np.int64) * length,
+        lengths=lengths,
+        num_targets=lengths - 1,
+        sample_ids=np.arange(count),
+    )
+    return loader_of(config, documents, world, kind)
+
+
+def as_json(simulation: Simulation) -> dict[str, Any]:
+    """All of a simulation in JSON's types; a moment of the timeline is [event, phase, bytes of each of ``kinds``]."""
+    plain = dataclasses.asdict(simulation)
+    plain["kinds"] = list(KINDS)
+    plain["timeline"] = [[moment.event, moment.phase, *moment.by_kind] for moment in simulation.timeline]
+    return plain

@@ -1,0 +1,305 @@
+"""The work behind ``train`` and ``eval``, as each rank does it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from dist_lora.checkpoint.gather import gather_adapter
+from dist_lora.config.changes import flat
+from dist_lora.config.schema import Config
+from dist_lora.data.chat import hash_tokenizer, render_sample
+from dist_lora.data.loader import Loader
+from dist_lora.data.token_set import TokenRules, TokenSet, Which, prepare_tokens, split_eval
+from dist_lora.data.untrained import check_special_tokens
+from dist_lora.errors import ConfigError, DistLoraError, SaveError
+from dist_lora.run_folder.folder import open_run_folder, write_config
+from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
+from dist_lora.train.held_out import exact_match_of, loss_of
+from dist_lora.train.loop import Run
+from dist_lora.train.meter import Meter, check_trackers, peak_bytes
+from dist_lora.train.resume import Found, check_same_run, find_checkpoint, warn_of_other_lr
+from dist_lora.train.signals import StopRequest
+from dist_lora.world.world import World
+
+log = logging.getLogger("dist_lora")
+
+
+def tokens_of(config: Config, base: Base, world: World) -> tuple[TokenSet, TokenSet | None]:
+    """The training set and the held-out one, tokenized (by all ranks together) or taken from the cache."""
+    if isinstance(config.data.eval, float):
+        return split_eval(_prepare(config, base, world, "train"), fraction=config.data.eval, seed=config.train.seed)
+    return _prepare(config, base, world, "train"), _prepare(config, base, world, "eval") if config.data.eval else None
+
+
+def held_out_of(config: Config, base: Base, world: World) -> TokenSet:
+    """The held-out set alone; a file of its own is read without the training set.
+
+    Raises:
+        ConfigError: ``data.eval`` is not set.
+    """
+    if config.data.eval is None:
+        raise ConfigError("data.eval: not set; give a file, a hub id, or a fraction of data.train")
+    if isinstance(config.data.eval, str):
+        return _prepare(config, base, world, "eval")
+    held_out = tokens_of(config, base, world)[1]
+    assert held_out is not None
+    return held_out
+
+
+def _prepare(config: Config, base: Base, world: World, which: Which) -> TokenSet:
+    section = config.data
+    names = section.train if which == "train" else section.eval
+    assert names is not None and not isinstance(names, float)
+    return prepare_tokens(
+        names,
+        which=which,
+        rules=TokenRules(
+            sequence_length=config.train.sequence_length,
+            format=section.format,
+            train_on=section.train_on,
+            on_no_target=section.on_no_target,
+            on_too_long=section.on_too_long,
+        ),
+        tokenizer=base.tokenizer,
+        tokenizer_hash=hash_tokenizer(base.folder, base.tokenizer),
+        cache_dir=section.cache_dir,
+        world=world,
+    )
+
+
+def loader_of(config: Config, tokens: TokenSet, world: World, kind: type[Loader] = Loader) -> Loader:
+    """The order of the batches of a run."""
+    section = config.train
+    return kind(
+        tokens,
+        sequence_length=section.sequence_length,
+        packing=section.packing,
+        global_batch=section.global_batch,
+        micro_batch=section.micro_batch,
+        seed=section.seed,
+        world_rank=world.world_rank,
+        world_size=world.world_size,
+    )
+
+
+def num_steps_of(config: Config, loader: Loader) -> int:
+    """Optimizer steps of the whole run: as said, or as many as the epochs hold."""
+    if config.train.steps is not None:
+        return config.train.steps
+    epochs = config.train.epochs or 1.0
+    whole = int(epochs)
+    steps = sum(loader.steps_in_epoch(epoch) for epoch in range(whole))
+    if epochs > whole:
+        steps += math.ceil((epochs - whole) * loader.steps_in_epoch(whole))
+    return steps
+
+
+def train(config: Config, world: World, stop: StopRequest, *, is_dry: bool = False) -> None:
+    """``dist-lora train``. All ranks call it."""
+    started_s = time.monotonic()
+    _check_trackers(config, world)
+    base = open_base(config, world)
+    if config.lora.start_from is not None:
+        check_adapter(config.lora.start_from, config=config, base=base, world=world)
+    folder = None if is_dry else open_run_folder(config, world)
+    found = None if folder is None else find_checkpoint(config, folder, world)
+    tokens, held_out = tokens_of(config, base, world)
+    check_special_tokens(
+        tokens,
+        tokenizer=base.tokenizer,
+        index=base.on_disk.index,
+        is_tied=base.shape.tied,
+        on_untrained=config.data.untrained_tokens,
+        world=world,
+    )
+    loader = loader_of(config, tokens, world)
+    num_steps = num_steps_of(config, loader)
+    if world.is_first:
+        for line in plan_lines(config, base, tokens, held_out, num_steps=num_steps, world=world):
+            print(line, file=sys.stdout if is_dry else sys.stderr, flush=True)
+    if is_dry:
+        if world.is_first:
+            _print_sample(tokens, base)
+        return
+    assert folder is not None
+    world.stacks = folder / "stacks"
+    _take_up(found, config, base, loader, num_steps=num_steps, folder=folder, world=world)
+    trainee = build(config, base, world)
+    if world.is_first:
+        for line in trainee.precision.lines():
+            log.info(line)
+    run = Run(config, trainee, loader=loader, held_out=held_out, num_steps=num_steps, folder=folder, world=world)
+    if found is not None:
+        run.resume(found)
+    _train(run, folder, world, stop)
+    _check_base(trainee, world)
+    _finish(run, folder, world, seconds=time.monotonic() - started_s)
+
+
+def _take_up(
+    found: Found | None, config: Config, base: Base, loader: Loader, *, num_steps: int, folder: Path, world: World
+) -> None:
+    """Raise on all ranks where what was found is not this run's past; then the folder is this config's."""
+    if found is not None:
+        check_same_run(found, base=base.identity, data=loader.fingerprint if world.is_first else "", world=world)
+        if found.manifest.step > num_steps:
+            raise ConfigError(
+                f"{found.path}: the run has done {found.manifest.step} steps and train.steps is {num_steps}. "
+                "Ask for more steps, or name another run: run=NAME"
+            )
+
+    def begin() -> None:
+        if not world.is_first:
+            return
+        write_config(folder, config)
+        if found is None:
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
+        else:
+            warn_of_other_lr(found, config, num_steps=num_steps)
+
+    world.agree_on("the run's config", begin)
+
+
+def _check_trackers(config: Config, world: World) -> None:
+    # The first rank is the only one that has them.
+    world.agree_on("log.trackers", lambda: check_trackers(config.log.trackers) if world.is_first else None)
+
+
+def _train(run: Run, folder: Path, world: World, stop: StopRequest) -> None:
+    meter = None
+    error: DistLoraError | None = None
+    try:
+        if world.is_first:
+            world.progress.now("opening the trackers", kind="unseen")
+            try:
+                meter = Meter(
+                    folder,
+                    trackers=run.config.log.trackers,
+                    settings=flat(run.config.model_dump(mode="json")),
+                    every=run.config.log.every,
+                    first_step=run.progress.step + 1,
+                    num_steps=run.num_steps,
+                )
+            except DistLoraError as caught:
+                error = caught
+            except OSError as caught:
+                error = SaveError(f"{folder}: can't be written: {caught}")
+        world.agree("the meter", error)
+        with stop.noted(folder if world.is_first else None):
+            run.train(meter, stop)
+    finally:
+        if meter is not None:
+            meter.close()
+
+
+def _check_base(trainee: Trainee, world: World) -> None:
+    """All ranks go on only if the frozen base is, on each, as it was filled."""
+    world.progress.now("checking the base", kind="long")
+    world.agree_on("the frozen base", trainee.check_base)
+
+
+def _finish(run: Run, folder: Path, world: World, *, seconds: float) -> None:
+    """The adapter in PEFT's format and a summary, written by the first rank while the others wait in no collective."""
+    out = folder / "adapter"
+    world.progress.now("writing the adapter", kind="long")
+    world.share(f"finish/peak/{world.world_rank}", str(peak_bytes(world.device)).encode())
+    error: Exception | None = None
+    if world.is_first:
+        best = run.progress.best_step if run.config.checkpoint.keep_best else None
+        checkpoint = run.saver.last if best is None else run.checkpoints / f"step-{best:08d}"
+        assert checkpoint is not None
+        try:
+            gather_adapter(checkpoint, out=out)
+            peaks = [peak_bytes(world.device)]
+            peaks += [int(world.fetch(f"finish/peak/{rank}")) for rank in range(1, world.world_size)]
+            summary = _summary(run, folder, out, seconds=seconds) | {"peak_bytes": peaks}
+            aside = folder / "summary.partial"
+            aside.write_text(json.dumps(summary, indent=2) + "\n")
+            os.replace(aside, folder / "summary.json")
+            log.info(f"done: {run.num_steps} steps in {seconds:.0f} s; adapter: {out}")
+        except DistLoraError as caught:
+            error = caught
+        except OSError as caught:
+            error = SaveError(f"{folder}: the adapter can't be written: {caught}")
+    world.agree("the adapter", error)
+
+
+def _summary(run: Run, folder: Path, out: Path, *, seconds: float) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return describe_trained(run.trainee) | {
+        "steps": run.num_steps,
+        "loss_first": lines[0]["loss"] if lines else None,
+        "loss_last": lines[-1]["loss"] if lines else None,
+        "adapter_bytes": (out / "adapter_model.safetensors").stat().st_size,
+        "seconds": round(seconds, 1),
+    }
+
+
+def plan_lines(
+    config: Config, base: Base, tokens: TokenSet, held_out: TokenSet | None, *, num_steps: int, world: World
+) -> list[str]:
+    """What a run is about to do, in a few lines: model, trained weights, data, steps."""
+    shape, lora, train = base.shape, config.lora, config.train
+    layers = lora.layer_indices(shape.num_layers)
+    trained = shape.adapter_parameters(lora.target_names(), layers, lora.rank)
+    frozen = shape.num_parameters()
+    passes = math.ceil(math.ceil(train.global_batch / world.world_size) / train.micro_batch)
+    matrices = len(lora.target_names()) * len(layers)
+    return [
+        f"model     {base.identity.name}: {frozen:,} frozen weights, {shape.num_layers} layers",
+        f"adapters  rank {lora.rank}, alpha {lora.alpha:g}, beside {matrices} matrices: {trained:,} trained weights "
+        f"({trained / frozen:.2%}), {trained * 4 / 2**20:,.1f} MiB in fp32",
+        f"data      {len(tokens):,} samples, {tokens.num_tokens:,} tokens, {tokens.num_target_tokens:,} of them targets"
+        + (f"; {len(held_out):,} held out" if held_out is not None else ""),
+        f"steps     {num_steps:,} of {train.global_batch} sequences"
+        + (f" (packed to {train.sequence_length} tokens)" if train.packing else "")
+        + f" on {world.world_size} ranks: {passes} passes a step of {train.micro_batch} a rank",
+    ]
+
+
+def _print_sample(tokens: TokenSet, base: Base) -> None:
+    from rich.console import Console
+
+    ids, is_target = tokens.document(0)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print("\nThe first sample; what is trained is green, or between ⟦ and ⟧:\n")
+    has_colour = console.color_system is not None
+    console.print(render_sample(ids.tolist(), is_target.tolist(), tokenizer=base.tokenizer, has_colour=has_colour))
+
+
+def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str, Any]:
+    """``dist-lora eval``: what is printed, as a dict. All ranks call it and get the same."""
+    started_s = time.monotonic()
+    base = open_base(config, world)
+    if adapter is not None:
+        check_adapter(adapter, config=config, base=base, world=world)
+    held_out = held_out_of(config, base, world)
+    trainee = build(
+        config.model_copy(update={"lora": config.lora.model_copy(update={"start_from": None})}), base, world
+    )
+    result: dict[str, Any] = {"model": base.identity.name}
+    loss_of_base = _loss(config, trainee, held_out, world)  # B is zero: this is the base, exactly
+    if adapter is None:
+        result |= loss_of_base
+    else:
+        load_adapter(trainee.adapters, adapter, world=world)
+        result |= _loss(config, trainee, held_out, world) | {"base_loss": loss_of_base["loss"]}
+        if result["loss"] == result["base_loss"]:
+            log.warning(f"{adapter}: the loss is the base's, bit for bit: this adapter changes nothing")
+    if config.eval.exact_match:
+        match = exact_match_of(trainee, held_out, config=config, world=world)
+        result["exact_match"] = {"correct": match.correct, "total": match.total}
+    return result | {"seconds": round(time.monotonic() - started_s, 1)}
+
+
+def _loss(config: Config, trainee: Trainee, held_out: TokenSet, world: World) -> dict[str, Any]:
+    world.progress.now("evaluating")
+    held = loss_of(trainee, held_out, config=config, world=world)
+    return {"loss": held.loss, "perplexity": held.perplexity, "target_tokens": held.target_tokens}

@@ -1,0 +1,1 @@
+"""Who this process is, and how all processes of a run agree."""

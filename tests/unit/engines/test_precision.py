@@ -1,0 +1,67 @@
+"""The table of number formats: printed, and held against what a library may have cast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dist_lora.base.llama import Llama, build_on_meta
+from dist_lora.base.quant.formats import Int8, Nf4, Plain
+from dist_lora.config.schema import LoraSection
+from dist_lora.engines.adapters import Adapters, ReplicatedAdapters
+from dist_lora.engines.precision import Precision, base_dtype
+from dist_lora.errors import TrainingError
+from dist_lora.herd.shape import Shape
+from dist_lora.lora.attach import attach_adapters
+from dist_lora.world.world import World
+
+SHAPE = Shape(64, 128, 2, 4, 2, 16, 512, 5e5, None, 8192, 1e-5, tied=False)
+
+
+def made(precision: Precision) -> tuple[Llama, Adapters]:
+    model = build_on_meta(SHAPE, dtype=precision.dtype, fmt=precision.fmt)
+    tensors = attach_adapters(model, LoraSection(rank=4))
+    return model, ReplicatedAdapters(tensors, World.alone(torch.device("cpu")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
+def test_a_model_is_in_the_formats_that_are_declared(quant, dtype) -> None:
+    precision = Precision({"none": Plain(dtype), "nf4": Nf4(), "int8": Int8()}[quant], dtype)
+    precision.check(*made(precision))
+
+
+def test_the_table_says_what_is_quantized_and_what_is_not() -> None:
+    linears, rest = Precision(Nf4(), torch.bfloat16).lines()
+    assert linears == (
+        "formats   linears of the layers nf4 (codes uint8, absmax fp32); embeddings, norms and head bf16, unquantized"
+    )
+    assert rest == "          computed in bf16; adapters, their gradients' sum and AdamW in fp32"
+
+
+def test_scales_that_were_cast_and_gradients_of_the_base_are_named() -> None:
+    precision = Precision(Nf4(), torch.bfloat16)
+    model, adapters = made(precision)
+    linear = model.linears()["model.layers.1.mlp.up_proj"]
+    linear.absmax = torch.nn.Parameter(linear.absmax.to(torch.bfloat16), requires_grad=False)
+    model.model.norm.weight.grad = torch.empty_like(model.model.norm.weight)
+    with pytest.raises(TrainingError) as raised:
+        precision.check(model, adapters)
+    assert "2 tensors are not in the format" in str(raised.value)
+    assert "model.layers.1.mlp.up_proj.absmax is bf16, not fp32" in str(raised.value)
+    assert "model.norm.weight has a gradient" in str(raised.value)
+
+
+def test_adapters_in_16_bits_are_named() -> None:
+    precision = Precision(Plain(torch.float32), torch.float32)
+    model, adapters = made(precision)
+    half = adapters.tensors[3]
+    setattr(half.module, half.attribute, torch.nn.Parameter(half.parameter.data.bfloat16()))
+    with pytest.raises(TrainingError, match=r"k_proj.lora_B is bf16, not fp32"):
+        precision.check(model, adapters)
+
+
+def test_auto_is_bf16_on_a_gpu_and_fp32_on_a_cpu() -> None:
+    assert base_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert base_dtype("auto", torch.device("cpu")) == torch.float32
+    assert base_dtype("bf16", torch.device("cpu")) == torch.bfloat16

@@ -1,0 +1,199 @@
+"""The page about a run: its numbers are the run's, it needs no other file, and nothing in it is taken for markup."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_lora.config.load import dump_config
+from dist_lora.config.schema import Config
+from dist_lora.errors import ConfigError, SaveError
+from dist_lora.run_folder.records import METRICS_FILE
+from dist_lora.run_folder.report import MOST_POINTS, write_report
+from dist_lora.train.meter import Meter
+
+GIB = 2**30
+
+
+class Page(HTMLParser):
+    """What a browser would take a page for: its tags, whatever it loads, and the rows of its tables."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+        self.rows: list[list[str]] = []
+        self.text = path.read_text(encoding="utf-8")
+        self.feed(self.text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")]
+        if tag not in ("meta",):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag == "td":
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "td":
+            self.rows[-1][-1] += data
+
+    @property
+    def facts(self) -> dict[str, str]:
+        return {row[0]: row[1] for row in self.rows if len(row) == 2}
+
+
+def line(step: int, **more: Any) -> dict[str, Any]:
+    return {
+        "step": step, "epoch": 0, "loss": 4.0 / step, "grad_norm": 0.5, "lr": 1e-4, "target_tokens": 10, "tokens": 100,
+        "tokens_per_s": 50.0, "step_s": 2.0, "peak_bytes": 3 * GIB, **more,
+    }  # fmt: skip
+
+
+def run_of(
+    folder: Path, *, num_steps: int, evaluated: dict[int, float] | None = None, name: str = "mine", **more: Any
+) -> Path:
+    """A run's folder, as a run leaves it before its end."""
+    folder.mkdir()
+    config = Config.model_validate({"run": name, "model": {"name": "3.1-8b"}, "data": {"train": "x.jsonl"}})
+    (folder / "config.yaml").write_text(dump_config(config))
+    meter = Meter(folder, trackers=[], settings={}, every=10**6, first_step=1, num_steps=num_steps)
+    for step in range(1, num_steps + 1):
+        meter.step(line(step, **more))
+        if step in (evaluated or {}):
+            meter.evaluated(step, {"eval_loss": evaluated[step], "eval_perplexity": math.exp(evaluated[step])})
+    meter.close()
+    return folder
+
+
+def test_the_page_tells_the_runs_own_numbers(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "mine", num_steps=8, evaluated={4: 1.5, 6: 1.25, 8: 1.375})
+    (run / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000008").mkdir()
+    (run / "summary.json").write_text(
+        json.dumps({"trainable": 1000, "frozen": 50_000, "steps": 8, "peak_bytes": [GIB, 2 * GIB]})
+    )
+    (run / "status").write_text("0 final 8 0 - done\n")
+    assert write_report(run) == run / "report.html"
+    page = Page(run / "report.html")
+    assert page.facts == {
+        "model": "3.1-8b (unquantized)",
+        "adapters": "rank 16, alpha 32, beside q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+        "weights": "1,000 trained, 50,000 frozen (2.00%)",
+        "steps": "8 of 8",
+        "loss": "4.0000 at first, 0.5000 at last",
+        "held-out loss": "1.3750 at last, 1.2500 at best, at step 6",
+        "tokens": "800, 80 of them targets",
+        "time": "0 min 16 s in steps, 50 tokens/s in the median step",
+        "peak memory": "1.00, 2.00 GiB",
+        "checkpoints": "4, 8",
+    }
+    assert [row for row in page.rows if len(row) == 3] == [
+        ["step", "loss", "perplexity"], ["4", "1.5000", "4.4817"], ["6", "1.2500", "3.4903"], ["8", "1.3750", "3.9551"],
+    ]  # fmt: skip
+    assert "step 8 is saved; exit code 0: done" in page.text
+    assert page.tags.count("svg") == 6  # of the seven curves one has no point: exact answers
+
+
+def test_the_loss_is_drawn_as_it_was(tmp_path: Path) -> None:
+    page = Page(write_report(run_of(tmp_path / "mine", num_steps=5), out=tmp_path / "page.html"))
+    svg = page.text[page.text.index("<svg") : page.text.index("</svg>")]
+    assert "loss of a target token" in svg  # the first plot; its texts are texts
+    (drawn,) = re.findall(r'<path d="((?:[ML] [\d.]+ [\d.]+\s*){5})"[^>]*stroke: #4e79a7', svg)
+    points = [tuple(map(float, pair)) for pair in re.findall(r"[ML] ([\d.]+) ([\d.]+)", drawn)]
+    ys = [y for _, y in points]
+    top, bottom = ys[0], ys[-1]
+    for step, (x, y) in enumerate(points, start=1):
+        share = (4 / step - 4 / 5) / (4 - 4 / 5)  # of the way from the last loss to the first
+        assert y == pytest.approx(bottom + share * (top - bottom), abs=0.01)
+        assert x == pytest.approx(points[0][0] + (step - 1) / 4 * (points[-1][0] - points[0][0]), abs=0.01)
+
+
+def test_the_page_needs_no_other_file_and_no_other_machine(tmp_path: Path) -> None:
+    page = Page(write_report(run_of(tmp_path / "mine", num_steps=3, evaluated={2: 1.0})))
+    assert not {"script", "link", "img", "iframe", "object", "image"} & set(page.tags)
+    assert all(target.startswith("#") for target in page.loads)
+    assert not re.search(r"url\((?!#)|@import", page.text)
+
+
+def test_names_within_the_drawings_are_theirs_alone(tmp_path: Path) -> None:
+    page = Page(write_report(run_of(tmp_path / "mine", num_steps=3, evaluated={2: 1.0})))
+    clips = re.findall(r'<clipPath id="([^"]+)"', page.text)
+    assert len(clips) == len(set(clips)) >= 6
+
+
+def test_a_report_is_the_same_bytes_again(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "mine", num_steps=3)
+    assert write_report(run, out=tmp_path / "a").read_bytes() == write_report(run, out=tmp_path / "b").read_bytes()
+
+
+def test_what_a_run_says_is_no_markup(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "mine", num_steps=2)
+    (run / "status").write_text("1 again 1 0 - <script>alert(1)</script>\n")
+    with (run / "config.yaml").open("a") as file:
+        file.write("# <script>alert(2)</script>\n")
+    (run / "evaluations.jsonl").write_text('{"step": 1, "<b>": 1}\n')
+    page = Page(write_report(run))
+    assert "script" not in page.tags and "b" not in page.tags
+    assert "&lt;script&gt;alert(1)" in page.text and "&lt;script&gt;alert(2)" in page.text
+
+
+def test_of_a_long_run_each_point_is_a_mean(tmp_path: Path) -> None:
+    page = Page(write_report(run_of(tmp_path / "mine", num_steps=2 * MOST_POINTS + 1)))
+    assert "Each point is the mean of 3 steps." in page.text
+
+
+def test_numbers_that_are_none_leave_gaps(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "mine", num_steps=2, loss=math.nan)
+    with (run / METRICS_FILE).open("a") as file:
+        file.write('{"step": 3, "loss": "much", "lr": null}\n{"step": 4, "loss": 1' + 400 * "0" + '}\n{"step": 5, "lo')
+    page = Page(write_report(run))
+    assert page.facts["steps"] == "4" and page.facts["loss"] == "nan at first, nan at last"
+    assert "loss of a target token" not in page.text  # it has no point
+
+
+def test_a_run_that_is_not_there_or_has_no_step_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none: found no such folder, expected a run's folder, as runs/NAME"):
+        write_report(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"empty: found a folder without config.yaml, expected a run's folder"):
+        write_report(tmp_path / "empty")
+    run = run_of(tmp_path / "mine", num_steps=0)
+    with pytest.raises(ConfigError, match=r"mine: no step is written down in metrics.jsonl yet"):
+        write_report(run)
+    assert not (run / "report.html").exists()
+
+
+def test_a_page_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "mine", num_steps=1)
+    (tmp_path / "file").touch()
+    with pytest.raises(SaveError, match=r"file/page.html: can't be written: .*Name another place by --out"):
+        write_report(run, out=tmp_path / "file" / "page.html")
+
+
+def test_the_command_prints_the_pages_name_and_imports_no_torch(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "mine", num_steps=1)
+    program = "import sys\nfrom dist_lora.cli import app\napp(standalone_mode=False)\nassert 'torch' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "report", str(run)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, f"{run / 'report.html'}\n"), done.stderr

@@ -1,0 +1,196 @@
+"""Memory that runs out is said as such: what was asked and held, what helps first, and what the system has counted."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dist_lora.config.schema import Config
+from dist_lora.errors import EXIT_FAILED, OutOfMemory, PlanError
+from dist_lora.supervision.out_of_memory import (
+    Counters,
+    describe_kill,
+    out_of_memory,
+    read_counters,
+    what_helps,
+)
+from dist_lora.world.world import World
+
+GIB = 2**30
+
+
+def config_of(**sections: dict[str, object]) -> Config:
+    return Config.model_validate(
+        {"run": "it", "model": {"name": "3.1-8b"}, "data": {"train": "a.jsonl"}}
+        | {name: dict(values) for name, values in sections.items()}
+        | {"model": {"name": "3.1-8b", **sections.get("model", {})}}
+    )
+
+
+def told(
+    error: BaseException, config: Config | None = None, phase: str = "step 3, micro-batch 1"
+) -> OutOfMemory | None:
+    world = World.alone()
+    world.progress.now(phase)
+    return out_of_memory(error, world=world, config=config or config_of())
+
+
+def test_a_gpu_without_memory_is_told_with_what_was_asked_and_the_cheapest_change() -> None:
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 1.96 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.2 GiB is free."
+    )
+    found = told(error)
+    assert found is not None and found.exit_code == EXIT_FAILED and isinstance(found, MemoryError)
+    text = str(found)
+    assert text.startswith("out of memory on the GPU: 1.96 GiB were asked for; this process holds ")
+    assert "What helps, the cheapest first: train.micro_batch=1 (is 2); " in text
+
+
+def test_a_host_without_memory_is_told_with_what_was_asked_and_what_is_held() -> None:
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(10**14)
+    found = told(refused.value)
+    assert found is not None
+    assert str(found).startswith("out of memory on the host: 400000000000000 bytes were asked for; this process holds ")
+    assert " GiB of the host's " in str(found) and " GiB are available" in str(found)
+
+
+def test_every_kind_of_refusal_is_recognised_and_other_errors_are_not() -> None:
+    with pytest.raises(MemoryError) as refused:
+        np.empty(2**50)
+    assert "8.00 PiB were asked for" in str(told(refused.value))
+    assert told(MemoryError()) is not None
+    assert told(OSError(errno.ENOMEM, "Cannot allocate memory")) is not None
+    assert told(RuntimeError("CUDA error: out of memory")) is not None
+    assert told(RuntimeError("shape mismatch")) is None
+    assert told(OSError(errno.ENOSPC, "No space left on device")) is None
+    assert told(PlanError("3 GiB needed")) is None  # ours already, though a MemoryError too
+
+
+def test_what_helps_comes_in_the_order_of_its_price_and_leaves_out_what_is_done() -> None:
+    fresh = config_of(train={"micro_batch": 4, "activation_checkpointing": False})
+    step = "step 3, micro-batch 1"
+    assert what_helps(fresh, where="device", phase=step, is_on_gpu=True) == [
+        "train.micro_batch=2 (is 4)",
+        "train.activation_checkpointing=true",
+        "train.sequence_length=1024 (is 2048)",
+        "model.quant=nf4 (is none)",
+        "parallel.offload=base (is none)",
+        "more GPUs, of which each keeps less",
+    ]
+    done = config_of(
+        model={"quant": "nf4"}, train={"micro_batch": 1}, parallel={"offload": "all", "engine": "fsdp2"}
+    )  # checkpointing is on by itself on a GPU
+    assert what_helps(done, where="device", phase=step, is_on_gpu=True) == [
+        "train.sequence_length=1024 (is 2048)",
+        "more GPUs, of which each keeps less",
+    ]
+    assert what_helps(done, where="host", phase=step, is_on_gpu=True)[1].startswith("parallel.offload=none (is all")
+    # Before the first step no pass has taken anything.
+    assert what_helps(fresh, where="host", phase="loading the base", is_on_gpu=False) == [
+        "model.quant=nf4 (is none)",
+        "more nodes, of which each keeps less",
+    ]
+    asked = config_of(eval={"batch": 32}, train={"micro_batch": 1})
+    assert what_helps(asked, where="device", phase="step 3, evaluating", is_on_gpu=True)[0] == "eval.batch=16"
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+HOST = {"proc/vmstat": "nr_free_pages 3\noom_kill 7\n", "proc/meminfo": "MemTotal:       16777216 kB\n"}
+
+
+def test_counters_are_read_from_control_groups_of_version_2_with_the_tightest_limit_above(tmp_path) -> None:
+    job = "sys/fs/cgroup/system.slice/job_1"
+    root = write(tmp_path, HOST | {
+        "proc/self/cgroup": "0::/system.slice/job_1/task_0\n",
+        f"{job}/task_0/memory.events": "low 0\noom 3\noom_kill 2\noom_group_kill 0\n",
+        f"{job}/task_0/memory.max": "max\n",
+        f"{job}/memory.events": "oom_kill 5\n",
+        f"{job}/memory.max": f"{3 * GIB}\n",
+        "sys/fs/cgroup/system.slice/memory.max": f"{9 * GIB}\n",
+    })  # fmt: skip
+    assert read_counters(root) == Counters(2, 3 * GIB, 7, 16 * GIB)
+
+
+def test_counters_are_read_from_control_groups_of_version_1(tmp_path) -> None:
+    root = write(tmp_path, HOST | {
+        "proc/self/cgroup": "9:name=systemd:/\n4:memory:/job\n1:cpu:/\n0::/elsewhere\n",
+        "sys/fs/cgroup/memory/job/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n",
+        "sys/fs/cgroup/memory/job/memory.limit_in_bytes": f"{2 * GIB}\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+        "sys/fs/cgroup/memory/memory.oom_control": "oom_kill 40\n",
+    })  # fmt: skip
+    assert read_counters(root) == Counters(1, 2 * GIB, 7, 16 * GIB)
+
+
+def test_a_container_that_sees_its_own_group_as_the_top_is_read_too(tmp_path) -> None:
+    root = write(tmp_path, {
+        "proc/self/cgroup": "4:memory:/docker/0123\n",
+        "sys/fs/cgroup/memory/memory.oom_control": "oom_kill 4\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{GIB}\n",
+    })  # fmt: skip
+    assert read_counters(root) == Counters(4, GIB, None, None)
+    assert read_counters(tmp_path / "nothing") == Counters()
+
+
+def test_a_kill_that_the_system_has_counted_is_told_as_a_fact() -> None:
+    before = Counters(group_kills=2, limit_bytes=3 * GIB, host_kills=7, total_bytes=16 * GIB)
+    peaks = [GIB, 5 * GIB // 2]
+    held = "The ranks held at most 1.00 GiB, 2.50 GiB; the host has 16.00 GiB, this control group may take 3.00 GiB."
+    after = Counters(3, 3 * GIB, 8, 16 * GIB)
+    assert describe_kill(before, after, peaks) == (
+        f"Memory ran out: the kernel has killed 1 process of this control group for it meanwhile (oom_kill). {held}"
+    )
+    after = Counters(2, 3 * GIB, 9, 16 * GIB)
+    assert describe_kill(before, after, peaks) == (
+        f"Memory ran out: the kernel has killed 2 processes of this host for it meanwhile (oom_kill). {held}"
+    )
+
+
+def test_a_kill_that_nobody_has_counted_is_told_as_possible_only() -> None:
+    counted = Counters(2, None, 7, 16 * GIB)
+    assert describe_kill(counted, counted, [GIB]) == (
+        "The system kills a process so when the host's memory runs out, but it has counted no such kill meanwhile "
+        "(oom_kill). The ranks held at most 1.00 GiB; the host has 16.00 GiB."
+    )
+    assert "but it doesn't say here whether it did. The ranks held at most 0.00 GiB; the host's size is unknown." in (
+        describe_kill(Counters(), Counters(), [0])
+    )
+
+
+PARENT = """
+import subprocess, sys
+from dist_lora.supervision.out_of_memory import Peaks
+fill = "import os, sys; x = bytearray(int(sys.argv[1])); print(flush=True); sys.stdin.read(); os.abort()"
+children = [
+    subprocess.Popen([sys.executable, "-c", fill, str(mib * 2**20)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    for mib in (100, 400)
+]
+peaks = Peaks([child.pid for child in children])
+for i, child in enumerate(children):
+    child.stdout.readline()
+    if i == 0:
+        peaks.look()
+    child.communicate()
+    peaks.ended([i])
+print(*peaks.num_bytes)
+"""
+
+
+def test_the_most_that_a_process_held_is_known_though_nobody_looked_before_its_end() -> None:
+    # In a small process: on Linux a child inherits the peak of the one that starts it.
+    done = subprocess.run([sys.executable, "-c", PARENT], capture_output=True, text=True, check=True)
+    first, second = (int(num_bytes) / 2**20 for num_bytes in done.stdout.split())
+    assert 100 < first < 150 and 400 < second < 450

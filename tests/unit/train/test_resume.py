@@ -1,0 +1,205 @@
+"""What a run may be given otherwise when it goes on, what it is told of it, and what is refused: one process, real runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from dist_lora.checkpoint.manifest import MANIFEST_FILE, read_manifest, write_manifest
+from dist_lora.config.schema import Config
+from dist_lora.errors import CheckpointError, ConfigError
+from dist_lora.train.schedule import lr_at
+from dist_lora.world.world import World
+from tests.ranks.runs import metrics, train_command, train_until_asked
+
+NUM_STEPS = 4
+
+
+def say(numbers: range) -> str:
+    chats = [[("user", f"say {i}"), ("assistant", f"{i} {i}")] for i in numbers]
+    return "".join(json.dumps({"messages": [{"role": r, "content": c} for r, c in chat]}) + "\n" for chat in chats)
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_llama, tmp_path_factory) -> dict[str, Any]:
+    """The settings of a run that was stopped at step 2 of 4; all that it is made of lies in its folder."""
+    folder = tmp_path_factory.mktemp("begun")
+    shutil.copytree(tiny_llama("llama31"), folder / "base")
+    (folder / "train.jsonl").write_text(say(range(6)))
+    settings = {
+        "run": "it",
+        "runs_dir": str(folder),
+        "model": {"name": str(folder / "base"), "dtype": "fp32"},
+        "lora": {"rank": 2},
+        "data": {"train": str(folder / "train.jsonl"), "cache_dir": str(folder / "cache")},
+        "train": {"steps": NUM_STEPS, "global_batch": 2, "sequence_length": 64},
+        "optim": {"lr": 1e-2, "warmup_steps": 1},
+        "log": {"trackers": []},
+    }
+    assert train_command(World.alone(), settings, 2).startswith("stopped at step 2 of 4")
+    return settings
+
+
+@pytest.fixture
+def begun(stopped, tmp_path) -> dict[str, Any]:
+    """A copy of the stopped run, its base and its data."""
+    before = Path(stopped["runs_dir"])
+    shutil.copytree(before, tmp_path, dirs_exist_ok=True)
+    return with_(
+        stopped,
+        runs_dir=str(tmp_path),
+        model={"name": str(tmp_path / "base")},
+        data={"train": str(tmp_path / "train.jsonl"), "cache_dir": str(tmp_path / "cache")},
+    )
+
+
+def with_(settings: Mapping[str, Any], **sections: Any) -> dict[str, Any]:
+    return {
+        **settings,
+        **{k: {**settings.get(k, {}), **v} if isinstance(v, dict) else v for k, v in sections.items()},
+    }
+
+
+def go_on(settings: Mapping[str, Any], caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Train to the end; what was warned of meanwhile."""
+    caplog.clear()
+    train_command(World.alone(), settings)
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING and r.name == "dist_lora"]
+
+
+def steps_of(settings: Mapping[str, Any]) -> list[int]:
+    return [line["step"] for line in metrics(Path(settings["runs_dir"]) / "it")]
+
+
+def test_base_and_data_that_lie_elsewhere_now_are_the_same_run(begun, caplog) -> None:
+    assert go_on(begun, caplog) == []
+    assert steps_of(begun) == [1, 2, 3, 4]
+
+
+def test_more_steps_and_another_learning_rate_are_told_with_what_the_next_step_has(begun, caplog) -> None:
+    settings = with_(begun, train={"steps": 6}, optim={"lr": 2e-2})
+    told = go_on(settings, caplog)
+    path = Path(begun["runs_dir"]) / "it" / "checkpoints" / "step-00000002"
+    assert told[0] == f"{path} goes on with other settings: optim.lr: 0.01 -> 0.02; train.steps: 4 -> 6"
+    before, now = (
+        lr_at(3, section=Config.model_validate(s).optim, num_steps=n) for s, n in ((begun, 4), (settings, 6))
+    )
+    assert told[1:] == [f"the learning rate of step 3 is {now:.4g}, and was to be {before:.4g}"]
+    lines = metrics(Path(begun["runs_dir"]) / "it")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[2]["lr"] == now
+
+
+def test_another_engine_and_another_cut_of_the_batch_are_no_word_worth(begun, caplog) -> None:
+    assert go_on(with_(begun, train={"micro_batch": 2}, checkpoint={"every": 1}), caplog) == []
+
+
+@pytest.mark.parametrize(
+    "changed, told",
+    [
+        ({"lora": {"rank": 3}}, "lora.rank: the run has 2, the config says 3"),
+        ({"model": {"quant": "nf4"}}, "model.quant: the run has 'none', the config says 'nf4'"),
+        ({"train": {"global_batch": 3}}, "train.global_batch: the run has 2, the config says 3"),
+        ({"train": {"seed": 1}}, "train.seed: the run has 0, the config says 1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_would_make_it_another_run_is_refused_with_both_values_and_nothing_changes(begun, changed, told) -> None:
+    run = Path(begun["runs_dir"]) / "it"
+    before = {
+        path.name: path.read_bytes() for path in run.iterdir() if path.is_file() and path.name not in ("lock", "status")
+    }
+    with pytest.raises(ConfigError, match="step-00000002 is of a run with other settings:") as raised:
+        train_command(World.alone(), with_(begun, **changed))
+    assert f"\n  {told}\n" in str(raised.value) and "name another run" in str(raised.value)
+    assert raised.value.exit_code == 2
+    assert {p.name: p.read_bytes() for p in run.iterdir() if p.is_file() and p.name not in ("lock", "status")} == before
+
+
+def test_data_that_was_edited_is_refused(begun) -> None:
+    Path(begun["data"]["train"]).write_text(say(range(1, 7)))
+    with pytest.raises(
+        ConfigError, match=r"data.train: .*step-00000002 was trained on other samples: their fingerprint"
+    ):
+        train_command(World.alone(), begun)
+    assert steps_of(begun) == [1, 2]
+
+
+def test_other_weights_under_the_same_name_are_refused(begun) -> None:
+    file = Path(begun["model"]["name"]) / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.0.self_attn.q_proj.weight"] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"model.name: .*step-00000002 was trained beside another base: weights "):
+        train_command(World.alone(), begun)
+
+
+def test_fewer_steps_than_are_done_are_refused(begun) -> None:
+    with pytest.raises(ConfigError, match=r"the run has done 2 steps and train\.steps is 1"):
+        train_command(World.alone(), with_(begun, train={"steps": 1}))
+
+
+def test_resume_never_begins_anew_whatever_has_changed(begun, caplog) -> None:
+    told = go_on(with_(begun, lora={"rank": 3}, checkpoint={"resume": "never"}), caplog)
+    assert [text.partition(" ")[0] for text in told if "beginning anew" in text] == ["checkpoint.resume:"]
+    assert steps_of(begun) == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_of_another_run_may_be_named_and_its_folder_stays_as_it_is(begun, caplog) -> None:
+    path = Path(begun["runs_dir"]) / "it" / "checkpoints" / "step-00000002"
+    settings = with_(begun, run="next", checkpoint={"resume": str(path)})
+    assert go_on(settings, caplog) == []
+    assert [line["step"] for line in metrics(Path(begun["runs_dir"]) / "next")] == [3, 4]
+    assert read_manifest(path).step == 2
+
+
+@pytest.mark.parametrize(
+    "changed, told",
+    [
+        ({"progress": {"best_step": 1, "best_loss": "low"}}, "best_step 1 and best_loss 'low', expected numbers"),
+        ({"base": {"name": "x", "colour": "red"}}, "what its manifest says of the base can't be read"),
+    ],
+    ids=("best", "base"),
+)
+def test_a_manifest_that_someone_signed_by_hand_is_told(begun, changed, told) -> None:
+    path = Path(begun["runs_dir"]) / "it" / "checkpoints" / "step-00000002"
+    manifest = read_manifest(path)
+    (path / MANIFEST_FILE).unlink()
+    write_manifest(path, dataclasses.replace(manifest, **changed))
+    with pytest.raises(CheckpointError, match=re.escape(told)) as raised:
+        train_command(World.alone(), begun)
+    assert raised.value.exit_code == 4
+
+
+def test_the_best_checkpoint_is_kept_and_becomes_the_adapter(begun, tmp_path, monkeypatch) -> None:
+    """Held-out losses of 3, 1, 2, 4: the second is the best, and outlives two newer ones."""
+    from dist_lora.evaluation.evaluate import HeldOut
+
+    told = iter([3.0, 1.0, 2.0, 4.0])
+    monkeypatch.setattr("dist_lora.train.loop.loss_of", lambda *a, **k: HeldOut(next(told), 10))
+    settings = with_(
+        begun,
+        run="best",
+        data={"eval": begun["data"]["train"]},
+        eval={"every": 1},
+        checkpoint={"every": 1, "keep": 1, "keep_best": True},
+    )
+    train_until_asked(Config.model_validate(settings), World.alone())
+    folder = Path(begun["runs_dir"]) / "best"
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    progress = read_manifest(folder / "checkpoints" / "step-00000004").progress
+    assert (progress["best_step"], progress["best_loss"]) == (2, 1.0)
+    found = load_file(folder / "adapter" / "adapter_model.safetensors")
+    best = load_file(folder / "checkpoints" / "step-00000002" / "rank-00000-of-00001.safetensors")
+    key = next(k for k in best if k.startswith("adapter/model.layers.0.self_attn.q_proj.lora_B"))
+    gathered = found["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
+    assert gathered.flatten().equal(best[key])
