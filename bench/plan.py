@@ -29,9 +29,9 @@ from dist_lora.config.load import load_config
 from dist_lora.config.schema import Config
 from dist_lora.herd.shape import read_shape
 from dist_lora.layout.memory import memory_of, setup_of
-from dist_lora.plan.hardware import GIB
 from dist_lora.plan.presets import Preset, presets
 from dist_lora.simulation.simulate import simulate
+from dist_lora.text import GIB
 from tests.pretend.shipped import Compared, alike, beside, compared, planned_traffic, simulated_traffic
 from tests.ranks import pool
 from tests.ranks.pool import Ranks

@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 
 from dist_lora.config.schema import Config
-from dist_lora.plan.hardware import GIB, GPUS, find_gpu
+from dist_lora.plan.hardware import GPUS, find_gpu
 from dist_lora.plan.plan import Machines, Plan, make_plan
+from dist_lora.text import GIB
 
 FILE = Path(__file__).with_suffix(".yaml")
 

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -316,8 +316,9 @@ def explain(config: ConfigFile, overrides: Overrides = None) -> None:
 def herd(as_json: AsJson = False) -> None:
     """List the herd: who is finetuned, multilingual, of long context or trained to use tools; release and licence."""
     from dist_lora.herd.models import herd_rows, herd_table
+    from dist_lora.text import in_columns
 
-    print(json.dumps({"members": herd_rows()}) if as_json else _in_columns(*herd_table()))
+    print(json.dumps({"members": herd_rows()}) if as_json else "\n".join(in_columns(herd_table())))
 
 
 configs = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
@@ -329,8 +330,9 @@ def list_configs(context: typer.Context, as_json: AsJson = False) -> None:
     """List a config for each member of the herd, by method and machine, with the memory it needs."""
     if context.invoked_subcommand is None:
         from dist_lora.plan.presets import preset_rows, preset_table
+        from dist_lora.text import in_columns
 
-        print(json.dumps({"configs": preset_rows()}) if as_json else _in_columns(*preset_table()))
+        print(json.dumps({"configs": preset_rows()}) if as_json else "\n".join(in_columns(preset_table())))
 
 
 @configs.command()
@@ -384,12 +386,6 @@ def _as_table(result: dict[str, Any]) -> str:
             value = f"{value['correct']} of {value['total']} ({value['correct'] / value['total']:.1%})"
         lines.append(f"{name:14} {value:.6g}" if isinstance(value, float) else f"{name:14} {value}")
     return "\n".join(lines)
-
-
-def _in_columns(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (names, *rows))
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def _on_ranks(

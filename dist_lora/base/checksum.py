@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from dist_lora.base.index import first_few
 from dist_lora.errors import WeightsError
+from dist_lora.text import first_few
 
 _WORD_BYTES = 8
 _CHUNK_WORDS = 2**20

@@ -20,6 +20,7 @@ from typing import Any
 import xxhash
 
 from dist_lora.errors import WeightsError
+from dist_lora.text import MOST_NAMED, first_few
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -30,7 +31,6 @@ _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _MAX_JSON_BYTES = 100_000_000
 _MAX_SIZE = 2**63  # of a dim or an offset: what the library and torch can count to
 _MAX_DIMS = 64  # of a torch tensor
-_MAX_NAMED = 5
 _SAMPLE_BYTES = 256
 _LFS_MARK = b"version https://git-lfs"
 _INCOMPLETE = "The download is incomplete; fetch that file again."
@@ -158,12 +158,6 @@ def by_file(tensors: Iterable[TensorOnDisk]) -> Iterator[tuple[Path, list[Tensor
         yield file, sorted(groups[file], key=lambda tensor: (tensor.start, tensor.num_bytes))
 
 
-def first_few(names: Sequence[str]) -> str:
-    """`a, b, c, d, e and 12 more`: at most five names and the count of the rest."""
-    told = ", ".join(names[:_MAX_NAMED])
-    return told if len(names) <= _MAX_NAMED else f"{told} and {len(names) - _MAX_NAMED:,} more"
-
-
 def open_index(folder: Path, *, allow_bytes: bool = False) -> WeightIndex:
     """The tensors of a model folder: of `model.safetensors`, or of the files that its index names.
 
@@ -198,7 +192,7 @@ def open_index(folder: Path, *, allow_bytes: bool = False) -> WeightIndex:
         faults = _disagreements(places, found)
     if faults:
         heading = "" if len(faults) == 1 else f"{len(faults):,} faults in {folder}:\n  "
-        raise WeightsError(heading + "\n  ".join(faults[:_MAX_NAMED]) + _and_more(faults))
+        raise WeightsError(heading + "\n  ".join(faults[:MOST_NAMED]) + _and_more(faults))
     return WeightIndex(folder, {tensor.name: tensor for tensors in found.values() for tensor in tensors})
 
 
@@ -488,7 +482,7 @@ def _damaged(file: Path, what: str) -> str:
 
 
 def _and_more(faults: Sequence[str]) -> str:
-    return "" if len(faults) <= _MAX_NAMED else f"\n  and {len(faults) - _MAX_NAMED:,} more"
+    return "" if len(faults) <= MOST_NAMED else f"\n  and {len(faults) - MOST_NAMED:,} more"
 
 
 def unreadable(file: Path, error: OSError, *, tensor_name: str = "") -> WeightsError:

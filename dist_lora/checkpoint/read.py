@@ -20,7 +20,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dist_lora.base.index import first_few, links_out
+from dist_lora.base.index import links_out
 from dist_lora.checkpoint.folders import step_folders, step_of
 from dist_lora.checkpoint.keys import fresh_key
 from dist_lora.checkpoint.manifest import (
@@ -31,6 +31,7 @@ from dist_lora.checkpoint.manifest import (
 )
 from dist_lora.errors import CheckpointError
 from dist_lora.lora.state import Piece
+from dist_lora.text import first_few
 
 if TYPE_CHECKING:
     from dist_lora.world.world import World

@@ -15,7 +15,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from dist_lora.config.other_trainers import advice_for
-from dist_lora.config.schema import Config, Expected, Section, SettingFaults, nearest
+from dist_lora.config.schema import Config, Expected, Section, SettingFaults
+from dist_lora.text import nearest
 
 SettingPath = tuple[str | int, ...]
 """Where a setting is: ("lora", "targets", 2) is lora.targets[2]."""

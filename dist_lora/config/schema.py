@@ -6,10 +6,8 @@ This is the only place where a setting is declared. The messages about wrong set
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +23,7 @@ from pydantic import (
 )
 
 from dist_lora.errors import ConfigError
+from dist_lora.text import nearest
 
 LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LINEARS: tuple[LinearName, ...] = (
@@ -58,12 +57,6 @@ class SettingFaults(ValueError):
     def __init__(self, faults: list[tuple[tuple[str, ...], str]]) -> None:
         super().__init__("; ".join(message for _, message in faults))
         self.faults = faults
-
-
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The one of ``names`` that a typo most likely meant, or None when nothing is near."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    return found[0] if found else None
 
 
 def _check_run(run: str) -> str:

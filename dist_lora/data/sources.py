@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import difflib
 import itertools
 import json
 import os
@@ -23,6 +22,7 @@ import xxhash
 
 from dist_lora.data.records import EXAMPLES, Format, check_columns, recognise_format
 from dist_lora.errors import DataError
+from dist_lora.text import nearest
 
 MAX_RECORD_BYTES = 32 * 2**20
 """A longer line is no record but a file without line ends."""
@@ -397,8 +397,8 @@ def _local_path(name: str, which: str) -> Path | None:
         return None
     if not path.parent.is_dir():
         raise DataError(f"data.{which}: {name} does not exist, nor does its folder {path.parent}")
-    near = difflib.get_close_matches(path.name, sorted(os.listdir(path.parent)), n=1, cutoff=0.5)
-    raise DataError(f"data.{which}: {name} does not exist" + (f" (nearest there: {near[0]})" if near else ""))
+    near = nearest(path.name, sorted(os.listdir(path.parent)), cutoff=0.5)
+    raise DataError(f"data.{which}: {name} does not exist" + (f" (nearest there: {near})" if near else ""))
 
 
 def _format_of(source: Source, fmt: Format | None) -> Format:

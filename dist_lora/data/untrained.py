@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from dist_lora.base.index import WeightIndex, first_few, open_weights
+from dist_lora.base.index import WeightIndex, open_weights
 from dist_lora.base.stream import SliceReader
 from dist_lora.data.chat import special_ids
 from dist_lora.data.token_set import TokenSet
 from dist_lora.errors import DataError, DistLoraError
+from dist_lora.text import first_few
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

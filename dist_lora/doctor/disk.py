@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from dist_lora.doctor.findings import Answer
-from dist_lora.supervision.out_of_memory import gib
+from dist_lora.text import gib
 
 CHUNK_BYTES = 2**22
 MOST_BYTES, MOST_S = 2**28, 3.0  # what is written at most, and for how long

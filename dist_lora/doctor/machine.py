@@ -15,7 +15,8 @@ import psutil
 import torch
 
 from dist_lora.doctor.findings import Answer, hosts_by
-from dist_lora.supervision.out_of_memory import gib, read_counters
+from dist_lora.supervision.out_of_memory import read_counters
+from dist_lora.text import gib
 
 SHM = Path("/dev/shm")
 LEAST_SHM_BYTES = 2**30  # NCCL's buffers between the GPUs of a node that have no direct link

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_lora.base.index import first_few
 from dist_lora.base.llama import Llama
 from dist_lora.base.quant.formats import Format
 from dist_lora.engines.adapters import Adapters
 from dist_lora.errors import TrainingError
+from dist_lora.text import first_few
 
 TRAINED = torch.float32  # adapters, the sum of their gradients, AdamW's moments
 

@@ -89,9 +89,11 @@ def herd_rows(members: Sequence[Member] = tuple(MEMBERS.values())) -> list[dict[
     ]
 
 
-def herd_table() -> tuple[list[str], list[list[str]]]:
-    """The herd's columns and rows, in words."""
-    rows = []
+def herd_table() -> list[list[str]]:
+    """The herd in words, its columns' names first."""
+    columns = ["name", "parameters", "finetuned", "multilingual", "long context", "tool use", "tokens", "release",
+               "licence", "purpose"]  # fmt: skip
+    rows = [columns]
     for row in herd_rows():
         rows.append(
             [
@@ -104,6 +106,4 @@ def herd_table() -> tuple[list[str], list[list[str]]]:
                 row["purpose"].partition(" (")[0],  # the columns say what stands in brackets
             ]
         )
-    columns = ["name", "parameters", "finetuned", "multilingual", "long context", "tool use", "tokens", "release",
-               "licence", "purpose"]  # fmt: skip
-    return columns, rows
+    return rows

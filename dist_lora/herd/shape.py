@@ -10,7 +10,6 @@ Models" (arXiv 2407.21783, table 3), the config.json and generation_config.json 
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_lora.errors import ConfigError, WeightsError
+from dist_lora.text import nearest_few
 
 
 @dataclass(frozen=True)
@@ -561,5 +561,4 @@ def _plain_hub_id(hub_id: str) -> str:
 
 def _nearest_members(name: str) -> str:
     plain = re.sub(r"[\s_]+", "-", name.lower()).removeprefix("meta-").removeprefix("llama").lstrip("-")
-    near = difflib.get_close_matches(plain, MEMBERS, n=3, cutoff=0.6)
-    return f"nearest: {', '.join(near)}" if near else f"members: {', '.join(MEMBERS)}"
+    return nearest_few(plain, MEMBERS, otherwise=f"members: {', '.join(MEMBERS)}")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from dist_lora.config.schema import ParallelSection
 from dist_lora.errors import ConfigError
-from dist_lora.plan.hardware import GIB
+from dist_lora.text import size
 
 EngineName = Literal["none", "fsdp2", "zero3"]
 
@@ -123,25 +123,25 @@ def _base_shard(
     by_node, by_world = base_bytes / local_size, base_bytes / world_size
     num_nodes = world_size // local_size
     if engine == "none":
-        return "node", f"base      whole on this process: {_size(base_bytes)}"
+        return "node", f"base      whole on this process: {size(base_bytes)}"
     if engine == "zero3":
-        return "world", f"base      cut over all {world_size} ranks, {_size(by_world)} each: ZeRO-3 knows no nodes"
+        return "world", f"base      cut over all {world_size} ranks, {size(by_world)} each: ZeRO-3 knows no nodes"
     if num_nodes == 1:
-        return "node", f"base      cut over {local_size} ranks of one node, {_size(by_node)} each"
-    crossing = f"{_size(by_world * (world_size - local_size))} of it cross the network to each rank, twice a pass"
+        return "node", f"base      cut over {local_size} ranks of one node, {size(by_node)} each"
+    crossing = f"{size(by_world * (world_size - local_size))} of it cross the network to each rank, twice a pass"
     if wanted == "auto":
         room = device_bytes * BASE_SHARE
         fits = base_on_host or by_node <= room
         wanted = "node" if fits else "world"
-        because = f"{_size(by_node)} a rank {'fit' if fits else 'do not fit'} in {_size(room)} of a device"
+        because = f"{size(by_node)} a rank {'fit' if fits else 'do not fit'} in {size(room)} of a device"
     else:
         because = "as set"
     if wanted == "node":
         return "node", (
-            f"base      cut over the {local_size} ranks of each node, {_size(by_node)} each, and no byte of it crosses "
+            f"base      cut over the {local_size} ranks of each node, {size(by_node)} each, and no byte of it crosses "
             f"the network: {because}"
         )
-    return "world", f"base      cut over all {world_size} ranks, {_size(by_world)} each; {crossing}: {because}"
+    return "world", f"base      cut over all {world_size} ranks, {size(by_world)} each; {crossing}: {because}"
 
 
 def _adapters(
@@ -154,9 +154,9 @@ def _adapters(
 ) -> tuple[Literal["replicate", "shard"], str]:
     wanted = section.adapters
     whole = trained_weights * BYTES_A_TRAINED_WEIGHT
-    what = f"{_size(whole)} with gradients and AdamW's moments"
+    what = f"{size(whole)} with gradients and AdamW's moments"
     if engine == "zero3":
-        return "shard", f"adapters  cut over all {world_size} ranks by ZeRO-3: {what}, {_size(whole / world_size)} each"
+        return "shard", f"adapters  cut over all {world_size} ranks by ZeRO-3: {what}, {size(whole / world_size)} each"
     if engine == "none":
         return "replicate", f"adapters  {what}"
     if wanted == "auto":
@@ -168,9 +168,5 @@ def _adapters(
     if wanted == "replicate":
         return "replicate", f"adapters  whole on every rank, {what}: {because}"
     return "shard", (
-        f"adapters  cut over the {local_size} ranks of each node, {what}, {_size(whole / local_size)} each: {because}"
+        f"adapters  cut over the {local_size} ranks of each node, {what}, {size(whole / local_size)} each: {because}"
     )
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:,.2f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:,.1f} MiB"

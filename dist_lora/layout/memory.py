@@ -8,17 +8,15 @@ of a head, V vocabulary, R LoRA rank, L layers; c bytes of a number in the type 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.shape import Shape
 from dist_lora.layout.choices import Layout, check_node_size, choose_layout
+from dist_lora.layout.storage import FP32, base_parts, nf4_refusal
 
-FP32 = 4
 LOGITS_AT_ONCE = 2**25  # weights of the largest slice of logits: 128 MiB in fp32, 261 rows at V = 128256
-NF4_BLOCK = 64  # weights that share a scale
 
 
 @dataclass(frozen=True)
@@ -122,70 +120,7 @@ def _check_nf4(shape: Shape, model_name: str) -> None:
             raise ConfigError(f"model.quant: nf4 can't keep {model_name}: {linear}: {why}")
 
 
-def nf4_refusal(out: int, width: int) -> str | None:
-    """Why a matrix ``(out, width)`` can't be stored in NF4; None where it can: its rows must be whole blocks."""
-    if width % NF4_BLOCK == 0:
-        return None
-    return (
-        f"nf4 cuts each row into blocks of {NF4_BLOCK} weights, and a linear of ({out:,}, {width:,}) "
-        f"has {width % NF4_BLOCK} left over in each: set model.quant to int8 or none."
-    )
-
-
 # The base
-
-
-@dataclass(frozen=True)
-class BasePart:
-    """A frozen parameter: ``rows`` rows of ``row_bytes``; ``block`` is its layer, or None at the ends."""
-
-    name: str
-    rows: int
-    row_bytes: int
-    block: int | None
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the whole."""
-        return self.rows * self.row_bytes
-
-    def shard_bytes(self, num_ranks: int) -> int:
-        """Of the largest shard by rows."""
-        return math.ceil(self.rows / num_ranks) * self.row_bytes
-
-
-def base_parts(shape: Shape, *, quant: str, item_bytes: int) -> list[BasePart]:
-    """Every frozen parameter as a run keeps it: linears of the layers quantized, all else as it is.
-
-    Of a model whose weights were counted, a layer is one part: as many rows of its width as they make, rounded up.
-    """
-    parts = [BasePart("embed_tokens", shape.vocab, shape.hidden * item_bytes, None)]
-    for layer in range(shape.num_layers):
-        if shape.counted is not None:
-            row_bytes = sum(size for _, size in _row_bytes(quant, shape.hidden, item_bytes))
-            parts.append(BasePart("weights", math.ceil(shape.weights_of_a_layer() / shape.hidden), row_bytes, layer))
-            continue
-        for name, (out, width) in shape.linear_shapes().items():
-            parts += [
-                BasePart(f"{name}.{part}", out, size, layer) for part, size in _row_bytes(quant, width, item_bytes)
-            ]
-        parts += [BasePart(f"norm{i}", shape.hidden, item_bytes, layer) for i in (1, 2)]
-    if shape.counted is None:
-        parts.append(BasePart("norm", shape.hidden, item_bytes, None))
-    if not shape.tied:
-        parts.append(BasePart("lm_head", shape.vocab, shape.hidden * item_bytes, None))
-    return parts
-
-
-def _row_bytes(quant: str, width: int, item_bytes: int) -> Iterator[tuple[str, int]]:
-    if quant == "nf4":
-        yield "codes", width // 2
-        yield "absmax", FP32 * (width // NF4_BLOCK)
-    elif quant == "int8":
-        yield "codes", width
-        yield "scale", FP32
-    else:
-        yield "weight", width * item_bytes
 
 
 def base_bytes_of_a_rank(setup: Setup) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 from dist_lora.base.llama import Llama
 from dist_lora.config.schema import LoraSection
 from dist_lora.lora.layer import LoraAdapter
+from dist_lora.text import ranges
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,4 @@ def attach_adapters(model: Llama, section: LoraSection) -> list[AdapterTensor]:
 
 def layers_of(names: Iterable[str]) -> str:
     """The layers that full names of tensors speak of, as ``layers 0-1, 5``."""
-    layers = sorted({int(name.split(".")[2]) for name in names})
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return "layers " + ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return f"layers {ranges(int(name.split('.')[2]) for name in names)}"

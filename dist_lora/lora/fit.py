@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dist_lora.base.index import first_few
 from dist_lora.config.schema import LoraSection
 from dist_lora.errors import AdapterError
 from dist_lora.herd.shape import Shape, module_path
 from dist_lora.lora.peft_file import AdapterOnDisk
+from dist_lora.text import first_few
 
 
 def check_fit(adapter: AdapterOnDisk, *, section: LoraSection, shape: Shape) -> None:

@@ -29,7 +29,6 @@ from dist_lora.base.index import (
     TensorOnDisk,
     WeightIndex,
     by_file,
-    first_few,
     hash_config,
     open_index,
     open_weights,
@@ -49,6 +48,7 @@ from dist_lora.lora.peft_file import (
     sync_folder,
     sync_path,
 )
+from dist_lora.text import first_few, gib
 
 _SLICE_BYTES = 16 * 2**20  # in memory: as read, in fp32, and cast: for bf16 64 MiB
 _DTYPES: Mapping[str, str] = {"bf16": "BF16", "fp32": "F32"}
@@ -317,7 +317,7 @@ def _check_space(index: WeightIndex, *, partial: Path, dtype: str | None) -> Non
     free = shutil.disk_usage(partial).free
     if free < needed:
         raise SaveError(
-            f"The merged model needs {needed / 2**30:,.2f} GiB, and {free / 2**30:,.2f} GiB are free where "
+            f"The merged model needs {gib(needed)}, and {gib(free)} are free where "
             f"{partial.parent} lies. Make room, or choose another place."
         )
 

@@ -28,7 +28,6 @@ from torch import Tensor
 import dist_lora
 from dist_lora.base.index import (
     TensorOnDisk,
-    first_few,
     hash_config,
     is_there,
     links_out,
@@ -43,6 +42,7 @@ from dist_lora.base.stream import SliceReader, read_tensor
 from dist_lora.config.schema import LINEARS
 from dist_lora.errors import AdapterError, ConfigError, SaveError, WeightsError
 from dist_lora.herd.shape import module_path
+from dist_lora.text import first_few
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, PlanError
-from dist_lora.plan.hardware import GIB, GPUS, Gpu, find_gpu, measured_gpu
+from dist_lora.plan.hardware import GPUS, Gpu, find_gpu, measured_gpu
 from dist_lora.plan.measured import Measured, read_measured
 from dist_lora.plan.plan import Machines, Plan, make_plan, sweep
 from dist_lora.plan.table import lines_of, sweep_lines
+from dist_lora.text import GIB
 
 DEFAULT_GPU = "h100-80gb"
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from dist_lora.config.schema import Config
 from dist_lora.herd.models import KnownModel, known_model
 from dist_lora.layout.choices import BYTES_A_TRAINED_WEIGHT
-from dist_lora.layout.memory import FP32, base_parts
+from dist_lora.layout.storage import FP32, base_parts
+from dist_lora.text import in_columns
 
 # AdamW in 16 bits with fp32 master weights, as usual for training all: the weight and its gradient (2 + 2), the master and
 # two moments (4 + 4 + 4). With gradients in fp32 too it is 18. Source: ZeRO, arXiv 1910.02054, section 3.1.
@@ -86,9 +87,7 @@ def _what_is_trained(config: Config, model: KnownModel) -> Iterator[str]:
         thin, whole = r * (out + in_), out * in_
         sizes = f"({out}, {in_})", f"({out}, {r})", f"({r}, {in_})"
         rows.append((" ".join(names), *sizes, f"{whole:,}", f"{thin:,}, {_share(thin, whole)}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield from in_columns(rows, indent="  ")
     yield "An adapter costs a token as many products as it has weights: O(r d) beside the O(d^2) of its matrix."
     trained = shape.adapter_parameters(lora.target_names(), layers, r)
     total = shape.num_parameters()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 from dist_lora.errors import ConfigError
 from dist_lora.plan.measured import Measured
-
-GIB = 2**30
+from dist_lora.text import GIB, nearest_few
 
 # What programs reach, from poor to good. Compute, of what single large products reach: torchtune's compiled LoRA runs on A100s
 # 0.69 and 0.74 (bench/published.yaml), "The Llama 3 Herd of Models" (arXiv 2407.21783, table 4) 0.47 to 0.54 for dense
@@ -116,6 +114,5 @@ def find_gpu(name: str) -> Gpu:
     gpu = GPUS.get(name.lower())
     if gpu is not None:
         return gpu
-    near = difflib.get_close_matches(name.lower(), GPUS, n=3, cutoff=0.3)
-    told = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(GPUS)}"
-    raise ConfigError(f"--gpu: no GPU called {name} is known ({told}). Give another, or its memory: --gpu-gib 80")
+    hint = nearest_few(name.lower(), GPUS, cutoff=0.3, otherwise=f"known: {', '.join(GPUS)}")
+    raise ConfigError(f"--gpu: no GPU called {name} is known ({hint}). Give another, or its memory: --gpu-gib 80")

@@ -13,10 +13,12 @@ from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.models import known_model
 from dist_lora.herd.shape import Shape
-from dist_lora.layout.memory import Memory, Setup, base_parts, memory_of, setup_of
-from dist_lora.plan.hardware import CONTEXT_BYTES, FRAGMENTATION, GIB, Gpu
+from dist_lora.layout.memory import Memory, Setup, memory_of, setup_of
+from dist_lora.layout.storage import base_parts
+from dist_lora.plan.hardware import CONTEXT_BYTES, FRAGMENTATION, Gpu
 from dist_lora.plan.speed import Speed, speed_of
 from dist_lora.plan.traffic import Collective, collectives_of, received_bytes
+from dist_lora.text import GIB
 
 PROCESS_BYTES = 1.3 * GIB  # of a rank in host memory: Python, torch and the CUDA libraries
 LOADING_BYTES = 150 * 2**20  # while it loads: three slices of 16 MiB, and what reading and quantizing need

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -17,9 +16,11 @@ from typing import Any, Literal
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.shape import MEMBERS, Member
-from dist_lora.layout.memory import FP32, base_bytes_of_a_rank, base_parts
-from dist_lora.plan.hardware import GIB, Gpu, find_gpu
+from dist_lora.layout.memory import base_bytes_of_a_rank
+from dist_lora.layout.storage import FP32, base_parts
+from dist_lora.plan.hardware import Gpu, find_gpu
 from dist_lora.plan.plan import Machines, Plan, make_plan
+from dist_lora.text import GIB, nearest_few
 
 Method = Literal["lora", "qlora"]
 WIDTH = 112  # of a comment
@@ -303,9 +304,8 @@ def find_preset(name: str) -> Preset:
     plain = name.removeprefix("configs/").removesuffix(".yaml").lower()
     if plain in known:
         return known[plain]
-    near = difflib.get_close_matches(plain, known, n=3, cutoff=0.5)
-    told = f"nearest: {', '.join(near)}" if near else f"`dist-lora configs` lists all {len(known)}"
-    raise ConfigError(f"configs show: no config is called {name} ({told})")
+    hint = nearest_few(plain, known, cutoff=0.5, otherwise=f"`dist-lora configs` lists all {len(known)}")
+    raise ConfigError(f"configs show: no config is called {name} ({hint})")
 
 
 def preset_rows() -> list[dict[str, Any]]:
@@ -326,13 +326,13 @@ def preset_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def preset_table() -> tuple[list[str], list[list[str]]]:
-    """The list's columns and rows, in words."""
-    rows = []
+def preset_table() -> list[list[str]]:
+    """The list in words, its columns' names first."""
+    rows = [["name", "model", "method", "machine", "memory a GPU"]]
     for row in preset_rows():
         memory = f"{row['needed_bytes'] / GIB:.1f} of {row['gpu_bytes'] / GIB:.1f} GiB"
         rows.append([row["name"], row["model"], row["method"], row["machine"], memory])
-    return ["name", "model", "method", "machine", "memory a GPU"], rows
+    return rows
 
 
 def write_configs(folder: Path) -> list[Path]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dist_lora.layout.memory import FP32, Setup, base_bytes_of_a_rank, block_bytes, logit_rows
+from dist_lora.layout.memory import Setup, base_bytes_of_a_rank, block_bytes, logit_rows
+from dist_lora.layout.storage import FP32
 from dist_lora.plan.hardware import REACHED_COMPUTE, REACHED_MEMORY, REACHED_WIRE, Gpu
 from dist_lora.plan.measured import Measured, Range
 from dist_lora.plan.traffic import Collective, collectives_of, received_bytes

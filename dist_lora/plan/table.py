@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from dist_lora.plan.hardware import GIB
 from dist_lora.plan.plan import Plan
 from dist_lora.plan.speed import flops_a_token
 from dist_lora.plan.traffic import received_bytes
+from dist_lora.text import GIB
 
 
 def lines_of(plan: Plan) -> Iterator[str]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from dist_lora.layout.memory import FP32, BasePart, Setup, base_parts
+from dist_lora.layout.memory import Setup
+from dist_lora.layout.storage import FP32, BasePart, base_parts
 
 NUM_SCALARS = 4  # loss, stop, failed save, seconds: summed once a step in fp32
 

@@ -17,9 +17,9 @@ from dist_lora.checkpoint.folders import step_folders
 from dist_lora.config.load import load_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, SaveError
-from dist_lora.plan.hardware import GIB
 from dist_lora.run_folder.records import EVALUATIONS_FILE, METRICS_FILE, read_lines
 from dist_lora.run_folder.status import tell_status
+from dist_lora.text import GIB
 
 REPORT_FILE = "report.html"
 TEMPLATE = "report.html.jinja"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from dist_lora.config.schema import Config
 from dist_lora.plan.command import Fleets, refuse_what_does_not_fit
-from dist_lora.plan.hardware import GIB
 from dist_lora.plan.plan import Plan, make_plan
 from dist_lora.plan.table import lines_of
 from dist_lora.simulation.simulate import Simulation, as_json, simulate
 from dist_lora.simulation.timeline import Limit, check_picture, write_timeline
+from dist_lora.text import GIB
 
 log = logging.getLogger("dist_lora")
 

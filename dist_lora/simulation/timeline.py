@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from dist_lora.errors import ConfigError, SaveError
-from dist_lora.plan.hardware import GIB
 from dist_lora.simulation.simulate import MOST_PASSES, Simulation, as_json
 from dist_lora.simulation.tracker import KINDS, Kind, Moment, Phase
+from dist_lora.text import GIB
 
 PICTURES = (".png", ".svg")
 MOST_EMPTY = 2.5  # times the peak: a GPU that holds more would leave the picture empty, and is named above it

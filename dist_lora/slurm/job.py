@@ -13,8 +13,9 @@ from dist_lora.config.load import load_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, PlanError
 from dist_lora.plan.command import refuse_what_does_not_fit
-from dist_lora.plan.hardware import GIB, Gpu
+from dist_lora.plan.hardware import Gpu
 from dist_lora.plan.plan import Machines, Plan, make_plan
+from dist_lora.text import GIB
 
 Launcher = Literal["srun", "torchrun"]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dist_lora.errors import DistLoraError, OutOfMemory
+from dist_lora.text import gib
 
 if TYPE_CHECKING:
     from dist_lora.config.schema import Config
@@ -110,11 +111,6 @@ def what_helps(config: Config, *, where: Where, phase: str, is_on_gpu: bool) -> 
         "more GPUs, of which each keeps less" if where == "device" else "more nodes, of which each keeps less"
     )
     return changes
-
-
-def gib(num_bytes: float) -> str:
-    """A number of bytes as a person reads it."""
-    return f"{num_bytes / 2**30:,.2f} GiB"
 
 
 # What the system has counted

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_lora.base.index import first_few
 from dist_lora.checkpoint.keys import fresh_key
 from dist_lora.checkpoint.manifest import TensorSpec
 from dist_lora.checkpoint.read import load_pieces
@@ -28,6 +27,7 @@ from dist_lora.errors import CheckpointError, StoppedForGood, StoppedOnRequest, 
 from dist_lora.lora.attach import layers_of
 from dist_lora.lora.state import Piece
 from dist_lora.run_folder.records import sync_metrics, truncate_metrics
+from dist_lora.text import first_few
 from dist_lora.train.build import Trainee
 from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.meter import Meter, peak_bytes

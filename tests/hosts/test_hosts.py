@@ -20,7 +20,8 @@ import yaml
 
 from dist_lora.config.schema import Config
 from dist_lora.herd.shape import read_shape
-from dist_lora.layout.memory import FP32, setup_of
+from dist_lora.layout.memory import setup_of
+from dist_lora.layout.storage import FP32
 from dist_lora.plan.measured import read_measured
 from dist_lora.plan.traffic import received_bytes
 from tests.e2e.runs import INJECT, ROOT

@@ -16,14 +16,12 @@ from tests import ROOT
 
 PACKAGE = ROOT / "dist_lora"
 
-# A module may import what stands before it here, and its own stage. What lies in a stage's folder belongs to it,
-# unless it has a line of its own.
+# A module may import what stands before it here, and what lies in its own folder.
 ROAD = (
     "errors",
+    "text",
     "config",
     "herd",
-    "plan.measured",
-    "plan.hardware",
     "layout",
     "plan",
     "base",
@@ -43,6 +41,10 @@ ROAD = (
     "cli",
     "__main__",
 )
+# What computes obeys the layout; what is foretold of it, nothing that computes may know.
+NEVER_PLAN = ("base", "lora", "world", "engines", "data", "checkpoint", "evaluation", "train")
+# These work on files, on any CPU.
+NO_ENGINE = ("dist_lora.lora.merge", "dist_lora.checkpoint.gather", "dist_lora.run_folder.report")
 # One door for each package that we do not want to meet everywhere.
 DOORS = {
     "torch.distributed": ("world", "engines", "supervision", "checkpoint", "doctor", "simulation"),
@@ -129,9 +131,8 @@ def _dotted(node: ast.AST) -> str | None:
 
 def stage_of(name: str) -> int | None:
     """The place on the road of ``dist_lora.lora.layer`` and the like; None where it has none."""
-    inside = name.removeprefix("dist_lora.")
-    found = [place for place, stage in enumerate(ROAD) if f"{inside}.".startswith(f"{stage}.")]
-    return max(found, key=lambda place: len(ROAD[place]), default=None)
+    folder = name.removeprefix("dist_lora.").partition(".")[0]
+    return ROAD.index(folder) if folder in ROAD else None
 
 
 def wrong_ways(source: str, *, module: str) -> list[str]:
@@ -212,6 +213,37 @@ def test_a_module_imports_only_what_comes_before_it_on_the_road(module: str) -> 
 
 def test_the_package_itself_imports_nothing() -> None:
     assert imports_of(SOURCES["dist_lora"], module="dist_lora") == []
+
+
+@pytest.mark.parametrize("folder", NEVER_PLAN)
+def test_what_computes_never_imports_the_plan(folder: str) -> None:
+    inside = [name for name in SOURCES if name.startswith(f"dist_lora.{folder}.")]
+    plan = {name for name in SOURCES if name.startswith("dist_lora.plan.")}
+    assert inside and plan
+    assert [name for name in inside if reached(name) & plan] == []
+
+
+@pytest.mark.parametrize("module", NO_ENGINE)
+def test_what_works_on_files_imports_no_engine(module: str) -> None:
+    assert [name for name in reached(module) if name.startswith("dist_lora.engines")] == []
+
+
+def reached(module: str) -> set[str]:
+    """All modules of the package that one imports, itself or by another, early or late."""
+    found: set[str] = set()
+    open_ends = [module]
+    while open_ends:
+        here = open_ends.pop()
+        names = {line.target for line in imports_of(SOURCES[here], module=here) if not line.is_for_types}
+        new = ((names | {name.rpartition(".")[0] for name in names}) & SOURCES.keys()) - found
+        found |= new
+        open_ends += new
+    return found
+
+
+def test_what_is_reached_by_another_is_seen() -> None:
+    assert "dist_lora.base.index" in reached("dist_lora.lora.merge")
+    assert "dist_lora.engines.fsdp2" in reached("dist_lora.train.build")
 
 
 def circle_among(sources: dict[str, str]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dist_lora.base.quant.int8 import dense_int8, quantize_int8
 from dist_lora.base.quant.nf4 import BLOCK, dense_nf4, quantize_nf4
-from dist_lora.layout.memory import nf4_refusal
+from dist_lora.layout.storage import nf4_refusal
 
 # D_in and D_out of a linear; rows: any number of its outputs, in any order
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_lora.base.quant.finite import check_finite
 from dist_lora.base.quant.library import gpu_functions
-from dist_lora.layout.memory import NF4_BLOCK
+from dist_lora.layout.storage import NF4_BLOCK
 
 # D_in inputs of a linear, a multiple of BLOCK; rows: any number of a linear's outputs
 

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_lora.base.index import TensorOnDisk, WeightIndex, check_types, first_few, open_index, open_weights
+from dist_lora.base.index import TensorOnDisk, WeightIndex, check_types, open_index, open_weights
 from dist_lora.base.quant.formats import Quant
 from dist_lora.base.quant.nf4 import BLOCK, LEVELS
 from dist_lora.base.stream import SliceReader
 from dist_lora.errors import ConfigError, WeightsError
+from dist_lora.text import first_few
 
 # D_in and D_out of a linear
 

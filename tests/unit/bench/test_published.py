@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bench.published import Figure, name_of, read_figures
-from dist_lora.plan.hardware import GIB
+from dist_lora.text import GIB
 
 FIGURES, SOURCES = read_figures()
 

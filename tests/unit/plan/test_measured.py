@@ -12,11 +12,12 @@ import pytest
 from dist_lora.errors import ConfigError, SaveError
 from dist_lora.herd.shape import MEMBERS
 from dist_lora.plan.command import Fleets
-from dist_lora.plan.hardware import GIB, measured_gpu
+from dist_lora.plan.hardware import measured_gpu
 from dist_lora.plan.measured import AtSize, Link, Measured, Product, read_measured, write_measured
 from dist_lora.plan.plan import Machines, make_plan
 from dist_lora.plan.speed import flops_a_token, measured_speed
 from dist_lora.plan.traffic import collectives_of
+from dist_lora.text import GIB
 from tests.unit.plan.test_plan import config_of, plan_command
 
 AT_ONCE = (1e30, 1e30)  # what takes no time

@@ -20,12 +20,14 @@ from dist_lora.base.rope import rotation
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.shape import MEMBERS, Shape
-from dist_lora.layout.memory import Setup, base_parts, kept_bytes_of_a_layer, setup_of
+from dist_lora.layout.memory import Setup, kept_bytes_of_a_layer, setup_of
+from dist_lora.layout.storage import base_parts
 from dist_lora.lora.attach import attach_adapters
-from dist_lora.plan.hardware import GIB, GPUS, find_gpu
+from dist_lora.plan.hardware import GPUS, find_gpu
 from dist_lora.plan.plan import Machines, make_plan, sweep
 from dist_lora.plan.speed import flops_a_token
 from dist_lora.plan.table import lines_of
+from dist_lora.text import GIB
 from dist_lora.train.build import place
 from dist_lora.world.world import World
 from tests import ROOT

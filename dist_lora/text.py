@@ -1,0 +1,55 @@
+"""What messages share: sizes, lists of names, ranges and columns, as a person reads them. Needs no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+
+GIB = 2**30
+MOST_NAMED = 5
+
+
+def gib(num_bytes: float) -> str:
+    """``12.34 GiB``."""
+    return f"{num_bytes / GIB:,.2f} GiB"
+
+
+def size(num_bytes: float) -> str:
+    """``12.34 GiB``, or ``12.3 MiB`` where it is less than one GiB."""
+    return gib(num_bytes) if num_bytes >= GIB else f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def first_few(names: Sequence[str]) -> str:
+    """``a, b, c, d, e and 12 more``: at most five names and the count of the rest."""
+    shown = ", ".join(names[:MOST_NAMED])
+    return shown if len(names) <= MOST_NAMED else f"{shown} and {len(names) - MOST_NAMED:,} more"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """``0-1, 5``."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+def nearest(name: str, names: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The one of ``names`` that a typo most likely meant, or None; ``cutoff`` from 0 (any is near) to 1 (only itself)."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def nearest_few(name: str, names: Iterable[str], *, otherwise: str, cutoff: float = 0.6) -> str:
+    """``nearest: a, b, c``, or ``otherwise`` where none is near."""
+    found = difflib.get_close_matches(name, list(names), n=3, cutoff=cutoff)
+    return f"nearest: {', '.join(found)}" if found else otherwise
+
+
+def in_columns(rows: Sequence[Sequence[str]], *, indent: str = "") -> Iterator[str]:
+    """A line for each row, its cells aligned to the left under those of the first row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield (indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip()
