@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 import xxhash
 
 from dist_lora.errors import WeightsError
+from dist_lora.files import is_there, links_out, parse_json, read_at_most, read_json
 from dist_lora.text import MOST_NAMED, first_few
 
 SINGLE_FILE = "model.safetensors"
@@ -28,7 +28,6 @@ ITEM_BYTES: Mapping[str, int] = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 FLOAT_TYPES = ("BF16", "F16", "F32")
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-_MAX_JSON_BYTES = 100_000_000
 _MAX_SIZE = 2**63  # of a dim or an offset: what the library and torch can count to
 _MAX_DIMS = 64  # of a torch tensor
 _SAMPLE_BYTES = 256
@@ -204,7 +203,7 @@ def hash_config(folder: Path) -> str:
     Raises:
         WeightsError: config.json is missing or is not a JSON object.
     """
-    config = read_json(folder / "config.json")
+    config = read_model_json(folder / "config.json")
     kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
     return xxhash.xxh3_128(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
@@ -243,7 +242,10 @@ def _read_whole_header(file: Path, *, allow_bytes: bool) -> tuple[tuple[TensorOn
             )
         if header_bytes > _MAX_HEADER_BYTES:
             raise WeightsError(_damaged(file, f"its header claims {header_bytes:,} bytes"))
-        header = _parse_object(_read_at(descriptor, header_bytes, 8, file=file), file=file)
+        try:
+            header = parse_json(_read_at(descriptor, header_bytes, 8, file=file), what="its header")
+        except ValueError as error:
+            raise WeightsError(_damaged(file, str(error))) from error
     metadata = header.pop("__metadata__", None)
     tensors = sorted(
         (_entry(name, value, file=file, data_start=8 + header_bytes) for name, value in header.items()),
@@ -340,7 +342,7 @@ def _disagreements(places: Mapping[str, str], found: Mapping[str, Sequence[Tenso
 
 def _read_places(folder: Path) -> dict[str, str]:
     file = folder / INDEX_FILE
-    places = read_json(file).get("weight_map")
+    places = read_model_json(file).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(value, str) for value in places.values()):
         raise WeightsError(_damaged(file, "it has no weight_map from tensor names to file names"))
     leaving = sorted({value for value in places.values() if not _stays_inside(value)})
@@ -367,29 +369,6 @@ def refuse_links(folder: Path, files: Sequence[str]) -> None:
         )
 
 
-def is_there(file: Path) -> bool:
-    """Whether a file exists; a name that no file can have is none."""
-    try:
-        return file.exists()
-    except (OSError, ValueError):
-        return False
-
-
-def links_out(folder: Path, names: Iterable[str]) -> list[str]:
-    """``NAME (to PLACE)`` of each file of ``folder`` that is a link out of it: its maker may have pointed it anywhere.
-
-    The hub's cache is made of such links, from ``snapshots/REVISION`` to ``blobs`` beside them: those are its own.
-    """
-    root = folder.resolve()
-    inside = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    targets = {name: (folder / name).resolve() for name in names}
-    return [
-        f"{name} (to {target})"
-        for name, target in targets.items()
-        if not any(target.is_relative_to(place) for place in inside)
-    ]
-
-
 def _why_no_weights(folder: Path) -> str:
     convert = "convert it with transformers (from_pretrained, then save_pretrained), which writes safetensors."
     inside = {path.name for path in folder.iterdir()} | {path.name for path in folder.glob("original/*")}
@@ -413,48 +392,21 @@ def _why_no_weights(folder: Path) -> str:
     return f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}. Fetch the model's safetensors files."
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_model_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file of a model folder.
 
     Raises:
         WeightsError: the file cannot be read, is a git-lfs pointer, or holds no JSON object.
     """
     try:
-        content = read_at_most(file, _MAX_JSON_BYTES)
+        _refuse_lfs_pointer(read_at_most(file, len(_LFS_MARK)), file=file)
+        return read_json(file)
+    except WeightsError:
+        raise
     except OSError as error:
         raise unreadable(file, error) from error
-    _refuse_lfs_pointer(content, file=file)
-    if len(content) > _MAX_JSON_BYTES:
-        raise WeightsError(_damaged(file, f"it is longer than {_MAX_JSON_BYTES:,} bytes"))
-    return _parse_object(content, file=file)
-
-
-def read_at_most(file: Path, num_bytes: int) -> bytes:
-    """The first bytes of a file, one more than ``num_bytes`` where there are more: no memory for what is too long.
-
-    Raises:
-        OSError: it can't be read.
-    """
-    with file.open("rb") as opened:
-        return opened.read(min(num_bytes, os.fstat(opened.fileno()).st_size) + 1)
-
-
-def _parse_object(content: bytes, *, file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
-        what = "its header" if file.suffix == ".safetensors" else "it"
-        raise WeightsError(_damaged(file, f"{what} is not JSON ({error})")) from error
-    if not isinstance(value, dict):
-        raise WeightsError(_damaged(file, "a JSON object was expected"))
-    return value
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-    if repeated:
-        raise ValueError(f"named twice: {first_few(repeated)}")
-    return dict(pairs)
+    except ValueError as error:
+        raise WeightsError(_damaged(file, str(error))) from error
 
 
 def _sample(descriptor: int, tensor: TensorOnDisk) -> bytes:

@@ -12,7 +12,7 @@ from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.evaluation.generate import stop_ids_of
 from dist_lora.herd.shape import resolve_model
-from dist_lora.lora.peft_file import open_adapter
+from dist_lora.lora.adapter_reader import open_adapter
 from dist_lora.train.build import Trainee, build, check_adapter, folder_of, load_adapter, open_base
 from dist_lora.world.world import World
 

@@ -15,7 +15,8 @@ from dist_lora.checkpoint.folders import step_folders, step_of
 from dist_lora.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from dist_lora.checkpoint.read import load_pieces, newest_whole_here, verify
 from dist_lora.errors import CheckpointError
-from dist_lora.lora.peft_file import BaseIdentity, write_adapter
+from dist_lora.lora.adapter_writer import write_adapter
+from dist_lora.lora.origin import BaseIdentity
 from dist_lora.lora.state import Piece
 
 

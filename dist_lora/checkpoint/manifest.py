@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from typing import Annotated, Any, ClassVar
 import xxhash
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
 
-from dist_lora.base.index import links_out, read_at_most
 from dist_lora.errors import CheckpointError
+from dist_lora.files import links_out, new_file, read_at_most
 from dist_lora.lora.state import KINDS, Piece
 
 FORMAT_VERSION = 1
@@ -120,7 +119,7 @@ def entry_from_bytes(data: bytes) -> FileEntry:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write ``manifest.json``, synced to the disk, after checking it as ``read_manifest`` will.
+    """Write ``manifest.json``, fsynced, after checking it as ``read_manifest`` will.
 
     Raises:
         CheckpointError: it would not be read back: an element in no file or in two.
@@ -132,18 +131,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     # There and back, so that what is hashed is what will be read: no tuples, no keys but strings, no NaN.
     content = json.loads(json.dumps(_MANIFEST.dump_python(manifest), allow_nan=False))
     text = json.dumps(content | {"checksum": _own_checksum(content)}, indent=1, allow_nan=False)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        write_all(fd, memoryview(text.encode()))
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_all(fd: int, data: memoryview) -> None:
-    """Write every byte: one ``os.write`` may take fewer (Linux stops at 2 GiB)."""
-    while data:
-        data = data[os.write(fd, data) :]
+    with new_file(path) as append:
+        append(text.encode())
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -20,7 +20,6 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dist_lora.base.index import links_out
 from dist_lora.checkpoint.folders import step_folders, step_of
 from dist_lora.checkpoint.keys import fresh_key
 from dist_lora.checkpoint.manifest import (
@@ -30,6 +29,7 @@ from dist_lora.checkpoint.manifest import (
     read_manifest,
 )
 from dist_lora.errors import CheckpointError
+from dist_lora.files import links_out
 from dist_lora.lora.state import Piece
 from dist_lora.text import first_few
 

@@ -8,9 +8,7 @@ nothing that a resume would look at has changed, so a save may die at any instan
 from __future__ import annotations
 
 import errno
-import json
 import logging
-import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import xxhash
 from torch import Tensor
 
 from dist_lora import __version__
+from dist_lora.base.safetensors import write_safetensors
 from dist_lora.checkpoint.folders import step_folder, step_folders
 from dist_lora.checkpoint.keys import fresh_key
 from dist_lora.checkpoint.manifest import (
@@ -36,12 +34,11 @@ from dist_lora.checkpoint.manifest import (
     entry_from_bytes,
     entry_to_bytes,
     rank_file,
-    write_all,
     write_manifest,
 )
 from dist_lora.checkpoint.read import verify
 from dist_lora.errors import CheckpointError, DistLoraError, PlanError, SaveError
-from dist_lora.lora.peft_file import sync_path
+from dist_lora.files import swap_in, sync
 from dist_lora.lora.state import KINDS, Piece
 
 if TYPE_CHECKING:
@@ -229,7 +226,7 @@ def _telling(place: _Place, path: Path) -> Iterator[None]:
 
 
 def _write_share(place: _Place, share: Mapping[Piece, Tensor], world: World, key: str) -> FileEntry:
-    """Write this rank's file, to the disk's surface, and tell the first rank of it."""
+    """Write this rank's file, fsynced, and report it to the first rank."""
     path = place.partial / rank_file(world.world_rank, world.world_size)
     with _telling(place, path):
         held = {piece: t for piece, t in share.items() if piece.num_elements}
@@ -240,37 +237,16 @@ def _write_share(place: _Place, share: Mapping[Piece, Tensor], world: World, key
 
 
 def _write_file(path: Path, share: Mapping[Piece, Tensor], step: int, *, on_progress: Callable[[], None]) -> FileEntry:
-    """One safetensors file, hashed while it is written; ``on_progress`` is called after each piece.
-
-    Written here and not by the library, so that the checksum is of the bytes in memory (not of those read
-    back), and the system's errors arrive as they are. Format: 8 bytes of the header's length, the header in
-    JSON, the data.
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt", "step": str(step), "file": path.name}}
-    end = 0
+    """One safetensors file, hashed while it is written; ``on_progress`` is called after each piece."""
     for piece, values in share.items():
         assert values.dtype == torch.float32 and values.shape == (piece.num_elements,), (piece, values.shape)
-        start, end = end, end + ITEM_BYTES * piece.num_elements
-        header[piece.key] = {"dtype": "F32", "shape": [piece.num_elements], "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    chunks = [memoryview(len(text).to_bytes(8, "little") + text), *map(_bytes_of, share.values())]
-    digest = xxhash.xxh3_128()
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        for chunk in chunks:
-            digest.update(chunk)
-            write_all(fd, chunk)
-            on_progress()
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    num_bytes = 8 + len(text) + end
-    return FileEntry(path.name, num_bytes, f"xxh3_128:{digest.hexdigest()}", tuple(share))
-
-
-def _bytes_of(values: Tensor) -> memoryview:
-    return values.detach().contiguous().numpy().data.cast("B")
+    num_bytes, checksum = write_safetensors(
+        path,
+        {piece.key: values for piece, values in share.items()},
+        metadata={"step": str(step), "file": path.name},
+        on_progress=on_progress,
+    )
+    return FileEntry(path.name, num_bytes, checksum, tuple(share))
 
 
 def _publish(place: _Place, manifest: Manifest) -> None:
@@ -279,8 +255,8 @@ def _publish(place: _Place, manifest: Manifest) -> None:
         for entry in manifest.files:
             _expect_visible(place.partial / entry.name, entry)
         write_manifest(place.partial, manifest)
-        sync_path(place.partial)
-        _swap_in(place)
+        sync(place.partial)
+        swap_in(place.partial, place.final, former=place.replaced)
     set_aside(place.root, above=place.step)
 
 
@@ -292,23 +268,6 @@ def _expect_visible(path: Path, entry: FileEntry) -> None:
             f"{path}: its rank wrote {entry.num_bytes} bytes and seen from the first rank it is {found}. "
             "Does this folder lie on a file system that all nodes share? Set runs_dir to one that does."
         )
-
-
-def _swap_in(place: _Place) -> None:
-    """Give the partial folder its final name, in place of a former one of the step; undone on failure."""
-    if place.final.exists():
-        shutil.rmtree(place.replaced, ignore_errors=True)
-        place.final.rename(place.replaced)
-    try:
-        place.partial.rename(place.final)
-        sync_path(place.root)
-    except OSError:
-        if place.final.exists():
-            place.final.rename(place.partial)
-        if place.replaced.exists():
-            place.replaced.rename(place.final)
-        raise
-    shutil.rmtree(place.replaced, ignore_errors=True)
 
 
 def set_aside(root: Path, *, above: int) -> list[Path]:

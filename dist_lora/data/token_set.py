@@ -10,7 +10,6 @@ once the second waits and reads what the first has made.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -30,6 +29,7 @@ from dist_lora.data.chat import Encoded, TrainOn, check_template, encode_sample
 from dist_lora.data.records import Format
 from dist_lora.data.sources import Faults, Records, hash_sources, read_records
 from dist_lora.errors import DataError, SaveError
+from dist_lora.files import lock, new_file, sync
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -342,27 +342,20 @@ def _begin(folder: Path, *, group: _Group, which: Which, world: World, held: con
 def _locked(path: Path) -> Iterator[bool]:
     """Holds the lock file, after any other job that builds the same; False where the disk has no locks."""
     with path.open("ab") as file:
-        has_lock = _wait_for_lock(file)
-        try:
-            yield has_lock
-        finally:
-            if has_lock:
-                fcntl.flock(file, fcntl.LOCK_UN)
+        reported = time.monotonic()
 
+        def report() -> None:
+            nonlocal reported
+            if time.monotonic() - reported > REPORT_EVERY_S:
+                reported = time.monotonic()
+                _log.info("another job tokenises the same data; waiting for it (%s)", path)
 
-def _wait_for_lock(file: BinaryIO) -> bool:
-    told = time.monotonic()
-    while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() - told > REPORT_EVERY_S:
-                told = time.monotonic()
-                _log.info("another job tokenises the same data; waiting for it (%s)", file.name)
-            time.sleep(0.1)
+            lock(file.fileno(), on_wait=report)
         except OSError:
-            return False  # without locks two jobs do the work twice; the rename still keeps the result whole
+            yield False  # without locks two jobs do the work twice; the rename still keeps the result whole
+        else:
+            yield True
 
 
 class _Builder:
@@ -401,17 +394,19 @@ class _Builder:
         try:
             whole.mkdir()
             for name in _ARRAYS:
-                with (whole / name).open("wb") as out:
+                with new_file(whole / name) as append:
                     for place in range(self._group.size):
                         with (self._folder / f"{place}.{name}").open("rb") as part:
-                            shutil.copyfileobj(part, out, 2**20)
-                    out.flush()
-                    os.fsync(out.fileno())
+                            while data := part.read(2**20):
+                                append(data)
             sizes = {name: (whole / name).stat().st_size for name in _ARRAYS}
             summary = json.loads(self._counts.to_json())
-            (whole / "summary.json").write_text(json.dumps({"sizes": sizes, "counts": summary}))
+            with new_file(whole / "summary.json") as append:
+                append(json.dumps({"sizes": sizes, "counts": summary}).encode())
+            sync(whole)
             try:
                 whole.rename(folder)
+                sync(folder.parent)
             except OSError:
                 if _open_published(folder) is None:
                     raise  # else another job, on a disk without locks, was faster

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_lora.base.attention import causal_attention
-from dist_lora.base.index import read_json
+from dist_lora.base.index import read_model_json
 from dist_lora.base.llama import Llama
 from dist_lora.errors import WeightsError
 from dist_lora.world.world import World
@@ -117,7 +117,7 @@ def stop_ids_of(folder: Path, tokenizer: Any) -> frozenset[int]:
     for file in ("generation_config.json", "config.json"):
         path = folder / file
         if path.exists():
-            ids = read_json(path).get("eos_token_id")
+            ids = read_model_json(path).get("eos_token_id")
             listed = [ids] if isinstance(ids, int) else ids or []
             if not (isinstance(listed, list) and all(type(token) is int for token in listed)):
                 raise WeightsError(f"{path} has eos_token_id {ids!r}; an id or a list of ids was expected")

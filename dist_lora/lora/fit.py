@@ -5,7 +5,7 @@ from __future__ import annotations
 from dist_lora.config.schema import LoraSection
 from dist_lora.errors import AdapterError
 from dist_lora.herd.shape import Shape, module_path
-from dist_lora.lora.peft_file import AdapterOnDisk
+from dist_lora.lora.adapter_reader import AdapterOnDisk
 from dist_lora.text import first_few
 
 

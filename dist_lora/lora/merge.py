@@ -6,16 +6,14 @@ licence beside them. Memory does not depend on the model's size. Letters: R LoRA
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import BufferedWriter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +22,6 @@ from torch import Tensor
 
 from dist_lora.base.index import (
     INDEX_FILE,
-    ITEM_BYTES,
     SINGLE_FILE,
     TensorOnDisk,
     WeightIndex,
@@ -32,22 +29,17 @@ from dist_lora.base.index import (
     hash_config,
     open_index,
     open_weights,
-    read_json,
+    read_model_json,
     refuse_links,
 )
 from dist_lora.base.quant.formats import Quant, format_of
+from dist_lora.base.safetensors import Entry, bytes_of, header_of, new_safetensors
 from dist_lora.base.stream import TORCH_DTYPES, SliceReader
 from dist_lora.config.schema import LINEARS
 from dist_lora.errors import AdapterError, ConfigError, DistLoraError, SaveError
-from dist_lora.lora.peft_file import (
-    CONFIG_FILE,
-    ORIGIN_FILE,
-    AdapterOnDisk,
-    BaseIdentity,
-    open_adapter,
-    sync_folder,
-    sync_path,
-)
+from dist_lora.files import lock, sync, sync_folder
+from dist_lora.lora.adapter_reader import AdapterOnDisk, open_adapter
+from dist_lora.lora.origin import CONFIG_FILE, ORIGIN_FILE, BaseIdentity
 from dist_lora.text import first_few, gib
 
 _SLICE_BYTES = 16 * 2**20  # in memory: as read, in fp32, and cast: for bf16 64 MiB
@@ -117,7 +109,7 @@ def merge_adapter(
             _write_companions(index, partial=partial, dtype=dtype)
             sync_folder(partial)
             os.rename(partial, out)
-            sync_path(out.parent)
+            sync(out.parent)
     except OSError as error:
         if isinstance(error, DistLoraError):
             raise
@@ -146,23 +138,21 @@ class _Merger:
         self._rooms: dict[torch.dtype, Tensor] = {}
         self._unchanged: list[str] = []
         self._overflowing: list[str] = []
-        self._bytes_total = sum(_num_bytes(tensor, dtype) for tensor in index.tensors.values())
+        self._bytes_total = _num_bytes(index.tensors.values(), dtype)
         self.bytes_written = 0
 
     def write(self, partial: Path) -> None:
         for source, tensors in by_file(self._index.tensors.values()):
             target = partial / source.relative_to(self._index.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
-            with open_weights(source) as descriptor, target.open("wb") as file:
-                file.write(_header(tensors, self._dtype))
+            entries = _entries(tensors, self._dtype)
+            with open_weights(source) as descriptor, new_safetensors(target, entries, metadata={}) as write:
                 for tensor in tensors:
-                    self._write_tensor(tensor, descriptor=descriptor, file=file)
-                file.flush()
-                os.fsync(file.fileno())
+                    self._write_tensor(tensor, descriptor=descriptor, write=write)
         self._check_targets()
         assert self.bytes_written == self._bytes_total, f"{self.bytes_written} bytes of {self._bytes_total} written"
 
-    def _write_tensor(self, tensor: TensorOnDisk, *, descriptor: int, file: BufferedWriter) -> None:
+    def _write_tensor(self, tensor: TensorOnDisk, *, descriptor: int, write: Callable[[memoryview], None]) -> None:
         module = tensor.name.removesuffix(".weight")
         pair = self._adapter.read_pair(module) if module in self._adapter.pairs else None
         dtype = TORCH_DTYPES[_DTYPES[self._dtype] if self._dtype else tensor.dtype]
@@ -176,7 +166,7 @@ class _Merger:
                 extremes = torch.aminmax(result)  # NaN shows in both; isfinite would take twice the slice again
                 if not all(map(math.isfinite, extremes)) and tensor.name not in self._overflowing:
                     self._overflowing.append(tensor.name)
-            file.write(result.view(torch.uint8).numpy().data)
+            write(bytes_of(result))
             self.bytes_written += result.nbytes
             if self._on_progress:
                 self._on_progress(self.bytes_written, self._bytes_total)
@@ -213,22 +203,12 @@ class _Merger:
             )
 
 
-def _header(tensors: Sequence[TensorOnDisk], dtype: str | None) -> bytes:
-    """The safetensors header of these tensors in this order, padded to 8 bytes as the format wants it."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        end = offset + _num_bytes(tensor, dtype)
-        stored = _DTYPES[dtype] if dtype else tensor.dtype
-        entries[tensor.name] = {"dtype": stored, "shape": tensor.shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def _entries(tensors: Sequence[TensorOnDisk], dtype: str | None) -> list[Entry]:
+    return [Entry(tensor.name, _DTYPES[dtype] if dtype else tensor.dtype, tensor.shape) for tensor in tensors]
 
 
-def _num_bytes(tensor: TensorOnDisk, dtype: str | None) -> int:
-    return math.prod(tensor.shape) * ITEM_BYTES[_DTYPES[dtype] if dtype else tensor.dtype]
+def _num_bytes(tensors: Iterable[TensorOnDisk], dtype: str | None) -> int:
+    return sum(entry.num_bytes for entry in _entries(list(tensors), dtype))
 
 
 def _check_identity(adapter: AdapterOnDisk, *, index: WeightIndex, config_hash: str) -> None:
@@ -295,7 +275,7 @@ def _partial_of(out: Path) -> Iterator[Path]:
         # Not every network file system has locks; there, two merges into one folder are not told apart.
         with suppress(OSError):
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(descriptor)
             except BlockingIOError as error:
                 raise ConfigError(f"{out} is being written by another merge. Wait for it, or end it.") from error
         _refuse_existing(out)  # the other merge may have just ended
@@ -311,8 +291,9 @@ def _partial_of(out: Path) -> Iterator[Path]:
 
 
 def _check_space(index: WeightIndex, *, partial: Path, dtype: str | None) -> None:
-    weights = sum(_num_bytes(tensor, dtype) for tensor in index.tensors.values())
-    headers = sum(len(_header(tensors, dtype)) for _, tensors in by_file(index.tensors.values()))
+    weights = _num_bytes(index.tensors.values(), dtype)
+    files = by_file(index.tensors.values())
+    headers = sum(len(header_of(_entries(tensors, dtype), metadata={})) for _, tensors in files)
     needed = weights + headers + sum(path.stat().st_size for path in _companions(index.folder)) + 2**20
     free = shutil.disk_usage(partial).free
     if free < needed:
@@ -343,7 +324,7 @@ def _write_companions(index: WeightIndex, *, partial: Path, dtype: str | None) -
         shutil.copyfile(path, target)
     if not (folder / SINGLE_FILE).exists():
         _write_index(index, partial=partial, dtype=dtype)
-    config = read_json(folder / "config.json")
+    config = read_model_json(folder / "config.json")
     generation = _generation_config(folder, config)
     if generation is not None:
         _write_json(partial / "generation_config.json", generation)
@@ -355,8 +336,8 @@ def _write_companions(index: WeightIndex, *, partial: Path, dtype: str | None) -
 
 
 def _write_index(index: WeightIndex, *, partial: Path, dtype: str | None) -> None:
-    metadata = read_json(index.folder / INDEX_FILE).get("metadata") or {}
-    total = sum(_num_bytes(tensor, dtype) for tensor in index.tensors.values())
+    metadata = read_model_json(index.folder / INDEX_FILE).get("metadata") or {}
+    total = _num_bytes(index.tensors.values(), dtype)
     places = {name: str(tensor.file.relative_to(index.folder)) for name, tensor in sorted(index.tensors.items())}
     _write_json(partial / INDEX_FILE, {"metadata": {**metadata, "total_size": total}, "weight_map": places})
 
@@ -368,7 +349,7 @@ def _generation_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any
     ``<|end_of_text|>``: such a model would never stop.
     """
     file = folder / "generation_config.json"
-    content = read_json(file) if file.exists() else None
+    content = read_model_json(file) if file.exists() else None
     turn_ends = _turn_ends(folder)
     if content is None and not turn_ends:
         return None
@@ -385,7 +366,7 @@ def _generation_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any
 def _turn_ends(folder: Path) -> list[int]:
     """Ids of Llama 3's end tokens that the tokenizer has, if its chat template ends turns with ``<|eot_id|>``."""
     read = {
-        name: read_json(folder / name) if (folder / name).exists() else {}
+        name: read_model_json(folder / name) if (folder / name).exists() else {}
         for name in ("tokenizer.json", "tokenizer_config.json")
     }
     templates = json.dumps(read["tokenizer_config.json"].get("chat_template", ""), ensure_ascii=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_lora.errors import ConfigError, SaveError
+from dist_lora.files import write_whole
 
 FORMAT = 1
 Range = tuple[float, float]  # from slow to fast, per second
@@ -116,7 +117,7 @@ def write_measured(measured: Measured, path: Path) -> None:
         SaveError: the disk refuses.
     """
     try:
-        path.write_text(json.dumps(measured.to_json(), indent=1) + "\n")
+        write_whole(path, json.dumps(measured.to_json(), indent=1) + "\n")
     except OSError as error:
         raise SaveError(
             f"--out: {path} can't be written: {error.strerror or error}. Name a folder that can."

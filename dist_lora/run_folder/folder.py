@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import time
@@ -13,6 +12,7 @@ from typing import TextIO
 from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, RunInUse, SaveError
+from dist_lora.files import lock, write_whole
 from dist_lora.run_folder.status import Mark
 from dist_lora.world.world import World
 
@@ -82,19 +82,19 @@ _locks: list[TextIO] = []  # open for as long as the process lives: closing a lo
 
 
 def _lock(folder: Path) -> None:
-    lock = (folder / "lock").open("a+")
+    file = (folder / "lock").open("a+")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file.fileno())
     except BlockingIOError:
-        lock.seek(0)
-        owner = lock.read().strip() or "another process"
+        file.seek(0)
+        owner = file.read().strip() or "another process"
         raise RunInUse(
             f"{folder}: {owner} is writing this run now. Wait for it, stop it, or name another: run=NAME"
         ) from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
-    _locks.append(lock)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _locks.append(file)
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -104,9 +104,7 @@ def write_config(folder: Path, config: Config) -> None:
         SaveError: the disk refuses.
     """
     path = folder / "config.yaml"
-    aside = path.with_suffix(".partial")
     try:
-        aside.write_text(dump_config(config))
-        os.replace(aside, path)
+        write_whole(path, dump_config(config))
     except OSError as error:
         raise SaveError(f"{path}: can't be written: {error.strerror or error}. Set runs_dir elsewhere.") from error

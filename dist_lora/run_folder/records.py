@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dist_lora.errors import SaveError
+from dist_lora.files import sync, write_whole
 
 METRICS_FILE = "metrics.jsonl"  # a line a step
 EVALUATIONS_FILE = "evaluations.jsonl"  # a line an evaluation
@@ -25,10 +25,8 @@ def truncate_metrics(folder: Path, *, last_step: int, last_evaluation: int) -> N
         if not path.exists():
             continue
         kept = "".join(json.dumps(line, allow_nan=True) + "\n" for line in read_lines(path) if line["step"] <= last)
-        aside = path.with_suffix(".partial")
         try:
-            aside.write_text(kept)
-            os.replace(aside, path)
+            write_whole(path, kept)
         except OSError as error:
             raise SaveError(
                 f"{path}: can't be written: {error.strerror or error}. Make room, or set runs_dir elsewhere."
@@ -48,7 +46,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def sync_metrics(folder: Path) -> None:
-    """Have what was written of steps and evaluations on the disk's surface, not only in the system's memory.
+    """Fsync what was written of steps and evaluations.
 
     Raises:
         SaveError: the disk refuses.
@@ -56,8 +54,7 @@ def sync_metrics(folder: Path) -> None:
     for name in (METRICS_FILE, EVALUATIONS_FILE):
         path = folder / name
         try:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
         except FileNotFoundError:
             continue  # before the first step, or the first evaluation
         except OSError as error:

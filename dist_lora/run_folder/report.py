@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from dist_lora.checkpoint.folders import step_folders
 from dist_lora.config.load import load_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, SaveError
+from dist_lora.files import write_whole
 from dist_lora.run_folder.records import EVALUATIONS_FILE, METRICS_FILE, read_lines
 from dist_lora.run_folder.status import tell_status
 from dist_lora.text import GIB
@@ -66,11 +66,9 @@ def write_report(folder: Path, *, out: Path | None = None) -> Path:
     """
     path = out or folder / REPORT_FILE
     page = _page(folder)
-    aside = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(page, encoding="utf-8")
-        os.replace(aside, path)
+        write_whole(path, page)
     except OSError as error:
         raise SaveError(f"{path}: can't be written: {error.strerror or error}. Name another place by --out.") from error
     return path

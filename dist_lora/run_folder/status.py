@@ -13,10 +13,8 @@ without a newer checkpoint than the one they began with; ATTEMPT names the start
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +36,7 @@ from dist_lora.errors import (
     StoppedForGood,
     TrainingError,
 )
+from dist_lora.files import is_locked, write_whole
 
 STATUS_FILE = "status"
 RUNNING = "running"
@@ -149,25 +148,8 @@ class Mark:
         return 0
 
     def _write(self, status: Status) -> None:
-        aside = self.folder / f".{STATUS_FILE}-{uuid.uuid4().hex}"
         with contextlib.suppress(OSError):
-            try:
-                aside.write_text(status.line())
-                os.replace(aside, self.folder / STATUS_FILE)
-            finally:
-                aside.unlink(missing_ok=True)
-
-
-def is_running(folder: Path) -> bool:
-    """Whether a process holds the run's lock, as far as this machine can tell."""
-    try:
-        with (folder / "lock").open("r") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+            write_whole(self.folder / STATUS_FILE, status.line())
 
 
 @dataclass(frozen=True)
@@ -196,7 +178,7 @@ def tell_status(folder: Path, *, since_s: float | None = None) -> Told:
     if status is None:
         return Told(f"{folder}: not begun", EXIT_DONE, None)
     at = f"{folder}: step {status.step} is saved; "
-    if is_running(folder):
+    if is_locked(folder / "lock"):
         return Told(f"{at}running {status.reason}", EXIT_DONE, status)
     if status.code is None:
         return Told(f"{at}killed: it has run {status.reason}, and left no word", EXIT_FAILED, status)

@@ -29,7 +29,7 @@ from dist_lora.engines.adapters import FlatAdapters
 from dist_lora.errors import ConfigError
 from dist_lora.herd.shape import Shape
 from dist_lora.layout.choices import Layout, check_node_size
-from dist_lora.lora.peft_file import BaseIdentity
+from dist_lora.lora.origin import BaseIdentity
 from dist_lora.simulation.collectives import Sent, Traffic, traffic
 from dist_lora.simulation.tracker import KINDS, Kind, Memory, Moment, Tracker, register_run
 from dist_lora.simulation.world import pretended_world

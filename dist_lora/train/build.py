@@ -34,9 +34,10 @@ from dist_lora.evaluation.evaluate import run_micro_batch
 from dist_lora.herd.models import refuse_shape
 from dist_lora.herd.shape import ResolvedModel, Shape, read_shape, resolve_model
 from dist_lora.layout.choices import Layout, check_section, choose_layout
+from dist_lora.lora.adapter_reader import open_adapter, read_adapter
 from dist_lora.lora.attach import AdapterTensor, attach_adapters
 from dist_lora.lora.fit import check_fit
-from dist_lora.lora.peft_file import BaseIdentity, identify_base, open_adapter, read_adapter
+from dist_lora.lora.origin import BaseIdentity, identify_base
 from dist_lora.world.world import World, device_bytes
 
 log = logging.getLogger("dist_lora")

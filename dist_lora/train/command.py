@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from dist_lora.data.loader import Loader
 from dist_lora.data.token_set import TokenRules, TokenSet, Which, prepare_tokens, split_eval
 from dist_lora.data.untrained import check_special_tokens
 from dist_lora.errors import ConfigError, DistLoraError, SaveError
+from dist_lora.files import write_whole
 from dist_lora.run_folder.folder import open_run_folder, write_config
 from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
 from dist_lora.train.held_out import exact_match_of, loss_of
@@ -220,9 +220,7 @@ def _finish(run: Run, folder: Path, world: World, *, seconds: float) -> None:
             peaks = [peak_bytes(world.device)]
             peaks += [int(world.fetch(f"finish/peak/{rank}")) for rank in range(1, world.world_size)]
             summary = _summary(run, folder, out, seconds=seconds) | {"peak_bytes": peaks}
-            aside = folder / "summary.partial"
-            aside.write_text(json.dumps(summary, indent=2) + "\n")
-            os.replace(aside, folder / "summary.json")
+            write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
             log.info(f"done: {run.num_steps} steps in {seconds:.0f} s; adapter: {out}")
         except DistLoraError as caught:
             error = caught

@@ -17,7 +17,7 @@ from dist_lora.config.changes import Change, changes, rule_of
 from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config, OptimSection
 from dist_lora.errors import CheckpointError, ConfigError
-from dist_lora.lora.peft_file import BaseIdentity
+from dist_lora.lora.origin import BaseIdentity
 from dist_lora.train.schedule import lr_at
 from dist_lora.world.world import World
 

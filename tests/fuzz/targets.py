@@ -30,7 +30,9 @@ from dist_lora.data.records import REQUIRED_COLUMNS
 from dist_lora.data.sources import read_records
 from dist_lora.errors import DataError, DistLoraError
 from dist_lora.herd.shape import read_shape
-from dist_lora.lora.peft_file import BaseIdentity, identify_base, read_adapter, write_adapter
+from dist_lora.lora.adapter_reader import read_adapter
+from dist_lora.lora.adapter_writer import write_adapter
+from dist_lora.lora.origin import BaseIdentity, identify_base
 from dist_lora.lora.state import Piece
 from tests.conftest import save_tiny_llama
 from tests.unit.checkpoint.thread_ranks import saved

@@ -12,7 +12,7 @@ from dist_lora.config.schema import Config
 from dist_lora.data.loader import StepBatch
 from dist_lora.data.token_set import TokenSet
 from dist_lora.herd.shape import Shape
-from dist_lora.lora.peft_file import BaseIdentity
+from dist_lora.lora.origin import BaseIdentity
 from dist_lora.train.build import Base, Trainee, build
 from dist_lora.world.world import World
 

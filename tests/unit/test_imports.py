@@ -20,6 +20,7 @@ PACKAGE = ROOT / "dist_lora"
 ROAD = (
     "errors",
     "text",
+    "files",
     "config",
     "herd",
     "layout",

@@ -19,7 +19,9 @@ from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.checkpoint.manifest import read_manifest
 from dist_lora.checkpoint.read import verify
 from dist_lora.errors import AdapterError, CheckpointError, WeightsError
-from dist_lora.lora.peft_file import BaseIdentity, open_adapter, write_adapter
+from dist_lora.lora.adapter_reader import open_adapter
+from dist_lora.lora.adapter_writer import write_adapter
+from dist_lora.lora.origin import BaseIdentity
 from tests import ROOT
 from tests.fuzz.targets import signed
 from tests.unit.checkpoint.thread_ranks import saved
@@ -151,7 +153,7 @@ from dist_lora.base.index import open_index
 from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.errors import DistLoraError
 from dist_lora.herd.shape import read_shape
-from dist_lora.lora.peft_file import read_adapter
+from dist_lora.lora.adapter_reader import read_adapter
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

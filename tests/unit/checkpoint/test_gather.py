@@ -17,7 +17,7 @@ from safetensors import safe_open
 from dist_lora.checkpoint.gather import gather_adapter, verify_checkpoints
 from dist_lora.checkpoint.manifest import Manifest, Piece, read_manifest, write_manifest
 from dist_lora.errors import CheckpointError
-from dist_lora.lora.peft_file import read_adapter
+from dist_lora.lora.adapter_reader import read_adapter
 from tests import ROOT
 from tests.unit.checkpoint.thread_ranks import ADAPTER, BASE, SPECS, saved, whole_state
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -206,7 +207,7 @@ def test_without_locks_on_the_disk_two_jobs_still_succeed(tmp_path, monkeypatch)
     def no_locks(file, operation):
         raise OSError("No locks available")
 
-    monkeypatch.setattr(token_set_module.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     name = write(tmp_path / "d.jsonl", [conversation(str(i), "x") for i in range(20)])
     both_began = threading.Barrier(2)
 

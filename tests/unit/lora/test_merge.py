@@ -25,9 +25,9 @@ from dist_lora.base.index import open_index
 from dist_lora.errors import AdapterError, ConfigError, SaveError, WeightsError
 from dist_lora.herd.shape import Shape
 from dist_lora.lora.merge import merge_adapter
-from dist_lora.lora.peft_file import identify_base
+from dist_lora.lora.origin import identify_base
 from tests import ROOT
-from tests.unit.lora.test_peft_file import LINEARS, random_adapter, rewrite_config, rewrite_keys, tiny_llama, write
+from tests.unit.lora.test_adapter_files import LINEARS, random_adapter, rewrite_config, rewrite_keys, tiny_llama, write
 
 TARGET = "model.layers.1.mlp.up_proj"
 

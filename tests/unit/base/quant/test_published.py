@@ -20,7 +20,7 @@ from dist_lora.base.quant.nf4 import quantize_nf4
 from dist_lora.base.quant.published import NF4_ON_DISK, BaseOnDisk, open_base_on_disk
 from dist_lora.errors import ConfigError, DistLoraError, WeightsError
 from dist_lora.herd.shape import read_shape
-from dist_lora.lora.peft_file import identify_base
+from dist_lora.lora.origin import identify_base
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 STATE = f"{NAME}.quant_state.bitsandbytes__nf4"

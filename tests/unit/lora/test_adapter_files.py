@@ -21,13 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dist_lora.base.index import hash_config, open_index
 from dist_lora.errors import AdapterError, ConfigError, SaveError, WeightsError
-from dist_lora.lora.peft_file import (
-    BaseIdentity,
-    identify_base,
-    open_adapter,
-    read_adapter,
-    write_adapter,
-)
+from dist_lora.lora.adapter_reader import open_adapter, read_adapter
+from dist_lora.lora.adapter_writer import write_adapter
+from dist_lora.lora.origin import BaseIdentity, identify_base
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BASE = BaseIdentity("meta-llama/Llama-3.1-8B", "abc123", "0" * 32, "1" * 32)
@@ -590,7 +586,8 @@ SAME = """
 import sys
 from pathlib import Path
 import torch
-from dist_lora.lora.peft_file import BaseIdentity, write_adapter
+from dist_lora.lora.adapter_writer import write_adapter
+from dist_lora.lora.origin import BaseIdentity
 tensors = {f"model.layers.0.mlp.up_proj.lora_{half}": torch.ones(2, 2) for half in "BA"}
 write_adapter(Path(sys.argv[1]), tensors=tensors, rank=2, alpha=4, dropout=0.0, targets=["up_proj"], base=BaseIdentity("x"))
 """

@@ -1,0 +1,169 @@
+"""Writing an adapter as a folder that PEFT and vLLM load, whole or not at all; see ``adapter_reader`` for the format."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Literal
+
+import safetensors
+import torch
+import xxhash
+from torch import Tensor
+
+import dist_lora
+from dist_lora.base.safetensors import TYPE_NAMES, bytes_of, write_safetensors
+from dist_lora.errors import AdapterError, ConfigError, SaveError
+from dist_lora.files import swap_in, sync_folder
+from dist_lora.lora.adapter_reader import SEAL, SEALED, faults_of, peft_key
+from dist_lora.lora.origin import CONFIG_FILE, FORMAT, ORIGIN_FILE, WEIGHTS_FILE, BaseIdentity, own_checksum
+from dist_lora.text import first_few
+
+
+def write_adapter(
+    folder: Path,
+    *,
+    tensors: Mapping[str, Tensor],
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: Sequence[str],
+    base: BaseIdentity,
+    layers: Sequence[int] | None = None,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+) -> None:
+    """Writes the adapter folder, whole or not at all, replacing an adapter that lies there.
+
+    Call it on one rank, with whole (gathered) tensors. No network. A writer that is killed leaves the former
+    adapter; between its two last renames under the name `.<folder>.replaced`, until the next writer is done.
+
+    Args:
+        tensors: `<module>.lora_A` `(R, D_in)` and `<module>.lora_B` `(D_out, R)`, any float type and device.
+        layers: the layers that are adapted; None means all of the model.
+        base: paths in its name are cut to their last component, so that no file tells of this machine.
+
+    Raises:
+        AdapterError: a tensor is not whole ("not gathered"), not finite, has no place or lacks its other
+            half; nothing is written.
+        ConfigError: something that is no adapter lies at `folder`.
+        SaveError: the system refuses to write.
+    """
+    chosen = None if layers is None else tuple(sorted(layers))
+    _refuse_tensors(tensors, rank=rank, targets=targets, layers=chosen)
+    if folder.exists() and not (folder / CONFIG_FILE).exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is no adapter (it has no {CONFIG_FILE}). Choose another place for it.")
+    partial = folder.with_name(f".{folder.name}.partial")
+    base = BaseIdentity(_public_name(base.name), base.revision, base.content_hash, base.config_hash)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        kept = torch.bfloat16 if dtype == "bf16" else torch.float32
+        content = {peft_key(key): tensor.detach().to("cpu", kept).contiguous() for key, tensor in tensors.items()}
+        checksum = _checksum_of(content)
+        config = _peft_config(rank, alpha, dropout, targets=targets, layers=chosen, base=base)
+        seal = {"checksum": checksum, "config": {key: config[key] for key in SEALED}}
+        write_safetensors(
+            partial / WEIGHTS_FILE,
+            {name: content[name] for name in sorted(content)},
+            metadata={SEAL: json.dumps(seal, sort_keys=True)},
+        )
+        _write_json(partial / CONFIG_FILE, config)
+        origin = {"format": FORMAT, "base": asdict(base), "software": _versions(), "weights": checksum}
+        _write_json(partial / ORIGIN_FILE, origin | {"checksum": own_checksum(origin)})
+        (partial / "README.md").write_text(_card(base, rank=rank, alpha=alpha, targets=targets))
+        sync_folder(partial)
+        swap_in(partial, folder, former=folder.with_name(f".{folder.name}.replaced"))
+    except OSError as error:
+        raise SaveError(f"The adapter could not be written to {folder}: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _refuse_tensors(
+    tensors: Mapping[str, Tensor], *, rank: int, targets: Sequence[str], layers: tuple[int, ...] | None
+) -> None:
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    faults = faults_of(shapes, rank=rank, targets=targets, layers=layers, names=str)
+    infinite = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.detach()).all()]
+    if infinite:
+        faults.append(f"NaN or infinity in {first_few(infinite)}")
+    if faults:
+        raise AdapterError(f"The adapter cannot be written (rank {rank}):\n  " + "\n  ".join(faults))
+
+
+def _checksum_of(tensors: Mapping[str, Tensor]) -> str:
+    """``xxh3_128:<hex>`` over name, type, shape and bytes of CPU tensors, by name."""
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        digest.update(json.dumps([name, TYPE_NAMES[tensors[name].dtype], tensors[name].shape]).encode())
+        digest.update(bytes_of(tensors[name]))
+    return f"xxh3_128:{digest.hexdigest()}"
+
+
+def _peft_config(
+    rank: int,
+    alpha: float,
+    dropout: float,
+    *,
+    targets: Sequence[str],
+    layers: tuple[int, ...] | None,
+    base: BaseIdentity,
+) -> dict[str, Any]:
+    # Only settings that PEFT has had since 0.9 and vLLM reads: an older PEFT refuses names it does not know,
+    # and the newer ones that are left out mean "off".
+    return {
+        "alpha_pattern": {},
+        "auto_mapping": None,
+        "base_model_name_or_path": base.name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None if layers is None else "layers",
+        "layers_to_transform": None if layers is None else list(layers),
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {},
+        "revision": base.revision,
+        "target_modules": sorted(targets),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _card(base: BaseIdentity, *, rank: int, alpha: float, targets: Sequence[str]) -> str:
+    hub_id = f"base_model: {base.name}\n" if base.name and "/" in base.name else ""
+    return (
+        f"---\nlibrary_name: peft\n{hub_id}tags:\n- lora\n- llama\n---\n\n"
+        f"LoRA adapter of {base.name or 'a Llama'}: rank {rank}, alpha {alpha:g}, on {' '.join(targets)}. Made "
+        "by dist_lora; loads in PEFT (`PeftModel.from_pretrained(model, folder)`) and vLLM (`--lora-modules`).\n"
+        f"{ORIGIN_FILE} tells which weights it belongs to.\n"
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "dist_lora": dist_lora.__version__,
+        "torch": torch.__version__,
+        "safetensors": safetensors.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _public_name(name: str | None) -> str | None:
+    """The name, or the last component of what is a path on this machine."""
+    if name and (PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or name[0] in "~."):
+        return PureWindowsPath(name).name  # splits at both kinds of slash
+    return name
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,113 @@
+"""Which base an adapter belongs to: ``dist_lora.json`` beside it, or what PEFT's own config says."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from dist_lora.base.index import hash_config, open_index, read_model_json
+from dist_lora.errors import AdapterError
+from dist_lora.files import is_there, read_json
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+ORIGIN_FILE = "dist_lora.json"
+FORMAT = 1
+
+_MAX_JSON_BYTES = 2**24
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Which model an adapter was trained on; what is not known is None.
+
+    `name` is a member's name, a hub id or a folder's last component; the hashes are those of
+    `WeightIndex.content_hash` and `hash_config`.
+    """
+
+    name: str | None
+    revision: str | None = None
+    content_hash: str | None = None
+    config_hash: str | None = None
+
+    def differences(self, here: BaseIdentity) -> list[str]:
+        """What of ``here`` is not this model's, hash by hash; where this one has no hash, nothing is known to differ."""
+        pairs = (
+            ("weights", self.content_hash, here.content_hash),
+            ("config.json", self.config_hash, here.config_hash),
+        )
+        return [f"{what} {there}, here {found}" for what, there, found in pairs if there not in (None, found)]
+
+
+def identify_base(folder: Path, *, name: str | None = None, revision: str | None = None) -> BaseIdentity:
+    """The identity of the base in `folder`, with both hashes.
+
+    Local, reads headers and a few bytes of each tensor; call it on one rank.
+
+    Args:
+        name: a member's name or hub id. Without it: the hub id that config.json's `_name_or_path` gives,
+            or the folder's last component.
+
+    Raises:
+        WeightsError: the folder is damaged.
+    """
+    config_hash = hash_config(folder)
+    if name is None:
+        noted = read_model_json(folder / "config.json").get("_name_or_path")
+        is_hub_id = isinstance(noted, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", noted)
+        name = noted if is_hub_id else folder.resolve().name
+    return BaseIdentity(name, revision, open_index(folder, allow_bytes=True).content_hash(), config_hash)
+
+
+def own_checksum(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return f"xxh3_128:{xxhash.xxh3_128_hexdigest(text.encode())}"
+
+
+def read_origin(folder: Path, config: Mapping[str, Any], *, checksum: str | None) -> BaseIdentity:
+    """Who the base is. ``checksum`` is that of the weights, which a file of our writer names too."""
+    file = folder / ORIGIN_FILE
+    if not is_there(file):
+        return _identity(
+            {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")},
+            where=f"{folder / CONFIG_FILE}: base_model_name_or_path and revision",
+        )
+    origin = read_adapter_json(file)
+    base, own = origin.get("base"), origin.pop("checksum", None)
+    if origin.get("format") != FORMAT or not isinstance(base, dict):
+        raise AdapterError(
+            f"{file} has format {origin.get('format')!r}, and format {FORMAT} is read. Update dist-lora."
+        )
+    if own is not None and own != own_checksum(origin):
+        raise AdapterError(f"{file} doesn't match its own checksum: it was damaged, or changed by hand.")
+    if checksum is not None and origin.get("weights") not in (None, checksum):
+        raise AdapterError(
+            f"{file} was written with other weights ({origin.get('weights')}) than those of {WEIGHTS_FILE} ({checksum}): "
+            "the files are of two adapters. Bring both from one."
+        )
+    return _identity(base, where=f"{file}: base")
+
+
+def _identity(told: Mapping[str, Any], *, where: str) -> BaseIdentity:
+    known = [told.get(field.name) for field in fields(BaseIdentity)]
+    if not all(value is None or isinstance(value, str) for value in known):
+        raise AdapterError(f"{where}: found {known!r}, expected texts or null. The file is damaged.")
+    return BaseIdentity(*known)
+
+
+def read_adapter_json(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file, most_bytes=_MAX_JSON_BYTES)
+    except OSError as error:
+        raise AdapterError(
+            f"{file} cannot be read: {error.strerror or error}. An adapter folder with {CONFIG_FILE} and "
+            f"{WEIGHTS_FILE} was expected."
+        ) from error
+    except ValueError as error:
+        raise AdapterError(f"{file} is damaged: {error}.") from error
