@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dist_lora.checkpoint.folders import step_folders, step_of
-from dist_lora.checkpoint.keys import fresh_key
 from dist_lora.checkpoint.manifest import (
     MANIFEST_FILE,
     FileEntry,
@@ -134,18 +133,12 @@ def newest_whole(root: Path, world: World) -> Path | None:
     Raises:
         CheckpointError: on the first rank, ``RankError`` on the others, where none is whole.
     """
-    key, found, error = fresh_key(world, "newest"), None, None
-    if world.is_first:
-        try:
-            found = newest_whole_here(root)
-        except CheckpointError as caught:
-            error = caught
-        else:
-            world.share(key, found.name.encode() if found else b"")
-    world.agree("looking for the newest whole checkpoint", error)
-    if world.is_first:
-        return found
-    name = world.fetch(key).decode()
+
+    def look() -> bytes:
+        found = newest_whole_here(root)
+        return found.name.encode() if found else b""
+
+    name = world.once("looking for the newest whole checkpoint", look).decode()
     return root / name if name else None
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_lora.checkpoint.keys import fresh_key
 from dist_lora.lora.state import Piece
 from dist_lora.world.world import World
 
@@ -25,7 +24,7 @@ class Saver:
     """
 
     def __init__(self, world: World) -> None:
-        self._world = world.channel(fresh_key(world, "saver"))
+        self._world = world.channel(world.fresh_key("saver"))
         self._thread: threading.Thread | None = None
         self._aside: Tensor | None = None  # fp32, all pieces of the share one after another
         self._error: BaseException | None = None

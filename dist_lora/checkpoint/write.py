@@ -24,7 +24,6 @@ from torch import Tensor
 from dist_lora import __version__
 from dist_lora.base.safetensors import write_safetensors
 from dist_lora.checkpoint.folders import step_folder, step_folders
-from dist_lora.checkpoint.keys import fresh_key
 from dist_lora.checkpoint.manifest import (
     FORMAT_VERSION,
     ITEM_BYTES,
@@ -103,7 +102,7 @@ def save_checkpoint(
             is gone, and the former checkpoints are as they were.
         CheckpointError: likewise, where the shares are not every element once.
     """
-    key = fresh_key(world, f"save/{step}")
+    key = world.fresh_key(f"save/{step}")
     place = _Place(root, step, checkpoint_bytes(specs))
     try:
         _together(world, f"checkpoint of step {step}", lambda: _begin(place) if world.is_first else None)

@@ -245,14 +245,6 @@ class _Counts:
         )
 
 
-def _tell(world: World, key: str, value: bytes, *, owner: int) -> bytes:
-    """The owner's value on every rank that asks; the owner does not wait."""
-    if world.world_rank != owner:
-        return world.fetch(key)
-    world.share(key, value)
-    return value
-
-
 def _agree_on_key(
     names: str | Sequence[str],
     *,
@@ -267,27 +259,25 @@ def _agree_on_key(
     Raises:
         DataError: a source cannot be read, or differs between nodes.
     """
-    error: Exception | None = None
-    key = ""
-    node = world.world_rank - world.local_rank
-    if world.local_rank == 0:
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            recipe = [CACHE_VERSION, hash_sources(names, which=which), tokenizer_hash, asdict(rules)]
-            key = xxhash.xxh3_128_hexdigest(json.dumps(recipe, sort_keys=True).encode())
-        except DataError as found:
-            error = found
-        except OSError as found:
-            error = _unwritable(cache, found)
-    key = _tell(world, f"tokens/{which}/key/{node}", key.encode(), owner=node).decode()
-    reference = _tell(world, f"tokens/{which}/reference", key.encode(), owner=0).decode()
-    if key and reference and key != reference:
-        error = DataError(
-            f"data.{which}: {names} (or the tokenizer's files) differ between this node, that of rank "
-            f"{world.world_rank}, and the first. Give every node the same files"
-        )
-    world.agree(f"reading data.{which}", error)
-    return key
+    stage = f"reading data.{which}"
+
+    def make() -> bytes:
+        cache.mkdir(parents=True, exist_ok=True)
+        recipe = [CACHE_VERSION, hash_sources(names, which=which), tokenizer_hash, asdict(rules)]
+        return xxhash.xxh3_128_hexdigest(json.dumps(recipe, sort_keys=True).encode()).encode()
+
+    key = world.once_per_node(stage, make, os_error=lambda error: _unwritable(cache, error))
+    first = world.once(stage, lambda: key)
+
+    def compare() -> None:
+        if key != first:
+            raise DataError(
+                f"data.{which}: {names} (or the tokenizer's files) differ between this node, that of rank "
+                f"{world.world_rank}, and the first. Give every node the same files"
+            )
+
+    world.agree_on(stage, compare)
+    return key.decode()
 
 
 def _group_of(cache: Path, *, which: Which, world: World) -> _Group:
@@ -295,21 +285,20 @@ def _group_of(cache: Path, *, which: Which, world: World) -> _Group:
     everyone = _Group(first=0, place=world.world_rank, size=world.world_size)
     if world.local_size == world.world_size:
         return everyone
-    node = world.world_rank - world.local_rank
-    prefix = f"tokens/{which}/probe"
-    probe = cache / f"probe-{uuid.uuid4().hex}"
+
+    def leave_probe() -> bytes:
+        name = f"probe-{uuid.uuid4().hex}"
+        (cache / name).touch()
+        return name.encode()
+
+    stage = f"looking who shares the cache of data.{which}"
+    probe = cache / world.once(stage, leave_probe, os_error=lambda error: _unwritable(cache, error)).decode()
+    is_seen_by_all = world.least(world.fresh_key("tokens/probe"), int(probe.exists())) == 1
     if world.is_first:
-        probe.touch()
-    probe = cache / _tell(world, prefix, probe.name.encode(), owner=0).decode()
-    _tell(world, f"{prefix}/seen/{node}", str(int(probe.exists())).encode(), owner=node)
-    verdict = b""
-    if world.is_first:
-        others = range(world.local_size, world.world_size, world.local_size)
-        verdict = min((world.fetch(f"{prefix}/seen/{other}") for other in others), default=b"1")
         probe.unlink()
-    if _tell(world, f"{prefix}/verdict", verdict, owner=0) == b"1":
+    if is_seen_by_all:
         return everyone
-    return _Group(first=node, place=world.local_rank, size=world.local_size)
+    return _Group(first=world.world_rank - world.local_rank, place=world.local_rank, size=world.local_size)
 
 
 def _begin(folder: Path, *, group: _Group, which: Which, world: World, held: contextlib.ExitStack) -> Path | None:
@@ -317,25 +306,25 @@ def _begin(folder: Path, *, group: _Group, which: Which, world: World, held: con
 
     The group's first rank holds the lock until ``held`` is closed.
     """
-    building = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex}")
-    error: Exception | None = None
-    is_there = False
-    if group.is_first:
-        try:
-            with world.progress.phase(f"waiting for another job that tokenises data.{which}", kind="unseen"):
-                has_lock = held.enter_context(_locked(folder.with_name(f"{folder.name}.lock")))
-            is_there = _open_published(folder) is not None
-            leftovers = folder.parent.glob(f"{folder.name}.building-*")  # of jobs that were killed
-            for stale in [*leftovers, *([] if is_there else [folder])] if has_lock else []:
-                shutil.rmtree(stale, ignore_errors=True)
-            if not is_there:
-                building.mkdir()
-        except OSError as found:
-            error = _unwritable(folder.parent, found)
-    world.agree(f"opening the cache for data.{which}", error)
-    key = f"tokens/{which}/building/{group.first}"
-    told = _tell(world, key, b"" if is_there else building.name.encode(), owner=group.first).decode()
-    return folder.with_name(told) if told else None
+
+    def begin() -> bytes:
+        with world.progress.phase(f"waiting for another job that tokenises data.{which}", kind="unseen"):
+            has_lock = held.enter_context(_locked(folder.with_name(f"{folder.name}.lock")))
+        is_there = _open_published(folder) is not None
+        leftovers = folder.parent.glob(f"{folder.name}.building-*")  # of jobs that were killed
+        for stale in [*leftovers, *([] if is_there else [folder])] if has_lock else []:
+            shutil.rmtree(stale, ignore_errors=True)
+        if is_there:
+            return b""
+        building = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex}")
+        building.mkdir()
+        return building.name.encode()
+
+    once = world.once if group.size == world.world_size else world.once_per_node
+    name = once(
+        f"opening the cache for data.{which}", begin, os_error=lambda error: _unwritable(folder.parent, error)
+    ).decode()
+    return folder.with_name(name) if name else None
 
 
 @contextlib.contextmanager

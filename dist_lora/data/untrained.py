@@ -22,7 +22,7 @@ from dist_lora.base.index import WeightIndex, open_weights
 from dist_lora.base.stream import SliceReader
 from dist_lora.data.chat import special_ids
 from dist_lora.data.token_set import TokenSet
-from dist_lora.errors import DataError, DistLoraError
+from dist_lora.errors import DataError
 from dist_lora.text import first_few
 
 if TYPE_CHECKING:
@@ -68,19 +68,17 @@ def check_special_tokens(
         DataError: there are such tokens, all named; or the data hold ids that the model has no row for.
         WeightsError: the base's file can't be read.
     """
-    error: DistLoraError | None = None
-    if world.is_first:
-        try:
-            names = {number: name for name, number in special_ids(tokenizer).items()}
-            used = tokens_in_use(token_set, ids=sorted(names), vocab=index.tensors[EMBEDDING].shape[0])
-            faults = _faults(used, names, index=index, is_tied=is_tied)
-            if faults and on_untrained == "error":
-                raise DataError(_refusal(faults))
-            for fault in faults:
-                _log.warning("data.untrained_tokens: allow: training though %s", fault)
-        except DistLoraError as caught:
-            error = caught
-    world.agree("the special tokens of data.train", error)
+
+    def check() -> None:
+        names = {number: name for name, number in special_ids(tokenizer).items()}
+        used = tokens_in_use(token_set, ids=sorted(names), vocab=index.tensors[EMBEDDING].shape[0])
+        faults = _faults(used, names, index=index, is_tied=is_tied)
+        if faults and on_untrained == "error":
+            raise DataError(_refusal(faults))
+        for fault in faults:
+            _log.warning("data.untrained_tokens: allow: training though %s", fault)
+
+    world.on_first("the special tokens of data.train", check)
 
 
 def tokens_in_use(token_set: TokenSet, *, ids: Sequence[int], vocab: int) -> TokensInUse:

@@ -30,20 +30,18 @@ def open_run_folder(config: Config, world: World) -> Path:
         SaveError: the folder can't be made.
     """
     folder = config.runs_dir / config.run
-    error: Exception | None = None
-    if world.is_first:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _lock(folder)
-            Mark(folder).begin()
-        except OSError as caught:
-            error = SaveError(
-                f"{folder}: the run's folder can't be written: {caught.strerror or caught}. "
-                "Set runs_dir to a folder that can."
-            )
-        except ConfigError as caught:
-            error = caught
-    world.agree("the run's folder", error)
+
+    def take() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _lock(folder)
+        Mark(folder).begin()
+
+    def refused(error: OSError) -> SaveError:
+        return SaveError(
+            f"{folder}: the run's folder can't be written: {error.strerror or error}. Set runs_dir to a folder that can."
+        )
+
+    world.on_first("the run's folder", take, os_error=refused)
     _check_shared(folder, world)
     return folder
 
@@ -52,27 +50,30 @@ def _check_shared(folder: Path, world: World) -> None:
     """Raise on all ranks where a node doesn't see what the first one writes: its checkpoints would be in pieces."""
     if world.num_nodes == 1:
         return
-    key, probe = "run_folder/probe", folder / f".probe-{uuid.uuid4().hex}"
-    error: Exception | None = None
-    if world.is_first:
-        try:
-            probe.touch()
-        except OSError as caught:
-            error = SaveError(f"{folder}: the run's folder can't be written: {caught.strerror or caught}")
-        world.share(key, probe.name.encode())
-    elif world.local_rank == 0:
-        probe = folder / world.fetch(key).decode()
+
+    def leave_probe() -> bytes:
+        name = f".probe-{uuid.uuid4().hex}"
+        (folder / name).touch()
+        return name.encode()
+
+    def refused(error: OSError) -> SaveError:
+        return SaveError(f"{folder}: the run's folder can't be written: {error.strerror or error}")
+
+    probe = folder / world.once("the run's folder", leave_probe, os_error=refused).decode()
+
+    def look() -> None:
         deadline = time.monotonic() + SEEN_S
-        while not probe.exists() and time.monotonic() < deadline:
+        while world.local_rank == 0 and not probe.exists():
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"runs_dir: {folder} is not one folder for all nodes: what rank 0 has written there is not seen on "
+                    f"{socket.gethostname()} (rank {world.world_rank}) after {SEEN_S:.0f} s. Set runs_dir to a file "
+                    "system that all nodes share."
+                )
             time.sleep(0.1)
-        if not probe.exists():
-            error = ConfigError(
-                f"runs_dir: {folder} is not one folder for all nodes: what rank 0 has written there is not seen on "
-                f"{socket.gethostname()} (rank {world.world_rank}) after {SEEN_S:.0f} s. Set runs_dir to a file system "
-                "that all nodes share."
-            )
+
     try:
-        world.agree("the run's folder on every node", error)
+        world.agree_on("the run's folder on every node", look)
     finally:
         if world.is_first:
             probe.unlink(missing_ok=True)

@@ -90,25 +90,32 @@ def open_base(config: Config, world: World) -> Base:
         WeightsError: a file is missing or damaged.
     """
     world.progress.now("opening the base", kind="long")
-    error: Exception | None = None
-    try:
+    stage = f"opening {config.model.name}"
+
+    def resolve() -> ResolvedModel:
         check_section(config.parallel, world_size=world.world_size, local_size=world.local_size)
         refuse_shape(config.model)
-        resolved = resolve_model(config.model.name)
-        folder = folder_of(resolved, world)
-        shape = read_shape(folder)
-        config.lora.layer_indices(shape.num_layers)
-        on_disk = open_base_on_disk(folder, quant=config.model.quant, index=_index_of(folder, world))
-        on_disk.index.expect(shape.tensor_shapes())
-        tokenizer = load_tokenizer(folder, chat_template=config.data.chat_template)
-    except DistLoraError as caught:
-        error = caught
-    except (OSError, ValueError) as caught:
-        error = WeightsError(f"{config.model.name}: can't be opened: {caught}")
-    world.agree(f"opening {config.model.name}", error)
-    # Not above: one rank makes it while the others wait, and whoever waits can't agree.
-    identity = _identity(resolved, folder, world)
-    return Base(folder, shape, on_disk, tokenizer, identity)
+        return resolve_model(config.model.name)
+
+    resolved = world.agree_on(stage, resolve)
+    folder = folder_of(resolved, world)
+    # One rank of a node reads the headers of the files, and tells the others.
+    index = world.once_per_node(stage, lambda: open_index(folder, allow_bytes=True).to_json())
+
+    def open_files() -> tuple[Shape, BaseOnDisk, Any]:
+        try:
+            shape = read_shape(folder)
+            config.lora.layer_indices(shape.num_layers)
+            on_disk = open_base_on_disk(folder, quant=config.model.quant, index=WeightIndex.from_json(folder, index))
+            on_disk.index.expect(shape.tensor_shapes())
+            return shape, on_disk, load_tokenizer(folder, chat_template=config.data.chat_template)
+        except DistLoraError:
+            raise
+        except (OSError, ValueError) as caught:
+            raise WeightsError(f"{config.model.name}: can't be opened: {caught}") from caught
+
+    shape, on_disk, tokenizer = world.agree_on(stage, open_files)
+    return Base(folder, shape, on_disk, tokenizer, _identity(resolved, folder, world))
 
 
 def _identity(resolved: ResolvedModel, folder: Path, world: World) -> BaseIdentity:
@@ -117,63 +124,39 @@ def _identity(resolved: ResolvedModel, folder: Path, world: World) -> BaseIdenti
     Raises:
         ConfigError: a node has another base than the first.
     """
-    key = "base/identity"
-    here = None
-    if world.local_rank == 0:
-        revision = folder.name if resolved.folder is None else None  # the hub's cache names a snapshot by its commit
-        here = identify_base(folder, name=resolved.hub_id, revision=revision)
-    if here is not None and world.is_first:
-        world.share(key, json.dumps(dataclasses.asdict(here)).encode())
-    identity = here if here is not None and world.is_first else BaseIdentity(**json.loads(world.fetch(key)))
-    other = identity.differences(here) if here is not None else []
-    error = None
-    if other:
-        error = ConfigError(
-            f"model.name: {folder} on {socket.gethostname()} (rank {world.world_rank}) is another base than rank 0's: "
-            f"{'; '.join(other)}. Give every node the same files."
-        )
-    world.agree("the base on every node", error)
-    return identity
+    revision = folder.name if resolved.folder is None else None  # the hub's cache names a snapshot by its commit
+
+    def identify() -> bytes:
+        return json.dumps(dataclasses.asdict(identify_base(folder, name=resolved.hub_id, revision=revision))).encode()
+
+    stage = "the base on every node"
+    here = BaseIdentity(**json.loads(world.once_per_node(stage, identify)))
+    first = BaseIdentity(**json.loads(world.once(stage, lambda: json.dumps(dataclasses.asdict(here)).encode())))
+
+    def compare() -> None:
+        other = first.differences(here)
+        if other and world.local_rank == 0:
+            raise ConfigError(
+                f"model.name: {folder} on {socket.gethostname()} (rank {world.world_rank}) is another base than rank 0's: "
+                f"{'; '.join(other)}. Give every node the same files."
+            )
+
+    world.agree_on(stage, compare)
+    return first
 
 
 def folder_of(resolved: ResolvedModel, world: World) -> Path:
-    """Where the model's files are: its own folder, or the hub's copy, fetched by one rank of each node."""
-    return resolved.folder or _from_hub(resolved, world)
+    """Where the model's files are: its own folder, or the hub's copy, fetched by one rank of each node. All ranks call it."""
+    if resolved.folder is not None:
+        return resolved.folder
+    hub_id = resolved.hub_id
+    assert hub_id is not None
 
+    def fetch() -> bytes:
+        with world.progress.phase(f"fetching {hub_id}", kind="unseen"):
+            return str(fetch_model(hub_id)).encode()
 
-def _from_hub(resolved: ResolvedModel, world: World) -> Path:
-    """The hub's copy of a model, fetched by one rank of each node, which tells the others where it lies."""
-    assert resolved.hub_id is not None
-    key = f"hub/{resolved.hub_id}/{world.world_rank // world.local_size}"
-    if world.local_rank != 0:
-        told = world.fetch(key).decode()
-        if not told:  # the rank that fetches says why
-            raise ConfigError(f"model.name: {resolved.hub_id} could not be fetched on this node")
-        return Path(told)
-    folder = ""
-    try:
-        with world.progress.phase(f"fetching {resolved.hub_id}", kind="unseen"):
-            folder = str(fetch_model(resolved.hub_id))
-    finally:
-        world.share(key, folder.encode())
-    return Path(folder)
-
-
-def _index_of(folder: Path, world: World) -> WeightIndex:
-    """The index of a model's folder: one rank of each node reads the headers of its files, and tells the others."""
-    key = f"base/index/{world.world_rank // world.local_size}"
-    if world.local_rank != 0:
-        told = world.fetch(key)
-        if not told:  # the rank that reads says why
-            raise WeightsError(f"{folder} could not be opened on this node")
-        return WeightIndex.from_json(folder, told)
-    text = b""
-    try:
-        index = open_index(folder, allow_bytes=True)
-        text = index.to_json()
-    finally:
-        world.share(key, text)
-    return index
+    return Path(world.once_per_node(f"fetching {hub_id}", fetch).decode())
 
 
 @dataclass(frozen=True)
@@ -280,20 +263,19 @@ def _fill(base: Base, model: Llama, engine: SingleProcess, world: World, how: st
                 f"{(total - done) / rate:,.0f} s left"
             )
 
-    error: Exception | None = None
     slots = engine.slots(model)
-    try:
-        report = fill_slots(
+    report = world.agree_on(
+        "loading the base",
+        lambda: fill_slots(
             slots,
             index=base.on_disk.index,
             formats=model.formats(),
             quantized=base.on_disk.nf4,
             device=world.device,
             on_progress=progress,
-        )
-    except (DistLoraError, OSError) as caught:
-        error = caught if isinstance(caught, DistLoraError) else WeightsError(f"{base.folder}: {caught}")
-    world.agree("loading the base", error)
+        ),
+        os_error=lambda error: WeightsError(f"{base.folder}: {error}"),
+    )
     if world.is_first:
         kept = sum(slot.destination.nbytes for slot in slots)
         log.info(
@@ -313,8 +295,8 @@ def check_adapter(folder: Path, *, config: Config, base: Base, world: World) -> 
     Raises:
         AdapterError: it is damaged; its tensors are not exactly those that the config attaches, or its scale differs.
     """
-    error: DistLoraError | None = None
-    try:
+
+    def check() -> None:
         adapter = open_adapter(folder)
         check_fit(adapter, section=config.lora, shape=base.shape)
         if world.is_first:
@@ -325,9 +307,8 @@ def check_adapter(folder: Path, *, config: Config, base: Base, world: World) -> 
                 f"{folder} was trained on {adapter.base.name or 'another model'}, and {base.folder} "
                 f"({base.identity.name}) differs from it: {'; '.join(differing)}. Its answers may be worthless here."
             )
-    except DistLoraError as caught:
-        error = caught
-    world.agree(f"opening {folder}", error)
+
+    world.agree_on(f"opening {folder}", check)
 
 
 def load_adapter(adapters: Adapters, folder: Path, *, world: World) -> None:
@@ -336,12 +317,7 @@ def load_adapter(adapters: Adapters, folder: Path, *, world: World) -> None:
     Raises:
         AdapterError: a value is NaN or infinite, or the folder was changed meanwhile.
     """
-    error: DistLoraError | None = None
-    try:
-        adapters.load(read_adapter(folder).tensors.items())
-    except DistLoraError as caught:
-        error = caught
-    world.agree(f"loading {folder}", error)
+    world.agree_on(f"loading {folder}", lambda: adapters.load(read_adapter(folder).tensors.items()))
 
 
 def describe_trained(trainee: Trainee) -> dict[str, int]:

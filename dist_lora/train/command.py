@@ -17,7 +17,7 @@ from dist_lora.data.chat import hash_tokenizer, render_sample
 from dist_lora.data.loader import Loader
 from dist_lora.data.token_set import TokenRules, TokenSet, Which, prepare_tokens, split_eval
 from dist_lora.data.untrained import check_special_tokens
-from dist_lora.errors import ConfigError, DistLoraError, SaveError
+from dist_lora.errors import ConfigError, SaveError
 from dist_lora.files import write_whole
 from dist_lora.run_folder.folder import open_run_folder, write_config
 from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
@@ -156,42 +156,34 @@ def _take_up(
             )
 
     def begin() -> None:
-        if not world.is_first:
-            return
         write_config(folder, config)
         if found is None:
             (folder / "metrics.jsonl").unlink(missing_ok=True)
         else:
             warn_of_other_lr(found, config, num_steps=num_steps)
 
-    world.agree_on("the run's config", begin)
+    world.on_first("the run's config", begin)
 
 
 def _check_trackers(config: Config, world: World) -> None:
     # The first rank is the only one that has them.
-    world.agree_on("log.trackers", lambda: check_trackers(config.log.trackers) if world.is_first else None)
+    world.on_first("log.trackers", lambda: check_trackers(config.log.trackers))
 
 
 def _train(run: Run, folder: Path, world: World, stop: StopRequest) -> None:
-    meter = None
-    error: DistLoraError | None = None
+    def open_meter() -> Meter:
+        world.progress.now("opening the trackers", kind="unseen")
+        return Meter(
+            folder,
+            trackers=run.config.log.trackers,
+            settings=flat(run.config.model_dump(mode="json")),
+            every=run.config.log.every,
+            first_step=run.progress.step + 1,
+            num_steps=run.num_steps,
+        )
+
+    meter = world.on_first("the meter", open_meter, os_error=lambda e: SaveError(f"{folder}: can't be written: {e}"))
     try:
-        if world.is_first:
-            world.progress.now("opening the trackers", kind="unseen")
-            try:
-                meter = Meter(
-                    folder,
-                    trackers=run.config.log.trackers,
-                    settings=flat(run.config.model_dump(mode="json")),
-                    every=run.config.log.every,
-                    first_step=run.progress.step + 1,
-                    num_steps=run.num_steps,
-                )
-            except DistLoraError as caught:
-                error = caught
-            except OSError as caught:
-                error = SaveError(f"{folder}: can't be written: {caught}")
-        world.agree("the meter", error)
         with stop.noted(folder if world.is_first else None):
             run.train(meter, stop)
     finally:
@@ -210,23 +202,19 @@ def _finish(run: Run, folder: Path, world: World, *, seconds: float) -> None:
     out = folder / "adapter"
     world.progress.now("writing the adapter", kind="long")
     world.share(f"finish/peak/{world.world_rank}", str(peak_bytes(world.device)).encode())
-    error: Exception | None = None
-    if world.is_first:
+
+    def finish() -> None:
         best = run.progress.best_step if run.config.checkpoint.keep_best else None
         checkpoint = run.saver.last if best is None else run.checkpoints / f"step-{best:08d}"
         assert checkpoint is not None
-        try:
-            gather_adapter(checkpoint, out=out)
-            peaks = [peak_bytes(world.device)]
-            peaks += [int(world.fetch(f"finish/peak/{rank}")) for rank in range(1, world.world_size)]
-            summary = _summary(run, folder, out, seconds=seconds) | {"peak_bytes": peaks}
-            write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-            log.info(f"done: {run.num_steps} steps in {seconds:.0f} s; adapter: {out}")
-        except DistLoraError as caught:
-            error = caught
-        except OSError as caught:
-            error = SaveError(f"{folder}: the adapter can't be written: {caught}")
-    world.agree("the adapter", error)
+        gather_adapter(checkpoint, out=out)
+        peaks = [peak_bytes(world.device)]
+        peaks += [int(world.fetch(f"finish/peak/{rank}")) for rank in range(1, world.world_size)]
+        summary = _summary(run, folder, out, seconds=seconds) | {"peak_bytes": peaks}
+        write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        log.info(f"done: {run.num_steps} steps in {seconds:.0f} s; adapter: {out}")
+
+    world.on_first("the adapter", finish, os_error=lambda e: SaveError(f"{folder}: the adapter can't be written: {e}"))
 
 
 def _summary(run: Run, folder: Path, out: Path, *, seconds: float) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_lora.checkpoint.keys import fresh_key
 from dist_lora.checkpoint.manifest import TensorSpec
 from dist_lora.checkpoint.read import load_pieces
 from dist_lora.checkpoint.saver import Saver
@@ -79,7 +78,7 @@ class Run:
         self.saver = Saver(world)
         self._saved_step: int | None = None
         self.is_step_long = True  # so that ranks ask each other between micro-batches; until one is known
-        self._stop_key = fresh_key(world, "stop")
+        self._stop_key = world.fresh_key("stop")
         self._own_reason = ""
         self._longest_s = 0.0  # of a step with all that comes before the next one
 
@@ -325,12 +324,8 @@ class Run:
     def _check_room(self) -> None:
         """Raise on all ranks where the disk can't hold the checkpoints that this run is to keep."""
         section, specs = self.config.checkpoint, self._specs()
-
-        def check() -> None:
-            if self.world.is_first:
-                check_room(self.checkpoints, specs, num_kept=section.keep + section.keep_best)
-
-        self.world.agree_on("room for the checkpoints", check)
+        num_kept = section.keep + section.keep_best
+        self.world.on_first("room for the checkpoints", lambda: check_room(self.checkpoints, specs, num_kept=num_kept))
 
     def _best(self) -> int | None:
         """The step whose checkpoint is kept however old it is."""

@@ -44,14 +44,13 @@ def find_checkpoint(config: Config, folder: Path, world: World) -> Found | None:
     path = _path_of(config, folder, world)
     if path is None:
         return None
-    found: list[Found] = []
 
-    def read() -> None:
-        found.append(Found(path, read_manifest(path)))
-        _check_changes(config, found[0], is_to_tell=world.is_first)
+    def read() -> Found:
+        found = Found(path, read_manifest(path))
+        _check_changes(config, found, is_to_tell=world.is_first)
+        return found
 
-    world.agree_on("the checkpoint", read)
-    return found[0]
+    return world.agree_on("the checkpoint", read)
 
 
 def _path_of(config: Config, folder: Path, world: World) -> Path | None:
@@ -64,7 +63,7 @@ def _path_of(config: Config, folder: Path, world: World) -> Path | None:
         if leftover is not None:
             log.warning(f"checkpoint.resume: never: beginning anew beside {leftover}")
         return None
-    world.agree_on("checkpoint.resume", lambda: verify(wanted) if world.is_first else None)
+    world.on_first("checkpoint.resume", lambda: verify(wanted))
     return wanted
 
 
@@ -79,8 +78,6 @@ def check_same_run(found: Found, *, base: BaseIdentity, data: str, world: World)
     """
 
     def check() -> None:
-        if not world.is_first:
-            return
         try:
             then = BaseIdentity(**found.manifest.base)
         except TypeError as error:
@@ -95,7 +92,7 @@ def check_same_run(found: Found, *, base: BaseIdentity, data: str, world: World)
                 f"{trained_on}: a file was edited, or the tokenizer, its template or a rule of data is another. {_AGAIN}"
             )
 
-    world.agree_on("the base and the data of the checkpoint", check)
+    world.on_first("the base and the data of the checkpoint", check)
 
 
 _AGAIN = "Bring back what it began with, name another run (run=NAME), or begin anew with checkpoint.resume=never."

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,8 @@ from dist_lora.layout.choices import check_node_size
 from dist_lora.world.launcher import Place
 from dist_lora.world.progress import Progress
 from dist_lora.world.rendezvous import HEARD_S, Told, meet, meeting_place, open_store, versions_of_this_process
+
+Result = TypeVar("Result")
 
 FAILED_KEY = "failed"
 POLL_S = 1.0  # how often the watch looks whether another rank has failed
@@ -58,6 +60,7 @@ class World:
     progress: Progress = field(default_factory=Progress)  # what this rank is at, for its watches and its errors
     stacks: Path | None = None  # the folder for the stacks of a run that hangs, once the run has a folder
     _agreements: int = field(default=0, init=False)
+    _num_keys: dict[str, int] = field(default_factory=dict, init=False)
 
     @staticmethod
     def alone(device: torch.device | None = None) -> World:
@@ -87,7 +90,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that speaks for all."""
+        """Whether this is rank 0, which reports on behalf of all ranks."""
         return self.world_rank == 0
 
     @property
@@ -153,18 +156,68 @@ class World:
             raise error
         raise RankError(f"{stage}: rank {ranks[0]}: {first['message']}", exit_code=first["exit_code"])
 
-    def agree_on(self, stage: str, action: Callable[[], object]) -> None:
-        """Do this rank's part of a stage, and go on only if it did not fail by one of our errors on any. All ranks call it.
+    def agree_on(
+        self, stage: str, action: Callable[[], Result], *, os_error: Callable[[OSError], DistLoraError] | None = None
+    ) -> Result:
+        """What ``action`` gives this rank, once it has failed by one of our errors on none. All ranks call it.
+
+        Args:
+            os_error: makes one of our errors of what the system refuses.
 
         Raises:
             what ``agree`` raises.
         """
         error: DistLoraError | None = None
+        result: Result | None = None
         try:
-            action()
+            result = action()
         except DistLoraError as caught:
             error = caught
+        except OSError as refused:
+            if os_error is None:
+                raise
+            error = os_error(refused)
+            error.__cause__ = refused
         self.agree(stage, error)
+        return result  # type: ignore[return-value]  # where there is none, an error was raised
+
+    def on_first(
+        self, stage: str, action: Callable[[], Result], *, os_error: Callable[[OSError], DistLoraError] | None = None
+    ) -> Result | None:
+        """What ``action`` gives rank 0, which alone does it, and None on the others. All ranks call it; see ``agree_on``."""
+        return self.agree_on(stage, lambda: action() if self.is_first else None, os_error=os_error)
+
+    def once(
+        self, stage: str, action: Callable[[], bytes], *, os_error: Callable[[OSError], DistLoraError] | None = None
+    ) -> bytes:
+        """What ``action`` gives rank 0, on all ranks. All ranks call it; see ``agree_on``."""
+        return self._once_by(0, stage, action, os_error)
+
+    def once_per_node(
+        self, stage: str, action: Callable[[], bytes], *, os_error: Callable[[OSError], DistLoraError] | None = None
+    ) -> bytes:
+        """What ``action`` gives the first rank of each node, on all ranks of that node. All ranks call it; see ``agree_on``."""
+        return self._once_by(self.world_rank - self.local_rank, stage, action, os_error)
+
+    def _once_by(
+        self, owner: int, stage: str, action: Callable[[], bytes], os_error: Callable[[OSError], DistLoraError] | None
+    ) -> bytes:
+        key = f"{self.fresh_key('once')}/{owner}"
+
+        def act() -> bytes:
+            if self.world_rank != owner:
+                return b""
+            value = action()
+            self.share(key, value)
+            return value
+
+        own = self.agree_on(stage, act, os_error=os_error)
+        return own if self.world_rank == owner else self.fetch(key)
+
+    def fresh_key(self, what: str) -> str:
+        """A key of the store for ``what`` that was not used before: all ranks ask as often and get the same."""
+        self._num_keys[what] = self._num_keys.get(what, 0) + 1
+        return f"{what}/{self._num_keys[what]}"
 
     def _let_others_hear(self, key: str) -> None:
         """The store may live in the first rank's process: that one goes once all have read what it is for."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from dist_lora.checkpoint.manifest import KINDS, Piece, TensorSpec
 from dist_lora.checkpoint.write import save_checkpoint
 from dist_lora.errors import DistLoraError, RankError
-from dist_lora.world.progress import Progress
+from dist_lora.world.world import World
 
 DEADLINE_S = 30
 ADAPTER = {"rank": 3, "alpha": 6.0, "dropout": 0.0, "targets": ["q_proj"], "layers": [0, 1], "num_layers": 2}
@@ -41,14 +41,11 @@ class Store:
         self.dead: set[int] = set()
 
 
-class MemoryWorld:
-    """The promise of a world for one rank, as a thread: see ``dist_lora.world.world``."""
+class MemoryWorld(World):
+    """A world for one rank, as a thread; what it waits for is in memory."""
 
     def __init__(self, world_rank: int, world_size: int, store: Store) -> None:
-        self.world_rank, self.world_size, self.store = world_rank, world_size, store
-        self.is_first = world_rank == 0
-        self.progress = Progress()
-        self.agreements = 0
+        super().__init__(world_rank, world_size, world_rank, world_size, torch.device("cpu"), store)
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
         with self.store.changed:
@@ -71,7 +68,7 @@ class MemoryWorld:
         return self.store.values[key]
 
     def agree(self, stage: str, error: BaseException | None) -> None:
-        number, self.agreements = self.agreements, self.agreements + 1
+        number, self._agreements = self._agreements, self._agreements + 1
         with self.store.changed:
             told = self.store.errors.setdefault(number, {})
             told[self.world_rank] = error

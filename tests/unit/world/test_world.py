@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_lora.errors import ConfigError, RankError
+from dist_lora.errors import ConfigError, DistLoraError, RankError, SaveError
 from dist_lora.world.launcher import Place
 from dist_lora.world.world import World, join
 
@@ -62,3 +63,75 @@ def test_no_rank_has_joined_before_all_are_connected(tmp_path, monkeypatch) -> N
         may_connect.set()
         for joined in (slow, quick):
             joined.result(30).leave()
+
+
+# What one rank does for others
+
+
+def on_threads(work: Callable[[World], Any], *, ranks: int = 4, per_node: int = 2) -> list[Any]:
+    """What ``work`` gives or raises on each rank, a thread each, over one store in memory."""
+    store = dist.HashStore()
+
+    def run(rank: int) -> Any:
+        try:
+            return work(World(rank, ranks, rank % per_node, per_node, torch.device("cpu"), store))
+        except DistLoraError as error:
+            return error
+
+    with ThreadPoolExecutor(ranks) as threads:
+        return list(threads.map(run, range(ranks)))
+
+
+def test_what_the_first_rank_does_is_known_to_all_and_done_once() -> None:
+    done: list[int] = []
+
+    def work(world: World) -> list[bytes]:
+        def act() -> bytes:
+            done.append(world.world_rank)
+            return f"by {world.world_rank}, time {len(done)}".encode()
+
+        return [world.once("it", act), world.once("it", act)]
+
+    assert on_threads(work) == [[b"by 0, time 1", b"by 0, time 2"]] * 4
+    assert done == [0, 0]
+
+
+def test_what_the_first_rank_of_a_node_does_is_known_to_its_node() -> None:
+    def work(world: World) -> bytes:
+        return world.once_per_node("it", lambda: str(world.world_rank).encode())
+
+    assert on_threads(work) == [b"0", b"0", b"2", b"2"]
+
+
+def test_only_the_first_rank_has_what_it_did_for_itself() -> None:
+    assert on_threads(lambda world: world.on_first("it", lambda: world.world_rank + 10)) == [10, None, None, None]
+
+
+def test_a_refusal_of_the_system_where_one_rank_acts_ends_all_in_our_words() -> None:
+    def work(world: World) -> bytes:
+        def act() -> bytes:
+            if world.world_rank == 2:
+                raise PermissionError(13, "Permission denied")
+            return b""
+
+        return world.once_per_node("it", act, os_error=lambda error: SaveError(f"no: {error.strerror}"))
+
+    found = on_threads(work)
+    assert [type(each) for each in found] == [RankError, RankError, SaveError, RankError]
+    assert str(found[2]) == "no: Permission denied" and isinstance(found[2].__cause__, PermissionError)
+    assert {str(found[rank]) for rank in (0, 1, 3)} == {"it: rank 2: no: Permission denied"}
+    assert {error.exit_code for error in found} == {found[2].exit_code}
+
+
+def test_a_refusal_of_the_system_that_nobody_names_stays_what_it_is() -> None:
+    def act() -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with pytest.raises(PermissionError):
+        World.alone(torch.device("cpu")).agree_on("it", act)
+
+
+def test_alone_one_does_it_all() -> None:
+    world = World.alone(torch.device("cpu"))
+    assert world.once("it", lambda: b"x") == b"x" == world.once_per_node("it", lambda: b"x")
+    assert world.on_first("it", lambda: 3) == 3 == world.agree_on("it", lambda: 3)
