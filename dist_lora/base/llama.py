@@ -38,18 +38,25 @@ class FrozenLinear(nn.Module):
             values = torch.empty(part.shape, dtype=part.dtype)
             self.register_parameter(part.name, nn.Parameter(values, requires_grad=False))
         self.adapter: nn.Module | None = None
-        # F.linear keeps a view of the weight for the backward, and with it the weight's memory. Set it to False where
-        # that memory is to be freed after the forward by giving the parameter other data.
-        self.keeps_views = True
+        # An engine that frees a weight by giving its parameter other data sets this to ``product_from_parts``.
+        self.product = self.product_by_view if "weight" in self._parameters else self.product_from_parts
 
     def forward(self, x: Tensor) -> Tensor:
         """``(T, D_out)`` of ``x`` ``(T, D_in)``."""
-        parts = {name: p for name, p in self._parameters.items() if p is not None}
-        if "weight" in parts and self.keeps_views:
-            y = F.linear(x, parts["weight"])
-        else:
-            y = _QuantizedLinear.apply(x, self.fmt, tuple(parts), *parts.values())  # type: ignore[no-untyped-call]
+        y = self.product(x)
         return y if self.adapter is None else self.adapter(x, y)
+
+    def product_by_view(self, x: Tensor) -> Tensor:
+        """``x W^T``, of which the backward keeps a view of the weight, and with it the weight's memory."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return F.linear(x, weight)
+
+    def product_from_parts(self, x: Tensor) -> Tensor:
+        """``x W^T``, of which the backward keeps the parts themselves and dequantizes them again."""
+        parts = {name: p for name, p in self._parameters.items() if p is not None}
+        y: Tensor = _QuantizedLinear.apply(x, self.fmt, tuple(parts), *parts.values())  # type: ignore[no-untyped-call]
+        return y
 
 
 class _QuantizedLinear(torch.autograd.Function):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dist_lora.engines.engine import SingleProcess
+from dist_lora.engines.engine import Engine
+from dist_lora.engines.single import Single
 from dist_lora.layout.choices import Layout
 from dist_lora.world.world import World
 
 
-def make_engine(layout: Layout, world: World) -> SingleProcess:
+def make_engine(layout: Layout, world: World) -> Engine:
     """The engine that a layout names."""
     if layout.engine == "fsdp2":
         from dist_lora.engines.fsdp2 import Fsdp2
@@ -17,4 +18,4 @@ def make_engine(layout: Layout, world: World) -> SingleProcess:
         from dist_lora.engines.zero3 import Zero3
 
         return Zero3(world, layout)
-    return SingleProcess(world, layout)
+    return Single(world, layout)

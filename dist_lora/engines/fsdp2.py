@@ -16,14 +16,14 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from dist_lora.base.llama import Llama, materialize
 from dist_lora.base.stream import Slot
 from dist_lora.engines.adapters import Adapters, FlatAdapters, Part, ReplicatedAdapters, same_on_all
-from dist_lora.engines.engine import SingleProcess
+from dist_lora.engines.engine import Engine
 from dist_lora.layout.choices import Layout
 from dist_lora.lora.attach import AdapterTensor
 from dist_lora.lora.layer import LoraAdapter
 from dist_lora.world.world import World
 
 
-class Fsdp2(SingleProcess):
+class Fsdp2(Engine):
     """Every base parameter is cut by rows over the ranks of a node or of the world.
 
     Adapters are whole on every rank, where FSDP2 never sees them (nothing is reduced but their sum, once a step), or
@@ -38,7 +38,7 @@ class Fsdp2(SingleProcess):
         self._meshes: dict[str, DeviceMesh] = {}  # each has process groups of its own: made once
 
     def shard(self, model: Llama) -> str:
-        """See ``SingleProcess.shard``. Call it while the parameters are on meta."""
+        """See ``Engine.shard``. Call it while the parameters are on meta."""
         layout = self.layout
         trained = {p for name, p in model.named_parameters() if ".adapter." in name}
         if layout.adapters == "shard":
@@ -78,31 +78,31 @@ class Fsdp2(SingleProcess):
         return CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda")
 
     def materialize(self, model: Llama) -> None:
-        """See ``SingleProcess.materialize``."""
+        """See ``Engine.materialize``."""
         device = self.world.device
         materialize(model, device, base_device=torch.device("cpu") if self.layout.base_on_host else device)
 
     def slots(self, model: Llama) -> list[Slot]:
-        """See ``SingleProcess.slots``."""
+        """See ``Engine.slots``."""
         return [
             _slot(name, parameter, *model.place_on_disk(name)) for name, parameter in model.base_parameters().items()
         ]
 
     def frozen_shares(self, model: Llama) -> list[tuple[str, Tensor]]:
-        """See ``SingleProcess.frozen_shares``. The root stays gathered after a forward: it goes back to its shard."""
+        """See ``Engine.frozen_shares``. The root stays gathered after a forward: it goes back to its shard."""
         for module in _sharded_modules(model):
             module.reshard()
         return super().frozen_shares(model)
 
     def adapters(self, tensors: Sequence[AdapterTensor]) -> Adapters:
-        """See ``SingleProcess.adapters``."""
+        """See ``Engine.adapters``."""
         on_host = self.layout.optimizer_on_host
         if self.layout.adapters == "replicate":
             return ReplicatedAdapters(tensors, self.world, optimizer_on_host=on_host)
         return ShardedAdapters(tensors, self.world, self._groups, mesh=self._mesh("node"), optimizer_on_host=on_host)
 
     def keep_gathered(self, model: Llama, gathered: bool) -> None:
-        """See ``SingleProcess.keep_gathered``. All ranks call it."""
+        """See ``Engine.keep_gathered``. All ranks call it."""
         for module in _sharded_modules(model):
             module.set_reshard_after_forward(not gathered and not isinstance(module, Llama), recurse=False)
             if not gathered:

@@ -23,7 +23,7 @@ from dist_lora.base.llama import Block, Llama
 from dist_lora.base.stream import Slot
 from dist_lora.config.schema import OptimSection
 from dist_lora.engines.adapters import Adapters, FlatAdapters, Part
-from dist_lora.engines.engine import Forward, SingleProcess
+from dist_lora.engines.engine import Engine, Forward
 from dist_lora.errors import ConfigError
 from dist_lora.layout.choices import Layout
 from dist_lora.lora.attach import AdapterTensor
@@ -37,7 +37,7 @@ MIN_REDUCED = 2**22  # weights: 16 MiB of gradients are worth a collective
 KEPT = -1  # stands among the numbers of the modules that use a parameter
 
 
-class Zero3(SingleProcess):
+class Zero3(Engine):
     """Every parameter, of the base and of the adapters, is cut flat over all ranks and gathered block by block."""
 
     name = "zero3"
@@ -51,10 +51,10 @@ class Zero3(SingleProcess):
         self._engine: Any = None  # DeepSpeed's, once there are adapters
 
     def shard(self, model: Llama) -> str:
-        """See ``SingleProcess.shard``. Call it while the parameters are on meta."""
+        """See ``Engine.shard``. Call it while the parameters are on meta."""
         self._model, self._settings = model, self._settings_for(model)
         for linear in model.linears().values():
-            linear.keeps_views = False
+            linear.product = linear.product_from_parts  # a view would keep what DeepSpeed frees after the forward
         self._gather_by_block(model)
         made: dict[int, nn.Parameter] = {}
         init = self._deepspeed.zero.Init(config_dict_or_path=self._settings)
@@ -87,7 +87,7 @@ class Zero3(SingleProcess):
         return made
 
     def materialize(self, model: Llama) -> None:
-        """See ``SingleProcess.materialize``. Only this rank's share is ever allocated."""
+        """See ``Engine.materialize``. Only this rank's share is ever allocated."""
         device, world_size = self.world.device, self.world.world_size
         home = torch.device("cpu") if self.layout.base_on_host else device
         partitions = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
@@ -104,7 +104,7 @@ class Zero3(SingleProcess):
         model.inv_freq = model.inv_freq.to(device)
 
     def slots(self, model: Llama) -> list[Slot]:
-        """See ``SingleProcess.slots``."""
+        """See ``Engine.slots``."""
         named = model.base_parameters()
         return [
             self._slot(parameter, *model.place_on_disk(name))
@@ -116,7 +116,7 @@ class Zero3(SingleProcess):
         return Slot(tensor, part, tuple(parameter.ds_shape), held.start, parameter.ds_tensor[: len(held)])
 
     def adapters(self, tensors: Sequence[AdapterTensor]) -> Adapters:
-        """See ``SingleProcess.adapters``. All ranks call it."""
+        """See ``Engine.adapters``. All ranks call it."""
         assert self._model is not None, "shard was not called"
         # What of it the config sets comes with start_training, and its state too.
         optimizer = torch.optim.AdamW([tensor.parameter for tensor in tensors], lr=0.0, fused=True)
@@ -126,14 +126,14 @@ class Zero3(SingleProcess):
         return Zero3Adapters(tensors, self._engine, self.world)
 
     def forward_of(self, model: Llama) -> Forward:
-        """See ``SingleProcess.forward_of``."""
+        """See ``Engine.forward_of``."""
         assert self._engine is not None, "adapters was not called"
         forward: Forward = self._engine
         return forward
 
     @contextlib.contextmanager
-    def pretending(self) -> Iterator[None]:
-        """See ``SingleProcess.pretending``: while it learns, DeepSpeed compares its order of modules with rank 0's."""
+    def simulating(self) -> Iterator[None]:
+        """See ``Engine.simulating``: while it learns, DeepSpeed compares its order of modules with rank 0's."""
         coordinator: Any = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
         compare = coordinator.assert_ints_same_as_other_ranks
         coordinator.assert_ints_same_as_other_ranks = lambda ints: None
@@ -143,7 +143,7 @@ class Zero3(SingleProcess):
             coordinator.assert_ints_same_as_other_ranks = compare
 
     def keep_gathered(self, model: Llama, gathered: bool) -> None:
-        """See ``SingleProcess.keep_gathered``. All ranks call it."""
+        """See ``Engine.keep_gathered``. All ranks call it."""
         self._engine.empty_partition_cache()  # frees all, also what was fetched ahead
         if gathered:
             parameters = _dynamic(model.parameters())

@@ -14,7 +14,7 @@ from dist_lora.base.attention import Backend, Documents
 from dist_lora.base.llama import Llama
 from dist_lora.data.loader import MicroBatch
 from dist_lora.data.token_set import TokenSet
-from dist_lora.engines.engine import SingleProcess
+from dist_lora.engines.engine import Engine
 from dist_lora.evaluation.generate import base_fits_whole, generate
 from dist_lora.world.world import World
 
@@ -89,7 +89,7 @@ class ExactMatch:
 
 def exact_match(
     model: Llama,
-    engine: SingleProcess,
+    engine: Engine,
     tokens: TokenSet,
     *,
     tokenizer: Any,

@@ -174,7 +174,7 @@ def _step(
 ) -> tuple[Memory, list[Sent], int]:
     """The memory and the collectives of a step, and the bytes that lie in host memory."""
     model, engine = placed.model, placed.engine
-    with engine.pretending(), fake, _Answers():  # type: ignore[no-untyped-call]
+    with engine.simulating(), fake, _Answers():  # type: ignore[no-untyped-call]
         engine.materialize(model)
         adapters = engine.adapters(placed.tensors)
         assert isinstance(adapters, FlatAdapters)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from dist_lora.base.llama import Llama
 from dist_lora.engines.adapters import FlatAdapters
-from dist_lora.engines.engine import SingleProcess
+from dist_lora.engines.engine import Engine
 from dist_lora.simulation.collectives import Sent, is_above_local, sent_by
 
 Kind = Literal[
@@ -315,7 +315,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Memory(moment(int(total.argmax())), tuple(map(moment, shown)), num_events)
 
 
-def register_run(tracker: Tracker, model: Llama, engine: SingleProcess, adapters: FlatAdapters) -> None:
+def register_run(tracker: Tracker, model: Llama, engine: Engine, adapters: FlatAdapters) -> None:
     """Tell a tracker what of a run lives from step to step, and have it watch the model.
 
     Call it after ``start_training``. What is offloaded isn't counted.

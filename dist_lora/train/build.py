@@ -27,7 +27,7 @@ from dist_lora.data.chat import load_tokenizer
 from dist_lora.data.loader import MicroBatch
 from dist_lora.engines.adapters import Adapters
 from dist_lora.engines.choose import make_engine
-from dist_lora.engines.engine import SingleProcess
+from dist_lora.engines.engine import Engine
 from dist_lora.engines.precision import Precision, base_dtype
 from dist_lora.errors import ConfigError, DistLoraError, WeightsError
 from dist_lora.evaluation.evaluate import run_micro_batch
@@ -60,7 +60,7 @@ class Trainee:
 
     base: Base
     model: Llama
-    engine: SingleProcess
+    engine: Engine
     adapters: Adapters
     backend: Backend
     precision: Precision
@@ -165,7 +165,7 @@ class Placed:
 
     model: Llama
     tensors: list[AdapterTensor]
-    engine: SingleProcess
+    engine: Engine
     precision: Precision
     how: str
 
@@ -248,7 +248,7 @@ def _layout(
     return layout
 
 
-def _fill(base: Base, model: Llama, engine: SingleProcess, world: World, how: str) -> None:
+def _fill(base: Base, model: Llama, engine: Engine, world: World, how: str) -> None:
     world.progress.now("loading the base", kind="long")
     started_s = time.monotonic()
     told_s = started_s
