@@ -37,7 +37,6 @@ from dist_lora.lora.state import KINDS, Piece
 from dist_lora.train.build import build, open_base
 from dist_lora.train.command import loader_of, tokens_of
 from dist_lora.train.loop import Run
-from dist_lora.train.signals import StopRequest
 from dist_lora.world.world import World
 from tests.ranks import pool
 from tests.ranks.pool import Ranks
@@ -57,12 +56,11 @@ def train_and_save(world: World, folder: str, rank: int, num_steps: int) -> list
     run = Run(config, trainee, loader=loader, held_out=None, num_steps=num_steps, folder=Path(folder), world=world)
     trainee.model.train()
     found = []
-    stop = StopRequest({})
     for step in range(1, num_steps + 1):
         world.agree(f"step {step}", None)
         mode = MODES[step % 3]
         started_s = time.monotonic()
-        run.take_step(step, stop)
+        run.step.take(step)
         run.progress.step = step
         if mode != MODES[0]:
             run.save()

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_lora.base.attention import Backend, Documents
 from dist_lora.base.llama import Llama
 from dist_lora.data.loader import MicroBatch
 from dist_lora.data.token_set import TokenSet
@@ -30,19 +29,6 @@ class HeldOut:
     def perplexity(self) -> float:
         """``exp(loss)``."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
-
-
-def run_micro_batch(
-    forward: Callable[..., torch.Tensor], batch: MicroBatch, *, device: torch.device, backend: Backend
-) -> torch.Tensor:
-    """Sum of the cross entropies of a micro-batch's targets, an fp32 scalar with a graph behind it."""
-    return forward(
-        batch.ids.to(device),
-        positions=batch.positions.to(device),
-        attention=Documents(tuple(batch.starts.tolist()), backend),
-        rows=batch.target_index.to(device),
-        labels=batch.labels.to(device),
-    )
 
 
 def go_on() -> None:

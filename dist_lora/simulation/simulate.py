@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from dist_lora.base.attention import choose_backend
 from dist_lora.base.index import WeightIndex
 from dist_lora.base.quant.published import BaseOnDisk
+from dist_lora.checkpoint.saver import Saver
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader, MicroBatch, StepBatch
 from dist_lora.data.token_set import TokenSet
@@ -35,8 +36,7 @@ from dist_lora.simulation.tracker import KINDS, Kind, Memory, Moment, Tracker, r
 from dist_lora.simulation.world import pretended_world
 from dist_lora.train.build import Base, Placed, Trainee, place
 from dist_lora.train.command import loader_of
-from dist_lora.train.loop import Run
-from dist_lora.train.signals import StopRequest
+from dist_lora.train.step import TrainStep
 from dist_lora.world.world import World
 
 MOST_PASSES = 3  # of a step with more the first, the second and the last are run: those between are as the second
@@ -182,16 +182,15 @@ def _step(
         base = Base(Path(), shape, BaseOnDisk(WeightIndex(Path(), {}), {}), None, identity)
         backend = choose_backend(config.model.attention, world.device, placed.precision.dtype)
         trainee = Trainee(base, model, engine, adapters, backend, placed.precision, {})
-        run = Run(config, trainee, loader=loader, held_out=None, num_steps=STEP, folder=Path(), world=world)
-        run.is_step_long = False
+        adapters.start_training(config.optim)
+        step = TrainStep(config, trainee, loader=loader, num_steps=STEP, saver=Saver(world), world=world)
         model.train()
-        stop = StopRequest(environment={})
         for _ in range(engine.learns_in_steps):
-            run.take_step(STEP, stop)
+            step.take(STEP)
         tracker = Tracker()
         register_run(tracker, model, engine, adapters)
         with tracker:
-            run.take_step(STEP, stop)
+            step.take(STEP)
         tracker.register("gradients", adapters.gradients())
     second = tracker.sent[slice(*tracker.forwards[1:3])] if num_passes > MOST_PASSES else []
     return tracker.memory(), [*tracker.sent, *second * (num_passes - MOST_PASSES)], tracker.host_bytes

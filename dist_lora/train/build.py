@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_lora.base.attention import Backend, choose_backend
+from dist_lora.base.attention import Backend, Documents, choose_backend
 from dist_lora.base.checksum import check_untouched, checksums
 from dist_lora.base.hub import fetch_model
 from dist_lora.base.index import WeightIndex, open_index
@@ -30,7 +30,6 @@ from dist_lora.engines.choose import make_engine
 from dist_lora.engines.engine import Engine
 from dist_lora.engines.precision import Precision, base_dtype
 from dist_lora.errors import ConfigError, DistLoraError, WeightsError
-from dist_lora.evaluation.evaluate import run_micro_batch
 from dist_lora.herd.models import refuse_shape
 from dist_lora.herd.shape import ResolvedModel, Shape, read_shape, resolve_model
 from dist_lora.layout.choices import Layout, check_section, choose_layout
@@ -68,9 +67,15 @@ class Trainee:
 
     def run(self, batch: MicroBatch) -> Tensor:
         """Sum of the cross entropies of a micro-batch's targets, an fp32 scalar with a graph behind it."""
-        return run_micro_batch(
-            self.engine.forward_of(self.model), batch, device=self.engine.world.device, backend=self.backend
+        device = self.engine.world.device
+        loss: Tensor = self.engine.forward_of(self.model)(
+            batch.ids.to(device),
+            positions=batch.positions.to(device),
+            attention=Documents(tuple(batch.starts.tolist()), self.backend),
+            rows=batch.target_index.to(device),
+            labels=batch.labels.to(device),
         )
+        return loss
 
     def check_base(self) -> None:
         """Prove that this rank's share of the base is as it was filled, in value and type.

@@ -204,10 +204,7 @@ def _finish(run: Run, folder: Path, world: World, *, seconds: float) -> None:
     world.share(f"finish/peak/{world.world_rank}", str(peak_bytes(world.device)).encode())
 
     def finish() -> None:
-        best = run.progress.best_step if run.config.checkpoint.keep_best else None
-        checkpoint = run.saver.last if best is None else run.checkpoints / f"step-{best:08d}"
-        assert checkpoint is not None
-        gather_adapter(checkpoint, out=out)
+        gather_adapter(run.checkpoints.of_adapter(run.progress), out=out)
         peaks = [peak_bytes(world.device)]
         peaks += [int(world.fetch(f"finish/peak/{rank}")) for rank in range(1, world.world_size)]
         summary = _summary(run, folder, out, seconds=seconds) | {"peak_bytes": peaks}

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
-from dist_lora.errors import ConfigError, StopNow
+from dist_lora.checkpoint.saver import Saver
+from dist_lora.errors import ConfigError, StopNow, StoppedForGood, StoppedOnRequest
+from dist_lora.world.world import World
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 END_VARIABLE = "SLURM_JOB_END_TIME"  # seconds since 1970, set in every job since Slurm 22.05
@@ -89,6 +91,43 @@ class StopRequest:
             self._file.unlink()
             return True
         return False
+
+
+class Stopping:
+    """How all ranks stop where any is asked to: after a save, with one reason on all."""
+
+    def __init__(self, world: World, request: StopRequest, saver: Saver) -> None:
+        self._world, self._request, self._saver = world, request, saver
+        self._key = world.fresh_key("stop")
+        self._own_reason = ""
+
+    def is_asked(self, needed_s: float = 0.0) -> bool:
+        """Whether this rank is asked to stop.
+
+        Args:
+            needed_s: how long what comes before the next time it is asked takes at most, without saves.
+        """
+        reason = self._request.reason(needed_s=needed_s + 2 * self._saver.longest_s)
+        if reason and not self._own_reason:
+            who = f" to rank {self._world.world_rank}" if self._world.world_size > 1 else ""
+            self._own_reason = f"{reason}{who}"
+            self._world.share(f"{self._key}/{self._world.world_rank}", self._own_reason.encode())
+        return bool(reason)
+
+    def stop(self, where: str) -> NoReturn:
+        """End the run after its save. All ranks call it.
+
+        Raises:
+            StoppedForGood: a file STOP asked.
+            StoppedOnRequest: something else did.
+        """
+        self._saver.wait()
+        kind = StoppedForGood if self._request.obeyed() else StoppedOnRequest
+        reason = self._own_reason
+        if self._world.store is not None:
+            keys = [f"{self._key}/{rank}" for rank in range(self._world.world_size)]
+            reason = next(self._world.fetch(key).decode() for key in keys if self._world.store.check([key]))
+        raise kind(f"stopped {where} on {reason}; saved {self._saver.last}. The same command goes on from there.")
 
 
 def _end_of_job(environment: Mapping[str, str]) -> float | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dist_lora.data.loader import Loader
 from dist_lora.errors import TrainingError
-from dist_lora.train.loop import Run
+from dist_lora.train.step import TrainStep
 from dist_lora.world.world import World
 from tests.ranks.runs import run_steps
 from tests.ranks.tiny import config_of, documents, trainee_of
@@ -42,21 +43,21 @@ def run_with_a_strayed_rank(world: World, folder: str, into: str) -> str:
     trainee = trainee_of(config, world)
     loader = Loader(documents(seed=0, lengths=[20, 30]), sequence_length=64, packing=False, global_batch=2,
                     micro_batch=1, seed=0, world_rank=world.world_rank, world_size=world.world_size)  # fmt: skip
-    step_of = Run.take_step
+    step_of = TrainStep.take
 
-    def astray(run: Run, *arguments: object) -> object:
-        line = step_of(run, *arguments)  # type: ignore[arg-type]
+    def astray(self: TrainStep, *arguments: Any, **named: Any) -> object:
+        line = step_of(self, *arguments, **named)
         if world.world_rank == 1:
-            run.adapters.homes[0].data[7] += 1e-3  # type: ignore[attr-defined]
+            trainee.adapters.homes[0].data[7] += 1e-3  # type: ignore[attr-defined]
         return line
 
-    Run.take_step = astray  # type: ignore[method-assign, assignment]
+    TrainStep.take = astray  # type: ignore[method-assign, assignment]
     try:
         run_steps(world, config, trainee, loader, folder=Path(into), num_steps=3)
     except TrainingError as error:
         return str(error)
     finally:
-        Run.take_step = step_of  # type: ignore[method-assign]
+        TrainStep.take = step_of  # type: ignore[method-assign]
     return ""
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from dist_lora.data.loader import Loader
-from dist_lora.evaluation.evaluate import run_micro_batch
 from dist_lora.train.schedule import lr_at
 from dist_lora.world.world import World
 from tests.ranks.tiny import accumulate, config_of, documents, trainee_of
@@ -102,10 +101,10 @@ def beginnings(world: World, folder: str) -> tuple:
                     micro_batch=2, seed=0, world_rank=world.world_rank, world_size=world.world_size)  # fmt: skip
     micro = loader.batch(0).micro_batches[0]
     with torch.no_grad():
-        beside = run_micro_batch(trainee.model, micro, device=world.device, backend="sdpa")
+        beside = trainee.run(micro)
         for linear in trainee.model.linears().values():
             linear.adapter = None
-        bare = run_micro_batch(trainee.model, micro, device=world.device, backend="sdpa")
+        bare = trainee.run(micro)
     return trainee.adapters.parameter.detach().numpy(), float(beside), float(bare)
 
 

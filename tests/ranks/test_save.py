@@ -62,8 +62,8 @@ def save_beside_a_sentinel(world: World, model: str, folder: str) -> tuple[str, 
     run = Run(config, trainee, loader=loader, held_out=None, num_steps=2, folder=Path(folder), world=world)
     frozen = [parameter.data for parameter in trainee.model.base_parameters().values()]
     with torch.no_grad():
-        run.adapters.gradient.fill_(0.5)
-        run.adapters.step(1e-3)  # so that the moments hold something
+        trainee.adapters.gradient.fill_(0.5)
+        trainee.adapters.step(1e-3)  # so that the moments hold something
         for tensor in frozen:
             local(tensor).fill_(float(SENTINEL))
     num_sentinels = sum(local(tensor).numpy().tobytes().count(SENTINEL.tobytes()) for tensor in frozen)
@@ -75,7 +75,7 @@ def save_beside_a_sentinel(world: World, model: str, folder: str) -> tuple[str, 
         run.progress.step = 2
         run.save()
         run.saver.wait()
-    return str(run.saver.last), run.adapters.parameter.numel(), num_sentinels
+    return str(run.saver.last), trainee.adapters.parameter.numel(), num_sentinels
 
 
 def test_a_save_holds_what_is_trained_touches_no_frozen_weight_and_calls_no_collective(

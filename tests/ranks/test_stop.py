@@ -14,9 +14,9 @@ import pytest
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader
 from dist_lora.errors import ConfigError, StopNow, StoppedOnRequest
-from dist_lora.train import loop
-from dist_lora.train.loop import Run
+from dist_lora.train import step as step_module
 from dist_lora.train.signals import StopRequest
+from dist_lora.train.step import TrainStep
 from dist_lora.world.world import World
 from tests.ranks.runs import chats_settings, metrics, train_command, train_until_asked
 
@@ -39,14 +39,14 @@ def train_and_touch_stop(world: World, config: dict[str, Any], at_step: int) -> 
 
 def train_in_long_steps(world: World, config: dict[str, Any], at_step: int, at_pass: int) -> str:
     """``dist-lora train`` whose steps count as long; the last rank gets SIGUSR1 in the middle of one, if it is done."""
-    pass_of = Run._micro_batch
+    pass_of = TrainStep._micro_batch
 
-    def micro_batch(self: Run, step: int, index: int, batch: Any) -> Any:
+    def micro_batch(self: TrainStep, step: int, index: int, batch: Any) -> Any:
         if (step, index) == (at_step, at_pass) and world.world_rank == world.world_size - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
         return pass_of(self, step, index, batch)
 
-    with mock.patch.object(loop, "LONG_STEP_S", 0.0), mock.patch.object(Run, "_micro_batch", micro_batch):
+    with mock.patch.object(step_module, "LONG_STEP_S", 0.0), mock.patch.object(TrainStep, "_micro_batch", micro_batch):
         return train_command(world, config)
 
 

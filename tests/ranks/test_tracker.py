@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_lora.checkpoint.saver import Saver
 from dist_lora.config.schema import Config
 from dist_lora.herd.shape import read_shape
 from dist_lora.simulation.collectives import Traffic, traffic
 from dist_lora.simulation.simulate import STEP, Simulation, full_batches, simulate
 from dist_lora.simulation.tracker import Memory, Tracker, register_run
-from dist_lora.train.loop import Run
-from dist_lora.train.signals import StopRequest
+from dist_lora.train.step import TrainStep
 from dist_lora.world.world import World
 from tests.ranks.tiny import config_of, trainee_of
 
@@ -89,18 +89,16 @@ class Seen:
 def tracked_step(world: World, config: Config) -> Seen:
     trainee = trainee_of(config, world)
     loader = full_batches(config, world)
-    run = Run(config, trainee, loader=loader, held_out=None, num_steps=STEP, folder=Path(), world=world)
+    trainee.adapters.start_training(config.optim)
+    steps = TrainStep(config, trainee, loader=loader, num_steps=STEP, saver=Saver(world), world=world)
     trainee.model.train()
-    stop = StopRequest(environment={})
     for step in range(1, STEP):
-        run.take_step(step, stop)
+        steps.take(step)
     tracker = Tracker()
     register_run(tracker, trainee.model, trainee.engine, trainee.adapters)
     before = tracker.alive
-    # Being tracked makes steps long, and between the passes of long ones ranks ask each other whether to stop.
-    run.is_step_long = False
     with tracker:
-        run.take_step(STEP, stop)
+        steps.take(STEP)
     tracker.register("gradients", trainee.adapters.gradients())
     slots = trainee.engine.slots(trainee.model)
     return Seen(

@@ -17,7 +17,6 @@ from dist_lora.base import llama
 from dist_lora.base.attention import Documents
 from dist_lora.base.llama import LOGITS_AT_ONCE, SumOfCrossEntropy
 from dist_lora.data.loader import Loader
-from dist_lora.evaluation.evaluate import run_micro_batch
 from dist_lora.train.build import Trainee
 from dist_lora.train.held_out import loss_of
 from dist_lora.world.world import World
@@ -173,12 +172,12 @@ def big_vocabulary(tiny_llama: Callable[..., Any]) -> tuple[Trainee, Any]:
 def test_no_tensor_of_a_training_pass_or_an_evaluation_is_larger_than_a_slice_of_logits(tiny_llama) -> None:
     trainee, batch = big_vocabulary(tiny_llama)
     with Largest() as largest:
-        loss = run_micro_batch(trainee.model, batch, device=torch.device("cpu"), backend="sdpa")
+        loss = trainee.run(batch)
         (loss / len(batch.labels)).backward()
     assert VOCAB < largest.num_elements <= LOGITS_AT_ONCE, largest.operation
     assert trainee.adapters.gradient.any()
     with Largest() as largest, torch.no_grad():
-        again = run_micro_batch(trainee.model, batch, device=torch.device("cpu"), backend="sdpa")
+        again = trainee.run(batch)
     assert VOCAB < largest.num_elements <= LOGITS_AT_ONCE, largest.operation
     assert float(again) == pytest.approx(float(loss.detach()), rel=1e-6)
 
@@ -231,7 +230,7 @@ def test_an_evaluation_takes_no_more_memory_than_a_training_pass(tiny_llama, pac
     trainee.model.train()
 
     def train_a_pass() -> None:
-        run_micro_batch(trainee.model, batch, device=torch.device("cpu"), backend="sdpa").backward()
+        trainee.run(batch).backward()
 
     train_a_pass()  # whatever is made once is there
     evaluation = peak_bytes(lambda: loss_of(trainee, tokens, config=config, world=World.alone()))

@@ -1,0 +1,177 @@
+"""One optimizer step on this rank: its micro-batches, its update, and what is checked of both."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from dist_lora.checkpoint.saver import Saver
+from dist_lora.config.schema import Config
+from dist_lora.data.loader import Loader, StepBatch
+from dist_lora.errors import TrainingError
+from dist_lora.lora.attach import layers_of
+from dist_lora.text import first_few
+from dist_lora.train.build import Trainee
+from dist_lora.train.meter import peak_bytes
+from dist_lora.train.schedule import lr_at
+from dist_lora.world.world import World
+
+log = logging.getLogger("dist_lora")
+
+LONG_STEP_S = 10.0  # a step that takes longer is left between two micro-batches where the run is asked to stop
+
+
+class TrainStep:
+    """Takes the optimizer steps of a run. All ranks make one and take the same steps."""
+
+    def __init__(
+        self, config: Config, trainee: Trainee, *, loader: Loader, num_steps: int, saver: Saver, world: World
+    ) -> None:
+        self._config, self._trainee, self._loader, self._num_steps = config, trainee, loader, num_steps
+        self._saver, self._world = saver, world
+        self._adapters = trainee.adapters
+        self.is_long = True  # so that ranks ask each other between micro-batches; until one step is known
+
+    def take(
+        self,
+        step: int,
+        *,
+        is_asked: Callable[[float], bool] = lambda needed_s: False,
+        interrupt: Callable[[int], NoReturn] | None = None,
+        longest_s: float = 0.0,
+    ) -> tuple[dict[str, Any], bool]:
+        """One optimizer step; returns its line of metrics, and whether any rank was asked to stop.
+
+        Args:
+            step: its number, from 1.
+            is_asked: whether this rank is asked to stop, or will be within so many seconds.
+            interrupt: called on all ranks with ``step`` where any is asked within a long step, of which nothing is kept.
+            longest_s: what a step took at most, with all that comes before the next one.
+
+        Raises:
+            TrainingError: on all ranks: the loss or the gradient is not finite, or gradients did not arrive.
+            SaveError: the save that was in flight has failed.
+        """
+        started_s = time.monotonic()
+        self._world.progress.now(f"step {step}, reading its data", kind="host")
+        batch = self._loader.batch(step - 1)
+        self._adapters.begin_step()
+        losses = []
+        for index in range(len(batch.micro_batches)):
+            if interrupt is not None and self.is_long and self._world.any(is_asked(0.0)):
+                interrupt(step)
+            losses.append(self._micro_batch(step, index, batch))
+        self._world.progress.now(f"step {step}, its update")
+        loss_sum = torch.stack(losses).sum()
+        own = [is_asked(longest_s), self._saver.has_failed, time.monotonic() - started_s]
+        scalars = torch.cat((loss_sum[None], loss_sum.new_tensor(own)))
+        self._adapters.reduce(scalars)
+        loss, num_asked, num_failed, total_s = scalars.tolist()
+        if num_failed:
+            self._saver.wait()  # which raises on every rank
+        self.is_long = total_s / self._world.world_size > LONG_STEP_S
+        loss /= batch.target_tokens
+        lr = lr_at(step, section=self._config.optim, num_steps=self._num_steps)
+        if lr > 0 and math.isfinite(loss):
+            self._check_gradients(step)
+        grad_norm = self._adapters.step(lr)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self._stop_at_not_finite(step, batch, losses, loss, grad_norm)
+        if step == 1 and self._world.is_first:
+            _warn_of_first_loss(loss, vocab=self._trainee.base.shape.vocab)
+        step_s = time.monotonic() - started_s
+        line = {
+            "step": step,
+            "epoch": batch.epoch,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "target_tokens": batch.target_tokens,
+            "tokens": batch.tokens,
+            "tokens_per_s": batch.tokens / step_s,
+            "step_s": step_s,
+            "peak_bytes": peak_bytes(self._world.device),
+            **self._saver.take_times(),
+        }
+        return line, bool(num_asked)
+
+    def check_copies(self, step: int) -> None:
+        """Raise ``TrainingError`` where ranks that train the same adapters have come to different ones."""
+        if not self._adapters.copies_agree():
+            self._saver.wait()
+            raise TrainingError(
+                f"step {step}: the adapters are not the same on all ranks that hold them: a rank has other weights, "
+                "other data or a faulty device. Nothing of this step was saved: the same command goes on from the last checkpoint."
+            )
+
+    def _micro_batch(self, step: int, index: int, batch: StepBatch) -> Tensor:
+        """Forward and backward of one micro-batch; its gradient counts for its share of the step's target tokens."""
+        self._world.progress.now(f"step {step}, micro-batch {index + 1} of {len(batch.micro_batches)}")
+        if self._config.lora.dropout:
+            # Keyed by what is computed, not by what was computed before: a resumed run draws the same masks.
+            torch.manual_seed(hash((self._config.train.seed, step, self._world.world_rank, index)) % 2**63)
+        loss = self._trainee.run(batch.micro_batches[index])
+        self._adapters.backward(loss / batch.target_tokens, is_last=index == len(batch.micro_batches) - 1)
+        return loss.detach()
+
+    def _check_gradients(self, step: int) -> None:
+        """Raise ``TrainingError``, naming them, where the first steps' gradients did not reach trained tensors.
+
+        At the first step B alone moves (A's gradient is zero as long as B is), at the second A does too.
+        """
+        half = {1: "lora_B", 2: "lora_A"}.get(step)
+        if half is None:
+            return
+        dead = self._adapters.without_gradient(half)
+        error = None
+        if dead:
+            self._saver.wait()
+            error = TrainingError(
+                f"step {step}: {len(dead)} of {len(self._adapters.tensors) // 2} {half} tensors got no gradient, in "
+                f"{layers_of(dead)}: {first_few(dead)}. Nothing that they are beside can learn; the graph behind them "
+                "is cut."
+            )
+        self._world.agree(f"step {step}", error)
+
+    def _stop_at_not_finite(
+        self, step: int, batch: StepBatch, losses: list[Tensor], loss: float, grad_norm: float
+    ) -> None:
+        """End the run on all ranks, naming the samples; every rank gets here, since the sums are everyone's."""
+        self._saver.wait()
+        mine = [
+            sample
+            for micro, value in zip(batch.micro_batches, losses, strict=True)
+            if not value.isfinite()
+            for sample in micro.sample_ids
+        ]
+        saved = f"The last checkpoint is {self._saver.last}." if self._saver.last else "Nothing was saved yet."
+        tail = f"Nothing of this step was kept. {saved}"
+        error = None
+        if mine:
+            error = TrainingError(f"step {step}: the loss of {_samples(mine)} is not finite. {tail}")
+        self._world.agree(f"step {step}", error)
+        error = TrainingError(
+            f"step {step}: the gradient is not finite (its norm is {grad_norm}, the loss {loss}) in a batch "
+            f"of {_samples(batch.sample_ids)}. {tail}"
+        )
+        self._world.agree(f"step {step}", error)
+
+
+def _samples(ids: Sequence[int]) -> str:
+    return f"sample{'s' if len(ids) > 1 else ''} {', '.join(map(str, ids))}"
+
+
+def _warn_of_first_loss(loss: float, *, vocab: int) -> None:
+    """Say so where the base predicts the data much worse than a guess among all tokens would."""
+    guess = math.log(vocab)
+    if loss > 2 * guess:
+        log.warning(
+            f"step 1: the loss is {loss:.2f}, and a guess among the {vocab:,} tokens has {guess:.2f}: the base's weights "
+            "or the chat template look wrong. The run goes on; train --dry-run shows a sample as the model sees it"
+        )
