@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# T tokens of all documents, H query heads, G key and value heads (H is a multiple of G), E width of a head
+from dist_lora.layout.choices import AttentionName
 
-Backend = Literal["sdpa", "varlen", "eager"]
+# T tokens of all documents, H query heads, G key and value heads (H is a multiple of G), E width of a head
 
 
 class Attention(Protocol):
@@ -24,14 +24,6 @@ class Attention(Protocol):
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attended values ``(T, H, E)`` of query ``(T, H, E)``, key and value ``(T, G, E)``."""
         ...
-
-
-def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend for ``model.attention``: ``auto`` takes varlen (flash) on CUDA in 16 bits, else sdpa."""
-    if wanted == "auto":
-        return "varlen" if device.type == "cuda" and dtype == torch.bfloat16 else "sdpa"
-    assert wanted in ("sdpa", "varlen", "eager"), wanted
-    return wanted  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,7 @@ class Documents:
     """
 
     bounds: tuple[int, ...]
-    backend: Backend = "sdpa"
+    backend: AttentionName = "sdpa"
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See ``Attention``."""

@@ -27,7 +27,9 @@ from dist_lora.doctor.links import AxisRate, measure_links
 from dist_lora.doctor.machine import ask_driver, compare_gpus, examine_gpus, examine_host, read_host, torch_build
 from dist_lora.doctor.network import examine_names, interfaces, judge_clocks, judge_links
 from dist_lora.doctor.versions import compare_nodes, examine_versions
+from dist_lora.engines.precision import TORCH_TYPES
 from dist_lora.errors import EXIT_DONE, EXIT_FAILED, DistLoraError, SaveError
+from dist_lora.layout.choices import choose_dtype
 from dist_lora.plan.measured import AtSize, Link, Measured, Product, slowest_of, write_measured
 from dist_lora.world.launcher import Place
 from dist_lora.world.world import World, default_device, join
@@ -53,8 +55,7 @@ class Wishes:
     def dtype(self, device: torch.device) -> torch.dtype:
         """The type that a run would be computed in."""
         wanted = "auto" if self.config is None else self.config.model.dtype
-        is_half = device.type == "cuda" if wanted == "auto" else wanted == "bf16"
-        return torch.bfloat16 if is_half else torch.float32
+        return TORCH_TYPES[choose_dtype(wanted, on_gpu=device.type == "cuda")[0]]
 
 
 def diagnose(place: Place | None, wishes: Wishes) -> int:

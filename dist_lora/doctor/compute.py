@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_lora.base.attention import Documents, choose_backend
+from dist_lora.base.attention import Documents
 from dist_lora.base.quant.formats import Format, Int8, Nf4
 from dist_lora.doctor.findings import Answer
 from dist_lora.errors import DistLoraError
+from dist_lora.layout.choices import DtypeName, choose_attention
 
 # T tokens, D_in and D_out of a linear, H heads of E numbers
 
@@ -145,7 +146,8 @@ def _attention(device: torch.device, dtype: torch.dtype, budget_s: float) -> lis
     Counted are 6 operations for each pair of numbers and seen token: 2 forward, twice that backward, of scores and values.
     """
     rates: list[dict[str, Any]] = []
-    backend = choose_backend("auto", device, dtype)
+    name: DtypeName = "bf16" if dtype == torch.bfloat16 else "fp32"
+    backend, _ = choose_attention("auto", dtype=name, on_gpu=device.type == "cuda")
     for tokens, heads, head_dim in DOCUMENTS:
         flops = 6 * heads * head_dim * tokens * tokens
         if rates and flops / rates[-1]["flops_per_s"][1] > TOO_LONG * budget_s:

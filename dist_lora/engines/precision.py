@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,10 @@ from dist_lora.base.llama import Llama
 from dist_lora.base.quant.formats import Format
 from dist_lora.engines.adapters import Adapters
 from dist_lora.errors import TrainingError
+from dist_lora.layout.choices import DtypeName
 from dist_lora.text import first_few
 
+TORCH_TYPES: Mapping[DtypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TRAINED = torch.float32  # adapters, the sum of their gradients, AdamW's moments
 
 
@@ -59,13 +62,6 @@ class Precision:
                 f"{len(wrong):,} tensors are not in the format that this run declares: {first_few(wrong)}. A library "
                 "has cast them; nothing is saved from here on. Compare its version with constraints.txt."
             )
-
-
-def base_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The type that the base is stored and computed in for ``model.dtype``; ``auto`` is bf16 on a GPU, else fp32."""
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,15 +1,21 @@
-"""Who holds what of a run: the choices that a config leaves open, made from bytes, each with its reason."""
+"""What a config leaves open, decided once, each choice with its reason: the run obeys it, and the plan reads it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from dist_lora.config.schema import ParallelSection
+from dist_lora.config.schema import Config, ParallelSection
 from dist_lora.errors import ConfigError
+from dist_lora.herd.shape import Shape
+from dist_lora.layout.storage import base_parts, check_quant
 from dist_lora.text import size
 
 EngineName = Literal["none", "fsdp2", "zero3"]
+DtypeName = Literal["bf16", "fp32"]
+AttentionName = Literal["sdpa", "varlen", "eager"]
+ITEM_BYTES: Mapping[DtypeName, int] = {"bf16": 2, "fp32": 4}
 
 BYTES_A_TRAINED_WEIGHT = 16  # fp32: the weight, its gradient and AdamW's two moments
 BASE_SHARE = 0.6  # of a device's memory: what a node's shard of the base may take before the world shares it
@@ -26,6 +32,81 @@ class Layout:
     base_on_host: bool
     optimizer_on_host: bool
     reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """All that was decided of a run on its machines.
+
+    Args:
+        dtype: in which the base is stored, where it is not quantized, and computed.
+        recompute: activations are computed again in the backward.
+        reasons: a line for each choice.
+    """
+
+    dtype: DtypeName
+    attention: AttentionName
+    recompute: bool
+    layout: Layout
+    reasons: tuple[str, ...]
+
+
+def choose(
+    config: Config, shape: Shape, *, name: str | None, world_size: int, local_size: int, device_bytes: int, on_gpu: bool
+) -> Choices:
+    """The choices of a config for a model on so many ranks.
+
+    Args:
+        name: the model's, for errors.
+        local_size: ranks of a node.
+        device_bytes: memory of one rank's device; on a CPU its part of the host's.
+        on_gpu: whether ranks compute on GPUs.
+
+    Raises:
+        ConfigError: settings of ``parallel`` contradict each other or the world; a layer that the model doesn't have; its
+            linears can't be quantized so.
+    """
+    check_quant(shape, config.model.quant, name)
+    dtype, why_dtype = choose_dtype(config.model.dtype, on_gpu=on_gpu)
+    attention, why_attention = choose_attention(config.model.attention, dtype=dtype, on_gpu=on_gpu)
+    wanted = config.train.activation_checkpointing
+    recompute = on_gpu if wanted == "auto" else wanted
+    because = "as set" if wanted != "auto" else "on a GPU memory is short" if on_gpu else "on a CPU time is short"
+    targets, layers = config.lora.target_names(), config.lora.layer_indices(shape.num_layers)
+    parts = base_parts(shape, quant=config.model.quant, item_bytes=ITEM_BYTES[dtype])
+    layout = choose_layout(
+        config.parallel,
+        world_size=world_size,
+        local_size=local_size,
+        base_bytes=sum(part.num_bytes for part in parts),
+        trained_weights=shape.adapter_parameters(targets, layers, config.lora.rank),
+        device_bytes=device_bytes,
+    )
+    reasons = (
+        *layout.reasons,
+        f"dtype     {dtype}: {why_dtype}",
+        f"attention {attention}: {why_attention}",
+        f"recompute {'on' if recompute else 'off'}: {because}",
+    )
+    return Choices(dtype, attention, recompute, layout, reasons)
+
+
+def choose_dtype(wanted: Literal["auto", "bf16", "fp32"], *, on_gpu: bool) -> tuple[DtypeName, str]:
+    """``model.dtype`` decided, and why."""
+    if wanted != "auto":
+        return wanted, "as set"
+    return ("bf16", "on a GPU") if on_gpu else ("fp32", "on a CPU")
+
+
+def choose_attention(
+    wanted: Literal["auto", "sdpa", "varlen", "eager"], *, dtype: DtypeName, on_gpu: bool
+) -> tuple[AttentionName, str]:
+    """``model.attention`` decided, and why."""
+    if wanted != "auto":
+        return wanted, "as set"
+    if on_gpu and dtype == "bf16":
+        return "varlen", "a flash kernel takes all documents of a micro-batch at once"
+    return "sdpa", "flash needs 16 bits" if on_gpu else "flash needs a GPU"
 
 
 def choose_layout(

@@ -11,10 +11,9 @@ import math
 from dataclasses import dataclass
 
 from dist_lora.config.schema import Config
-from dist_lora.errors import ConfigError
 from dist_lora.herd.shape import Shape
-from dist_lora.layout.choices import Layout, check_node_size, choose_layout
-from dist_lora.layout.storage import FP32, base_parts, nf4_refusal
+from dist_lora.layout.choices import ITEM_BYTES, Choices, Layout, check_node_size, choose
+from dist_lora.layout.storage import FP32, base_parts
 
 LOGITS_AT_ONCE = 2**25  # weights of the largest slice of logits: 128 MiB in fp32, 261 rows at V = 128256
 
@@ -24,25 +23,37 @@ class Setup:
     """A run, as far as memory, wires and time depend on it.
 
     Args:
-        item_bytes: c, of the type that is computed in.
-        recompute: activations are computed again in the backward.
+        choices: what the config left open, decided.
         joins_documents: attention is computed for each document of a pass, and what it gave is joined.
         num_ranks: R of the world; ``local_size`` of a node.
     """
 
     shape: Shape
     quant: str
-    item_bytes: int
+    choices: Choices
     lora_rank: int
     targets: tuple[str, ...]
     layers: tuple[int, ...]
     micro_tokens: int
     passes: int
-    recompute: bool
     joins_documents: bool
-    layout: Layout
     num_ranks: int
     local_size: int
+
+    @property
+    def item_bytes(self) -> int:
+        """c, of the type that is computed in."""
+        return ITEM_BYTES[self.choices.dtype]
+
+    @property
+    def recompute(self) -> bool:
+        """Activations are computed again in the backward."""
+        return self.choices.recompute
+
+    @property
+    def layout(self) -> Layout:
+        """Who holds what."""
+        return self.choices.layout
 
     @property
     def base_ranks(self) -> int:
@@ -80,44 +91,29 @@ def setup_of(
     num_ranks = num_nodes * gpus_per_node
     local_size = config.parallel.node_size or gpus_per_node
     check_node_size(world_size=num_ranks, local_size=local_size)
-    if config.model.quant == "nf4":
-        _check_nf4(shape, config.model.name)
-    is_half = config.model.dtype == "bf16" or (config.model.dtype == "auto" and on_gpu)
-    item_bytes = 2 if is_half else 4
-    targets, layers = config.lora.target_names(), config.lora.layer_indices(shape.num_layers)
-    layout = choose_layout(
-        config.parallel,
+    choices = choose(
+        config,
+        shape,
+        name=config.model.name,
         world_size=num_ranks,
         local_size=local_size,
-        base_bytes=sum(part.num_bytes for part in base_parts(shape, quant=config.model.quant, item_bytes=item_bytes)),
-        trained_weights=shape.adapter_parameters(targets, layers, config.lora.rank),
         device_bytes=device_bytes,
+        on_gpu=on_gpu,
     )
     train = config.train
-    wanted = train.activation_checkpointing
     return Setup(
         shape=shape,
         quant=config.model.quant,
-        item_bytes=item_bytes,
+        choices=choices,
         lora_rank=config.lora.rank,
-        targets=targets,
-        layers=layers,
+        targets=config.lora.target_names(),
+        layers=config.lora.layer_indices(shape.num_layers),
         micro_tokens=train.micro_batch * train.sequence_length,
         passes=math.ceil(math.ceil(train.global_batch / num_ranks) / train.micro_batch),
-        recompute=on_gpu if wanted == "auto" else wanted,
-        joins_documents=train.micro_batch > 1
-        and not (on_gpu and is_half and config.model.attention in ("auto", "varlen")),
-        layout=layout,
+        joins_documents=train.micro_batch > 1 and choices.attention != "varlen",
         num_ranks=num_ranks,
         local_size=local_size,
     )
-
-
-def _check_nf4(shape: Shape, model_name: str) -> None:
-    for linear, sizes in shape.linear_shapes().items():
-        why = nf4_refusal(*sizes)
-        if why is not None:
-            raise ConfigError(f"model.quant: nf4 can't keep {model_name}: {linear}: {why}")
 
 
 # The base

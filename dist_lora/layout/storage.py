@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dist_lora.errors import ConfigError
 from dist_lora.herd.shape import Shape
 
 FP32 = 4  # bytes of a number
@@ -20,6 +21,14 @@ def nf4_refusal(out: int, width: int) -> str | None:
         f"nf4 cuts each row into blocks of {NF4_BLOCK} weights, and a linear of ({out:,}, {width:,}) "
         f"has {width % NF4_BLOCK} left over in each: set model.quant to int8 or none."
     )
+
+
+def check_quant(shape: Shape, quant: str, model_name: str | None) -> None:
+    """Raise ``ConfigError`` where a linear of the model can't be quantized so."""
+    for linear, sizes in shape.linear_shapes().items() if quant == "nf4" else ():
+        why = nf4_refusal(*sizes)
+        if why is not None:
+            raise ConfigError(f"model.quant: nf4 can't keep {model_name}: {linear}: {why}")
 
 
 @dataclass(frozen=True)

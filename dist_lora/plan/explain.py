@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dist_lora.config.schema import Config
 from dist_lora.herd.models import KnownModel, known_model
-from dist_lora.layout.choices import BYTES_A_TRAINED_WEIGHT
+from dist_lora.layout.choices import BYTES_A_TRAINED_WEIGHT, ITEM_BYTES, choose_dtype
 from dist_lora.layout.storage import FP32, base_parts
 from dist_lora.text import in_columns
 
@@ -53,7 +53,7 @@ def ways_of(config: Config, model: KnownModel) -> list[Way]:
 
 
 def _bytes_a_frozen_weight(config: Config, model: KnownModel) -> float:
-    item_bytes = 4 if config.model.dtype == "fp32" else 2
+    item_bytes = ITEM_BYTES[choose_dtype(config.model.dtype, on_gpu=True)[0]]
     parts = base_parts(model.shape, quant=config.model.quant, item_bytes=item_bytes)
     return sum(part.num_bytes for part in parts) / model.shape.num_parameters()
 

@@ -141,7 +141,7 @@ class Plan:
             "wall": self.speed.wall,
             "steps": self.steps,
             "notes": self.notes,
-            "chosen": [" ".join(reason.split()) for reason in self.setup.layout.reasons],
+            "chosen": [" ".join(reason.split()) for reason in self.setup.choices.reasons],
             "changes": [asdict(change) for change in self.changes],
         }  # fmt: skip
 

@@ -19,14 +19,12 @@ def lines_of(plan: Plan) -> Iterator[str]:
     yield f"{plan.config.run}: {plan.config.model.name} ({stored}) with LoRA rank {setup.lora_rank} on {machines}"
     counted = "" if shape.counted is None else " (as given; what is computed is a Llama's of these sizes)"
     yield f"  {shape.num_parameters():,} frozen weights{counted}, {setup.trained_weights:,} trained"
-    for reason in setup.layout.reasons:
+    for reason in setup.choices.reasons:
         yield f"  {reason}"
     for note in plan.notes:
         yield f"  note      {note}"
-    recompute = "computed again in the backward" if setup.recompute else "kept for the backward"
     yield (
-        f"  a pass  {train.micro_batch} x {train.sequence_length:,} tokens a GPU, {setup.passes} pass{'es' * (setup.passes > 1)} a step; "
-        f"activations are {recompute}"
+        f"  a pass  {train.micro_batch} x {train.sequence_length:,} tokens a GPU, {setup.passes} pass{'es' * (setup.passes > 1)} a step"
     )
     yield ""
     yield f"The fullest GPU holds most {memory.when}:"

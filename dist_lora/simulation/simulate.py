@@ -19,7 +19,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from dist_lora.base.attention import choose_backend
 from dist_lora.base.index import WeightIndex
 from dist_lora.base.quant.published import BaseOnDisk
 from dist_lora.checkpoint.saver import Saver
@@ -100,7 +99,6 @@ def simulate(
         raise ConfigError(
             f"machines: found {num_nodes} nodes of {gpus_per_node} GPUs, expected at least one of each (--nodes, --gpus-per-node)"
         )
-    config = _resolved(config, device)
     num_ranks, local_size = num_nodes * gpus_per_node, config.parallel.node_size or gpus_per_node
     check_node_size(world_size=num_ranks, local_size=local_size)
     with pretended_world(num_nodes=num_ranks // local_size, gpus_per_node=local_size) as world:
@@ -109,7 +107,9 @@ def simulate(
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         # FSDP2's meshes are made of real tensors; DeepSpeed makes parameters while it cuts, which must be fake ones.
         with fake if config.parallel.engine == "zero3" else nullcontext():
-            placed = place(config, shape, world, name=config.model.name, memory_bytes=device_bytes)
+            placed = place(
+                config, shape, world, name=config.model.name, memory_bytes=device_bytes, on_gpu=device == "gpu"
+            )
         memory, sent, host_bytes = _step(config, shape, placed, world, loader, fake, num_passes=len(passes))
     return Simulation(
         peak_bytes=memory.peak.total_bytes,
@@ -125,25 +125,6 @@ def simulate(
     )
 
 
-def _resolved(config: Config, device: Literal["gpu", "cpu"]) -> Config:
-    """The config with what ``auto`` means on the pretended device, since the process has only a CPU's tensors."""
-    kind = torch.device("cuda" if device == "gpu" else "cpu")
-    model = config.model
-    dtype = ("bf16" if device == "gpu" else "fp32") if model.dtype == "auto" else model.dtype
-    in_torch = torch.bfloat16 if dtype == "bf16" else torch.float32
-    recompute = config.train.activation_checkpointing
-    return config.model_copy(
-        update={
-            "model": model.model_copy(
-                update={"dtype": dtype, "attention": choose_backend(model.attention, kind, in_torch)}
-            ),
-            "train": config.train.model_copy(
-                update={"activation_checkpointing": device == "gpu" if recompute == "auto" else recompute}
-            ),
-        }
-    )
-
-
 def _pretended(config: Config, shape: Shape, placed: Placed, *, num_passes: int) -> tuple[str, ...]:
     told = [
         "tensors have sizes and no contents, and collectives return at once: nothing is computed or sent",
@@ -153,11 +134,11 @@ def _pretended(config: Config, shape: Shape, placed: Placed, *, num_passes: int)
     if shape.counted is not None:
         llama = dataclasses.replace(shape, counted=None).num_parameters()
         told.append(f"the model is a Llama of these sizes, with {llama:,} weights instead of {shape.counted:,}")
-    if config.model.attention == "varlen":
+    if placed.choices.attention == "varlen":
         told.append("flash attention is its declared output and softmax statistics; its kernel doesn't run")
     if placed.engine.layout.base_on_host:
         told.append("the shards of the block that is gathered, brought from the host, aren't counted on the device")
-    if config.model.quant == "int8" and config.model.dtype == "bf16":
+    if config.model.quant == "int8" and placed.choices.dtype == "bf16":
         told.append("int8's dequantization holds 64 MiB more for a moment, within its operator")
     if num_passes > MOST_PASSES:
         told.append(
@@ -180,8 +161,7 @@ def _step(
         assert isinstance(adapters, FlatAdapters)
         identity = BaseIdentity(config.model.name, None, None, None)
         base = Base(Path(), shape, BaseOnDisk(WeightIndex(Path(), {}), {}), None, identity)
-        backend = choose_backend(config.model.attention, world.device, placed.precision.dtype)
-        trainee = Trainee(base, model, engine, adapters, backend, placed.precision, {})
+        trainee = Trainee(base, model, engine, adapters, placed.choices.attention, placed.precision, {})
         adapters.start_training(config.optim)
         step = TrainStep(config, trainee, loader=loader, num_steps=STEP, saver=Saver(world), world=world)
         model.train()

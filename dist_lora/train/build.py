@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_lora.base.attention import Backend, Documents, choose_backend
+from dist_lora.base.attention import Documents
 from dist_lora.base.checksum import check_untouched, checksums
 from dist_lora.base.hub import fetch_model
 from dist_lora.base.index import WeightIndex, open_index
 from dist_lora.base.llama import Llama, build_on_meta
-from dist_lora.base.quant.formats import Format, format_of
+from dist_lora.base.quant.formats import format_of
 from dist_lora.base.quant.published import BaseOnDisk, open_base_on_disk
 from dist_lora.base.rope import check_frequencies
 from dist_lora.base.stream import fill_slots
@@ -28,11 +28,11 @@ from dist_lora.data.loader import MicroBatch
 from dist_lora.engines.adapters import Adapters
 from dist_lora.engines.choose import make_engine
 from dist_lora.engines.engine import Engine
-from dist_lora.engines.precision import Precision, base_dtype
+from dist_lora.engines.precision import TORCH_TYPES, Precision
 from dist_lora.errors import ConfigError, DistLoraError, WeightsError
 from dist_lora.herd.models import refuse_shape
 from dist_lora.herd.shape import ResolvedModel, Shape, read_shape, resolve_model
-from dist_lora.layout.choices import Layout, check_section, choose_layout
+from dist_lora.layout.choices import AttentionName, Choices, check_section, choose
 from dist_lora.lora.adapter_reader import open_adapter, read_adapter
 from dist_lora.lora.attach import AdapterTensor, attach_adapters
 from dist_lora.lora.fit import check_fit
@@ -61,7 +61,7 @@ class Trainee:
     model: Llama
     engine: Engine
     adapters: Adapters
-    backend: Backend
+    attention: AttentionName
     precision: Precision
     checksums: dict[str, int]  # of this rank's share of the base, as it was filled
 
@@ -71,7 +71,7 @@ class Trainee:
         loss: Tensor = self.engine.forward_of(self.model)(
             batch.ids.to(device),
             positions=batch.positions.to(device),
-            attention=Documents(tuple(batch.starts.tolist()), self.backend),
+            attention=Documents(tuple(batch.starts.tolist()), self.attention),
             rows=batch.target_index.to(device),
             labels=batch.labels.to(device),
         )
@@ -172,31 +172,50 @@ class Placed:
     tensors: list[AdapterTensor]
     engine: Engine
     precision: Precision
+    choices: Choices
     how: str
 
 
-def place(config: Config, shape: Shape, world: World, *, name: str | None, memory_bytes: int | None = None) -> Placed:
+def place(
+    config: Config,
+    shape: Shape,
+    world: World,
+    *,
+    name: str | None,
+    memory_bytes: int | None = None,
+    on_gpu: bool | None = None,
+) -> Placed:
     """The model of a config on meta, its adapters attached, cut by its engine. All ranks call it.
 
     Args:
         name: the model's, for errors.
         memory_bytes: of each rank's device; None asks it.
+        on_gpu: as whose run the choices are made; None goes by the world's device.
 
     Raises:
         ConfigError: the settings of ``parallel`` contradict each other, or the shapes can't be quantized.
     """
-    dtype = base_dtype(config.model.dtype, world.device)
+    choices = choose(
+        config,
+        shape,
+        name=name,
+        world_size=world.world_size,
+        local_size=world.local_size,
+        device_bytes=memory_bytes or world.least("layout/device_bytes", device_bytes(world)),
+        on_gpu=world.device.type == "cuda" if on_gpu is None else on_gpu,
+    )
+    if world.is_first:
+        for reason in choices.reasons:
+            log.info(reason)
+    dtype = TORCH_TYPES[choices.dtype]
     fmt = format_of(config.model.quant, dtype)
-    _check_shapes(shape, fmt, name)
     model = build_on_meta(shape, dtype=dtype, fmt=fmt)
     tensors = attach_adapters(model, config.lora)
-    wanted = config.train.activation_checkpointing
     for block in model.blocks():
-        # With a GPU memory is what is short; on a CPU it is time.
-        block.recompute = world.device.type == "cuda" if wanted == "auto" else wanted
+        block.recompute = choices.recompute
     world.progress.now("placing the base", kind="unseen")  # may compile (DeepSpeed's kernels) and open a GPU
-    engine = make_engine(_layout(config, model, tensors, world, memory_bytes), world)
-    return Placed(model, tensors, engine, Precision(fmt, dtype), engine.shard(model))
+    engine = make_engine(choices.layout, world)
+    return Placed(model, tensors, engine, Precision(fmt, dtype), choices, engine.shard(model))
 
 
 def build(config: Config, base: Base, world: World) -> Trainee:
@@ -221,36 +240,12 @@ def build(config: Config, base: Base, world: World) -> Trainee:
         model,
         engine,
         adapters,
-        choose_backend(config.model.attention, world.device, placed.precision.dtype),
+        placed.choices.attention,
         placed.precision,
         checksums(engine.frozen_shares(model)),
     )
     trainee.precision.check(model, adapters)
     return trainee
-
-
-def _check_shapes(shape: Shape, fmt: Format, model_name: str | None) -> None:
-    refused = {name: why for name, sizes in shape.linear_shapes().items() if (why := fmt.refusal(*sizes))}
-    if refused:
-        name, why = next(iter(refused.items()))
-        raise ConfigError(f"model.quant: {fmt.name} can't keep {model_name}: {name}: {why}")
-
-
-def _layout(
-    config: Config, model: Llama, tensors: list[AdapterTensor], world: World, memory_bytes: int | None
-) -> Layout:
-    layout = choose_layout(
-        config.parallel,
-        world_size=world.world_size,
-        local_size=world.local_size,
-        base_bytes=model.base_bytes,
-        trained_weights=sum(tensor.parameter.numel() for tensor in tensors),
-        device_bytes=memory_bytes or world.least("layout/device_bytes", device_bytes(world)),
-    )
-    if world.is_first:
-        for reason in layout.reasons:
-            log.info(reason)
-    return layout
 
 
 def _fill(base: Base, model: Llama, engine: Engine, world: World, how: str) -> None:

@@ -103,7 +103,7 @@ def test_a_gpu_in_fp32_has_the_losses_of_the_cpu(world, tiny_llama) -> None:
 
 def test_bf16_is_the_default_and_holds_to_its_table(world, tiny_llama) -> None:
     trainee = trainee_of(config_of(tiny_llama("llama31"), model={"dtype": "auto", "quant": "nf4"}), world)
-    assert trainee.precision.dtype == torch.bfloat16 and trainee.backend == "varlen"
+    assert trainee.precision.dtype == torch.bfloat16 and trainee.attention == "varlen"
     step: Callable[[], float] = step_of(trainee, world)
     assert step() > 0
     trainee.check_base()

@@ -90,7 +90,7 @@ def our_logits(settings: dict[str, Any], adapter: Path, ids: torch.Tensor) -> to
         return trainee.model(
             ids,
             positions=torch.arange(count),
-            attention=Documents((0, count), trainee.backend),
+            attention=Documents((0, count), trainee.attention),
             rows=torch.arange(count - LAST, count),
         )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_lora.base.attention import Backend, Documents, choose_backend
+from dist_lora.base.attention import Documents
+from dist_lora.layout.choices import AttentionName
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 BOUNDS = (0, 5, 6, 7, 8, 20)
@@ -40,7 +41,7 @@ def test_a_change_in_one_document_leaves_every_other_bit_where_it_was(backend) -
     assert not torch.equal(before[:5], after[:5])
 
 
-def values_and_gradients(backend: Backend, dtype: torch.dtype) -> list[torch.Tensor]:
+def values_and_gradients(backend: AttentionName, dtype: torch.dtype) -> list[torch.Tensor]:
     """Attended values, and the gradients of query, key and value of the sum of their squares, in float64."""
     inputs = [tensor.to(dtype).requires_grad_() for tensor in heads(0)]
     attended = Documents(BOUNDS, backend)(0, *inputs)
@@ -57,10 +58,3 @@ def test_both_backends_agree_on_values_and_gradients() -> None:
             # A score's gradient is a difference of two sums of 16 products, whose magnitudes come to 60: up to 16
             # roundings of each are left, though they cancel, and go on to the gradients of query and key.
             torch.testing.assert_close(found, exact, atol=1e-4, rtol=0)
-
-
-def test_auto_takes_flash_on_a_gpu_in_16_bits_and_sdpa_elsewhere() -> None:
-    assert choose_backend("auto", torch.device("cuda"), torch.bfloat16) == "varlen"
-    assert choose_backend("auto", torch.device("cuda"), torch.float32) == "sdpa"
-    assert choose_backend("auto", torch.device("cpu"), torch.float32) == "sdpa"
-    assert choose_backend("eager", torch.device("cuda"), torch.bfloat16) == "eager"

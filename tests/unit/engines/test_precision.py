@@ -9,7 +9,7 @@ from dist_lora.base.llama import Llama, build_on_meta
 from dist_lora.base.quant.formats import Int8, Nf4, Plain
 from dist_lora.config.schema import LoraSection
 from dist_lora.engines.adapters import Adapters, ReplicatedAdapters
-from dist_lora.engines.precision import Precision, base_dtype
+from dist_lora.engines.precision import Precision
 from dist_lora.errors import TrainingError
 from dist_lora.herd.shape import Shape
 from dist_lora.lora.attach import attach_adapters
@@ -59,9 +59,3 @@ def test_adapters_in_16_bits_are_named() -> None:
     setattr(half.module, half.attribute, torch.nn.Parameter(half.parameter.data.bfloat16()))
     with pytest.raises(TrainingError, match=r"k_proj.lora_B is bf16, not fp32"):
         precision.check(model, adapters)
-
-
-def test_auto_is_bf16_on_a_gpu_and_fp32_on_a_cpu() -> None:
-    assert base_dtype("auto", torch.device("cuda")) == torch.bfloat16
-    assert base_dtype("auto", torch.device("cpu")) == torch.float32
-    assert base_dtype("bf16", torch.device("cpu")) == torch.bfloat16

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from dist_lora.config.schema import ParallelSection
+from dist_lora.config.schema import Config, ParallelSection
 from dist_lora.errors import ConfigError
-from dist_lora.layout.choices import GIB, Layout, check_section, choose_layout
+from dist_lora.herd.shape import MEMBERS
+from dist_lora.layout.choices import Layout, check_section, choose, choose_attention, choose_dtype, choose_layout
+from dist_lora.text import GIB
 
 
 def chosen(world_size: int, local_size: int, *, base_gib: float = 100, trained: int = 10**7, **settings: str) -> Layout:
@@ -79,3 +83,43 @@ def test_all_contradictions_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as raised:
         check_section(ParallelSection(engine="none", offload="all", adapters="shard"), world_size=2, local_size=2)
     assert len(str(raised.value).splitlines()) == 3
+
+
+def test_auto_is_bf16_on_a_gpu_and_fp32_on_a_cpu() -> None:
+    assert choose_dtype("auto", on_gpu=True) == ("bf16", "on a GPU")
+    assert choose_dtype("auto", on_gpu=False) == ("fp32", "on a CPU")
+    assert choose_dtype("bf16", on_gpu=False) == ("bf16", "as set")
+
+
+def test_auto_takes_flash_on_a_gpu_in_16_bits_and_sdpa_elsewhere() -> None:
+    assert choose_attention("auto", dtype="bf16", on_gpu=True)[0] == "varlen"
+    assert choose_attention("auto", dtype="fp32", on_gpu=True)[0] == "sdpa"
+    assert choose_attention("auto", dtype="fp32", on_gpu=False)[0] == "sdpa"
+    assert choose_attention("eager", dtype="bf16", on_gpu=True) == ("eager", "as set")
+
+
+@pytest.mark.parametrize(("setting", "on_gpu", "expected"), [
+    ("auto", True, "recompute on: on a GPU memory is short"), ("auto", False, "recompute off: on a CPU time is short"),
+    (True, False, "recompute on: as set"), (False, True, "recompute off: as set"),
+])  # fmt: skip
+def test_each_choice_of_a_run_has_its_reason(setting, on_gpu, expected) -> None:
+    config = Config.model_validate({
+        "run": "it", "model": {"name": "3.2-1b"}, "data": {"train": "x"}, "train": {"activation_checkpointing": setting},
+    })  # fmt: skip
+    chosen = choose(
+        config, MEMBERS["3.2-1b"].shape, name="3.2-1b", world_size=4, local_size=2, device_bytes=2**35, on_gpu=on_gpu
+    )
+    assert chosen.recompute is expected.startswith("recompute on")
+    assert [reason.split()[0] for reason in chosen.reasons] == [
+        "engine", "base", "adapters", "dtype", "attention", "recompute"
+    ]  # fmt: skip
+    assert chosen.reasons[-1] == expected
+
+
+def test_what_nf4_can_not_keep_is_refused_where_the_choices_are_made() -> None:
+    config = Config.model_validate({"run": "it", "model": {"name": "x", "quant": "nf4"}, "data": {"train": "x"}})
+    shape = dataclasses.replace(MEMBERS["3.2-1b"].shape, ffn=96)
+    with pytest.raises(
+        ConfigError, match=r"model.quant: nf4 can't keep x: down_proj: nf4 cuts each row into blocks of 64"
+    ):
+        choose(config, shape, name="x", world_size=1, local_size=1, device_bytes=2**35, on_gpu=False)
