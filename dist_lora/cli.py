@@ -10,7 +10,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -74,27 +75,15 @@ def train(
         print(f"not started again, since it ended with exit code {before.code}: {before.reason}", file=sys.stderr)
         sys.exit(before.code)
 
-    def leave(error: BaseException | None) -> None:
-        if not dry_run:
-            mark.end(error)
-
+    end = (lambda error: None) if dry_run else mark.end
     # From here on, and not from where the work begins: what is imported until then takes long, on some file systems.
-    with StopRequest() as stop:
+    with StopRequest() as stop, _joined(loaded, nproc, needs_all=not dry_run, end=end) as world:
+        from dist_lora.train.command import train as train_here
 
-        def work(world: World) -> None:
-            from dist_lora.train.command import train as train_here
-
-            train_here(loaded, world, stop, is_dry=dry_run)
-            stop.over()
-            if world.is_first:
-                leave(None)
-
-        try:
-            _on_ranks(loaded, nproc, work, needs_all=not dry_run, leave=leave)
-        except StopNow as error:  # before there was a rank that could tell
-            report_error(error)
-            leave(error)
-            sys.exit(error.exit_code)
+        train_here(loaded, world, stop, is_dry=dry_run)
+        stop.over()
+        if world.is_first:
+            end(None)
 
 
 @app.command()
@@ -220,14 +209,12 @@ def evaluate(
     """Held-out loss, perplexity, and exact match of generated answers where eval.exact_match is set."""
     loaded = _load(config, overrides)
 
-    def work(world: World) -> None:
+    with _joined(loaded, nproc) as world:
         from dist_lora.train.command import evaluate as evaluate_here
 
         result = evaluate_here(loaded, world, adapter=adapter)
         if world.is_first:
             print(json.dumps(result) if as_json else _as_table(result), flush=True)
-
-    _on_ranks(loaded, nproc, work)
 
 
 @app.command()
@@ -276,7 +263,7 @@ def merge(
     ] = Quantization.NONE,
 ) -> None:
     """Add an adapter to its base for good: a model that runs at the base's speed. Streams from file to file."""
-    from dist_lora.chat.command import find_base, origin_of
+    from dist_lora.lora.find_base import find_base, origin_of
     from dist_lora.lora.merge import merge_adapter
 
     trained_beside = origin_of(adapter).quant
@@ -388,39 +375,47 @@ def _as_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _on_ranks(
+@contextmanager
+def _joined(
     config: Config,
     nproc: int | None,
-    work: Callable[[World], None],
     *,
     needs_all: bool = True,
-    leave: Callable[[BaseException], None] = lambda error: None,
-) -> NoReturn:
-    """Do the work as the rank that a launcher made of this process, alone, or by starting local ranks.
+    end: Callable[[BaseException | None], None] = lambda error: None,
+) -> Iterator[World]:
+    """The world of the rank that a launcher made of this process, or of a process alone; else local ranks are started.
 
     Args:
         needs_all: work for all GPUs; else one process does where neither a launcher nor ``nproc`` says otherwise.
-        leave: called by the rank that tells the user of an error, once it has told.
+        end: called by the rank that tells the user of an error, once it has told.
+
+    Raises:
+        SystemExit: with the exit code of the local ranks, or of an error, which is told.
     """
-    from dist_lora.world.launcher import place_from_environment
 
-    place = place_from_environment(os.environ)
-    if place is not None and nproc not in (None, place.local_size):
-        raise ConfigError(
-            f"--nproc: found {nproc}, and the launcher started {place.local_size} of the {place.world_size} processes on "
-            "each node. Leave --nproc out under a launcher, which says how many there are."
-        )
-    if place is not None and place.world_rank > 0:
-        logging.getLogger("dist_lora").setLevel(logging.ERROR)  # the first rank speaks for all
-    if place is None:
-        _start_ranks(nproc or (_num_gpus() if needs_all else 1))
-    from dist_lora.supervision.run_rank import run_as_rank
-
-    def report(error: BaseException, who: str) -> None:
+    def report(error: BaseException, who: str = "") -> None:
         report_error(error, who)
-        leave(error)
+        end(error)
 
-    sys.exit(run_as_rank(place, config, work, report=report))
+    try:
+        from dist_lora.world.launcher import place_from_environment
+
+        place = place_from_environment(os.environ)
+        if place is not None and nproc not in (None, place.local_size):
+            raise ConfigError(
+                f"--nproc: found {nproc}, and the launcher started {place.local_size} of the {place.world_size} processes "
+                "on each node. Leave --nproc out under a launcher, which says how many there are."
+            )
+        if place is not None and place.world_rank > 0:
+            logging.getLogger("dist_lora").setLevel(logging.ERROR)  # the first rank reports on behalf of all
+        if place is None:
+            _start_ranks(nproc or (_num_gpus() if needs_all else 1))
+        from dist_lora.supervision.run_rank import joined
+    except StopNow as error:  # before there was a rank that could tell
+        report(error)
+        sys.exit(error.exit_code)
+    with joined(place, config, report=report) as world:
+        yield world
 
 
 def _start_ranks(num_ranks: int) -> None:

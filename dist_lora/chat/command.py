@@ -2,64 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-
-import yaml
 
 from dist_lora.chat.chat import Speaker, chat, continue_text
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.evaluation.generate import stop_ids_of
-from dist_lora.herd.shape import resolve_model
 from dist_lora.lora.adapter_reader import open_adapter
-from dist_lora.train.build import Trainee, build, check_adapter, folder_of, load_adapter, open_base
+from dist_lora.lora.find_base import base_name, origin_of
+from dist_lora.train.build import Trainee, build, check_adapter, load_adapter, open_base
 from dist_lora.world.world import World
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What the config of the run that an adapter lies in says of it; nothing where it lies elsewhere."""
-
-    model: str | None = None
-    quant: str | None = None
-    chat_template: str | None = None
-    is_plain: bool = False
-
-
-def origin_of(adapter: Path) -> Origin:
-    """The origin of an adapter, by the ``config.yaml`` beside its folder."""
-    path = adapter.resolve().parent / "config.yaml"
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        model, data = settings["model"], settings["data"]
-        is_plain = data.get("format") in ("text", "prompt-completion")
-        template = data.get("chat_template")
-        return Origin(
-            model=str(model["name"]),
-            quant=str(model.get("quant", "none")),
-            chat_template=template if isinstance(template, str) else None,
-            is_plain=is_plain,
-        )
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError, RecursionError):
-        return Origin()  # there is none, or it is no run's: an adapter may lie anywhere
-
-
-def base_name(adapter: Path, base: str | None) -> str:
-    """What to load beside ``adapter``: what was said, what its run's config says, or what the adapter itself does."""
-    name = base or origin_of(adapter).model or open_adapter(adapter).base.name
-    if name is None:
-        raise ConfigError(f"{adapter} does not say which model it was trained on; name it: --base MODEL")
-    return name
-
-
-def find_base(adapter: Path, base: str | None) -> Path:
-    """The folder of the base that ``adapter`` belongs to.
-
-    Raises:
-        ConfigError: it is neither here nor on the hub.
-    """
-    return folder_of(resolve_model(base_name(adapter, base)), World.alone())
 
 
 def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Trainee:

@@ -9,11 +9,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from dist_lora.config.changes import flat
 from dist_lora.config.schema import Config
-from dist_lora.errors import EXIT_DONE, EXIT_FAILED, DistLoraError, OutOfMemory, RankError, StopNow, StoppedOnRequest
+from dist_lora.errors import EXIT_FAILED, DistLoraError, OutOfMemory, RankError, StopNow, StoppedOnRequest
 from dist_lora.supervision.hang import HangWatch, collective_timeout_s
 from dist_lora.supervision.local_ranks import EXIT_LOST_PEER, leave_word
 from dist_lora.supervision.out_of_memory import out_of_memory
@@ -25,20 +26,19 @@ BLAME_S = 3.0  # how long a rank that lost another waits to hear why
 PR_SET_PDEATHSIG = 1
 
 
-def run_as_rank(
-    place: Place | None,
-    config: Config,
-    work: Callable[[World], None],
-    *,
-    report: Callable[[BaseException, str], None],
-) -> int:
-    """Do ``work`` in the world that ``place`` belongs to (alone where it is None); returns the exit code.
+@contextmanager
+def joined(place: Place | None, config: Config, *, report: Callable[[BaseException, str], None]) -> Iterator[World]:
+    """The world that ``place`` belongs to (alone where it is None), for the work of ``with``.
 
-    The first rank to fail reports its error and tells the others, which end without a word. A rank of several
-    doesn't return after an error: it ends the process, since a process group with a lost peer may hang on its way out.
+    The first rank to fail reports its error, and the others end without a word. A process that is alone ends by
+    ``SystemExit`` with the error's exit code; a rank of several ends at once, since a process group with a lost peer may
+    hang on its way out.
 
     Args:
         report: tells the user of an error, and which rank's it is: "" where that goes without saying.
+
+    Raises:
+        SystemExit: the work failed, or was stopped on request.
     """
     _end_with_parent(place)
     world: World | None = None
@@ -48,13 +48,13 @@ def run_as_rank(
         watch = HangWatch(world, timeout_s=config.parallel.hang_timeout, tell=lambda error: report(error, ""))
         world.watches.append(watch)
         watch.start()
-        work(world)
+        yield world
     except StoppedOnRequest as error:
         assert world is not None
         if world.is_first:
             report(error, "")
         world.leave()
-        return error.exit_code
+        sys.exit(error.exit_code)
     except BaseException as error:  # whatever it is, the other ranks must hear of it
         if watch is not None:
             watch.stop()
@@ -63,12 +63,11 @@ def run_as_rank(
         if place is None or place.world_size == 1:
             if world is not None:
                 world.leave()
-            return code
+            sys.exit(code)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     world.leave()
-    return EXIT_DONE
 
 
 def _enter(place: Place | None, config: Config) -> World:

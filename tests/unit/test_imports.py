@@ -431,6 +431,17 @@ def test_a_mistyped_setting_answers_without_torch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
+    [["merge", "none", "--out", "out", "--base", "none"], ["gather", "none", "--out", "out"], ["report", "none"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_commands_on_files_run_without_an_engine(arguments: list[str]) -> None:
+    loaded = imported_by(RUN.format(arguments=arguments, code="2 or end.code == 4"))
+    assert f"dist_lora.{'lora.merge' if arguments[0] == 'merge' else 'checkpoint.folders'}" in loaded
+    assert not [name for name in loaded if name.startswith(("dist_lora.engines", "dist_lora.train"))]
+
+
+@pytest.mark.parametrize(
+    "arguments",
     [["herd"], ["configs"], ["configs", "show", "3-8b_lora_8x80gb"], ["explain", "configs/3-8b_lora_8x80gb.yaml"]],
     ids=" ".join,
 )
