@@ -42,6 +42,13 @@ class Quantization(StrEnum):
     INT8 = "int8"
 
 
+class MergedDtype(StrEnum):
+    """The type of all tensors of a merged model."""
+
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+
 class Launcher(StrEnum):
     """What starts a node's ranks in a Slurm job."""
 
@@ -261,13 +268,21 @@ def merge(
     quant: Annotated[
         Quantization, typer.Option(help="Merge into the values that the base has in this quantization.")
     ] = Quantization.NONE,
+    dtype: Annotated[MergedDtype | None, typer.Option(help="Type of the result; default: that of each tensor.")] = None,
 ) -> None:
     """Add an adapter to its base for good: a model that runs at the base's speed. Streams from file to file."""
     from dist_lora.lora.find_base import find_base, origin_of
     from dist_lora.lora.merge import merge_adapter
 
     trained_beside = origin_of(adapter).quant
-    report = merge_adapter(adapter, base=find_base(adapter, base), out=out, force=force, quant=quant.value)
+    report = merge_adapter(
+        adapter,
+        base=find_base(adapter, base),
+        out=out,
+        force=force,
+        dtype=dtype.value if dtype else None,
+        quant=quant.value,
+    )
     if trained_beside not in (None, quant.value):
         logging.getLogger("dist_lora").warning(
             f"{adapter} was trained beside its base in {trained_beside}, and is merged into it in {quant.value}: "

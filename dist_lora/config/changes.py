@@ -37,7 +37,7 @@ RULES = (
     Rule(("lora.dropout",), "said", "other masks from here on"),
     Rule(("model.shape", "model.quant", "model.dtype"), "refused", "the adapters would be trained on beside another base"),
     Rule(
-        ("lora.rank", "lora.alpha", "lora.targets", "lora.layers", "lora.variant"),
+        ("lora.rank", "lora.alpha", "lora.targets", "lora.layers"),
         "refused",
         "they are the shape and the scale of what is trained",
     ),

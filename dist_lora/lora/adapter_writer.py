@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal
+from typing import Any
 
 import safetensors
 import torch
@@ -34,7 +34,6 @@ def write_adapter(
     targets: Sequence[str],
     base: BaseIdentity,
     layers: Sequence[int] | None = None,
-    dtype: Literal["fp32", "bf16"] = "fp32",
 ) -> None:
     """Writes the adapter folder, whole or not at all, replacing an adapter that lies there.
 
@@ -61,8 +60,9 @@ def write_adapter(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        kept = torch.bfloat16 if dtype == "bf16" else torch.float32
-        content = {peft_key(key): tensor.detach().to("cpu", kept).contiguous() for key, tensor in tensors.items()}
+        content = {
+            peft_key(key): tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()
+        }
         checksum = _checksum_of(content)
         config = _peft_config(rank, alpha, dropout, targets=targets, layers=chosen, base=base)
         seal = {"checksum": checksum, "config": {key: config[key] for key in SEALED}}

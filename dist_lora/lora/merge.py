@@ -193,13 +193,13 @@ class _Merger:
         if self._overflowing:
             raise AdapterError(
                 f"{self._adapter.folder} makes NaN or infinity of {len(self._overflowing):,} weights: "
-                f"{first_few(self._overflowing)}. If the base is in fp16, merge to bf16 or fp32."
+                f"{first_few(self._overflowing)}. If the base is in fp16, merge to bf16 or fp32: --dtype."
             )
         if self._unchanged:
             raise AdapterError(
                 f"{self._adapter.folder} would not change {len(self._unchanged):,} of the {len(self._adapter.pairs):,} "
                 f"weights that it targets: {first_few(self._unchanged)}. What it adds is lost in rounding; merge to "
-                "fp32, or serve it as an adapter."
+                "fp32 (--dtype fp32), or serve it as an adapter."
             )
 
 

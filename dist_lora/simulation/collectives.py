@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_lora.world.world import World
@@ -37,20 +36,6 @@ class Traffic:
     ranks: int
     count: int
     num_bytes: int
-
-
-class Wire(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the collectives of this rank while it is entered. Seen from one rank, in the order of calling."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.sent: list[Sent] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        sent = sent_by(func, args, kwargs or {})
-        if sent is not None:
-            self.sent.append(sent)
-        return func(*args, **(kwargs or {}))
 
 
 def sent_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sent | None:

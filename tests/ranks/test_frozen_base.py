@@ -19,10 +19,10 @@ from dist_lora.base.quant.nf4 import BLOCK, LEVELS
 from dist_lora.data.loader import EvalBatches, Loader
 from dist_lora.errors import WeightsError
 from dist_lora.herd.shape import read_shape
-from dist_lora.simulation.collectives import Wire
 from dist_lora.train.build import Trainee
 from dist_lora.world.world import World
 from tests.ranks.tiny import accumulate, config_of, documents, trainee_of
+from tests.ranks.wire import Wire
 
 BASES = ("none", "nf4", "int8")
 ENGINES = ("fsdp2", "zero3")

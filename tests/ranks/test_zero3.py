@@ -23,11 +23,11 @@ from dist_lora.errors import ConfigError
 from dist_lora.evaluation.evaluate import held_out_loss
 from dist_lora.evaluation.generate import base_fits_whole, generate
 from dist_lora.layout.choices import Layout
-from dist_lora.simulation.collectives import Wire
 from dist_lora.train.build import Trainee, describe_trained
 from dist_lora.train.schedule import lr_at
 from dist_lora.world.world import World
 from tests.ranks.tiny import accumulate, config_of, documents, trainee_of
+from tests.ranks.wire import Wire
 
 LENGTHS = [40, 3, 17, 29, 5, 61, 2, 11, 33, 8, 21, 55, 4, 13, 9, 26]
 CLIPPED = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -38,9 +37,6 @@ class Format(Protocol):
     def parts(self, out_features: int, in_features: int) -> tuple[PartSpec, ...]:
         """The tensors that hold a whole weight ``(D_out, D_in)``, in the order that every file and rank has them."""
 
-    def stored_bytes(self, out_features: int, in_features: int) -> int:
-        """Bytes of all parts of a whole weight."""
-
     def refusal(self, out_features: int, in_features: int) -> str | None:
         """Why a weight of this shape cannot be stored so, in one sentence; None where it can."""
 
@@ -73,10 +69,6 @@ class Plain:
         """``weight`` ``(D_out, D_in)``."""
         return (PartSpec("weight", (out_features, in_features), self.dtype),)
 
-    def stored_bytes(self, out_features: int, in_features: int) -> int:
-        """2 or 4 bytes a weight."""
-        return _stored_bytes(self.parts(out_features, in_features))
-
     def refusal(self, out_features: int, in_features: int) -> str | None:
         """Every shape can be stored."""
         return None
@@ -105,10 +97,6 @@ class Nf4:
             PartSpec("codes", (out_features, in_features // 2), torch.uint8),
             PartSpec("absmax", (out_features, in_features // BLOCK), torch.float32),
         )
-
-    def stored_bytes(self, out_features: int, in_features: int) -> int:
-        """0.5625 bytes a weight."""
-        return _stored_bytes(self.parts(out_features, in_features))
 
     def refusal(self, out_features: int, in_features: int) -> str | None:
         """Rows must be whole blocks of 64 weights."""
@@ -141,10 +129,6 @@ class Int8:
             PartSpec("scale", (out_features, 1), torch.float32),
         )
 
-    def stored_bytes(self, out_features: int, in_features: int) -> int:
-        """1 byte a weight and 4 a row."""
-        return _stored_bytes(self.parts(out_features, in_features))
-
     def refusal(self, out_features: int, in_features: int) -> str | None:
         """Every shape can be stored."""
         return None
@@ -164,7 +148,3 @@ def format_of(quant: Quant, dtype: torch.dtype) -> Format:
     """The format of the linears of a base with `model.quant` and `model.dtype`."""
     formats: dict[Quant, Format] = {"none": Plain(dtype), "nf4": Nf4(), "int8": Int8()}
     return formats[quant]
-
-
-def _stored_bytes(parts: tuple[PartSpec, ...]) -> int:
-    return sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
