@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from dist_lora.herd.shape import MEMBERS, Shape
+from dist_lora.herd.members import MEMBERS
+from dist_lora.herd.shape import Shape
 from tests.conftest import save_byte_tokenizer
 from tests.shapes import sizes_in_config
 

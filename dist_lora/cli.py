@@ -317,7 +317,7 @@ def explain(config: ConfigFile, overrides: Overrides = None) -> None:
 @app.command()
 def herd(as_json: AsJson = False) -> None:
     """List the herd: who is finetuned, multilingual, of long context or trained to use tools; release and licence."""
-    from dist_lora.herd.models import herd_rows, herd_table
+    from dist_lora.herd.members import herd_rows, herd_table
     from dist_lora.text import in_columns
 
     print(json.dumps({"members": herd_rows()}) if as_json else "\n".join(in_columns(herd_table())))

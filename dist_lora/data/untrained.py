@@ -36,7 +36,7 @@ NEAR_ZERO = 1e-16
 """A row whose weights are all smaller was never trained: weight decay leaves such values of what it began with."""
 
 _TOKENS_AT_ONCE = 2**24
-_log = logging.getLogger(__name__)
+log = logging.getLogger("dist_lora")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def check_special_tokens(
         if faults and on_untrained == "error":
             raise DataError(_refusal(faults))
         for fault in faults:
-            _log.warning("data.untrained_tokens: allow: training though %s", fault)
+            log.warning(f"data.untrained_tokens: allow: training though {fault}")
 
     world.on_first("the special tokens of data.train", check)
 

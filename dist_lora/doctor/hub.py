@@ -10,7 +10,7 @@ from dist_lora.base.index import open_index
 from dist_lora.config.schema import Config
 from dist_lora.doctor.findings import Answer
 from dist_lora.errors import ConfigError, WeightsError
-from dist_lora.herd.shape import resolve_model
+from dist_lora.herd.models import resolve_model
 
 ANSWER_S = 5.0
 

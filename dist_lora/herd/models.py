@@ -1,14 +1,71 @@
-"""What is known of a config's model without its weights: by its name, by its folder, or by sizes given by hand."""
+"""What ``model.name`` means, and what is known of that model without its weights: by name, by folder, by sizes by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
 
 from dist_lora.config.schema import ModelSection
 from dist_lora.errors import ConfigError, WeightsError
-from dist_lora.herd.shape import MEMBERS, Member, Shape, read_shape, resolve_model
+from dist_lora.herd.members import MEMBERS, Member
+from dist_lora.herd.shape import Shape, no_config, read_shape
+from dist_lora.text import nearest_few
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """What ``model.name`` means: a folder or a model on the hub, with the member if it is one."""
+
+    name: str
+    folder: Path | None
+    hub_id: str | None
+    member: Member | None
+
+
+def resolve_model(name: str) -> ResolvedModel:
+    """A member's name (in any case), an existing folder, or a hub id (``org/name``), in this order.
+
+    Nothing is fetched, and that a hub id exists is not checked. ``./`` before a folder's name keeps it from
+    being taken for a member.
+
+    Raises:
+        ConfigError: it is none of the three (with the nearest members), or a folder without config.json.
+    """
+    member = MEMBERS.get(name.lower())
+    if member is not None:
+        return ResolvedModel(name=member.name, folder=None, hub_id=member.hub_id, member=member)
+    folder = _folder_called(name)
+    if folder is not None:
+        if not (folder / "config.json").is_file():
+            raise ConfigError(no_config(folder))
+        return ResolvedModel(name=name, folder=folder, hub_id=None, member=None)
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        known = {_plain_hub_id(member.hub_id): member for member in MEMBERS.values()}
+        return ResolvedModel(name=name, folder=None, hub_id=name, member=known.get(_plain_hub_id(name)))
+    raise ConfigError(
+        f"model.name: found {name!r}, expected a herd member, an existing folder or a hub id (org/name); "
+        f"{_nearest_members(name)}"
+    )
+
+
+def _folder_called(name: str) -> Path | None:
+    """The folder of that name; None also where no folder can be called so."""
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL; a home of nobody
+        return None
+
+
+def _plain_hub_id(hub_id: str) -> str:
+    """Meta renamed Meta-Llama-3.1-8B to Llama-3.1-8B on the hub; both lead there."""
+    return hub_id.lower().replace("/meta-llama-", "/llama-")
+
+
+def _nearest_members(name: str) -> str:
+    plain = re.sub(r"[\s_]+", "-", name.lower()).removeprefix("meta-").removeprefix("llama").lstrip("-")
+    return nearest_few(plain, MEMBERS, otherwise=f"members: {', '.join(MEMBERS)}")
 
 
 @dataclass(frozen=True)
@@ -64,46 +121,3 @@ def _shape_by_hand(section: ModelSection) -> Shape:
     except WeightsError as error:
         faults = [line.strip() for line in str(error).splitlines()[1:-1]]
         raise ConfigError("\n".join(f"model.shape.{fault}" for fault in faults)) from None
-
-
-# The herd as a table
-
-
-def herd_rows(members: Sequence[Member] = tuple(MEMBERS.values())) -> list[dict[str, Any]]:
-    """What each member of the herd is and does, by column."""
-    return [
-        {
-            "name": member.name,
-            "parameters": member.shape.num_parameters(),
-            "finetuned": member.is_finetuned,
-            "multilingual": member.is_multilingual,
-            "long context": member.has_long_context,
-            "tool use": member.tool_use,
-            "context": member.shape.context,
-            "release": member.released.isoformat(),
-            "licence": member.licence,
-            "purpose": member.purpose,
-            "hub id": member.hub_id,
-        }
-        for member in members
-    ]
-
-
-def herd_table() -> list[list[str]]:
-    """The herd in words, its columns' names first."""
-    columns = ["name", "parameters", "finetuned", "multilingual", "long context", "tool use", "tokens", "release",
-               "licence", "purpose"]  # fmt: skip
-    rows = [columns]
-    for row in herd_rows():
-        rows.append(
-            [
-                row["name"],
-                f"{row['parameters'] / 1e9:.1f} B",
-                *("yes" if row[fact] else "no" for fact in ("finetuned", "multilingual", "long context", "tool use")),
-                f"{row['context']:,}",
-                row["release"],
-                row["licence"],
-                row["purpose"].partition(" (")[0],  # the columns say what stands in brackets
-            ]
-        )
-    return rows

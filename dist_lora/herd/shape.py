@@ -1,25 +1,17 @@
-"""The Llama-3 herd: each member's shape, parameters, special tokens, licence and purpose.
+"""A Llama's sizes: read from its config.json, and what follows from them.
 
-A member's facts serve planning and names; a folder's own config.json wins wherever there is one
-(:meth:`Shape.from_config`).
-
-Sources: Meta's model cards (github.com/meta-llama/llama-models, models/llama3*/MODEL_CARD.md), its list of
-models (llama_models/sku_list.py) and tokenizer (llama_models/llama3/tokenizer.py), "The Llama 3 Herd of
-Models" (arXiv 2407.21783, table 3), the config.json and generation_config.json of the hub's meta-llama.
+Source: the config.json and generation_config.json of the hub's meta-llama, and transformers' ``LlamaConfig``.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from dist_lora.errors import ConfigError, WeightsError
-from dist_lora.text import nearest_few
 
 
 @dataclass(frozen=True)
@@ -299,180 +291,6 @@ def _misfits(config: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids of the herd's control tokens; None where the member's tokenizer has none of that name.
-
-    ``stop`` are the ids that end an answer, as generation_config.json lists them.
-    """
-
-    begin_of_text: int
-    end_of_text: int
-    start_header: int
-    end_header: int
-    end_of_turn: int
-    end_of_message: int | None
-    pad: int | None
-    stop: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Member:
-    """A published model of the herd.
-
-    ``languages`` are those that its model card supports officially; ``tool_use``: trained to call tools.
-    """
-
-    name: str
-    hub_id: str
-    title: str
-    shape: Shape
-    instruct: bool
-    guard: bool
-    tokens: SpecialTokens
-    licence: str
-    released: date
-    languages: tuple[str, ...]
-    tool_use: bool
-
-    @property
-    def is_finetuned(self) -> bool:
-        """Trained to answer (Instruct) or to judge (Guard), not only to continue text."""
-        return self.instruct or self.guard
-
-    @property
-    def is_multilingual(self) -> bool:
-        """Officially supports more than English."""
-        return len(self.languages) > 1
-
-    @property
-    def has_long_context(self) -> bool:
-        """Reads more than the 8,192 tokens of Llama 3."""
-        return self.shape.context > 8192
-
-    @property
-    def purpose(self) -> str:
-        """What it is for, in one line."""
-        if self.guard:
-            return "judges whether a prompt or an answer is safe, and names the hazard"
-        kind = "answers, in chats" if self.instruct else "continues text; a base for fine-tuning"
-        extras = {
-            "multilingual": self.is_multilingual,
-            "long context": self.has_long_context,
-            "tool use": self.tool_use,
-        }
-        said = [extra for extra, has in extras.items() if has]
-        return kind + (f" ({', '.join(said)})" if said else "")
-
-
-_SIZES = {
-    # name: hidden, ffn, layers, heads, head_dim, tied. All members have 8 kv heads (405B: Meta's newer
-    # release, on the hub since August 2024; the first one had 16).
-    "1b": (2048, 8192, 16, 32, 64, True),
-    "8b": (4096, 14336, 32, 32, 128, False),
-    "70b": (8192, 28672, 80, 64, 128, False),
-    "405b": (16384, 53248, 126, 128, 128, False),
-}
-
-
-def _shape(size: str, *, rope_factor: float | None) -> Shape:
-    hidden, ffn, num_layers, num_heads, head_dim, tied = _SIZES[size]
-    scaling = None if rope_factor is None else RopeScaling(rope_factor, 1.0, 4.0, 8192)
-    return Shape(
-        hidden=hidden,
-        ffn=ffn,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=8,
-        head_dim=head_dim,
-        vocab=128_256,
-        rope_theta=500_000.0,
-        rope_scaling=scaling,
-        context=8192 if scaling is None else 131_072,
-        norm_eps=1e-5,
-        tied=tied,
-    )
-
-
-_ENGLISH = ("English",)
-_EIGHT = ("English", "German", "French", "Italian", "Portuguese", "Hindi", "Spanish", "Thai")
-
-
-@dataclass(frozen=True)
-class _Release:
-    """What the members of one release share."""
-
-    licence: str
-    released: date
-    languages: tuple[str, ...]
-    rope_factor: float | None
-
-    @property
-    def has_3_1_tokens(self) -> bool:
-        """<|eom_id|> and <|finetune_right_pad_id|> came with 3.1; before, their ids were reserved."""
-        return self.rope_factor is not None
-
-
-_RELEASES = {
-    "3": _Release("Meta Llama 3 Community License", date(2024, 4, 18), _ENGLISH, None),
-    "3.1": _Release("Llama 3.1 Community License", date(2024, 7, 23), _EIGHT, 8.0),
-    "3.2": _Release("Llama 3.2 Community License", date(2024, 9, 25), _EIGHT, 32.0),
-}
-
-
-def _member(name: str, hub_name: str, *, release: str, size: str, kind: str) -> Member:
-    facts = _RELEASES[release]
-    newer = facts.has_3_1_tokens
-    stop = (128_001,) if kind == "base" else (128_001, 128_008, 128_009) if newer else (128_001, 128_009)
-    return Member(
-        name=name,
-        hub_id=f"meta-llama/{hub_name}",
-        title=hub_name.removeprefix("Meta-").replace("-", " "),
-        # Guard 3 8B is a tuned 3.1 8B and takes its RoPE; llama_models' list calls it unscaled.
-        shape=_shape(size, rope_factor=facts.rope_factor),
-        instruct=kind == "instruct",
-        guard=kind == "guard",
-        tokens=SpecialTokens(
-            begin_of_text=128_000,
-            end_of_text=128_001,
-            start_header=128_006,
-            end_header=128_007,
-            end_of_turn=128_009,
-            end_of_message=128_008 if newer else None,
-            pad=128_004 if newer else None,
-            stop=stop,
-        ),
-        licence=facts.licence,
-        released=facts.released,
-        languages=facts.languages,
-        tool_use=kind == "instruct" and newer,
-    )
-
-
-def _all_members() -> dict[str, Member]:
-    members = []
-    for release, sizes in {"3": ("8b", "70b"), "3.1": ("8b", "70b", "405b"), "3.2": ("1b",)}.items():
-        for size in sizes:
-            hub_name = f"{'Meta-' if release == '3' else ''}Llama-{release}-{size.upper()}"
-            members.append(_member(f"{release}-{size}", hub_name, release=release, size=size, kind="base"))
-            members.append(
-                _member(
-                    f"{release}-{size}-instruct",
-                    f"{hub_name}-Instruct",
-                    release=release,
-                    size=size,
-                    kind="instruct",
-                )
-            )
-    members.append(_member("guard-3-8b", "Llama-Guard-3-8B", release="3.1", size="8b", kind="guard"))
-    members.append(_member("guard-3-1b", "Llama-Guard-3-1B", release="3.2", size="1b", kind="guard"))
-    return {member.name: member for member in members}
-
-
-MEMBERS: dict[str, Member] = _all_members()
-"""Every member by its name in ``model.name``."""
-
-
 def read_shape(folder: Path) -> Shape:
     """The shape that a model folder's config.json states.
 
@@ -482,7 +300,7 @@ def read_shape(folder: Path) -> Shape:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ConfigError(_no_config(folder))
+        raise ConfigError(no_config(folder))
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_CONFIG_BYTES + 1)
@@ -500,65 +318,10 @@ def read_shape(folder: Path) -> Shape:
     return Shape.from_config(config, where=str(path))
 
 
-def _no_config(folder: Path) -> str:
+def no_config(folder: Path) -> str:
     advice = "expected config.json, *.safetensors and the tokenizer's files side by side"
     if (folder / "params.json").is_file():
         advice = "this is Meta's own format (params.json); fetch the model in Hugging Face's"
     elif (folder / "adapter_config.json").is_file():
         advice = "this is an adapter: give its base here, and the adapter in lora.start_from"
     return f"model.name: the folder {folder} has no config.json: {advice}"
-
-
-@dataclass(frozen=True)
-class ResolvedModel:
-    """What ``model.name`` means: a folder or a model on the hub, with the member if it is one."""
-
-    name: str
-    folder: Path | None
-    hub_id: str | None
-    member: Member | None
-
-
-def resolve_model(name: str) -> ResolvedModel:
-    """A member's name (in any case), an existing folder, or a hub id (``org/name``), in this order.
-
-    Nothing is fetched, and that a hub id exists is not checked. ``./`` before a folder's name keeps it from
-    being taken for a member.
-
-    Raises:
-        ConfigError: it is none of the three (with the nearest members), or a folder without config.json.
-    """
-    member = MEMBERS.get(name.lower())
-    if member is not None:
-        return ResolvedModel(name=member.name, folder=None, hub_id=member.hub_id, member=member)
-    folder = _folder_called(name)
-    if folder is not None:
-        if not (folder / "config.json").is_file():
-            raise ConfigError(_no_config(folder))
-        return ResolvedModel(name=name, folder=folder, hub_id=None, member=None)
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        known = {_plain_hub_id(member.hub_id): member for member in MEMBERS.values()}
-        return ResolvedModel(name=name, folder=None, hub_id=name, member=known.get(_plain_hub_id(name)))
-    raise ConfigError(
-        f"model.name: found {name!r}, expected a herd member, an existing folder or a hub id (org/name); "
-        f"{_nearest_members(name)}"
-    )
-
-
-def _folder_called(name: str) -> Path | None:
-    """The folder of that name; None also where no folder can be called so."""
-    try:
-        folder = Path(name).expanduser()
-        return folder if folder.is_dir() else None
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL; a home of nobody
-        return None
-
-
-def _plain_hub_id(hub_id: str) -> str:
-    """Meta renamed Meta-Llama-3.1-8B to Llama-3.1-8B on the hub; both lead there."""
-    return hub_id.lower().replace("/meta-llama-", "/llama-")
-
-
-def _nearest_members(name: str) -> str:
-    plain = re.sub(r"[\s_]+", "-", name.lower()).removeprefix("meta-").removeprefix("llama").lstrip("-")
-    return nearest_few(plain, MEMBERS, otherwise=f"members: {', '.join(MEMBERS)}")

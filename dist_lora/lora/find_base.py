@@ -9,7 +9,7 @@ import yaml
 
 from dist_lora.base.hub import fetch_model
 from dist_lora.errors import ConfigError
-from dist_lora.herd.shape import resolve_model
+from dist_lora.herd.models import resolve_model
 from dist_lora.lora.adapter_reader import open_adapter
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
-from dist_lora.herd.shape import MEMBERS, Member
+from dist_lora.herd.members import MEMBERS, Member
 from dist_lora.layout.memory import base_bytes_of_a_rank
 from dist_lora.layout.storage import FP32, base_parts
 from dist_lora.plan.hardware import Gpu, find_gpu

@@ -30,8 +30,8 @@ from dist_lora.engines.choose import make_engine
 from dist_lora.engines.engine import Engine
 from dist_lora.engines.precision import TORCH_TYPES, Precision
 from dist_lora.errors import ConfigError, DistLoraError, WeightsError
-from dist_lora.herd.models import refuse_shape
-from dist_lora.herd.shape import ResolvedModel, Shape, read_shape, resolve_model
+from dist_lora.herd.models import ResolvedModel, refuse_shape, resolve_model
+from dist_lora.herd.shape import Shape, read_shape
 from dist_lora.layout.choices import AttentionName, Choices, check_section, choose
 from dist_lora.lora.adapter_reader import open_adapter, read_adapter
 from dist_lora.lora.attach import AdapterTensor, attach_adapters

@@ -15,7 +15,8 @@ from dist_lora.config.changes import flat
 from dist_lora.config.schema import Config
 from dist_lora.data.chat import hash_tokenizer, render_sample
 from dist_lora.data.loader import Loader
-from dist_lora.data.token_set import TokenRules, TokenSet, Which, prepare_tokens, split_eval
+from dist_lora.data.token_cache import TokenRules, Which, prepare_tokens
+from dist_lora.data.token_set import TokenSet, split_eval
 from dist_lora.data.untrained import check_special_tokens
 from dist_lora.errors import ConfigError, SaveError
 from dist_lora.files import write_whole

@@ -21,7 +21,7 @@ import torch
 
 from dist_lora.base.stream import SliceReader
 from dist_lora.checkpoint import write as write_module
-from dist_lora.data import token_set as token_set_module
+from dist_lora.data import token_cache
 from dist_lora.data.loader import Loader
 from dist_lora.doctor import command
 from dist_lora.train import build, loop
@@ -200,7 +200,7 @@ def _boom_of_rank_1_while_rank_0_is_busy(module: Any, name: str) -> None:
 
 
 def boom_while_the_other_tokenises() -> None:
-    _boom_of_rank_1_while_rank_0_is_busy(token_set_module, "encode_sample")
+    _boom_of_rank_1_while_rank_0_is_busy(token_cache, "encode_sample")
 
 
 def boom_while_the_other_loads() -> None:
@@ -402,7 +402,7 @@ def slow_phases() -> None:
         return points.GATHERED.search(points.path_of(path, {})) is not None
 
     if RANK == 1:
-        slow(token_set_module, "encode_sample", "tokenising", 1.3)
+        slow(token_cache, "encode_sample", "tokenising", 1.3)
         slow(SliceReader, "_read", "loading", 0.8)
         slow(build.Trainee, "run", "evaluating", 2.7, lambda trainee, *_: not trainee.model.training)
         slow(os, "write", "saving", 0.4, is_first_save)

@@ -153,10 +153,10 @@ def _in_loading(trigger: _Trigger) -> None:
 
 
 def _in_tokenising(trigger: _Trigger) -> None:
-    from dist_lora.data import token_set as token_set_module
+    from dist_lora.data import token_cache
 
-    encode = token_set_module.encode_sample
-    token_set_module.encode_sample = lambda *given, **named: trigger.around(encode, *given, **named)  # type: ignore[attr-defined]
+    encode = token_cache.encode_sample
+    token_cache.encode_sample = lambda *given, **named: trigger.around(encode, *given, **named)  # type: ignore[attr-defined]
 
 
 def _at_calls(trigger: _Trigger, names: tuple[str, ...], is_here: Callable[[str, str], bool]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.sparse import write_sparse
-from dist_lora.herd.shape import MEMBERS
+from dist_lora.herd.members import MEMBERS
 from tests import ROOT
 
 MIB = 2**20

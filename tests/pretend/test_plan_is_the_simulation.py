@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 
 from dist_lora.config.schema import Config
-from dist_lora.herd.shape import MEMBERS
+from dist_lora.herd.members import MEMBERS
 from dist_lora.layout.memory import Setup, memory_of, setup_of
 from dist_lora.plan.hardware import GPUS
 from dist_lora.plan.traffic import collectives_of

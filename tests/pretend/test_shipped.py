@@ -9,7 +9,7 @@ import dataclasses
 
 import pytest
 
-from dist_lora.herd.shape import MEMBERS
+from dist_lora.herd.members import MEMBERS
 from dist_lora.layout.memory import memory_of
 from dist_lora.plan.presets import MACHINES, SENSIBLE, presets, size_of
 from dist_lora.plan.traffic import collectives_of

@@ -15,7 +15,8 @@ from PIL import Image
 
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, SaveError
-from dist_lora.herd.shape import MEMBERS, Shape, read_shape
+from dist_lora.herd.members import MEMBERS
+from dist_lora.herd.shape import Shape, read_shape
 from dist_lora.plan.command import Fleets
 from dist_lora.simulation.command import simulate_plan
 from dist_lora.simulation.simulate import Simulation, simulate

@@ -19,7 +19,8 @@ from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from dist_lora.herd.shape import Member, Shape
+from dist_lora.herd.members import Member
+from dist_lora.herd.shape import Shape
 from tests.shapes import sizes_in_config
 
 NUM_LAYERS = 2

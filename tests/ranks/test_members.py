@@ -20,7 +20,8 @@ from dist_lora.config.schema import Config
 from dist_lora.data.chat import encode_sample, load_tokenizer
 from dist_lora.data.records import Format
 from dist_lora.evaluation.generate import stop_ids_of
-from dist_lora.herd.shape import MEMBERS, Member, read_shape
+from dist_lora.herd.members import MEMBERS, Member
+from dist_lora.herd.shape import read_shape
 from dist_lora.plan.presets import presets
 from dist_lora.train.build import load_adapter
 from dist_lora.world.world import World

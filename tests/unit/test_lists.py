@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from dist_lora.cli import app
 from dist_lora.config.load import load_config
 from dist_lora.errors import ConfigError
-from dist_lora.herd.shape import MEMBERS
+from dist_lora.herd.members import MEMBERS
 from dist_lora.plan.presets import presets
 from tests import ROOT
 

@@ -12,7 +12,7 @@ from dist_lora.base.attention import Documents
 from dist_lora.base.llama import build_on_meta, materialize
 from dist_lora.base.rope import check_frequencies, inverse_frequencies
 from dist_lora.errors import WeightsError
-from dist_lora.herd.shape import MEMBERS
+from dist_lora.herd.members import MEMBERS
 from tests.shapes import rope_parameters
 
 SHAPES = {name: MEMBERS[name].shape for name in ("3-8b", "3.1-8b", "3.1-70b", "3.1-405b", "3.2-1b")}

@@ -13,7 +13,9 @@ from llama_models.sku_list import all_registered_models
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dist_lora.errors import ConfigError, WeightsError
-from dist_lora.herd.shape import MEMBERS, Member, RopeScaling, Shape, module_path, read_shape, resolve_model
+from dist_lora.herd.members import MEMBERS, Member
+from dist_lora.herd.models import resolve_model
+from dist_lora.herd.shape import RopeScaling, Shape, module_path, read_shape
 
 SCALING = {
     "rope_type": "llama3",

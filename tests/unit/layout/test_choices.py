@@ -8,7 +8,7 @@ import pytest
 
 from dist_lora.config.schema import Config, ParallelSection
 from dist_lora.errors import ConfigError
-from dist_lora.herd.shape import MEMBERS
+from dist_lora.herd.members import MEMBERS
 from dist_lora.layout.choices import Layout, check_section, choose, choose_attention, choose_dtype, choose_layout
 from dist_lora.text import GIB
 

@@ -10,8 +10,8 @@ import pytest
 from dist_lora.config.load import load_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
+from dist_lora.herd.members import MEMBERS
 from dist_lora.herd.models import known_model
-from dist_lora.herd.shape import MEMBERS
 from dist_lora.plan.explain import Way, explain, ways_of
 from dist_lora.train.build import open_base
 from dist_lora.world.world import World

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dist_lora.errors import ConfigError, SaveError
-from dist_lora.herd.shape import MEMBERS
+from dist_lora.herd.members import MEMBERS
 from dist_lora.plan.command import Fleets
 from dist_lora.plan.hardware import measured_gpu
 from dist_lora.plan.measured import AtSize, Link, Measured, Product, read_measured, write_measured

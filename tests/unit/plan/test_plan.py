@@ -19,7 +19,8 @@ from dist_lora.base.quant.formats import format_of
 from dist_lora.base.rope import rotation
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
-from dist_lora.herd.shape import MEMBERS, Shape
+from dist_lora.herd.members import MEMBERS
+from dist_lora.herd.shape import Shape
 from dist_lora.layout.memory import Setup, kept_bytes_of_a_layer, setup_of
 from dist_lora.layout.storage import base_parts
 from dist_lora.lora.attach import attach_adapters

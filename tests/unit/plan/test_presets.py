@@ -13,7 +13,7 @@ import yaml
 from dist_lora.config.load import load_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
-from dist_lora.herd.shape import MEMBERS
+from dist_lora.herd.members import MEMBERS
 from dist_lora.plan.plan import make_plan
 from dist_lora.plan.presets import (
     MACHINES,

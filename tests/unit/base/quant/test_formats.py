@@ -17,7 +17,7 @@ from dist_lora.base.quant.finite import NotFiniteError, check_finite
 from dist_lora.base.quant.formats import Format, Int8, Nf4, PartSpec, Plain, Quant, format_of
 from dist_lora.base.quant.library import gpu_functions
 from dist_lora.errors import ConfigError
-from dist_lora.herd.shape import MEMBERS
+from dist_lora.herd.members import MEMBERS
 from tests import ROOT
 
 FORMATS: tuple[Format, ...] = (Plain(torch.bfloat16), Plain(torch.float32), Nf4(), Int8())

@@ -22,16 +22,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed import HashStore
 from transformers import PreTrainedTokenizerFast
 
-from dist_lora.data import token_set as token_set_module
+from dist_lora.data import token_cache
 from dist_lora.data.chat import encode_sample
-from dist_lora.data.token_set import TokenRules, prepare_tokens, split_eval
+from dist_lora.data.token_cache import TokenRules, prepare_tokens
+from dist_lora.data.token_set import split_eval
 from dist_lora.errors import DataError, RankError, SaveError
 from dist_lora.world.world import World
 from tests import ROOT
 
 RULES = TokenRules(sequence_length=200)
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-TEMPLATE = (Path(token_set_module.__file__).parent / "templates/llama3.jinja").read_text()
+TEMPLATE = (Path(token_cache.__file__).parent / "templates/llama3.jinja").read_text()
 
 
 def byte_tokenizer():
@@ -53,7 +54,7 @@ def encoded_samples(monkeypatch):
         seen.append(json.dumps(record))
         return encode_sample(record, **settings)
 
-    monkeypatch.setattr(token_set_module, "encode_sample", counting)
+    monkeypatch.setattr(token_cache, "encode_sample", counting)
     return seen
 
 
@@ -216,7 +217,7 @@ def test_without_locks_on_the_disk_two_jobs_still_succeed(tmp_path, monkeypatch)
             both_began.wait(30)
         return encode_sample(record, **settings)
 
-    monkeypatch.setattr(token_set_module, "encode_sample", slow)
+    monkeypatch.setattr(token_cache, "encode_sample", slow)
     with ThreadPoolExecutor(2) as pool:
         first, second = (job.result() for job in [pool.submit(prepare, name, tmp_path / "cache") for _ in range(2)])
     assert content(first) == content(second)
@@ -225,13 +226,13 @@ def test_without_locks_on_the_disk_two_jobs_still_succeed(tmp_path, monkeypatch)
 
 KILLED = """
 import time
-from tests.unit.data import test_token_set as here
+from tests.unit.data import test_token_cache as here
 def hang(record, **settings):
     if record["messages"][0]["content"] == "5":
         print("in the middle", flush=True)
         time.sleep(600)
     return here.encode_sample(record, **settings)
-here.token_set_module.encode_sample = hang
+here.token_cache.encode_sample = hang
 here.prepare({name!r}, here.Path({cache!r}))
 """
 
@@ -390,13 +391,13 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path):
         prepare(name, tmp_path / "file")
 
 
-@pytest.mark.parametrize("stage", ["_open_published", "_write", "shutil.copyfileobj"])
+@pytest.mark.parametrize("stage", ["_open_published", "_write", "new_file"])
 def test_a_disk_that_fills_is_told_at_every_stage(stage, tmp_path, monkeypatch):
     def full(*args, **settings):
         raise OSError(28, "No space left on device")
 
     name = write(tmp_path / "d.jsonl", [conversation("q", "a")])
-    monkeypatch.setattr(f"dist_lora.data.token_set.{stage}", full)
+    monkeypatch.setattr(f"dist_lora.data.token_cache.{stage}", full)
     with pytest.raises(SaveError, match=r"data\.cache_dir: .*No space left on device"):
         prepare(name, tmp_path / "cache")
 
@@ -406,23 +407,21 @@ def test_the_cache_goes_where_the_environment_says(tmp_path, monkeypatch):
     prepare(write(tmp_path / "d.jsonl", [conversation("q", "a")]), None)
     assert_one_clean_folder(tmp_path / "elsewhere")
     monkeypatch.delenv("DIST_LORA_CACHE")
-    assert token_set_module.default_cache_dir() == Path.home() / ".cache/dist_lora"
+    assert token_cache.default_cache_dir() == Path.home() / ".cache/dist_lora"
 
 
 def test_long_work_and_long_waits_are_reported(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="dist_lora")
-    monkeypatch.setattr(token_set_module, "REPORT_EVERY_S", 0.0)
+    monkeypatch.setattr(token_cache, "REPORT_EVERY_S", 0.0)
     name = write(tmp_path / "d.jsonl", [conversation(str(i), "x") for i in range(3)])
     waiting = threading.Event()
-    monkeypatch.setattr(
-        token_set_module.time, "sleep", lambda seconds, sleep=time.sleep: (waiting.set(), sleep(seconds))
-    )
+    monkeypatch.setattr(token_cache.time, "sleep", lambda seconds, sleep=time.sleep: (waiting.set(), sleep(seconds)))
 
     def until_the_other_waits(record, **settings):
         waiting.wait(30)
         return encode_sample(record, **settings)
 
-    monkeypatch.setattr(token_set_module, "encode_sample", until_the_other_waits)
+    monkeypatch.setattr(token_cache, "encode_sample", until_the_other_waits)
     with ThreadPoolExecutor(2) as pool:
         for job in [pool.submit(prepare, name, tmp_path / "cache") for _ in range(2)]:
             job.result()

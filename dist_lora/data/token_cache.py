@@ -1,0 +1,471 @@
+"""Token ids of a whole data set: made once, by all ranks together, kept by content.
+
+The work is shared without a collective: every rank encodes a contiguous part and says so through the
+world's key-value store, where nobody's watchdog waits. The first rank of each cache puts the parts
+together and publishes the folder by one rename, under a lock that the kernel drops when the process
+dies. So a job that is killed leaves nothing that a later one takes for whole, and of two jobs at
+once the second waits and reads what the first has made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Literal
+
+import numpy as np
+import xxhash
+
+from dist_lora.data.chat import Encoded, TrainOn, check_template, encode_sample
+from dist_lora.data.records import Format
+from dist_lora.data.sources import Faults, Records, hash_sources, read_records
+from dist_lora.data.token_set import TokenSet
+from dist_lora.errors import DataError, SaveError
+from dist_lora.files import lock, new_file, sync
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dist_lora.world.world import World
+
+Which = Literal["train", "eval"]
+
+CACHE_VERSION = 1
+"""Part of every key: to be raised whenever the same record may become other ids."""
+
+REPORT_EVERY_S = 10.0
+
+log = logging.getLogger("dist_lora")
+_ARRAYS = {
+    "ids": np.dtype(np.uint32),
+    "is_target": np.dtype(np.bool_),
+    "lengths": np.dtype(np.int64),
+    "num_targets": np.dtype(np.int64),
+    "sample_ids": np.dtype(np.int64),
+}
+
+
+@dataclass(frozen=True)
+class TokenRules:
+    """What decides, beside text and tokenizer, which ids and targets come out (settings of these names)."""
+
+    sequence_length: int
+    format: Literal["auto"] | Format = "auto"
+    train_on: TrainOn = "assistant"
+    on_no_target: Literal["error", "drop"] = "error"
+    on_too_long: Literal["truncate", "drop", "error"] = "truncate"
+
+
+def default_cache_dir() -> Path:
+    """``$DIST_LORA_CACHE``, else ``~/.cache/dist_lora``."""
+    return Path(os.environ.get("DIST_LORA_CACHE") or Path.home() / ".cache" / "dist_lora")
+
+
+def prepare_tokens(
+    names: str | Sequence[str],
+    *,
+    which: Which,
+    rules: TokenRules,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_hash: str,
+    cache_dir: Path | None,
+    world: World,
+) -> TokenSet:
+    """The data set as token ids, from the cache or made now. All ranks call it, once for each ``which``.
+
+    The key of the cache holds the bytes of the sources, the tokenizer with its template, and the
+    rules. A second start encodes nothing.
+
+    Args:
+        names: files or hub ids, as ``read_records`` takes them.
+        tokenizer_hash: by ``hash_tokenizer``.
+        cache_dir: None for ``default_cache_dir()``. Nodes may share it or each have their own.
+
+    Raises:
+        DataError: sources cannot be read, records are broken, samples have no target (or are too long)
+            and the rules say error, or no sample is left. On every rank: its own or as RankError.
+        SaveError: the cache cannot be written.
+    """
+    started = time.monotonic()
+    world.progress.now(f"reading data.{which}", kind="long")
+    cache = (cache_dir or default_cache_dir()).expanduser() / "tokens"
+    key = _agree_on_key(names, which=which, rules=rules, tokenizer_hash=tokenizer_hash, cache=cache, world=world)
+    group = _group_of(cache, which=which, world=world)
+    with contextlib.ExitStack() as held:
+        building = _begin(cache / key, group=group, which=which, world=world, held=held)
+        if building is not None:
+            world.progress.now(f"tokenising data.{which}", kind="long")
+            check = _Builder(names, which, rules, tokenizer, building, group, world)
+            check.encode_part()
+        else:
+            check = None
+        world.agree(f"tokenising data.{which}", check.error if check else None)
+        error = check.publish(cache / key) if check and group.is_first else None
+        world.agree(f"publishing the tokens of data.{which}", error)
+    token_set = _open_published(cache / key)
+    assert token_set is not None, f"{cache / key} was published and cannot be read"
+    if world.is_first:
+        how = "from the cache" if building is None else f"tokenised in {time.monotonic() - started:.1f} s"
+        log.info(f"data.{which}: {_described(cache / key, token_set)}, {how}")
+    return token_set
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The ranks that see one cache: all of the world, or those of a node."""
+
+    first: int
+    place: int
+    size: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.place == 0
+
+
+@dataclass
+class _Counts:
+    """What became of the samples of one part, or of all parts."""
+
+    num_samples: int = 0
+    num_documents: int = 0
+    num_truncated: int = 0
+    broken: Faults = field(default_factory=Faults)
+    too_long: Faults = field(default_factory=Faults)
+    no_target: Faults = field(default_factory=Faults)
+
+    def extend(self, other: _Counts) -> None:
+        self.num_samples += other.num_samples
+        self.num_documents += other.num_documents
+        self.num_truncated += other.num_truncated
+        self.broken.extend(other.broken)
+        self.too_long.extend(other.too_long)
+        self.no_target.extend(other.no_target)
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def from_json(text: bytes) -> _Counts:
+        raw = json.loads(text)
+        return _Counts(
+            num_samples=raw["num_samples"],
+            num_documents=raw["num_documents"],
+            num_truncated=raw["num_truncated"],
+            broken=Faults(**raw["broken"]),
+            too_long=Faults(**raw["too_long"]),
+            no_target=Faults(**raw["no_target"]),
+        )
+
+
+def _agree_on_key(
+    names: str | Sequence[str],
+    *,
+    which: Which,
+    rules: TokenRules,
+    tokenizer_hash: str,
+    cache: Path,
+    world: World,
+) -> str:
+    """The key of the cache, the same on all ranks. One rank of each node reads the sources' bytes.
+
+    Raises:
+        DataError: a source cannot be read, or differs between nodes.
+    """
+    stage = f"reading data.{which}"
+
+    def make() -> bytes:
+        cache.mkdir(parents=True, exist_ok=True)
+        recipe = [CACHE_VERSION, hash_sources(names, which=which), tokenizer_hash, asdict(rules)]
+        return xxhash.xxh3_128_hexdigest(json.dumps(recipe, sort_keys=True).encode()).encode()
+
+    key = world.once_per_node(stage, make, os_error=lambda error: _unwritable(cache, error))
+    first = world.once(stage, lambda: key)
+
+    def compare() -> None:
+        if key != first:
+            raise DataError(
+                f"data.{which}: {names} (or the tokenizer's files) differ between this node, that of rank "
+                f"{world.world_rank}, and the first. Give every node the same files"
+            )
+
+    world.agree_on(stage, compare)
+    return key.decode()
+
+
+def _group_of(cache: Path, *, which: Which, world: World) -> _Group:
+    """Who shares the cache: one file, written by the first rank, is looked for on every node."""
+    everyone = _Group(first=0, place=world.world_rank, size=world.world_size)
+    if world.local_size == world.world_size:
+        return everyone
+
+    def leave_probe() -> bytes:
+        name = f"probe-{uuid.uuid4().hex}"
+        (cache / name).touch()
+        return name.encode()
+
+    stage = f"looking who shares the cache of data.{which}"
+    probe = cache / world.once(stage, leave_probe, os_error=lambda error: _unwritable(cache, error)).decode()
+    is_seen_by_all = world.least(world.fresh_key("tokens/probe"), int(probe.exists())) == 1
+    if world.is_first:
+        probe.unlink()
+    if is_seen_by_all:
+        return everyone
+    return _Group(first=world.world_rank - world.local_rank, place=world.local_rank, size=world.local_size)
+
+
+def _begin(folder: Path, *, group: _Group, which: Which, world: World, held: contextlib.ExitStack) -> Path | None:
+    """The folder in which the group builds, or None where the tokens are there already.
+
+    The group's first rank holds the lock until ``held`` is closed.
+    """
+
+    def begin() -> bytes:
+        with world.progress.phase(f"waiting for another job that tokenises data.{which}", kind="unseen"):
+            has_lock = held.enter_context(_locked(folder.with_name(f"{folder.name}.lock")))
+        is_there = _open_published(folder) is not None
+        leftovers = folder.parent.glob(f"{folder.name}.building-*")  # of jobs that were killed
+        for stale in [*leftovers, *([] if is_there else [folder])] if has_lock else []:
+            shutil.rmtree(stale, ignore_errors=True)
+        if is_there:
+            return b""
+        building = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex}")
+        building.mkdir()
+        return building.name.encode()
+
+    once = world.once if group.size == world.world_size else world.once_per_node
+    name = once(
+        f"opening the cache for data.{which}", begin, os_error=lambda error: _unwritable(folder.parent, error)
+    ).decode()
+    return folder.with_name(name) if name else None
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Holds the lock file, after any other job that builds the same; False where the disk has no locks."""
+    with path.open("ab") as file:
+        reported = time.monotonic()
+
+        def report() -> None:
+            nonlocal reported
+            if time.monotonic() - reported > REPORT_EVERY_S:
+                reported = time.monotonic()
+                log.info(f"another job tokenises the same data; waiting for it ({path})")
+
+        try:
+            lock(file.fileno(), on_wait=report)
+        except OSError:
+            yield False  # without locks two jobs do the work twice; the rename still keeps the result whole
+        else:
+            yield True
+
+
+class _Builder:
+    """Makes the tokens of one group: each rank a part, the first rank the whole."""
+
+    def __init__(
+        self,
+        names: str | Sequence[str],
+        which: Which,
+        rules: TokenRules,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        group: _Group,
+        world: World,
+    ) -> None:
+        self._names, self._which, self._rules, self._tokenizer = names, which, rules, tokenizer
+        self._folder, self._group, self._world = folder, group, world
+        self._counts = _Counts()
+        self.error: Exception | None = None
+
+    def encode_part(self) -> None:
+        """Writes this rank's part; leaves in ``error`` what is wrong, on the first rank with all parts."""
+        try:
+            self._counts = self._encode()
+        except DataError as error:
+            self.error = error
+        except OSError as error:
+            self.error = _unwritable(self._folder, error)
+        counts = self._gathered()
+        if self.error is None and self._group.is_first:
+            self.error = _verdict(counts, which=self._which, rules=self._rules)
+
+    def publish(self, folder: Path) -> Exception | None:
+        """Puts the parts together and renames the result to ``folder``; what went wrong is returned."""
+        whole = self._folder / "whole"
+        try:
+            whole.mkdir()
+            for name in _ARRAYS:
+                with new_file(whole / name) as append:
+                    for place in range(self._group.size):
+                        with (self._folder / f"{place}.{name}").open("rb") as part:
+                            while data := part.read(2**20):
+                                append(data)
+            sizes = {name: (whole / name).stat().st_size for name in _ARRAYS}
+            summary = json.loads(self._counts.to_json())
+            with new_file(whole / "summary.json") as append:
+                append(json.dumps({"sizes": sizes, "counts": summary}).encode())
+            sync(whole)
+            try:
+                whole.rename(folder)
+                sync(folder.parent)
+            except OSError:
+                if _open_published(folder) is None:
+                    raise  # else another job, on a disk without locks, was faster
+            shutil.rmtree(self._folder, ignore_errors=True)
+        except OSError as error:
+            return _unwritable(folder.parent, error)
+        return None
+
+    def _gathered(self) -> _Counts:
+        """The counts of all parts on the first rank of the group; every rank tells its own."""
+        prefix = f"tokens/{self._which}/counts"
+        own = self._counts
+        if not self._group.is_first:
+            self._world.share(f"{prefix}/{self._world.world_rank}", own.to_json())
+            return own
+        for place in range(1, self._group.size):
+            own.extend(_Counts.from_json(self._world.fetch(f"{prefix}/{self._group.first + place}")))
+        return own
+
+    def _encode(self) -> _Counts:
+        fmt = None if self._rules.format == "auto" else self._rules.format
+        records = read_records(self._names, fmt=fmt, which=self._which, is_fetched=True)
+        check_template(self._tokenizer, formats=records.formats)
+        group = self._group
+        part = range(len(records) * group.place // group.size, len(records) * (group.place + 1) // group.size)
+        counts = _Counts()
+        reported = time.monotonic()
+        with contextlib.ExitStack() as opened:
+            files = {
+                name: opened.enter_context((self._folder / f"{group.place}.{name}").open("wb")) for name in _ARRAYS
+            }
+            for done, index in enumerate(part, start=1):
+                document = _encode_one(records, index, tokenizer=self._tokenizer, rules=self._rules, counts=counts)
+                if document is not None:
+                    _write(files, document, index)
+                if group.is_first and time.monotonic() - reported > REPORT_EVERY_S:
+                    reported = time.monotonic()
+                    share = "" if group.size == 1 else f" of this rank's part (one of {group.size})"
+                    log.info(f"data.{self._which}: tokenised {done:,} of {len(part):,} samples{share}")
+        return counts
+
+
+def _encode_one(
+    records: Records, index: int, *, tokenizer: PreTrainedTokenizerBase, rules: TokenRules, counts: _Counts
+) -> Encoded | None:
+    """The document of one record as the rules leave it, or None; counts what happened to it."""
+    counts.num_samples += 1
+    try:
+        document = encode_sample(
+            records[index], tokenizer=tokenizer, fmt=records.format_of(index), train_on=rules.train_on
+        )
+    except DataError as error:
+        counts.broken.add(f"{records.where(index)}: {error}")
+        return None
+    num_tokens, limit = len(document.ids), rules.sequence_length
+    if num_tokens > limit:
+        if rules.on_too_long != "truncate":
+            counts.too_long.add(f"{records.where(index)}: {num_tokens:,} tokens")
+            return None
+        counts.num_truncated += 1
+    had_targets = any(document.is_target[1:])
+    document = Encoded(ids=document.ids[:limit], is_target=document.is_target[:limit])
+    if not any(document.is_target[1:]):
+        why = (
+            f"its {num_tokens:,} tokens are cut to train.sequence_length = {limit:,}, before the first target"
+            if had_targets
+            else "nothing in it is to be learned (no assistant turn, or all of them weight 0)"
+        )
+        counts.no_target.add(f"{records.where(index)}: {why}")
+        return None
+    counts.num_documents += 1
+    return document
+
+
+def _unwritable(path: Path, error: OSError) -> SaveError:
+    return SaveError(
+        f"data.cache_dir: {path} can't be written: {error.strerror or error}. "
+        "Set it to a folder that can, with room for the tokens"
+    )
+
+
+def _write(files: Mapping[str, BinaryIO], document: Encoded, index: int) -> None:
+    array("I", document.ids).tofile(files["ids"])
+    array("B", document.is_target).tofile(files["is_target"])
+    array("q", [len(document.ids)]).tofile(files["lengths"])
+    array("q", [sum(document.is_target[1:])]).tofile(files["num_targets"])
+    array("q", [index]).tofile(files["sample_ids"])
+
+
+def _verdict(counts: _Counts, *, which: Which, rules: TokenRules) -> DataError | None:
+    """All that the user must be told before anything is trained, in one error."""
+    told = []
+    total = counts.num_samples
+    if counts.broken.count:
+        told.append(f"data.{which}: {counts.broken.count} of {total} records are broken:\n{counts.broken.listed()}")
+    if counts.too_long.count and rules.on_too_long == "error":
+        told.append(
+            f"data.{which}: {counts.too_long.count} of {total} samples are longer than "
+            f"train.sequence_length = {rules.sequence_length}:\n{counts.too_long.listed()}\n"
+            "Set data.on_too_long: truncate or drop, or a longer train.sequence_length."
+        )
+    if counts.no_target.count and rules.on_no_target == "error":
+        way_out = (
+            "Set data.on_no_target: drop to leave them out, or a longer train.sequence_length."
+            if counts.no_target.count < total
+            else "Nothing is left to learn from: set a longer train.sequence_length, or mend the data."
+        )
+        told.append(
+            f"data.{which}: {counts.no_target.count} of {total} samples have no target tokens "
+            f"({counts.no_target.count / total:.0%}):\n{counts.no_target.listed()}\n{way_out}"
+        )
+    if not told and counts.num_documents == 0:
+        faults = "\n".join(text for text in (counts.too_long.listed(), counts.no_target.listed()) if text)
+        told.append(
+            f"data.{which}: none of {total} samples is left: {counts.too_long.count} are longer than "
+            f"train.sequence_length = {rules.sequence_length}, "
+            f"{counts.no_target.count} have no target tokens:\n{faults}"
+        )
+    return DataError("\n".join(told)) if told else None
+
+
+def _open_published(folder: Path) -> TokenSet | None:
+    """The tokens of a published folder; None where there is none, or its files are not as written."""
+    try:
+        sizes = json.loads((folder / "summary.json").read_text())["sizes"]
+        if any((folder / name).stat().st_size != sizes[name] for name in _ARRAYS):
+            return None
+        arrays = {name: np.memmap(folder / name, dtype, "r") for name, dtype in _ARRAYS.items()}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    lengths = np.array(arrays["lengths"])
+    return TokenSet(
+        ids=arrays["ids"],
+        is_target=arrays["is_target"],
+        starts=np.cumsum(lengths) - lengths,
+        lengths=lengths,
+        num_targets=np.array(arrays["num_targets"]),
+        sample_ids=np.array(arrays["sample_ids"]),
+    )
+
+
+def _described(folder: Path, token_set: TokenSet) -> str:
+    """Samples, tokens and what was cut or left out, as one line."""
+    counts = _Counts.from_json(json.dumps(json.loads((folder / "summary.json").read_text())["counts"]).encode())
+    told = (
+        f"{len(token_set):,} samples, {token_set.num_tokens:,} tokens, {token_set.num_target_tokens:,} of them targets"
+    )
+    for faults, why in ((counts.too_long, "too long"), (counts.no_target, "without target tokens")):
+        if faults.count:
+            told += f"; dropped {faults.count:,} of {counts.num_samples:,} {why}"
+    return told + (f"; cut {counts.num_truncated:,} to the sequence length" if counts.num_truncated else "")
