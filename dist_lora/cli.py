@@ -116,7 +116,7 @@ def plan(
     config: ConfigFile,
     overrides: Overrides = None,
     nodes: Annotated[list[int] | None, typer.Option("--nodes", help="Nodes (several with --sweep).")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of a node; default: 8.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of a node.")] = None,
     gpu: Annotated[list[str] | None, typer.Option(help="Kind of GPU, as h100-80gb (several with --sweep).")] = None,
     gpu_gib: Annotated[float | None, typer.Option(help="Memory of a GPU that has no name here, in GiB.")] = None,
     host_gib: Annotated[float | None, typer.Option(help="Host memory of a node, in GiB.")] = None,
@@ -135,19 +135,23 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What each GPU will hold, what is sent, how long a step takes, and whether it fits: before anything is started."""
+    """What each GPU will hold, what is sent, how long a step takes, and whether it fits: before anything is started.
+
+    What is not said of the machines is taken from the config's section machine, else from this machine.
+    """
     from dist_lora.plan.command import Fleets
     from dist_lora.plan.command import plan as plan_here
 
-    fleets = Fleets.of(nodes, gpus_per_node, gpu, gpu_gib, host_gib, measured)
     if timeline is not None and not is_simulated:
         raise ConfigError("--timeline: it shows a simulated step; give --simulate too")
+    loaded = _load(config, overrides)
+    fleets = Fleets.of(loaded.machine, nodes, gpus_per_node, gpu, gpu_gib, host_gib, measured)
     if is_simulated:
         from dist_lora.simulation.command import simulate_plan
 
-        simulate_plan(_load(config, overrides), fleets, timeline=timeline, prints_json=as_json)
+        simulate_plan(loaded, fleets, timeline=timeline, prints_json=as_json)
         return
-    plan_here(_load(config, overrides), fleets, is_sweep=is_sweep, as_json=as_json)
+    plan_here(loaded, fleets, is_sweep=is_sweep, as_json=as_json)
 
 
 @app.command()
@@ -159,9 +163,13 @@ def slurm(
             metavar="CONFIG... [KEY=VALUE]...",
         ),
     ],
-    nodes: Annotated[int, typer.Option(help="Nodes.")],
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
-    gpu: Annotated[str, typer.Option(help="Kind of GPU, for the plan.")] = "h100-80gb",
+    nodes: Annotated[int | None, typer.Option(help="Nodes; default: machine.nodes of the config.")] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(help="GPUs of a node; default: machine.gpus_per_node, or 8.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Kind of GPU, for the plan; default: machine.gpu, or h100-80gb.")
+    ] = None,
     launcher: Annotated[Launcher, typer.Option(help="What starts the ranks of a node.")] = Launcher.SRUN,
     time: Annotated[str | None, typer.Option(help="Time limit, as 36:00:00; default: by the plan.")] = None,
     partition: Annotated[str | None, typer.Option(help="Partition.")] = None,
@@ -194,7 +202,7 @@ def slurm(
     request = Request(
         configs=tuple(Path(name) for name in configs if "=" not in name or Path(name).exists()),
         overrides=tuple(name for name in configs if "=" in name and not Path(name).exists()),
-        num_nodes=nodes, gpus_per_node=gpus_per_node, gpu=find_gpu(gpu), launcher=launcher.value,
+        num_nodes=nodes, gpus_per_node=gpus_per_node, gpu=find_gpu(gpu) if gpu else None, launcher=launcher.value,
         python=python or ("python" if container else sys.executable), time=time, partition=partition, account=account,
         mail=mail, container=container, environment=tuple(env or ()), setup=tuple(setup or ()), extra=tuple(sbatch or ()),
         cpus_per_gpu=cpus_per_gpu, max_stalled=max_stalled,

@@ -19,7 +19,7 @@ class Rule:
 
 
 RULES = (
-    Rule(("run", "runs_dir", "log", "checkpoint", "data.cache_dir"), "free", "where things lie and what is told"),
+    Rule(("run", "runs_dir", "log", "checkpoint", "machine", "data.cache_dir"), "free", "where things lie and what is told"),
     Rule(
         ("parallel", "train.micro_batch", "train.activation_checkpointing", "model.attention"),
         "free",

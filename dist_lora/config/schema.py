@@ -359,6 +359,19 @@ class ParallelSection(Section):
     )
 
 
+class MachineSection(Section):
+    """What the run is meant for: plan, slurm, explain and doctor go by it, and train runs wherever it is started."""
+
+    gpu: str | None = Field(default=None, description="Kind of GPU by name and memory, as h100-80gb or rtx4090-24gb.")
+    gpus_per_node: int | None = Field(default=None, ge=1, description="GPUs of a node.")
+    nodes: int | None = Field(default=None, ge=1, description="Nodes.")
+    price_per_gpu_hour: float | None = Field(
+        default=None,
+        gt=0,
+        description="What an hour of one GPU costs, in any currency: the plan then says what the run costs.",
+    )
+
+
 class CheckpointSection(Section):
     """What is saved to go on after an interruption."""
 
@@ -417,6 +430,9 @@ class Config(Section):
     train: TrainSection = Field(default_factory=TrainSection, description="How long, and how much at once.")
     optim: OptimSection = Field(default_factory=OptimSection, description="AdamW and its learning rate.")
     parallel: ParallelSection = Field(default_factory=ParallelSection, description="How the run is spread over GPUs.")
+    machine: MachineSection = Field(
+        default_factory=MachineSection, description="The machines that the run is meant for; train does not need them."
+    )
     checkpoint: CheckpointSection = Field(
         default_factory=CheckpointSection,
         description="What is saved to go on after an interruption.",

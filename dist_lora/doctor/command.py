@@ -24,7 +24,15 @@ from dist_lora.doctor.disk import examine_disk
 from dist_lora.doctor.findings import Answer, Examiner, Finding, merge_hosts, worst
 from dist_lora.doctor.hub import examine_hub
 from dist_lora.doctor.links import AxisRate, measure_links
-from dist_lora.doctor.machine import ask_driver, compare_gpus, examine_gpus, examine_host, read_host, torch_build
+from dist_lora.doctor.machine import (
+    ask_driver,
+    compare_gpus,
+    compare_with_config,
+    examine_gpus,
+    examine_host,
+    read_host,
+    torch_build,
+)
 from dist_lora.doctor.network import examine_names, interfaces, judge_clocks, judge_links
 from dist_lora.doctor.versions import compare_nodes, examine_versions
 from dist_lora.engines.precision import TORCH_TYPES
@@ -107,7 +115,14 @@ class Patient:
         if self.is_first_of_host:
             self.own.take(look("versions", examine_versions, todo="Start from a whole environment."))
             self._take("host", look("host", lambda: examine_host(read_host(), ranks=self.local_size), todo=_HOST))
-            self._take("gpus", look("GPUs", _look_at_gpus, todo="Run nvidia-smi: if it hangs too, restart the node."))
+            self._take(
+                "gpus",
+                look(
+                    "GPUs",
+                    lambda: _look_at_gpus(self.wishes.config),
+                    todo="Run nvidia-smi: if it hangs too, restart the node.",
+                ),
+            )
             self._take("disk", look("disk", lambda: examine_disk(self.wishes.runs_dir), todo=_DISK))
         num_nodes = place.world_size // self.local_size
         names = look(
@@ -348,10 +363,14 @@ class Report:
         yield ", ".join(f"{number} {kind}{'s' if number != 1 else ''}" for kind, number in count.items())
 
 
-def _look_at_gpus() -> Answer:
+def _look_at_gpus(config: Config | None) -> Answer:
     # A driver that is too old for torch's CUDA still counts its GPUs.
     num_seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return examine_gpus(ask_driver(), num_seen=num_seen, build=torch_build())
+    driver = ask_driver()
+    answer = examine_gpus(driver, num_seen=num_seen, build=torch_build())
+    if config is not None:
+        answer.take(compare_with_config(driver or (), config.machine, num_seen=num_seen))
+    return answer
 
 
 def _hear(world: World, key: str, limit: timedelta) -> bytes:

@@ -14,7 +14,9 @@ from typing import Any
 import psutil
 import torch
 
+from dist_lora.config.schema import MachineSection
 from dist_lora.doctor.findings import Answer, hosts_by
+from dist_lora.layout.machine import is_called
 from dist_lora.supervision.out_of_memory import read_counters
 from dist_lora.text import gib
 
@@ -185,6 +187,30 @@ def _say_what_torch_sees(answer: Answer, driver: Sequence[GpuFacts], *, num_seen
         )
     else:
         answer.add("ok", "GPUs", f"torch sees {num_seen} of {len(driver)} ({toolkit})")
+
+
+def compare_with_config(driver: Sequence[GpuFacts], section: MachineSection, *, num_seen: int) -> Answer:
+    """Whether a host has the GPUs that a config's section ``machine`` names; nothing where it names none."""
+    answer = Answer()
+    other = [gpu for gpu in driver if section.gpu is not None and not is_called(section.gpu, gpu.name, gpu.total_bytes)]
+    if other or (section.gpu is not None and not driver):
+        found = f"{other[0].name} of {gib(other[0].total_bytes)}" if other else "no GPU"
+        answer.add(
+            "warning",
+            "machine",
+            f"machine.gpu: the config names {section.gpu}, and here is {found}",
+            "The plan was made for other GPUs: set machine.gpu to what is here, and plan again.",
+        )
+    if section.gpus_per_node not in (None, num_seen):
+        answer.add(
+            "warning",
+            "machine",
+            f"machine.gpus_per_node: the config names {section.gpus_per_node}, and torch sees {num_seen}",
+            "Start on a node with as many, or set machine.gpus_per_node, and plan again.",
+        )
+    if section.gpu is not None and not answer.findings:
+        answer.add("ok", "machine", f"the GPUs are the config's: {num_seen} x {section.gpu}")
+    return answer
 
 
 def _say_unlike(answer: Answer, driver: Sequence[GpuFacts]) -> None:

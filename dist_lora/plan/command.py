@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from dist_lora.config.schema import Config
+from dist_lora.config.schema import Config, MachineSection
 from dist_lora.errors import ConfigError, PlanError
-from dist_lora.plan.hardware import GPUS, Gpu, find_gpu, measured_gpu
+from dist_lora.plan.hardware import DEFAULT_GPU, Gpu, find_gpu, gpus_here, measured_gpu, of_memory
 from dist_lora.plan.measured import Measured, read_measured
 from dist_lora.plan.plan import Machines, Plan, make_plan, sweep
 from dist_lora.plan.table import lines_of, sweep_lines
 from dist_lora.text import GIB
 
-DEFAULT_GPU = "h100-80gb"
+DEFAULT_GPUS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
 class Fleets:
-    """The machines that a user asks for, as typed."""
+    """The machines that a user asks for, as typed; ``assumed`` says what nobody asked for."""
 
     num_nodes: Sequence[int]
     gpus_per_node: int
@@ -29,9 +29,12 @@ class Fleets:
     host_gib: float | None
     measured: Measured | None = None  # what a file of ``dist-lora doctor --out`` holds, in the place of ``gpus``
     measured_in: Path | None = None  # that file
+    here: Gpu | None = None  # that of this machine, where nobody says another
+    assumed: str = ""
 
     @staticmethod
     def of(
+        section: MachineSection,
         num_nodes: Sequence[int] | None,
         gpus_per_node: int | None,
         gpus: Sequence[str] | None,
@@ -39,24 +42,35 @@ class Fleets:
         host_gib: float | None,
         measured: Path | None,
     ) -> Fleets:
-        """With what a user left out: one node of 8 GPUs, or the machines that were measured.
+        """What a user left out is that of the measured machines, else the config's, else that of this machine, else assumed.
 
         Raises:
             ConfigError: the file of measured machines is none.
         """
-        found = None
         if measured is not None:
             found = read_measured(measured)
-            num_nodes = num_nodes or [found.num_nodes]
-            gpus_per_node = found.ranks_per_node if gpus_per_node is None else gpus_per_node
+            size = found.ranks_per_node if gpus_per_node is None else gpus_per_node
+            return Fleets(num_nodes or [found.num_nodes], size, gpus or [], gpu_gib, host_gib, found, measured)
+        size = section.gpus_per_node if gpus_per_node is None else gpus_per_node
+        if not gpus and gpu_gib is None and section.gpu is not None:
+            gpus = [section.gpu]
+        here, assumed = None, ""
+        if not gpus and gpu_gib is None:
+            there = gpus_here()
+            here = min(there, key=lambda gpu: gpu.memory_bytes, default=None)
+            size = len(there) or None if size is None else size
+            if here is None:
+                assumed = f"assuming {DEFAULT_GPUS_PER_NODE if size is None else size} x {DEFAULT_GPU}"
+        elif size is None:
+            assumed = f"assuming {DEFAULT_GPUS_PER_NODE} GPUs a node"
         return Fleets(
-            num_nodes or [1],
-            8 if gpus_per_node is None else gpus_per_node,
+            num_nodes or [section.nodes or 1],
+            DEFAULT_GPUS_PER_NODE if size is None else size,
             gpus or [],
             gpu_gib,
             host_gib,
-            found,
-            measured,
+            here=here,
+            assumed=assumed,
         )
 
     def machines(self) -> list[Machines]:
@@ -80,7 +94,11 @@ class Fleets:
         if self.measured is not None:
             return [self._as_measured(self.measured)]
         host_bytes = None if self.host_gib is None else int(self.host_gib * GIB)
-        return [Machines(n, self.gpus_per_node, gpu, host_bytes) for gpu in self._gpus() for n in self.num_nodes]
+        return [
+            Machines(n, self.gpus_per_node, gpu, host_bytes, self.assumed)
+            for gpu in self._gpus()
+            for n in self.num_nodes
+        ]
 
     def single(self) -> Machines:
         """The machines, where only one kind and number was asked for.
@@ -107,9 +125,10 @@ class Fleets:
 
     def _gpus(self) -> list[Gpu]:
         if self.gpu_gib is not None:
-            # Its speed is taken for that of the default: only its memory is known.
-            return [replace(GPUS[DEFAULT_GPU], name=f"GPU of {self.gpu_gib:g} GiB", memory_gb=self.gpu_gib / 0.985)]
-        return [find_gpu(name) for name in self.gpus or [DEFAULT_GPU]]
+            return [of_memory(self.gpu_gib, name=f"GPU of {self.gpu_gib:g} GiB")]
+        if not self.gpus:
+            return [self.here or find_gpu(DEFAULT_GPU)]
+        return [find_gpu(name) for name in self.gpus]
 
 
 def plan(config: Config, fleets: Fleets, *, is_sweep: bool, as_json: bool) -> None:

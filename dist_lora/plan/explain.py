@@ -12,7 +12,10 @@ from dist_lora.config.schema import Config
 from dist_lora.herd.models import KnownModel, known_model
 from dist_lora.layout.choices import BYTES_A_TRAINED_WEIGHT, ITEM_BYTES, choose_dtype
 from dist_lora.layout.storage import FP32, base_parts
-from dist_lora.text import in_columns
+from dist_lora.plan.command import DEFAULT_GPUS_PER_NODE
+from dist_lora.plan.hardware import find_gpu
+from dist_lora.plan.plan import Machines, make_plan
+from dist_lora.text import GIB, in_columns
 
 # AdamW in 16 bits with fp32 master weights, as usual for training all: the weight and its gradient (2 + 2), the master and
 # two moments (4 + 4 + 4). With gradients in fp32 too it is 18. Source: ZeRO, arXiv 1910.02054, section 3.1.
@@ -65,7 +68,21 @@ def explain(config: Config) -> str:
         ConfigError: no such model, or nothing is known of it without its weights; a layer that it doesn't have.
     """
     model = known_model(config.model)
-    return "\n".join([*_what_is_trained(config, model), *_costs(config, model)])
+    return "\n".join([*_what_is_trained(config, model), *_costs(config, model), *_on_its_machine(config, model)])
+
+
+def _on_its_machine(config: Config, model: KnownModel) -> Iterator[str]:
+    """What a GPU of the config's machine will hold, where the config names one."""
+    if config.machine.gpu is None:
+        return
+    machines = Machines(
+        config.machine.nodes or 1, config.machine.gpus_per_node or DEFAULT_GPUS_PER_NODE, find_gpu(config.machine.gpu)
+    )
+    plan = make_plan(config, machines, shape=model.shape)
+    verdict = "fits" if plan.fits else "does not fit; `dist-lora plan` says what would"
+    yield (
+        f"On {machines} each GPU needs {plan.device_bytes / GIB:.1f} of {machines.gpu.memory_bytes / GIB:.1f} GiB: {verdict}."
+    )
 
 
 def _what_is_trained(config: Config, model: KnownModel) -> Iterator[str]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from dist_lora.errors import ConfigError
+from dist_lora.layout.machine import is_called
 from dist_lora.plan.measured import Measured
 from dist_lora.text import GIB, nearest_few
+
+DEFAULT_GPU = "h100-80gb"
 
 # What programs reach, from poor to good. Compute, of what single large products reach: torchtune's compiled LoRA runs on A100s
 # 0.69 and 0.74 (bench/published.yaml), "The Llama 3 Herd of Models" (arXiv 2407.21783, table 4) 0.47 to 0.54 for dense
@@ -103,6 +108,33 @@ def measured_gpu(measured: Measured) -> Gpu:
         source="dist-lora doctor",
         measured=measured,
     )
+
+
+def gpus_here(command: Sequence[str] = ("nvidia-smi",), *, timeout_s: float = 20) -> list[Gpu]:
+    """The GPUs of this machine, by their driver; none where there is no such driver, or it gives no answer.
+
+    Of one that is not in the table only the memory is known: its speed is taken for that of the default.
+    """
+    try:
+        answer = subprocess.run(
+            [*command, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, timeout=timeout_s, check=True,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = []
+    for line in answer.splitlines():
+        name, _, size = (cell.strip() for cell in line.rpartition(","))
+        if size.isdigit():
+            num_bytes = int(size) * 2**20
+            known = next((gpu for gpu in GPUS.values() if is_called(gpu.name, name, num_bytes)), None)
+            found.append(known or of_memory(num_bytes / GIB, name=name))
+    return found
+
+
+def of_memory(gib: float, *, name: str) -> Gpu:
+    """A GPU of which only the memory is known; its speed is taken for that of the default."""
+    return replace(GPUS[DEFAULT_GPU], name=name, memory_gb=gib / 0.985)
 
 
 def find_gpu(name: str) -> Gpu:

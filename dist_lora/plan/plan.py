@@ -28,12 +28,16 @@ NUM_CHANGES = 3
 
 @dataclass(frozen=True)
 class Machines:
-    """So many nodes of so many GPUs of a kind; ``host_bytes`` of each node, where they are known."""
+    """So many nodes of so many GPUs of a kind; ``host_bytes`` of each node, where they are known.
+
+    ``assumed`` says what of them nobody named.
+    """
 
     num_nodes: int
     gpus_per_node: int
     gpu: Gpu
     host_bytes: int | None = None
+    assumed: str = ""
 
     def __str__(self) -> str:
         nodes = f"{self.num_nodes} nodes x " if self.num_nodes > 1 else ""
@@ -115,6 +119,22 @@ class Plan:
         return told
 
     @property
+    def hours(self) -> tuple[float, float] | None:
+        """Of the steps, at best and at worst; None where their number is not known."""
+        if self.steps is None:
+            return None
+        low, high = self.speed.step_s
+        return self.steps * low / 3600, self.steps * high / 3600
+
+    @property
+    def cost(self) -> tuple[float, float] | None:
+        """Of the steps, in the currency of ``machine.price_per_gpu_hour``; None where that, or their number, is not known."""
+        price, hours = self.config.machine.price_per_gpu_hour, self.hours
+        if price is None or hours is None:
+            return None
+        return hours[0] * self.setup.num_ranks * price, hours[1] * self.setup.num_ranks * price
+
+    @property
     def collectives(self) -> list[Collective]:
         """Of one step."""
         return collectives_of(self.setup)
@@ -126,6 +146,7 @@ class Plan:
             "run": self.config.run,
             "model": self.config.model.name,
             "machines": str(self.machines),
+            "assumed": self.machines.assumed,
             "fits": self.fits,
             "gpu_bytes": {**asdict(self.memory), "reserve": self.reserve_bytes, "needed": self.device_bytes,
                           "there": self.machines.gpu.memory_bytes},
@@ -140,6 +161,8 @@ class Plan:
             "tokens_per_s": self.speed.tokens_per_s,
             "wall": self.speed.wall,
             "steps": self.steps,
+            "hours": self.hours,
+            "cost": self.cost,
             "notes": self.notes,
             "chosen": [" ".join(reason.split()) for reason in self.setup.choices.reasons],
             "changes": [asdict(change) for change in self.changes],

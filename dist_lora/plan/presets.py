@@ -72,6 +72,20 @@ SENSIBLE: dict[str, dict[Method, tuple[str, ...]]] = {
     "70b": {"lora": ("8x80gb", "4x8x80gb"), "qlora": ("2x24gb", "1x80gb", "8x80gb")},
     "405b": {"lora": ("8x141gb", "4x8x80gb"), "qlora": ("8x80gb", "4x8x80gb")},
 }
+# The files of configs/: LoRA and QLoRA for each size, one over several nodes for each of the large ones, and Guard.
+SHIPPED = (
+    "3.2-1b-instruct_lora_1x24gb",
+    "3.2-1b-instruct_qlora_1x24gb",
+    "3.1-8b-instruct_lora_8x80gb",
+    "3.1-8b-instruct_qlora_1x24gb",
+    "3.1-70b-instruct_lora_8x80gb",
+    "3.1-70b-instruct_lora_4x8x80gb",
+    "3.1-70b-instruct_qlora_2x24gb",
+    "3.1-405b-instruct_lora_8x141gb",
+    "3.1-405b-instruct_lora_4x8x80gb",
+    "3.1-405b-instruct_qlora_8x80gb",
+    "guard-3-8b_lora_8x80gb",
+)
 # Of these the host keeps the base, and brings it in layer by layer.
 ON_HOST = {("70b", "qlora", "2x24gb")}
 
@@ -163,6 +177,9 @@ def settings_of(preset: Preset) -> Iterator[tuple[str, str, Any, str]]:
     yield "optim", "lr", 1e-4 if big else 2e-4, "peak learning rate"
     yield "optim", "warmup_steps", 10, "steps to reach it; then a cosine down to 0"
     yield from _parallel(preset)
+    yield "machine", "gpu", machine.gpu_name, "what plan, slurm and explain go by; train runs wherever it is started"
+    yield "machine", "gpus_per_node", machine.gpus_per_node, "GPUs of a node"
+    yield "machine", "nodes", machine.num_nodes, "nodes"
     yield "checkpoint", "every", 25 if preset.size == "405b" else 50, "steps between checkpoints"
 
 
@@ -336,9 +353,9 @@ def preset_table() -> list[list[str]]:
 
 
 def write_configs(folder: Path) -> list[Path]:
-    """Write all files, and take away those of presets that are no more."""
+    """Write the files that people start from, and take away others of the table; ``configs show`` prints all."""
     written = []
-    for preset in presets().values():
+    for preset in map(presets().__getitem__, SHIPPED):
         path = folder / f"{preset.name}.yaml"
         path.write_text(SCHEMA_LINE + text_of(preset), encoding="utf-8")
         written.append(path)

@@ -19,6 +19,8 @@ def lines_of(plan: Plan) -> Iterator[str]:
     yield f"{plan.config.run}: {plan.config.model.name} ({stored}) with LoRA rank {setup.lora_rank} on {machines}"
     counted = "" if shape.counted is None else " (as given; what is computed is a Llama's of these sizes)"
     yield f"  {shape.num_parameters():,} frozen weights{counted}, {setup.trained_weights:,} trained"
+    if machines.assumed:
+        yield f"  machines  {machines.assumed}: name others in the config's section machine, or by --gpu and --gpus-per-node"
     for reason in setup.choices.reasons:
         yield f"  {reason}"
     for note in plan.notes:
@@ -62,13 +64,17 @@ def _of_speed(plan: Plan) -> Iterator[str]:
     yield f"A step of {speed.tokens_a_step:,} tokens ({flops / 1e9:,.0f} GFLOP a token) takes {low:.3g} to {high:.3g} s:"
     yield f"  {slow:,.0f} to {fast:,.0f} tokens/s of all GPUs; the wall is {speed.wall}"
     yield f"  a GPU receives {inside / 1e9:,.2f} GB within its node and {between / 1e9:,.3f} GB from other nodes"
-    if plan.steps is not None:
-        hours = [plan.steps * seconds / 3600 for seconds in speed.step_s]
-        gpus = setup.num_ranks
+    hours, gpus = plan.hours, setup.num_ranks
+    if hours is not None:
         yield (
             f"  {plan.steps:,} steps: {hours[0]:,.2g} to {hours[1]:,.2g} hours, "
             f"{hours[0] * gpus:,.3g} to {hours[1] * gpus:,.3g} GPU hours"
         )
+    price = plan.config.machine.price_per_gpu_hour
+    if plan.cost is not None:
+        yield f"  cost: {plan.cost[0]:,.2f} to {plan.cost[1]:,.2f}, at {price:g} for an hour of a GPU (machine.price_per_gpu_hour)"
+    elif price is not None:
+        yield "  cost: not known, since the number of steps is not: set train.steps, or give data.train a file that is here"
 
 
 def sweep_lines(plans: Sequence[Plan]) -> Iterator[str]:

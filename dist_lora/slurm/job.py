@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from dist_lora.config.load import load_config
-from dist_lora.config.schema import Config
+from dist_lora.config.schema import Config, MachineSection
 from dist_lora.errors import ConfigError, PlanError
-from dist_lora.plan.command import refuse_what_does_not_fit
-from dist_lora.plan.hardware import Gpu
+from dist_lora.plan.command import DEFAULT_GPUS_PER_NODE, refuse_what_does_not_fit
+from dist_lora.plan.hardware import DEFAULT_GPU, Gpu, find_gpu
 from dist_lora.plan.plan import Machines, Plan, make_plan
 from dist_lora.text import GIB
 
@@ -32,14 +32,17 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for, as typed; ``extra`` are further lines of #SBATCH, without that word."""
+    """What is asked for, as typed; ``extra`` are further lines of #SBATCH, without that word.
+
+    What is None of the machines is taken from the configs' section ``machine``.
+    """
 
     configs: tuple[Path, ...]
     overrides: tuple[str, ...]
-    num_nodes: int
-    gpus_per_node: int
-    gpu: Gpu
     python: str
+    num_nodes: int | None = None
+    gpus_per_node: int | None = None
+    gpu: Gpu | None = None
     launcher: Launcher = "srun"
     time: str | None = None
     partition: str | None = None
@@ -62,7 +65,7 @@ class Request:
                 ("--cpus-per-gpu", self.cpus_per_gpu),
                 ("--max-stalled", self.max_stalled),
             )
-            if value < 1
+            if value is not None and value < 1
         ]
         if not self.configs:
             faults.append("no config is given: expected one, or several for an array of jobs")
@@ -88,6 +91,7 @@ class Needs:
     ``notice_s``: how long before its end a run must know of it.
     """
 
+    machines: Machines
     host_gib: int | None
     minutes: int | None
     notice_s: int
@@ -118,7 +122,7 @@ def needs_of(request: Request, runs: list[Config]) -> Needs:
         PlanError: one does not fit the machines.
         ConfigError: its settings contradict the machines.
     """
-    machines = Machines(request.num_nodes, request.gpus_per_node, request.gpu)
+    machines = _machines(request, [config.machine for config in runs])
     plans: dict[str, Plan] = {}
     lines = []
     for config in runs:
@@ -133,12 +137,40 @@ def needs_of(request: Request, runs: list[Config]) -> Needs:
         plans[config.run] = plan
         lines.append(_line(plan))
     if len(plans) < len(runs):
-        return Needs(None, None, _within(request.time, UNPLANNED_NOTICE_S), tuple(lines))
+        return Needs(machines, None, None, _within(request.time, UNPLANNED_NOTICE_S), tuple(lines))
     return Needs(
+        machines,
         math.ceil(max(plan.host_bytes for plan in plans.values()) * HOST_MARGIN / GIB),
         _minutes(plans),
         _within(request.time, max(map(_notice_s, plans.values()))),
         tuple(lines),
+    )
+
+
+def _machines(request: Request, sections: Sequence[MachineSection]) -> Machines:
+    """The machines of a job: as typed, else as its configs name them.
+
+    Raises:
+        ConfigError: nobody says how many nodes, the configs name different machines, or a GPU that is not known.
+    """
+    named = {
+        "--nodes": ("machine.nodes", request.num_nodes, {each.nodes for each in sections}),
+        "--gpus-per-node": ("machine.gpus_per_node", request.gpus_per_node, {each.gpus_per_node for each in sections}),
+        "--gpu": ("machine.gpu", request.gpu, {each.gpu for each in sections}),
+    }
+    for option, (setting, typed, told) in named.items():
+        if typed is None and len(told) > 1:
+            values = ", ".join(sorted(map(str, told)))
+            raise ConfigError(f"{setting}: the configs of one job name {values}; say one for all of them with {option}")
+    num_nodes = request.num_nodes or sections[0].nodes
+    if num_nodes is None:
+        raise ConfigError(
+            "--nodes: not given, and machine.nodes of the config is not set; expected how many nodes to ask for"
+        )
+    return Machines(
+        num_nodes,
+        request.gpus_per_node or sections[0].gpus_per_node or DEFAULT_GPUS_PER_NODE,
+        request.gpu or find_gpu(sections[0].gpu or DEFAULT_GPU),
     )
 
 

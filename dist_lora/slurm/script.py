@@ -34,19 +34,24 @@ say "torchrun's agents meet at $head:$port"
 
 def script_of(request: Request, runs: Sequence[Config], needs: Needs) -> str:
     """The whole script. Paths stand in it as they were typed: it is submitted from where they lead to the files."""
-    parts = (_sbatch_lines(request, runs, needs), _comments(request, needs), _settings(request, runs), _end(request))
+    parts = (
+        _sbatch_lines(request, runs, needs),
+        _comments(request, needs),
+        _settings(request, runs),
+        _end(request, needs),
+    )
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
 def _sbatch_lines(request: Request, runs: Sequence[Config], needs: Needs) -> Iterator[str]:
     yield "#!/bin/bash"
-    tasks = request.gpus_per_node if request.launcher == "srun" else 1
-    cpus = request.cpus_per_gpu * request.gpus_per_node // tasks
+    tasks = needs.machines.gpus_per_node if request.launcher == "srun" else 1
+    cpus = request.cpus_per_gpu * needs.machines.gpus_per_node // tasks
     options: list[str | None] = [
         f"--job-name={_word(runs[0].run if len(runs) == 1 else 'dist-lora')}",
-        f"--nodes={request.num_nodes}",
+        f"--nodes={needs.machines.num_nodes}",
         f"--ntasks-per-node={tasks}",
-        f"--gpus-per-node={request.gpus_per_node}",
+        f"--gpus-per-node={needs.machines.gpus_per_node}",
         f"--cpus-per-task={cpus}",
         "--mem=0" if needs.host_gib is None else f"--mem={needs.host_gib}G",
         f"--time={request.time or _clock(needs.minutes)}" if request.time or needs.minutes else None,
@@ -99,12 +104,12 @@ def _run_dir(config: Config) -> str:
     return str(config.runs_dir / config.run)
 
 
-def _end(request: Request) -> Iterator[str]:
+def _end(request: Request, needs: Needs) -> Iterator[str]:
     text = files("dist_lora.slurm").joinpath("job.sh").read_text()
-    yield text.replace("@START@", "\n".join(_start(request))).rstrip()
+    yield text.replace("@START@", "\n".join(_start(request, needs))).rstrip()
 
 
-def _start(request: Request) -> Iterator[str]:
+def _start(request: Request, needs: Needs) -> Iterator[str]:
     """How all ranks are started, in the background."""
     if request.launcher == "torchrun":
         yield _HEAD
@@ -124,7 +129,7 @@ def _start(request: Request) -> Iterator[str]:
         # It dies of USR1 unless told to handle it, and kills its ranks 30 s after a signal unless told to wait.
         run += [
             '"$python" -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES"',
-            f'--nproc-per-node={request.gpus_per_node} --rdzv-backend=c10d --rdzv-endpoint="$head:$port"',
+            f'--nproc-per-node={needs.machines.gpus_per_node} --rdzv-backend=c10d --rdzv-endpoint="$head:$port"',
             '--rdzv-id="$attempt" --max-restarts=0 --shutdown-timeout=600',
             "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
             "-m dist_lora train",

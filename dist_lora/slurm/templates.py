@@ -23,7 +23,7 @@ _ONE = Request(
     python="python",
 )
 _MANY = replace(_ONE, configs=(Path("configs/3.1-70b-instruct_lora_4x8x80gb.yaml"),), num_nodes=4)
-_ARRAY = ("3-8b-instruct_lora_8x80gb", "3.1-8b-instruct_lora_8x80gb", "guard-3-8b_lora_8x80gb")
+_ARRAY = ("3.1-8b-instruct_lora_8x80gb", "guard-3-8b_lora_8x80gb")
 TEMPLATES = {
     "one-node": _ONE,
     "many-nodes": _MANY,

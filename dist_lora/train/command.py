@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.config.changes import flat
-from dist_lora.config.schema import Config
+from dist_lora.config.schema import Config, MachineSection
 from dist_lora.data.chat import hash_tokenizer, render_sample
 from dist_lora.data.loader import Loader
 from dist_lora.data.token_cache import TokenRules, Which, prepare_tokens
@@ -20,6 +22,7 @@ from dist_lora.data.token_set import TokenSet, split_eval
 from dist_lora.data.untrained import check_special_tokens
 from dist_lora.errors import ConfigError, SaveError
 from dist_lora.files import write_whole
+from dist_lora.layout.machine import is_called
 from dist_lora.run_folder.folder import open_run_folder, write_config
 from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
 from dist_lora.train.held_out import exact_match_of, loss_of
@@ -27,7 +30,7 @@ from dist_lora.train.loop import Run
 from dist_lora.train.meter import Meter, check_trackers, peak_bytes
 from dist_lora.train.resume import Found, check_same_run, find_checkpoint, warn_of_other_lr
 from dist_lora.train.signals import StopRequest
-from dist_lora.world.world import World
+from dist_lora.world.world import World, device_bytes
 
 log = logging.getLogger("dist_lora")
 
@@ -245,6 +248,22 @@ def plan_lines(
         f"steps     {num_steps:,} of {train.global_batch} sequences"
         + (f" (packed to {train.sequence_length} tokens)" if train.packing else "")
         + f" on {world.world_size} ranks: {passes} passes a step of {train.micro_batch} a rank",
+        *machine_lines(config.machine, world),
+    ]
+
+
+def machine_lines(section: MachineSection, world: World) -> list[str]:
+    """Where this run's machine is another than its config names: a line; the run goes on all the same."""
+    device, size = "no GPU", 0
+    if world.device.type == "cuda":
+        device, size = torch.cuda.get_device_name(world.device), device_bytes(world)
+    is_other = section.gpu is not None and not is_called(section.gpu, device, size)
+    if not is_other and section.gpus_per_node in (None, world.local_size) and section.nodes in (None, world.num_nodes):
+        return []
+    named = f"{section.nodes or 1} x {section.gpus_per_node or 'any number of'} x {section.gpu or 'any GPU'}"
+    here = f"{world.num_nodes} x {world.local_size} ranks, {device if is_other else section.gpu or device}"
+    return [
+        f"machine   the config names {named} (nodes x GPUs x kind), and this run has {here}: its plan is not for here"
     ]
 
 

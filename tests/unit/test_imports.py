@@ -442,7 +442,12 @@ def test_commands_on_files_run_without_an_engine(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["herd"], ["configs"], ["configs", "show", "3-8b_lora_8x80gb"], ["explain", "configs/3-8b_lora_8x80gb.yaml"]],
+    [
+        ["herd"],
+        ["configs"],
+        ["configs", "show", "3-8b_lora_8x80gb"],
+        ["explain", "configs/3.1-8b-instruct_lora_8x80gb.yaml"],
+    ],
     ids=" ".join,
 )
 def test_what_is_reckoned_answers_without_torch(arguments: list[str]) -> None:

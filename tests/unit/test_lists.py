@@ -102,7 +102,7 @@ def test_a_config_that_is_shown_is_one_to_start_from(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(printed("configs", "show", "3.1-8b_qlora_1x24gb"))
     assert path.read_text().startswith("# Llama 3.1 8B with QLoRA")
-    assert load_config(path) == load_config(ROOT / "configs/3.1-8b_qlora_1x24gb.yaml")
+    assert load_config(path) == presets()["3.1-8b_qlora_1x24gb"].config
 
 
 def test_an_unknown_config_is_the_users_mistake() -> None:
@@ -112,7 +112,7 @@ def test_an_unknown_config_is_the_users_mistake() -> None:
 
 
 def test_a_config_is_explained_with_arguments_over_it() -> None:
-    told = printed("explain", str(ROOT / "configs/3-8b_lora_8x80gb.yaml"), "lora.rank=5")
+    told = printed("explain", str(ROOT / "configs/3.1-8b-instruct_lora_8x80gb.yaml"), "lora.rank=5")
     assert "trained 13,107,200 beside 8,030,261,248 frozen" in told
 
 

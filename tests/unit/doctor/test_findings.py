@@ -10,11 +10,12 @@ import stat
 import threading
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from dist_lora.config.schema import Config
+from dist_lora.config.schema import Config, MachineSection
 from dist_lora.doctor import disk, hub, network, versions
 from dist_lora.doctor.clocks import Offset
 from dist_lora.doctor.command import Patient, Report, Wishes
@@ -27,6 +28,7 @@ from dist_lora.doctor.machine import (
     HostFacts,
     ask_driver,
     compare_gpus,
+    compare_with_config,
     examine_gpus,
     examine_host,
     read_host,
@@ -446,3 +448,20 @@ def test_of_what_is_in_order_the_first_hosts_is_shown_and_all_that_is_wrong() ->
     tree = report.to_json()
     assert tree["severity"] == "fault" and len(tree["findings"]) == 5
     assert [each["hosts"] for each in tree["findings"]][:2] == [["a"], ["a", "b", "c"]]
+
+
+def test_gpus_that_are_not_those_of_the_config_are_a_warning() -> None:
+    driver = [gpu(0, name="NVIDIA H100 80GB HBM3"), gpu(1, name="NVIDIA H100 80GB HBM3")]
+
+    def told(**section: Any) -> list[tuple[str, str]]:
+        answer = compare_with_config(driver, MachineSection(**section), num_seen=2)
+        return [(each.severity, each.text) for each in answer.findings]
+
+    assert told() == []
+    assert told(gpu="h100-80gb", gpus_per_node=2) == [("ok", "the GPUs are the config's: 2 x h100-80gb")]
+    assert told(gpu="rtx4090-24gb", gpus_per_node=8) == [
+        ("warning", "machine.gpu: the config names rtx4090-24gb, and here is NVIDIA H100 80GB HBM3 of 80.00 GiB"),
+        ("warning", "machine.gpus_per_node: the config names 8, and torch sees 2"),
+    ]
+    (only,) = compare_with_config([], MachineSection(gpu="h100-80gb"), num_seen=0).findings
+    assert only.severity == "warning" and only.text.endswith("here is no GPU") and only.todo

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dist_lora.config.schema import MachineSection
 from dist_lora.errors import ConfigError, SaveError
 from dist_lora.herd.members import MEMBERS
 from dist_lora.plan.command import Fleets
@@ -189,18 +190,18 @@ def test_no_file_and_no_json_are_told(tmp_path: Path) -> None:
 def test_the_measured_machine_is_the_default_and_no_other_is_taken_for_it(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
     write_measured(replace(INSTANT, ranks_per_node=2), path)
-    machines = Fleets.of(None, None, None, None, None, path).single()
+    machines = Fleets.of(MachineSection(), None, None, None, None, None, path).single()
     assert (machines.num_nodes, machines.gpus_per_node, machines.host_bytes) == (1, 2, 64 * GIB)
     assert machines.gpu.name == "CPU, 1 thread a rank, measured"
     for asked, told in (((None, 4), "1 x 4 are asked for"), (([2], None), "2 x 2 are asked for")):
         with pytest.raises(
             ConfigError, match=f"holds 1 x 2 ranks .nodes x ranks a node., and {told}. Measure with as many"
         ):
-            Fleets.of(*asked, None, None, None, path).machines()
+            Fleets.of(MachineSection(), *asked, None, None, None, path).machines()
     with pytest.raises(
         ConfigError, match="--measured and --gpu or --gpu-gib: both say what a GPU is; give one of them"
     ):
-        Fleets.of(None, None, ["h100-80gb"], None, None, path).machines()
+        Fleets.of(MachineSection(), None, None, ["h100-80gb"], None, None, path).machines()
 
 
 def test_plan_says_that_the_machine_was_measured(tmp_path: Path) -> None:

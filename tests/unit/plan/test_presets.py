@@ -14,11 +14,13 @@ from dist_lora.config.load import load_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.members import MEMBERS
+from dist_lora.plan.command import Fleets
 from dist_lora.plan.plan import make_plan
 from dist_lora.plan.presets import (
     MACHINES,
     SCHEMA_LINE,
     SENSIBLE,
+    SHIPPED,
     Method,
     Preset,
     find_preset,
@@ -46,10 +48,31 @@ def test_a_shipped_config_loads_and_names_the_schema(path: Path) -> None:
 
 
 def test_the_files_are_those_of_the_table() -> None:
-    assert {path.stem for path in CONFIGS} == {*PRESETS, "quickstart"}, WRITE
+    assert {path.stem for path in CONFIGS} == {*SHIPPED, "quickstart"}, WRITE
+    assert len(CONFIGS) <= 12
+
+
+@pytest.mark.parametrize("size", SENSIBLE)
+def test_each_size_is_shipped_with_lora_and_qlora_and_the_large_ones_over_several_nodes(size: str) -> None:
+    shipped = [PRESETS[name] for name in SHIPPED if PRESETS[name].size == size]
+    assert {preset.method for preset in shipped} == {"lora", "qlora"}
+    assert any(preset.machine.num_nodes > 1 for preset in shipped) == (size in ("70b", "405b"))
 
 
 @pytest.mark.parametrize("name", PRESETS)
+def test_a_config_as_it_is_printed_loads(name: str, tmp_path: Path) -> None:
+    (tmp_path / "it.yaml").write_text(text_of(PRESETS[name]), encoding="utf-8")
+    assert load_config(tmp_path / "it.yaml") == PRESETS[name].config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_plan_without_options_is_for_the_machine_in_the_name(name: str) -> None:
+    preset = PRESETS[name]
+    found = make_plan(preset.config, Fleets.of(preset.config.machine, None, None, None, None, None, None).single())
+    assert found.machines == preset.plan.machines and found.device_bytes == preset.plan.device_bytes and found.fits
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_a_file_is_what_the_table_writes_with_its_costs_of_today(name: str) -> None:
     path = ROOT / "configs" / f"{name}.yaml"
     assert path.read_text(encoding="utf-8") == SCHEMA_LINE + text_of(PRESETS[name]), WRITE
@@ -60,7 +83,7 @@ def test_a_file_is_what_the_table_writes_with_its_costs_of_today(name: str) -> N
 def test_every_setting_has_a_comment_and_a_file_is_short(name: str) -> None:
     lines = text_of(PRESETS[name]).splitlines()
     bare = [line for line in lines if ": " in line and "#" not in line]
-    assert not bare and len(lines) <= 40 and max(map(len, lines)) <= 118
+    assert not bare and len(lines) <= 44 and max(map(len, lines)) <= 118
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -156,8 +179,8 @@ def test_a_base_learns_from_texts_and_a_guard_from_verdicts() -> None:
 def test_writing_makes_all_and_takes_away_what_the_table_has_no_more(tmp_path: Path) -> None:
     (tmp_path / "2-7b_lora_1x24gb.yaml").write_text("run: old\n")
     (tmp_path / "quickstart.yaml").write_text("run: mine\n")
-    assert len(write_configs(tmp_path)) == len(PRESETS)
-    assert {path.stem for path in tmp_path.iterdir()} == {*PRESETS, "quickstart"}
+    assert len(write_configs(tmp_path)) == len(SHIPPED)
+    assert {path.stem for path in tmp_path.iterdir()} == {*SHIPPED, "quickstart"}
     assert (tmp_path / "quickstart.yaml").read_text() == "run: mine\n"
 
 

@@ -316,6 +316,22 @@ def test_what_cannot_be_asked_for_is_told(tmp_path: Path, changes: dict[str, Any
         make_script(request(tmp_path, **changes))
 
 
+def test_the_config_names_the_machines_that_are_not_typed(tmp_path: Path) -> None:
+    named = {"gpu": "h200-141gb", "gpus_per_node": 4, "nodes": 5}
+    asked = request(tmp_path, config(tmp_path, machine=named), num_nodes=None, gpus_per_node=None, gpu=None)
+    script = make_script(asked)
+    assert "#SBATCH --nodes=5\n" in script and "#SBATCH --gpus-per-node=4\n" in script
+    assert "of 138.9 GiB of a GPU" in script
+    assert "#SBATCH --nodes=2\n" in make_script(replace(asked, num_nodes=2))
+    with pytest.raises(ConfigError, match=r"--nodes: not given, and machine.nodes of the config is not set"):
+        make_script(request(tmp_path, num_nodes=None))
+    two = config(tmp_path, run="two", machine=named | {"nodes": 6})
+    both = replace(asked, configs=(*asked.configs, two))
+    with pytest.raises(ConfigError, match=r"machine.nodes: the configs of one job name 5, 6; say one for all of them"):
+        make_script(both)
+    assert "#SBATCH --nodes=5\n" in make_script(replace(both, num_nodes=5))
+
+
 def test_a_run_that_does_not_fit_gets_no_script(tmp_path: Path) -> None:
     big = config(tmp_path, model={"name": "3.1-405b", "quant": "nf4"})
     with pytest.raises(PlanError, match=r"it: 3\.1-405b needs .* GiB of each GPU.* It would fit with"):

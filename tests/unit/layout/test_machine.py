@@ -1,0 +1,32 @@
+"""Whether a device is the one that a config names, by the names that drivers give."""
+
+from __future__ import annotations
+
+import pytest
+
+from dist_lora.layout.machine import is_called
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("gpu", "device", "mib", "expected"),
+    [
+        ("h100-80gb", "NVIDIA H100 80GB HBM3", 81559, True),
+        ("a100-40gb", "NVIDIA A100-SXM4-40GB", 40960, True),
+        ("a100-80gb", "NVIDIA A100-SXM4-40GB", 40960, False),
+        ("rtx4090-24gb", "NVIDIA GeForce RTX 4090", 24564, True),
+        ("rtx3090-24gb", "NVIDIA GeForce RTX 4090", 24564, False),
+        ("a10g-24gb", "NVIDIA A10G", 23028, True),
+        ("l40s-48gb", "NVIDIA L40S", 46068, True),
+        ("a6000-48gb", "NVIDIA RTX A6000", 49140, True),
+        ("h200-141gb", "NVIDIA H200", 143771, True),
+        ("b200-180gb", "NVIDIA B200", 183359, True),
+        ("mi300x-192gb", "AMD Instinct MI300X", 196592, True),
+        ("h100-80gb", "no GPU", 0, False),
+        ("80gb", "NVIDIA H100 80GB HBM3", 81559, False),
+        ("h100", "NVIDIA H100 80GB HBM3", 81559, False),
+    ],
+)
+def test_a_device_is_known_by_its_kind_and_memory(gpu: str, device: str, mib: int, expected: bool) -> None:
+    assert is_called(gpu, device, mib * MIB) is expected
