@@ -1,0 +1,25 @@
+"""What the shipped configs need and how fast they will be, by the plan: ``python -m bench.models`` prints README's table."""
+
+from __future__ import annotations
+
+from dist_lora.plan.presets import SHIPPED, presets
+from dist_lora.text import GIB
+
+TOKENS = 10_000_000
+
+
+def main() -> None:
+    """Print a line for each config."""
+    print("| config | GPUs | GiB per GPU | tokens/s | hours for 10 million tokens |\n|---|---|---|---|---|")
+    for name in SHIPPED:
+        preset = presets()[name]
+        plan, gpu = preset.plan, preset.machine.gpu
+        slow, fast = plan.speed.tokens_per_s
+        print(
+            f"| `{name}` | {plan.machines} | {plan.device_bytes / GIB:.1f} of {gpu.memory_bytes / GIB:.1f} | "
+            f"{slow:,.0f} to {fast:,.0f} | {TOKENS / fast / 3600:.2g} to {TOKENS / slow / 3600:.2g} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
