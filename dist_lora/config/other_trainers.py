@@ -309,3 +309,15 @@ def advice_for(name: str) -> str | None:
         return None
     note = f" ({NOTES[name]})" if name in NOTES else ""
     return f"another trainer's name; here it is {RENAMED[name]}{note}"
+
+
+def markdown() -> str:
+    """All names as a table, for docs/."""
+    lines = ["| there | here | |", "|---|---|---|"]
+    lines += [f"| `{name}` | `{ours}` | {NOTES.get(name, '')} |" for name, ours in sorted(RENAMED.items())]
+    lines += [f"| `{name}` | - | {what} |" for name, what in sorted(ABSENT.items())]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown())
