@@ -171,7 +171,6 @@ RENAMED: dict[str, str] = {
     "dp_shard_size": "parallel.base_shard",
     "hsdp": "parallel.base_shard",
     "ddp_timeout": "parallel.hang_timeout",
-    "gpus_per_node": "parallel.node_size",
     "nproc_per_node": "parallel.node_size",
     "devices": "parallel.node_size",
     # checkpoints

@@ -83,13 +83,6 @@ def test_the_configs_are_listed_with_the_memory_of_a_gpu_that_their_files_tell()
     assert f"Memory of a GPU, by arithmetic: {cells[4]}," in text
 
 
-def test_the_listing_of_the_readme_is_part_of_this_one() -> None:
-    readme = (ROOT / "README.md").read_text()
-    shown = [line.split() for line in readme.splitlines() if line.startswith("    3.1-") and "GiB" in line]
-    listed = [line.split() for line in printed("configs").splitlines()]
-    assert len(shown) == 3 and all(line in listed for line in shown)
-
-
 def test_the_list_as_json_has_bytes() -> None:
     rows = json.loads(printed("configs", "--json"))["configs"]
     assert [row["name"] for row in rows] == list(presets())

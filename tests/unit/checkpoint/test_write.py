@@ -148,9 +148,7 @@ def test_a_rank_without_a_share_writes_an_empty_file_that_loads(tmp_path: Path) 
 
 def test_a_disk_that_takes_three_bytes_a_write_gets_the_whole_file(tmp_path, monkeypatch) -> None:
     real = os.write
-    monkeypatch.setattr(
-        write_module.os, "write", lambda fd, data: real(fd, bytes(data[:3]) if len(data) < 4096 else data)
-    )
+    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, bytes(data[:3]) if len(data) < 4096 else data))
     folder = saved(tmp_path, step=2)
     verify(folder)
     assert_same(saved_state(folder), whole_state(2))

@@ -252,20 +252,18 @@ def test_the_container_has_the_tested_versions_and_no_root() -> None:
 
 
 def commands_in_comments() -> Iterator[Any]:
-    """The commands that the files of launch/ and the README's table show, by file."""
+    """The commands that the files of launch/ and docs/start.md show, by file."""
     for path in sorted(path for path in LAUNCH.rglob("*") if path.is_file() and path.suffix != ".py"):
         text = re.sub(r"\\\n# +", "", path.read_text())
         for line in re.findall(r"^#     (.*(?:dist[-_]lora train|\b\w+\.sh CONFIG).*)$", text, re.MULTILINE):
             yield pytest.param(line, id=f"{path.name}: {line}")
-    section = (
-        (ROOT / "README.md").read_text().partition("### Other ways to start it")[2].partition("\n\nThe scripts")[0]
-    )
-    for line in re.findall(r"`([^`]*CONFIG[^`]*)`", section):
-        yield pytest.param(line, id=f"README.md: {line}")
+    table = (ROOT / "docs/start.md").read_text().partition("\n\nThe scripts")[0]
+    for line in re.findall(r"`([^`]*CONFIG[^`]*)`", table):
+        yield pytest.param(line, id=f"start.md: {line}")
 
 
-def test_files_that_the_readme_names_are_there() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_files_that_the_documents_name_are_there() -> None:
+    text = (ROOT / "docs/start.md").read_text()
     assert all((ROOT / name).exists() for name in re.findall(r"launch/[\w./]*\w", text))
 
 

@@ -324,7 +324,7 @@ def test_the_config_names_the_machines_that_are_not_typed(tmp_path: Path) -> Non
     assert "of 138.9 GiB of a GPU" in script
     assert "#SBATCH --nodes=2\n" in make_script(replace(asked, num_nodes=2))
     with pytest.raises(ConfigError, match=r"--nodes: not given, and machine.nodes of the config is not set"):
-        make_script(request(tmp_path, num_nodes=None))
+        make_script(request(tmp_path, config(tmp_path, run="bare"), num_nodes=None))
     two = config(tmp_path, run="two", machine=named | {"nodes": 6})
     both = replace(asked, configs=(*asked.configs, two))
     with pytest.raises(ConfigError, match=r"machine.nodes: the configs of one job name 5, 6; say one for all of them"):
