@@ -39,7 +39,7 @@ from dist_lora.engines.precision import TORCH_TYPES
 from dist_lora.errors import EXIT_DONE, EXIT_FAILED, DistLoraError, SaveError
 from dist_lora.layout.choices import choose_dtype
 from dist_lora.plan.measured import AtSize, Link, Measured, Product, slowest_of, write_measured
-from dist_lora.world.launcher import Place
+from dist_lora.world.launcher import LaunchedRank
 from dist_lora.world.world import World, default_device, join
 
 LEAVE_S = 5.0  # how long the first rank, in which the store may live, waits for the others to hear the end
@@ -66,13 +66,13 @@ class Wishes:
         return TORCH_TYPES[choose_dtype(wanted, on_gpu=device.type == "cuda")[0]]
 
 
-def diagnose(place: Place | None, wishes: Wishes) -> int:
-    """Look at everything, as one rank of ``place``'s world or alone; the first rank prints. Returns the exit code.
+def diagnose(launched: LaunchedRank | None, wishes: Wishes) -> int:
+    """Look at everything, as one rank of ``launched``'s world or alone; the first rank prints. Returns the exit code.
 
     Never hangs: a step that does becomes a finding, and the process ends without it.
     """
-    place = place or Place(0, 1, 0, 1)
-    patient = Patient(place, wishes)
+    launched = launched or LaunchedRank(0, 1, 0, 1)
+    patient = Patient(launched, wishes)
     patient.look_at_host()
     patient.meet()
     patient.measure()
@@ -89,19 +89,19 @@ def diagnose(place: Place | None, wishes: Wishes) -> int:
 class Patient:
     """One rank's view of itself and its world; the methods are called in the order in which they stand."""
 
-    def __init__(self, place: Place, wishes: Wishes) -> None:
-        self.place, self.wishes = place, wishes
+    def __init__(self, launched: LaunchedRank, wishes: Wishes) -> None:
+        self.launched, self.wishes = launched, wishes
         self.host = socket.gethostname()
         self.own = Answer()  # of this rank or host
         self.shared = Answer()  # of all ranks together: the first rank's alone
         self.links: list[AxisRate] = []
         self.world: World | None = None
         self.hosts: list[str] = [self.host]
-        self.device = default_device(place.local_rank)
+        self.device = default_device(launched.local_rank)
         self.examiner = Examiner(wishes.deadline_s, begin=self._take_device)
         config = wishes.config
-        self.local_size = (config.parallel.node_size if config else None) or place.local_size
-        self.is_first_of_host = place.world_rank % self.local_size == 0
+        self.local_size = (config.parallel.node_size if config else None) or launched.local_size
+        self.is_first_of_host = launched.world_rank % self.local_size == 0
 
     def _take_device(self) -> None:
         """Each thread has a current GPU of its own, and begins with the first."""
@@ -111,7 +111,7 @@ class Patient:
     def look_at_host(self) -> None:
         """What needs no other rank: one of each host looks at it, every rank at its own names."""
         look = self.examiner.examine
-        place = self.place
+        launched = self.launched
         if self.is_first_of_host:
             self.own.take(look("versions", examine_versions, todo="Start from a whole environment."))
             self._take("host", look("host", lambda: examine_host(read_host(), ranks=self.local_size), todo=_HOST))
@@ -124,14 +124,14 @@ class Patient:
                 ),
             )
             self._take("disk", look("disk", lambda: examine_disk(self.wishes.runs_dir), todo=_DISK))
-        num_nodes = place.world_size // self.local_size
+        num_nodes = launched.world_size // self.local_size
         names = look(
             "interfaces",
             lambda: examine_names(os.environ, there=interfaces(), num_nodes=num_nodes, host=self.host),
             todo="The name service gives no answer: give addresses in place of names.",
         )
         self._take("names", names)
-        if place.world_rank == 0:
+        if launched.world_rank == 0:
             self._take("hub", look("hub", lambda: examine_hub(os.environ, self.wishes.config), todo=_HUB))
 
     def _take(self, name: str, answer: Answer) -> None:
@@ -141,23 +141,23 @@ class Patient:
 
     def meet(self) -> None:
         """Join the others, and learn on which host each is."""
-        place, deadline_s = self.place, self.wishes.deadline_s
-        if place.world_size == 1:
+        launched, deadline_s = self.launched, self.wishes.deadline_s
+        if launched.world_size == 1:
             return
 
         def step() -> Answer:
             world = join(
-                place,
+                launched,
                 os.environ,
                 # Later than the step's own deadline: NCCL's watchdog ends a process whose collective hangs.
                 collective_timeout_s=2 * deadline_s + 30,
                 node_size=self.local_size,
                 join_timeout_s=EARLIER_S * deadline_s,
-                ends_with_others=False,  # what is wrong with another rank is told by the first
+                watches_failures=False,  # rank 0 reports what is wrong with another rank
             )
-            world.share(f"doctor/host/{place.world_rank}", self.host.encode())
+            world.share(f"doctor/host/{launched.world_rank}", self.host.encode())
             limit = timedelta(seconds=EARLIER_S * deadline_s)
-            self.hosts = [_hear(world, f"doctor/host/{rank}", limit).decode() for rank in range(place.world_size)]
+            self.hosts = [_hear(world, f"doctor/host/{rank}", limit).decode() for rank in range(launched.world_size)]
             self.world = world
             return Answer()
 
@@ -211,7 +211,7 @@ class Patient:
         """The first rank hears the others, writes and prints; the others hear how it ended. Returns the exit code."""
         world = self.world
         if world is None:
-            if self.place.world_rank > 0:
+            if self.launched.world_rank > 0:
                 self._tell_alone()
                 return EXIT_FAILED
             return self._conclude([self.own.to_json()])
@@ -232,7 +232,7 @@ class Patient:
 
     def _tell_alone(self) -> None:
         """What is wrong here, from a rank that found no way to the first: it may be the reason."""
-        who = f"rank {self.place.world_rank} of {self.place.world_size} on {self.host}"
+        who = f"rank {self.launched.world_rank} of {self.launched.world_size} on {self.host}"
         lines = [
             f"{each.severity:8} {who}: {each.about}: {each.text}\n{'':8} -> {each.todo}"
             for each in self.own.findings
@@ -302,16 +302,16 @@ class Report:
         """The machine for ``dist-lora plan --measured``; None where a part of it is not known."""
         patient = self.patient
         rates = [answer.facts.get("compute", {}) for _, answer in self.ranks]
-        if len(rates) < patient.place.world_size or not all("products" in each for each in rates):
+        if len(rates) < patient.launched.world_size or not all("products" in each for each in rates):
             return None
-        if not patient.links and patient.place.world_size > 1:
+        if not patient.links and patient.launched.world_size > 1:
             return None
         is_gpu = patient.device.type == "cuda"
         return Measured(
             device=str(rates[0]["device"]),
             is_gpu=is_gpu,
             dtype="bf16" if patient.wishes.dtype(patient.device) == torch.bfloat16 else "fp32",
-            num_nodes=patient.place.world_size // patient.local_size,
+            num_nodes=patient.launched.world_size // patient.local_size,
             ranks_per_node=patient.local_size,
             memory_bytes=min(each["memory_bytes"] for each in rates),
             host_bytes=int(psutil.virtual_memory().total),
@@ -330,7 +330,7 @@ class Report:
         """All of it as one object."""
         return {
             "severity": worst(self.findings),
-            "ranks": self.patient.place.world_size,
+            "ranks": self.patient.launched.world_size,
             "hosts": self.hosts,
             "findings": [
                 {"severity": each.severity, "about": each.about, "text": each.text, "todo": each.todo,
@@ -346,7 +346,7 @@ class Report:
 
         Of what is in order, and differs from host to host in its numbers, the first host's is shown.
         """
-        size = self.patient.place.world_size
+        size = self.patient.launched.world_size
         yield f"{size} rank{'s' if size > 1 else ''} on {', '.join(self.hosts)}"
         left_out = 0
         for each in self.findings:

@@ -36,7 +36,7 @@ from dist_lora.doctor.machine import (
 from dist_lora.doctor.network import examine_names, judge_clocks, judge_links
 from dist_lora.doctor.versions import TESTED, compare_nodes, examine_versions
 from dist_lora.plan.measured import read_measured
-from dist_lora.world.launcher import Place
+from dist_lora.world.launcher import LaunchedRank
 from tests import ROOT
 from tests.e2e.fake_hub import Hub, serving
 
@@ -407,7 +407,7 @@ def test_equal_findings_of_hosts_are_one() -> None:
 
 
 def test_a_machine_that_cant_be_kept_is_a_finding_and_all_else_is_told(tmp_path: Path) -> None:
-    patient = Patient(Place(0, 1, 0, 1), Wishes(None, tmp_path / "machine.json", as_json=False, deadline_s=5))
+    patient = Patient(LaunchedRank(0, 1, 0, 1), Wishes(None, tmp_path / "machine.json", as_json=False, deadline_s=5))
     report = Report(patient, [Answer().to_json()])
     report.keep(tmp_path / "machine.json")
     assert report.findings[-1].text == f"{tmp_path}/machine.json is not written: not all of it was measured"
@@ -422,7 +422,7 @@ def test_a_machine_that_cant_be_kept_is_a_finding_and_all_else_is_told(tmp_path:
 
 
 def test_of_what_is_in_order_the_first_hosts_is_shown_and_all_that_is_wrong() -> None:
-    patient = Patient(Place(0, 3, 0, 1), Wishes(None, None, as_json=False, deadline_s=5))
+    patient = Patient(LaunchedRank(0, 3, 0, 1), Wishes(None, None, as_json=False, deadline_s=5))
     patient.hosts = ["a", "b", "c"]
 
     def answer(host: str, memory: str, *more: Finding) -> dict[str, object]:
