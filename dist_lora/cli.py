@@ -378,9 +378,9 @@ def doctor(
         check_out(out)
     if launched is None:
         _start_ranks(nproc or _num_gpus())
-    from dist_lora.doctor.command import Wishes, diagnose
+    from dist_lora.doctor.command import Request, diagnose
 
-    sys.exit(diagnose(launched, Wishes(loaded, out, as_json, deadline)))
+    sys.exit(diagnose(launched, Request(loaded, out, as_json, deadline)))
 
 
 def _load(config: Path, overrides: list[str] | None) -> Config:
