@@ -369,18 +369,18 @@ def doctor(
     Under a launcher (as `train`) the links between the ranks too. Exit code 1 where anything is a fault.
     """
     loaded = None if config is None else _load(config, overrides)
-    from dist_lora.world.launcher import place_from_environment
+    from dist_lora.world.launcher import launched_rank
 
-    place = place_from_environment(os.environ)
-    if out is not None and (place is None or place.world_rank == 0):
+    launched = launched_rank(os.environ)
+    if out is not None and (launched is None or launched.world_rank == 0):
         from dist_lora.plan.measured import check_out
 
         check_out(out)
-    if place is None:
+    if launched is None:
         _start_ranks(nproc or _num_gpus())
-    from dist_lora.doctor.command import Wishes, diagnose
+    from dist_lora.doctor.command import Request, diagnose
 
-    sys.exit(diagnose(place, Wishes(loaded, out, as_json, deadline)))
+    sys.exit(diagnose(launched, Request(loaded, out, as_json, deadline)))
 
 
 def _load(config: Path, overrides: list[str] | None) -> Config:
@@ -421,23 +421,23 @@ def _joined(
         end(error)
 
     try:
-        from dist_lora.world.launcher import place_from_environment
+        from dist_lora.world.launcher import launched_rank
 
-        place = place_from_environment(os.environ)
-        if place is not None and nproc not in (None, place.local_size):
+        launched = launched_rank(os.environ)
+        if launched is not None and nproc not in (None, launched.local_size):
             raise ConfigError(
-                f"--nproc: found {nproc}, and the launcher started {place.local_size} of the {place.world_size} processes "
+                f"--nproc: found {nproc}, and the launcher started {launched.local_size} of the {launched.world_size} processes "
                 "on each node. Leave --nproc out under a launcher, which says how many there are."
             )
-        if place is not None and place.world_rank > 0:
+        if launched is not None and launched.world_rank > 0:
             logging.getLogger("dist_lora").setLevel(logging.ERROR)  # the first rank reports on behalf of all
-        if place is None:
+        if launched is None:
             _start_ranks(nproc or (_num_gpus() if needs_all else 1))
         from dist_lora.supervision.run_rank import joined
     except StopNow as error:  # before there was a rank that could tell
         report(error)
         sys.exit(error.exit_code)
-    with joined(place, config, report=report) as world:
+    with joined(launched, config, report=report) as world:
         yield world
 
 

@@ -1,1 +1,1 @@
-"""What is wrong on these machines: versions, devices, disk, network, clocks; and how fast they are."""
+"""What is wrong with these machines (versions, devices, disk, network, clocks), and how fast they are."""

@@ -1,4 +1,4 @@
-"""How far the clocks of the nodes are apart, told through the store."""
+"""How far the clocks of the nodes are apart, measured through the store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Offset:
-    """How far the clock of a node is ahead of the first node's; ``doubt_s`` is half of the quickest round trip."""
+    """How far the clock of a node is ahead of the first node's; ``doubt_s`` is half of the fastest round trip."""
 
     host: str
     seconds: float
@@ -26,10 +26,10 @@ class Offset:
 def clock_offsets(
     world: World, *, within_s: float, clock: Callable[[], float] = time.time, host: str | None = None
 ) -> list[Offset]:
-    """The offset of each node but the first, on the first rank; all ranks call it, and only one of each node speaks.
+    """The offset of each node but the first, on rank 0; all ranks call it, and one per node takes part.
 
     Raises:
-        RuntimeError: a node gave no answer within ``within_s``.
+        RuntimeError: a node didn't answer within ``within_s``.
     """
     first_of_others = range(world.local_size, world.world_size, world.local_size)
     limit = timedelta(seconds=within_s)
@@ -39,12 +39,12 @@ def clock_offsets(
             for turn in range(ROUNDS):
                 world.store.wait([f"clock/ask/{rank}/{turn}"], limit)
                 world.share(f"clock/answer/{rank}/{turn}", repr(clock()).encode())
-            world.store.wait([f"clock/found/{rank}"], limit)
-            offsets.append(Offset(**json.loads(world.store.get(f"clock/found/{rank}"))))
+            world.store.wait([f"clock/offset/{rank}"], limit)
+            offsets.append(Offset(**json.loads(world.store.get(f"clock/offset/{rank}"))))
         return offsets
     if world.world_rank not in first_of_others:
         return []
-    found = []
+    measured = []
     for turn in range(ROUNDS):
         started_s = clock()
         world.share(f"clock/ask/{world.world_rank}/{turn}", b"1")
@@ -52,8 +52,8 @@ def clock_offsets(
         world.store.wait([answer], limit)
         ended_s = clock()
         theirs_s = float(world.store.get(answer))
-        found.append(((ended_s - started_s) / 2, (started_s + ended_s) / 2 - theirs_s))
-    doubt_s, seconds = min(found)
+        measured.append(((ended_s - started_s) / 2, (started_s + ended_s) / 2 - theirs_s))
+    doubt_s, seconds = min(measured)
     offset = Offset(host or socket.gethostname(), seconds, doubt_s)
-    world.share(f"clock/found/{world.world_rank}", json.dumps(asdict(offset)).encode())
+    world.share(f"clock/offset/{world.world_rank}", json.dumps(asdict(offset)).encode())
     return []

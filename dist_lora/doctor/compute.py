@@ -1,4 +1,4 @@
-"""What a device reaches in a run's own kinds of work: products, attention, making weights dense, elementwise work, calls."""
+"""Speed of a device in a run's kinds of work: matrix products, attention, dequantization, elementwise work, calls."""
 
 from __future__ import annotations
 
@@ -27,49 +27,49 @@ THIN = ((576, 16), (16, 576), (1536, 16), (16, 1536), (4096, 16), (16, 4096), (1
 HEADS = (576, 49152), (4096, 128256)  # products with the head, in slices of its rows
 DOCUMENTS = ((256, 9, 64), (512, 9, 64), (1024, 9, 64), (256, 32, 64), (1024, 32, 64), (4096, 32, 128))
 DENSE = (2048, 2048)
-ELEMENTS = tuple(2**power for power in range(15, 26, 2))  # of elementwise work: what a cache holds, and what none does
+ELEMENTS = tuple(2**power for power in range(15, 26, 2))  # of elementwise work: within a cache and beyond it
 CALLS = 200
-SLOW_TIMES = 1.5  # a rank that is so much slower than the others is named
+SLOW_TIMES = 1.5  # a rank that is slower than the others by this factor is named
 
 REPEATS = 7
-# Of the time that all may take, what the repeats of one size get, and the longest that one of them may be: of work that
-# would take longer only smaller sizes are measured.
+# Of the whole budget, the share for the repeats of one size, and the longest share of a single one: sizes that would take
+# longer are skipped.
 ENOUGH, TOO_LONG = 1 / 200, 1 / 100
 
 
 def measure_compute(device: torch.device, dtype: torch.dtype, *, budget_s: float) -> dict[str, Any]:
-    """Rates of one rank, as ``plan.measured`` has them; sizes that would take too long are left out.
+    """Rates of one rank, in the form of ``plan.measured``; sizes that would take too long are skipped.
 
-    ``budget_s``: about what it takes at most.
+    ``budget_s``: about how long it takes at most.
     """
     return {
         "elementwise": _elementwise(device, dtype, budget_s),
         "call_s": _call_s(device, dtype, budget_s),
         "products": _products(device, dtype, budget_s),
         "attention": _attention(device, dtype, budget_s),
-        "dense_weights_per_s": {fmt.name: _dense(fmt, device, dtype, budget_s) for fmt in (Nf4(), Int8())},
+        "dense_weights_per_s": {fmt.name: _dequantize(fmt, device, dtype, budget_s) for fmt in (Nf4(), Int8())},
     }
 
 
 def examine_compute(device: torch.device, dtype: torch.dtype, *, budget_s: float) -> Answer:
-    """``measure_compute`` as facts, for ``judge_compute``; a format that this device can't make dense is a fault."""
+    """``measure_compute`` as facts, for ``judge_compute``; a format that this device can't dequantize is a fault."""
     answer = Answer()
     try:
         answer.facts = measure_compute(device, dtype, budget_s=budget_s)
     except DistLoraError as error:
-        answer.add("fault", "compute", str(error), "See the message; model.quant: none and int8 may work all the same.")
+        answer.add("fault", "compute", str(error), "See the message; model.quant: none and int8 may still work.")
     return answer
 
 
 def judge_compute(ranks: Sequence[tuple[str, Mapping[str, Any]]]) -> Answer:
-    """What the slowest rank computes, and which ranks are slower than the others.
+    """The speed of the slowest rank, and which ranks are slower than the others.
 
     Args:
-        ranks: in order, each one's host and its facts; of one that measured nothing they are empty.
+        ranks: in order, each one's host and facts; these are empty for one that measured nothing.
     """
     answer = Answer()
     fastest = {
-        i: max(facts["products"], key=lambda each: each["flops_per_s"][1])["flops_per_s"][1]
+        i: max(facts["products"], key=lambda product: product["flops_per_s"][1])["flops_per_s"][1]
         for i, (_, facts) in enumerate(ranks)
         if "products" in facts
     }
@@ -77,14 +77,14 @@ def judge_compute(ranks: Sequence[tuple[str, Mapping[str, Any]]]) -> Answer:
         return answer
     slowest = min(fastest, key=lambda i: fastest[i])
     facts = ranks[slowest][1]
-    moved = [each["bytes_per_s"][1] / 1e9 for each in facts["elementwise"]]
-    dense = {name: rate[1] / 1e6 for name, rate in facts["dense_weights_per_s"].items()}
+    elementwise = [size["bytes_per_s"][1] / 1e9 for size in facts["elementwise"]]
+    dequantized = {name: rate[1] / 1e6 for name, rate in facts["dense_weights_per_s"].items()}
     answer.add(
         "ok",
         "compute",
-        f"{facts['device']}: {fastest[slowest] / 1e12:.3g} TFLOP/s in products, {moved[-1]:.3g} to {max(moved):.3g} GB/s "
-        f"moved by elementwise work, {dense['nf4']:,.0f} million weights/s made dense of nf4 and {dense['int8']:,.0f} "
-        f"of int8{' (the slowest rank)' if len(ranks) > 1 else ''}",
+        f"{facts['device']}: {fastest[slowest] / 1e12:.3g} TFLOP/s in matrix products, {elementwise[-1]:.3g} to "
+        f"{max(elementwise):.3g} GB/s in elementwise work, {dequantized['nf4']:,.0f} million weights/s dequantized from nf4 "
+        f"and {dequantized['int8']:,.0f} from int8{' (the slowest rank)' if len(ranks) > 1 else ''}",
     )
     usual = statistics.median(fastest.values())
     for i, rate in fastest.items():
@@ -92,30 +92,30 @@ def judge_compute(ranks: Sequence[tuple[str, Mapping[str, Any]]]) -> Answer:
             answer.add(
                 "warning",
                 "compute",
-                f"rank {i} on {ranks[i][0]} computes {rate / 1e12:.3g} TFLOP/s, and the others {usual / 1e12:.3g}",
-                "Look at what else runs on its device, at its clocks and its temperature (nvidia-smi -q -d PERFORMANCE), or "
-                "leave it out: every step waits for it.",
+                f"rank {i} on {ranks[i][0]} reaches {rate / 1e12:.3g} TFLOP/s, the others {usual / 1e12:.3g}",
+                "Check what else runs on its device, its clocks and its temperature (nvidia-smi -q -d PERFORMANCE), or exclude "
+                "it: every step waits for it.",
             )
     return answer
 
 
 def name_of(device: torch.device) -> str:
-    """The device in words."""
+    """The device's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' if threads > 1 else ''} a rank"
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''} per rank"
 
 
 def memory_of_device(device: torch.device, *, ranks: int) -> int:
-    """Bytes of a rank's device; on a CPU its part of the host's."""
+    """Memory of a rank's device in bytes; on a CPU its share of the host's."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return int(psutil.virtual_memory().total) // ranks
 
 
 def _products(device: torch.device, dtype: torch.dtype, budget_s: float) -> list[dict[str, Any]]:
-    """Forward and backward products of frozen linears and of LoRA's, by size."""
+    """Forward and backward matrix products of frozen linears and of LoRA's, by size."""
     rates: list[dict[str, Any]] = []
     fastest, ends_s = 0.0, time.perf_counter() + budget_s / 2
     sizes = [(tokens, width, out) for tokens in TOKENS for width, out in LINEARS + THIN]
@@ -143,7 +143,7 @@ def _products(device: torch.device, dtype: torch.dtype, budget_s: float) -> list
 def _attention(device: torch.device, dtype: torch.dtype, budget_s: float) -> list[dict[str, Any]]:
     """Causal attention of one document, forward and backward, as the model calls it.
 
-    Counted are 6 operations for each pair of numbers and seen token: 2 forward, twice that backward, of scores and values.
+    It counts 6 operations per head element and attended token: 2 forward and twice that backward, for scores and values.
     """
     rates: list[dict[str, Any]] = []
     name: DtypeName = "bf16" if dtype == torch.bfloat16 else "fp32"
@@ -170,14 +170,14 @@ def _attention(device: torch.device, dtype: torch.dtype, budget_s: float) -> lis
     return rates
 
 
-def _dense(fmt: Format, device: torch.device, dtype: torch.dtype, budget_s: float) -> list[float]:
+def _dequantize(fmt: Format, device: torch.device, dtype: torch.dtype, budget_s: float) -> list[float]:
     parts = fmt.quantize_rows(torch.randn(*DENSE, device=device, dtype=dtype))
     times = _times(lambda: fmt.dense(parts, dtype), device, budget_s)
     return _rate(DENSE[0] * DENSE[1], times)
 
 
 def _elementwise(device: torch.device, dtype: torch.dtype, budget_s: float) -> list[dict[str, Any]]:
-    """Bytes a second that an addition into memory of its own reads and writes."""
+    """Bytes per second that an out-of-place addition reads and writes."""
     rates: list[dict[str, Any]] = []
     for elements in ELEMENTS:
         num_bytes = 3 * elements * dtype.itemsize
@@ -190,7 +190,7 @@ def _elementwise(device: torch.device, dtype: torch.dtype, budget_s: float) -> l
 
 
 def _call_s(device: torch.device, dtype: torch.dtype, budget_s: float) -> float:
-    """Seconds of a small operator, or of its backward."""
+    """Seconds per call of a small operator, or of its backward."""
     x = torch.ones(8, device=device, dtype=dtype, requires_grad=True)
 
     def chain() -> None:
@@ -203,8 +203,8 @@ def _call_s(device: torch.device, dtype: torch.dtype, budget_s: float) -> float:
 
 
 def _times(work: Callable[[], object], device: torch.device, budget_s: float) -> list[float]:
-    """Seconds of repeats, after one that is not counted: three, or as many as are enough."""
-    found: list[float] = []
+    """Seconds of each repeat, after a warm-up: at least three, more while the budget allows."""
+    times: list[float] = []
     started_s = time.perf_counter()
     for turn in range(REPEATS + 1):
         began_s = time.perf_counter()
@@ -213,13 +213,13 @@ def _times(work: Callable[[], object], device: torch.device, budget_s: float) ->
             torch.cuda.synchronize(device)
         now_s = time.perf_counter()
         if turn:
-            found.append(now_s - began_s)
-        if len(found) >= 3 and now_s - started_s > ENOUGH * budget_s:
+            times.append(now_s - began_s)
+        if len(times) >= 3 and now_s - started_s > ENOUGH * budget_s:
             break
-    return found
+    return times
 
 
 def _rate(amount: float, times: list[float]) -> list[float]:
-    """Slow and fast; of several repeats the slowest is left out: something else was at work."""
+    """Slow and fast; the slowest of several repeats is dropped: something else was running."""
     kept = sorted(times)[: max(1, len(times) - 1)]
     return [amount / kept[-1], amount / kept[0]]

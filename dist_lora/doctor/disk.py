@@ -1,4 +1,4 @@
-"""The disk of the runs' folder: room, measured speed, and whether what a run relies on works there."""
+"""The file system of the runs' folder: free space, measured speed, and whether renaming and locks work."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from dist_lora.doctor.findings import Answer
 from dist_lora.text import gib
 
 CHUNK_BYTES = 2**22
-MOST_BYTES, MOST_S = 2**28, 3.0  # what is written at most, and for how long
+MOST_BYTES, MOST_S = 2**28, 3.0  # written at most, and for how long
 LEAST_FREE_BYTES = 10 * 2**30
 SLOW_BYTES_PER_S = 50e6
 
 
 def examine_disk(folder: Path) -> Answer:
-    """The disk on which ``folder`` lies, or will lie; what is written for it is taken away again.
+    """The file system of ``folder``, which need not exist; the files written to measure it are removed.
 
     Raises:
-        OSError: the disk refuses to be written or read.
+        OSError: it can't be written or read.
     """
-    there = _nearest(folder)
+    parent = _nearest(folder)
     answer = Answer(facts={"folder": str(folder)})
     try:
-        scratch = Path(tempfile.mkdtemp(prefix=".doctor-", dir=there))
+        scratch = Path(tempfile.mkdtemp(prefix=".doctor-", dir=parent))
     except OSError as error:
         answer.add(
             "fault",
             "disk",
-            f"{there} can't be written: {error.strerror or error}",
-            "Set runs_dir to a folder that can, or ask for the right to write there.",
+            f"{parent} can't be written: {error.strerror or error}",
+            "Set runs_dir to a writable folder, or ask for permission to write there.",
         )
         return answer
     try:
@@ -47,9 +47,9 @@ def examine_disk(folder: Path) -> Answer:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or the first above it that is there."""
+    """The folder, or its first parent that exists."""
     folder = folder.absolute()
-    return next((place for place in (folder, *folder.parents) if place.is_dir()), Path("/"))
+    return next((path for path in (folder, *folder.parents) if path.is_dir()), Path("/"))
 
 
 def _measure(scratch: Path, folder: Path, answer: Answer) -> None:
@@ -71,7 +71,7 @@ def _measure(scratch: Path, folder: Path, answer: Answer) -> None:
             "warning",
             "disk",
             f"{gib(free)} are free in {folder}",
-            "Make room, or set runs_dir elsewhere: `dist-lora plan` says what a run's checkpoints take.",
+            "Free up space, or set runs_dir elsewhere: `dist-lora plan` shows how much a run's checkpoints need.",
         )
     if min(write, read) < SLOW_BYTES_PER_S:
         answer.add(
@@ -83,7 +83,7 @@ def _measure(scratch: Path, folder: Path, answer: Answer) -> None:
 
 
 def _write(file: Path, num_bytes: int) -> tuple[float, int]:
-    """Seconds, and the bytes that were written in them and brought to the disk."""
+    """Seconds, and the bytes that were written and fsynced in them."""
     chunk = os.urandom(CHUNK_BYTES)
     written = 0
     started_s = time.perf_counter()
@@ -95,7 +95,7 @@ def _write(file: Path, num_bytes: int) -> tuple[float, int]:
 
 
 def _read(file: Path) -> float:
-    """Seconds to read a file from the disk, as far as the system can be made to forget it."""
+    """Seconds to read a file from disk, after the system was advised to drop it from the page cache."""
     with file.open("rb", buffering=0) as content:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(content.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -122,15 +122,15 @@ def _try_rename(scratch: Path, answer: Answer) -> None:
     answer.add(
         "fault",
         "disk",
-        f"a folder or file can't be renamed in {scratch.parent}: {error or 'the old one is still seen'}",
-        "Checkpoints are published by a renaming: set runs_dir to another file system.",
+        f"a folder or file can't be renamed in {scratch.parent}: {error or 'the old one is still visible'}",
+        "Checkpoints are published by renaming: set runs_dir to another file system.",
     )
 
 
 def _try_lock(scratch: Path, folder: Path, answer: Answer) -> None:
-    """A lock that is held must be refused to another opening of the same file."""
+    """A lock that is held must be refused to a second open file of the same path."""
     todo = (
-        "Two runs of one name would write into one folder: set runs_dir to another file system (Lustre: mount it with "
+        "Two runs of the same name would write to the same folder: set runs_dir to another file system (Lustre: mount it with "
         "-o flock; NFS: version 4, or with its lock daemon)."
     )
     holds = False
@@ -138,14 +138,14 @@ def _try_lock(scratch: Path, folder: Path, answer: Answer) -> None:
         try:
             fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            answer.add("fault", "disk", f"flock does not work in {folder}: {error.strerror or error}", todo)
+            answer.add("fault", "disk", f"flock doesn't work in {folder}: {error.strerror or error}", todo)
         else:
             with contextlib.suppress(OSError):
                 fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                answer.add("fault", "disk", f"flock in {folder} lets two hold one lock", todo)
+                answer.add("fault", "disk", f"flock in {folder} grants the same lock twice", todo)
                 answer.facts["flock"] = False
                 return
             holds = True
     answer.facts["flock"] = holds
     if holds and answer.facts.get("rename"):
-        answer.add("ok", "disk", "renaming and flock work there")
+        answer.add("ok", "disk", f"renaming and flock work in {folder}")

@@ -1,4 +1,4 @@
-"""What an examination gives: findings with what to do, and facts; each step within a deadline, whatever it does."""
+"""Results of an examination: findings with what to do, and facts; each step ends by a deadline, whatever it does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: ``text`` says what was found, ``todo`` what to do; ``hosts`` where, if not everywhere."""
+    """One result: ``text`` says what was found, ``todo`` what to do; ``hosts`` where, if not on all."""
 
     severity: Severity
     about: str
@@ -25,43 +25,43 @@ class Finding:
     hosts: tuple[str, ...] = ()
 
     @staticmethod
-    def of(tree: Mapping[str, Any]) -> Finding:
-        """A finding that came as JSON."""
+    def from_json(tree: Mapping[str, Any]) -> Finding:
+        """A finding from its JSON."""
         return Finding(**{**tree, "hosts": tuple(tree["hosts"])})
 
 
 @dataclass
 class Answer:
-    """What a step found, and its numbers for who reads JSON."""
+    """The findings of a step, and its numbers for the JSON output."""
 
     findings: list[Finding] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def add(self, severity: Severity, about: str, text: str, todo: str = "") -> None:
-        """One finding more."""
-        assert severity == "ok" or todo or severity == "note", f"{text}: nothing is said of what to do"
+        """Add a finding."""
+        assert severity == "ok" or todo or severity == "note", f"{text}: without what to do"
         self.findings.append(Finding(severity, about, text, todo))
 
-    def take(self, other: Answer) -> None:
-        """All of another answer too."""
+    def extend(self, other: Answer) -> None:
+        """Add all of another answer."""
         self.findings += other.findings
         self.facts |= other.facts
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        return {"findings": [asdict(each) for each in self.findings], "facts": self.facts}
+        return {"findings": [asdict(finding) for finding in self.findings], "facts": self.facts}
 
     @staticmethod
-    def of(tree: Mapping[str, Any]) -> Answer:
-        """An answer that came as JSON."""
-        return Answer([Finding.of(each) for each in tree["findings"]], dict(tree["facts"]))
+    def from_json(tree: Mapping[str, Any]) -> Answer:
+        """An answer from its JSON."""
+        return Answer([Finding.from_json(finding) for finding in tree["findings"]], dict(tree["facts"]))
 
 
 class Examiner:
     """Runs steps one after the other, none for longer than ``deadline_s``: one that hangs or fails becomes a finding.
 
-    ``begin`` is called at the start of each step, in its thread. ``is_stuck``: a step is still at work behind its deadline;
-    the process then ends without waiting for its threads.
+    ``begin`` is called at the start of each step, in its thread. ``is_stuck``: a step is still running after its deadline;
+    the process then exits without waiting for its threads.
     """
 
     def __init__(self, deadline_s: float, begin: Callable[[], object] = lambda: None) -> None:
@@ -70,52 +70,53 @@ class Examiner:
         self._begin = begin
 
     def examine(self, about: str, step: Callable[[], Answer], *, todo: str, severity: Severity = "warning") -> Answer:
-        """The step's answer, or that it could not be measured, with ``todo``, as a finding of ``severity``."""
-        found: list[Answer | BaseException] = []
+        """The step's answer; if it hangs or fails, a finding of ``severity`` with ``todo``."""
+        results: list[Answer | BaseException] = []
 
         def work() -> None:
             try:
                 self._begin()
-                found.append(step())
+                results.append(step())
             except BaseException as error:
-                found.append(error)
+                results.append(error)
 
         thread = threading.Thread(target=work, name=f"doctor-{about}", daemon=True)
         thread.start()
         thread.join(self.deadline_s)
-        if not found:
+        if not results:
             self.is_stuck = True
             return _unmeasured(severity, about, f"no answer within {self.deadline_s:g} s", todo)
-        if isinstance(found[0], BaseException):
-            words = " ".join(str(found[0]).split())
-            return _unmeasured(severity, about, f"{type(found[0]).__name__}: {words}", todo)
-        return found[0]
+        result = results[0]
+        if isinstance(result, BaseException):
+            text = " ".join(str(result).split())
+            return _unmeasured(severity, about, f"{type(result).__name__}: {text}", todo)
+        return result
 
 
 def _unmeasured(severity: Severity, about: str, why: str, todo: str) -> Answer:
     answer = Answer()
-    answer.add(severity, about, f"could not be measured: {why}", todo)
+    answer.add(severity, about, f"couldn't be measured: {why}", todo)
     return answer
 
 
-def hosts_by(has: Iterable[tuple[str, T]]) -> dict[T, list[str]]:
-    """The hosts that have the same, each once, by what they have; in the order of their first."""
-    hosts: dict[T, list[str]] = {}
-    for host, each in has:
-        there = hosts.setdefault(each, [])
-        if host not in there:
-            there.append(host)
-    return hosts
+def hosts_by(values: Iterable[tuple[str, T]]) -> dict[T, list[str]]:
+    """The hosts that have each value, without duplicates, in the order of first occurrence."""
+    hosts_of: dict[T, list[str]] = {}
+    for host, value in values:
+        hosts = hosts_of.setdefault(value, [])
+        if host not in hosts:
+            hosts.append(host)
+    return hosts_of
 
 
 def merge_hosts(by_host: Iterable[tuple[str, Finding]], *, num_hosts: int) -> list[Finding]:
-    """Equal findings of several hosts as one that names them, unless all have it; in the order of their first."""
+    """Equal findings of several hosts as one that names them, unless all hosts have it; in the order of first occurrence."""
     return [
-        finding if len(there) == num_hosts else replace(finding, hosts=tuple(there))
-        for finding, there in hosts_by(by_host).items()
+        finding if len(hosts) == num_hosts else replace(finding, hosts=tuple(hosts))
+        for finding, hosts in hosts_by(by_host).items()
     ]
 
 
 def worst(findings: Iterable[Finding]) -> Severity:
-    """The gravest severity among them; ``ok`` of none."""
+    """The highest severity among them; ``ok`` for none."""
     return max((finding.severity for finding in findings), key=SEVERITIES.index, default="ok")

@@ -1,4 +1,4 @@
-"""The hub, as one rank asks it, once; and whether a run would need it."""
+"""Whether the hub can be reached, tried once by one rank, and whether a run needs it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ ANSWER_S = 5.0
 
 
 def examine_hub(environment: Mapping[str, str], config: Config | None, *, timeout_s: float = ANSWER_S) -> Answer:
-    """Whether the hub can be reached, by the client that a run uses, and whether ``config``'s model lies here."""
+    """Whether the hub can be reached, by the client that a run uses, and whether ``config``'s model is on this host."""
     from huggingface_hub import constants, get_session
 
-    lacking = "" if config is None else _lacking(config)
-    needs = f"; {lacking} is not whole in the cache" if lacking else ""
-    answer = Answer(facts={"endpoint": constants.ENDPOINT, "is_reached": None, "lacking": lacking})
+    missing = "" if config is None else _missing(config)
+    needs = f"; {missing} isn't complete in the cache" if missing else ""
+    answer = Answer(facts={"endpoint": constants.ENDPOINT, "is_reached": None, "lacking": missing})
     if constants.HF_HUB_OFFLINE:
-        if lacking:
-            todo = f"Unset HF_HUB_OFFLINE, or fetch it on a machine with a network: hf download {lacking}"
-            answer.add("fault", "hub", f"not asked, since HF_HUB_OFFLINE is set{needs}", todo)
+        if missing:
+            todo = f"Unset HF_HUB_OFFLINE, or download it on a machine with network access: hf download {missing}"
+            answer.add("fault", "hub", f"not contacted, since HF_HUB_OFFLINE is set{needs}", todo)
         else:
-            answer.add("ok", "hub", "not asked, since HF_HUB_OFFLINE is set")
+            answer.add("ok", "hub", "not contacted, since HF_HUB_OFFLINE is set")
         return answer
     try:
         status = (
@@ -38,28 +38,28 @@ def examine_hub(environment: Mapping[str, str], config: Config | None, *, timeou
         why = " ".join(str(error).split()) or type(error).__name__
     answer.facts["is_reached"] = not why
     if not why:
-        answer.add("ok", "hub", f"{constants.ENDPOINT} answers{needs and needs + ', and will be fetched'}")
+        answer.add("ok", "hub", f"{constants.ENDPOINT} answers{needs and needs + ', and will be downloaded'}")
         return answer
     has_proxy = any(environment.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
     answer.add(
-        "fault" if lacking else "warning",
+        "fault" if missing else "warning",
         "hub",
         f"{constants.ENDPOINT} can't be reached ({why}){needs}",
-        "Fetch models on a machine with a network and give their folder as model.name"
-        f"{'' if has_proxy else ', or set HTTPS_PROXY'}. Where all lies here or in the cache, set HF_HUB_OFFLINE=1: "
-        "nothing then waits for an answer.",
+        "Download models on a machine with network access and set model.name to their folder"
+        f"{'' if has_proxy else ', or set HTTPS_PROXY'}. If all files are local or in the cache, set HF_HUB_OFFLINE=1: "
+        "nothing then waits for the hub.",
     )
     return answer
 
 
-def _lacking(config: Config) -> str:
-    """The hub id of the config's model, where it is to come from the hub and is not whole in the cache; else empty."""
+def _missing(config: Config) -> str:
+    """The hub id of the config's model, if it comes from the hub and isn't complete in the cache; else empty."""
     from huggingface_hub import snapshot_download
 
     try:
         resolved = resolve_model(config.model.name)
     except (ConfigError, WeightsError):
-        return ""  # `plan` and `train` say what is wrong with it
+        return ""  # ``plan`` and ``train`` report what is wrong with it
     if resolved.folder is not None or config.model.shape is not None or resolved.hub_id is None:
         return ""
     try:
@@ -67,6 +67,6 @@ def _lacking(config: Config) -> str:
             resolved.hub_id, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED), local_files_only=True
         )
         open_index(Path(folder), allow_bytes=True)
-    except Exception:  # the library's own kinds where nothing is there, ours where a file of it is not
+    except Exception:  # the library's own kinds where nothing is cached, ours where a file is missing
         return resolved.hub_id
     return ""

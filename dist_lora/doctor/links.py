@@ -1,4 +1,4 @@
-"""What the links between ranks carry: all-gather and all-reduce along each axis of the mesh, and each link of its rings."""
+"""Bandwidth between ranks: all-gather and all-reduce along each axis of the mesh, and each link of its rings."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from dist_lora.world.world import World
 
 AxisName = Literal["within a node", "between nodes", "over all ranks"]
 Kind = Literal["all-gather", "all-reduce"]
-SIZES = tuple(2**power for power in (20, 22, 24, 26, 28))  # bytes of the whole tensor: of a layer's parts to a layer
+SIZES = tuple(2**power for power in (20, 22, 24, 26, 28))  # bytes of the whole tensor: from part of a layer to a layer
 SMALL_BYTES = 1024
 REPEATS = 5
-MOST_S = 0.5  # what a collective may take: the next size is left out where it would take longer
-PAIR_S = 0.2  # about what a message of a ring takes
+MOST_S = 0.5  # how long a collective may take: sizes that would take longer are skipped
+PAIR_S = 0.2  # about how long a message of a ring takes
 
 
 @dataclass(frozen=True)
 class AxisRate:
-    """Bytes a second that a rank receives in a collective, by a ring's count, from slow to fast over sizes and repeats.
+    """Bytes per second that a rank receives in a collective, counted as a ring, from slow to fast over sizes and repeats.
 
-    The slowest repeat of each size is left out. ``latency_s`` is what a small one takes. All times are the slowest rank's.
+    The slowest repeat of each size is dropped. ``latency_s`` is the time of a small one. All times are the slowest rank's.
     """
 
     kind: Kind
@@ -42,7 +42,7 @@ class AxisRate:
 
 @dataclass(frozen=True)
 class PairRate:
-    """One link of a ring, while all of the ring is at work."""
+    """One link of a ring, while all links of the ring are in use."""
 
     axis: AxisName
     sender: int
@@ -76,7 +76,7 @@ def measure_links(world: World, *, hosts: Sequence[str]) -> tuple[list[AxisRate]
         hosts: of each rank.
 
     Raises:
-        RuntimeError: a collective failed, or was given up after the group's timeout.
+        RuntimeError: a collective failed, or timed out.
     """
     rates, pairs = [], []
     for axis, group in axes_of(world).items():
@@ -116,22 +116,22 @@ def _collective(
 
 
 def _times(start: Callable[[], object], repeats: int, world: World) -> list[float]:
-    """Seconds of each repeat on the slowest rank, after one that is not counted."""
-    found = []
+    """Seconds of each repeat on the slowest rank, after a warm-up."""
+    times = []
     for _ in range(repeats + 1):
         _wait_for_device(world.device)
         started_s = time.perf_counter()
         start()
         _wait_for_device(world.device)
-        found.append(time.perf_counter() - started_s)
-    return _slowest(found[1:], world)
+        times.append(time.perf_counter() - started_s)
+    return _slowest(times[1:], world)
 
 
 def _slowest(seconds: Sequence[float], world: World) -> list[float]:
-    """The most that any rank has, one by one: all ranks go on by the same numbers."""
-    told = torch.tensor(seconds, dtype=torch.float64)
-    dist.all_reduce(told, op=dist.ReduceOp.MAX)
-    slowest: list[float] = told.tolist()
+    """The maximum over ranks, elementwise: all ranks decide by the same numbers."""
+    most = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    slowest: list[float] = most.tolist()
     return slowest
 
 
@@ -140,18 +140,18 @@ def _ring(
 ) -> list[PairRate]:
     """Each rank sends to the next of its group and receives from the one before, all at once."""
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-    here = ranks.index(world.world_rank)
-    after, before = ranks[(here + 1) % len(ranks)], ranks[here - 1]
+    i = ranks.index(world.world_rank)
+    after, before = ranks[(i + 1) % len(ranks)], ranks[i - 1]
     sent = torch.zeros(num_bytes, dtype=torch.uint8, device=world.device)
-    came = torch.empty_like(sent)
+    received = torch.empty_like(sent)
     times = []
     for _ in range(REPEATS):
         dist.barrier()
         _wait_for_device(world.device)
         started_s = time.perf_counter()
-        moves = [dist.P2POp(dist.irecv, came, before), dist.P2POp(dist.isend, sent, after)]
+        moves = [dist.P2POp(dist.irecv, received, before), dist.P2POp(dist.isend, sent, after)]
         works = dist.batch_isend_irecv(moves)
-        works[0].wait()  # of what is received; over NCCL the only one
+        works[0].wait()  # the receive; over NCCL the only one
         _wait_for_device(world.device)
         times.append(time.perf_counter() - started_s)
         for work in works[1:]:

@@ -1,4 +1,4 @@
-"""One host: its processors and memory, and its GPUs as the driver and as torch see them."""
+"""One host: its CPUs and memory, and its GPUs as the driver and torch see them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from dist_lora.supervision.out_of_memory import read_counters
 from dist_lora.text import gib
 
 SHM = Path("/dev/shm")
-LEAST_SHM_BYTES = 2**30  # NCCL's buffers between the GPUs of a node that have no direct link
-LEAST_HOST_BYTES_A_RANK = 4 * 2**30  # Python, torch, CUDA's libraries, and what loading needs
-TAKEN_BYTES = 2**30  # of a GPU, before a run: more than a context of this process
+LEAST_SHM_BYTES = 2**30  # NCCL's buffers between GPUs of a node without a direct link
+LEAST_HOST_BYTES_PER_RANK = 4 * 2**30  # Python, torch, CUDA's libraries, and what loading needs
+USED_BYTES = 2**30  # of a GPU, before a run: more than a context of this process
 ASK_GPUS = ("index", "name", "driver_version", "memory.total", "memory.free")
 
 
@@ -68,7 +68,7 @@ def read_host(root: Path = Path("/")) -> HostFacts:
 
 
 def _quota_cores(root: Path) -> float | None:
-    """Cores' worth of time that the control group allows (version 2), or None."""
+    """The CPU quota of the cgroup (v2) in cores, or None."""
     try:
         quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
         return int(quota) / int(period)
@@ -77,37 +77,37 @@ def _quota_cores(root: Path) -> float | None:
 
 
 def examine_host(facts: HostFacts, *, ranks: int) -> Answer:
-    """Processors, memory and shared memory, for ``ranks`` processes of a run on this host."""
+    """CPUs, memory and shared memory, for ``ranks`` processes of a run on this host."""
     answer = Answer(facts=asdict(facts))
-    limit = "" if facts.limit_bytes is None else f", and its control group may take {gib(facts.limit_bytes)}"
-    answer.add("ok", "processors", f"{facts.usable_cores:g} of {facts.cores} cores may be used ({platform.machine()})")
+    limit = "" if facts.limit_bytes is None else f", its cgroup is limited to {gib(facts.limit_bytes)}"
+    answer.add("ok", "processors", f"{facts.usable_cores:g} of {facts.cores} cores are usable ({platform.machine()})")
     answer.add("ok", "host memory", f"{gib(facts.total_bytes)}, {gib(facts.available_bytes)} of it available{limit}")
     if facts.usable_cores < ranks:
         answer.add(
             "warning",
             "processors",
             f"{ranks} ranks share {facts.usable_cores:g} cores",
-            "Give the job a core or more a rank (Slurm: --cpus-per-task), or start fewer ranks.",
+            "Give the job at least one core per rank (Slurm: --cpus-per-task), or start fewer ranks.",
         )
-    there = min(facts.available_bytes, facts.limit_bytes or facts.available_bytes)
-    if there < ranks * LEAST_HOST_BYTES_A_RANK:
+    usable = min(facts.available_bytes, facts.limit_bytes or facts.available_bytes)
+    if usable < ranks * LEAST_HOST_BYTES_PER_RANK:
         answer.add(
             "warning",
             "host memory",
-            f"{gib(there)} can be used by {ranks} ranks, of which each takes {gib(LEAST_HOST_BYTES_A_RANK)} while it loads",
-            "Ask for more memory (Slurm: --mem), end what else runs here, or start fewer ranks.",
+            f"{gib(usable)} are available to {ranks} ranks, and each needs {gib(LEAST_HOST_BYTES_PER_RANK)} to load",
+            "Request more memory (Slurm: --mem), end what else runs here, or start fewer ranks.",
         )
     if facts.shm_bytes is None:
-        answer.add("note", "shared memory", f"{SHM} is not there")
+        answer.add("note", "shared memory", f"{SHM} doesn't exist")
     elif facts.shm_bytes < LEAST_SHM_BYTES and ranks > 1:
         answer.add(
             "warning",
             "shared memory",
-            f"{SHM} holds {gib(facts.shm_bytes)}, and the ranks of a node may pass data through it",
+            f"{SHM} has {gib(facts.shm_bytes)}, and the ranks of a node may pass data through it",
             "Make it larger: docker run --shm-size=8g (or --ipc=host); in Kubernetes an emptyDir of medium Memory.",
         )
     else:
-        answer.add("ok", "shared memory", f"{SHM} holds {gib(facts.shm_bytes)}")
+        answer.add("ok", "shared memory", f"{SHM} has {gib(facts.shm_bytes)}")
     return answer
 
 
@@ -115,35 +115,35 @@ def examine_host(facts: HostFacts, *, ranks: int) -> Answer:
 
 
 def ask_driver(command: Sequence[str] = ("nvidia-smi",), *, timeout_s: float = 20) -> list[GpuFacts] | None:
-    """The GPUs that the driver knows; None where there is no such driver or it gives no answer."""
+    """The GPUs that the driver reports; None where there is no such driver or it doesn't answer."""
     try:
-        told = subprocess.run(
+        output = subprocess.run(
             [*command, f"--query-gpu={','.join(ASK_GPUS)}", "--format=csv,noheader,nounits"],
             capture_output=True, text=True, timeout=timeout_s, check=True,
         ).stdout  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
-    found = []
-    for line in told.splitlines():
+    gpus = []
+    for line in output.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
         if len(cells) == len(ASK_GPUS) and cells[0].isdigit():
             total, free = (int(cell) * 2**20 if cell.isdigit() else 0 for cell in cells[3:])
-            found.append(GpuFacts(int(cells[0]), cells[1], cells[2], total, free))
-    return found
+            gpus.append(GpuFacts(int(cells[0]), cells[1], cells[2], total, free))
+    return gpus
 
 
 def examine_gpus(driver: Sequence[GpuFacts] | None, *, num_seen: int, build: Mapping[str, Any]) -> Answer:
     """The GPUs of a host, and whether torch can use them.
 
     Args:
-        driver: as ``ask_driver`` gives them.
+        driver: from ``ask_driver``.
         num_seen: how many torch sees.
-        build: torch's, see ``torch_build``.
+        build: from ``torch_build``.
     """
     answer = Answer(facts={"gpus": [asdict(gpu) for gpu in driver or ()], "gpus_of_torch": num_seen, **build})
     toolkit = f"torch {build['torch']}, CUDA {build['cuda'] or '-'}, NCCL {build['nccl'] or '-'}"
     if driver is None and not num_seen:
-        answer.add("note", "GPUs", f"none: runs are computed on the processors ({toolkit})")
+        answer.add("note", "GPUs", f"none: runs use the CPU ({toolkit})")
         return answer
     for gpu in driver or ():
         answer.add(
@@ -151,29 +151,29 @@ def examine_gpus(driver: Sequence[GpuFacts] | None, *, num_seen: int, build: Map
             "GPUs",
             f"{gpu.index}: {gpu.name}, {gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free, driver {gpu.driver}",
         )
-        if gpu.total_bytes - gpu.free_bytes > TAKEN_BYTES:
+        if gpu.total_bytes - gpu.free_bytes > USED_BYTES:
             answer.add(
                 "warning",
                 "GPUs",
-                f"{gib(gpu.total_bytes - gpu.free_bytes)} of GPU {gpu.index} are taken already",
-                "See by whom: nvidia-smi. End it, or leave this GPU out by CUDA_VISIBLE_DEVICES.",
+                f"{gib(gpu.total_bytes - gpu.free_bytes)} of GPU {gpu.index} are already in use",
+                "Find the process with nvidia-smi and end it, or exclude this GPU by CUDA_VISIBLE_DEVICES.",
             )
     if driver is None:
-        answer.add("note", "GPUs", f"{num_seen} seen by torch; no nvidia-smi here that could say more ({toolkit})")
+        answer.add("note", "GPUs", f"torch sees {num_seen}; there is no nvidia-smi here to tell more ({toolkit})")
         return answer
-    _say_what_torch_sees(answer, driver, num_seen=num_seen, toolkit=toolkit)
-    _say_unlike(answer, driver)
+    _compare_with_torch(answer, driver, num_seen=num_seen, toolkit=toolkit)
+    _compare_kinds(answer, driver)
     return answer
 
 
-def _say_what_torch_sees(answer: Answer, driver: Sequence[GpuFacts], *, num_seen: int, toolkit: str) -> None:
+def _compare_with_torch(answer: Answer, driver: Sequence[GpuFacts], *, num_seen: int, toolkit: str) -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not num_seen and driver:
-        why = f"CUDA_VISIBLE_DEVICES is {visible!r}" if visible is not None else f"it is {toolkit}"
+        why = f"CUDA_VISIBLE_DEVICES is {visible!r}" if visible is not None else toolkit
         answer.add(
             "fault",
             "GPUs",
-            f"the driver knows {len(driver)} GPUs and torch sees none: {why}",
+            f"the driver reports {len(driver)} GPUs but torch sees none: {why}",
             "Unset CUDA_VISIBLE_DEVICES."
             if visible is not None
             else "Install torch's build for CUDA (pip install torch from download.pytorch.org/whl/cuXXX) that the driver supports.",
@@ -182,46 +182,46 @@ def _say_what_torch_sees(answer: Answer, driver: Sequence[GpuFacts], *, num_seen
         answer.add(
             "warning",
             "GPUs",
-            f"the driver knows {len(driver)} GPUs and torch sees {num_seen}",
-            "Look into the kernel's log (dmesg | grep -i xid): a GPU may have fallen off the bus.",
+            f"the driver reports {len(driver)} GPUs but torch sees {num_seen}",
+            "Check the kernel's log (dmesg | grep -i xid): a GPU may have fallen off the bus.",
         )
     else:
         answer.add("ok", "GPUs", f"torch sees {num_seen} of {len(driver)} ({toolkit})")
 
 
 def compare_with_config(driver: Sequence[GpuFacts], section: MachineSection, *, num_seen: int) -> Answer:
-    """Whether a host has the GPUs that a config's section ``machine`` names; nothing where it names none."""
+    """Whether a host has the GPUs of the config's section ``machine``; no findings where it sets none."""
     answer = Answer()
     other = [gpu for gpu in driver if section.gpu is not None and not is_called(section.gpu, gpu.name, gpu.total_bytes)]
     if other or (section.gpu is not None and not driver):
-        found = f"{other[0].name} of {gib(other[0].total_bytes)}" if other else "no GPU"
+        own = f"{other[0].name} of {gib(other[0].total_bytes)}" if other else "no GPU"
         answer.add(
             "warning",
             "machine",
-            f"machine.gpu: the config names {section.gpu}, and here is {found}",
-            "The plan was made for other GPUs: set machine.gpu to what is here, and plan again.",
+            f"machine.gpu: the config names {section.gpu}, but this host has {own}",
+            "The plan was made for other GPUs: set machine.gpu to this host's, and plan again.",
         )
     if section.gpus_per_node not in (None, num_seen):
         answer.add(
             "warning",
             "machine",
-            f"machine.gpus_per_node: the config names {section.gpus_per_node}, and torch sees {num_seen}",
+            f"machine.gpus_per_node: the config names {section.gpus_per_node}, but torch sees {num_seen}",
             "Start on a node with as many, or set machine.gpus_per_node, and plan again.",
         )
     if section.gpu is not None and not answer.findings:
-        answer.add("ok", "machine", f"the GPUs are the config's: {num_seen} x {section.gpu}")
+        answer.add("ok", "machine", f"the GPUs match the config: {num_seen} x {section.gpu}")
     return answer
 
 
-def _say_unlike(answer: Answer, driver: Sequence[GpuFacts]) -> None:
+def _compare_kinds(answer: Answer, driver: Sequence[GpuFacts]) -> None:
     kinds = {(gpu.name, gpu.total_bytes) for gpu in driver}
     if len(kinds) > 1:
-        told = ", ".join(sorted(f"{name} of {gib(size)}" for name, size in kinds))
+        names = ", ".join(sorted(f"{name} of {gib(size)}" for name, size in kinds))
         answer.add(
             "warning",
             "GPUs",
-            f"of different kinds: {told}",
-            "A step waits for the slowest, and the smallest must hold its share: leave the others out by "
+            f"of different kinds: {names}",
+            "A step waits for the slowest, and the smallest must hold its share: exclude the others by "
             "CUDA_VISIBLE_DEVICES, or plan for the smallest.",
         )
 
@@ -238,16 +238,18 @@ def compare_gpus(kinds: Mapping[str, Sequence[str]]) -> Answer:
     """Whether all hosts have the same GPUs and drivers.
 
     Args:
-        kinds: by host, a word for each GPU.
+        kinds: by host, a description of each GPU.
     """
     answer = Answer()
-    hosts = hosts_by((host, tuple(gpus)) for host, gpus in kinds.items())
-    if len(hosts) > 1:
-        told = "; ".join(f"{', '.join(gpus) or 'none'} on {', '.join(there)}" for gpus, there in hosts.items())
+    hosts_of = hosts_by((host, tuple(gpus)) for host, gpus in kinds.items())
+    if len(hosts_of) > 1:
+        differences = "; ".join(
+            f"{', '.join(gpus) or 'none'} on {', '.join(hosts)}" for gpus, hosts in hosts_of.items()
+        )
         answer.add(
             "warning",
             "GPUs",
-            f"nodes have different GPUs or drivers: {told}",
+            f"nodes have different GPUs or drivers: {differences}",
             "A step waits for the slowest: ask the scheduler for nodes of one kind (Slurm: --constraint).",
         )
     return answer

@@ -1,4 +1,4 @@
-"""The packages that a run uses: which versions are here, and whether they were tested together."""
+"""The packages that a run uses: which versions are installed, and whether they were tested together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from dist_lora.doctor.findings import Answer, hosts_by
 
-# Of constraints.txt, which a test holds equal: an installed package doesn't have that file.
+# The same as constraints.txt, which a test checks: an installed package doesn't have that file.
 TESTED = {
     "torch": "2.13.0",
     "transformers": "5.23.0",
@@ -33,12 +33,12 @@ TESTED = {
     "psutil": "7.2.2",
 }
 TESTED_PYTHON = "3.11"
-OPTIONAL = ("peft",)  # only compared with
+OPTIONAL = ("peft",)  # only for comparisons
 SHOWN = ("torch", "transformers", "deepspeed", "accelerate", "bitsandbytes", "datasets", "peft", "safetensors")
 
 
 def installed_version(name: str) -> str | None:
-    """The version of a package that is installed here, or None."""
+    """The installed version of a package, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -46,47 +46,47 @@ def installed_version(name: str) -> str | None:
 
 
 def examine_versions(version_of: Callable[[str], str | None] = installed_version) -> Answer:
-    """Versions beside those that were tested together.
+    """The installed versions compared with those that were tested together.
 
     Args:
-        version_of: the version of a package, or None where it is not there.
+        version_of: the version of a package, or None where it isn't installed.
     """
-    found = {name: version_of(name) for name in TESTED}
-    answer = Answer(facts={"python": platform.python_version(), "packages": found})
-    shown = [f"Python {platform.python_version()}", *(f"{name} {found[name] or '-'}" for name in SHOWN)]
-    lacking = [name for name, version in found.items() if version is None and name not in OPTIONAL]
-    others = _others(found)
-    verdict = "as tested together" if not lacking and not others else "other than those tested together"
-    answer.add("ok", "versions", f"{', '.join(shown)}: {verdict}")
-    if lacking:
-        wanted = " ".join(f"{name}=={TESTED[name]}" for name in lacking)
+    installed = {name: version_of(name) for name in TESTED}
+    answer = Answer(facts={"python": platform.python_version(), "packages": installed})
+    shown = [f"Python {platform.python_version()}", *(f"{name} {installed[name] or '-'}" for name in SHOWN)]
+    missing = [name for name, version in installed.items() if version is None and name not in OPTIONAL]
+    others = _others(installed)
+    summary = "as tested together" if not missing and not others else "not all as tested together"
+    answer.add("ok", "versions", f"{', '.join(shown)}: {summary}")
+    if missing:
+        wanted = " ".join(f"{name}=={TESTED[name]}" for name in missing)
         answer.add(
             "fault",
             "versions",
-            f"not installed: {', '.join(lacking)}",
-            f"Install what is lacking: pip install {wanted}",
+            f"not installed: {', '.join(missing)}",
+            f"Install what is missing: pip install {wanted}",
         )
     older = [name for name, version in others.items() if _parts(version) < _parts(TESTED[name])]
     for names, severity in ((older, "warning"), ([name for name in others if name not in older], "note")):
         if names:
-            told = ", ".join(f"{name} {others[name]} (tested: {TESTED[name]})" for name in names)
+            versions = ", ".join(f"{name} {others[name]} (tested: {TESTED[name]})" for name in names)
             answer.add(
                 "warning" if severity == "warning" else "note",
                 "versions",
-                f"{'older' if severity == 'warning' else 'other'} than tested: {told}",
-                "Where something fails, install the tested ones: pip install "
+                f"{'older than' if severity == 'warning' else 'not as'} tested: {versions}",
+                "If something fails, install the tested versions: pip install "
                 + " ".join(f"{name}=={TESTED[name]}" for name in names),
             )
     if not platform.python_version().startswith(TESTED_PYTHON + "."):
-        answer.add("note", "versions", f"Python {platform.python_version()}; tested was {TESTED_PYTHON}")
+        answer.add("note", "versions", f"Python {platform.python_version()}; tested with {TESTED_PYTHON}")
     return answer
 
 
-def _others(found: Mapping[str, str | None]) -> dict[str, str]:
-    """Versions that differ from the tested ones; a build's suffix (+cu128, +cpu) is none."""
+def _others(installed: Mapping[str, str | None]) -> dict[str, str]:
+    """Versions that differ from the tested ones; a build's suffix (+cu128, +cpu) is no difference."""
     return {
         name: version
-        for name, version in found.items()
+        for name, version in installed.items()
         if version is not None and version.partition("+")[0] != TESTED[name]
     }
 
@@ -99,18 +99,18 @@ def compare_nodes(packages: Mapping[str, Mapping[str, str | None]]) -> Answer:
     """Whether all hosts have the same versions.
 
     Args:
-        packages: by host, each package's version (with its build), Python's too.
+        packages: by host, the version of each package (with its build) and of Python.
     """
     answer = Answer()
     first = next(iter(packages.values()), {})
     for name in first:
-        hosts = hosts_by((host, versions.get(name) or "not installed") for host, versions in packages.items())
-        if len(hosts) > 1:
-            told = "; ".join(f"{version} on {', '.join(there)}" for version, there in hosts.items())
+        hosts_of = hosts_by((host, versions.get(name) or "not installed") for host, versions in packages.items())
+        if len(hosts_of) > 1:
+            differences = "; ".join(f"{version} on {', '.join(hosts)}" for version, hosts in hosts_of.items())
             answer.add(
                 "fault",
                 "versions",
-                f"nodes have different versions of {name}: {told}",
-                "Start all nodes from the same environment (one image, or one folder that all see).",
+                f"nodes have different versions of {name}: {differences}",
+                "Start all nodes from the same environment (one image, or one shared folder).",
             )
     return answer

@@ -1,1 +1,1 @@
-"""Ranks that are started, watched and ended."""
+"""Starting, watching and ending ranks."""

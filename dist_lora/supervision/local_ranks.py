@@ -1,4 +1,4 @@
-"""Start the ranks of one machine and see them through: no launcher needed, one error shown and not N."""
+"""Start the ranks of one machine and supervise them: no launcher needed, and one error is shown instead of N."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ from dist_lora.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from dist_lora.supervision.out_of_memory import Counters, Peaks, describe_kill, read_counters
 
 POLL_S = 0.05
-GRACE_S = 15.0  # what the others get to end by themselves when one has ended with an error
-GRACE_LOST_S = 5.0  # and when it was killed or lost another: nobody will tell them, so they may wait for ever
-GRACE_HANG_S = 2.0  # and when a rank was found to hang: it won't end by itself
-TERM_S = 5.0  # and after they were asked to
-PEAKS_S = 0.5  # how often the ranks' memory is looked at
-EXIT_LOST_PEER = 113  # between a rank and us: it ends since another is gone, and doesn't know why
+GRACE_S = 15.0  # how long the others have to end by themselves once one has ended with an error
+GRACE_LOST_S = 5.0  # and if it was killed or lost another: nothing notifies them, so they may wait forever
+GRACE_HANG_S = 2.0  # and if a rank was found to hang: it won't end by itself
+TERM_S = 5.0  # and after SIGTERM
+PEAKS_S = 0.5  # how often the ranks' memory is sampled
+EXIT_LOST_PEER = 113  # between a rank and its parent: it ends since another is gone, and doesn't know why
 
 
 def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
-    """Run ``python -m dist_lora ARGUMENTS`` as ``num_ranks`` local ranks and return the exit code of the whole.
+    """Run ``python -m dist_lora ARGUMENTS`` as ``num_ranks`` local ranks and return the exit code of the run.
 
-    The first rank to fail decides: its code is returned. Ranks print their own errors, and only the first; here
-    is told only what no rank can tell of itself, that it was killed. TERM, INT and USR1 are passed on to the ranks,
-    which save and end with 75.
+    That of the first rank to fail. Only the first to fail prints its error; reported here is only what a rank can't
+    report itself: that it was killed. TERM, INT and USR1 are passed on to the ranks, which save and end with 75.
     """
     ranks: list[subprocess.Popen[bytes]] = []
-    asked: list[int] = []
+    passed_on: list[int] = []
     memory = read_counters()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
+        passed_on.append(number)
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(number)
@@ -47,9 +46,9 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
         try:
             for i in range(num_ranks):
                 ranks.append(_start(arguments, num_ranks=num_ranks, local_rank=i, folder=Path(folder)))
-            if asked:  # while they were started: not all of them have heard it
-                pass_on(asked[-1], None)
-            return _see_through(ranks, Path(folder), asked, memory)
+            if passed_on:  # while they were started: not all of them have got it
+                pass_on(passed_on[-1], None)
+            return _supervise(ranks, Path(folder), passed_on, memory)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -69,25 +68,25 @@ def _start(arguments: Sequence[str], *, num_ranks: int, local_rank: int, folder:
         "DIST_LORA_RENDEZVOUS": str(folder / "rendezvous"),
         "DIST_LORA_PARENT": str(os.getpid()),
     }
-    # More threads than cores make every rank slower; what the user set stands.
+    # More threads than cores make every rank slower; the user's own setting is kept.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     # A session of its own: Ctrl-C reaches the ranks once, through us.
     return subprocess.Popen([sys.executable, "-m", "dist_lora", *arguments], env=environment, start_new_session=True)
 
 
-def _see_through(ranks: list[subprocess.Popen[bytes]], folder: Path, asked: Sequence[int], memory: Counters) -> int:
-    """Wait for all ranks, or for a while after the first failure; returns the exit code of the whole.
+def _supervise(ranks: list[subprocess.Popen[bytes]], folder: Path, passed_on: Sequence[int], memory: Counters) -> int:
+    """Wait for all ranks, or for a while after the first failure; returns the exit code of the run.
 
-    ``asked``: the signals that were passed on, one by one. ``memory``: as it was counted before the ranks began.
+    ``passed_on``: the signals that were passed on, one by one. ``memory``: the counters before the ranks began.
     """
     failed: dict[int, int] = {}  # rank: exit code, in the order in which they ended
     peaks = Peaks([rank.pid for rank in ranks])
     running = set(range(len(ranks)))
-    looked_s = 0.0
+    sampled_s = 0.0
     deadline = float("inf")
     while True:
-        if time.monotonic() - looked_s > PEAKS_S:
-            looked_s = time.monotonic()
+        if time.monotonic() - sampled_s > PEAKS_S:
+            sampled_s = time.monotonic()
             peaks.look()
         codes = [rank.poll() for rank in ranks]
         ended = {i for i in running if codes[i] is not None}
@@ -96,70 +95,70 @@ def _see_through(ranks: list[subprocess.Popen[bytes]], folder: Path, asked: Sequ
         new = {i: code for i, code in enumerate(codes) if code and i not in failed}
         failed |= new
         if new:
-            is_told = all(code > 0 and code != EXIT_LOST_PEER for code in new.values())
-            grace_s = GRACE_HANG_S if _hang_of(folder).exists() else GRACE_S if is_told else GRACE_LOST_S
+            is_reported = all(code > 0 and code != EXIT_LOST_PEER for code in new.values())
+            grace_s = GRACE_HANG_S if _hang_note(folder).exists() else GRACE_S if is_reported else GRACE_LOST_S
             deadline = min(deadline, time.monotonic() + grace_s)
         if all(code is not None for code in codes) or time.monotonic() > deadline:
             break
         time.sleep(POLL_S)
     if not failed:
         return EXIT_DONE
-    if all(-code in asked or code == EXIT_STOPPED for code in failed.values()):
-        if EXIT_STOPPED not in failed.values():  # they had not come so far as to listen to signals
-            name = signal.Signals(asked[0]).name
-            _say(f"stopped on {name}'s request: nothing is lost, and the same command goes on.")
+    if all(-code in passed_on or code == EXIT_STOPPED for code in failed.values()):
+        if EXIT_STOPPED not in failed.values():  # they ended before they handled signals
+            name = signal.Signals(passed_on[0]).name
+            _print(f"interrupted by {name}: nothing is lost, and the same command resumes the run.")
         return EXIT_STOPPED
-    # A rank that merely noticed another's end says less than the one that ended.
+    # A rank that only noticed another's end knows less than the one that ended.
     cause = next((i for i, code in failed.items() if code != EXIT_LOST_PEER), next(iter(failed)))
     stuck = [i for i, rank in enumerate(ranks) if rank.poll() is None]
-    return _tell(cause, failed[cause], folder, stuck, memory, peaks.num_bytes)
+    return _report(cause, failed[cause], folder, stuck, memory, peaks.num_bytes)
 
 
-def leave_word(environment: Mapping[str, str], world_rank: int, text: str) -> bool:
-    """Leave what a rank saw of another's end to the process that started it; False where no such process did."""
+def note_lost_peer(environment: Mapping[str, str], world_rank: int, text: str) -> bool:
+    """Leave a rank's error about a lost peer to the process that started it; False where a launcher started it."""
     if "DIST_LORA_PARENT" not in environment:
         return False
     with contextlib.suppress(OSError):
-        _word_of(Path(environment["DIST_LORA_RENDEZVOUS"]).parent, world_rank).write_text(text)
+        _lost_peer_note(Path(environment["DIST_LORA_RENDEZVOUS"]).parent, world_rank).write_text(text)
     return True
 
 
-def leave_hang(environment: Mapping[str, str]) -> None:
-    """Let the process that started this rank know that a rank hangs and is told: there is nothing to wait for."""
+def note_hang(environment: Mapping[str, str]) -> None:
+    """Tell the process that started this rank that a hang is being reported: there is nothing to wait for."""
     if "DIST_LORA_PARENT" in environment:
         with contextlib.suppress(OSError):
-            _hang_of(Path(environment["DIST_LORA_RENDEZVOUS"]).parent).touch()
+            _hang_note(Path(environment["DIST_LORA_RENDEZVOUS"]).parent).touch()
 
 
-def _hang_of(folder: Path) -> Path:
+def _hang_note(folder: Path) -> Path:
     return folder / "hang"
 
 
-def _word_of(folder: Path, world_rank: int) -> Path:
+def _lost_peer_note(folder: Path, world_rank: int) -> Path:
     return folder / f"word-of-{world_rank}"
 
 
-def _tell(rank: int, code: int, folder: Path, stuck: Sequence[int], memory: Counters, peaks: Sequence[int]) -> int:
-    """Tell what the rank could not tell of itself; returns the exit code.
+def _report(rank: int, code: int, folder: Path, stuck: Sequence[int], memory: Counters, peaks: Sequence[int]) -> int:
+    """Report what the rank couldn't report itself; returns the exit code.
 
-    ``stuck``: the ranks that don't end. ``memory``: as counted before; ``peaks``: the most that each rank has held.
+    ``stuck``: the ranks that don't end. ``memory``: the counters before; ``peaks``: each rank's peak memory.
     """
-    again = "The same command goes on from the last checkpoint."
+    resume = "The same command resumes from the last checkpoint."
     if code < 0:
         name = signal.Signals(-code).name
         why = f" {describe_kill(memory, read_counters(), peaks)}" if -code == signal.SIGKILL else ""
-        _say(f"error: rank {rank} of {len(peaks)} was killed by {name}; the others are ended.{why} {again}")
+        _print(f"error: rank {rank} of {len(peaks)} was killed by {name}; the others are ended.{why} {resume}")
         return EXIT_FAILED
     if code == EXIT_LOST_PEER:
-        word = _word_of(folder, rank)
-        seen = f" (rank {rank}: {word.read_text()})" if word.exists() else ""
-        still = f"; still at work and now ended: rank {', '.join(map(str, stuck))}" if stuck else ""
-        _say(f"error: the ranks lost their connection to each other{seen}{still}. {again}")
+        note = _lost_peer_note(folder, rank)
+        seen = f" (rank {rank}: {note.read_text()})" if note.exists() else ""
+        still = f"; still running and now ended: rank {', '.join(map(str, stuck))}" if stuck else ""
+        _print(f"error: the ranks lost their connection to each other{seen}{still}. {resume}")
         return EXIT_FAILED
     return code
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

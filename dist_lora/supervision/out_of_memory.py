@@ -1,6 +1,6 @@
-"""Memory that ran out, on a GPU or on the host: what was asked and held, what helps, and what the system counted.
+"""Out of memory, on a GPU or on the host: what was requested and held, what helps, and what the kernel counted.
 
-No torch at the top: the process that starts the ranks reads the system's counters too.
+No torch at import: the process that starts the ranks reads the kernel's counters too.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
     from dist_lora.config.schema import Config
     from dist_lora.world.world import World
 
-NO_LIMIT_BYTES = 2**60  # control groups of version 1 write a number of this size for none
-ASKED = re.compile(r"(?:tried|unable) to allocate ([\d.,]+ ?\w+)", re.IGNORECASE)
+NO_LIMIT_BYTES = 2**60  # cgroups v1 write a number of this size for no limit
+REQUESTED = re.compile(r"(?:tried|unable) to allocate ([\d.,]+ ?\w+)", re.IGNORECASE)
 
 Where = Literal["device", "host"]
 
 
-# What a rank says when it is refused memory
+# When a rank can't get memory
 
 
 def out_of_memory(error: BaseException, *, world: World | None, config: Config) -> OutOfMemory | None:
-    """What to tell the user of ``error`` where it says that memory ran out; None where it says something else."""
+    """``error`` as the user's ``OutOfMemory``; None where it is another error."""
     where = _where(error)
     if where is None:
         return None
-    asked = ASKED.search(str(error))
+    requested = REQUESTED.search(str(error))
     held = _held_on_device(world) if where == "device" and world is not None else []
     held += held_on_host()
     phase = world.progress.where(error) if world is not None else ""
     helps = what_helps(config, where=where, phase=phase, is_on_gpu=world is not None and world.device.type == "cuda")
     return OutOfMemory(
         f"out of memory on the {'GPU' if where == 'device' else 'host'}: "
-        + (f"{asked[1]} were asked for; " if asked else "")
+        + (f"{requested[1]} were requested; " if requested else "")
         + f"{'; '.join(held)}. What helps, the cheapest first: {'; '.join(helps)}."
     )
 
@@ -56,12 +56,12 @@ def _where(error: BaseException) -> Where | None:
         return None
     if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "out of memory" in text):
         return "device"
-    is_hosts = (
+    is_host = (
         isinstance(error, MemoryError)
         or (isinstance(error, RuntimeError) and "can't allocate memory" in text)
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     )
-    return "host" if is_hosts else None
+    return "host" if is_host else None
 
 
 def _held_on_device(world: World) -> list[str]:
@@ -77,7 +77,7 @@ def _held_on_device(world: World) -> list[str]:
 
 
 def held_on_host() -> list[str]:
-    """What this process holds of the host's memory, and what there is: one or two clauses."""
+    """The host memory that this process holds, and what is available: one or two clauses."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -85,14 +85,15 @@ def held_on_host() -> list[str]:
     clauses = [f"{held}, {gib(memory.available)} are available"]
     limit = read_counters().limit_bytes
     if limit is not None:
-        clauses.append(f"its control group is limited to {gib(limit)}")
+        clauses.append(f"its cgroup is limited to {gib(limit)}")
     return clauses
 
 
 def what_helps(config: Config, *, where: Where, phase: str, is_on_gpu: bool) -> list[str]:
-    """The changes of a config that save memory there, the cheapest first; at least one."""
+    """Changes to the config that save memory on ``where``, the cheapest first; at least one."""
     train, changes = config.train, []
-    if phase.startswith("step") or "evaluating" in phase:  # what a pass holds; before it, only the base and its reading
+    # Activations; before the first pass there is only the base and its loading.
+    if phase.startswith("step") or "evaluating" in phase:
         if "evaluating" in phase and (config.eval.batch or 0) > 1:
             changes.append(f"eval.batch={(config.eval.batch or 2) // 2}")
         if train.micro_batch > 1:
@@ -107,21 +108,19 @@ def what_helps(config: Config, *, where: Where, phase: str, is_on_gpu: bool) -> 
         changes.append(f"parallel.offload={'base' if offload == 'none' else 'all'} (is {offload})")
     if where == "host" and is_on_gpu and offload != "none":
         changes.append(f"parallel.offload=none (is {offload}, which keeps it in the host's memory)")
-    changes.append(
-        "more GPUs, of which each keeps less" if where == "device" else "more nodes, of which each keeps less"
-    )
+    changes.append("more GPUs, so that each holds less" if where == "device" else "more nodes, so that each holds less")
     return changes
 
 
-# What the system has counted
+# What the kernel counted
 
 
 @dataclass(frozen=True)
 class Counters:
-    """How many processes the kernel has killed for want of memory, and how much there may be.
+    """How many processes the kernel has killed for lack of memory, and how much memory there is.
 
-    ``group_kills``: in this process's control group (a container, a batch job); ``host_kills``: on the whole host. None
-    where the system doesn't say.
+    ``group_kills``: in this process's cgroup (a container, a batch job); ``host_kills``: on the whole host. None where
+    the system doesn't say.
     """
 
     group_kills: int | None = None
@@ -131,7 +130,7 @@ class Counters:
 
 
 def read_counters(root: Path = Path("/")) -> Counters:
-    """The counters of now, by control groups of either version. Outside of Linux there are none."""
+    """The current counters, from cgroups v1 or v2. Outside of Linux there are none."""
     folders, names = _group_folders(root)
     events, limit = names
     limits = [bytes_ for f in folders if (bytes_ := _number(f / limit)) is not None and bytes_ < NO_LIMIT_BYTES]
@@ -145,7 +144,7 @@ def read_counters(root: Path = Path("/")) -> Counters:
 
 
 def _group_folders(root: Path) -> tuple[list[Path], tuple[str, str]]:
-    """The folders of this process's control group and of those above it, nearest first, and the files' names."""
+    """The folders of this process's cgroup and its parents, nearest first, and the files' names."""
     try:
         lines = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
     except OSError:
@@ -178,16 +177,16 @@ def _number(path: Path) -> int | None:
 
 
 def peak_bytes_of(process: int) -> int | None:
-    """The most of the host's memory that a process has held so far; None once it has ended."""
+    """The peak host memory of a process so far; None once it has ended."""
     kib = _field(Path(f"/proc/{process}/status"), "VmHWM:")
     return None if kib is None else kib * 1024
 
 
 class Peaks:
-    """The most of the host's memory that each process of a list has held, as their parent sees it.
+    """The peak host memory of each process of a list, as their parent sees it.
 
-    ``look`` sees what they have held so far, ``ended`` what the system remembers of one that has been waited for: the
-    most of all children so far, so that the last moments of a process count where they were the worst.
+    ``look`` reads the peaks so far; ``ended`` what the system keeps of processes that have been waited for: the largest
+    peak of all children so far, so that a process's last moments count where they were the worst.
     """
 
     def __init__(self, processes: Sequence[int]) -> None:
@@ -196,7 +195,7 @@ class Peaks:
         self._most_of_ended = _most_of_ended_bytes()
 
     def look(self) -> None:
-        """Look at those that live."""
+        """Read the peaks of those that are alive."""
         for i, process in enumerate(self._processes):
             self.num_bytes[i] = max(self.num_bytes[i], peak_bytes_of(process) or 0)
 
@@ -215,30 +214,30 @@ def _most_of_ended_bytes() -> int:
 
 
 def counted_kills(before: Counters, after: Counters) -> str:
-    """That memory ran out and the kernel killed for it, where its counters have risen; else empty."""
-    for now, then, whose in (
-        (after.group_kills, before.group_kills, "this control group"),
-        (after.host_kills, before.host_kills, "this host"),
+    """That the kernel killed for lack of memory, where its counters have risen; else empty."""
+    for now, then, where in (
+        (after.group_kills, before.group_kills, "in this cgroup"),
+        (after.host_kills, before.host_kills, "on this host"),
     ):
         if now is not None and then is not None and now > then:
             count = f"{now - then} process{'es' if now - then > 1 else ''}"
-            return f"Memory ran out: the kernel has killed {count} of {whose} for it meanwhile (oom_kill)."
+            return f"Memory ran out: the kernel killed {count} {where} for it during the run (oom_kill)."
     return ""
 
 
 def describe_kill(before: Counters, after: Counters, peaks: Sequence[int]) -> str:
-    """Why a rank may have been killed by SIGKILL, as far as the system's counters show it.
+    """Why a rank may have been killed by SIGKILL, as far as the kernel's counters show it.
 
     Args:
-        peaks: the most that each rank has held, in bytes; 0 where it isn't known.
+        peaks: the peak memory of each rank, in bytes; 0 where it isn't known.
     """
-    there = f"the host has {gib(after.total_bytes)}" if after.total_bytes else "the host's size is unknown"
+    available = f"the host has {gib(after.total_bytes)}" if after.total_bytes else "the host's size is unknown"
     if after.limit_bytes is not None:
-        there += f", this control group may take {gib(after.limit_bytes)}"
-    held = f"The ranks held at most {', '.join(gib(peak) for peak in peaks)}; {there}."
+        available += f", this cgroup is limited to {gib(after.limit_bytes)}"
+    held = f"The ranks held at most {', '.join(gib(peak) for peak in peaks)}; {available}."
     fact = counted_kills(before, after)
     if fact:
         return f"{fact} {held}"
     counted = after.group_kills is not None or after.host_kills is not None
-    seen = "it has counted no such kill meanwhile (oom_kill)" if counted else "it doesn't say here whether it did"
-    return f"The system kills a process so when the host's memory runs out, but {seen}. {held}"
+    seen = "it counted no such kill during the run (oom_kill)" if counted else "whether it did isn't known here"
+    return f"The kernel kills a process like this when the host's memory runs out, but {seen}. {held}"

@@ -1,4 +1,4 @@
-"""A rank whose store doesn't answer any more ends by itself: the host of the store, or the network to it, is gone."""
+"""A rank whose store no longer answers ends by itself: the host of the store, or the network to it, is gone."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 TICK_S = 0.25
-MOST_A_TICK_S = 1.0  # what a tick counts for at most: a job that was stopped (SIGSTOP, a suspended node) did not wait
+MAX_TICK_S = 1.0  # what a tick counts for at most: a job that was stopped (SIGSTOP, a suspended node) didn't wait
 
 
 class StoreWatch(threading.Thread):
-    """Looks whether a question to the store is answered, and does ``when_silent`` once where one is not in time.
+    """Watches whether calls to the store return, and calls ``when_silent`` once where one doesn't in time.
 
-    A call to the store waits in the kernel until TCP gives the connection up, which takes Linux a quarter of an hour
-    (tcp_retries2); no timeout of the store's ends it, and no signal (torch 2.13).
+    A call to the store blocks in the kernel until TCP gives up the connection, which takes Linux a quarter of an hour
+    (tcp_retries2); neither a timeout of the store nor a signal ends it (torch 2.13).
     """
 
     def __init__(self, *, limit_s: float, when_silent: Callable[[float], None]) -> None:
@@ -27,7 +27,7 @@ class StoreWatch(threading.Thread):
 
     @contextmanager
     def asking(self) -> Iterator[None]:
-        """Around whatever asks the store, in one thread."""
+        """For ``with``, around calls to the store, in one thread."""
         self._is_asking = True
         try:
             yield
@@ -43,7 +43,7 @@ class StoreWatch(threading.Thread):
         last_s = time.monotonic()
         while not self._stopped.wait(TICK_S):
             now_s = time.monotonic()
-            elapsed_s, last_s = min(now_s - last_s, MOST_A_TICK_S), now_s
+            elapsed_s, last_s = min(now_s - last_s, MAX_TICK_S), now_s
             if not self._is_asking:
                 continue
             self._silent_s += elapsed_s

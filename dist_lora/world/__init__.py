@@ -1,1 +1,1 @@
-"""Who this process is, and how all processes of a run agree."""
+"""The processes of a run: which one this is, and how they find each other and agree."""

@@ -1,4 +1,4 @@
-"""What each thread of this rank is at, as it says itself: so that whoever watches can tell a slow rank from one that hangs."""
+"""What each thread of this rank is doing, as it reports itself, so that a slow rank can be told from one that hangs."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-# paced: a part of a step; it gets on as long as it says so, or starts collectives (a sharded base: two a layer and pass).
-# host: a part of a step that is the host's alone (its data): it gets on as long as it says so, computes, reads or writes.
-# long: work of the host alone, of any length (tokenizing, loading, saving): it gets on likewise.
-# unseen: nobody can tell from outside whether it gets on (a download, a compiler): it may take as long as it likes.
+# paced: a part of a step; it makes progress while it says so or starts collectives (a sharded base: two per layer and pass).
+# host: a part of a step on the host only (its data): it makes progress while it says so, computes, reads or writes.
+# long: work on the host only, of any length (tokenizing, loading, saving): it makes progress likewise.
+# unseen: its progress can't be observed from outside (a download, a compiler): it may take as long as it likes.
 Kind = Literal["paced", "host", "long", "unseen"]
 
 
 @dataclass
 class Note:
-    """What a thread is at. ``count`` grows whenever it gets on."""
+    """What a thread is doing. ``count`` grows whenever it makes progress."""
 
     text: str
     kind: Kind
     thread: int
-    native_thread: int  # the system's number of it
+    native_thread: int  # its id in the operating system
     count: int = 0
-    waits: int = 0  # above 0: it waits for another rank, by the store, so that it is not the one that hangs
+    waits: int = 0  # above 0: it waits for another rank, on the store, so it isn't the one that hangs
 
 
 class Progress:
-    """The notes of this rank's threads, one each. A note costs nothing worth counting: a dict entry, no word to anybody."""
+    """The notes of this rank's threads, one each. A note is cheap: a dict entry, without communication."""
 
     def __init__(self) -> None:
         self._notes: dict[int, Note] = {}
-        self._error: tuple[BaseException, str] | None = None  # the last that left a phase, and which
+        self._error: tuple[BaseException, str] | None = None  # the last one raised out of a phase, and that phase
 
     def now(self, text: str, *, kind: Kind = "paced") -> None:
-        """This thread begins with ``text``, or with its next part."""
+        """This thread begins ``text``, or its next part."""
         thread = threading.get_ident()
         self._notes[thread] = Note(text, kind, thread, threading.get_native_id())
 
     def advance(self) -> None:
-        """This thread has got on with what it is at."""
+        """This thread has made progress."""
         note = self._notes.get(threading.get_ident())
         if note is not None:
             note.count += 1
 
     @contextmanager
     def phase(self, text: str, *, kind: Kind = "paced") -> Iterator[None]:
-        """This thread is at ``text`` meanwhile, and at what it was before after it.
+        """This thread does ``text`` inside the ``with``, and afterwards what it did before.
 
-        An error that leaves it is remembered as this phase's, see ``where``.
+        An error that is raised out of it is remembered as this phase's, see ``where``.
         """
         thread = threading.get_ident()
         before = self._notes.get(thread)
@@ -70,7 +70,7 @@ class Progress:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """This thread waits meanwhile for somebody who has a note too: another rank, or another thread of this one."""
+        """Inside the ``with`` this thread waits for another rank, or another thread of this one, which has a note too."""
         note = self._notes.get(threading.get_ident())
         if note is None:
             yield
@@ -83,13 +83,13 @@ class Progress:
             note.count += 1
 
     def notes(self) -> list[Note]:
-        """Those of the threads that live, the main thread's first."""
+        """The notes of all live threads, the main thread's first."""
         alive = sys._current_frames()
         main = threading.main_thread().ident
         return sorted((n for t, n in list(self._notes.items()) if t in alive), key=lambda n: n.thread != main)
 
     def where(self, error: BaseException) -> str:
-        """In which phase ``error`` came up, of whichever thread; or what the main thread is at, if it has said so."""
+        """The phase in which ``error`` was raised, in any thread; else what the main thread is doing, if it has a note."""
         if self._error is not None and self._error[0] is error:
             return self._error[1]
         note = self._notes.get(threading.main_thread().ident or 0)

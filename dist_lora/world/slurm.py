@@ -1,4 +1,4 @@
-"""What Slurm's variables say of a job: its hosts, the tasks on each, where they meet. Needs no torch and no Slurm."""
+"""A job as Slurm's variables describe it: its hosts, tasks per node and rendezvous. Needs no torch and no Slurm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MOST_HOSTS = 65536  # Slurm's own limit of a range
 FIRST_SPECIAL_STEP = 0xFFFFFF00  # batch, extern and interactive steps are numbered from the end of 32 bits
 # Below Linux's range of ports for outgoing connections (from 32768), any of which may be taken by chance.
 FIRST_PORT, NUM_PORTS = 15000, 17000
-STEPS_A_JOB = 7  # neighbouring jobs differ by this many ports, the steps of a job by one
+PORTS_PER_JOB = 7  # jobs with consecutive ids differ by this many ports, the steps of a job by one
 
 _BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 _RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
@@ -22,11 +22,11 @@ _TASKS = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
 def hosts_of(nodelist: str) -> list[str]:
     """The hosts of a list as Slurm writes it, in its order: ``gpu[003-004,010]`` is gpu003, gpu004 and gpu010.
 
-    What ``scontrol show hostnames`` prints, where no scontrol is installed. Several brackets, and text after the last
-    one, are understood.
+    The same as ``scontrol show hostnames``, without scontrol. Several brackets, and text after the last one, are
+    supported.
 
     Raises:
-        ConfigError: it is no such list.
+        ConfigError: it isn't such a list.
     """
     hosts: list[str] = []
     for word in _words(nodelist):
@@ -63,7 +63,7 @@ def _expand(word: str, nodelist: str) -> Iterator[str]:
     texts_and_ranges = _BRACKETS.split(word)
     choices = [
         [part] if i % 2 == 0 else _numbers(part, nodelist) for i, part in enumerate(texts_and_ranges)
-    ]  # every second part stood in brackets
+    ]  # every second part was in brackets
     yield from map("".join, itertools.product(*choices))
 
 
@@ -91,13 +91,13 @@ def tasks_per_node(text: str) -> list[int]:
     """``2(x3),1`` as [2, 2, 2, 1]: the tasks on each node of a step.
 
     Raises:
-        ConfigError: it is not written so.
+        ConfigError: it has another form.
     """
     counts: list[int] = []
     for part in text.split(","):
         match = _TASKS.fullmatch(part)
         if match is None or int(match[2] or 1) > MOST_HOSTS:
-            raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE: found {text!r}, expected tasks a node as in 2(x3),1")
+            raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE: found {text!r}, expected tasks per node as in 2(x3),1")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
@@ -105,17 +105,17 @@ def tasks_per_node(text: str) -> list[int]:
 def is_step(environment: Mapping[str, str]) -> bool:
     """Whether ``srun`` started this process as a task of a step.
 
-    A batch shell has no step's number; the shell that ``salloc`` opens on a node has one of the special ones.
+    A batch shell has no step id; the shell that ``salloc`` opens on a node has one of the special ones.
     """
     text = environment.get("SLURM_STEP_ID", "")
     return text.isdecimal() and int(text) < FIRST_SPECIAL_STEP
 
 
 def nodes_of(environment: Mapping[str, str]) -> list[str]:
-    """The hosts of this step, or of the job where this is its batch shell; empty where one node is all and has no name.
+    """The hosts of this step, or of the job in its batch shell; empty for a single node without a name.
 
     Raises:
-        ConfigError: several nodes without a list of them, or a list that can't be read.
+        ConfigError: several nodes without a list of them, or a list that can't be parsed.
     """
     kinds = ("STEP", "JOB") if is_step(environment) else ("JOB",)
     names = [*(f"SLURM_{kind}_NODELIST" for kind in kinds), "SLURM_NODELIST"]
@@ -123,30 +123,30 @@ def nodes_of(environment: Mapping[str, str]) -> list[str]:
     if nodelist is not None:
         return hosts_of(nodelist)
     counts = [*(f"SLURM_{kind}_NUM_NODES" for kind in kinds), "SLURM_NNODES"]
-    found = next((environment[name] for name in counts if environment.get(name)), "an unknown number of")
-    if found == "1":
+    num_nodes = next((environment[name] for name in counts if environment.get(name)), "an unknown number of")
+    if num_nodes == "1":
         return []
     raise ConfigError(
-        f"{' and '.join(names)} are not set, and the job has {found} nodes: on which host shall they meet? "
-        "Start it within a job (by sbatch, salloc or srun), and let the job's SLURM_ variables through to where it runs."
+        f"{' and '.join(names)} are not set, and the job has {num_nodes} nodes: the rendezvous host is unknown. "
+        "Start it within a job (by sbatch, salloc or srun), and pass the job's SLURM_ variables on to where it runs."
     )
 
 
 def rendezvous_of(environment: Mapping[str, str]) -> tuple[str, int]:
-    """Host and port on which the processes of this step (or of this job, in its batch shell) meet.
+    """Host and port of the rendezvous of this step (or of this job, in its batch shell).
 
-    The first host of the node list, and a port made from the numbers of job and step, so that jobs on one machine don't
-    meet each other; MASTER_ADDR and MASTER_PORT take their places where they are set.
+    The first host of the node list, and a port derived from the ids of job and step, so that jobs on one machine don't
+    collide; MASTER_ADDR and MASTER_PORT override them where they are set.
 
     Raises:
-        ConfigError: several nodes and no list of them, no job's number, or an address that each node takes for itself.
+        ConfigError: several nodes and no list of them, no job id, or a loopback address for several nodes.
     """
     hosts = nodes_of(environment)
     host = environment.get("MASTER_ADDR") or (hosts[0] if len(hosts) > 1 else "127.0.0.1")
     if len(hosts) > 1 and (host == "localhost" or host.startswith("127.") or host == "::1"):
         raise ConfigError(
-            f"MASTER_ADDR: found {host}, and the job has {len(hosts)} nodes, each of which would take itself for it. "
-            f"Unset it (then {hosts[0]} is taken), or name a host that all nodes reach."
+            f"MASTER_ADDR: found {host}, and the job has {len(hosts)} nodes, each of which would connect to itself. "
+            f"Unset it (then {hosts[0]} is used), or set it to a host that all nodes can reach."
         )
     return host, _port_of(environment)
 
@@ -160,7 +160,7 @@ def _port_of(environment: Mapping[str, str]) -> int:
     job = environment.get("SLURM_JOB_ID", "")
     if not job.isdecimal():
         raise ConfigError(
-            f"SLURM_JOB_ID: found {job!r}, expected the job's number; set MASTER_PORT, or start it within a job"
+            f"SLURM_JOB_ID: found {job!r}, expected the job's id; set MASTER_PORT, or start it within a job"
         )
-    step = int(environment["SLURM_STEP_ID"]) if is_step(environment) else STEPS_A_JOB - 1
-    return FIRST_PORT + (int(job) * STEPS_A_JOB + step) % NUM_PORTS
+    step = int(environment["SLURM_STEP_ID"]) if is_step(environment) else PORTS_PER_JOB - 1
+    return FIRST_PORT + (int(job) * PORTS_PER_JOB + step) % NUM_PORTS

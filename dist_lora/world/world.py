@@ -1,7 +1,7 @@
-"""The processes of a run as one value: who I am, and how all of us agree, wait and end together.
+"""The processes of a run as one value: which rank this is, and how all ranks agree, wait and end together.
 
-Waiting goes through a key-value store, never through a collective: no watchdog's timeout runs while a long
-phase (tokenizing, loading, saving) lasts, and a rank that fails is seen by every other within seconds.
+Waiting goes through a key-value store, never through a collective: no watchdog times out during a long phase
+(tokenizing, loading, saving), and every rank notices within seconds that another has failed.
 """
 
 from __future__ import annotations
@@ -25,23 +25,30 @@ import torch.distributed as dist
 
 from dist_lora.errors import EXIT_FAILED, EXIT_USER, ConfigError, DistLoraError, JoinError, RankError, StopNow
 from dist_lora.layout.choices import check_node_size
-from dist_lora.world.launcher import Place
+from dist_lora.world.launcher import LaunchedRank
 from dist_lora.world.progress import Progress
-from dist_lora.world.rendezvous import HEARD_S, Told, meet, meeting_place, open_store, versions_of_this_process
+from dist_lora.world.rendezvous import (
+    HEARD_S,
+    RankInfo,
+    address_of_store,
+    open_store,
+    rendezvous,
+    versions_of_this_process,
+)
 
 Result = TypeVar("Result")
 
 FAILED_KEY = "failed"
 POLL_S = 1.0  # how often the watch looks whether another rank has failed
-GRACE_S = 5.0  # what a rank is given to end by itself once another has failed
+GRACE_S = 5.0  # how long a rank has to end by itself once another has failed
 PATIENCE_S = 8.0  # how long a rank with an error waits for the others, of which a lower one may have it too
 
 
 class Watch(Protocol):
-    """A thread that looks after this rank until it leaves."""
+    """A thread that watches this rank until it ends."""
 
     def leave(self) -> None:
-        """Stop: this rank is done."""
+        """Stop watching: this rank is done."""
 
 
 @dataclass
@@ -54,11 +61,11 @@ class World:
     local_size: int
     device: torch.device
     store: Any = None  # a torch.distributed.Store; None where this process is alone
-    meets_at: str = ""  # where the store is, in words
-    failures: Any = None  # the store in which failures are told, where ``store`` is a channel's
+    store_address: str = ""  # for messages
+    failures: Any = None  # the store for failures, where ``store`` is a channel's
     watches: list[Watch] = field(default_factory=list)
-    progress: Progress = field(default_factory=Progress)  # what this rank is at, for its watches and its errors
-    stacks: Path | None = None  # the folder for the stacks of a run that hangs, once the run has a folder
+    progress: Progress = field(default_factory=Progress)  # what this rank is doing, for its watches and errors
+    stacks: Path | None = None  # where a hanging run writes its stacks, once it has a folder
     _agreements: int = field(default=0, init=False)
     _num_keys: dict[str, int] = field(default_factory=dict, init=False)
 
@@ -68,9 +75,9 @@ class World:
         return World(0, 1, 0, 1, device or default_device(0))
 
     def channel(self, name: str) -> World:
-        """This world for another thread: its agreements and keys never meet those of the main one.
+        """This world for another thread: its agreements and keys never collide with those of the main one.
 
-        All ranks make it, each thread for itself; ``name`` is used once in a run.
+        All ranks make it, each thread its own; ``name`` is used once in a run.
         """
         if self.store is None:
             return self
@@ -83,7 +90,7 @@ class World:
             self.local_size,
             self.device,
             store,
-            meets_at=self.meets_at,
+            store_address=self.store_address,
             failures=failures,
             progress=self.progress,
         )
@@ -99,12 +106,12 @@ class World:
         return self.world_size // self.local_size
 
     def share(self, key: str, value: bytes) -> None:
-        """Leave ``value`` under ``key`` for the other ranks; a key is used once in a run."""
+        """Publish ``value`` under ``key`` to the other ranks; a key is used once in a run."""
         if self.store is not None:
             self.store.set(key, value)
 
     def fetch(self, key: str) -> bytes:
-        """What another rank shared under ``key``; waits as long as that rank lives."""
+        """What another rank shared under ``key``; waits for it as long as no rank fails."""
         self.wait_for(key, what=f"the value of {key}")
         value: bytes = self.store.get(key)
         return value
@@ -113,7 +120,7 @@ class World:
         """Wait until ``key`` is shared, without a timeout.
 
         Raises:
-            RankError: another rank failed meanwhile.
+            RankError: another rank has failed.
         """
         if self.store is None:
             return
@@ -125,9 +132,9 @@ class World:
                 pause_s = min(pause_s * 1.5, 0.1)
 
     def agree(self, stage: str, error: BaseException | None) -> None:
-        """Go on only if all ranks do. All ranks call it; those without an error get the first one's.
+        """Continue only if all ranks do. All ranks call it; those without an error get the lowest failing rank's.
 
-        A rank with an error waits ``PATIENCE_S`` for the others, no longer: they may be busy for an hour.
+        A rank with an error waits for the others at most ``PATIENCE_S``: they may be busy for an hour.
 
         Raises:
             the caller's own ``error`` where it has one and no lower rank has, else ``RankError`` with the lowest
@@ -151,7 +158,7 @@ class World:
             return
         ranks = [r for r in range(self.world_size) if self.store.check([f"{prefix}/error/{r}"])]
         first = json.loads(self.store.get(f"{prefix}/error/{ranks[0]}"))
-        self._let_others_hear(f"{prefix}/heard")
+        self._wait_until_heard(f"{prefix}/heard")
         if error is not None and self.world_rank == ranks[0]:
             raise error
         raise RankError(f"{stage}: rank {ranks[0]}: {first['message']}", exit_code=first["exit_code"])
@@ -159,10 +166,10 @@ class World:
     def agree_on(
         self, stage: str, action: Callable[[], Result], *, os_error: Callable[[OSError], DistLoraError] | None = None
     ) -> Result:
-        """What ``action`` gives this rank, once it has failed by one of our errors on none. All ranks call it.
+        """What ``action`` returns on this rank, once it has raised none of our errors on any rank. All ranks call it.
 
         Args:
-            os_error: makes one of our errors of what the system refuses.
+            os_error: turns an ``OSError`` into one of our errors.
 
         Raises:
             what ``agree`` raises.
@@ -184,19 +191,19 @@ class World:
     def on_first(
         self, stage: str, action: Callable[[], Result], *, os_error: Callable[[OSError], DistLoraError] | None = None
     ) -> Result | None:
-        """What ``action`` gives rank 0, which alone does it, and None on the others. All ranks call it; see ``agree_on``."""
+        """What ``action`` returns on rank 0, the only one to run it; None on the others. All ranks call it; see ``agree_on``."""
         return self.agree_on(stage, lambda: action() if self.is_first else None, os_error=os_error)
 
     def once(
         self, stage: str, action: Callable[[], bytes], *, os_error: Callable[[OSError], DistLoraError] | None = None
     ) -> bytes:
-        """What ``action`` gives rank 0, on all ranks. All ranks call it; see ``agree_on``."""
+        """What ``action`` returns on rank 0, on all ranks. All ranks call it; see ``agree_on``."""
         return self._once_by(0, stage, action, os_error)
 
     def once_per_node(
         self, stage: str, action: Callable[[], bytes], *, os_error: Callable[[OSError], DistLoraError] | None = None
     ) -> bytes:
-        """What ``action`` gives the first rank of each node, on all ranks of that node. All ranks call it; see ``agree_on``."""
+        """What ``action`` returns on the first rank of each node, on all ranks of that node. All ranks call it; see ``agree_on``."""
         return self._once_by(self.world_rank - self.local_rank, stage, action, os_error)
 
     def _once_by(
@@ -215,12 +222,12 @@ class World:
         return own if self.world_rank == owner else self.fetch(key)
 
     def fresh_key(self, what: str) -> str:
-        """A key of the store for ``what`` that was not used before: all ranks ask as often and get the same."""
+        """A new key of the store for ``what``: all ranks ask for it equally often and get the same."""
         self._num_keys[what] = self._num_keys.get(what, 0) + 1
         return f"{what}/{self._num_keys[what]}"
 
-    def _let_others_hear(self, key: str) -> None:
-        """The store may live in the first rank's process: that one goes once all have read what it is for."""
+    def _wait_until_heard(self, key: str) -> None:
+        """Rank 0 may host the store: it returns once all ranks have read the failure."""
         num_heard = self.store.add(key, 1)
         deadline = time.monotonic() + HEARD_S
         while self.is_first and num_heard < self.world_size and time.monotonic() < deadline:
@@ -237,7 +244,7 @@ class World:
         return True
 
     def fail(self, error: BaseException) -> bool:
-        """Tell all ranks that this one ends by ``error``; True where it is the first, which prints its error."""
+        """Tell all ranks that this one ends with ``error``; True on the first to fail, which reports its error."""
         if self.store is None:
             return True
         try:
@@ -245,32 +252,32 @@ class World:
             if is_first:
                 self.store.set(FAILED_KEY, _describe(error, self.world_rank))
             return is_first
-        except RuntimeError:  # the store's host is gone: nobody is left to be told
+        except RuntimeError:  # the store's host is gone: no rank is left to notify
             return True
 
     def failure_elsewhere(self) -> dict[str, Any] | None:
-        """What another rank said when it failed, if one did."""
+        """What another rank published when it failed, if one did."""
         if self.store is None:
             return None
         failures = self.failures or self.store
         try:
             if not failures.check([FAILED_KEY]):
                 return None
-            told: dict[str, Any] = json.loads(failures.get(FAILED_KEY))
+            failure: dict[str, Any] = json.loads(failures.get(FAILED_KEY))
         except RuntimeError:
             return None
-        return None if told["world_rank"] == self.world_rank else told
+        return None if failure["world_rank"] == self.world_rank else failure
 
     def raise_if_another_failed(self, stage: str) -> None:
         """Raise ``RankError`` if another rank has failed."""
-        told = self.failure_elsewhere()
-        if told is not None:
+        failure = self.failure_elsewhere()
+        if failure is not None:
             raise RankError(
-                f"{stage}: rank {told['world_rank']} failed: {told['message']}", exit_code=told["exit_code"]
+                f"{stage}: rank {failure['world_rank']} failed: {failure['message']}", exit_code=failure["exit_code"]
             )
 
     def least(self, key: str, value: int) -> int:
-        """The least of all ranks' values, on every rank; ``key`` is used once in a run. Waits in no collective."""
+        """The least of all ranks' values, on every rank; ``key`` is used once in a run. Not a collective."""
         if self.store is None:
             return value
         if not self.is_first:
@@ -288,14 +295,14 @@ class World:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank's ``flag`` is set; of the hosts alone, no device waits. A collective of one byte."""
-        told = torch.tensor([flag], dtype=torch.uint8)
+        """Whether any rank's ``flag`` is set. A collective of one byte on the hosts: no device is synchronized."""
+        is_any = torch.tensor([flag], dtype=torch.uint8)
         if self.world_size > 1:
-            dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        return bool(told)
+            dist.all_reduce(is_any, op=dist.ReduceOp.MAX)
+        return bool(is_any)
 
     def leave(self) -> None:
-        """End this process's part cleanly; the other ranks may still be at work."""
+        """End this rank cleanly; the other ranks may still be running."""
         for watch in self.watches:
             watch.leave()
         if dist.is_initialized():
@@ -318,7 +325,7 @@ def default_device(local_rank: int) -> torch.device:
 
 
 def device_bytes(world: World) -> int:
-    """Memory of this rank's device; on a CPU an equal part of what the machine has for each rank of the node."""
+    """Memory of this rank's device in bytes; on a CPU the host's, divided by the ranks of the node."""
     if world.device.type == "cuda":
         return int(torch.cuda.get_device_properties(world.device).total_memory)
     import psutil
@@ -327,79 +334,81 @@ def device_bytes(world: World) -> int:
 
 
 def join(
-    place: Place,
+    launched: LaunchedRank,
     environment: Mapping[str, str],
     *,
     collective_timeout_s: float,
     join_timeout_s: float,
     node_size: int | None = None,
     settings: Mapping[str, Any] = MappingProxyType({}),
-    ends_with_others: bool = True,
+    watches_failures: bool = True,
 ) -> World:
-    """Meet the other processes and start the process group (NCCL with GPUs, gloo without).
+    """Join the rendezvous and start the process group (NCCL with GPUs, gloo without).
 
     Args:
-        ends_with_others: this process ends where another rank fails.
-        settings: what the config says, by full name; it must be the same on all ranks.
-
-    Where they end together, it returns once all are connected.
+        watches_failures: this process ends when another rank fails. It then returns once all are connected.
+        settings: the config's, by full name; they must be the same on all ranks.
 
     Raises:
-        JoinError: not all processes came within ``join_timeout_s``, or they can't reach each other.
-        ConfigError: they differ in settings or versions, or are not as many on each node.
-        RankError: another rank tells of one of these.
+        JoinError: not all processes joined within ``join_timeout_s``, or they can't connect to each other.
+        ConfigError: they differ in settings, versions or the number of processes per node.
+        RankError: another rank reports one of these.
     """
-    local_size = node_size or place.local_size
-    device = default_device(place.local_rank)
+    local_size = node_size or launched.local_size
+    device = default_device(launched.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = open_store(place, environment, timeout_s=join_timeout_s)
-    told = Told(socket.gethostname(), place.world_size, place.local_size, versions_of_this_process(), dict(settings))
-    store = dist.PrefixStore(meet(store, place, told, timeout_s=join_timeout_s), store)
+    store = open_store(launched, environment, timeout_s=join_timeout_s)
+    info = RankInfo(
+        socket.gethostname(), launched.world_size, launched.local_size, versions_of_this_process(), dict(settings)
+    )
+    store = dist.PrefixStore(rendezvous(store, launched, info, timeout_s=join_timeout_s), store)
     store.set_timeout(timedelta(seconds=collective_timeout_s))  # from here on ranks wait for each other's work
-    _check_node_size(place, local_size)
-    local_rank = place.world_rank % local_size
-    store = dist.PrefixStore("us", store)
-    at = meeting_place(place, environment)
-    world = World(place.world_rank, place.world_size, local_rank, local_size, device, store, meets_at=at)
+    _check_node_size(launched, local_size)
+    local_rank = launched.world_rank % local_size
+    store = dist.PrefixStore("world", store)
+    address = address_of_store(launched, environment)
+    world = World(
+        launched.world_rank, launched.world_size, local_rank, local_size, device, store, store_address=address
+    )
     watch = FailureWatch(world)
-    if ends_with_others:
+    if watches_failures:
         world.watches.append(watch)
         watch.start()
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("collectives", store),
-            rank=place.world_rank,
-            world_size=place.world_size,
+            rank=launched.world_rank,
+            world_size=launched.world_size,
             timeout=timedelta(seconds=collective_timeout_s),
         )
     except (dist.DistError, RuntimeError) as error:
         watch.leave()
-        refused = JoinError(f"the ranks can't reach each other to compute: {error}")
-        if ends_with_others and not world.fail(refused):
+        refused = JoinError(f"the ranks can't connect to each other for collectives: {error}")
+        if watches_failures and not world.fail(refused):
             raise RankError(str(refused)) from error
         raise refused from error
-    if ends_with_others:
-        # One that left while another still connects would look to it like one that crashed.
+    if watches_failures:
+        # One that ended while another still connects would look to it like one that crashed.
         world.agree("joining", None)
     return world
 
 
-def _check_node_size(place: Place, local_size: int) -> None:
-    """All ranks find the same; the first tells."""
+def _check_node_size(launched: LaunchedRank, local_size: int) -> None:
+    """All ranks find the same; rank 0 reports it."""
     try:
-        check_node_size(world_size=place.world_size, local_size=local_size)
+        check_node_size(world_size=launched.world_size, local_size=local_size)
     except ConfigError as error:
-        if place.world_rank:
+        if launched.world_rank:
             raise RankError(str(error), exit_code=EXIT_USER) from error
         raise
 
 
 class FailureWatch(threading.Thread):
-    """Looks once a second whether another rank has failed, and ends this process if it doesn't end by itself.
+    """Checks once a second whether another rank has failed, and ends this process if it doesn't end by itself.
 
-    A rank that waits in a collective for one that is gone may wait for minutes: it cannot look for itself.
+    A rank that waits in a collective for one that is gone may wait for minutes: it can't check by itself.
     """
 
     def __init__(self, world: World, *, end: Callable[[int], None] = os._exit) -> None:
@@ -415,11 +424,11 @@ class FailureWatch(threading.Thread):
     def run(self) -> None:
         """See the class."""
         while not self._stopped.wait(POLL_S):
-            told = self._world.failure_elsewhere()
-            if told is None:
+            failure = self._world.failure_elsewhere()
+            if failure is None:
                 continue
             if not self._stopped.wait(GRACE_S):
                 with contextlib.suppress(OSError, ValueError):
                     sys.stderr.flush()
-                self._end(int(told["exit_code"]))
+                self._end(int(failure["exit_code"]))
             return

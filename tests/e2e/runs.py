@@ -81,8 +81,8 @@ def run_each_rank(*arguments: object, fault: str | None = None, timeout_s: float
     Returns the exit codes, and all that was printed with the largest of them.
     """
     with tempfile.TemporaryDirectory() as folder:
-        place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "DIST_LORA_RENDEZVOUS": f"{folder}/rendezvous"}
-        ranks = [(arguments, place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+        launcher = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "DIST_LORA_RENDEZVOUS": f"{folder}/rendezvous"}
+        ranks = [(arguments, launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
         return run_processes(ranks, fault=fault, timeout_s=timeout_s)
 
 

@@ -1,7 +1,7 @@
 """Commands started from a process that has the imports behind it: many starts in the time that imports alone would take.
 
 ``python -m tests.e2e.starter`` imports what a run imports, and then forks, for each command that it is asked for: a
-process that looks after it, which forks the command, which forks its ranks. Signals, files, locks and the ranks' meeting
+process that looks after it, which forks the command, which forks its ranks. Signals, files, locks and the ranks' rendezvous
 are those of ``dist-lora``; only ``exec`` is left out. ``Starter(is_forking=False)`` executes the command instead.
 
 Orphans fall to the process that looks after a command, so it knows of all that the command has started, and says when the

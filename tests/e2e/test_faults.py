@@ -229,7 +229,7 @@ def test_a_request_to_the_launcher_before_its_ranks_listen_ends_all_with_75(conf
     assert started.stderr is not None
     told = started.stderr.read()
     assert started.wait(DEADLINE_S) == 75, told
-    assert told == "stopped on SIGTERM's request: nothing is lost, and the same command goes on.\n"
+    assert told == "interrupted by SIGTERM: nothing is lost, and the same command resumes the run.\n"
 
 
 @pytest.fixture(scope="module")

@@ -80,9 +80,9 @@ class TwoNodes:
                            f"runs_dir={folder}/runs", f"data.cache_dir={folder}/cache")  # fmt: skip
 
     def train(self, name: str) -> Done:
-        place = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "DIST_LORA_RENDEZVOUS": f"{self._folder}/meeting-{name}"}
+        launcher = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "DIST_LORA_RENDEZVOUS": f"{self._folder}/store-{name}"}
         ranks = [
-            place
+            launcher
             | self.hub.environment(self._folder / f"home-{rank // 2}")
             | {"RANK": str(rank), "LOCAL_RANK": str(rank % 2)}
             for rank in range(4)

@@ -42,8 +42,8 @@ def test_one_node_of_two_ends_in_time_and_names_the_other(config, rendezvous) ->
     codes, done = run_processes([(arguments, rank) for rank in ranks_of(rendezvous, ranks=2, of=4, per_node=2)])
     assert time.monotonic() - started < 30 and codes == [1, 1], done.stderr
     told = (
-        "error: 1 of 2 nodes joined within 10 s: missing ranks 2, 3 (those of node 1). "
-        f"Here are ranks 0, 1 on {HOST}. Is every node started, "
+        "error: 1 of 2 nodes joined within 10 s: missing ranks 2, 3 (node 1). "
+        f"Joined: ranks 0, 1 on {HOST}. Is every node started, "
     )
     assert done.stderr.count("error: ") == done.stderr.count(told) == 1, done.stderr
     assert "Traceback" not in done.stderr
@@ -53,7 +53,7 @@ def test_a_node_without_its_first_is_told_where_it_looked(config, rendezvous) ->
     arguments = ("train", config, "run=half", "parallel.join_timeout=3")
     codes, done = run_processes([(arguments, rank) for rank in ranks_of(rendezvous, ranks=4, of=4, per_node=2)[2:]])
     assert codes == [1, 1], done.stderr
-    told = f"error: rank 2 of 4 on {HOST}: nobody answers at 127.0.0.1:{rendezvous['MASTER_PORT']}, where rank 0 is to be met"
+    told = f"error: rank 2 of 4 on {HOST}: rank 0 doesn't answer at 127.0.0.1:{rendezvous['MASTER_PORT']} within 3 s: "
     assert done.stderr.count("error: ") == done.stderr.count(told) == 1, done.stderr
 
 
@@ -76,7 +76,7 @@ def changed(config: Path, path: Path, **changes: object) -> Path:
 def test_nodes_of_other_configs_are_told_setting_by_setting(config, rendezvous, tmp_path) -> None:
     done = run_two_nodes(rendezvous, config, changed(config, tmp_path / "config.yaml", lora={"rank": 8}, run="other"))
     told = (
-        f"error: not all processes of this run are alike. Other than on {HOST} (rank 0):\n"
+        f"error: the processes of this run don't match. Different from {HOST} (rank 0):\n"
         f"  {HOST} (rank 1): lora.rank is 8, not 4; run is other, not whole\n"
         "Give every node the same installation, config and arguments"
     )

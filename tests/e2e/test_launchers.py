@@ -217,7 +217,7 @@ def test_nodes_with_other_numbers_of_processes_are_told(folder) -> None:
         start(LAUNCH / "torchrun.sh", "train me.yaml", "run=uneven", folder=folder, NPROC=n, **told) for n in (1, 2)
     ]
     texts = "".join(text for code, text in [each.end() for each in ends] if code)
-    assert texts.count("error: not all processes of this run are alike.") == 1, texts
+    assert texts.count("error: the processes of this run don't match.") == 1, texts
     assert "processes on this node, not " in texts
 
 

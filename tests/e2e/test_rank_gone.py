@@ -149,8 +149,8 @@ def test_a_rank_that_hangs_in_a_save_is_named_and_ends_all(name, ended) -> None:
 def test_a_rank_whose_threads_are_all_kept_from_running_is_named_by_the_other_and_leaves_its_stack(ended) -> None:
     found = ended("locked")
     found.assert_told_once(
-        f"error: rank 1 of 2 on {HOST} gives no sign of life (its last word: ",
-        "is stopped, gone, cut off, or stuck in a call that lets nothing else run.",
+        f"error: rank 1 of 2 on {HOST} doesn't respond (last reported: ",
+        "is stopped, gone, disconnected, or stuck in a call that never releases the GIL.",
         "The other ranks wait (rank 0 in step 3, micro-batch 1 of 2).",
     )
     found.assert_in_time()
@@ -159,9 +159,7 @@ def test_a_rank_whose_threads_are_all_kept_from_running_is_named_by_the_other_an
 
 def test_a_rank_that_is_stopped_from_outside_is_named_by_the_other_and_ended(ended) -> None:
     found = ended("stopped")
-    found.assert_told_once(
-        f"error: rank 1 of 2 on {HOST} gives no sign of life (its last word: ", "(rank 0 in step 3, "
-    )
+    found.assert_told_once(f"error: rank 1 of 2 on {HOST} doesn't respond (last reported: ", "(rank 0 in step 3, ")
     found.assert_in_time()
 
 
@@ -179,9 +177,7 @@ def test_a_rank_that_is_killed_is_named_by_the_other_where_nobody_sees_them_thro
     found = ended("killed")
     assert sorted(found.codes) == [-9, 1], found.done.stderr
     assert found.done.stderr.count("error: ") == 1, found.done.stderr
-    told = (
-        f"error: rank 0 lost another rank: the process of rank 1 of 2 on {HOST} is not there any more (its last word: "
-    )
+    told = f"error: rank 0 lost another rank: the process of rank 1 of 2 on {HOST} no longer exists (last reported: "
     assert told in found.done.stderr, found.done.stderr
     struck = re.findall(r"struck ([0-9.]+)", found.done.stdout)
     assert found.done.ended - float(struck[0]) < 30
@@ -190,11 +186,11 @@ def test_a_rank_that_is_killed_is_named_by_the_other_where_nobody_sees_them_thro
 def test_a_rank_that_is_refused_memory_tells_what_it_asked_for_what_it_held_and_what_helps(ended) -> None:
     found = ended("refused")
     found.assert_told_once(
-        f"error: rank 1 of 2 on {HOST}, step 3, micro-batch 1 of 2: out of memory on the host: 4000000000000 bytes were asked "
-        "for; this process holds ",
+        f"error: rank 1 of 2 on {HOST}, step 3, micro-batch 1 of 2: out of memory on the host: 4000000000000 bytes were "
+        "requested; this process holds ",
         " GiB are available",
         ". What helps, the cheapest first: train.activation_checkpointing=true; train.sequence_length=32 (is 64); "
-        "model.quant=nf4 (is none); more nodes, of which each keeps less.",
+        "model.quant=nf4 (is none); more nodes, so that each holds less.",
     )
     found.assert_in_time(30)
 
@@ -203,7 +199,7 @@ def test_a_rank_that_is_refused_memory_while_loading_names_what_helps_there(ende
     found = ended("refused while loading")
     found.assert_told_once(
         f"error: rank 1 of 2 on {HOST}, loading the base: out of memory on the host: this process holds ",
-        ". What helps, the cheapest first: model.quant=nf4 (is none); more nodes, of which each keeps less.",
+        ". What helps, the cheapest first: model.quant=nf4 (is none); more nodes, so that each holds less.",
     )
     found.assert_in_time(30)
 
@@ -242,8 +238,8 @@ def test_a_rank_that_the_kernel_kills_for_want_of_memory_is_told_so_as_a_fact(co
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("error: ") == 1, done.stderr
     told = (
-        r"error: rank 1 of 2 was killed by SIGKILL; the others are ended. Memory ran out: the kernel has killed 1 process of "
-        r"this control group for it meanwhile \(oom_kill\). The ranks held at most \d.\d\d GiB, [1-3].\d\d GiB; the host has "
-        r"[\d.]+ GiB, this control group may take 3.00 GiB. The same command goes on from the last checkpoint.\n"
+        r"error: rank 1 of 2 was killed by SIGKILL; the others are ended. Memory ran out: the kernel killed 1 process in "
+        r"this cgroup for it during the run \(oom_kill\). The ranks held at most \d.\d\d GiB, [1-3].\d\d GiB; the host has "
+        r"[\d.]+ GiB, this cgroup is limited to 3.00 GiB. The same command resumes from the last checkpoint.\n"
     )
     assert re.search(told, done.stderr), done.stderr

@@ -18,7 +18,7 @@ from dist_lora.checkpoint.saver import Saver
 from dist_lora.doctor.compute import measure_compute
 from dist_lora.doctor.machine import ask_driver, examine_gpus, torch_build
 from dist_lora.lora.state import Piece
-from dist_lora.world.launcher import Place
+from dist_lora.world.launcher import LaunchedRank
 from dist_lora.world.world import World, join
 from tests.ranks.test_frozen_base import step_of
 from tests.ranks.tiny import config_of, trainee_of
@@ -33,7 +33,7 @@ QUANTIZED = [Nf4(), Int8()]
 @pytest.fixture
 def world() -> Iterator[World]:
     """A world of one process with a process group: what fsdp2 needs on one GPU."""
-    made = join(Place(0, 1, 0, 1), {}, collective_timeout_s=60, join_timeout_s=60)
+    made = join(LaunchedRank(0, 1, 0, 1), {}, collective_timeout_s=60, join_timeout_s=60)
     assert made.device.type == "cuda"
     yield made
     made.leave()

@@ -194,14 +194,14 @@ class Ranks:
         self.files = []
         self.processes = []
         for rank in range(hosts.number * on_each):
-            place = {
+            launcher = {
                 "RANK": str(rank), "WORLD_SIZE": str(hosts.number * on_each), "LOCAL_RANK": str(rank % on_each),
                 "LOCAL_WORLD_SIZE": str(on_each), "MASTER_ADDR": hosts.address(0), "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
             }  # fmt: skip
             self.files.append(folder / f"told-{port}-{rank}")
             self.processes.append(
-                hosts.start(rank // on_each, command, environment={**environment, **place}, told=self.files[-1])
+                hosts.start(rank // on_each, command, environment={**environment, **launcher}, told=self.files[-1])
             )
 
     def wait(self, timeout_s: float) -> list[int | None]:

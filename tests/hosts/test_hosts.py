@@ -161,9 +161,10 @@ def test_a_cut_link_ends_all_ranks_and_the_run_goes_on_when_it_is_back(two: Runs
     first, second = ranks.told()
     assert codes == [1, 1], (first, second)
     assert first.count("error:") == second.count("error:") == 1, (first, second)
-    assert re.search(r"error: rank 1 of 2 on a1 gives no sign of life", first)
+    assert re.search(r"error: rank 1 of 2 on a1 doesn't respond", first)
     assert re.search(
-        r"error: rank 1 of 2 on a1 \(at step \d+.*has had no answer from 10\.77\.0\.1:\d+ for \d+ s", second
+        r"error: rank 1 of 2 on a1 \(in: step \d+.*has had no answer from the store at 10\.77\.0\.1:\d+ for \d+ s",
+        second,
     )
     assert len(metrics.read_text().splitlines()) < 60
     two.to_its_end("cut", **settings)

@@ -76,7 +76,7 @@ def _serve(pipe: Connection, rank: int, size: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from dist_lora.world.launcher import Place
+    from dist_lora.world.launcher import LaunchedRank
     from dist_lora.world.world import World, join
 
     while True:
@@ -89,7 +89,7 @@ def _serve(pipe: Connection, rank: int, size: int) -> None:
         world = World.alone()
         try:
             world = join(
-                Place(rank, size, rank, size),
+                LaunchedRank(rank, size, rank, size),
                 {"DIST_LORA_RENDEZVOUS": rendezvous},
                 collective_timeout_s=timeout_s,
                 join_timeout_s=timeout_s,

@@ -1,4 +1,4 @@
-"""What the doctor says of a host, by facts that are made up, and that it comes to an end whatever a step does."""
+"""What the doctor reports about a host, from made-up facts, and that it ends whatever a step does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from dist_lora.config.schema import Config, MachineSection
 from dist_lora.doctor import disk, hub, network, versions
 from dist_lora.doctor.clocks import Offset
-from dist_lora.doctor.command import Patient, Report, Wishes
+from dist_lora.doctor.command import Examination, Report, Request
 from dist_lora.doctor.compute import judge_compute, measure_compute
 from dist_lora.doctor.disk import examine_disk
 from dist_lora.doctor.findings import Answer, Examiner, Finding, merge_hosts, worst
@@ -36,14 +36,14 @@ from dist_lora.doctor.machine import (
 from dist_lora.doctor.network import examine_names, judge_clocks, judge_links
 from dist_lora.doctor.versions import TESTED, compare_nodes, examine_versions
 from dist_lora.plan.measured import read_measured
-from dist_lora.world.launcher import Place
+from dist_lora.world.launcher import LaunchedRank
 from tests import ROOT
 from tests.e2e.fake_hub import Hub, serving
 
 GIB = 2**30
 
 
-def told(answer: Answer, severity: str) -> list[str]:
+def texts(answer: Answer, severity: str) -> list[str]:
     """The texts of one severity; each finding that is wrong says what to do."""
     assert all(each.todo for each in answer.findings if each.severity in ("warning", "fault"))
     return [each.text for each in answer.findings if each.severity == severity]
@@ -67,18 +67,18 @@ def test_every_package_that_is_required_has_a_tested_version() -> None:
 
 def test_the_tested_versions_are_ok_with_any_build() -> None:
     answer = examine_versions(lambda name: TESTED[name] + ("+cu128" if name == "torch" else ""))
-    assert told(answer, "warning") == told(answer, "fault") == []
-    assert told(answer, "ok")[0].endswith("as tested together")
+    assert texts(answer, "warning") == texts(answer, "fault") == []
+    assert texts(answer, "ok")[0].endswith("as tested together")
 
 
-def test_older_other_and_absent_packages_are_told_with_the_command_that_helps() -> None:
+def test_older_other_and_missing_packages_are_reported_with_the_command_that_helps() -> None:
     found = {**TESTED, "transformers": "4.57.1", "accelerate": "1.16.0", "deepspeed": None, "peft": None}
     answer = examine_versions(found.get)
-    assert told(answer, "warning") == ["older than tested: transformers 4.57.1 (tested: 5.23.0)"]
-    assert told(answer, "note") == ["other than tested: accelerate 1.16.0 (tested: 1.15.0)"]
-    assert told(answer, "fault") == ["not installed: deepspeed"]
+    assert texts(answer, "warning") == ["older than tested: transformers 4.57.1 (tested: 5.23.0)"]
+    assert texts(answer, "note") == ["not as tested: accelerate 1.16.0 (tested: 1.15.0)"]
+    assert texts(answer, "fault") == ["not installed: deepspeed"]
     assert [each.todo for each in answer.findings if each.severity == "fault"] == [
-        "Install what is lacking: pip install deepspeed==0.19.8"
+        "Install what is missing: pip install deepspeed==0.19.8"
     ]
 
 
@@ -86,7 +86,7 @@ def test_nodes_with_different_versions_are_named() -> None:
     same = {"torch": "2.13.0", "Python": "3.11.7"}
     assert compare_nodes({"a": same, "b": same}).findings == []
     answer = compare_nodes({"a": same, "b": {**same, "torch": "2.14.0"}, "c": same})
-    assert told(answer, "fault") == ["nodes have different versions of torch: 2.13.0 on a, c; 2.14.0 on b"]
+    assert texts(answer, "fault") == ["nodes have different versions of torch: 2.13.0 on a, c; 2.14.0 on b"]
 
 
 # The host
@@ -98,7 +98,7 @@ def host(**changed: float | None) -> HostFacts:
     return HostFacts(**{**values, **changed})  # type: ignore[arg-type]
 
 
-def test_a_host_with_enough_of_all_has_nothing_to_tell() -> None:
+def test_a_host_with_enough_of_everything_is_ok() -> None:
     answer = examine_host(host(), ranks=8)
     assert {each.severity for each in answer.findings} == {"ok"}
 
@@ -109,15 +109,15 @@ def test_a_host_with_enough_of_all_has_nothing_to_tell() -> None:
         ({"usable_cores": 1.5}, "8 ranks share 1.5 cores"),
         (
             {"available_bytes": 31 * GIB},
-            "31.00 GiB can be used by 8 ranks, of which each takes 4.00 GiB while it loads",
+            "31.00 GiB are available to 8 ranks, and each needs 4.00 GiB to load",
         ),
-        ({"limit_bytes": 16 * GIB}, "16.00 GiB can be used by 8 ranks"),
-        ({"shm_bytes": 64 * 2**20}, "/dev/shm holds 0.06 GiB, and the ranks of a node may pass data through it"),
+        ({"limit_bytes": 16 * GIB}, "16.00 GiB are available to 8 ranks"),
+        ({"shm_bytes": 64 * 2**20}, "/dev/shm has 0.06 GiB, and the ranks of a node may pass data through it"),
     ],
     ids=str,
 )
 def test_too_little_of_one_thing_is_a_warning(changed: dict[str, float], words: str) -> None:
-    (text,) = told(examine_host(host(**changed), ranks=8), "warning")
+    (text,) = texts(examine_host(host(**changed), ranks=8), "warning")
     assert text.startswith(words)
 
 
@@ -160,28 +160,28 @@ def test_gpus_of_one_kind_that_nobody_uses_are_ok(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     answer = examine_gpus([gpu(0), gpu(1)], num_seen=2, build=BUILD)
     assert {each.severity for each in answer.findings} == {"ok"}
-    assert "torch sees 2 of 2 (torch 2.13.0+cu128, CUDA 12.8, NCCL 2.27.5)" in told(answer, "ok")
+    assert "torch sees 2 of 2 (torch 2.13.0+cu128, CUDA 12.8, NCCL 2.27.5)" in texts(answer, "ok")
 
 
-def test_unlike_taken_and_unseen_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unlike_used_and_unseen_gpus_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    unlike = told(examine_gpus([gpu(0), gpu(1, "A100")], num_seen=2, build=BUILD), "warning")
+    unlike = texts(examine_gpus([gpu(0), gpu(1, "A100")], num_seen=2, build=BUILD), "warning")
     assert unlike == ["of different kinds: A100 of 80.00 GiB, H100 of 80.00 GiB"]
-    taken = told(examine_gpus([gpu(0), gpu(1, taken=7 * GIB)], num_seen=2, build=BUILD), "warning")
-    assert taken == ["7.00 GiB of GPU 1 are taken already"]
-    lost = told(examine_gpus([gpu(0), gpu(1)], num_seen=1, build=BUILD), "warning")
-    assert lost == ["the driver knows 2 GPUs and torch sees 1"]
+    taken = texts(examine_gpus([gpu(0), gpu(1, taken=7 * GIB)], num_seen=2, build=BUILD), "warning")
+    assert taken == ["7.00 GiB of GPU 1 are already in use"]
+    lost = texts(examine_gpus([gpu(0), gpu(1)], num_seen=1, build=BUILD), "warning")
+    assert lost == ["the driver reports 2 GPUs but torch sees 1"]
     no_cuda = {"torch": "2.13.0+cpu", "cuda": None, "nccl": None}
-    (unseen,) = told(examine_gpus([gpu(0)], num_seen=0, build=no_cuda), "fault")
-    assert unseen.startswith("the driver knows 1 GPUs and torch sees none: it is torch 2.13.0+cpu, CUDA -")
+    (unseen,) = texts(examine_gpus([gpu(0)], num_seen=0, build=no_cuda), "fault")
+    assert unseen.startswith("the driver reports 1 GPUs but torch sees none: torch 2.13.0+cpu, CUDA -")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    (hidden,) = told(examine_gpus([gpu(0)], num_seen=0, build=BUILD), "fault")
+    (hidden,) = texts(examine_gpus([gpu(0)], num_seen=0, build=BUILD), "fault")
     assert hidden.endswith("CUDA_VISIBLE_DEVICES is ''")
 
 
 def test_nodes_with_different_gpus_are_named() -> None:
     assert compare_gpus({"a": ["H100"], "b": ["H100"]}).findings == []
-    (text,) = told(compare_gpus({"a": ["H100", "H100"], "b": ["A100"]}), "warning")
+    (text,) = texts(compare_gpus({"a": ["H100", "H100"], "b": ["A100"]}), "warning")
     assert text == "nodes have different GPUs or drivers: H100, H100 on a; A100 on b"
 
 
@@ -193,35 +193,35 @@ def test_a_disk_is_measured_and_left_as_it_was(tmp_path: Path, monkeypatch: pyte
     answer = examine_disk(tmp_path / "runs" / "not there yet")
     assert answer.facts["free_bytes"] > 0 and answer.facts["write_bytes_per_s"] > 0
     assert answer.facts["rename"] is True and answer.facts["flock"] is True
-    assert told(answer, "fault") == []
+    assert texts(answer, "fault") == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_and_slow_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_and_slow_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "MOST_BYTES", 2**22)
     monkeypatch.setattr(disk, "LEAST_FREE_BYTES", 2**60)
     monkeypatch.setattr(disk, "SLOW_BYTES_PER_S", 1e15)
-    free, slow = told(examine_disk(tmp_path), "warning")
+    free, slow = texts(examine_disk(tmp_path), "warning")
     assert free.endswith(f"are free in {tmp_path}") and slow.startswith(f"{tmp_path} writes ")
 
 
 def test_a_disk_without_locks_or_renaming_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "MOST_BYTES", 2**22)
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)  # as on a file system that says yes to everybody
-    assert told(examine_disk(tmp_path), "fault") == [f"flock in {tmp_path} lets two hold one lock"]
+    assert texts(examine_disk(tmp_path), "fault") == [f"flock in {tmp_path} grants the same lock twice"]
 
     def refuse(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     monkeypatch.setattr(os, "rename", refuse)
-    rename, lock = told(examine_disk(tmp_path), "fault")
+    rename, lock = texts(examine_disk(tmp_path), "fault")
     assert rename.startswith("a folder or file can't be renamed in ") and "Function not implemented" in rename
-    assert lock == f"flock does not work in {tmp_path}: Function not implemented"
+    assert lock == f"flock doesn't work in {tmp_path}: Function not implemented"
 
 
 def test_a_folder_that_cant_be_written_is_a_fault() -> None:
-    assert told(examine_disk(Path("/proc/runs")), "fault")[0].startswith("/proc can't be written: ")
+    assert texts(examine_disk(Path("/proc/runs")), "fault")[0].startswith("/proc can't be written: ")
 
 
 # Names and addresses
@@ -244,25 +244,27 @@ UP = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.1"], "ib0": ["10.1.0.1"]}
     ],
 )
 def test_an_interface_that_is_not_there_is_a_fault(variable: str, value: str, is_there: bool) -> None:
-    answer = examine_names({variable: value}, there=UP, num_nodes=1, host="a")
-    expected = f"{variable} is {value}, and the interfaces that are up here are lo, eth0, ib0"
-    assert told(answer, "fault") == ([] if is_there else [expected])
+    answer = examine_names({variable: value}, up=UP, num_nodes=1, host="a")
+    expected = f"{variable} is {value}, but the interfaces that are up here are lo, eth0, ib0"
+    assert texts(answer, "fault") == ([] if is_there else [expected])
 
 
 def test_names_that_lead_home_are_faults_where_there_are_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"a": {"127.0.1.1"}, "b": {"10.0.0.2"}, "localhost": {"127.0.0.1", "::1"}}
     monkeypatch.setattr(network, "_addresses_of", lambda name: known.get(name, set()))
     home = {"MASTER_ADDR": "localhost"}
-    assert told(examine_names(home, there=UP, num_nodes=1, host="a"), "fault") == []
-    loopback, master = told(examine_names(home, there=UP, num_nodes=2, host="a"), "fault")
-    assert loopback == "the name a means 127.0.1.1, this host itself, and other nodes are told that name's address"
-    assert master == "MASTER_ADDR is localhost, which means each node itself, and there are 2 nodes"
-    assert told(examine_names({"MASTER_ADDR": "nowhere"}, there=UP, num_nodes=2, host="b"), "fault") == [
-        "MASTER_ADDR is nowhere, a name without an address here"
+    assert texts(examine_names(home, up=UP, num_nodes=1, host="a"), "fault") == []
+    loopback, master = texts(examine_names(home, up=UP, num_nodes=2, host="a"), "fault")
+    assert (
+        loopback == "the hostname a resolves to 127.0.1.1, a loopback address, and other nodes connect to its address"
+    )
+    assert master == "MASTER_ADDR is localhost, a loopback address, and there are 2 nodes"
+    assert texts(examine_names({"MASTER_ADDR": "nowhere"}, up=UP, num_nodes=2, host="b"), "fault") == [
+        "MASTER_ADDR is nowhere, which doesn't resolve here"
     ]
     named = {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0", "MASTER_ADDR": "b"}
-    assert told(examine_names(named, there=UP, num_nodes=2, host="a"), "fault") == []
-    assert told(examine_names({"MASTER_ADDR": "b"}, there=UP, num_nodes=2, host="b"), "ok") != []
+    assert texts(examine_names(named, up=UP, num_nodes=2, host="a"), "fault") == []
+    assert texts(examine_names({"MASTER_ADDR": "b"}, up=UP, num_nodes=2, host="b"), "ok") != []
 
 
 # The hub
@@ -272,29 +274,29 @@ def config_for(model: str) -> Config:
     return Config.model_validate({"run": "it", "model": {"name": model}, "data": {"train": "x.jsonl"}})
 
 
-def test_a_hub_that_answers_is_ok_and_one_that_does_not_is_told(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_answers_is_ok_and_one_that_does_not_is_reported(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with serving(Hub({})) as there:
         monkeypatch.setattr(constants, "ENDPOINT", there.url)
-        assert told(hub.examine_hub({}, None), "ok") == [f"{there.url} answers"]
+        assert texts(hub.examine_hub({}, None), "ok") == [f"{there.url} answers"]
         assert len(there.requests) == 1
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
-    (gone,) = told(hub.examine_hub({}, None, timeout_s=2), "warning")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    (gone,) = texts(hub.examine_hub({}, None, timeout_s=2), "warning")
     assert gone.startswith("http://127.0.0.1:9 can't be reached (")
-    (needed,) = told(hub.examine_hub({}, config_for("nobody/nothing"), timeout_s=2), "fault")
-    assert needed.endswith("; nobody/nothing is not whole in the cache")
+    (needed,) = texts(hub.examine_hub({}, config_for("nobody/nothing"), timeout_s=2), "fault")
+    assert needed.endswith("; nobody/nothing isn't complete in the cache")
 
 
-def test_offline_is_a_fault_only_where_files_are_lacking(tiny_llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_is_a_fault_only_where_files_are_missing(tiny_llama, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert told(hub.examine_hub({}, config_for(str(tiny_llama()))), "fault") == []
-    (lacking,) = told(hub.examine_hub({}, config_for("3.1-8b")), "fault")
-    assert lacking.startswith("not asked, since HF_HUB_OFFLINE is set; meta-llama/")
+    assert texts(hub.examine_hub({}, config_for(str(tiny_llama()))), "fault") == []
+    (lacking,) = texts(hub.examine_hub({}, config_for("3.1-8b")), "fault")
+    assert lacking.startswith("not contacted, since HF_HUB_OFFLINE is set; meta-llama/")
 
 
 def test_a_model_that_is_whole_in_the_cache_needs_no_hub(tiny_llama, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,18 +305,18 @@ def test_a_model_that_is_whole_in_the_cache_needs_no_hub(tiny_llama, tmp_path, m
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tiny_llama()))
-    assert told(hub.examine_hub({}, config_for("some/one")), "ok") == ["not asked, since HF_HUB_OFFLINE is set"]
+    assert texts(hub.examine_hub({}, config_for("some/one")), "ok") == ["not contacted, since HF_HUB_OFFLINE is set"]
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
-    assert len(told(hub.examine_hub({}, config_for("some/one")), "fault")) == 1
+    assert len(texts(hub.examine_hub({}, config_for("some/one")), "fault")) == 1
 
 
 # Judgements over ranks
 
 
 def test_a_clock_is_wrong_only_beyond_doubt() -> None:
-    assert told(judge_clocks([Offset("b", 0.4, 0.01), Offset("c", -1.2, 0.5)]), "warning") == []
-    (text,) = told(judge_clocks([Offset("b", -61.0, 0.01)]), "warning")
+    assert texts(judge_clocks([Offset("b", 0.4, 0.01), Offset("c", -1.2, 0.5)]), "warning") == []
+    (text,) = texts(judge_clocks([Offset("b", -61.0, 0.01)]), "warning")
     assert text == "the clock of b is 61.0 s behind the first node's"
 
 
@@ -324,13 +326,13 @@ def pair(sender: int, rate: float) -> PairRate:
 
 def test_the_slowest_link_is_named_and_one_far_below_the_others_is_a_warning() -> None:
     even = judge_links([], [pair(0, 2e9), pair(1, 1.5e9), pair(2, 2e9)], has_gpus=False)
-    assert told(even, "warning") == []
-    assert told(even, "ok")[0].startswith(
+    assert texts(even, "warning") == []
+    assert texts(even, "ok")[0].startswith(
         "the slowest link between nodes is from rank 1 on h1 to rank 2 on h2: 1.5 GB/s"
     )
     uneven = judge_links([], [pair(0, 2e9), pair(1, 0.1e9), pair(2, 2e9)], has_gpus=False)
-    (text,) = told(uneven, "warning")
-    assert text == "the slowest link between nodes is from rank 1 on h1 to rank 2 on h2: 0.1 GB/s; the others carry 2"
+    (text,) = texts(uneven, "warning")
+    assert text == "the slowest link between nodes is from rank 1 on h1 to rank 2 on h2: 0.1 GB/s; the others reach 2"
 
 
 def test_a_network_far_slower_than_a_node_has_its_advice() -> None:
@@ -338,12 +340,12 @@ def test_a_network_far_slower_than_a_node_has_its_advice() -> None:
         AxisRate("all-gather", axis, 2, (rate / 2, rate), 1e-5, ())  # type: ignore[arg-type]
         for axis, rate in (("within a node", 100e9), ("between nodes", 5e9))
     ]
-    assert told(judge_links(rates, [], has_gpus=True), "note") == [
-        "within a node a rank receives 20 times as much as from other nodes"
+    assert texts(judge_links(rates, [], has_gpus=True), "note") == [
+        "all-gather is 20 times as fast within a node as between nodes"
     ]
     slow = [AxisRate("all-gather", "within a node", 2, (0.5e9, 1e9), 1e-5, ())]
-    assert told(judge_links(slow, [], has_gpus=True), "warning") != []
-    assert told(judge_links(slow, [], has_gpus=False), "warning") == []
+    assert texts(judge_links(slow, [], has_gpus=True), "warning") != []
+    assert texts(judge_links(slow, [], has_gpus=False), "warning") == []
 
 
 def test_a_rank_that_computes_far_slower_is_named() -> None:
@@ -351,9 +353,9 @@ def test_a_rank_that_computes_far_slower_is_named() -> None:
         return {"device": "d", "products": [{"flops_per_s": [rate / 2, rate]}], "elementwise": [{"bytes_per_s": [1, 2e9]}],
                 "dense_weights_per_s": {"nf4": [1, 2], "int8": [1, 2]}}  # fmt: skip
 
-    assert told(judge_compute([("a", facts(9e12)), ("a", facts(8e12)), ("b", facts(9e12))]), "warning") == []
-    (text,) = told(judge_compute([("a", facts(9e12)), ("a", {}), ("b", facts(9e12)), ("b", facts(3e12))]), "warning")
-    assert text == "rank 3 on b computes 3 TFLOP/s, and the others 9"
+    assert texts(judge_compute([("a", facts(9e12)), ("a", facts(8e12)), ("b", facts(9e12))]), "warning") == []
+    (text,) = texts(judge_compute([("a", facts(9e12)), ("a", {}), ("b", facts(9e12)), ("b", facts(3e12))]), "warning")
+    assert text == "rank 3 on b reaches 3 TFLOP/s, the others 9"
     assert judge_compute([("a", {})]).findings == []
 
 
@@ -383,7 +385,7 @@ def test_a_step_that_hangs_or_fails_becomes_a_finding() -> None:
 
     answer = examiner.examine("disk", hang, todo="Look at the disk.")
     assert answer.findings == [
-        Finding("warning", "disk", "could not be measured: no answer within 0.05 s", "Look at the disk.")
+        Finding("warning", "disk", "couldn't be measured: no answer within 0.05 s", "Look at the disk.")
     ]
     assert examiner.is_stuck
     forever.set()
@@ -394,7 +396,7 @@ def test_a_step_that_hangs_or_fails_becomes_a_finding() -> None:
     begun: list[str] = []
     quick = Examiner(deadline_s=20, begin=lambda: begun.append(threading.current_thread().name))
     (finding,) = quick.examine("disk", fail, todo="Look.").findings
-    assert finding.text == "could not be measured: OSError: no such device" and not quick.is_stuck
+    assert finding.text == "couldn't be measured: OSError: no such device" and not quick.is_stuck
     assert begun == ["doctor-disk"]
 
 
@@ -403,46 +405,48 @@ def test_equal_findings_of_hosts_are_one() -> None:
     merged = merge_hosts([("a", warning), ("a", warning), ("b", note), ("a", note)], num_hosts=2)
     assert merged == [Finding("warning", "disk", "x", "y", ("a",)), note]
     assert worst(merged) == "warning" and worst([]) == "ok"
-    assert Answer.of(json.loads(json.dumps(Answer(merged, {"k": 1}).to_json()))) == Answer(merged, {"k": 1})
+    assert Answer.from_json(json.loads(json.dumps(Answer(merged, {"k": 1}).to_json()))) == Answer(merged, {"k": 1})
 
 
-def test_a_machine_that_cant_be_kept_is_a_finding_and_all_else_is_told(tmp_path: Path) -> None:
-    patient = Patient(Place(0, 1, 0, 1), Wishes(None, tmp_path / "machine.json", as_json=False, deadline_s=5))
-    report = Report(patient, [Answer().to_json()])
-    report.keep(tmp_path / "machine.json")
-    assert report.findings[-1].text == f"{tmp_path}/machine.json is not written: not all of it was measured"
+def test_a_machine_that_cant_be_written_is_a_finding_and_all_else_is_reported(tmp_path: Path) -> None:
+    examination = Examination(
+        LaunchedRank(0, 1, 0, 1), Request(None, tmp_path / "machine.json", as_json=False, deadline_s=5)
+    )
+    report = Report(examination, [Answer().to_json()])
+    report.write_machine(tmp_path / "machine.json")
+    assert report.findings[-1].text == f"{tmp_path}/machine.json isn't written: not everything was measured"
     device = torch.device("cpu")
     compute = {**measure_compute(device, torch.float32, budget_s=0.1), "device": "CPU", "memory_bytes": GIB}
-    report = Report(patient, [Answer(facts={"compute": compute}).to_json()])
-    report.keep(tmp_path / "none" / "machine.json")
+    report = Report(examination, [Answer(facts={"compute": compute}).to_json()])
+    report.write_machine(tmp_path / "none" / "machine.json")
     assert report.findings[-1].severity == "fault" and "can't be written" in report.findings[-1].text
-    report.keep(tmp_path / "machine.json")
+    report.write_machine(tmp_path / "machine.json")
     assert read_measured(tmp_path / "machine.json").memory_bytes == GIB
     assert list(report.lines())[-1] == "1 fault, 0 warnings, 0 notes"
 
 
 def test_of_what_is_in_order_the_first_hosts_is_shown_and_all_that_is_wrong() -> None:
-    patient = Patient(Place(0, 3, 0, 1), Wishes(None, None, as_json=False, deadline_s=5))
-    patient.hosts = ["a", "b", "c"]
+    examination = Examination(LaunchedRank(0, 3, 0, 1), Request(None, None, as_json=False, deadline_s=5))
+    examination.hosts = ["a", "b", "c"]
 
     def answer(host: str, memory: str, *more: Finding) -> dict[str, object]:
         return Answer([Finding("ok", "host memory", memory), Finding("ok", "hub", "same"), *more]).to_json() | {
             "host": host
         }
 
-    told = [
+    answers = [
         answer("a", "64 GiB"),
-        answer("b", "32 GiB", Finding("fault", "disk", "bad", "Mend it.")),
+        answer("b", "32 GiB", Finding("fault", "disk", "bad", "Fix it.")),
         answer("c", "16 GiB"),
     ]
-    report = Report(patient, told)
+    report = Report(examination, answers)
     assert list(report.lines()) == [
         "3 ranks on a, b, c",
         "ok       host memory: 64 GiB (on a)",
         "ok       hub: same",
         "fault    disk: bad (on b)",
-        "         -> Mend it.",
-        "ok       2 more of the other hosts, see --json",
+        "         -> Fix it.",
+        "ok       2 more on the other hosts, see --json",
         "1 fault, 0 warnings, 0 notes",
     ]
     tree = report.to_json()
@@ -453,15 +457,15 @@ def test_of_what_is_in_order_the_first_hosts_is_shown_and_all_that_is_wrong() ->
 def test_gpus_that_are_not_those_of_the_config_are_a_warning() -> None:
     driver = [gpu(0, name="NVIDIA H100 80GB HBM3"), gpu(1, name="NVIDIA H100 80GB HBM3")]
 
-    def told(**section: Any) -> list[tuple[str, str]]:
+    def findings(**section: Any) -> list[tuple[str, str]]:
         answer = compare_with_config(driver, MachineSection(**section), num_seen=2)
         return [(each.severity, each.text) for each in answer.findings]
 
-    assert told() == []
-    assert told(gpu="h100-80gb", gpus_per_node=2) == [("ok", "the GPUs are the config's: 2 x h100-80gb")]
-    assert told(gpu="rtx4090-24gb", gpus_per_node=8) == [
-        ("warning", "machine.gpu: the config names rtx4090-24gb, and here is NVIDIA H100 80GB HBM3 of 80.00 GiB"),
-        ("warning", "machine.gpus_per_node: the config names 8, and torch sees 2"),
+    assert findings() == []
+    assert findings(gpu="h100-80gb", gpus_per_node=2) == [("ok", "the GPUs match the config: 2 x h100-80gb")]
+    assert findings(gpu="rtx4090-24gb", gpus_per_node=8) == [
+        ("warning", "machine.gpu: the config names rtx4090-24gb, but this host has NVIDIA H100 80GB HBM3 of 80.00 GiB"),
+        ("warning", "machine.gpus_per_node: the config names 8, but torch sees 2"),
     ]
     (only,) = compare_with_config([], MachineSection(gpu="h100-80gb"), num_seen=0).findings
-    assert only.severity == "warning" and only.text.endswith("here is no GPU") and only.todo
+    assert only.severity == "warning" and only.text.endswith("this host has no GPU") and only.todo

@@ -1,4 +1,4 @@
-"""Memory that runs out is said as such: what was asked and held, what helps first, and what the system has counted."""
+"""Out of memory is reported as such: what was requested and held, what helps first, and what the kernel counted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def config_of(**sections: dict[str, object]) -> Config:
     )
 
 
-def told(
+def reported(
     error: BaseException, config: Config | None = None, phase: str = "step 3, micro-batch 1"
 ) -> OutOfMemory | None:
     world = World.alone()
@@ -41,36 +41,36 @@ def told(
     return out_of_memory(error, world=world, config=config or config_of())
 
 
-def test_a_gpu_without_memory_is_told_with_what_was_asked_and_the_cheapest_change() -> None:
+def test_a_gpu_out_of_memory_is_reported_with_what_was_requested_and_the_cheapest_change() -> None:
     error = torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 1.96 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.2 GiB is free."
     )
-    found = told(error)
+    found = reported(error)
     assert found is not None and found.exit_code == EXIT_FAILED and isinstance(found, MemoryError)
     text = str(found)
-    assert text.startswith("out of memory on the GPU: 1.96 GiB were asked for; this process holds ")
+    assert text.startswith("out of memory on the GPU: 1.96 GiB were requested; this process holds ")
     assert "What helps, the cheapest first: train.micro_batch=1 (is 2); " in text
 
 
-def test_a_host_without_memory_is_told_with_what_was_asked_and_what_is_held() -> None:
+def test_a_host_out_of_memory_is_reported_with_what_was_requested_and_what_is_held() -> None:
     with pytest.raises(RuntimeError) as refused:
         torch.empty(10**14)
-    found = told(refused.value)
+    found = reported(refused.value)
     assert found is not None
-    assert str(found).startswith("out of memory on the host: 400000000000000 bytes were asked for; this process holds ")
+    assert str(found).startswith("out of memory on the host: 400000000000000 bytes were requested; this process holds ")
     assert " GiB of the host's " in str(found) and " GiB are available" in str(found)
 
 
 def test_every_kind_of_refusal_is_recognised_and_other_errors_are_not() -> None:
     with pytest.raises(MemoryError) as refused:
         np.empty(2**50)
-    assert "8.00 PiB were asked for" in str(told(refused.value))
-    assert told(MemoryError()) is not None
-    assert told(OSError(errno.ENOMEM, "Cannot allocate memory")) is not None
-    assert told(RuntimeError("CUDA error: out of memory")) is not None
-    assert told(RuntimeError("shape mismatch")) is None
-    assert told(OSError(errno.ENOSPC, "No space left on device")) is None
-    assert told(PlanError("3 GiB needed")) is None  # ours already, though a MemoryError too
+    assert "8.00 PiB were requested" in str(reported(refused.value))
+    assert reported(MemoryError()) is not None
+    assert reported(OSError(errno.ENOMEM, "Cannot allocate memory")) is not None
+    assert reported(RuntimeError("CUDA error: out of memory")) is not None
+    assert reported(RuntimeError("shape mismatch")) is None
+    assert reported(OSError(errno.ENOSPC, "No space left on device")) is None
+    assert reported(PlanError("3 GiB needed")) is None  # ours already, though a MemoryError too
 
 
 def test_what_helps_comes_in_the_order_of_its_price_and_leaves_out_what_is_done() -> None:
@@ -82,20 +82,20 @@ def test_what_helps_comes_in_the_order_of_its_price_and_leaves_out_what_is_done(
         "train.sequence_length=1024 (is 2048)",
         "model.quant=nf4 (is none)",
         "parallel.offload=base (is none)",
-        "more GPUs, of which each keeps less",
+        "more GPUs, so that each holds less",
     ]
     done = config_of(
         model={"quant": "nf4"}, train={"micro_batch": 1}, parallel={"offload": "all", "engine": "fsdp2"}
     )  # checkpointing is on by itself on a GPU
     assert what_helps(done, where="device", phase=step, is_on_gpu=True) == [
         "train.sequence_length=1024 (is 2048)",
-        "more GPUs, of which each keeps less",
+        "more GPUs, so that each holds less",
     ]
     assert what_helps(done, where="host", phase=step, is_on_gpu=True)[1].startswith("parallel.offload=none (is all")
     # Before the first step no pass has taken anything.
     assert what_helps(fresh, where="host", phase="loading the base", is_on_gpu=False) == [
         "model.quant=nf4 (is none)",
-        "more nodes, of which each keeps less",
+        "more nodes, so that each holds less",
     ]
     asked = config_of(eval={"batch": 32}, train={"micro_batch": 1})
     assert what_helps(asked, where="device", phase="step 3, evaluating", is_on_gpu=True)[0] == "eval.batch=16"
@@ -145,27 +145,27 @@ def test_a_container_that_sees_its_own_group_as_the_top_is_read_too(tmp_path) ->
     assert read_counters(tmp_path / "nothing") == Counters()
 
 
-def test_a_kill_that_the_system_has_counted_is_told_as_a_fact() -> None:
+def test_a_kill_that_the_kernel_counted_is_reported_as_a_fact() -> None:
     before = Counters(group_kills=2, limit_bytes=3 * GIB, host_kills=7, total_bytes=16 * GIB)
     peaks = [GIB, 5 * GIB // 2]
-    held = "The ranks held at most 1.00 GiB, 2.50 GiB; the host has 16.00 GiB, this control group may take 3.00 GiB."
+    held = "The ranks held at most 1.00 GiB, 2.50 GiB; the host has 16.00 GiB, this cgroup is limited to 3.00 GiB."
     after = Counters(3, 3 * GIB, 8, 16 * GIB)
     assert describe_kill(before, after, peaks) == (
-        f"Memory ran out: the kernel has killed 1 process of this control group for it meanwhile (oom_kill). {held}"
+        f"Memory ran out: the kernel killed 1 process in this cgroup for it during the run (oom_kill). {held}"
     )
     after = Counters(2, 3 * GIB, 9, 16 * GIB)
     assert describe_kill(before, after, peaks) == (
-        f"Memory ran out: the kernel has killed 2 processes of this host for it meanwhile (oom_kill). {held}"
+        f"Memory ran out: the kernel killed 2 processes on this host for it during the run (oom_kill). {held}"
     )
 
 
-def test_a_kill_that_nobody_has_counted_is_told_as_possible_only() -> None:
+def test_a_kill_that_was_not_counted_is_reported_as_possible_only() -> None:
     counted = Counters(2, None, 7, 16 * GIB)
     assert describe_kill(counted, counted, [GIB]) == (
-        "The system kills a process so when the host's memory runs out, but it has counted no such kill meanwhile "
+        "The kernel kills a process like this when the host's memory runs out, but it counted no such kill during the run "
         "(oom_kill). The ranks held at most 1.00 GiB; the host has 16.00 GiB."
     )
-    assert "but it doesn't say here whether it did. The ranks held at most 0.00 GiB; the host's size is unknown." in (
+    assert "but whether it did isn't known here. The ranks held at most 0.00 GiB; the host's size is unknown." in (
         describe_kill(Counters(), Counters(), [0])
     )
 

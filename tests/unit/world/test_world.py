@@ -1,4 +1,4 @@
-"""What ranks that agree on the way to their end owe each other."""
+"""How ranks agree, wait for each other and end together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dist_lora.errors import ConfigError, DistLoraError, RankError, SaveError
-from dist_lora.world.launcher import Place
+from dist_lora.world.launcher import LaunchedRank
 from dist_lora.world.world import World, join
 
 
@@ -28,8 +28,8 @@ class SlowReader:
         return getattr(self.store, name)
 
 
-def test_the_first_rank_stays_until_the_others_have_read_why_they_end() -> None:
-    """The store may be in its process: the rank that has the error could not tell it otherwise."""
+def test_rank_0_stays_until_the_others_have_read_why_they_end() -> None:
+    """It may host the store: otherwise the rank with the error couldn't report it."""
     store = dist.HashStore()
     slow = SlowReader(store)
     cpu = torch.device("cpu")
@@ -48,13 +48,13 @@ def test_the_first_rank_stays_until_the_others_have_read_why_they_end() -> None:
 
 
 def test_no_rank_has_joined_before_all_are_connected(tmp_path, monkeypatch) -> None:
-    """One that came, had nothing to do and left would close the connection that another is still making."""
+    """One that joined, had nothing to do and ended would close the connection that another is still making."""
     may_connect = threading.Event()
     monkeypatch.setattr(dist, "init_process_group", lambda *_, rank, **__: may_connect.wait(30) if rank == 0 else None)
     environment = {"DIST_LORA_RENDEZVOUS": str(tmp_path / "rendezvous")}
 
     def come(rank: int) -> World:
-        return join(Place(rank, 2, rank, 2), environment, collective_timeout_s=30, join_timeout_s=30)
+        return join(LaunchedRank(rank, 2, rank, 2), environment, collective_timeout_s=30, join_timeout_s=30)
 
     with ThreadPoolExecutor(2) as threads:
         slow, quick = threads.submit(come, 0), threads.submit(come, 1)
@@ -69,7 +69,7 @@ def test_no_rank_has_joined_before_all_are_connected(tmp_path, monkeypatch) -> N
 
 
 def on_threads(work: Callable[[World], Any], *, ranks: int = 4, per_node: int = 2) -> list[Any]:
-    """What ``work`` gives or raises on each rank, a thread each, over one store in memory."""
+    """What ``work`` returns or raises on each rank, one thread per rank, over one store in memory."""
     store = dist.HashStore()
 
     def run(rank: int) -> Any:
