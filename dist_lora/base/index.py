@@ -37,7 +37,7 @@ _INCOMPLETE = "The download is incomplete; fetch that file again."
 
 @dataclass(frozen=True)
 class TensorOnDisk:
-    """One tensor of a safetensors file: `start` is its byte offset from the beginning of `file`."""
+    """One tensor of a safetensors file: ``start`` is its byte offset from the beginning of ``file``."""
 
     name: str
     file: Path
@@ -49,13 +49,13 @@ class TensorOnDisk:
 
 @dataclass(frozen=True)
 class WeightIndex:
-    """All tensors of a model folder by name. Made by `open_index`; holds no open file."""
+    """All tensors of a model folder by name. Made by ``open_index``; holds no open file."""
 
     folder: Path
     tensors: dict[str, TensorOnDisk]
 
     def to_json(self) -> bytes:
-        """For another process on this node, which then needs to read no header: see `from_json`."""
+        """For another process on this node, which then needs to read no header: see ``from_json``."""
         tensors = [
             (
                 tensor.name,
@@ -71,7 +71,7 @@ class WeightIndex:
 
     @staticmethod
     def from_json(folder: Path, text: bytes) -> WeightIndex:
-        """What `to_json` gave to a process that sees the same folder, not checked again."""
+        """What ``to_json`` gave to a process that sees the same folder, not checked again."""
         tensors = [
             TensorOnDisk(name, folder / file, dtype, tuple(shape), start, num_bytes)
             for name, file, dtype, shape, start, num_bytes in json.loads(text)
@@ -86,8 +86,8 @@ class WeightIndex:
     def expect(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Checks that the folder holds exactly these tensors, each with this shape.
 
-        `lm_head.weight` may lie there although `shapes` lacks it (tied embeddings: some files repeat it), and
-        `...rotary_emb.inv_freq`, which old files carry, is ignored.
+        ``lm_head.weight`` may lie there although ``shapes`` lacks it (tied embeddings: some files repeat it), and
+        ``...rotary_emb.inv_freq``, which old files carry, is ignored.
 
         Raises:
             WeightsError: some are missing, left over or have another shape; names up to five of each.
@@ -133,7 +133,7 @@ class WeightIndex:
 
 @contextmanager
 def open_weights(file: Path) -> Iterator[int]:
-    """A descriptor for reading `file` within `with`.
+    """A descriptor for reading ``file`` within ``with``.
 
     Raises:
         WeightsError: the file cannot be opened.
@@ -158,12 +158,12 @@ def by_file(tensors: Iterable[TensorOnDisk]) -> Iterator[tuple[Path, list[Tensor
 
 
 def open_index(folder: Path, *, allow_bytes: bool = False) -> WeightIndex:
-    """The tensors of a model folder: of `model.safetensors`, or of the files that its index names.
+    """The tensors of a model folder: of ``model.safetensors``, or of the files that its index names.
 
     Reads headers only, and checks all that can be known without the weights: every file there and of the
     length that its header asks for, types BF16, F16 or F32, tensors without gap or overlap, the same names in
-    `model.safetensors.index.json` and in the files. Where both exist, the single file counts, as in
-    transformers. With `allow_bytes` tensors of U8 pass too, for who can read what is quantized on disk.
+    ``model.safetensors.index.json`` and in the files. Where both exist, the single file counts, as in
+    transformers. With ``allow_bytes`` tensors of U8 pass too, for who can read what is quantized on disk.
 
     Raises:
         WeightsError: anything of this is not so; tells all damaged files at once.
@@ -198,7 +198,7 @@ def open_index(folder: Path, *, allow_bytes: bool = False) -> WeightIndex:
 def hash_config(folder: Path) -> str:
     """What identifies a model's config.json, 32 hex digits: xxh3_128 of its settings in sorted order.
 
-    Left out are `_name_or_path` and `transformers_version`: where a copy lies and who wrote it is no matter.
+    Left out are ``_name_or_path`` and ``transformers_version``: where a copy lies and who wrote it is no matter.
 
     Raises:
         WeightsError: config.json is missing or is not a JSON object.
@@ -213,7 +213,7 @@ def read_header(file: Path, *, allow_bytes: bool = False) -> tuple[TensorOnDisk,
 
     Raises:
         WeightsError: it cannot be read, is a git-lfs pointer, cut off or too long, its header is damaged, or
-            a tensor's type is none of BF16, F16, F32 (nor U8, with `allow_bytes`).
+            a tensor's type is none of BF16, F16, F32 (nor U8, with ``allow_bytes``).
     """
     tensors, _ = _read_whole_header(file, allow_bytes=allow_bytes)
     return tensors
@@ -223,7 +223,7 @@ def read_metadata(file: Path) -> dict[str, Any]:
     """What a safetensors file says of itself beside its tensors; empty where that is nothing.
 
     Raises:
-        WeightsError: see `read_header`.
+        WeightsError: see ``read_header``.
     """
     _, metadata = _read_whole_header(file, allow_bytes=True)
     return metadata

@@ -70,12 +70,12 @@ class _QuantizedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, fmt: Format, names: tuple[str, ...], *parts: Tensor) -> Tensor:
         ctx.fmt, ctx.names = fmt, names
         ctx.save_for_backward(*parts)
-        return F.linear(x, fmt.dense(dict(zip(names, parts, strict=True)), x.dtype))
+        return F.linear(x, fmt.dequantize(dict(zip(names, parts, strict=True)), x.dtype))
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         parts = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        d_x = d_y @ ctx.fmt.dense(parts, d_y.dtype) if ctx.needs_input_grad[0] else None
+        d_x = d_y @ ctx.fmt.dequantize(parts, d_y.dtype) if ctx.needs_input_grad[0] else None
         return (d_x, None, None, *(None for _ in parts))
 
 

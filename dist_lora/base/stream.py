@@ -1,6 +1,6 @@
 """Rows of the base from disk to their place, slice by slice: nobody holds more than their rows and a slice.
 
-Files are read with `pread` into one buffer that is used again and again, not mapped: mapped pages would count
+Files are read with ``pread`` into one buffer that is used again and again, not mapped: mapped pages would count
 as this process's memory, and a read that fails would kill it (SIGBUS) instead of raising.
 """
 
@@ -30,9 +30,9 @@ WEIGHT = "weight"  # the only part of a tensor that is kept as it is
 
 @dataclass(frozen=True)
 class Slot:
-    """Elements of one part of tensor `name`, from number `first` of the flattened part, and where they go.
+    """Elements of one part of tensor ``name``, from number ``first`` of the flattened part, and where they go.
 
-    `part` is `weight`, or codes or scales of a quantized linear; `shape` is the whole part's; `destination` is
+    ``part`` is ``weight``, or codes or scales of a quantized linear; ``shape`` is the whole part's; ``destination`` is
     1-D, contiguous, on any device. It may be empty.
     """
 
@@ -71,7 +71,7 @@ class QuantizedOnDisk(Protocol):
 
 @dataclass(frozen=True)
 class FillReport:
-    """What `fill_slots` did: bytes read from disk, tensors of which some rows were read, seconds."""
+    """What ``fill_slots`` did: bytes read from disk, tensors of which some rows were read, seconds."""
 
     bytes_read: int
     tensors: int
@@ -81,7 +81,7 @@ class FillReport:
 class SliceReader:
     """Reads rows of tensors on disk through one buffer, so that a slice is valid until the next one is read.
 
-    The buffer holds `max_slice_bytes`, or one row where that is more.
+    The buffer holds ``max_slice_bytes``, or one row where that is more.
     """
 
     def __init__(self, max_slice_bytes: int = SLICE_BYTES) -> None:
@@ -94,8 +94,8 @@ class SliceReader:
         """Pairs (first row of the slice, its rows in the type on disk), from the first row to the last.
 
         Args:
-            descriptor: `tensor.file`, open for reading.
-            num_rows: all that follow `first_row` if not given.
+            descriptor: ``tensor.file``, open for reading.
+            num_rows: all that follow ``first_row`` if not given.
 
         Raises:
             WeightsError: the file ends before the rows do.
@@ -132,7 +132,7 @@ class SliceReader:
 
 
 def read_tensor(tensor: TensorOnDisk, *, dtype: torch.dtype | None = None) -> Tensor:
-    """One whole tensor in host memory, as on disk or cast to `dtype`.
+    """One whole tensor in host memory, as on disk or cast to ``dtype``.
 
     Raises:
         WeightsError: the file cannot be read or ends too early.

@@ -67,7 +67,7 @@ class Turn:
     is_trained: bool = True
 
     def as_message(self) -> dict[str, Any]:
-        """The message as a chat template reads it: no key that has nothing to say (templates ask `in`)."""
+        """The message as a chat template reads it: no key that has nothing to say (templates ask ``in``)."""
         message: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.tool_calls:
             message["tool_calls"] = [dict(call) for call in self.tool_calls]

@@ -1,4 +1,4 @@
-"""What a device reaches in a run's own kinds of work: products, attention, making weights dense, elementwise work, calls."""
+"""What a device reaches in a run's own kinds of work: products, attention, dequantizing weights, elementwise work, calls."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def measure_compute(device: torch.device, dtype: torch.dtype, *, budget_s: float
 
 
 def examine_compute(device: torch.device, dtype: torch.dtype, *, budget_s: float) -> Answer:
-    """``measure_compute`` as facts, for ``judge_compute``; a format that this device can't make dense is a fault."""
+    """``measure_compute`` as facts, for ``judge_compute``; a format that this device can't dequantize is a fault."""
     answer = Answer()
     try:
         answer.facts = measure_compute(device, dtype, budget_s=budget_s)
@@ -83,8 +83,8 @@ def judge_compute(ranks: Sequence[tuple[str, Mapping[str, Any]]]) -> Answer:
         "ok",
         "compute",
         f"{facts['device']}: {fastest[slowest] / 1e12:.3g} TFLOP/s in products, {moved[-1]:.3g} to {max(moved):.3g} GB/s "
-        f"moved by elementwise work, {dense['nf4']:,.0f} million weights/s made dense of nf4 and {dense['int8']:,.0f} "
-        f"of int8{' (the slowest rank)' if len(ranks) > 1 else ''}",
+        f"moved by elementwise work, {dense['nf4']:,.0f} million weights/s dequantized from nf4 and {dense['int8']:,.0f} "
+        f"from int8{' (the slowest rank)' if len(ranks) > 1 else ''}",
     )
     usual = statistics.median(fastest.values())
     for i, rate in fastest.items():
@@ -172,7 +172,7 @@ def _attention(device: torch.device, dtype: torch.dtype, budget_s: float) -> lis
 
 def _dense(fmt: Format, device: torch.device, dtype: torch.dtype, budget_s: float) -> list[float]:
     parts = fmt.quantize_rows(torch.randn(*DENSE, device=device, dtype=dtype))
-    times = _times(lambda: fmt.dense(parts, dtype), device, budget_s)
+    times = _times(lambda: fmt.dequantize(parts, dtype), device, budget_s)
     return _rate(DENSE[0] * DENSE[1], times)
 
 

@@ -201,8 +201,8 @@ def logits_bytes(setup: Setup) -> int:
     return vocab * max(first * of_one, first * FP32 + second * of_one)
 
 
-def dense_bytes(setup: Setup) -> int:
-    """The largest linear made dense for a product; 0 where it is stored so."""
+def dequantized_bytes(setup: Setup) -> int:
+    """The largest linear dequantized for a product; 0 where it isn't quantized."""
     if setup.quant == "none":
         return 0
     return setup.item_bytes * max(out * width for out, width in setup.shape.linear_shapes().values())
@@ -333,7 +333,7 @@ def moments_of(setup: Setup) -> list[_Moment]:
     kept = kept_before(shape.num_layers)
     last_norm = setup.micro_tokens * shape.hidden * FP32
     has_input_of_down = "down_proj" in setup.targets and last in setup.layers
-    gradients = max(3 * wide, 2 * wide + dense_bytes(setup)) - (wide if has_input_of_down else 0)
+    gradients = max(3 * wide, 2 * wide + dequantized_bytes(setup)) - (wide if has_input_of_down else 0)
     of_last = of_layers[last] if setup.recompute else 0
     at_end = stream + (2 * last_norm if setup.layout.engine == "zero3" else stream)
     moments = [

@@ -66,8 +66,8 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 class AdapterFacts:
     """What an adapter's JSON files tell of it.
 
-    `targets` are linears in the model's order, `layers` the layers that are adapted or None for all, and
-    `scale` is what B A is multiplied by: alpha / R, or alpha / sqrt(R) for rsLoRA.
+    ``targets`` are linears in the model's order, ``layers`` the layers that are adapted or None for all, and
+    ``scale`` is what B A is multiplied by: alpha / R, or alpha / sqrt(R) for rsLoRA.
     """
 
     rank: int
@@ -81,14 +81,14 @@ class AdapterFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter(AdapterFacts):
-    """An adapter in memory: tensors `<module>.lora_A` `(R, D_in)` and `<module>.lora_B` `(D_out, R)`, fp32."""
+    """An adapter in memory: tensors ``<module>.lora_A`` ``(R, D_in)`` and ``<module>.lora_B`` ``(D_out, R)``, fp32."""
 
     tensors: dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOnDisk(AdapterFacts):
-    """An adapter whose headers are checked and whose tensors are read one pair at a time; see `Adapter`."""
+    """An adapter whose headers are checked and whose tensors are read one pair at a time; see ``Adapter``."""
 
     folder: Path
     pairs: dict[str, tuple[TensorOnDisk, TensorOnDisk]]
@@ -115,7 +115,7 @@ class AdapterOnDisk(AdapterFacts):
             )
 
     def read_pair(self, module: str) -> tuple[Tensor, Tensor]:
-        """A `(R, D_in)` and B `(D_out, R)` of a module, fp32, in host memory.
+        """A ``(R, D_in)`` and B ``(D_out, R)`` of a module, fp32, in host memory.
 
         Raises:
             AdapterError: the file cannot be read, or a value is NaN or infinite.
@@ -137,7 +137,7 @@ class AdapterOnDisk(AdapterFacts):
 
 
 def open_adapter(folder: Path) -> AdapterOnDisk:
-    """The adapter in `folder`, ours or PEFT's, with everything checked that its JSON and its header can tell.
+    """The adapter in ``folder``, ours or PEFT's, with everything checked that its JSON and its header can tell.
 
     Raises:
         AdapterError: the folder is damaged, or is no plain LoRA on a Llama's seven linears with one rank and
@@ -192,9 +192,9 @@ def open_adapter(folder: Path) -> AdapterOnDisk:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """The adapter in `folder`, whole, fp32, in host memory, proven to be as it was written where it has a checksum.
+    """The adapter in ``folder``, whole, fp32, in host memory, proven to be as it was written where it has a checksum.
 
-    Raises what `open_adapter`, `verify` and `read_pair` raise.
+    Raises what ``open_adapter``, ``verify`` and ``read_pair`` raise.
     """
     opened = open_adapter(folder)
     opened.verify()
@@ -225,7 +225,7 @@ def faults_of(
     layers: tuple[int, ...] | None,
     names: Callable[[str], str],
 ) -> list[str]:
-    """A line for each kind of fault among keys `<module>.lora_A` and `.lora_B`, which `names` spells."""
+    """A line for each kind of fault among keys ``<module>.lora_A`` and ``.lora_B``, which ``names`` spells."""
     known = {key: shape for key, shape in shapes.items() if _linear_of(key)}
     whole = {key: shape for key, shape in known.items() if len(shape) == 2 and min(shape) > 0}
     ranks = {key: shape[0 if key.endswith("A") else 1] for key, shape in whole.items()}
@@ -250,7 +250,7 @@ def faults_of(
 
 
 def _linear_of(key: str) -> tuple[int, str] | None:
-    """Layer and linear of `<module>.lora_A` or `.lora_B`; None if it is no linear of a Llama."""
+    """Layer and linear of ``<module>.lora_A`` or ``.lora_B``; None if it is no linear of a Llama."""
     module, _, half = key.rpartition(".")
     match = _MODULE.fullmatch(module)
     if match is None or half not in ("lora_A", "lora_B"):

@@ -38,17 +38,17 @@ def write_adapter(
     """Writes the adapter folder, whole or not at all, replacing an adapter that lies there.
 
     Call it on one rank, with whole (gathered) tensors. No network. A writer that is killed leaves the former
-    adapter; between its two last renames under the name `.<folder>.replaced`, until the next writer is done.
+    adapter; between its two last renames under the name ``.<folder>.replaced``, until the next writer is done.
 
     Args:
-        tensors: `<module>.lora_A` `(R, D_in)` and `<module>.lora_B` `(D_out, R)`, any float type and device.
+        tensors: ``<module>.lora_A`` ``(R, D_in)`` and ``<module>.lora_B`` ``(D_out, R)``, any float type and device.
         layers: the layers that are adapted; None means all of the model.
         base: paths in its name are cut to their last component, so that no file tells of this machine.
 
     Raises:
         AdapterError: a tensor is not whole ("not gathered"), not finite, has no place or lacks its other
             half; nothing is written.
-        ConfigError: something that is no adapter lies at `folder`.
+        ConfigError: something that is no adapter lies at ``folder``.
         SaveError: the system refuses to write.
     """
     chosen = None if layers is None else tuple(sorted(layers))

@@ -159,7 +159,7 @@ class _Merger:
         is_changed = False
         fmt = self._fmt if module.rpartition(".")[2] in LINEARS else None
         for row, stored in self._reader.slices(tensor, descriptor=descriptor):
-            rows = stored if fmt is None else fmt.dense(fmt.quantize_rows(stored), torch.float32)
+            rows = stored if fmt is None else fmt.dequantize(fmt.quantize_rows(stored), torch.float32)
             result = self._merged(rows, pair, row=row, dtype=dtype)
             if pair is not None:
                 is_changed = is_changed or not torch.equal(result, rows.to(dtype))

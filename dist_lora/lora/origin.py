@@ -27,8 +27,8 @@ _MAX_JSON_BYTES = 2**24
 class BaseIdentity:
     """Which model an adapter was trained on; what is not known is None.
 
-    `name` is a member's name, a hub id or a folder's last component; the hashes are those of
-    `WeightIndex.content_hash` and `hash_config`.
+    ``name`` is a member's name, a hub id or a folder's last component; the hashes are those of
+    ``WeightIndex.content_hash`` and ``hash_config``.
     """
 
     name: str | None
@@ -46,12 +46,12 @@ class BaseIdentity:
 
 
 def identify_base(folder: Path, *, name: str | None = None, revision: str | None = None) -> BaseIdentity:
-    """The identity of the base in `folder`, with both hashes.
+    """The identity of the base in ``folder``, with both hashes.
 
     Local, reads headers and a few bytes of each tensor; call it on one rank.
 
     Args:
-        name: a member's name or hub id. Without it: the hub id that config.json's `_name_or_path` gives,
+        name: a member's name or hub id. Without it: the hub id that config.json's ``_name_or_path`` gives,
             or the folder's last component.
 
     Raises:

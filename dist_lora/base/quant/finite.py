@@ -9,7 +9,7 @@ from dist_lora.errors import WeightsError
 
 
 class NotFiniteError(WeightsError):
-    """A weight is NaN or infinite. `row` and `column` are its place in the rows that were looked at."""
+    """A weight is NaN or infinite. ``row`` and ``column`` are its place in the rows that were looked at."""
 
     def __init__(self, *, row: int, column: int, value: float, tensor_name: str = "") -> None:
         super().__init__(
@@ -21,7 +21,7 @@ class NotFiniteError(WeightsError):
         self.value = value
 
     def within(self, tensor_name: str, *, first_row: int = 0) -> NotFiniteError:
-        """The same error with the tensor's name and its own row, where the rows were a slice from `first_row` on."""
+        """The same error with the tensor's name and its own row, where the rows were a slice from ``first_row`` on."""
         return NotFiniteError(row=first_row + self.row, column=self.column, value=self.value, tensor_name=tensor_name)
 
 

@@ -17,7 +17,7 @@ _REMEDY = (
 
 
 def gpu_functions(device: torch.device) -> ModuleType:
-    """`bitsandbytes.functional`, once it is sure that its kernels for `device` can be called.
+    """``bitsandbytes.functional``, once it is sure that its kernels for ``device`` can be called.
 
     Raises:
         ConfigError: bitsandbytes is absent, cannot be imported, or was loaded without kernels for this GPU.

@@ -120,8 +120,8 @@ def _count_midpoints_below(values: np.ndarray, *, counts: np.ndarray, scratch: n
         np.add(counts, scratch.view(np.uint8), out=counts)
 
 
-@torch.library.custom_op("dist_lora::dense_nf4", mutates_args=())
-def dense_nf4(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+@torch.library.custom_op("dist_lora::dequantize_nf4", mutates_args=())
+def dequantize_nf4(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """``(rows, D_in)`` in ``dtype`` of ``codes`` ``(rows, D_in / 2)`` and ``absmax`` ``(rows, D_in / 64)``.
 
     Level times absmax in fp32, rounded once to ``dtype``. That is bitsandbytes' number but for results below
@@ -131,9 +131,9 @@ def dense_nf4(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     num_rows, width = codes.shape[0], 2 * codes.shape[1]
     assert absmax.dtype == torch.float32, f"absmax has become {absmax.dtype}: something casts the base's scales"
     if codes.device.type == "cpu" or not num_rows:
-        dense = absmax.new_empty((num_rows, width), dtype=dtype)
-        _fill_blocks(dense.view(-1, BLOCK), codes=codes.reshape(-1, BLOCK // 2), absmax=absmax.reshape(-1, 1))
-        return dense
+        weight = absmax.new_empty((num_rows, width), dtype=dtype)
+        _fill_blocks(weight.view(-1, BLOCK), codes=codes.reshape(-1, BLOCK // 2), absmax=absmax.reshape(-1, 1))
+        return weight
     functional = gpu_functions(codes.device)
     state = functional.QuantState(
         absmax=absmax.reshape(-1), shape=torch.Size((num_rows, width)), dtype=dtype, blocksize=BLOCK, quant_type="nf4"
@@ -143,18 +143,18 @@ def dense_nf4(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     return whole
 
 
-@dense_nf4.register_fake
+@dequantize_nf4.register_fake
 def _(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.new_empty((codes.shape[0], 2 * codes.shape[1]), dtype=dtype)
 
 
-def _fill_blocks(dense: Tensor, *, codes: Tensor, absmax: Tensor) -> None:
-    """Fills ``dense`` ``(blocks, 64)`` from ``codes`` ``(blocks, 32)`` and ``absmax`` ``(blocks, 1)``."""
-    step = max(1, min(_CHUNK // BLOCK, len(dense)))
+def _fill_blocks(weight: Tensor, *, codes: Tensor, absmax: Tensor) -> None:
+    """Fills ``weight`` ``(blocks, 64)`` from ``codes`` ``(blocks, 32)`` and ``absmax`` ``(blocks, 1)``."""
+    step = max(1, min(_CHUNK // BLOCK, len(weight)))
     places_of = codes.new_empty((step, BLOCK // 2), dtype=torch.int32)
-    values_of = absmax.new_empty((step if dense.dtype != torch.float32 else 0, BLOCK))
-    for first in range(0, len(dense), step):
-        part = dense[first : first + step]
+    values_of = absmax.new_empty((step if weight.dtype != torch.float32 else 0, BLOCK))
+    for first in range(0, len(weight), step):
+        part = weight[first : first + step]
         values = part if part.dtype == torch.float32 else values_of[: len(part)]
         places = places_of[: len(part)].copy_(codes[first : first + step])
         torch.index_select(_PAIRS, 0, places.view(-1), out=values.view(torch.int64).view(-1))

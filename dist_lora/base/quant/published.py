@@ -3,7 +3,7 @@
 Beside ``X.weight``, the codes as one column, lie ``X.weight.absmax``, ``X.weight.quant_map`` (the 16 levels) and
 ``X.weight.quant_state.bitsandbytes__nf4`` (JSON in bytes). With double quantization absmax is bytes too, and
 ``X.weight.nested_absmax`` and ``X.weight.nested_quant_map`` say what they mean (QLoRA, arXiv 2305.14314, section 3;
-the layout is `QuantState.as_dict(packed=True)` of bitsandbytes 0.50.2).
+the layout is ``QuantState.as_dict(packed=True)`` of bitsandbytes 0.50.2).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _MAX_STATE_BYTES = 10_000  # a few numbers in JSON: 200 bytes
 
 @dataclass(frozen=True)
 class NestedAbsmax:
-    """How bytes of absmax become numbers: level of the byte, times the scale of its block, plus `offset`.
+    """How bytes of absmax become numbers: level of the byte, times the scale of its block, plus ``offset``.
 
-    `scales` is F32 ``(blocks,)``, one for each `block` bytes of the whole absmax, row after row; `levels` is
+    ``scales`` is F32 ``(blocks,)``, one for each ``block`` bytes of the whole absmax, row after row; ``levels`` is
     F32 ``(256,)``.
     """
 
@@ -48,7 +48,7 @@ class NestedAbsmax:
 
 @dataclass(frozen=True)
 class Nf4OnDisk:
-    """One linear's weight in NF4: `codes` U8 ``(D_out, D_in / 2)``, `absmax` F32 or, if nested, U8 ``(D_out, D_in / 64)``."""
+    """One linear's weight in NF4: ``codes`` U8 ``(D_out, D_in / 2)``, ``absmax`` F32 or, if nested, U8 ``(D_out, D_in / 64)``."""
 
     name: str
     shape: tuple[int, int]
@@ -89,8 +89,8 @@ class Nf4OnDisk:
 class BaseOnDisk:
     """The weights of a model folder, quantized or not.
 
-    `index` has every tensor by the name and the shape that the model gives it; those of type `NF4_ON_DISK` are
-    read through `nf4`, by the same name.
+    ``index`` has every tensor by the name and the shape that the model gives it; those of type ``NF4_ON_DISK`` are
+    read through ``nf4``, by the same name.
     """
 
     index: WeightIndex
@@ -100,14 +100,14 @@ class BaseOnDisk:
 def open_base_on_disk(folder: Path, *, quant: Quant, index: WeightIndex | None = None) -> BaseOnDisk:
     """What a model folder holds, whether its linears are plain or NF4. Reads headers and, of NF4, 0.3 KB a linear.
 
-    A folder may mix both (`llm_int8_skip_modules`).
+    A folder may mix both (``llm_int8_skip_modules``).
 
     Args:
-        quant: `model.quant`; NF4 on disk can be nothing else in memory.
+        quant: ``model.quant``; NF4 on disk can be nothing else in memory.
         index: the folder's, with bytes allowed, where another process has read the headers.
 
     Raises:
-        ConfigError: NF4 on disk and another `quant`; or quantized in a way that is not read: FP4, another block
+        ConfigError: NF4 on disk and another ``quant``; or quantized in a way that is not read: FP4, another block
             or other levels.
         WeightsError: the folder is damaged or holds types that are not read.
     """

@@ -60,22 +60,22 @@ def test_parts_of_rows_are_as_specified_and_stand_for_them(form: Format, dtype: 
     assert stored_bytes(form, 96, 128) == sum(part.nbytes for part in parts.values())
     tolerance = {"none": 4e-4, "nf4": 0.013, "int8": 5e-4}[form.name]
     for result in (torch.float32, torch.bfloat16):
-        dense = form.dense(parts, result)
-        assert dense.shape == rows.shape and dense.dtype == result
-        assert (dense.float() - rows.float()).abs().max() < tolerance
+        weight = form.dequantize(parts, result)
+        assert weight.shape == rows.shape and weight.dtype == result
+        assert (weight.float() - rows.float()).abs().max() < tolerance
     some = form.quantize_rows(rows[40:41])
     assert all(torch.equal(part, parts[name][40:41]) for name, part in some.items())
     none = form.quantize_rows(rows[:0])
-    assert form.dense(none, torch.float32).shape == (0, 128)
+    assert form.dequantize(none, torch.float32).shape == (0, 128)
 
 
 def test_plain_weights_are_passed_on_without_a_copy() -> None:
     rows = torch.randn(4, 6)
     form = Plain(torch.float32)
     parts = form.quantize_rows(rows)
-    assert parts["weight"].data_ptr() == form.dense(parts, torch.float32).data_ptr() == rows.data_ptr()
+    assert parts["weight"].data_ptr() == form.dequantize(parts, torch.float32).data_ptr() == rows.data_ptr()
     weight = torch.nn.Parameter(rows)
-    assert not form.dense({"weight": weight}, torch.float32).requires_grad
+    assert not form.dequantize({"weight": weight}, torch.float32).requires_grad
 
 
 def test_bytes_of_the_405b_in_each_format() -> None:
@@ -176,11 +176,11 @@ def peak():
     return int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]) * 1024
 form = format_of(sys.argv[1], torch.bfloat16)
 rows = torch.full((256, 65536), 0.01, dtype=torch.bfloat16)
-form.dense(form.quantize_rows(rows[:1]), torch.bfloat16)
+form.dequantize(form.quantize_rows(rows[:1]), torch.bfloat16)
 before = peak()
 parts = form.quantize_rows(rows)
 quantized = peak()
-dense = form.dense(parts, torch.bfloat16)
+weight = form.dequantize(parts, torch.bfloat16)
 print(json.dumps([quantized - before, peak() - quantized, "bitsandbytes" in sys.modules]))
 """
 

@@ -104,7 +104,7 @@ def test_any_rows_are_those_that_the_library_dequantizes(tmp_path, is_nested, st
         here = slice(first, first + count)
         assert torch.equal(parts["codes"], codes[here]) and parts["codes"].dtype == torch.uint8
         assert torch.equal(parts["absmax"].view(torch.int32), absmax[here].contiguous().view(torch.int32))
-        assert torch.equal(Nf4().dense(parts, dtype), whole[here])
+        assert torch.equal(Nf4().dequantize(parts, dtype), whole[here])
         assert all(part.is_contiguous() for part in parts.values())
 
 
@@ -180,7 +180,7 @@ def test_a_model_that_transformers_saved(saved_by_transformers, tiny_llama, is_n
             continue
         rows = shape.tensor_shapes()[name][0]
         parts = base.nf4[name].read_rows(0, rows)
-        assert torch.equal(Nf4().dense(parts, torch.bfloat16), library_weight(folder, name)), name
+        assert torch.equal(Nf4().dequantize(parts, torch.bfloat16), library_weight(folder, name)), name
         assert torch.equal(parts["codes"], quantize_nf4(plain[name])[0]), name
     # What an adapter remembers of its base can be made of it.
     assert len(identify_base(folder).content_hash) == 32
