@@ -324,11 +324,11 @@ def moments_of(setup: Setup) -> list[_Moment]:
     wide = setup.micro_tokens * shape.ffn * c
     last = shape.num_layers - 1
     of_layers = [kept_bytes_of_a_layer(setup, layer) for layer in range(shape.num_layers)]
-    turn = setup.micro_tokens * shape.head_dim * c  # cosines and sines, shared by all layers
+    rotary = setup.micro_tokens * shape.head_dim * c  # cosines and sines, shared by all layers
 
     def kept_before(layer: int) -> int:
         """What the layers before one keep for the backward: all of it, or their inputs."""
-        return turn + (stream * max(0, layer - first) if setup.recompute else sum(of_layers[:layer]))
+        return rotary + (stream * max(0, layer - first) if setup.recompute else sum(of_layers[:layer]))
 
     kept = kept_before(shape.num_layers)
     last_norm = setup.micro_tokens * shape.hidden * FP32
