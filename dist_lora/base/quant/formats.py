@@ -1,4 +1,4 @@
-"""What a linear of the base stores, by ``model.quant``: as values with pure functions, which know no model and no rank."""
+"""How a linear of the base is stored, by ``model.quant``: values with pure functions, independent of model and rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Quant = Literal["none", "nf4", "int8"]
 
 @dataclass(frozen=True)
 class PartSpec:
-    """One tensor that a linear stores. ``shape`` is the whole's; its rows are the linear's rows."""
+    """One tensor that a linear stores. ``shape`` is that of the whole; its rows are the linear's rows."""
 
     name: str
     shape: tuple[int, int]
@@ -28,7 +28,7 @@ class PartSpec:
 
 
 class Format(Protocol):
-    """How a linear's weight is stored. A value: equal formats do the same, and nothing is remembered."""
+    """How a linear's weight is stored. A value without state: equal formats do the same."""
 
     @property
     def name(self) -> Quant:
@@ -38,7 +38,7 @@ class Format(Protocol):
         """The tensors that hold a whole weight ``(D_out, D_in)``, in the order that every file and rank has them."""
 
     def refusal(self, out_features: int, in_features: int) -> str | None:
-        """Why a weight of this shape cannot be stored so, in one sentence; None where it can."""
+        """Why a weight of this shape can't be stored so, in one sentence; None where it can."""
 
     def quantize_rows(self, rows: Tensor) -> dict[str, Tensor]:
         """The parts of ``rows`` ``(rows, D_in)``, fp32, bf16 or fp16, on their device and contiguous.
@@ -46,12 +46,12 @@ class Format(Protocol):
         Rows are independent: any rows give exactly these rows of the whole. Local: no communication.
 
         Raises:
-            NotFiniteError: a weight is NaN or infinite (where anything is quantized at all).
+            NotFiniteError: a weight is NaN or infinite (only where a weight is quantized).
             ConfigError: on a GPU, bitsandbytes is needed and absent or broken.
         """
 
     def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """The weight ``(rows, D_in)`` in ``dtype`` that some rows' ``parts`` stand for, outside of any graph."""
+        """The weight ``(rows, D_in)`` in ``dtype`` that some rows' ``parts`` represent, detached from any graph."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,17 @@ class Plain:
         return None
 
     def quantize_rows(self, rows: Tensor) -> dict[str, Tensor]:
-        """``rows`` cast to ``dtype``: they themselves, not a copy, where they have it. NaN passes."""
+        """``rows`` cast to ``dtype``, not copied where they have it. NaN is allowed."""
         return {"weight": rows.detach().to(self.dtype).contiguous()}
 
     def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """The weight itself, not a copy, where it is stored in ``dtype``."""
+        """The weight, not copied where it is stored in ``dtype``."""
         return parts["weight"].detach().to(dtype)
 
 
 @dataclass(frozen=True)
 class Nf4:
-    """4.5 bits a weight: ``codes`` uint8 ``(D_out, D_in / 2)``, ``absmax`` fp32 ``(D_out, D_in / 64)``."""
+    """4.5 bits per weight: ``codes`` uint8 ``(D_out, D_in / 2)``, ``absmax`` fp32 ``(D_out, D_in / 64)``."""
 
     @property
     def name(self) -> Quant:
@@ -115,7 +115,7 @@ class Nf4:
 
 @dataclass(frozen=True)
 class Int8:
-    """8 bits a weight: ``codes`` int8 ``(D_out, D_in)``, ``scale`` fp32 ``(D_out, 1)``."""
+    """8 bits per weight: ``codes`` int8 ``(D_out, D_in)``, ``scale`` fp32 ``(D_out, 1)``."""
 
     @property
     def name(self) -> Quant:

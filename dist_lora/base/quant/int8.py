@@ -1,4 +1,4 @@
-"""int8: each weight as a whole number from -127 to 127, times one scale a row.
+"""int8: each weight as a whole number from -127 to 127, times one scale per row.
 
 Source: LLM.int8(), arXiv 2208.07339, section 2.1 (absmax quantization), with a scale for each row as in section 3.1.
 """
@@ -17,7 +17,7 @@ from dist_lora.base.quant.finite import check_finite
 LARGEST_CODE = 127
 # A row of zeros, or of less than this, is divided by this: 127 / absmax stays finite and the scale normal.
 _LEAST_ABSMAX = 1e-35
-# Weights at once: on the CPU all temporaries stay in a core's second-level cache.
+# Weights per chunk: on the CPU all temporaries stay in a core's second-level cache.
 _CHUNK_ON_CPU, _CHUNK_ON_GPU = 2**17, 2**24
 
 
@@ -55,8 +55,8 @@ def quantize_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_int8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``(rows, D_in)`` in ``dtype`` of ``codes`` ``(rows, D_in)`` and ``scale`` ``(rows, 1)``.
 
-    Code times scale in fp32, rounded once to ``dtype``. One operator to whoever counts or fakes operators.
-    Local. Peak memory is the result and, for 16 bits, 4 bytes for each weight of a chunk.
+    Code times scale in fp32, rounded once to ``dtype``. A single operator for tools that count or fake
+    operators. Local. Peak memory is the result and, for 16 bits, 4 bytes for each weight of a chunk.
     """
     assert scale.dtype == torch.float32, f"scale has become {scale.dtype}: something casts the base's scales"
     weight = scale.new_empty(codes.shape, dtype=dtype)

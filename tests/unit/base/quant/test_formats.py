@@ -117,8 +117,8 @@ def message(device: str = "cuda:1") -> str:
         gpu_functions(torch.device(device))
     assert raised.value.exit_code == 2
     assert str(raised.value).endswith(
-        "Install one that has them (`pip install 'bitsandbytes>=0.50'`; `python -m bitsandbytes` tells what it finds on "
-        "this machine), or set model.quant to int8 or none, which do without it."
+        "Install one that has them (`pip install 'bitsandbytes>=0.50'`; `python -m bitsandbytes` reports what it finds "
+        "on this machine), or set model.quant to int8 or none, which don't need it."
     )
     return str(raised.value)
 
@@ -127,17 +127,17 @@ def test_bitsandbytes_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_bitsandbytes(monkeypatch)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     assert message().startswith(
-        "model.quant: nf4 on cuda:1 takes the kernels of bitsandbytes, and bitsandbytes is not installed. Install"
+        "model.quant: nf4 on cuda:1 needs the kernels of bitsandbytes, and bitsandbytes is not installed. Install"
     )
 
 
 @pytest.mark.parametrize(
     ("source", "what"),
     [
-        ("import no_such_module", "cannot be imported (No module named 'no_such_module')"),
+        ("import no_such_module", "can't be imported (No module named 'no_such_module')"),
         (
             "raise OSError('libcudart.so.13: no such file')",
-            "cannot be imported (OSError: libcudart.so.13: no such file)",
+            "can't be imported (OSError: libcudart.so.13: no such file)",
         ),
     ],
 )

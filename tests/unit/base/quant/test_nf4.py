@@ -208,7 +208,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_its_place(value: float, dtype
     named = raised.value.within("model.layers.0.mlp.up_proj.weight", first_row=14_000)
     assert str(named) == (
         f"model.layers.0.mlp.up_proj.weight: row 14,003, column 70 is {value}, and only finite weights can be "
-        "quantized. The file is damaged, or the model was saved after its training broke: fetch it again."
+        "quantized. The file is damaged, or the model was saved after its training diverged: fetch it again."
     )
     quantize_nf4(rows[:3])
 
