@@ -364,8 +364,8 @@ def refuse_links(folder: Path, files: Sequence[str]) -> None:
     outside = links_out(folder, files)
     if outside:
         raise WeightsError(
-            f"{folder} has links to outside of it: {first_few(outside)}. Nothing is read from there: put the files "
-            "themselves into the folder, or name the folder that they are in."
+            f"{folder} has links that point outside of it: {first_few(outside)}. Nothing is read from there: put the "
+            "files themselves into the folder, or name the folder that they are in."
         )
 
 

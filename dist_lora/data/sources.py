@@ -271,11 +271,7 @@ class ParquetRows:
 
         try:
             return dict(self._table.slice(index, 1).to_pylist()[0])
-        except (
-            pyarrow.ArrowException,
-            ValueError,
-            OverflowError,
-        ) as error:  # a string that isn't UTF-8, a year 300,000
+        except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # a string not in UTF-8, a year 300,000
             raise DataError(f"the row can't be read: {_first_line(str(error))}") from None
 
 

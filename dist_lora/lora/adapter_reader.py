@@ -317,8 +317,8 @@ def _refuse_links(folder: Path) -> None:
     outside = links_out(folder, (CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE))
     if outside:
         raise AdapterError(
-            f"{folder} has links to outside of it: {first_few(outside)}. Nothing is read from there: put the files "
-            "themselves into the folder, or name the folder that they are in."
+            f"{folder} has links that point outside of it: {first_few(outside)}. Nothing is read from there: put the "
+            "files themselves into the folder, or name the folder that they are in."
         )
 
 

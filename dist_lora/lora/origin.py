@@ -89,8 +89,8 @@ def read_origin(folder: Path, config: Mapping[str, Any], *, checksum: str | None
         raise AdapterError(f"{file} doesn't match its own checksum: it is damaged, or was edited by hand.")
     if checksum is not None and origin.get("weights") not in (None, checksum):
         raise AdapterError(
-            f"{file} was written with other weights ({origin.get('weights')}) than those of {WEIGHTS_FILE} ({checksum}): "
-            "the files are from two adapters. Copy both from the same one."
+            f"{file} was written with other weights ({origin.get('weights')}) than those of {WEIGHTS_FILE} "
+            f"({checksum}): the files are from two adapters. Copy both from the same one."
         )
     return _identity(base, where=f"{file}: base")
 

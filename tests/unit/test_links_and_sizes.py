@@ -68,7 +68,9 @@ def test_a_models_file_that_is_a_link_out_of_its_folder_is_not_read(tmp_path: Pa
     target = lead_out(folder / file)
     with pytest.raises(WeightsError) as caught:
         open_index(folder)
-    assert f"{folder} has links to outside of it: {file} (to {target}). Nothing is read from there" in str(caught.value)
+    assert f"{folder} has links that point outside of it: {file} (to {target}). Nothing is read from there" in str(
+        caught.value
+    )
 
 
 def test_a_folder_in_a_models_folder_that_is_a_link_out_of_it_is_not_read(tmp_path: Path) -> None:
@@ -76,7 +78,9 @@ def test_a_folder_in_a_models_folder_that_is_a_link_out_of_it_is_not_read(tmp_pa
     (folder / "sub").symlink_to(other)
     index = {"weight_map": {"w1": "sub/model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(WeightsError, match=r"has links to outside of it: sub/model-00001-of-00002\.safetensors"):
+    with pytest.raises(
+        WeightsError, match=r"has links that point outside of it: sub/model-00001-of-00002\.safetensors"
+    ):
         open_index(folder)
 
 
@@ -99,7 +103,7 @@ def test_the_links_of_the_hubs_cache_are_read_and_no_further_ones(tmp_path: Path
     assert set(open_index(folder).tensors) == {"w1", "w2"}
     (repository / "blobs" / "1").rename(tmp_path / "secret")
     (repository / "blobs" / "1").symlink_to(tmp_path / "secret")
-    with pytest.raises(WeightsError, match=r"has links to outside of it: model-00002-of-00002\.safetensors"):
+    with pytest.raises(WeightsError, match=r"has links that point outside of it: model-00002-of-00002\.safetensors"):
         open_index(folder)
 
 
@@ -117,7 +121,7 @@ def test_an_adapters_file_that_is_a_link_out_of_its_folder_is_not_read(tmp_path:
     target = lead_out(folder / file)
     with pytest.raises(AdapterError) as caught:
         open_adapter(folder)
-    assert f"{folder} has links to outside of it: {file} (to {target})" in str(caught.value)
+    assert f"{folder} has links that point outside of it: {file} (to {target})" in str(caught.value)
 
 
 @pytest.mark.parametrize("file", ["manifest.json", RANK_0])

@@ -444,7 +444,7 @@ def test_all_that_a_model_folder_needs_is_copied_and_no_other_weights(tmp_path, 
 def test_a_companion_that_is_a_link_out_of_the_base_is_not_copied(tmp_path, base, adapter):
     (tmp_path / "secret").write_text("of this machine")
     (base / "LICENSE").symlink_to(tmp_path / "secret")
-    with pytest.raises(WeightsError, match=r"has links to outside of it: LICENSE \(to .*secret\)"):
+    with pytest.raises(WeightsError, match=r"has links that point outside of it: LICENSE \(to .*secret\)"):
         merge_adapter(adapter, base=base, out=tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
