@@ -50,9 +50,9 @@ def dequantizers(rows: Tensor) -> dict[str, Callable[[], object]]:
     absmax = int8["scale"] * 127
     return {
         "nf4 bitsandbytes": lambda: functional.dequantize_4bit(codes, state),
-        "nf4 ours": lambda: Nf4().dense(nf4, rows.dtype),
+        "nf4 ours": lambda: Nf4().dequantize(nf4, rows.dtype),
         "int8 bitsandbytes": lambda: functional.int8_vectorwise_dequant(int8["codes"], absmax).to(rows.dtype),
-        "int8 ours": lambda: Int8().dense(int8, rows.dtype),
+        "int8 ours": lambda: Int8().dequantize(int8, rows.dtype),
     }
 
 

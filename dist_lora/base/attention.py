@@ -1,6 +1,6 @@
-"""Causal attention over documents that lie one after the other in a flat stream, and do not see each other.
+"""Causal attention over documents packed one after the other into a flat stream; they don't attend to each other.
 
-There is no padding and no mask to get wrong: what a token may see is given by the documents' bounds.
+There is no padding and no mask: the documents' bounds decide which tokens a token attends to.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dist_lora.layout.choices import AttentionName
 
 
 class Attention(Protocol):
-    """What a layer asks: who sees whom is decided here, not in the model."""
+    """What a layer calls: which tokens attend to which is decided here, not in the model."""
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attended values ``(T, H, E)`` of query ``(T, H, E)``, key and value ``(T, G, E)``."""
@@ -32,7 +32,7 @@ class Documents:
 
     ``bounds`` are the documents' first tokens and, last, the number of tokens: ``(0, 5, 12)`` is two documents
     of 5 and 7 tokens. Backends: ``sdpa`` computes document by document; ``varlen`` all at once by a flash
-    kernel (CUDA, 16 bits); ``eager`` writes the whole ``(T, T)`` matrix and is there to compare with.
+    kernel (CUDA, 16 bits); ``eager`` materializes the ``(T, T)`` matrix and is for comparison only.
     """
 
     bounds: tuple[int, ...]
@@ -63,11 +63,11 @@ class Documents:
         starts = torch.tensor(self.bounds, device=query.device)
         tokens = torch.arange(self.bounds[-1], device=query.device)
         document = torch.searchsorted(starts, tokens, right=True)
-        seen = (document[:, None] == document[None, :]) & (tokens[:, None] >= tokens[None, :])
+        is_attended = (document[:, None] == document[None, :]) & (tokens[:, None] >= tokens[None, :])
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         scores = torch.einsum("qhe,khe->hqk", query, key) / math.sqrt(query.shape[-1])
-        weights = scores.masked_fill(~seen, -math.inf).float().softmax(dim=-1).to(value.dtype)
+        weights = scores.masked_fill(~is_attended, -math.inf).float().softmax(dim=-1).to(value.dtype)
         return torch.einsum("hqk,khe->qhe", weights, value)
 
 

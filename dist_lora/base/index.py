@@ -1,4 +1,4 @@
-"""What a model folder holds: name, type, shape and place of each tensor, from the files' headers alone.
+"""The tensors of a model folder: name, dtype, shape and offset of each, from the files' headers alone.
 
 A safetensors file is 8 bytes (little-endian length N), N bytes of JSON, then the tensors' bytes without a gap
 (format: github.com/huggingface/safetensors). Nothing here reads more than a header and, for the content hash,
@@ -28,7 +28,7 @@ ITEM_BYTES: Mapping[str, int] = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 FLOAT_TYPES = ("BF16", "F16", "F32")
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-_MAX_SIZE = 2**63  # of a dim or an offset: what the library and torch can count to
+_MAX_SIZE = 2**63  # of a dim or an offset: the limit of the library and of torch
 _MAX_DIMS = 64  # of a torch tensor
 _SAMPLE_BYTES = 256
 _LFS_MARK = b"version https://git-lfs"
@@ -37,7 +37,7 @@ _INCOMPLETE = "The download is incomplete; fetch that file again."
 
 @dataclass(frozen=True)
 class TensorOnDisk:
-    """One tensor of a safetensors file: `start` is its byte offset from the beginning of `file`."""
+    """One tensor of a safetensors file: ``start`` is its byte offset from the beginning of ``file``."""
 
     name: str
     file: Path
@@ -49,13 +49,13 @@ class TensorOnDisk:
 
 @dataclass(frozen=True)
 class WeightIndex:
-    """All tensors of a model folder by name. Made by `open_index`; holds no open file."""
+    """All tensors of a model folder by name. Made by ``open_index``; holds no open file."""
 
     folder: Path
     tensors: dict[str, TensorOnDisk]
 
     def to_json(self) -> bytes:
-        """For another process on this node, which then needs to read no header: see `from_json`."""
+        """Serialized for another process on this node, which then reads no headers; see ``from_json``."""
         tensors = [
             (
                 tensor.name,
@@ -71,7 +71,7 @@ class WeightIndex:
 
     @staticmethod
     def from_json(folder: Path, text: bytes) -> WeightIndex:
-        """What `to_json` gave to a process that sees the same folder, not checked again."""
+        """The index that ``to_json`` serialized, for a process that sees the same folder; not checked again."""
         tensors = [
             TensorOnDisk(name, folder / file, dtype, tuple(shape), start, num_bytes)
             for name, file, dtype, shape, start, num_bytes in json.loads(text)
@@ -86,39 +86,39 @@ class WeightIndex:
     def expect(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Checks that the folder holds exactly these tensors, each with this shape.
 
-        `lm_head.weight` may lie there although `shapes` lacks it (tied embeddings: some files repeat it), and
-        `...rotary_emb.inv_freq`, which old files carry, is ignored.
+        ``lm_head.weight`` may be there although ``shapes`` lacks it (tied embeddings: some files repeat it), and
+        ``...rotary_emb.inv_freq``, which old files have, is ignored.
 
         Raises:
-            WeightsError: some are missing, left over or have another shape; names up to five of each.
+            WeightsError: some are missing, unexpected or have another shape; names up to five of each.
         """
-        spare = {name for name in self.tensors if name.endswith("rotary_emb.inv_freq")} | {"lm_head.weight"}
+        ignored = {name for name in self.tensors if name.endswith("rotary_emb.inv_freq")} | {"lm_head.weight"}
         missing = [name for name in shapes if name not in self.tensors]
-        left_over = [name for name in self.tensors if name not in shapes and name not in spare]
+        unexpected = [name for name in self.tensors if name not in shapes and name not in ignored]
         differing = [
             f"{name} (found {self.tensors[name].shape}, expected {tuple(shape)})"
             for name, shape in shapes.items()
             if name in self.tensors and self.tensors[name].shape != tuple(shape)
         ]
-        faults = [("lacks", missing), ("has other shapes for", differing), ("has no place for", left_over)]
-        told = [f"  {what} {len(names):,} tensors: {first_few(names)}" for what, names in faults if names]
-        if told:
+        faults = [("missing", missing), ("of another shape", differing), ("unexpected", unexpected)]
+        lines = [f"  {len(names):,} tensors {kind}: {first_few(names)}" for kind, names in faults if names]
+        if lines:
             raise WeightsError(
                 f"The weights in {self.folder} are not those of the model that its config.json describes "
-                f"({len(shapes):,} tensors). The folder\n"
-                + "\n".join(told)
-                + "\nFetch config.json and the weights again from one and the same model."
+                f"({len(shapes):,} tensors):\n"
+                + "\n".join(lines)
+                + "\nFetch config.json and the weights again from the same model."
             )
 
     def content_hash(self) -> str:
         """What identifies the weights: xxh3_128 of names, types, shapes and a sample of each tensor, in hex.
 
-        The sample is the 256 bytes in the middle of each tensor, which tells a fine-tuned model from its base
-        although all headers are the same. How the tensors are split over files does not matter. Costs one
-        short read a tensor; call it on one rank.
+        The sample is the 256 bytes in the middle of each tensor, which distinguishes a fine-tuned model from its base,
+        whose headers are the same. How the tensors are split over files doesn't matter. Costs one short read per
+        tensor; call it on one rank.
 
         Raises:
-            WeightsError: a file cannot be read or has become shorter.
+            WeightsError: a file can't be read or was truncated.
         """
         digest = xxhash.xxh3_128()
         samples: dict[str, bytes] = {}
@@ -133,10 +133,10 @@ class WeightIndex:
 
 @contextmanager
 def open_weights(file: Path) -> Iterator[int]:
-    """A descriptor for reading `file` within `with`.
+    """A descriptor for reading ``file`` within ``with``.
 
     Raises:
-        WeightsError: the file cannot be opened.
+        WeightsError: the file can't be opened.
     """
     try:
         descriptor = os.open(file, os.O_RDONLY)
@@ -149,7 +149,7 @@ def open_weights(file: Path) -> Iterator[int]:
 
 
 def by_file(tensors: Iterable[TensorOnDisk]) -> Iterator[tuple[Path, list[TensorOnDisk]]]:
-    """The tensors of each file, files by name and tensors by place: so each file is read forward, once."""
+    """The tensors of each file, files by name and tensors by offset, so that each file is read forward and once."""
     groups: dict[Path, list[TensorOnDisk]] = {}
     for tensor in tensors:
         groups.setdefault(tensor.file, []).append(tensor)
@@ -158,15 +158,15 @@ def by_file(tensors: Iterable[TensorOnDisk]) -> Iterator[tuple[Path, list[Tensor
 
 
 def open_index(folder: Path, *, allow_bytes: bool = False) -> WeightIndex:
-    """The tensors of a model folder: of `model.safetensors`, or of the files that its index names.
+    """The tensors of a model folder: of ``model.safetensors``, or of the files that its index names.
 
-    Reads headers only, and checks all that can be known without the weights: every file there and of the
-    length that its header asks for, types BF16, F16 or F32, tensors without gap or overlap, the same names in
-    `model.safetensors.index.json` and in the files. Where both exist, the single file counts, as in
-    transformers. With `allow_bytes` tensors of U8 pass too, for who can read what is quantized on disk.
+    Reads headers only, and checks all that they allow: every file exists and has the length that its header implies,
+    dtypes are BF16, F16 or F32, tensors have no gap or overlap, and ``model.safetensors.index.json`` names the tensors
+    that the files have. Where both exist, the single file is used, as in transformers. With ``allow_bytes`` U8 tensors
+    are accepted too, for callers that read weights quantized on disk.
 
     Raises:
-        WeightsError: anything of this is not so; tells all damaged files at once.
+        WeightsError: a check failed; reports all damaged files at once.
     """
     if not folder.is_dir():
         raise WeightsError(f"{folder} is not a folder; a folder with config.json and *.safetensors was expected.")
@@ -177,8 +177,8 @@ def open_index(folder: Path, *, allow_bytes: bool = False) -> WeightIndex:
         )
     if not (folder / INDEX_FILE).exists():
         raise WeightsError(_why_no_weights(folder))
-    places = _read_places(folder)
-    files = sorted(set(places.values()))
+    weight_map = _read_weight_map(folder)
+    files = sorted(set(weight_map.values()))
     missing = [file for file in files if not is_there(folder / file)]
     if missing:
         raise WeightsError(
@@ -186,19 +186,19 @@ def open_index(folder: Path, *, allow_bytes: bool = False) -> WeightIndex:
             f"{first_few(missing)}. The download is incomplete; fetch them."
         )
     refuse_links(folder, files)
-    found, faults = _read_headers(folder, files, allow_bytes=allow_bytes)
+    tensors_of, faults = _read_headers(folder, files, allow_bytes=allow_bytes)
     if not faults:
-        faults = _disagreements(places, found)
+        faults = _disagreements(weight_map, tensors_of)
     if faults:
         heading = "" if len(faults) == 1 else f"{len(faults):,} faults in {folder}:\n  "
         raise WeightsError(heading + "\n  ".join(faults[:MOST_NAMED]) + _and_more(faults))
-    return WeightIndex(folder, {tensor.name: tensor for tensors in found.values() for tensor in tensors})
+    return WeightIndex(folder, {tensor.name: tensor for tensors in tensors_of.values() for tensor in tensors})
 
 
 def hash_config(folder: Path) -> str:
     """What identifies a model's config.json, 32 hex digits: xxh3_128 of its settings in sorted order.
 
-    Left out are `_name_or_path` and `transformers_version`: where a copy lies and who wrote it is no matter.
+    ``_name_or_path`` and ``transformers_version`` are left out: where a copy is and what wrote it don't matter.
 
     Raises:
         WeightsError: config.json is missing or is not a JSON object.
@@ -212,18 +212,18 @@ def read_header(file: Path, *, allow_bytes: bool = False) -> tuple[TensorOnDisk,
     """The tensors of one safetensors file, in the order of their bytes.
 
     Raises:
-        WeightsError: it cannot be read, is a git-lfs pointer, cut off or too long, its header is damaged, or
-            a tensor's type is none of BF16, F16, F32 (nor U8, with `allow_bytes`).
+        WeightsError: it can't be read, is a git-lfs pointer, truncated or too long, its header is damaged, or
+            a tensor's dtype is none of BF16, F16, F32 (nor U8, with ``allow_bytes``).
     """
     tensors, _ = _read_whole_header(file, allow_bytes=allow_bytes)
     return tensors
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
-    """What a safetensors file says of itself beside its tensors; empty where that is nothing.
+    """The metadata in the header of a safetensors file; empty if it has none.
 
     Raises:
-        WeightsError: see `read_header`.
+        WeightsError: see ``read_header``.
     """
     _, metadata = _read_whole_header(file, allow_bytes=True)
     return metadata
@@ -252,7 +252,7 @@ def _read_whole_header(file: Path, *, allow_bytes: bool) -> tuple[tuple[TensorOn
         key=lambda tensor: (tensor.start, tensor.num_bytes),
     )
     check_types(tensors, where=file, allowed=(*FLOAT_TYPES, "U8") if allow_bytes else FLOAT_TYPES)
-    _check_places(tensors, file=file, data_start=8 + header_bytes, file_bytes=file_bytes)
+    _check_offsets(tensors, file=file, data_start=8 + header_bytes, file_bytes=file_bytes)
     return tuple(tensors), metadata if isinstance(metadata, dict) else {}
 
 
@@ -263,12 +263,12 @@ def _entry(name: str, value: Any, *, file: Path, data_start: int) -> TensorOnDis
         if not (isinstance(dtype, str) and whole and begin <= end and len(shape) <= _MAX_DIMS):
             raise ValueError
     except (TypeError, KeyError, ValueError) as error:
-        raise WeightsError(_damaged(file, f"the entry of {name} in its header makes no sense")) from error
+        raise WeightsError(_damaged(file, f"the entry of {name} in its header is invalid")) from error
     return TensorOnDisk(name, file, dtype, shape, data_start + begin, end - begin)
 
 
 def check_types(tensors: Iterable[TensorOnDisk], *, where: Path, allowed: Sequence[str] = FLOAT_TYPES) -> None:
-    """Refuses tensors of another type.
+    """Refuses tensors of another dtype.
 
     Raises:
         WeightsError: there are some; names up to five.
@@ -276,20 +276,20 @@ def check_types(tensors: Iterable[TensorOnDisk], *, where: Path, allowed: Sequen
     foreign = [tensor for tensor in tensors if tensor.dtype not in allowed]
     if foreign:
         raise WeightsError(
-            f"{where} holds {len(foreign):,} tensors of a type other than BF16, F16 and F32: "
-            f"{first_few([f'{tensor.name} ({tensor.dtype})' for tensor in foreign])}. 8-bit types "
-            "mean that the model is quantized already: take the unquantized one."
+            f"{where} holds {len(foreign):,} tensors of a dtype other than BF16, F16 and F32: "
+            f"{first_few([f'{tensor.name} ({tensor.dtype})' for tensor in foreign])}. 8-bit dtypes "
+            "mean that the model is quantized already: use the unquantized one."
         )
 
 
-def _check_places(tensors: Sequence[TensorOnDisk], *, file: Path, data_start: int, file_bytes: int) -> None:
+def _check_offsets(tensors: Sequence[TensorOnDisk], *, file: Path, data_start: int, file_bytes: int) -> None:
     expected = data_start
     for tensor in tensors:
         needed = math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
         if tensor.num_bytes != needed:
             kind = f"{tensor.dtype} {tensor.shape}"
-            what = f"{tensor.name}, {kind}, takes {needed:,} bytes and has {tensor.num_bytes:,}"
-            raise WeightsError(_damaged(file, what))
+            problem = f"{tensor.name}, {kind}, takes {needed:,} bytes and has {tensor.num_bytes:,}"
+            raise WeightsError(_damaged(file, problem))
         if tensor.start != expected:
             raise WeightsError(
                 _damaged(
@@ -299,95 +299,95 @@ def _check_places(tensors: Sequence[TensorOnDisk], *, file: Path, data_start: in
             )
         expected += tensor.num_bytes
     if file_bytes < expected:
-        raise WeightsError(f"{file} is {file_bytes:,} bytes long and its header speaks of {expected:,}. {_INCOMPLETE}")
+        raise WeightsError(f"{file} is {file_bytes:,} bytes long and its header describes {expected:,}. {_INCOMPLETE}")
     if file_bytes > expected:
-        raise WeightsError(_damaged(file, f"it is {file_bytes:,} bytes long and its header speaks of {expected:,}"))
+        raise WeightsError(_damaged(file, f"it is {file_bytes:,} bytes long and its header describes {expected:,}"))
 
 
 def _read_headers(
     folder: Path, files: Sequence[str], *, allow_bytes: bool
 ) -> tuple[dict[str, tuple[TensorOnDisk, ...]], list[str]]:
-    found: dict[str, tuple[TensorOnDisk, ...]] = {}
+    tensors_of: dict[str, tuple[TensorOnDisk, ...]] = {}
     faults: list[str] = []
     for file in files:
         try:
-            found[file] = read_header(folder / file, allow_bytes=allow_bytes)
+            tensors_of[file] = read_header(folder / file, allow_bytes=allow_bytes)
         except WeightsError as error:
             faults.append(str(error))
-    return found, faults
+    return tensors_of, faults
 
 
-def _disagreements(places: Mapping[str, str], found: Mapping[str, Sequence[TensorOnDisk]]) -> list[str]:
+def _disagreements(weight_map: Mapping[str, str], tensors_of: Mapping[str, Sequence[TensorOnDisk]]) -> list[str]:
     holders: dict[str, list[str]] = {}
-    for file, tensors in found.items():
+    for file, tensors in tensors_of.items():
         for tensor in tensors:
             holders.setdefault(tensor.name, []).append(file)
     twice = [
-        f"{name} is in {len(files)} files: {first_few(files)}. They are not of one model; fetch them again."
+        f"{name} is in {len(files)} files: {first_few(files)}. They are from different models; fetch them again."
         for name, files in holders.items()
         if len(files) > 1
     ]
     lacking = [
         f"{file} lacks {name}, which the index places there. {_INCOMPLETE}"
-        for name, file in places.items()
+        for name, file in weight_map.items()
         if file not in holders.get(name, [])
     ]
     unnamed = [
-        f"{files[0]} holds {name}, which {INDEX_FILE} does not name. Fetch both again, of one model."
+        f"{files[0]} holds {name}, which {INDEX_FILE} doesn't name. Fetch both again, from the same model."
         for name, files in holders.items()
-        if name not in places
+        if name not in weight_map
     ]
     return twice + lacking + unnamed
 
 
-def _read_places(folder: Path) -> dict[str, str]:
+def _read_weight_map(folder: Path) -> dict[str, str]:
     file = folder / INDEX_FILE
-    places = read_model_json(file).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(value, str) for value in places.values()):
+    weight_map = read_model_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
         raise WeightsError(_damaged(file, "it has no weight_map from tensor names to file names"))
-    leaving = sorted({value for value in places.values() if not _stays_inside(value)})
-    if leaving:
+    outside = sorted({value for value in weight_map.values() if not _stays_inside(value)})
+    if outside:
         raise WeightsError(
-            f"{file} names files outside of its folder: {first_few(leaving)}. Nothing is read from there."
+            f"{file} names files outside of its folder: {first_few(outside)}. Nothing is read from there."
         )
-    return places
+    return weight_map
 
 
 def _stays_inside(file_name: str) -> bool:
     path = PurePosixPath(file_name)
-    foreign = {"..", "\\", "\0"} & {*path.parts, *file_name}
-    return path.suffix == ".safetensors" and not path.is_absolute() and not foreign
+    unsafe = {"..", "\\", "\0"} & {*path.parts, *file_name}
+    return path.suffix == ".safetensors" and not path.is_absolute() and not unsafe
 
 
 def refuse_links(folder: Path, files: Sequence[str]) -> None:
-    """Raise ``WeightsError``, naming them, where files of a model folder are links out of it; see ``links_out``."""
-    leading = links_out(folder, files)
-    if leading:
+    """Raise ``WeightsError``, naming them, where files of a model folder link to outside of it; see ``links_out``."""
+    outside = links_out(folder, files)
+    if outside:
         raise WeightsError(
-            f"{folder} holds links that lead out of it: {first_few(leading)}. Nothing is read from there: put the files "
-            "themselves into the folder, or give the folder that they lie in."
+            f"{folder} has links that point outside of it: {first_few(outside)}. Nothing is read from there: put the "
+            "files themselves into the folder, or name the folder that they are in."
         )
 
 
 def _why_no_weights(folder: Path) -> str:
     convert = "convert it with transformers (from_pretrained, then save_pretrained), which writes safetensors."
     inside = {path.name for path in folder.iterdir()} | {path.name for path in folder.glob("original/*")}
-    for ending, what in (
+    for ending, description in (
         (
             ".pth",
             "Meta's own format (consolidated.*.pth), whose names and q/k rows differ from Hugging Face's",
         ),
-        (".bin", "pickled weights (*.bin), which are never read, for they can run code"),
+        (".bin", "pickled weights (*.bin), which are never read because they can run code"),
         (".gguf", "a GGUF file, which is quantized"),
     ):
         found = sorted(name for name in inside if name.endswith(ending))
         if found and not any(name.endswith(".safetensors") for name in inside):
-            return f"{folder} holds {what}: {first_few(found)}. Take the model's safetensors files, or {convert}"
+            return f"{folder} holds {description}: {first_few(found)}. Use the model's safetensors files, or {convert}"
     shards = sorted(name for name in inside if name.endswith(".safetensors"))
     if shards:
         return (
-            f"{folder} holds {first_few(shards)} but neither {SINGLE_FILE} nor {INDEX_FILE}, so nobody knows "
-            "whether this is all. Fetch the index too."
+            f"{folder} holds {first_few(shards)} but neither {SINGLE_FILE} nor {INDEX_FILE}, so they may be "
+            "incomplete. Fetch the index too."
         )
     return f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}. Fetch the model's safetensors files."
 
@@ -396,7 +396,7 @@ def read_model_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file of a model folder.
 
     Raises:
-        WeightsError: the file cannot be read, is a git-lfs pointer, or holds no JSON object.
+        WeightsError: the file can't be read, is a git-lfs pointer, or holds no JSON object.
     """
     try:
         _refuse_lfs_pointer(read_at_most(file, len(_LFS_MARK)), file=file)
@@ -413,7 +413,7 @@ def _sample(descriptor: int, tensor: TensorOnDisk) -> bytes:
     count = min(_SAMPLE_BYTES, tensor.num_bytes)
     sample = _read_at(descriptor, count, tensor.start + (tensor.num_bytes - count) // 2, file=tensor.file)
     if len(sample) < count:
-        raise WeightsError(f"{tensor.file} ends within {tensor.name}: it has become shorter. {_INCOMPLETE}")
+        raise WeightsError(f"{tensor.file} ends within {tensor.name}: it was truncated. {_INCOMPLETE}")
     return sample
 
 
@@ -429,8 +429,8 @@ def _refuse_lfs_pointer(beginning: bytes, *, file: Path) -> None:
         raise WeightsError(f"{file} is a git-lfs pointer, not the file itself. Run `git lfs pull` in its folder.")
 
 
-def _damaged(file: Path, what: str) -> str:
-    return f"{file} is damaged: {what}. Fetch it again."
+def _damaged(file: Path, problem: str) -> str:
+    return f"{file} is damaged: {problem}. Fetch it again."
 
 
 def _and_more(faults: Sequence[str]) -> str:
@@ -440,4 +440,4 @@ def _and_more(faults: Sequence[str]) -> str:
 def unreadable(file: Path, error: OSError, *, tensor_name: str = "") -> WeightsError:
     """The error for a file that the system refuses to open or read."""
     within = f" within {tensor_name}" if tensor_name else ""
-    return WeightsError(f"{file} cannot be read{within}: {error.strerror or error}.")
+    return WeightsError(f"{file} can't be read{within}: {error.strerror or error}.")

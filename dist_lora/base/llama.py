@@ -1,4 +1,4 @@
-"""Llama as a flat stream of tokens: frozen linears that may carry an adapter, and a loss that never makes all logits.
+"""Llama as a flat stream of tokens: frozen linears that may carry an adapter, and a loss without all logits in memory.
 
 A micro-batch is one row of T tokens, all its documents one after the other; there is no batch dim and no padding.
 Parameters have the names they have in a Hugging Face checkpoint.
@@ -19,14 +19,14 @@ from dist_lora.base.rope import inverse_frequencies, rotate, rotation
 from dist_lora.herd.shape import Shape
 from dist_lora.layout.memory import LOGITS_AT_ONCE
 
-# T tokens of a micro-batch, D model width, F feed-forward width, V vocabulary, K rows that are asked for
+# T tokens of a micro-batch, D model width, F feed-forward width, V vocabulary, K rows whose next token is predicted
 # H query heads, G key and value heads, E width of a head
 
 
 class FrozenLinear(nn.Module):
-    """A linear of the base, ``(D_out, D_in)``, never trained; ``adapter`` is what is trained beside it, if any.
+    """A linear of the base, ``(D_out, D_in)``, never trained; ``adapter`` is the LoRA adapter on it, if any.
 
-    Its weight is kept in the parts of ``fmt``, each an ordinary frozen parameter: ``weight``, or codes and scales.
+    Its weight is stored in the parts of ``fmt``, each an ordinary frozen parameter: ``weight``, or codes and scales.
     """
 
     def __init__(self, in_features: int, out_features: int, fmt: Format) -> None:
@@ -47,35 +47,35 @@ class FrozenLinear(nn.Module):
         return y if self.adapter is None else self.adapter(x, y)
 
     def product_by_view(self, x: Tensor) -> Tensor:
-        """``x W^T``, of which the backward keeps a view of the weight, and with it the weight's memory."""
+        """``x W^T``; the backward keeps a view of the weight, and with it the weight's memory."""
         weight = self._parameters["weight"]
         assert weight is not None
         return F.linear(x, weight)
 
     def product_from_parts(self, x: Tensor) -> Tensor:
-        """``x W^T``, of which the backward keeps the parts themselves and dequantizes them again."""
+        """``x W^T``; the backward keeps the parts themselves and dequantizes them again."""
         parts = {name: p for name, p in self._parameters.items() if p is not None}
         y: Tensor = _QuantizedLinear.apply(x, self.fmt, tuple(parts), *parts.values())  # type: ignore[no-untyped-call]
         return y
 
 
 class _QuantizedLinear(torch.autograd.Function):
-    """``x W^T`` of a frozen quantized W, which is made dense for the product and again in the backward.
+    """``x W^T`` of a frozen quantized W, which is dequantized for the product and again in the backward.
 
-    Kept for the backward are the codes and scales alone: neither the dense weight, nor x, which a frozen weight's
-    gradient would need. The dense weight lives in x's type, ``(D_out, D_in)``, while one product is computed.
+    Only codes and scales are saved for the backward: neither the dequantized weight, nor x, which only a gradient of
+    the weight would need. The dequantized weight, ``(D_out, D_in)`` in x's dtype, exists while one product is computed.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, fmt: Format, names: tuple[str, ...], *parts: Tensor) -> Tensor:
         ctx.fmt, ctx.names = fmt, names
         ctx.save_for_backward(*parts)
-        return F.linear(x, fmt.dense(dict(zip(names, parts, strict=True)), x.dtype))
+        return F.linear(x, fmt.dequantize(dict(zip(names, parts, strict=True)), x.dtype))
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         parts = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        d_x = d_y @ ctx.fmt.dense(parts, d_y.dtype) if ctx.needs_input_grad[0] else None
+        d_x = d_y @ ctx.fmt.dequantize(parts, d_y.dtype) if ctx.needs_input_grad[0] else None
         return (d_x, None, None, *(None for _ in parts))
 
 
@@ -97,7 +97,7 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Query, key and value of each token, turned by its position, attended, and projected back."""
+    """Self-attention: query and key rotated by their positions (RoPE), attended, and projected back."""
 
     def __init__(self, shape: Shape, layer: int, fmt: Format) -> None:
         super().__init__()
@@ -108,10 +108,10 @@ class SelfAttention(nn.Module):
         self.v_proj = FrozenLinear(shape.hidden, shape.num_kv_heads * shape.head_dim, fmt)
         self.o_proj = FrozenLinear(shape.num_heads * shape.head_dim, shape.hidden, fmt)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         """``(T, D)`` of ``x`` ``(T, D)``."""
-        query = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), *turn)
-        key = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), *turn)
+        query = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), *rotary)
+        key = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), *rotary)
         value = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         attended: Tensor = self.o_proj(attention(self.layer, query, key, value).flatten(-2))
         return attended
@@ -133,7 +133,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. With ``recompute`` its activations are made again in the backward instead of kept."""
+    """One layer. With ``recompute`` its activations are recomputed in the backward instead of stored."""
 
     def __init__(self, shape: Shape, layer: int, *, fmt: Format, dtype: torch.dtype) -> None:
         super().__init__()
@@ -143,17 +143,17 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.hidden, shape.norm_eps, dtype)
         self.recompute = False
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         """``(T, D)`` of ``x`` ``(T, D)``."""
         if self.recompute and torch.is_grad_enabled():
             # Inside the block's own forward, so that a sharded block is gathered once for both
             # the recomputation and the backward.
-            recomputed: Tensor = checkpoint(self._layer, x, turn, attention, use_reentrant=False)
+            recomputed: Tensor = checkpoint(self._layer, x, rotary, attention, use_reentrant=False)
             return recomputed
-        return self._layer(x, turn, attention)
+        return self._layer(x, rotary, attention)
 
-    def _layer(self, x: Tensor, turn: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), turn, attention)
+    def _layer(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, attention)
         result: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return result
 
@@ -170,7 +170,7 @@ class Decoder(nn.Module):
 
 
 class Head(nn.Module):
-    """From hidden rows to the loss over their labels, or to their logits."""
+    """From hidden states to the loss over their labels, or to their logits."""
 
     weight: nn.Parameter
 
@@ -189,8 +189,8 @@ class Head(nn.Module):
 class SumOfCrossEntropy(torch.autograd.Function):
     """Sum over K rows of the cross entropy of ``hidden @ weight.T``, in slices of ``LOGITS_AT_ONCE``.
 
-    No slice of logits outlives its turn: the gradient to ``hidden`` is made in the forward, since the head is
-    frozen and the loss is a plain sum. What is kept is ``(K, D)``.
+    No slice of logits outlives its iteration: the gradient of ``hidden`` is computed in the forward, since the head is
+    frozen and the loss is a plain sum. What is saved for the backward is ``(K, D)``.
     """
 
     @staticmethod
@@ -219,7 +219,7 @@ class SumOfCrossEntropy(torch.autograd.Function):
 
 
 class Llama(nn.Module):
-    """A Llama-3 model. Build it by ``build_on_meta``; it holds no weights before they are streamed in."""
+    """A Llama-3 model. Build it with ``build_on_meta``; it holds no weights before they are streamed in."""
 
     inv_freq: Tensor
 
@@ -230,9 +230,9 @@ class Llama(nn.Module):
         self.lm_head = Head(shape, dtype)
         if shape.tied:
             self.lm_head.weight = self.model.embed_tokens.weight  # type: ignore[assignment]
-        # Counted here, while every parameter is whole: afterwards one may not know its shape.
+        # Counted here, while every parameter is whole: a sharded one may not know its shape.
         self.base_bytes = sum(p.numel() * p.element_size() for p in self.base_parameters().values())
-        # Made on the CPU at once: what is on the meta device here is lost, and no checkpoint has it.
+        # Computed on the CPU: values on the meta device would be lost, and no checkpoint has these.
         self.register_buffer("inv_freq", inverse_frequencies(shape), persistent=False)
 
     def forward(
@@ -249,18 +249,18 @@ class Llama(nn.Module):
         Args:
             ids: ``(T,)``, the micro-batch's tokens.
             positions: ``(T,)``, each token's position in its own document.
-            attention: who sees whom.
-            rows: ``(K,)``, the tokens whose next one is asked for.
+            attention: which tokens attend to which.
+            rows: ``(K,)``, the tokens whose next one is predicted.
             labels: ``(K,)``, those next tokens.
 
         Returns:
-            With labels the sum of their cross entropies, an fp32 scalar (0 where K is 0, with a graph
-            behind it); without, logits ``(K, V)`` in fp32.
+            With labels the sum of their cross entropies, an fp32 scalar (0 where K is 0, and still
+            part of the graph); without, logits ``(K, V)`` in fp32.
         """
         x = self.model.embed_tokens(ids)
-        turn = rotation(positions, self.inv_freq, x.dtype)
+        rotary = rotation(positions, self.inv_freq, x.dtype)
         for block in self.model.layers:
-            x = block(x, turn, attention)
+            x = block(x, rotary, attention)
         hidden = self.model.norm(x.index_select(0, rows))
         result: Tensor = self.lm_head(hidden, labels)
         return result
@@ -274,44 +274,44 @@ class Llama(nn.Module):
         return {name: module for name, module in self.named_modules() if isinstance(module, FrozenLinear)}
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
-        """The frozen parameters by their full names; a tied head is not named twice."""
+        """The frozen parameters by their full names; a tied head is listed once."""
         return {name: p for name, p in self.named_parameters() if ".adapter." not in name}
 
-    def place_on_disk(self, name: str) -> tuple[str, str]:
-        """Which tensor of a checkpoint a base parameter comes from, and which part of it: codes, scales or all."""
+    def stored_as(self, name: str) -> tuple[str, str]:
+        """The checkpoint tensor that a base parameter is read from, and its part: ``weight``, or codes or scales."""
         module, _, part = name.rpartition(".")
         return f"{module}.weight", part
 
     def formats(self) -> dict[str, Format]:
-        """How each tensor of a checkpoint is kept, by its name there: of the linears; all others are as they are."""
+        """The format of each linear's weight by its name in a checkpoint; all other tensors are stored as they are."""
         return {f"{name}.weight": linear.fmt for name, linear in self.linears().items()}
 
 
 def build_on_meta(shape: Shape, *, dtype: torch.dtype, fmt: Format | None = None) -> Llama:
-    """The model without any weight: every parameter is on the meta device, RoPE's frequencies are real.
+    """The model without weights: every parameter is on the meta device; RoPE's frequencies have their values.
 
     Args:
         dtype: of the embeddings, the norms and the head.
-        fmt: how the linears of the layers are kept; None is as they are, in ``dtype``.
+        fmt: how the linears of the layers are stored; None is unquantized, in ``dtype``.
     """
     with torch.device("meta"):
         return Llama(shape, fmt=fmt or Plain(dtype), dtype=dtype)
 
 
 def materialize(model: Llama, device: torch.device, *, base_device: torch.device | None = None) -> None:
-    """Give each parameter that is still on the meta device empty memory on ``device``; a shard gets a shard's.
+    """Allocate memory on ``device`` for each parameter that is still on the meta device; for a shard, its size only.
 
     Parameters that two modules share stay shared, and buffers keep their values (``to_empty`` would leave
-    garbage in RoPE's frequencies). ``base_device`` is for the frozen parameters, where they lie elsewhere.
+    garbage in RoPE's frequencies). ``base_device`` is that of the frozen parameters, where it is another.
     """
-    made: dict[int, nn.Parameter] = {}
+    allocated: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.is_meta:
                 continue
-            if id(parameter) not in made:
-                home = device if parameter.requires_grad else base_device or device
-                empty = torch.empty_like(parameter, device=home)
-                made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-            module._parameters[name] = made[id(parameter)]
+            if id(parameter) not in allocated:
+                target = device if parameter.requires_grad else base_device or device
+                empty = torch.empty_like(parameter, device=target)
+                allocated[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            module._parameters[name] = allocated[id(parameter)]
     model.inv_freq = model.inv_freq.to(device)

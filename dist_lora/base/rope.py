@@ -14,7 +14,7 @@ from dist_lora.herd.shape import Shape
 
 
 def inverse_frequencies(shape: Shape) -> Tensor:
-    """The angle that each pair of a head's entries turns by from one position to the next: ``(E / 2,)`` fp32.
+    """The angle by which each pair of a head's entries rotates per position: ``(E / 2,)`` fp32.
 
     Always made on the CPU, so that every device and every rank has the same bits. Llama 3.1 and 3.2 stretch
     the long wavelengths by ``factor``, keep the short ones, and blend between.
@@ -38,14 +38,14 @@ def inverse_frequencies(shape: Shape) -> Tensor:
         return torch.where(wavelengths < shortest_scaled, frequencies, scaled)
 
 
-def check_frequencies(found: Tensor, shape: Shape) -> None:
-    """Raise ``WeightsError`` where a model's frequencies are not this shape's, bit for bit.
+def check_frequencies(frequencies: Tensor, shape: Shape) -> None:
+    """Raise ``WeightsError`` where a model's frequencies aren't this shape's, bit for bit.
 
-    They are in no checkpoint: a model that was built on the meta device and filled wrongly trains on with
-    garbage in them, without any error of its own.
+    No checkpoint has them: a model that was built on the meta device and initialized wrongly would train with
+    garbage in them, without any error.
     """
     expected = inverse_frequencies(shape)
-    on_cpu = found.detach().cpu()
+    on_cpu = frequencies.detach().cpu()
     if on_cpu.dtype != torch.float32 or on_cpu.shape != expected.shape or not torch.equal(on_cpu, expected):
         raise WeightsError(
             f"the rotary embedding's frequencies are not those of this model: found {_head(on_cpu)}, "
@@ -66,6 +66,6 @@ def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tupl
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads ``(T, H, E)`` turned by their positions' angles, in Hugging Face's layout (halves, not pairs)."""
+    """Heads ``(T, H, E)`` rotated by their positions' angles, in Hugging Face's layout (halves, not pairs)."""
     first, second = heads.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,9 +1,10 @@
 """Writing safetensors files: the adapter's, the checkpoint's and the merged model's.
 
-Written here and not by the library, for three reasons: the checksum is of the bytes in memory and not of those read back;
-a file of any size is written a slice at a time; and the same content gives the same bytes (the library, 0.8, writes the
+Not written by the library, for three reasons: the checksum is of the bytes in memory and not of those read back; a file
+of any size is written a slice at a time; and the same content gives the same bytes (the library, 0.8, writes the
 entries of the metadata in an order that changes from one process to the next). Format: 8 bytes of the header's length
-(little-endian), the header in JSON padded to 8 bytes, the tensors' bytes without a gap (github.com/huggingface/safetensors).
+(little-endian), the header in JSON padded to 8 bytes, the tensors' bytes without a gap
+(github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ TYPE_NAMES: Mapping[torch.dtype, str] = {torch.float32: "F32", torch.bfloat16: "
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor that is to be written: ``dtype`` as the format names it (``F32``)."""
+    """A tensor to be written: ``dtype`` as the format names it (``F32``)."""
 
     name: str
     dtype: str
@@ -35,12 +36,12 @@ class Entry:
 
     @property
     def num_bytes(self) -> int:
-        """Of its elements."""
+        """Bytes of its elements."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 def header_of(entries: Sequence[Entry], *, metadata: Mapping[str, str]) -> bytes:
-    """All that stands before the tensors' bytes, which follow in the order of ``entries``."""
+    """Everything before the tensors' bytes, which follow in the order of ``entries``."""
     content: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for entry in entries:
@@ -60,17 +61,17 @@ def new_safetensors(
     Raises:
         OSError: the file exists, or the system refuses.
     """
-    left = sum(entry.num_bytes for entry in entries)
+    remaining = sum(entry.num_bytes for entry in entries)
     with new_file(path) as append:
         append(header_of(entries, metadata=metadata))
 
         def write(data: memoryview) -> None:
-            nonlocal left
-            left -= data.nbytes
+            nonlocal remaining
+            remaining -= data.nbytes
             append(data)
 
         yield write
-        assert left == 0, f"{path}: {left:,} bytes of its tensors were not written"
+        assert remaining == 0, f"{path}: {remaining:,} bytes of its tensors were not written"
 
 
 def write_safetensors(

@@ -1,6 +1,6 @@
-"""Rows of the base from disk to their place, slice by slice: nobody holds more than their rows and a slice.
+"""Streams rows of the base from disk to their destination: no rank holds more than its own rows and a slice.
 
-Files are read with `pread` into one buffer that is used again and again, not mapped: mapped pages would count
+Files are read with ``pread`` into one buffer that is used again and again, not mapped: mapped pages would count
 as this process's memory, and a read that fails would kill it (SIGBUS) instead of raising.
 """
 
@@ -25,14 +25,14 @@ from dist_lora.errors import WeightsError
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 SLICE_BYTES = 64 * 2**20
-WEIGHT = "weight"  # the only part of a tensor that is kept as it is
+WEIGHT = "weight"  # the only part of a tensor that isn't quantized
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Elements of one part of tensor `name`, from number `first` of the flattened part, and where they go.
+    """Elements of one part of tensor ``name``, from element ``first`` of the flattened part on, and their destination.
 
-    `part` is `weight`, or codes or scales of a quantized linear; `shape` is the whole part's; `destination` is
+    ``part`` is ``weight``, or codes or scales of a quantized linear; ``shape`` is the whole part's; ``destination`` is
     1-D, contiguous, on any device. It may be empty.
     """
 
@@ -44,12 +44,12 @@ class Slot:
 
     @property
     def stop(self) -> int:
-        """The number of the first element that follows."""
+        """One past the last element."""
         return self.first + self.destination.numel()
 
     @property
     def rows(self) -> range:
-        """The rows of the whole tensor that these elements lie in. Of a 1-D tensor each element is a row."""
+        """The rows of the whole tensor that these elements are in. Of a 1-D tensor each element is a row."""
         if not self.destination.numel():
             return range(0)
         width = math.prod(self.shape[1:])
@@ -57,7 +57,7 @@ class Slot:
 
 
 class QuantizedOnDisk(Protocol):
-    """A weight whose codes and scales lie on disk as they are kept."""
+    """A weight that is stored on disk as codes and scales in its format."""
 
     @property
     def num_bytes(self) -> int:
@@ -71,7 +71,7 @@ class QuantizedOnDisk(Protocol):
 
 @dataclass(frozen=True)
 class FillReport:
-    """What `fill_slots` did: bytes read from disk, tensors of which some rows were read, seconds."""
+    """What ``fill_slots`` did: bytes read from disk, tensors of which some rows were read, seconds."""
 
     bytes_read: int
     tensors: int
@@ -79,9 +79,9 @@ class FillReport:
 
 
 class SliceReader:
-    """Reads rows of tensors on disk through one buffer, so that a slice is valid until the next one is read.
+    """Reads rows of tensors on disk through one buffer: a slice is valid until the next one is read.
 
-    The buffer holds `max_slice_bytes`, or one row where that is more.
+    The buffer holds ``max_slice_bytes``, or one row where that is more.
     """
 
     def __init__(self, max_slice_bytes: int = SLICE_BYTES) -> None:
@@ -91,11 +91,11 @@ class SliceReader:
     def slices(
         self, tensor: TensorOnDisk, *, descriptor: int, first_row: int = 0, num_rows: int | None = None
     ) -> Iterator[tuple[int, Tensor]]:
-        """Pairs (first row of the slice, its rows in the type on disk), from the first row to the last.
+        """Pairs (first row of the slice, its rows in the dtype on disk), from the first row to the last.
 
         Args:
-            descriptor: `tensor.file`, open for reading.
-            num_rows: all that follow `first_row` if not given.
+            descriptor: ``tensor.file``, open for reading.
+            num_rows: None is all from ``first_row`` on.
 
         Raises:
             WeightsError: the file ends before the rows do.
@@ -119,23 +119,23 @@ class SliceReader:
         done = 0
         while done < count:  # one call reads at most 2 GiB on Linux, and may read less
             try:
-                got = os.preadv(descriptor, [view[done:]], start + done)
+                num_read = os.preadv(descriptor, [view[done:]], start + done)
             except OSError as error:
                 raise unreadable(tensor.file, error, tensor_name=tensor.name) from error
-            if got == 0:
+            if num_read == 0:
                 raise WeightsError(
-                    f"{tensor.file} ends at byte {start + done:,}, within {tensor.name}, which goes on to "
-                    f"byte {tensor.start + tensor.num_bytes:,}: the file has become shorter. Fetch it again."
+                    f"{tensor.file} ends at byte {start + done:,}, within {tensor.name}, which extends to "
+                    f"byte {tensor.start + tensor.num_bytes:,}: the file was truncated. Fetch it again."
                 )
-            done += got
+            done += num_read
         return content
 
 
 def read_tensor(tensor: TensorOnDisk, *, dtype: torch.dtype | None = None) -> Tensor:
-    """One whole tensor in host memory, as on disk or cast to `dtype`.
+    """One whole tensor in host memory, as on disk or cast to ``dtype``.
 
     Raises:
-        WeightsError: the file cannot be read or ends too early.
+        WeightsError: the file can't be read or ends too early.
     """
     whole = torch.empty(tensor.shape, dtype=dtype or TORCH_DTYPES[tensor.dtype])
     with open_weights(tensor.file) as descriptor:
@@ -154,22 +154,22 @@ def fill_slots(
     max_slice_bytes: int = SLICE_BYTES,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> FillReport:
-    """Fills every slot from disk and returns only when each element of each slot was written exactly once.
+    """Fills every slot from disk, and checks that each element of each slot was written exactly once.
 
-    Local: no communication; each rank calls it with its own slots. Reads exactly the rows that the slots lie in,
-    each file forward and once; a row is quantized when it arrives. Peak host memory: the destinations that lie there,
-    one slice, and what quantizing a slice takes (see the format).
+    Local: no communication; each rank calls it with its own slots. Reads exactly the rows that the slots are in,
+    each file forward and once; rows are quantized as they are read. Peak host memory: the destinations in host
+    memory, one slice, and what quantizing a slice takes (see the format).
 
     Args:
-        formats: how a tensor is kept, by its name; the others go to their slots as they are.
-        quantized: tensors that lie on disk in the format that they are kept in, by name.
-        device: where rows are quantized; None is the CPU. On a GPU it holds one slice and its parts meanwhile.
+        formats: how a tensor is stored, by its name; the others are copied to their slots as they are.
+        quantized: tensors that are already in their format on disk, by name.
+        device: where rows are quantized; None is the CPU. A GPU holds one slice and its parts for this.
         max_slice_bytes: size of one read; a single row longer than this is read whole.
-        on_progress: called after each slice with (bytes done, bytes in all).
+        on_progress: called after each slice with (bytes done, total bytes).
 
     Raises:
-        WeightsError: a tensor is missing or has another shape, holds a value that cannot be quantized, or a file is
-            cut off or cannot be read.
+        WeightsError: a tensor is missing or has another shape, holds a value that can't be quantized, or a file is
+            truncated or can't be read.
     """
     begin = time.perf_counter()
     _check_slots(slots, index=index, formats=formats)
@@ -188,11 +188,11 @@ def fill_slots(
             for tensor in tensors:
                 rows = rows_of[tensor.name]
                 if tensor.name in quantized:
-                    slices = _as_they_are(
+                    slices = _quantized_slices(
                         quantized[tensor.name], rows, max_rows=max_slice_bytes // rows_bytes[tensor.name]
                     )
                 else:
-                    slices = _arriving(
+                    slices = _read_slices(
                         reader.slices(tensor, descriptor=descriptor, first_row=rows.start, num_rows=len(rows)),
                         tensor=tensor,
                         fmt=formats.get(tensor.name),
@@ -214,10 +214,10 @@ def fill_slots(
 Slices = Iterator[tuple[int, int, dict[str, Tensor]]]  # first row, number of rows, their parts
 
 
-def _arriving(
+def _read_slices(
     slices: Iterator[tuple[int, Tensor]], *, tensor: TensorOnDisk, fmt: Format | None, device: torch.device | None
 ) -> Slices:
-    """Slices in the parts of ``fmt``, made of rows as they are read."""
+    """Slices of a weight that is not quantized on disk, in the parts of ``fmt``."""
     for first_row, rows in slices:
         try:
             yield (
@@ -229,7 +229,7 @@ def _arriving(
             raise error.within(f"{tensor.file}: {tensor.name}", first_row=first_row) from error
 
 
-def _as_they_are(source: QuantizedOnDisk, rows: range, *, max_rows: int) -> Slices:
+def _quantized_slices(source: QuantizedOnDisk, rows: range, *, max_rows: int) -> Slices:
     """Slices of a weight that is quantized on disk."""
     for first in range(rows.start, rows.stop, max(1, max_rows)):
         count = min(max(1, max_rows), rows.stop - first)
@@ -237,7 +237,7 @@ def _as_they_are(source: QuantizedOnDisk, rows: range, *, max_rows: int) -> Slic
 
 
 def _copy_overlap(slot: Slot, part: Tensor, first_row: int) -> int:
-    """Copy what of some rows of a part belongs to a slot; returns how many elements that was."""
+    """Copies the elements of some rows of a part that belong to a slot; returns their number."""
     flat = part.reshape(-1)
     offset = first_row * math.prod(slot.shape[1:])
     start, stop = max(slot.first, offset), min(slot.stop, offset + flat.numel())
@@ -248,39 +248,39 @@ def _copy_overlap(slot: Slot, part: Tensor, first_row: int) -> int:
 
 
 def _rows(slots: Sequence[Slot]) -> range:
-    """The rows from the first to the last that some slots of one tensor lie in."""
+    """The rows from the first to the last that some slots of one tensor are in."""
     return range(min(slot.rows.start for slot in slots), max(slot.rows.stop for slot in slots))
 
 
 def _check_slots(slots: Sequence[Slot], *, index: WeightIndex, formats: Mapping[str, Format]) -> None:
     faults = []
     for slot in slots:
-        found = index.tensors.get(slot.name)
-        expected = slot.shape if found is None else _part_shape(slot, found, formats.get(slot.name))
-        if found is None or expected != slot.shape:
-            there = "nothing" if found is None else found.shape
-            faults.append(f"{slot.name}: {there} on disk, {slot.shape} of its {slot.part} expected")
+        stored = index.tensors.get(slot.name)
+        stored_shape = slot.shape if stored is None else _part_shape(slot, stored, formats.get(slot.name))
+        if stored is None or stored_shape != slot.shape:
+            actual = "nothing" if stored is None else stored.shape
+            faults.append(f"{slot.name}: {actual} on disk, {slot.shape} of its {slot.part} expected")
     if faults:
         raise WeightsError(
-            f"{len(faults):,} tensors of {index.folder} are not what the model needs. Take weights and "
-            "config.json of one and the same model.\n  " + "\n  ".join(faults[:5])
+            f"{len(faults):,} tensors of {index.folder} are not what the model needs. Use weights and "
+            "config.json of the same model.\n  " + "\n  ".join(faults[:5])
         )
     names = [(slot.name, slot.part) for slot in slots]
     assert len(set(names)) == len(names), "a part of a tensor has two slots"
     for slot in slots:
         assert 0 <= slot.first <= slot.stop <= math.prod(slot.shape), f"{slot.name}: {slot.first} to {slot.stop}"
         assert slot.destination.dim() == 1 and slot.destination.is_contiguous(), f"{slot.name}: destination not flat"
-    homes = [(slot.destination.device, slot.destination.data_ptr()) for slot in slots if slot.destination.numel()]
-    assert len(set(homes)) == len(homes), "two slots have the same destination"
+    addresses = [(slot.destination.device, slot.destination.data_ptr()) for slot in slots if slot.destination.numel()]
+    assert len(set(addresses)) == len(addresses), "two slots have the same destination"
 
 
-def _part_shape(slot: Slot, found: TensorOnDisk, fmt: Format | None) -> tuple[int, ...]:
+def _part_shape(slot: Slot, stored: TensorOnDisk, fmt: Format | None) -> tuple[int, ...]:
     """The whole shape of a slot's part of a tensor on disk."""
     if fmt is None:
-        return found.shape
-    if len(found.shape) != 2:
+        return stored.shape
+    if len(stored.shape) != 2:
         return ()
-    return next((part.shape for part in fmt.parts(*found.shape) if part.name == slot.part), ())
+    return next((part.shape for part in fmt.parts(*stored.shape) if part.name == slot.part), ())
 
 
 def _row_bytes(tensor: TensorOnDisk, quantized: QuantizedOnDisk | None) -> int:

@@ -1,6 +1,6 @@
-"""From one record to token ids and the mask of its targets.
+"""From one record to token ids and the loss mask of its targets.
 
-What is guaranteed:
+Guarantees:
 
 * The tokenizer's chat template is the authority. The ids of a chat are those of the whole rendered
   text encoded at once; for Llama-3 and plain turns they are Meta's own ``ChatFormat`` (of
@@ -9,10 +9,10 @@ What is guaranteed:
   schema or an answer is encoded as ordinary text.
 * Targets come from spans, message by message: an assistant's turn begins where the rendered
   conversation before it, with the generation prompt, ends, and it ends with its end token. Nothing
-  is searched for in the text. A token that begins before the span is no target: at inference the
-  prompt already holds it.
-* A document begins with one BOS where the model knows a BOS at all.
-* The ids don't depend on the day: a template that asks for the date gets always the same.
+  is searched for in the text. A token that begins before the span is not a target: at inference the
+  prompt already has it.
+* A document begins with one BOS if the model has a BOS at all.
+* The ids don't depend on the day: a template that asks for the date always gets the same one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 TrainOn = Literal["assistant", "last", "all"]
 
 TEMPLATE_DATE = "26 Jul 2024"
-"""The date Llama 3.1's own template falls back to."""
+"""The date that Llama 3.1's own template falls back to."""
 
 _BUNDLED: Mapping[str, tuple[str, ...]] = {
     "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -58,7 +58,7 @@ _MAX_TEMPLATE_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Encoded:
-    """A document: its ids and, for each, whether the model is to learn to write it."""
+    """A document: its ids and, for each, whether it is a target (part of the loss)."""
 
     ids: list[int]
     is_target: list[bool]
@@ -73,7 +73,7 @@ class _Span:
 
 
 def load_tokenizer(folder: Path, *, chat_template: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's folder, with the chat template that the run asks for.
+    """The tokenizer of a model's folder, with the chat template that the run sets.
 
     Reads local files only and runs no code from the folder.
 
@@ -95,26 +95,26 @@ def load_tokenizer(folder: Path, *, chat_template: str | None) -> PreTrainedToke
     except BaseException as error:
         if not isinstance(error, Exception) and not is_panic(error):
             raise
-        there = sorted(name for name in _TOKENIZER_FILES if (folder / name).exists())
+        present = sorted(name for name in _TOKENIZER_FILES if (folder / name).exists())
         raise WeightsError(
-            f"{folder}: no tokenizer could be loaded "
-            f"(of its files these are there: {', '.join(there) or 'none'}): {_first_line(error)}. "
+            f"{folder}: the tokenizer can't be loaded "
+            f"(files found: {', '.join(present) or 'none'}): {_first_line(error)}. "
             "Fetch tokenizer.json and tokenizer_config.json of the model"
         ) from error
     if chat_template is not None:
         tokenizer.chat_template = _template_text(chat_template)
-        tokenizer.template_place = f"data.chat_template: {chat_template}"
+        tokenizer.template_source = f"data.chat_template: {chat_template}"
         lacking = [token for token in _BUNDLED.get(chat_template, ()) if token not in special_ids(tokenizer)]
         if lacking:
             raise DataError(
                 f"data.chat_template: {chat_template} needs the special tokens {', '.join(lacking)}, "
-                f"which the tokenizer in {folder} lacks. Leave the setting out to use the model's own"
+                f"which the tokenizer in {folder} lacks. Remove the setting to use the model's own"
             )
     return tokenizer
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether an error is a panic of a library in Rust, which is no ``Exception``."""
+    """Whether an error is a panic of a library in Rust, which isn't an ``Exception``."""
     return type(error).__module__ == "pyo3_runtime" and type(error).__name__ == "PanicException"
 
 
@@ -123,14 +123,14 @@ def _first_line(error: BaseException) -> str:
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ``ValueError`` unless it is one that tells where in a text its tokens are, and its template is a text."""
+    """Raise ``ValueError`` unless the tokenizer returns token offsets and its template is a string."""
     template = tokenizer.chat_template
     templates = list(template.values()) if isinstance(template, dict) else [template]
-    if not all(each is None or isinstance(each, str) for each in templates):
-        raise ValueError(f"its chat_template is a {type(template).__name__}, and a text was expected")
+    if not all(text is None or isinstance(text, str) for text in templates):
+        raise ValueError(f"its chat_template is a {type(template).__name__}, and a string was expected")
     if not tokenizer.is_fast:
         raise ValueError(
-            f"{type(tokenizer).__name__} does not tell where its tokens begin; tokenizer.json was expected"
+            f"{type(tokenizer).__name__} has no token offsets; a fast tokenizer (tokenizer.json) was expected"
         )
     tokenizer("a", return_offsets_mapping=True)
     special_ids(tokenizer)
@@ -150,7 +150,7 @@ def hash_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
 
 @lru_cache(maxsize=8)
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
-    """Name and id of each token that only a template may write."""
+    """Name and id of each special token, which only a template may write."""
     return {token.content: int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
@@ -164,8 +164,8 @@ def encode_sample(
     everything after a prompt is a target; with ``all`` the prompt is too.
 
     Raises:
-        DataError: the record has not the shape of ``fmt``, or the template refuses it; says nothing
-            of the record's place.
+        DataError: the record isn't of format ``fmt``, or the template refuses it; the message doesn't
+            include where the record is.
     """
     sample = read_sample(record, fmt=fmt)
     if isinstance(sample, Instruction):
@@ -176,7 +176,7 @@ def encode_sample(
 
 
 def encode_prompt(messages: Sequence[Mapping[str, Any]], *, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that ask the assistant to answer a conversation, as training saw them before an answer.
+    """The ids of a conversation up to the assistant's answer, as training saw them before an answer.
 
     Raises:
         DataError: the tokenizer has no chat template, or the template refuses the turns.
@@ -184,31 +184,31 @@ def encode_prompt(messages: Sequence[Mapping[str, Any]], *, tokenizer: PreTraine
     answered = [*messages, {"role": "assistant", "content": "-"}]
     encoded = encode_sample({"messages": answered}, tokenizer=tokenizer, fmt="messages", train_on="last")
     if True not in encoded.is_target:
-        raise DataError(f"the chat template ({_template_place(tokenizer)}) does not write what an assistant answers")
+        raise DataError(f"the chat template ({_template_source(tokenizer)}) doesn't write an assistant's answer")
     return encoded.ids[: encoded.is_target.index(True)]
 
 
 def encode_text(text: str, *, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of a text to be gone on with, as training saw the prompt of a completion."""
+    """The ids of a text to continue, as training saw the prompt of a completion."""
     sample = Continuation(prompt=text, completion="")
     return _encode_continuation(sample, tokenizer=tokenizer, train_on="assistant").ids[:-1]
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, *, formats: Sequence[Format]) -> None:
-    """Raises DataError when the data are chats and the tokenizer has no chat template."""
+    """Raises DataError if the data are chats and the tokenizer has no chat template."""
     if "messages" in formats and tokenizer.chat_template is None:
         raise DataError(
             "the data are conversations (format messages) and the model's tokenizer has no chat template. "
-            "Take the model's Instruct version, or set data.chat_template: llama3 | chatml | FILE"
+            "Use the model's Instruct version, or set data.chat_template: llama3 | chatml | FILE"
         )
 
 
 def render_sample(
     ids: Sequence[int], is_target: Sequence[bool], *, tokenizer: PreTrainedTokenizerBase, has_colour: bool
 ) -> Text:
-    """A document as text to print: targets green, or between ⟦ and ⟧ where there is no colour.
+    """A document as text to print: targets in green, or between ⟦ and ⟧ without colour.
 
-    A line end that is a target is shown as ⏎ before it ends the line.
+    A newline that is a target is shown as ⏎ at the end of its line.
     """
     from rich.text import Text
 
@@ -235,7 +235,7 @@ def _template_text(chat_template: str) -> str:
     try:
         path = Path(chat_template).expanduser()
         is_file = path.is_file()
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL; a home of nobody
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, an unknown home
         is_file = False
     if not is_file:
         raise DataError(f"data.chat_template: {chat_template} is neither a file nor one of {', '.join(_BUNDLED)}")
@@ -248,11 +248,11 @@ def _template_text(chat_template: str) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"data.chat_template: {chat_template}: not text in UTF-8 (byte {error.start})") from None
     except OSError as error:
-        raise DataError(f"data.chat_template: {chat_template} cannot be read: {error.strerror or error}") from None
+        raise DataError(f"data.chat_template: {chat_template} can't be read: {error.strerror or error}") from None
 
 
 def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id a document begins with: Llama-3's, or the one the tokenizer itself puts first."""
+    """The id that a document begins with: Llama-3's, or the one that the tokenizer itself puts first."""
     llama_bos = special_ids(tokenizer).get("<|begin_of_text|>")
     if llama_bos is not None:
         return llama_bos
@@ -263,7 +263,7 @@ def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that ends plain text: an Instruct model's eos ends a turn, so the name decides first."""
+    """The id that ends plain text: an Instruct model's eos ends a turn, so the name takes precedence."""
     special = special_ids(tokenizer)
     for name in ("<|end_of_text|>", "<|endoftext|>", tokenizer.eos_token):
         if isinstance(name, str) and name in special:
@@ -277,8 +277,8 @@ def _end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def _instruction_as(sample: Instruction, *, has_template: bool) -> Chat | Continuation:
     """A user's turn and its answer, or without a chat template Stanford Alpaca's own plain text."""
     if has_template:
-        asked = f"{sample.instruction}\n\n{sample.input}" if sample.input else sample.instruction
-        return Chat(turns=(Turn("user", asked), Turn("assistant", sample.output)))
+        question = f"{sample.instruction}\n\n{sample.input}" if sample.input else sample.instruction
+        return Chat(turns=(Turn("user", question), Turn("assistant", sample.output)))
     context = ", paired with an input that provides further context" if sample.input else ""
     extra = f"### Input:\n{sample.input}\n\n" if sample.input else ""
     prompt = (
@@ -290,7 +290,7 @@ def _instruction_as(sample: Instruction, *, has_template: bool) -> Chat | Contin
 
 
 def _encode_continuation(sample: Continuation, *, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn) -> Encoded:
-    """Prompt and completion are encoded apart: at inference the prompt comes alone."""
+    """Prompt and completion are encoded separately: at inference there is only the prompt."""
     bos_id = _bos_id(tokenizer)
     prompt = [] if bos_id is None else [bos_id]
     prompt += [token for token, _ in _encode_plain(sample.prompt, tokenizer)]
@@ -302,7 +302,7 @@ def _encode_continuation(sample: Continuation, *, tokenizer: PreTrainedTokenizer
 
 
 def _encode_chat(chat: Chat, *, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn) -> Encoded:
-    """A conversation: rendered once whole, and once or twice for each turn whose span is asked for."""
+    """A conversation: rendered once whole, and once or twice for each turn whose span is needed."""
     check_template(tokenizer, formats=("messages",))
     chat, mark = _without_special_tokens(chat, tokenizer)
     render = _Renderer(chat=chat, tokenizer=tokenizer)
@@ -338,14 +338,14 @@ class _Renderer:
     tokenizer: PreTrainedTokenizerBase
 
     def upto(self, num_turns: int, *, has_prompt: bool = False) -> str:
-        """The text of the first turns, and with ``has_prompt`` what asks the assistant to go on."""
+        """The text of the first turns, and with ``has_prompt`` the generation prompt."""
         return self._render([turn.as_message() for turn in self.chat.turns[:num_turns]], has_prompt=has_prompt)
 
     def span(self, index: int, whole: str) -> _Span:
         """The characters of ``whole`` that belong to a turn; an assistant's begin after its prompt.
 
         Raises:
-            DataError: the template writes the turns before or up to this one otherwise when more follow.
+            DataError: the template renders the turns up to this one differently when more follow.
         """
         is_answer = self.chat.turns[index].role == "assistant"
         before = self.upto(index, has_prompt=is_answer) if index else self._before_first(is_answer=is_answer)
@@ -354,9 +354,9 @@ class _Renderer:
             if not whole.startswith(text):
                 same = _common_prefix(text, whole)
                 raise DataError(
-                    f"the chat template writes the turns up to number {index} otherwise when more follow "
+                    f"the chat template renders the turns up to number {index} differently when more follow "
                     f"(from character {same}: {text[same : same + 30]!r}, "
-                    f"then {whole[same : same + 30]!r}), so its targets cannot be told. "
+                    f"then {whole[same : same + 30]!r}), so its targets can't be determined. "
                     "Set data.train_on: last, or data.chat_template to another template"
                 )
         if is_answer:
@@ -364,7 +364,7 @@ class _Renderer:
         return _Span(start=len(before), end=max(len(through), len(before)))
 
     def _before_first(self, *, is_answer: bool) -> str:
-        """What comes before a first turn's content; most templates refuse to write no turn at all."""
+        """What comes before a first turn's content; most templates refuse to render no turn at all."""
         if not is_answer:
             return ""
         first = self.chat.turns[0]
@@ -378,11 +378,13 @@ class _Renderer:
         try:
             template = self.tokenizer.get_chat_template(tools=tools)
         except ValueError as error:
-            raise DataError(f"{_template_place(self.tokenizer)}: {_first_line(error)}") from None
+            raise DataError(f"{_template_source(self.tokenizer)}: {_first_line(error)}") from None
         if any("tool_calls" in message for message in messages) and "tool_calls" not in template:
-            raise DataError("an assistant's tool_calls are lost: the chat template does not write them. " + _WAYS_OUT)
+            raise DataError(
+                "an assistant's tool_calls are lost: the chat template doesn't render them. " + _TEMPLATE_REMEDY
+            )
         if tools and not re.search(r"\btools\b", template):
-            raise DataError("the record's tools are lost: the chat template does not write them. " + _WAYS_OUT)
+            raise DataError("the record's tools are lost: the chat template doesn't render them. " + _TEMPLATE_REMEDY)
         try:
             return str(
                 self.tokenizer.apply_chat_template(
@@ -394,30 +396,30 @@ class _Renderer:
                     date_string=TEMPLATE_DATE,
                 )
             )
-        except Exception as error:  # a template is a program: it may fail as any other
-            place = _template_place(self.tokenizer)
+        except Exception as error:  # a template is a program: it may fail in any way
+            source = _template_source(self.tokenizer)
             if type(error) in (TemplateError, TypeError, UndefinedError):
                 roles = " ".join(str(message["role"]) for message in messages)
-                raise DataError(f"the chat template ({place}) refuses the turns '{roles}': {error}") from None
+                raise DataError(f"the chat template ({source}) refuses the turns '{roles}': {error}") from None
             line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
             raise DataError(
-                f"the chat template ({place}{line}) can't be used: {type(error).__name__}: {_first_line(error)}. Set "
+                f"the chat template ({source}{line}) can't be used: {type(error).__name__}: {_first_line(error)}. Set "
                 "data.chat_template to another: llama3, chatml or a FILE"
             ) from None
 
 
-def _template_place(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Where the template in use was read: the setting, or the model's folder."""
-    return str(getattr(tokenizer, "template_place", "") or tokenizer.name_or_path)
+def _template_source(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Where the template in use comes from: the setting, or the model's folder."""
+    return str(getattr(tokenizer, "template_source", "") or tokenizer.name_or_path)
 
 
-_WAYS_OUT = "Set data.chat_template to one that does (llama3, chatml or a FILE), or write them into the content"
-# A macro hides the global of the same name, so that no template learns the day.
+_TEMPLATE_REMEDY = "Set data.chat_template to one that does (llama3, chatml or a FILE), or write them into the content"
+# A macro shadows the global of the same name, so that no template gets the current day.
 _FIXED_DATE = "{%- macro strftime_now(format) -%}" + TEMPLATE_DATE + "{%- endmacro -%}"
 
 
 def _common_prefix(one: str, other: str) -> int:
-    """The number of characters with which both begin."""
+    """The length of the longest common prefix."""
     pairs = zip(one, other, strict=False)
     return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
@@ -439,10 +441,10 @@ def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
 
 
 def _without_special_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[Chat, str | None]:
-    """The chat with each special token's name broken by a mark, and that mark; None when none was there.
+    """The chat with each special token's name broken by a mark, and that mark; None if it holds none.
 
-    The mark is one character that the chat does not hold. It goes after the name's first character,
-    so that a template's own trimming and joining see the text as it is.
+    The mark is one character that the chat doesn't contain. It goes after the name's first character,
+    so that a template's own trimming and joining work as on the text itself.
     """
     special = _special_pattern(tokenizer)
     strings = list(_strings([turn.as_message() for turn in chat.turns])) + list(_strings(chat.tools))
@@ -451,7 +453,7 @@ def _without_special_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> t
     used = set().union(*strings, *special_ids(tokenizer))
     mark = next((chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used), None)
     if mark is None:
-        raise DataError("the record holds every character for private use, and one is needed to mark special tokens")
+        raise DataError("the record uses every private-use character, and one is needed to mark special tokens")
 
     def broken(value: Any) -> Any:
         if isinstance(value, str):
@@ -483,8 +485,8 @@ def _strings(value: Any) -> Iterator[str]:
 def _encode_rendered(text: str, *, tokenizer: PreTrainedTokenizerBase, mark: str | None) -> Iterator[tuple[int, int]]:
     """Each token of a rendered chat with the character at which it begins.
 
-    With a mark in the text, the text is cut at the template's special tokens; what is between them
-    loses its marks and is encoded as text only, whole, so that its merges are those of plain text.
+    With a mark in the text, the text is split at the template's special tokens; what is between them
+    is encoded without its marks, as plain text and in one piece, so that its merges are those of plain text.
     """
     if mark is None:
         yield from _with_starts(text, tokenizer=tokenizer, is_plain=False)
@@ -493,9 +495,9 @@ def _encode_rendered(text: str, *, tokenizer: PreTrainedTokenizerBase, mark: str
     position = 0
     for match in [*_special_pattern(tokenizer).finditer(text), None]:
         piece = text[position : match.start() if match else len(text)]
-        places = [position + index for index, character in enumerate(piece) if character != mark]
+        positions = [position + index for index, character in enumerate(piece) if character != mark]
         for token, start in _encode_plain(piece.replace(mark, ""), tokenizer):
-            yield token, places[start]
+            yield token, positions[start]
         if match:
             yield ids_by_name[match[0]], match.start()
             position = match.end()
@@ -509,16 +511,14 @@ def _encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tup
 def _with_starts(text: str, *, tokenizer: PreTrainedTokenizerBase, is_plain: bool) -> Iterator[tuple[int, int]]:
     """Each token and its first character.
 
-    A tokenizer that trims its offsets leaves the blank before a word out, so a token begins at the
-    latest where the one before it ended; the bytes of one character share that character's place.
+    A tokenizer that trims its offsets leaves out the space before a word, so a token begins at the
+    latest where the one before it ended; the bytes of one character share that character's position.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        found = ord(text[error.start])
-        raise DataError(
-            f"a text holds U+{found:04X} alone, half of a surrogate pair: it is cut or wrongly escaped"
-        ) from None
+        code = ord(text[error.start])
+        raise DataError(f"a text has U+{code:04X}, an unpaired surrogate: it is truncated or wrongly escaped") from None
     try:
         encoded = tokenizer(
             text,

@@ -1,7 +1,7 @@
 """The batches of a run, each a pure function of its step: any step can be asked for at any time.
 
 The order of the documents comes from (seed, epoch), the sequences of a global batch from that order;
-only their dealing out to ranks knows how many ranks there are. There is no padding: a micro-batch is
+only their assignment to ranks depends on the number of ranks. There is no padding: a micro-batch is
 the documents of its sequences, one after another.
 
 Letters: T tokens of a micro-batch, D documents in it, K targets in it.
@@ -21,14 +21,14 @@ from dist_lora.data.pack import pack_best_fit
 from dist_lora.data.token_set import TokenSet
 
 _KEPT_EPOCHS = 2
-"""Plans kept in memory: evaluation or a look ahead across an epoch's end does not make a plan twice."""
+"""Plans kept in memory, so that an evaluation or a step of another epoch doesn't make a plan twice."""
 
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """What one forward pass takes: whole documents that do not see each other.
+    """The input of one forward pass: whole documents that don't attend to each other.
 
-    The first token of a document is never a target: the token before it belongs to another.
+    The first token of a document is never a target: the token before it belongs to another document.
     """
 
     ids: Tensor  # int64 (T,)
@@ -36,12 +36,12 @@ class MicroBatch:
     starts: Tensor  # int32 (D + 1,): where documents begin, and T
     target_index: Tensor  # int64 (K,): where the next token is a target
     labels: Tensor  # int64 (K,): those next tokens
-    sample_ids: tuple[int, ...]  # row in the source of each document; none for a batch that only keeps step
+    sample_ids: tuple[int, ...]  # row in the source of each document; none for a dummy micro-batch
 
 
 @dataclass(frozen=True, eq=False)
 class StepBatch:
-    """One optimizer step: this rank's micro-batches and what is known of the whole."""
+    """One optimizer step: this rank's micro-batches and totals of the global batch."""
 
     micro_batches: tuple[MicroBatch, ...]  # of this rank; every rank has the same number
     target_tokens: int  # of the global batch, all ranks
@@ -56,8 +56,8 @@ class Loader:
     Args:
         sequence_length: tokens of a packed sequence; no document is longer.
         packing: False makes each document a sequence of its own.
-        global_batch: sequences of a step, over all ranks; the last step of an epoch has what is left.
-        micro_batch: sequences of one pass of one rank.
+        global_batch: sequences per step, over all ranks; the last step of an epoch has the rest.
+        micro_batch: sequences per forward pass and rank.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class Loader:
 
     @cached_property
     def fingerprint(self) -> str:
-        """That of the training set (see ``TokenSet.fingerprint``)."""
+        """The training set's (see ``TokenSet.fingerprint``)."""
         return self._token_set.fingerprint()
 
     def steps_in_epoch(self, epoch: int) -> int:
-        """Steps of an epoch, the last one maybe smaller. The same for every epoch (see ``pack_best_fit``)."""
+        """Steps of an epoch, of which the last may be smaller. The same for every epoch (see ``pack_best_fit``)."""
         assert epoch >= 0, epoch
         return _ceil_div(self._num_sequences, self._global_batch)
 
@@ -98,7 +98,7 @@ class Loader:
         return divmod(step, self.steps_in_epoch(0))
 
     def batch(self, step: int) -> StepBatch:
-        """The batch of a step, counted from 0 over the run. Costs the epoch's plan once."""
+        """The batch of a step, counted from 0 over the run. The first one of an epoch computes its plan."""
         epoch, index = self.locate(step)
         plan = self._plan_of(epoch)
         assert len(plan) == self._num_sequences, f"epoch {epoch} has {len(plan)} sequences, not {self._num_sequences}"
@@ -127,10 +127,10 @@ class Loader:
 
 
 class EvalBatches:
-    """Held-out documents, each exactly once, in passes that do not depend on the number of ranks.
+    """Held-out documents, each exactly once, in passes that don't depend on the number of ranks.
 
     Every rank iterates over the same number of micro-batches. ``packing`` is that of the training, so that a pass
-    holds no more tokens here than there.
+    has no more tokens than in training.
     """
 
     def __init__(
@@ -171,36 +171,36 @@ class EvalBatches:
 
 
 def deal(tokens: Sequence[int], *, world_size: int) -> list[list[int]]:
-    """Which sequences of a global batch each rank gets: counts differ by one at most, tokens by little.
+    """The sequences of a global batch for each rank: counts differ by at most one, tokens by little.
 
-    The longest sequence goes first, to the rank that has fewest tokens among those with room. Each
-    rank keeps the order of the batch.
+    The longest sequence goes first, to the rank that has the fewest tokens among those that aren't full.
+    Each rank keeps the order of the batch.
     """
-    each, extra = divmod(len(tokens), world_size)
-    hands: list[list[int]] = [[] for _ in range(world_size)]
+    least, extra = divmod(len(tokens), world_size)
+    assigned: list[list[int]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
     num_full = 0
     for index in sorted(range(len(tokens)), key=lambda index: (-tokens[index], index)):
-        limit = each + (num_full < extra)
-        open_ranks = [rank for rank in range(world_size) if len(hands[rank]) < limit]
+        limit = least + (num_full < extra)
+        open_ranks = [rank for rank in range(world_size) if len(assigned[rank]) < limit]
         rank = min(open_ranks, key=lambda rank: (loads[rank], rank))
-        hands[rank].append(index)
+        assigned[rank].append(index)
         loads[rank] += tokens[index]
-        num_full += len(hands[rank]) == each + 1
-    return [sorted(hand) for hand in hands]
+        num_full += len(assigned[rank]) == least + 1
+    return [sorted(indices) for indices in assigned]
 
 
-def _ceil_div(amount: int, each: int) -> int:
-    return -(-amount // each)
+def _ceil_div(amount: int, divisor: int) -> int:
+    return -(-amount // divisor)
 
 
 def _permutation(draws: np.random.Philox, size: int) -> np.ndarray:
-    """A permutation by sorting raw draws: numpy keeps the bit stream over versions, not ``shuffle``."""
+    """A permutation by sorting raw draws: numpy keeps the bit stream between versions, but not ``shuffle``."""
     return np.argsort(np.asarray(draws.random_raw(size), np.uint64), kind="stable")
 
 
 def _micro_batch(token_set: TokenSet, sequences: Sequence[np.ndarray]) -> MicroBatch:
-    """The documents of some sequences, flat; for none one token without a target, to keep step."""
+    """The documents of some sequences, flat; without any, a dummy of one token without a target."""
     if not sequences:
         nothing = torch.zeros(0, dtype=torch.int64)
         one = torch.zeros(1, dtype=torch.int64)

@@ -8,11 +8,11 @@ import numpy as np
 
 
 def pack_best_fit(lengths: np.ndarray, *, capacity: int, order: np.ndarray) -> list[np.ndarray]:
-    """The documents of each sequence, by best fit: the longest first, each where least room is left.
+    """The documents of each sequence, by best fit: the longest first, each where the least room is left.
 
-    ``order`` decides among documents of equal length, so that epochs mix them differently. How many
-    sequences come out, and the lengths inside them, depend on the lengths alone: every epoch has the
-    same number. All documents of one length are placed together, a room at a time, so a million
+    ``order`` decides among documents of equal length, so that epochs mix them differently. The number of
+    sequences, and the lengths in them, depend on the lengths alone: every epoch has the same number. All
+    documents of one length are placed together, one value of remaining room at a time, so a million
     documents take seconds.
 
     Args:
@@ -49,8 +49,8 @@ class _Bins:
     def place(self, length: int, count: int) -> np.ndarray:
         """The sequence of each of ``count`` documents of one length.
 
-        Best fit puts the first of them where the least sufficient room is left; what is left there is
-        less still, so the following ones go to the same sequence while they fit.
+        Best fit puts the first of them where the least sufficient room is left; that leaves even less room
+        there, so the following ones go to the same sequence while they fit.
         """
         chosen: list[np.ndarray] = []
         while count:
@@ -59,15 +59,15 @@ class _Bins:
                 self._open(-(-count // (self._capacity // length)))
                 at = len(self._rooms) - 1
             room = self._rooms[at]
-            each = room // length
+            num_per_bin = room // length
             bins = self._by_room[room]
-            taken, rest = bins[: -(-count // each)], bins[-(-count // each) :]
+            taken, rest = bins[: -(-count // num_per_bin)], bins[-(-count // num_per_bin) :]
             self._set(room, rest)
-            last = min(each, count - each * (len(taken) - 1))
-            chosen.append(np.repeat(taken, [each] * (len(taken) - 1) + [last]))
-            self._add(room - each * length, taken[:-1])
+            last = min(num_per_bin, count - num_per_bin * (len(taken) - 1))
+            chosen.append(np.repeat(taken, [num_per_bin] * (len(taken) - 1) + [last]))
+            self._add(room - num_per_bin * length, taken[:-1])
             self._add(room - last * length, taken[-1:])
-            count -= each * (len(taken) - 1) + last
+            count -= num_per_bin * (len(taken) - 1) + last
         return np.concatenate(chosen)
 
     def _open(self, num_new: int) -> None:

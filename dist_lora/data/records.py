@@ -1,4 +1,4 @@
-"""The four shapes of a training record, recognised by columns and brought to one form.
+"""The four formats of a training record, recognised by columns and converted to one form.
 
 ==================  =====================================  ==============================================
 format              columns                                becomes
@@ -9,8 +9,8 @@ prompt-completion   prompt, completion                     Continuation, or Chat
 text                text                                   Continuation with an empty prompt
 ==================  =====================================  ==============================================
 
-Nothing here knows files or tokenizers. Errors say what of one record is wrong; the caller, who
-knows its file and line, puts that in front.
+Nothing here knows files or tokenizers. Errors say what is wrong with one record; the caller, which
+knows its file and line, prepends them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REQUIRED_COLUMNS: Mapping[Format, tuple[tuple[str, ...], ...]] = {
     "prompt-completion": (("prompt", "completion"),),
     "text": (("text",),),
 }
-"""For each format the sets of columns of which one must be there whole."""
+"""For each format the sets of columns, one of which must be complete."""
 
 EXAMPLES: Mapping[Format, str] = {
     "messages": '{"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}',
@@ -42,7 +42,7 @@ EXAMPLES: Mapping[Format, str] = {
 """One record of each format, as an error shows it."""
 
 MAX_DEPTH = 100
-"""Templates, and whoever walks a record, go down a call a level."""
+"""Templates, and all that walks a record, recurse once per level."""
 
 _ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool", "ipython")
 _SHAREGPT_ROLES: Mapping[str, Role] = {
@@ -67,7 +67,7 @@ class Turn:
     is_trained: bool = True
 
     def as_message(self) -> dict[str, Any]:
-        """The message as a chat template reads it: no key that has nothing to say (templates ask `in`)."""
+        """The message as a chat template reads it: without empty keys (templates test with ``in``)."""
         message: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.tool_calls:
             message["tool_calls"] = [dict(call) for call in self.tool_calls]
@@ -103,7 +103,7 @@ Sample = Chat | Instruction | Continuation
 
 
 def recognise_format(columns: Collection[str]) -> Format:
-    """The format whose columns are all there; the first of the table above when several are.
+    """The format whose columns are all present; the first of the table above if several are.
 
     Raises:
         DataError: no format fits; names the columns found and what each format needs.
@@ -112,11 +112,11 @@ def recognise_format(columns: Collection[str]) -> Format:
         if _has_columns(columns, name):
             return name
     needs = "; ".join(f"{name} needs {_needs(name)}" for name in REQUIRED_COLUMNS)
-    raise DataError(f"columns {_listed(columns)} are of no known format: {needs}")
+    raise DataError(f"columns {_listed(columns)} match no known format: {needs}")
 
 
 def check_columns(columns: Collection[str], fmt: Format) -> None:
-    """Raises DataError unless the columns of ``fmt`` are there."""
+    """Raises DataError unless the columns of ``fmt`` are present."""
     if not _has_columns(columns, fmt):
         raise DataError(f"columns {_listed(columns)} found; format {fmt} needs {_needs(fmt)}, e.g. {EXAMPLES[fmt]}")
 
@@ -124,8 +124,8 @@ def check_columns(columns: Collection[str], fmt: Format) -> None:
 def read_sample(record: Mapping[str, Any], *, fmt: Format) -> Sample:
     """A record in the form that is encoded.
 
-    Accepts what data sets really hold: content as a list of text parts, tools and messages as JSON
-    strings, arguments of a call as JSON or as an object, keys that are null (parquet writes them
+    Accepts what real data sets contain: content as a list of text parts, tools and messages as JSON
+    strings, a call's arguments as JSON or as an object, keys that are null (parquet writes them
     for every key that any row has).
 
     Raises:
@@ -135,7 +135,7 @@ def read_sample(record: Mapping[str, Any], *, fmt: Format) -> Sample:
         raise DataError(f"the record is nested deeper than {MAX_DEPTH} levels")
     columns = [key for key, value in record.items() if value is not None]
     if record and not columns:
-        raise DataError(f"{_listed(record)}: all is null")
+        raise DataError(f"{_listed(record)}: all values are null")
     check_columns(columns, fmt)
     if fmt == "messages":
         return _read_chat(record)
@@ -151,12 +151,12 @@ def read_sample(record: Mapping[str, Any], *, fmt: Format) -> Sample:
 
 
 def _depth(value: object) -> int:
-    """How many containers lie in each other at most; no deeper than needed to know that it is too much."""
+    """The depth of nested containers, counted no further than just above ``MAX_DEPTH``."""
     deepest, inside = 0, [value]
     while inside and deepest <= MAX_DEPTH:
         deepest += 1
-        containers = [each for each in inside if isinstance(each, dict | list | tuple)]
-        inside = [part for each in containers for part in (each.values() if isinstance(each, dict) else each)]
+        containers = [value for value in inside if isinstance(value, dict | list | tuple)]
+        inside = [part for value in containers for part in (value.values() if isinstance(value, dict) else value)]
     return deepest
 
 
@@ -173,7 +173,7 @@ def _listed(columns: Collection[str]) -> str:
 
 
 def _shown(value: object) -> str:
-    """What was found, in a few words."""
+    """A value as messages show it, shortened."""
     if value is None:
         return "null"
     try:
@@ -185,18 +185,18 @@ def _shown(value: object) -> str:
 
 def _text(value: object, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where} is {_shown(value)}; a text in quotes is expected")
+        raise DataError(f"{where} is {_shown(value)}; a string is expected")
     return value
 
 
 def _decoded(value: object, where: str) -> object:
-    """The value behind a JSON string; CSV and parquet keep nested columns so."""
+    """The value of a JSON string, as CSV and parquet store nested columns."""
     if not isinstance(value, str):
         return value
     try:
         decoded = json.loads(value)
     except (ValueError, RecursionError):
-        raise DataError(f"{where} is the text {_shown(value)}, which is not JSON") from None
+        raise DataError(f"{where} is the string {_shown(value)}, which is not JSON") from None
     if _depth(decoded) > MAX_DEPTH:
         raise DataError(f"{where} is nested deeper than {MAX_DEPTH} levels")
     return decoded
@@ -255,12 +255,14 @@ def _read_sharegpt_turn(message: Mapping[str, Any], where: str) -> Turn:
 
 
 def _content(value: object, where: str) -> str:
-    """A text, or OpenAI's list of parts as far as they are text."""
+    """A string, or OpenAI's list of parts if all of them are text."""
     if not isinstance(value, list):
         return _text(value, where)
     for index, part in enumerate(value):
         if not isinstance(part, dict) or part.get("type") != "text":
-            raise DataError(f'{where}[{index}] is {_shown(part)}; only parts {{"type": "text", "text": ...}} are known')
+            raise DataError(
+                f'{where}[{index}] is {_shown(part)}; only parts {{"type": "text", "text": ...}} are supported'
+            )
     return "".join(_text(part.get("text"), f"{where}[{index}].text") for index, part in enumerate(value))
 
 
@@ -314,5 +316,5 @@ def _read_prompt_completion(record: Mapping[str, Any]) -> Sample:
         return Chat(turns=context + _read_turns(completion, "completion"), tools=_read_tools(record.get("tools")))
     raise DataError(
         f"prompt is {_shown(prompt)} and completion is {_shown(completion)}; "
-        "both as text, or both as lists of messages, are expected"
+        "both as strings, or both as lists of messages, are expected"
     )

@@ -1,7 +1,7 @@
-"""Records from JSONL, JSON, CSV and parquet files and from the hub, each with the place it came from.
+"""Records from JSONL, JSON, CSV and parquet files and from the hub, each with its file and line.
 
-Local text is read by us and not through ``datasets``, so that an error can name file and line and
-no column's type is guessed ("007" stays a text); the hub is read through ``datasets``.
+Local files are read here and not by ``datasets``, so that an error can name file and line and
+no column's type is guessed ("007" stays a string); the hub is read by ``datasets``.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from dist_lora.errors import DataError
 from dist_lora.text import nearest
 
 MAX_RECORD_BYTES = 32 * 2**20
-"""A longer line is no record but a file without line ends."""
+"""A longer line isn't a record but a file without newlines."""
 
 NUM_EXAMPLES = 5
-"""So many faults are told one by one; of the rest the number."""
+"""Faults listed individually; the rest are counted."""
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?(?:@(?P<split>[\w.-]+))?")
@@ -38,19 +38,19 @@ _EXAMPLE = EXAMPLES["messages"]
 
 @dataclass
 class Faults:
-    """Faults of one kind, counted; the first few are kept as texts."""
+    """Faults of one kind, counted; the first few are kept as messages."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
 
     def add(self, text: str) -> None:
-        """One more fault."""
+        """Count one more fault."""
         self.count += 1
         if len(self.examples) < NUM_EXAMPLES:
             self.examples.append(text)
 
     def extend(self, other: Faults) -> None:
-        """The faults of another part of the data, which come after these."""
+        """Add the faults of another part of the data, which follows this one."""
         self.count += other.count
         self.examples = (self.examples + other.examples)[:NUM_EXAMPLES]
 
@@ -61,25 +61,25 @@ class Faults:
 
 
 class Source(Protocol):
-    """One file or hub data set. ``[i]`` raises DataError where the record is broken."""
+    """One file or hub data set. ``[i]`` raises DataError if the record is invalid."""
 
     name: str
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> dict[str, Any]: ...
     def where(self, index: int) -> str:
-        """The place of a record, "file.jsonl:7"."""
+        """Where a record is, "file.jsonl:7"."""
         ...
 
 
 @dataclass(frozen=True)
 class Records:
-    """The records of all sources, one after another, read only when asked for."""
+    """The records of all sources, one after another, read on access."""
 
     sources: tuple[Source, ...]
     formats: tuple[Format, ...]
     starts: tuple[int, ...]
-    """The number of the first record of each source, and at the end the number of all records."""
+    """The index of the first record of each source and, last, the number of records."""
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -89,7 +89,7 @@ class Records:
         return self.sources[source][index - self.starts[source]]
 
     def where(self, index: int) -> str:
-        """The place of a record, "file.jsonl:7"."""
+        """Where a record is, "file.jsonl:7"."""
         source = self._source_of(index)
         return self.sources[source].where(index - self.starts[source])
 
@@ -104,16 +104,16 @@ class Records:
 
 
 def read_records(names: str | Sequence[str], *, fmt: Format | None, which: str, is_fetched: bool = False) -> Records:
-    """Opens the sources and finds their formats; the records themselves are read one by one later.
+    """Opens the sources and finds their formats; the records themselves are read later, one by one.
 
     Args:
         names: files (``.jsonl .json .csv .parquet``) or hub ids ``ORG/NAME[:CONFIG][@SPLIT]``.
         fmt: the format of all sources; None recognises each by the columns of its first record.
-        which: "train" or "eval": the setting to name in errors and the split to take from the hub.
-        is_fetched: ``hash_sources`` has read the same names on this node, so that the hub is not asked again.
+        which: "train" or "eval": the setting that errors name, and the hub's split.
+        is_fetched: ``hash_sources`` has read the same names on this node, so the hub isn't queried again.
 
     Raises:
-        DataError: a source is missing, empty, of an unknown kind, or lacks the needed columns.
+        DataError: a source is missing, empty, of an unknown kind, or lacks required columns.
     """
     listed = [names] if isinstance(names, str) else list(names)
     if not listed:
@@ -125,9 +125,9 @@ def read_records(names: str | Sequence[str], *, fmt: Format | None, which: str, 
 
 
 def hash_sources(names: str | Sequence[str], *, which: str) -> str:
-    """xxh3_128 over the bytes of all sources: what decides whether tokenised data still holds.
+    """xxh3_128 over the bytes of all sources: what decides whether cached tokens are still valid.
 
-    Costs one read of the files. Raises DataError as ``read_records`` does for what is missing.
+    Reads the files once. Raises DataError as ``read_records`` does if one is missing.
     """
     digest = xxhash.xxh3_128()
     for name in [names] if isinstance(names, str) else names:
@@ -140,7 +140,7 @@ def hash_sources(names: str | Sequence[str], *, which: str) -> str:
 
 
 class JsonLines:
-    """A file with one JSON object a line; empty lines, a byte order mark and CRLF do no harm."""
+    """A file with one JSON object per line; empty lines, a byte order mark and CRLF are accepted."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -159,8 +159,8 @@ class JsonLines:
         num_bytes = int(self._lengths[index])
         if num_bytes > MAX_RECORD_BYTES:
             raise DataError(
-                f"a line of {num_bytes / 2**20:.1f} MiB; at most {MAX_RECORD_BYTES // 2**20} MiB, "
-                "one record, is expected. Write one JSON object a line"
+                f"a line of {num_bytes / 2**20:.1f} MiB; one record of at most {MAX_RECORD_BYTES // 2**20} MiB "
+                "is expected. Write one JSON object per line"
             )
         line = os.pread(self._file.fileno(), num_bytes, int(self._starts[index]))
         try:
@@ -170,10 +170,10 @@ class JsonLines:
         except json.JSONDecodeError as error:
             raise DataError(
                 f"not JSON: {error.msg} at column {error.pos + 1}, {_near(error.doc, error.pos)}; "
-                f"one object a line is expected, e.g. {_EXAMPLE}"
+                f"one object per line is expected, e.g. {_EXAMPLE}"
             ) from None
         except RecursionError:
-            raise DataError("the JSON is nested too deep to be a record") from None
+            raise DataError("the JSON is nested too deeply") from None
         except ValueError as error:
             raise DataError(f"not JSON: {_first_line(str(error))}") from None  # a number of thousands of digits
         return _as_object(value)
@@ -209,7 +209,7 @@ class JsonArray:
 
 
 class CsvRows:
-    """A CSV file with a header line; every value is a text."""
+    """A CSV file with a header line; every value is a string."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -257,7 +257,7 @@ class ParquetRows:
         try:
             self._table = pyarrow.parquet.read_table(path, memory_map=True)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"{self.name}: not a whole parquet file: {error}") from None
+            raise DataError(f"{self.name}: not a complete parquet file: {error}") from None
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -271,12 +271,12 @@ class ParquetRows:
 
         try:
             return dict(self._table.slice(index, 1).to_pylist()[0])
-        except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # a text that is no UTF-8, a year 300,000
+        except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # a string not in UTF-8, a year 300,000
             raise DataError(f"the row can't be read: {_first_line(str(error))}") from None
 
 
 class HubSource:
-    """A data set of the hub (or of its local cache), fetched by ``datasets``; once fetched, from its cache alone."""
+    """A data set of the hub, loaded by ``datasets``; once downloaded, from its cache alone."""
 
     def __init__(self, name: str, which: str, *, is_fetched: bool = False) -> None:
         import datasets
@@ -286,14 +286,14 @@ class HubSource:
         self.name = name
         split = parts["split"] or ("train" if which == "train" else "validation")
         if is_fetched:
-            # What can't be read back from the cache is asked for again.
+            # What can't be read back from the cache is requested again.
             with contextlib.suppress(Exception), _without_network():
                 self._dataset = datasets.load_dataset(parts["name"], name=parts["config"], split=split)
                 return
         try:
             self._dataset = datasets.load_dataset(parts["name"], name=parts["config"], split=split)
         except Exception as error:
-            raise DataError(_hub_trouble(name, parts["name"], split, which, error)) from error
+            raise DataError(_hub_error(name, parts["name"], split, which, error)) from error
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -306,7 +306,7 @@ class HubSource:
         return dict(self._dataset[index])
 
     def chunks(self) -> Iterator[bytes]:
-        """All rows as bytes, the same wherever the same rows are."""
+        """All rows as bytes, the same on any machine that has the same rows."""
         import pyarrow
 
         for batch in self._dataset.with_format("arrow").iter(batch_size=1000):
@@ -319,7 +319,7 @@ class HubSource:
 
 @contextlib.contextmanager
 def _without_network() -> Iterator[None]:
-    """``datasets`` takes what is in its cache and asks nobody: each load costs ten requests of each rank otherwise."""
+    """``datasets`` reads its cache without requests: otherwise each load costs ten requests per rank."""
     import datasets
 
     was_offline, verbosity = datasets.config.HF_HUB_OFFLINE, datasets.logging.get_verbosity()
@@ -332,24 +332,24 @@ def _without_network() -> Iterator[None]:
         datasets.logging.set_verbosity(verbosity)
 
 
-def _hub_trouble(name: str, repo: str, split: str, which: str, error: Exception) -> str:
-    """What to do about a data set that did not come; ``datasets`` has many exceptions for few causes."""
-    words = str(error)
+def _hub_error(name: str, repo: str, split: str, which: str, error: Exception) -> str:
+    """The message for a data set that can't be loaded; ``datasets`` has many exceptions for few causes."""
+    text = str(error)
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    if "GatedRepoError" in kinds or any(sign in words for sign in ("gated", "401", "403")):
+    if "GatedRepoError" in kinds or any(sign in text for sign in ("gated", "401", "403")):
         return (
-            f"data.{which}: {repo} is gated or private on the hub ({_first_line(words)}). Ask for access on "
+            f"data.{which}: {repo} is gated or private on the hub ({_first_line(text)}). Request access on "
             f"https://huggingface.co/datasets/{repo}, then log in: `hf auth login`, or set HF_TOKEN"
         )
-    if "Config name is missing" in words or "BuilderConfig" in words:
-        return f"data.{which}: {repo} has several parts: {words.strip()}\nName one: data.{which}: {repo}:CONFIG"
-    if "split" in words.lower():
-        return f"data.{which}: {repo} has no split {split!r} ({_first_line(words)}). Name one: {repo}@SPLIT"
-    if "RepositoryNotFoundError" in kinds or "doesn't exist on the Hub" in words:
-        return f"data.{which}: neither a file nor a data set of the hub is called {name!r}. Check the name"
+    if "Config name is missing" in text or "BuilderConfig" in text:
+        return f"data.{which}: {repo} has several configs: {text.strip()}\nName one: data.{which}: {repo}:CONFIG"
+    if "split" in text.lower():
+        return f"data.{which}: {repo} has no split {split!r} ({_first_line(text)}). Name one: {repo}@SPLIT"
+    if "RepositoryNotFoundError" in kinds or "doesn't exist on the Hub" in text:
+        return f"data.{which}: {name!r} is neither a file nor a data set of the hub. Check the name"
     return (
-        f"data.{which}: the hub's data set {name!r} could not be read: {type(error).__name__}: "
-        f"{_first_line(words)}. Without a network, give a local file (.jsonl .json .csv .parquet)"
+        f"data.{which}: the hub's data set {name!r} can't be read: {type(error).__name__}: "
+        f"{_first_line(text)}. Without a network, name a local file (.jsonl .json .csv .parquet)"
     )
 
 
@@ -381,28 +381,28 @@ def _local_path(name: str, which: str) -> Path | None:
         path.stat()
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, RuntimeError) as error:  # too long, no permission, a NUL; a home of nobody
-        why = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"data.{which}: {name[:200]} can't be opened: {why}") from None
+    except (OSError, ValueError, RuntimeError) as error:  # too long, no permission, a NUL, an unknown home
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"data.{which}: {name[:200]} can't be opened: {reason}") from None
     if path.is_dir():
         inside = sorted(child.name for child in path.iterdir() if child.suffix in _SUFFIXES)[:NUM_EXAMPLES]
-        raise DataError(f"data.{which}: {name} is a folder; name its files: {', '.join(inside) or 'it holds none'}")
+        raise DataError(f"data.{which}: {name} is a folder; name its files: {', '.join(inside) or 'it has none'}")
     if path.exists():
         if path.suffix not in _SUFFIXES:
-            raise DataError(f"data.{which}: {name} has the ending {path.suffix!r}; {' '.join(_SUFFIXES)} are read")
+            raise DataError(f"data.{which}: {name} has suffix {path.suffix!r}; {' '.join(_SUFFIXES)} are supported")
         if not os.access(path, os.R_OK):
-            raise DataError(f"data.{which}: {name} may not be read by this user (mode {path.stat().st_mode & 0o777:o})")
+            raise DataError(f"data.{which}: {name} can't be read by this user (mode {path.stat().st_mode & 0o777:o})")
         return path
     if path.suffix not in _SUFFIXES and not name.startswith(("/", ".", "~")) and _HUB_ID.fullmatch(name):
         return None
     if not path.parent.is_dir():
-        raise DataError(f"data.{which}: {name} does not exist, nor does its folder {path.parent}")
+        raise DataError(f"data.{which}: {name} doesn't exist, nor does its folder {path.parent}")
     near = nearest(path.name, sorted(os.listdir(path.parent)), cutoff=0.5)
-    raise DataError(f"data.{which}: {name} does not exist" + (f" (nearest there: {near})" if near else ""))
+    raise DataError(f"data.{which}: {name} doesn't exist" + (f" (nearest there: {near})" if near else ""))
 
 
 def _format_of(source: Source, fmt: Format | None) -> Format:
-    """The format by the first record that can be read; a broken file is told of when its lines are read."""
+    """The format by the first record that can be read; a broken file is reported when its lines are read."""
     for index in range(min(len(source), 100)):
         try:
             record = source[index]
@@ -421,8 +421,8 @@ def _format_of(source: Source, fmt: Format | None) -> Format:
 
 def _as_object(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
-        kind = {list: "a list", str: "a text", type(None): "null"}.get(type(value), f"{value!r}")
-        raise DataError(f"{kind} instead of an object; one object a record is expected, e.g. {_EXAMPLE}")
+        kind = {list: "a list", str: "a string", type(None): "null"}.get(type(value), f"{value!r}")
+        raise DataError(f"{kind} instead of an object; one object per record is expected, e.g. {_EXAMPLE}")
     return value
 
 
@@ -450,8 +450,8 @@ def _elements(text: str, name: str) -> Iterator[tuple[int, Any]]:
     skip = re.compile(r"[\s,]*")
     position, line, counted = text.index("[") + 1, 1, 0
     while True:
-        found = skip.match(text, position)
-        position = found.end() if found else position
+        skipped = skip.match(text, position)
+        position = skipped.end() if skipped else position
         line, counted = line + text.count("\n", counted, position), position
         if text[position : position + 1] == "]":
             return
@@ -464,14 +464,14 @@ def _elements(text: str, name: str) -> Iterator[tuple[int, Any]]:
                 f"a list of objects is expected, e.g. [{_EXAMPLE}]"
             ) from None
         except RecursionError:
-            raise DataError(f"{name}:{line}: the JSON is nested too deep to be a record") from None
+            raise DataError(f"{name}:{line}: the JSON is nested too deeply") from None
         except ValueError as error:
             raise DataError(f"{name}:{line}: not JSON: {_first_line(str(error))}") from None
         yield line, value
 
 
 def _index_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Start, length in bytes and number (from 1) of each line that holds something."""
+    """Start, length in bytes and number (from 1) of each line that isn't empty."""
     size = path.stat().st_size
     if size == 0:
         empty = np.zeros(0, np.int64)

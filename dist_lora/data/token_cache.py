@@ -1,10 +1,10 @@
-"""Token ids of a whole data set: made once, by all ranks together, kept by content.
+"""Token ids of a whole data set: made once, by all ranks together, cached by content.
 
-The work is shared without a collective: every rank encodes a contiguous part and says so through the
-world's key-value store, where nobody's watchdog waits. The first rank of each cache puts the parts
-together and publishes the folder by one rename, under a lock that the kernel drops when the process
-dies. So a job that is killed leaves nothing that a later one takes for whole, and of two jobs at
-once the second waits and reads what the first has made.
+The work is split without a collective: every rank encodes a contiguous part and reports it through the
+world's key-value store, where no watchdog times out. The first rank of each cache joins the parts and
+publishes the folder by one rename, under a lock that the kernel releases when the process dies. So a job
+that is killed leaves nothing that a later one takes for complete, and of two concurrent jobs the second
+waits and reads what the first has published.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 Which = Literal["train", "eval"]
 
 CACHE_VERSION = 1
-"""Part of every key: to be raised whenever the same record may become other ids."""
+"""Part of every key: raise it whenever the same record may become other ids."""
 
 REPORT_EVERY_S = 10.0
 
@@ -56,7 +56,7 @@ _ARRAYS = {
 
 @dataclass(frozen=True)
 class TokenRules:
-    """What decides, beside text and tokenizer, which ids and targets come out (settings of these names)."""
+    """The settings, by their names, that ids and targets depend on besides text and tokenizer."""
 
     sequence_length: int
     format: Literal["auto"] | Format = "auto"
@@ -91,9 +91,9 @@ def prepare_tokens(
         cache_dir: None for ``default_cache_dir()``. Nodes may share it or each have their own.
 
     Raises:
-        DataError: sources cannot be read, records are broken, samples have no target (or are too long)
+        DataError: sources can't be read, records are invalid, samples have no target (or are too long)
             and the rules say error, or no sample is left. On every rank: its own or as RankError.
-        SaveError: the cache cannot be written.
+        SaveError: the cache can't be written.
     """
     started = time.monotonic()
     world.progress.now(f"reading data.{which}", kind="long")
@@ -104,37 +104,37 @@ def prepare_tokens(
         building = _begin(cache / key, group=group, which=which, world=world, held=held)
         if building is not None:
             world.progress.now(f"tokenising data.{which}", kind="long")
-            check = _Builder(names, which, rules, tokenizer, building, group, world)
-            check.encode_part()
+            builder = _Builder(names, which, rules, tokenizer, building, group, world)
+            builder.encode_part()
         else:
-            check = None
-        world.agree(f"tokenising data.{which}", check.error if check else None)
-        error = check.publish(cache / key) if check and group.is_first else None
+            builder = None
+        world.agree(f"tokenising data.{which}", builder.error if builder else None)
+        error = builder.publish(cache / key) if builder and group.is_first else None
         world.agree(f"publishing the tokens of data.{which}", error)
     token_set = _open_published(cache / key)
-    assert token_set is not None, f"{cache / key} was published and cannot be read"
+    assert token_set is not None, f"{cache / key} was published and can't be read"
     if world.is_first:
         how = "from the cache" if building is None else f"tokenised in {time.monotonic() - started:.1f} s"
-        log.info(f"data.{which}: {_described(cache / key, token_set)}, {how}")
+        log.info(f"data.{which}: {_summary_line(cache / key, token_set, rules)}, {how}")
     return token_set
 
 
 @dataclass(frozen=True)
 class _Group:
-    """The ranks that see one cache: all of the world, or those of a node."""
+    """The ranks that share one cache: all of the world, or those of a node."""
 
-    first: int
-    place: int
+    first: int  # world rank
+    index: int  # of this rank in the group
     size: int
 
     @property
     def is_first(self) -> bool:
-        return self.place == 0
+        return self.index == 0
 
 
 @dataclass
 class _Counts:
-    """What became of the samples of one part, or of all parts."""
+    """What happened to the samples of one part, or of all parts."""
 
     num_samples: int = 0
     num_documents: int = 0
@@ -179,7 +179,7 @@ def _agree_on_key(
     """The key of the cache, the same on all ranks. One rank of each node reads the sources' bytes.
 
     Raises:
-        DataError: a source cannot be read, or differs between nodes.
+        DataError: a source can't be read, or differs between nodes.
     """
     stage = f"reading data.{which}"
 
@@ -203,28 +203,28 @@ def _agree_on_key(
 
 
 def _group_of(cache: Path, *, which: Which, world: World) -> _Group:
-    """Who shares the cache: one file, written by the first rank, is looked for on every node."""
-    everyone = _Group(first=0, place=world.world_rank, size=world.world_size)
+    """The ranks that share the cache: every node checks for a file that the first rank writes."""
+    everyone = _Group(first=0, index=world.world_rank, size=world.world_size)
     if world.local_size == world.world_size:
         return everyone
 
-    def leave_probe() -> bytes:
+    def write_probe() -> bytes:
         name = f"probe-{uuid.uuid4().hex}"
         (cache / name).touch()
         return name.encode()
 
-    stage = f"looking who shares the cache of data.{which}"
-    probe = cache / world.once(stage, leave_probe, os_error=lambda error: _unwritable(cache, error)).decode()
+    stage = f"finding the ranks that share the cache of data.{which}"
+    probe = cache / world.once(stage, write_probe, os_error=lambda error: _unwritable(cache, error)).decode()
     is_seen_by_all = world.least(world.fresh_key("tokens/probe"), int(probe.exists())) == 1
     if world.is_first:
         probe.unlink()
     if is_seen_by_all:
         return everyone
-    return _Group(first=world.world_rank - world.local_rank, place=world.local_rank, size=world.local_size)
+    return _Group(first=world.world_rank - world.local_rank, index=world.local_rank, size=world.local_size)
 
 
 def _begin(folder: Path, *, group: _Group, which: Which, world: World, held: contextlib.ExitStack) -> Path | None:
-    """The folder in which the group builds, or None where the tokens are there already.
+    """The folder in which the group builds, or None if the tokens are already cached.
 
     The group's first rank holds the lock until ``held`` is closed.
     """
@@ -251,7 +251,7 @@ def _begin(folder: Path, *, group: _Group, which: Which, world: World, held: con
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Holds the lock file, after any other job that builds the same; False where the disk has no locks."""
+    """Holds the lock file, after any other job that builds the same; yields False on a disk without locks."""
     with path.open("ab") as file:
         reported = time.monotonic()
 
@@ -259,12 +259,12 @@ def _locked(path: Path) -> Iterator[bool]:
             nonlocal reported
             if time.monotonic() - reported > REPORT_EVERY_S:
                 reported = time.monotonic()
-                log.info(f"another job tokenises the same data; waiting for it ({path})")
+                log.info(f"another job is tokenising the same data; waiting for it ({path})")
 
         try:
             lock(file.fileno(), on_wait=report)
         except OSError:
-            yield False  # without locks two jobs do the work twice; the rename still keeps the result whole
+            yield False  # without locks two jobs both do the work; the rename still makes the result complete
         else:
             yield True
 
@@ -288,7 +288,7 @@ class _Builder:
         self.error: Exception | None = None
 
     def encode_part(self) -> None:
-        """Writes this rank's part; leaves in ``error`` what is wrong, on the first rank with all parts."""
+        """Writes this rank's part; sets ``error``: on the first rank to the faults of all parts."""
         try:
             self._counts = self._encode()
         except DataError as error:
@@ -297,17 +297,17 @@ class _Builder:
             self.error = _unwritable(self._folder, error)
         counts = self._gathered()
         if self.error is None and self._group.is_first:
-            self.error = _verdict(counts, which=self._which, rules=self._rules)
+            self.error = _error_of(counts, which=self._which, rules=self._rules)
 
     def publish(self, folder: Path) -> Exception | None:
-        """Puts the parts together and renames the result to ``folder``; what went wrong is returned."""
+        """Joins the parts and renames the result to ``folder``; returns the error, if any."""
         whole = self._folder / "whole"
         try:
             whole.mkdir()
             for name in _ARRAYS:
                 with new_file(whole / name) as append:
-                    for place in range(self._group.size):
-                        with (self._folder / f"{place}.{name}").open("rb") as part:
+                    for index in range(self._group.size):
+                        with (self._folder / f"{index}.{name}").open("rb") as part:
                             while data := part.read(2**20):
                                 append(data)
             sizes = {name: (whole / name).stat().st_size for name in _ARRAYS}
@@ -327,14 +327,14 @@ class _Builder:
         return None
 
     def _gathered(self) -> _Counts:
-        """The counts of all parts on the first rank of the group; every rank tells its own."""
+        """The counts of all parts on the first rank of the group, to which every other rank sends its own."""
         prefix = f"tokens/{self._which}/counts"
         own = self._counts
         if not self._group.is_first:
             self._world.share(f"{prefix}/{self._world.world_rank}", own.to_json())
             return own
-        for place in range(1, self._group.size):
-            own.extend(_Counts.from_json(self._world.fetch(f"{prefix}/{self._group.first + place}")))
+        for index in range(1, self._group.size):
+            own.extend(_Counts.from_json(self._world.fetch(f"{prefix}/{self._group.first + index}")))
         return own
 
     def _encode(self) -> _Counts:
@@ -342,12 +342,12 @@ class _Builder:
         records = read_records(self._names, fmt=fmt, which=self._which, is_fetched=True)
         check_template(self._tokenizer, formats=records.formats)
         group = self._group
-        part = range(len(records) * group.place // group.size, len(records) * (group.place + 1) // group.size)
+        part = range(len(records) * group.index // group.size, len(records) * (group.index + 1) // group.size)
         counts = _Counts()
         reported = time.monotonic()
         with contextlib.ExitStack() as opened:
             files = {
-                name: opened.enter_context((self._folder / f"{group.place}.{name}").open("wb")) for name in _ARRAYS
+                name: opened.enter_context((self._folder / f"{group.index}.{name}").open("wb")) for name in _ARRAYS
             }
             for done, index in enumerate(part, start=1):
                 document = _encode_one(records, index, tokenizer=self._tokenizer, rules=self._rules, counts=counts)
@@ -381,12 +381,12 @@ def _encode_one(
     had_targets = any(document.is_target[1:])
     document = Encoded(ids=document.ids[:limit], is_target=document.is_target[:limit])
     if not any(document.is_target[1:]):
-        why = (
-            f"its {num_tokens:,} tokens are cut to train.sequence_length = {limit:,}, before the first target"
+        reason = (
+            f"its {num_tokens:,} tokens are truncated to train.sequence_length = {limit:,}, before the first target"
             if had_targets
-            else "nothing in it is to be learned (no assistant turn, or all of them weight 0)"
+            else "it has nothing to train on (no assistant turn, or all of them weight 0)"
         )
-        counts.no_target.add(f"{records.where(index)}: {why}")
+        counts.no_target.add(f"{records.where(index)}: {reason}")
         return None
     counts.num_documents += 1
     return document
@@ -395,7 +395,7 @@ def _encode_one(
 def _unwritable(path: Path, error: OSError) -> SaveError:
     return SaveError(
         f"data.cache_dir: {path} can't be written: {error.strerror or error}. "
-        "Set it to a folder that can, with room for the tokens"
+        "Set it to a writable folder with room for the tokens"
     )
 
 
@@ -407,14 +407,14 @@ def _write(files: Mapping[str, BinaryIO], document: Encoded, index: int) -> None
     array("q", [index]).tofile(files["sample_ids"])
 
 
-def _verdict(counts: _Counts, *, which: Which, rules: TokenRules) -> DataError | None:
-    """All that the user must be told before anything is trained, in one error."""
-    told = []
+def _error_of(counts: _Counts, *, which: Which, rules: TokenRules) -> DataError | None:
+    """All faults of the samples, in one error; None if the rules accept them."""
+    messages = []
     total = counts.num_samples
     if counts.broken.count:
-        told.append(f"data.{which}: {counts.broken.count} of {total} records are broken:\n{counts.broken.listed()}")
+        messages.append(f"data.{which}: {counts.broken.count} of {total} records are broken:\n{counts.broken.listed()}")
     if counts.too_long.count and rules.on_too_long == "error":
-        told.append(
+        messages.append(
             f"data.{which}: {counts.too_long.count} of {total} samples are longer than "
             f"train.sequence_length = {rules.sequence_length}:\n{counts.too_long.listed()}\n"
             "Set data.on_too_long: truncate or drop, or a longer train.sequence_length."
@@ -423,24 +423,24 @@ def _verdict(counts: _Counts, *, which: Which, rules: TokenRules) -> DataError |
         way_out = (
             "Set data.on_no_target: drop to leave them out, or a longer train.sequence_length."
             if counts.no_target.count < total
-            else "Nothing is left to learn from: set a longer train.sequence_length, or mend the data."
+            else "Nothing is left to train on: set a longer train.sequence_length, or fix the data."
         )
-        told.append(
+        messages.append(
             f"data.{which}: {counts.no_target.count} of {total} samples have no target tokens "
             f"({counts.no_target.count / total:.0%}):\n{counts.no_target.listed()}\n{way_out}"
         )
-    if not told and counts.num_documents == 0:
+    if not messages and counts.num_documents == 0:
         faults = "\n".join(text for text in (counts.too_long.listed(), counts.no_target.listed()) if text)
-        told.append(
+        messages.append(
             f"data.{which}: none of {total} samples is left: {counts.too_long.count} are longer than "
             f"train.sequence_length = {rules.sequence_length}, "
             f"{counts.no_target.count} have no target tokens:\n{faults}"
         )
-    return DataError("\n".join(told)) if told else None
+    return DataError("\n".join(messages)) if messages else None
 
 
 def _open_published(folder: Path) -> TokenSet | None:
-    """The tokens of a published folder; None where there is none, or its files are not as written."""
+    """The tokens of a published folder; None if there is none, or its files aren't as written."""
     try:
         sizes = json.loads((folder / "summary.json").read_text())["sizes"]
         if any((folder / name).stat().st_size != sizes[name] for name in _ARRAYS):
@@ -459,13 +459,13 @@ def _open_published(folder: Path) -> TokenSet | None:
     )
 
 
-def _described(folder: Path, token_set: TokenSet) -> str:
-    """Samples, tokens and what was cut or left out, as one line."""
+def _summary_line(folder: Path, token_set: TokenSet, rules: TokenRules) -> str:
+    """Samples, tokens and what was dropped or truncated, as one line."""
     counts = _Counts.from_json(json.dumps(json.loads((folder / "summary.json").read_text())["counts"]).encode())
-    told = (
-        f"{len(token_set):,} samples, {token_set.num_tokens:,} tokens, {token_set.num_target_tokens:,} of them targets"
-    )
+    line = f"{len(token_set):,} samples, {token_set.num_tokens:,} tokens, {token_set.num_target_tokens:,} trained on"
     for faults, why in ((counts.too_long, "too long"), (counts.no_target, "without target tokens")):
         if faults.count:
-            told += f"; dropped {faults.count:,} of {counts.num_samples:,} {why}"
-    return told + (f"; cut {counts.num_truncated:,} to the sequence length" if counts.num_truncated else "")
+            line += f"; dropped {faults.count:,} of {counts.num_samples:,} {why}"
+    if counts.num_truncated:
+        line += f"; truncated {counts.num_truncated:,} samples to sequence_length={rules.sequence_length}"
+    return line

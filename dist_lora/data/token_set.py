@@ -1,4 +1,4 @@
-"""Token ids of a whole data set in memory, document by document, and the part of it that is held out."""
+"""Token ids of a whole data set, document by document, and its held-out part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dist_lora.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class TokenSet:
-    """The documents of a data set; the flat arrays lie in files and are read when touched.
+    """The documents of a data set; the flat arrays are memory-mapped files.
 
     N documents, T tokens of all of them (of the whole file, also where only some are selected).
     """
@@ -21,7 +21,7 @@ class TokenSet:
     is_target: np.ndarray  # bool (T,)
     starts: np.ndarray  # int64 (N,): each document's first token
     lengths: np.ndarray  # int64 (N,), at most the sequence length
-    num_targets: np.ndarray  # int64 (N,), at least 1: its targets without the first token, which nothing predicts
+    num_targets: np.ndarray  # int64 (N,), at least 1: its targets but the first token, which isn't predicted
     sample_ids: np.ndarray  # int64 (N,): the document's row in the source, from 0
 
     def __len__(self) -> int:
@@ -34,11 +34,11 @@ class TokenSet:
 
     @property
     def num_target_tokens(self) -> int:
-        """Tokens that are learned, of all documents."""
+        """Target tokens (those that are trained on) of all documents."""
         return int(self.num_targets.sum())
 
     def fingerprint(self) -> str:
-        """``xxh3_128:<hex>`` of the documents in their order, ids and targets: the same where training sees the same.
+        """``xxh3_128:<hex>`` of the documents in their order, ids and targets: equal if training sees the same.
 
         Reads all of it, once.
         """
@@ -53,7 +53,7 @@ class TokenSet:
         return self.ids[whole], self.is_target[whole]
 
     def select(self, documents: np.ndarray) -> TokenSet:
-        """These documents alone, in this order; nothing is copied but their places."""
+        """These documents alone, in this order; their tokens aren't copied."""
         return TokenSet(
             ids=self.ids,
             is_target=self.is_target,
@@ -68,14 +68,14 @@ def split_eval(token_set: TokenSet, *, fraction: float, seed: int) -> tuple[Toke
     """(train, eval): ``fraction`` of the documents, at least one, is held out.
 
     Which ones depends on their ids and the seed alone, not on their order; equal documents stay
-    together, unless they are the ones at the border.
+    together, unless they are at the boundary.
 
     Raises:
         DataError: there are fewer than two documents.
     """
     if len(token_set) < 2:
         raise DataError(
-            f"data.eval: {fraction} of {len(token_set)} document cannot be held out; give a file or more data"
+            f"data.eval: {fraction} of {len(token_set)} document can't be held out; name a file, or add data"
         )
     drawn = np.array(
         [

@@ -1,8 +1,8 @@
-"""Special tokens that the data need and the base has never learned: found before anything is trained on them.
+"""Special tokens that the data need and the base was never trained on: found before the training.
 
-A base model has rows for tokens that its pretraining never met; all of them are zero, or as alike as they were made.
-The adapters leave embedding and head frozen, so a model that is to read or write such a token never will: it can't
-tell it from the others, and an answer that should end in one goes on for ever.
+A base model has rows for tokens that its pretraining never used; all of them are zero, or equal as they were
+initialized. The adapters leave embedding and head frozen, so the model can't learn to read or write such a token: it
+can't distinguish it from the others, and an answer that should end in one never ends.
 
 Letters: N documents, T tokens, V rows of the vocabulary, D model width.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 NEAR_ZERO = 1e-16
-"""A row whose weights are all smaller was never trained: weight decay leaves such values of what it began with."""
+"""A row whose weights are all smaller was never trained: weight decay reduces the initial values to this."""
 
 _TOKENS_AT_ONCE = 2**24
 log = logging.getLogger("dist_lora")
@@ -41,7 +41,7 @@ log = logging.getLogger("dist_lora")
 
 @dataclass(frozen=True)
 class TokensInUse:
-    """Ids of special tokens in a data set: those that something follows, and those that are to be written."""
+    """Ids of special tokens in a data set: those with a token after them, and those that are targets."""
 
     read: tuple[int, ...]
     written: tuple[int, ...]
@@ -56,9 +56,9 @@ def check_special_tokens(
     on_untrained: Literal["error", "allow"],
     world: World,
 ) -> None:
-    """Refuse to train on special tokens that the base never learned (or only say so). All ranks call it.
+    """Refuse, or warn of, training on special tokens that the base was never trained on. All ranks call it.
 
-    The first rank reads the data once and the rows of the special tokens, a few MB, and tells the others.
+    The first rank reads the data once and the rows of the special tokens, a few MB, on behalf of all ranks.
 
     Args:
         is_tied: the head is the embedding.
@@ -76,18 +76,18 @@ def check_special_tokens(
         if faults and on_untrained == "error":
             raise DataError(_refusal(faults))
         for fault in faults:
-            log.warning(f"data.untrained_tokens: allow: training though {fault}")
+            log.warning(f"data.untrained_tokens: allow: training although {fault}")
 
     world.on_first("the special tokens of data.train", check)
 
 
 def tokens_in_use(token_set: TokenSet, *, ids: Sequence[int], vocab: int) -> TokensInUse:
-    """Which of the tokens ``ids`` the documents use, and as what. Reads the data once, in order.
+    """Which of the tokens ``ids`` the documents use, and how. Reads the data once, in order.
 
-    The last token of a document is not read: nothing comes after it. The first one is not written.
+    The last token of a document is not read, since nothing follows it. The first one is not written.
 
     Raises:
-        DataError: an id is none of the ``vocab`` that the model has.
+        DataError: an id is not below ``vocab``.
     """
     is_wanted = np.zeros(vocab, bool)
     is_wanted[[number for number in ids if number < vocab]] = True
@@ -101,14 +101,14 @@ def tokens_in_use(token_set: TokenSet, *, ids: Sequence[int], vocab: int) -> Tok
         if int(some.max()) >= vocab:
             raise DataError(
                 f"data.train: the tokenizer writes id {int(some.max())} and the model has {vocab:,} rows (ids 0 to "
-                f"{vocab - 1}). Tokenizer and model are not of one kind, or tokens were added; take the model's own"
+                f"{vocab - 1}). They don't belong together, or tokens were added; use the model's own tokenizer"
             )
-        places = begin + np.flatnonzero(is_wanted[some])
-        document = np.searchsorted(starts, places, side="right") - 1
-        inside = (document >= 0) & (places < ends[document])
-        places, document = places[inside], document[inside]
-        is_read[all_ids[places[places < ends[document] - 1]]] = True
-        is_written[all_ids[places[is_target[places] & (places > starts[document])]]] = True
+        positions = begin + np.flatnonzero(is_wanted[some])
+        document = np.searchsorted(starts, positions, side="right") - 1
+        inside = (document >= 0) & (positions < ends[document])
+        positions, document = positions[inside], document[inside]
+        is_read[all_ids[positions[positions < ends[document] - 1]]] = True
+        is_written[all_ids[positions[is_target[positions] & (positions > starts[document])]]] = True
     return TokensInUse(tuple(np.flatnonzero(is_read).tolist()), tuple(np.flatnonzero(is_written).tolist()))
 
 
@@ -116,11 +116,11 @@ def _faults(used: TokensInUse, names: dict[int, str], *, index: WeightIndex, is_
     """A sentence for each token and tensor: "its row of lm_head.weight is zero"."""
     parts = [(EMBEDDING, used.read)]
     parts.append((EMBEDDING if is_tied else HEAD, used.written))
-    faults: dict[str, None] = {}  # in order, each once: a tied row is asked for twice
+    faults: dict[str, None] = {}  # in order, each once: a tied row is checked twice
     for tensor, wanted in parts:
         if not wanted:
             continue
-        # Whether a row is like others shows only beside them, so all special tokens' rows are read.
+        # A row is compared with the others, so all special tokens' rows are read.
         rows = _read_rows(index, tensor, [number for number in names if number < index.tensors[tensor].shape[0]])
         counts = Counter(rows.values())
         for number in wanted:
@@ -134,7 +134,7 @@ def _faults(used: TokensInUse, names: dict[int, str], *, index: WeightIndex, is_
 
 
 def _read_rows(index: WeightIndex, tensor_name: str, ids: Sequence[int]) -> dict[int, bytes]:
-    """The bytes of rows ``(D,)`` of a tensor on disk by their number; empty where the row is zero, or as good as."""
+    """The bytes of rows ``(D,)`` of a tensor on disk by row number; empty if the row is zero or close to it."""
     tensor = index.tensors[tensor_name]
     rows: dict[int, bytes] = {}
     reader = SliceReader()
@@ -148,7 +148,7 @@ def _read_rows(index: WeightIndex, tensor_name: str, ids: Sequence[int]) -> dict
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """(first, count) of each run of numbers that follow each other."""
+    """(first, count) of each run of consecutive numbers."""
     runs: list[tuple[int, int]] = []
     for number in numbers:
         if runs and sum(runs[-1]) == number:
@@ -161,9 +161,9 @@ def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
 def _refusal(faults: list[str]) -> str:
     listed = "".join(f"\n  {fault}" for fault in faults)
     return (
-        f"data.train needs special tokens that this base has never learned:{listed}\n"
-        "Embedding and head stay frozen, so no adapter can teach the model to read them or to end an answer by them. "
-        "Take the model's Instruct version (model.name: 3.1-8b-instruct and its like); or train on plain text, which "
-        "ends in <|end_of_text|> (data.format: text or prompt-completion); or give a data.chat_template without these "
-        "tokens. To train nevertheless: data.untrained_tokens: allow"
+        f"data.train needs special tokens that this base was never trained on:{listed}\n"
+        "Embedding and head stay frozen, so no adapter can teach the model to read them or to end an answer with them. "
+        "Use the model's Instruct version (model.name: 3.1-8b-instruct and its like); or train on plain text, which "
+        "ends in <|end_of_text|> (data.format: text or prompt-completion); or set a data.chat_template without these "
+        "tokens. To train anyway: data.untrained_tokens: allow"
     )

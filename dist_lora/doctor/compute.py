@@ -172,7 +172,7 @@ def _attention(device: torch.device, dtype: torch.dtype, budget_s: float) -> lis
 
 def _dequantize(fmt: Format, device: torch.device, dtype: torch.dtype, budget_s: float) -> list[float]:
     parts = fmt.quantize_rows(torch.randn(*DENSE, device=device, dtype=dtype))
-    times = _times(lambda: fmt.dense(parts, dtype), device, budget_s)
+    times = _times(lambda: fmt.dequantize(parts, dtype), device, budget_s)
     return _rate(DENSE[0] * DENSE[1], times)
 
 

@@ -1,1 +1,1 @@
-"""How the base and the adapters are sharded over the ranks, one file an engine."""
+"""How the base and the adapters are sharded over the ranks, one file per engine."""

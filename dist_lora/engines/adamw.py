@@ -1,4 +1,4 @@
-"""AdamW over flat fp32 parameters, on their device or with all of its state in host memory; the norm of gradients."""
+"""AdamW over flat fp32 parameters, on their device or with its state in host memory; the norm of gradients."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dist_lora.config.schema import OptimSection
 
 # N elements of a parameter
 
-_NORM_WIDTH = 4096  # elements that are added up in fp32
+_NORM_WIDTH = 4096  # elements that are summed in fp32
 
 
 class AdamW:
-    """AdamW over some flat fp32 parameters ``(N,)``; its state is named tensors, no index and no pickle.
+    """AdamW over some flat fp32 parameters ``(N,)``; its state is named tensors, without pickle.
 
-    With ``on_host`` the moments and the copy of the parameters that is updated lie in host memory (pinned where there
-    is a GPU): a step brings the gradients there and the new parameters back, and a GPU keeps nothing of it.
+    With ``on_host`` the moments and the updated copy of the parameters are in host memory (pinned if there is a GPU):
+    a step copies the gradients there and the new parameters back, and the GPU holds no optimizer state.
 
     Source: arXiv 1711.05101; the arithmetic is ``torch.optim.AdamW``'s.
     """
@@ -39,7 +39,7 @@ class AdamW:
         self._num_steps: list[Tensor] = []
         for parameter in self._updated:
             state = self._optimizer.state[parameter]
-            # fused AdamW wants the count of steps beside the parameter, as a tensor.
+            # fused AdamW needs the step count on the parameter's device, as a tensor.
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter.data)
             state["exp_avg_sq"] = torch.zeros_like(parameter.data)
@@ -48,7 +48,7 @@ class AdamW:
             self.exp_avg_sq.append(state["exp_avg_sq"])
 
     def state(self) -> list[Tensor]:
-        """All that it keeps beside the parameters: moments, counts of steps, and copies in host memory."""
+        """All tensors besides the parameters: moments, step counts, and copies in host memory."""
         copies = [u.data for p, u in zip(self._parameters, self._updated, strict=True) if u is not p]
         return [*self.exp_avg, *self.exp_avg_sq, *self._num_steps, *copies]
 
@@ -60,23 +60,23 @@ class AdamW:
         self._optimizer.step()
         for parameter in self._updated:
             parameter.grad = None
-        self.publish()
+        self._copy_back()
 
-    def publish(self) -> None:
-        """Bring what was updated in host memory to where it is used."""
+    def _copy_back(self) -> None:
+        """Copy what was updated in host memory to the parameters."""
         for parameter, updated in zip(self._parameters, self._updated, strict=True):
             if updated is not parameter:
                 parameter.data.copy_(updated.data)
 
-    def take_up(self) -> None:
-        """Take over parameters that were filled from outside, where the updated ones are a copy."""
+    def refresh_copies(self) -> None:
+        """Copy parameters that the caller has filled to host memory, where they are updated there."""
         for parameter, updated in zip(self._parameters, self._updated, strict=True):
             if updated is not parameter:
                 updated.data.copy_(parameter.data)
 
     def resume_at(self, num_steps: int) -> None:
         """Set how many updates the moments and parameters (filled by the caller) have seen."""
-        self.take_up()
+        self.refresh_copies()
         for count in self._num_steps:
             count.fill_(num_steps)
 
@@ -89,8 +89,8 @@ def _host_copy(parameter: nn.Parameter) -> nn.Parameter:
 def norm_of(flat: Tensor) -> Tensor:
     """The Euclidean norm of ``flat`` ``(N,)``, a scalar in fp64, whatever N.
 
-    In two stages: one fp32 reduction on a CPU (torch 2.13) adds up term by term, and what it adds to becomes too
-    large for what it adds: a thousandth of the norm is lost at 50 million elements.
+    In two stages: one fp32 reduction on a CPU (torch 2.13) adds term by term, and the sum becomes too large for the
+    terms: a thousandth of the norm is lost at 50 million elements.
     """
     tail = len(flat) % _NORM_WIDTH
     rows = flat[: len(flat) - tail].view(-1, _NORM_WIDTH)

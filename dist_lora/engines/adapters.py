@@ -1,4 +1,4 @@
-"""The trained tensors and their optimizer as the loop sees them, whoever holds which part."""
+"""The trained tensors and their optimizer as the loop sees them, however they are sharded."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dist_lora.lora.layer import initial_a
 from dist_lora.lora.state import KINDS, Kind, Piece
 from dist_lora.world.world import World
 
-# N elements of all trained tensors together
+# N elements of all trained tensors
 
 
 class Adapters(ABC):
-    """All trained tensors of a run, the gradients of a step, and AdamW's state: what an engine gives the loop.
+    """All trained tensors of a run, the gradients of a step, and AdamW's state, as an engine gives them to the loop.
 
     A step is ``begin_step``, ``backward`` for each micro-batch, ``reduce``, ``step``. All ranks call all of it.
     """
@@ -40,36 +40,36 @@ class Adapters(ABC):
     # The values
 
     def initialize(self, seed: int) -> None:
-        """A drawn from (seed, name), B zero: the same on every rank without a word between them."""
-        drawn = (
-            (t.name, initial_a(t.layer, rank=shape[0], in_features=shape[1], seed=seed))
+        """A drawn from (seed, name), B zero: the same on every rank without communication."""
+        initial = (
+            (t.name, initial_a(t.linear, rank=shape[0], in_features=shape[1], seed=seed))
             for t, shape in zip(self.tensors, self.shapes.values(), strict=True)
             if t.attribute == "lora_A"
         )
-        self.load(drawn)
+        self.load(initial)
         self.load((t.name, torch.zeros(self.shapes[t.name])) for t in self.tensors if t.attribute == "lora_B")
 
     @abstractmethod
     def load(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over whole tensors by name, fp32 on the CPU; the caller has checked names and shapes. Local."""
+        """Copy in whole tensors by name, fp32 on the CPU; the caller has checked names and shapes. Local."""
 
     # A step
 
     @abstractmethod
     def start_training(self, section: OptimSection) -> None:
-        """Make the optimizer's state. Called once, after the values are there; evaluation does without."""
+        """Create the optimizer's state. Called once, after the values are loaded; not needed for evaluation."""
 
     @abstractmethod
     def begin_step(self) -> None:
-        """Forget the gradients of the step before."""
+        """Clear the gradients of the previous step."""
 
     @abstractmethod
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add a micro-batch's gradients to the step's; ``is_last`` says that no other follows in this step."""
+        """Add a micro-batch's gradients to the step's; ``is_last``: no other follows in this step."""
 
     @abstractmethod
     def reduce(self, scalars: Tensor) -> None:
-        """Sum the gradients and ``scalars`` (fp32) over all ranks, in place: all that a step sends of what is trained."""
+        """Sum the gradients and ``scalars`` (fp32) over all ranks, in place, where the backward hasn't already."""
 
     @abstractmethod
     def without_gradient(self, attribute: str) -> list[str]:
@@ -87,63 +87,63 @@ class Adapters(ABC):
 
     @abstractmethod
     def pieces(self) -> list[Piece]:
-        """All that this rank needs of a checkpoint."""
+        """The pieces of a checkpoint that this rank needs."""
 
     @abstractmethod
     def share(self) -> dict[Piece, Tensor]:
-        """What this rank writes of a checkpoint: all ranks' shares are every element once.
+        """The pieces of a checkpoint that this rank writes: over all ranks every element once.
 
-        Views of the live state, 1-D fp32, wherever it lies: the next step changes them.
+        Views of the live state, 1-D fp32, on its device: the next step changes them.
         """
 
     @abstractmethod
     def restore(self, values: Mapping[Piece, Tensor], *, num_steps: int) -> None:
-        """Take back ``pieces()`` as they were after ``num_steps`` updates."""
+        """Restore ``pieces()`` as they were after ``num_steps`` updates."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Elements ``[start, stop)`` of a trained tensor, which this rank updates, and where they lie.
+    """Elements ``[start, stop)`` of a trained tensor, which this rank updates, and where they are.
 
-    They are elements ``[at, at + stop - start)`` of flat parameter number ``home``.
+    They are elements ``[offset, offset + stop - start)`` of flat parameter number ``flat_index``.
     """
 
     name: str
     start: int
     stop: int
-    home: int
-    at: int
+    flat_index: int
+    offset: int
 
 
 class FlatAdapters(Adapters):
-    """Trained tensors of which this rank updates flat fp32 parameters ("homes") by our own AdamW."""
+    """Trained tensors of which this rank updates flat fp32 parameters by our own AdamW."""
 
     def __init__(
         self,
         tensors: Sequence[AdapterTensor],
         *,
-        homes: Sequence[nn.Parameter],
+        flat_parameters: Sequence[nn.Parameter],
         parts: Sequence[Part],
         world: World,
         optimizer_on_host: bool,
     ) -> None:
         super().__init__(tensors)
-        self.homes, self.parts, self.world = list(homes), list(parts), world
+        self.flat_parameters, self.parts, self.world = list(flat_parameters), list(parts), world
         self._optimizer_on_host = optimizer_on_host
         self._optimizer: AdamW | None = None
         self._max_norm: float | None = None
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:
-        """The gradients ``(N,)`` of the homes, as summed so far."""
+        """The gradients ``(N,)`` of the flat parameters, as accumulated so far."""
 
     @abstractmethod
     def _sum_over_shards(self, values: Tensor) -> Tensor:
-        """The sum of ``values`` over the ranks that hold the other parts of the same copy, in place."""
+        """Sum ``values`` over the ranks that hold the other shards of the same replica, in place."""
 
     @abstractmethod
     def _copies(self) -> tuple[int, int]:
-        """Which of how many ranks that hold the same parts this one is: they divide the writing."""
+        """Index of this rank among those that hold the same parts, and their number: they divide the writing."""
 
     def load(self, values: Iterable[tuple[str, Tensor]]) -> None:
         """See ``Adapters``."""
@@ -152,36 +152,36 @@ class FlatAdapters(Adapters):
             by_name.setdefault(part.name, []).append(part)
         for name, whole in values:
             for part in by_name.get(name, ()):
-                self._place(part, self.homes).copy_(whole.reshape(-1)[part.start : part.stop])
+                self._view(part, self.flat_parameters).copy_(whole.reshape(-1)[part.start : part.stop])
         if self._optimizer is not None:
-            self._optimizer.take_up()
+            self._optimizer.refresh_copies()
 
     def start_training(self, section: OptimSection) -> None:
         """See ``Adapters``."""
-        self._optimizer = AdamW(self.homes, section, on_host=self._optimizer_on_host)
+        self._optimizer = AdamW(self.flat_parameters, section, on_host=self._optimizer_on_host)
         self._max_norm = section.max_grad_norm
 
     @property
     def optimizer(self) -> AdamW:
-        """AdamW over the homes."""
+        """AdamW over the flat parameters."""
         assert self._optimizer is not None, "start_training was not called"
         return self._optimizer
 
     def optimizer_state(self) -> list[Tensor]:
-        """All tensors that the optimizer keeps from step to step beside the homes."""
+        """All tensors that the optimizer keeps between steps besides the flat parameters."""
         return self.optimizer.state()
 
     def without_gradient(self, attribute: str) -> list[str]:
         """See ``Adapters``."""
         names = [tensor.name for tensor in self.tensors if tensor.attribute == attribute]
-        number = {name: i for i, name in enumerate(names)}
+        index_of = {name: i for i, name in enumerate(names)}
         gradients = self.gradients()
-        reached = torch.zeros(len(names), device=self.world.device)
+        nonzero = torch.zeros(len(names), device=self.world.device)
         for part in self.parts:
-            if part.name in number:
-                reached[number[part.name]] += self._place(part, gradients).any()
-        self._sum_over_shards(reached)
-        return [name for name, count in zip(names, reached.tolist(), strict=True) if not count]
+            if part.name in index_of:
+                nonzero[index_of[part.name]] += self._view(part, gradients).any()
+        self._sum_over_shards(nonzero)
+        return [name for name, count in zip(names, nonzero.tolist(), strict=True) if not count]
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
@@ -205,8 +205,8 @@ class FlatAdapters(Adapters):
 
     def share(self) -> dict[Piece, Tensor]:
         """See ``Adapters``."""
-        which, num_copies = self._copies()
-        mine = share_of(sum(part.stop - part.start for part in self.parts), which, num_copies)
+        index, num_copies = self._copies()
+        mine = share_of(sum(part.stop - part.start for part in self.parts), index, num_copies)
         share: dict[Piece, Tensor] = {}
         offset = 0
         for part in self.parts:
@@ -215,7 +215,7 @@ class FlatAdapters(Adapters):
             offset += part.stop - part.start
             for kind, flats in self._state().items():
                 if first < last:
-                    values = self._place(part, flats)[first - part.start : last - part.start]
+                    values = self._view(part, flats)[first - part.start : last - part.start]
                     share[Piece(part.name, kind, first, last)] = values
         return share
 
@@ -224,19 +224,23 @@ class FlatAdapters(Adapters):
         state = self._state()
         for part in self.parts:
             for kind, flats in state.items():
-                self._place(part, flats).copy_(values[Piece(part.name, kind, part.start, part.stop)])
+                self._view(part, flats).copy_(values[Piece(part.name, kind, part.start, part.stop)])
         self.optimizer.resume_at(num_steps)
 
     def _state(self) -> dict[Kind, Sequence[Tensor]]:
-        return {"adapter": self.homes, "exp_avg": self.optimizer.exp_avg, "exp_avg_sq": self.optimizer.exp_avg_sq}
+        return {
+            "adapter": self.flat_parameters,
+            "exp_avg": self.optimizer.exp_avg,
+            "exp_avg_sq": self.optimizer.exp_avg_sq,
+        }
 
     @staticmethod
-    def _place(part: Part, flats: Sequence[Tensor]) -> Tensor:
-        return flats[part.home].detach()[part.at : part.at + part.stop - part.start]
+    def _view(part: Part, flats: Sequence[Tensor]) -> Tensor:
+        return flats[part.flat_index].detach()[part.offset : part.offset + part.stop - part.start]
 
 
 class ReplicatedAdapters(FlatAdapters):
-    """All trained tensors, whole on every rank, as views of one flat fp32 buffer ``(N,)``.
+    """All trained tensors, replicated on every rank, as views of one flat fp32 buffer ``(N,)``.
 
     Gradients accumulate in a second one, so that a step reduces once, whatever the number of micro-batches, and
     the global norm counts each element once.
@@ -246,15 +250,17 @@ class ReplicatedAdapters(FlatAdapters):
         parts, end = [], 0
         for tensor in tensors:
             count = tensor.parameter.numel()
-            parts.append(Part(tensor.name, 0, count, home=0, at=end))
+            parts.append(Part(tensor.name, 0, count, flat_index=0, offset=end))
             end += count
         self.parameter = nn.Parameter(torch.zeros(end, device=world.device))
         self.gradient = torch.zeros(end, device=world.device)
-        super().__init__(tensors, homes=[self.parameter], parts=parts, world=world, optimizer_on_host=optimizer_on_host)
+        super().__init__(
+            tensors, flat_parameters=[self.parameter], parts=parts, world=world, optimizer_on_host=optimizer_on_host
+        )
         for tensor, part in zip(tensors, parts, strict=True):
             shape = self.shapes[tensor.name]
-            view = nn.Parameter(self._place(part, self.homes).view(shape))
-            view.grad = self._place(part, [self.gradient]).view(shape)
+            view = nn.Parameter(self._view(part, self.flat_parameters).view(shape))
+            view.grad = self._view(part, [self.gradient]).view(shape)
             setattr(tensor.module, tensor.attribute, view)
 
     def gradients(self) -> list[Tensor]:
@@ -282,7 +288,7 @@ class ReplicatedAdapters(FlatAdapters):
 
     def copies_agree(self) -> bool:
         """See ``Adapters``."""
-        return self.world.world_size == 1 or same_on_all(self.homes, self.world.device)
+        return self.world.world_size == 1 or same_on_all(self.flat_parameters, self.world.device)
 
     def _copies(self) -> tuple[int, int]:
         return self.world.world_rank, self.world.world_size
@@ -290,22 +296,22 @@ class ReplicatedAdapters(FlatAdapters):
 
 def same_on_all(values: Sequence[Tensor], device: torch.device, group: dist.ProcessGroup | None = None) -> bool:
     """Whether ``values`` are, byte for byte, those of every rank of the group. A collective of 16 bytes."""
-    number = sum(checksums((str(i), value) for i, value in enumerate(values)).values()) % 2**62
-    ends = torch.tensor([number, -number], dtype=torch.int64, device=device)
+    checksum = sum(checksums((str(i), value) for i, value in enumerate(values)).values()) % 2**62
+    ends = torch.tensor([checksum, -checksum], dtype=torch.int64, device=device)
     dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=group)
     return int(ends[0]) == -int(ends[1])
 
 
 @dataclass(frozen=True)
 class Range:
-    """Elements ``[start, stop)`` of something flat."""
+    """Elements ``[start, stop)`` of a flat tensor."""
 
     start: int
     stop: int
 
 
-def share_of(num_elements: int, which: int, num_shares: int) -> Range:
-    """The ``which``-th of ``num_shares`` contiguous parts of ``num_elements``; the first ones are larger by one."""
+def share_of(num_elements: int, index: int, num_shares: int) -> Range:
+    """The ``index``-th of ``num_shares`` contiguous parts of ``num_elements``; the first ones are larger by one."""
     small, larger = divmod(num_elements, num_shares)
-    start = which * small + min(which, larger)
-    return Range(start, start + small + (which < larger))
+    start = index * small + min(index, larger)
+    return Range(start, start + small + (index < larger))

@@ -1,4 +1,4 @@
-"""The engine that a layout names; only that one's library is imported."""
+"""Makes the engine that a layout names; only that engine's library is imported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dist_lora.world.world import World
 
 
 def make_engine(layout: Layout, world: World) -> Engine:
-    """The engine that a layout names."""
+    """An engine of the kind that a layout names."""
     if layout.engine == "fsdp2":
         from dist_lora.engines.fsdp2 import Fsdp2
 

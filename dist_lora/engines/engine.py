@@ -1,4 +1,4 @@
-"""What the loop asks of an engine; each engine has a file of its own."""
+"""The interface between the training loop and an engine; each engine has a file of its own."""
 
 from __future__ import annotations
 
@@ -26,39 +26,39 @@ class Engine(ABC):
     """
 
     name: ClassVar[EngineName]
-    learns_in_steps: ClassVar[int] = 0  # how many of the first steps gather otherwise than all that follow
+    tracing_steps: ClassVar[int] = 0  # number of first steps whose all-gathers differ from those of all later steps
 
     def __init__(self, world: World, layout: Layout) -> None:
         self.world, self.layout = world, layout
 
     @abstractmethod
     def shard(self, model: Llama) -> str:
-        """Shard the parameters, while they are on meta, to this rank's shares; returns what was done, in a line."""
+        """Shard the parameters over the ranks, while they are on meta; returns a description for the log."""
 
     @abstractmethod
     def materialize(self, model: Llama) -> None:
-        """Give this rank's shares memory on its device."""
+        """Allocate this rank's shards on its device."""
 
     @abstractmethod
     def slots(self, model: Llama) -> list[Slot]:
-        """For each base parameter the elements that this rank holds, and where they go."""
+        """For each base parameter the elements that this rank holds, and their destination."""
 
     @abstractmethod
     def adapters(self, tensors: Sequence[AdapterTensor]) -> Adapters:
-        """The trained tensors on this rank's device; their values are still to be set. All ranks call it."""
+        """The trained tensors on this rank's device, not yet initialized. All ranks call it."""
 
     @abstractmethod
     def keep_gathered(self, model: Llama, gathered: bool) -> None:
-        """Hold the base whole between forwards (for generation, where it fits), or go back to shards. All ranks call it."""
+        """Keep the base gathered between forwards (for generation, where it fits), or reshard it. All ranks call it."""
 
     def forward_of(self, model: Llama) -> Forward:
-        """What to call in place of ``model``: a micro-batch's forward as this engine runs it."""
+        """What to call in place of ``model`` for a micro-batch's forward."""
         return model
 
     def simulating(self) -> contextlib.AbstractContextManager[None]:
-        """Entered where the other ranks are simulated: the engine then asks nothing of them that they can't answer."""
+        """A context for runs where the other ranks are simulated: the engine skips its checks against them."""
         return contextlib.nullcontext()
 
     def frozen_shares(self, model: Llama) -> list[tuple[str, Tensor]]:
-        """The base as this rank keeps it: name and local tensor of each part."""
+        """This rank's shards of the base: name and local tensor of each part."""
         return [(f"{slot.name}/{slot.part}", slot.destination) for slot in self.slots(model)]

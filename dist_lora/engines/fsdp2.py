@@ -1,4 +1,4 @@
-"""Engine ``fsdp2``: the frozen base in row shards, gathered block by block while it is used."""
+"""Engine ``fsdp2``: the frozen base in row shards, all-gathered block by block while it is used."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from dist_lora.world.world import World
 
 
 class Fsdp2(Engine):
-    """Every base parameter is cut by rows over the ranks of a node or of the world.
+    """Every base parameter is sharded by rows over the ranks of a node or of the world.
 
-    Adapters are whole on every rank, where FSDP2 never sees them (nothing is reduced but their sum, once a step), or
-    cut by rows within each node on a mesh of their own.
+    Adapters are replicated on every rank, ignored by FSDP2 (only their gradients are reduced, once per step), or
+    sharded by rows within each node on a mesh of their own.
     """
 
     name = "fsdp2"
 
     def __init__(self, world: World, layout: Layout) -> None:
         super().__init__(world, layout)
-        self._groups: list[FSDPModule] = []  # of sharded adapters, one a block
-        self._meshes: dict[str, DeviceMesh] = {}  # each has process groups of its own: made once
+        self._groups: list[FSDPModule] = []  # of sharded adapters, one per block
+        self._meshes: dict[str, DeviceMesh] = {}  # cached: each creates process groups of its own
 
     def shard(self, model: Llama) -> str:
         """See ``Engine.shard``. Call it while the parameters are on meta."""
@@ -56,9 +56,9 @@ class Fsdp2(Engine):
                 fully_shard(end, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
                 # The loss makes its gradient in the forward and a frozen embedding needs none: neither is used again.
                 end.set_unshard_in_backward(False)  # type: ignore[operator]
-        # The root holds the last norm and, where the head is tied, the embedding that both ends use.
+        # The root holds the last norm and, where the head is tied, the embedding that input and head share.
         fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=trained, offload_policy=policy)
-        return f"the base is cut by rows over {mesh.shape[-1]} ranks (FSDP2)"
+        return f"the base is sharded by rows over {mesh.shape[-1]} ranks (FSDP2)"
 
     def _mesh(self, over: str) -> DeviceMesh:
         if over not in self._meshes:
@@ -84,12 +84,10 @@ class Fsdp2(Engine):
 
     def slots(self, model: Llama) -> list[Slot]:
         """See ``Engine.slots``."""
-        return [
-            _slot(name, parameter, *model.place_on_disk(name)) for name, parameter in model.base_parameters().items()
-        ]
+        return [_slot(name, parameter, *model.stored_as(name)) for name, parameter in model.base_parameters().items()]
 
     def frozen_shares(self, model: Llama) -> list[tuple[str, Tensor]]:
-        """See ``Engine.frozen_shares``. The root stays gathered after a forward: it goes back to its shard."""
+        """See ``Engine.frozen_shares``. The root stays gathered after a forward: it is resharded first."""
         for module in _sharded_modules(model):
             module.reshard()
         return super().frozen_shares(model)
@@ -110,10 +108,10 @@ class Fsdp2(Engine):
 
 
 class ShardedAdapters(FlatAdapters):
-    """Trained tensors cut by rows over the ranks of a node by FSDP2, and the same on every node.
+    """Trained tensors sharded by rows over the ranks of a node by FSDP2, and replicated over nodes.
 
     A micro-batch's gradients are summed within the node, where each rank keeps those of its rows; between nodes they
-    are summed once a step.
+    are summed once per step.
     """
 
     def __init__(
@@ -125,32 +123,35 @@ class ShardedAdapters(FlatAdapters):
         mesh: DeviceMesh,
         optimizer_on_host: bool,
     ) -> None:
-        self._groups, self._shards = list(groups), mesh["shard"].get_group()
-        self._twins = mesh["node"].get_group() if mesh.ndim > 1 else None
+        self._groups, self._shard_group = list(groups), mesh["shard"].get_group()
+        self._replica_group = mesh["node"].get_group() if mesh.ndim > 1 else None
         for group in groups:
-            # The first gathering may move a shard to a padded copy: afterwards it stays where it is.
+            # The first all-gather may move a shard to a padded copy: after it the shard stays in place.
             group.unshard()
             group.reshard()
         self._held: list[nn.Parameter] = []
-        homes: list[nn.Parameter] = []
+        flat_parameters: list[nn.Parameter] = []
         parts: list[Part] = []
         for tensor in tensors:
             rows = _Rows(tensor.parameter.data)
             if rows.local.numel() == 0:
                 continue  # fewer rows than ranks
-            parts.append(Part(tensor.name, rows.first, rows.first + rows.local.numel(), home=len(homes), at=0))
-            homes.append(nn.Parameter(rows.local.detach().view(-1)))
+            end = rows.first + rows.local.numel()
+            parts.append(Part(tensor.name, rows.first, end, flat_index=len(flat_parameters), offset=0))
+            flat_parameters.append(nn.Parameter(rows.local.detach().view(-1)))
             self._held.append(tensor.parameter)
-        super().__init__(tensors, homes=homes, parts=parts, world=world, optimizer_on_host=optimizer_on_host)
+        super().__init__(
+            tensors, flat_parameters=flat_parameters, parts=parts, world=world, optimizer_on_host=optimizer_on_host
+        )
 
     def gradients(self) -> list[Tensor]:
         """See ``FlatAdapters``."""
-        found = []
-        for parameter, home in zip(self._held, self.homes, strict=True):
+        gradients = []
+        for parameter, flat in zip(self._held, self.flat_parameters, strict=True):
             gradient = parameter.grad
             assert gradient is None or isinstance(gradient, DTensor)
-            found.append(torch.zeros_like(home) if gradient is None else gradient.to_local().reshape(-1))
-        return found
+            gradients.append(torch.zeros_like(flat) if gradient is None else gradient.to_local().reshape(-1))
+        return gradients
 
     def begin_step(self) -> None:
         """See ``Adapters``."""
@@ -164,7 +165,7 @@ class ShardedAdapters(FlatAdapters):
         loss.backward()  # type: ignore[no-untyped-call]
 
     def reduce(self, scalars: Tensor) -> None:
-        """See ``Adapters``: the gradients are summed in the backward already."""
+        """See ``Adapters``: the gradients were already summed in the backward."""
         self.world.sum(scalars)
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
@@ -173,12 +174,14 @@ class ShardedAdapters(FlatAdapters):
         return super()._norm(gradients)
 
     def _sum_over_shards(self, values: Tensor) -> Tensor:
-        dist.all_reduce(values, group=self._shards)
+        dist.all_reduce(values, group=self._shard_group)
         return values
 
     def copies_agree(self) -> bool:
         """See ``Adapters``."""
-        is_same = self._twins is None or same_on_all(self.homes, self.world.device, group=self._twins)
+        is_same = self._replica_group is None or same_on_all(
+            self.flat_parameters, self.world.device, group=self._replica_group
+        )
         return not self.world.sum(torch.tensor([float(not is_same)], device=self.world.device)).item()
 
     def _copies(self) -> tuple[int, int]:
@@ -186,7 +189,7 @@ class ShardedAdapters(FlatAdapters):
 
 
 def _shard_adapters(block: nn.Module, mesh: DeviceMesh) -> FSDPModule | None:
-    """One group of all adapters of a block, or None where it has none."""
+    """One FSDP group of all adapters of a block, or None if it has none."""
     adapters: list[nn.Module] = [module for module in block.modules() if isinstance(module, LoraAdapter)]
     if not adapters:
         return None
@@ -198,7 +201,7 @@ def _shard_adapters(block: nn.Module, mesh: DeviceMesh) -> FSDPModule | None:
 
 
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    """The modules that hold the base; adapters have groups of their own."""
+    """The modules that hold the base; adapters have FSDP groups of their own."""
     trained = {id(module) for module in model.modules() if isinstance(module, LoraAdapter)}
     return [m for m in model.modules() if isinstance(m, FSDPModule) and id(m) not in trained]
 
@@ -211,7 +214,7 @@ class _Rows:
         assert all(p in (Shard(0),) or p.is_replicate() for p in sharded.placements), sharded.placements
         _, offset = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
         self.local: Tensor = sharded.to_local()
-        # Not sharded[0].numel(): to index a DTensor is a collective.
+        # Not sharded[0].numel(): indexing a DTensor is a collective.
         self.width = math.prod(sharded.shape[1:])
         self.first = int(offset[0]) * self.width if self.local.numel() else 0
 

@@ -1,4 +1,4 @@
-"""Which number format each part of a run has: declared once, printed at the start, held at both ends of the run."""
+"""The dtype of each part of a run: declared once, logged at the start, checked at the start and the end of the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TRAINED = torch.float32  # adapters, the sum of their gradients, AdamW's moments
 
 @dataclass(frozen=True)
 class Precision:
-    """The number formats of a run. ``fmt`` is that of the layers' linears, ``dtype`` all else of the base has.
+    """The dtypes of a run: ``fmt`` of the layers' linears, ``dtype`` of all else in the base.
 
     Products and activations are computed in ``dtype``; the loss, the norms' statistics, the adapters, their gradients
     over all ranks and AdamW's moments are fp32 whatever the base is.
@@ -29,18 +29,17 @@ class Precision:
     fmt: Format
     dtype: torch.dtype
 
-    def lines(self) -> list[str]:
-        """The table that is printed at the start, a line for each part."""
-        kept = {_short(part.dtype): part.name for part in self.fmt.parts(64, 64)}
-        linears = ", ".join(f"{name} {dtype}" for dtype, name in kept.items())
-        rest = _short(self.dtype)
-        return [
-            f"formats   linears of the layers {self.fmt.name} ({linears}); embeddings, norms and head {rest}, unquantized",
-            f"          computed in {rest}; adapters, their gradients' sum and AdamW in {_short(TRAINED)}",
-        ]
+    def line(self) -> str:
+        """The dtypes of all parts, as logged at the start."""
+        dtype = _short(self.dtype)
+        base = f"{dtype} (not quantized)"
+        if self.fmt.name != "none":
+            parts = ", ".join(f"{part.name} {_short(part.dtype)}" for part in self.fmt.parts(64, 64))
+            base = f"{self.fmt.name} ({parts}; embeddings, norms and head {dtype})"
+        return f"dtypes: base {base}, compute {dtype}, adapters and AdamW {_short(TRAINED)}"
 
     def check(self, model: Llama, adapters: Adapters) -> None:
-        """Raise ``TrainingError``, naming them, where tensors have another format than is declared."""
+        """Raise ``TrainingError``, naming them, where tensors have another dtype than declared."""
         expected = {
             f"{name}.{part.name}": part.dtype
             for name, linear in model.linears().items()
@@ -59,7 +58,7 @@ class Precision:
         ]
         if wrong:
             raise TrainingError(
-                f"{len(wrong):,} tensors are not in the format that this run declares: {first_few(wrong)}. A library "
+                f"{len(wrong):,} tensors don't have the dtypes that this run declares: {first_few(wrong)}. A library "
                 "has cast them; nothing is saved from here on. Compare its version with constraints.txt."
             )
 

@@ -12,13 +12,13 @@ from dist_lora.lora.attach import AdapterTensor
 
 
 class Single(Engine):
-    """Nothing is sharded, and nobody is asked."""
+    """Nothing is sharded and nothing is communicated."""
 
     name = "none"
 
     def shard(self, model: Llama) -> str:
         """See ``Engine.shard``."""
-        return "the base is whole on this process"
+        return "the base is whole in one process"
 
     def materialize(self, model: Llama) -> None:
         """See ``Engine.materialize``."""
@@ -27,7 +27,7 @@ class Single(Engine):
     def slots(self, model: Llama) -> list[Slot]:
         """See ``Engine.slots``."""
         return [
-            Slot(*model.place_on_disk(name), tuple(p.shape), 0, p.data.view(-1))
+            Slot(*model.stored_as(name), tuple(p.shape), 0, p.data.view(-1))
             for name, p in model.base_parameters().items()
         ]
 
@@ -36,4 +36,4 @@ class Single(Engine):
         return ReplicatedAdapters(tensors, self.world, optimizer_on_host=self.layout.optimizer_on_host)
 
     def keep_gathered(self, model: Llama, gathered: bool) -> None:
-        """See ``Engine.keep_gathered``: the base is whole at all times."""
+        """See ``Engine.keep_gathered``: the base is always whole."""

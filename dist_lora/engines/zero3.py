@@ -1,6 +1,6 @@
-"""Engine ``zero3``: DeepSpeed ZeRO-3 behind the same promise as ``fsdp2``; the only file that imports deepspeed.
+"""Engine ``zero3``: DeepSpeed ZeRO-3 behind the same interface as ``fsdp2``; the only file that imports deepspeed.
 
-A parameter is cut flat over all ranks, whatever its rows are; the last part may end in padding.
+A parameter is sharded flat over all ranks, whatever its rows are; the last part may end in padding.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from dist_lora.world.world import World
 # N elements of a parameter
 
 NEEDED = "0.19.8"
-MIN_REDUCED = 2**22  # weights: 16 MiB of gradients are worth a collective
-KEPT = -1  # stands among the numbers of the modules that use a parameter
+MIN_REDUCED = 2**22  # weights: 16 MiB of gradients per reduction at least
+KEPT = -1  # an id among those of the modules that use a parameter, which keeps it gathered
 
 
 class Zero3(Engine):
-    """Every parameter, of the base and of the adapters, is cut flat over all ranks and gathered block by block."""
+    """Every parameter of the base and the adapters is sharded flat over all ranks and all-gathered block by block."""
 
     name = "zero3"
-    learns_in_steps = 2  # DeepSpeed records who uses what when, and from then on fetches ahead
+    tracing_steps = 2  # DeepSpeed traces the order of modules, and then prefetches by it
 
     def __init__(self, world: World, layout: Layout) -> None:
         super().__init__(world, layout)
         self._deepspeed = _load_deepspeed(world)
         self._model: Llama | None = None
         self._settings: dict[str, Any] = {}
-        self._engine: Any = None  # DeepSpeed's, once there are adapters
+        self._engine: Any = None  # DeepSpeed's, set by ``adapters``
 
     def shard(self, model: Llama) -> str:
         """See ``Engine.shard``. Call it while the parameters are on meta."""
@@ -56,49 +56,49 @@ class Zero3(Engine):
         for linear in model.linears().values():
             linear.product = linear.product_from_parts  # a view would keep what DeepSpeed frees after the forward
         self._gather_by_block(model)
-        made: dict[int, nn.Parameter] = {}
+        converted: dict[int, nn.Parameter] = {}
         init = self._deepspeed.zero.Init(config_dict_or_path=self._settings)
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    if id(parameter) not in made:
-                        made[id(parameter)] = self._adopted(parameter, init)
-                    module._parameters[name] = made[id(parameter)]
-        return f"the base is cut flat over {self.world.world_size} ranks (ZeRO-3)"
+                    if id(parameter) not in converted:
+                        converted[id(parameter)] = self._converted(parameter, init)
+                    module._parameters[name] = converted[id(parameter)]
+        return f"the base is sharded flat over {self.world.world_size} ranks (ZeRO-3)"
 
     def _gather_by_block(self, model: Llama) -> None:
-        """One gathering for a block's forward and one for its backward, recomputation and all.
+        """One all-gather for a block's forward and one for its backward, including the recomputation.
 
-        Left to itself DeepSpeed gathers each linear for its forward, its recomputation and its backward.
+        By default DeepSpeed gathers each linear for its forward, its recomputation and its backward.
         """
         self._deepspeed.utils.set_z3_leaf_modules(model, [Block])
-        # DeepSpeed collects a block's gradients when that of its input is there (0.19.8, stage3.py:1536): where the
+        # DeepSpeed collects a block's gradients once that of its input is computed (0.19.8, stage3.py:1536): if the
         # input needs none, it would do so before there are any.
         trained = (block for block in model.blocks() if any(p.requires_grad for p in block.parameters()))
         first = next(trained, None)
         if first is not None:
             first.register_forward_pre_hook(_ask_for_gradient)
 
-    def _adopted(self, parameter: nn.Parameter, init: Any) -> nn.Parameter:
-        """A parameter of DeepSpeed's in place of one on meta: of the same whole shape, and without memory."""
+    def _converted(self, parameter: nn.Parameter, init: Any) -> nn.Parameter:
+        """A DeepSpeed parameter in place of one on meta: of the same whole shape, and without memory."""
         whole = torch.empty(1, dtype=parameter.dtype, device=self.world.device).expand(parameter.shape)
-        made = nn.Parameter(whole, requires_grad=parameter.requires_grad)
-        init._convert_to_deepspeed_param(made)
-        return made
+        parameter = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+        init._convert_to_deepspeed_param(parameter)
+        return parameter
 
     def materialize(self, model: Llama) -> None:
-        """See ``Engine.materialize``. Only this rank's share is ever allocated."""
+        """See ``Engine.materialize``. Only this rank's shard is ever allocated."""
         device, world_size = self.world.device, self.world.world_size
-        home = torch.device("cpu") if self.layout.base_on_host else device
+        target = torch.device("cpu") if self.layout.base_on_host else device
         partitions = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
         for parameter in _dynamic(model.parameters()):
-            # What DeepSpeed's own partition() leaves behind (0.19.8, partition_parameters.py:1789), which starts
-            # from the whole tensor.
+            # The state that DeepSpeed's own partition() sets (0.19.8, partition_parameters.py:1789), which needs the
+            # whole tensor.
             num_elements = -(-parameter.ds_numel // world_size)
-            share: Any = torch.zeros(num_elements, dtype=parameter.dtype, device=home, pin_memory=home != device)
-            share.ds_numel, share.final_location = num_elements, None
-            share.status = partitions.PartitionedParamStatus.AVAILABLE
-            parameter.ds_tensor, parameter.ds_numel_aligned = share, num_elements * world_size
+            shard: Any = torch.zeros(num_elements, dtype=parameter.dtype, device=target, pin_memory=target != device)
+            shard.ds_numel, shard.final_location = num_elements, None
+            shard.status = partitions.PartitionedParamStatus.AVAILABLE
+            parameter.ds_tensor, parameter.ds_numel_aligned = shard, num_elements * world_size
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=device)
             parameter.ds_status = partitions.ZeroParamStatus.NOT_AVAILABLE
         model.inv_freq = model.inv_freq.to(device)
@@ -107,7 +107,7 @@ class Zero3(Engine):
         """See ``Engine.slots``."""
         named = model.base_parameters()
         return [
-            self._slot(parameter, *model.place_on_disk(name))
+            self._slot(parameter, *model.stored_as(name))
             for name, parameter in zip(named, _dynamic(named.values()), strict=True)
         ]
 
@@ -118,7 +118,7 @@ class Zero3(Engine):
     def adapters(self, tensors: Sequence[AdapterTensor]) -> Adapters:
         """See ``Engine.adapters``. All ranks call it."""
         assert self._model is not None, "shard was not called"
-        # What of it the config sets comes with start_training, and its state too.
+        # Its settings from the config, and its state, are set by start_training.
         optimizer = torch.optim.AdamW([tensor.parameter for tensor in tensors], lr=0.0, fused=True)
         self._engine = self._deepspeed.initialize(
             model=self._model, optimizer=optimizer, config=self._settings, dist_init_required=False
@@ -133,7 +133,7 @@ class Zero3(Engine):
 
     @contextlib.contextmanager
     def simulating(self) -> Iterator[None]:
-        """See ``Engine.simulating``: while it learns, DeepSpeed compares its order of modules with rank 0's."""
+        """See ``Engine.simulating``: while it traces, DeepSpeed compares its order of modules with rank 0's."""
         coordinator: Any = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
         compare = coordinator.assert_ints_same_as_other_ranks
         coordinator.assert_ints_same_as_other_ranks = lambda ints: None
@@ -144,12 +144,12 @@ class Zero3(Engine):
 
     def keep_gathered(self, model: Llama, gathered: bool) -> None:
         """See ``Engine.keep_gathered``. All ranks call it."""
-        self._engine.empty_partition_cache()  # frees all, also what was fetched ahead
+        self._engine.empty_partition_cache()  # frees all, also what was prefetched
         if gathered:
             parameters = _dynamic(model.parameters())
             parameters[0].all_gather(param_list=parameters)
             for parameter in parameters:
-                # DeepSpeed frees a parameter after a module's forward where no other module is said to use it.
+                # DeepSpeed frees a parameter after a module's forward unless it lists another module that uses it.
                 parameter.ds_active_sub_modules.add(KEPT)
 
     def _settings_for(self, model: Llama) -> dict[str, Any]:
@@ -160,13 +160,13 @@ class Zero3(Engine):
         head = model.shape.vocab * model.shape.hidden
         zero: dict[str, Any] = {
             "stage": 3,
-            "stage3_param_persistence_threshold": 0,  # norms too are cut, instead of whole on every rank
-            "stage3_prefetch_bucket_size": block,  # the next block comes while this one computes
-            # The head with a block, or three blocks. In the backward DeepSpeed fetches ahead until so many are there.
+            "stage3_param_persistence_threshold": 0,  # norms are sharded too, not replicated
+            "stage3_prefetch_bucket_size": block,  # the next block is gathered while this one computes
+            # The head with a block, or three blocks. In the backward DeepSpeed prefetches up to this many.
             "stage3_max_live_parameters": max(head + block, 3 * block),
             "stage3_max_reuse_distance": 1,  # only the head is kept from its forward to its backward, which follows
             "reduce_bucket_size": max(trained, MIN_REDUCED),
-            "contiguous_gradients": False,  # they are copied once more for the reduction in any case
+            "contiguous_gradients": False,  # they are copied once more for the reduction anyway
             "overlap_comm": True,
         }
         host = {"device": "cpu", "pin_memory": self.world.device.type == "cuda"}
@@ -176,33 +176,34 @@ class Zero3(Engine):
             zero["offload_optimizer"] = host
         return {
             "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,  # the loop says which micro-batch is a step's last
+            "gradient_accumulation_steps": 1,  # the loop sets which micro-batch is a step's last
             "zero_optimization": zero,
-            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW on the host as well, so that the numbers are the same
+            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW on the host too, for identical numbers
             "steps_per_print": None,
-            "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU before each forward
+            "timers": {"throughput": {"enabled": False}},  # it would synchronize the GPU before each forward
         }
 
 
 class Zero3Adapters(FlatAdapters):
-    """Trained tensors cut flat over all ranks, updated by torch's AdamW inside DeepSpeed's optimizer.
+    """Trained tensors sharded flat over all ranks, updated by torch's AdamW inside DeepSpeed's optimizer.
 
-    Each rank's parts lie in flat fp32 partitions of DeepSpeed's; what the forward gathers is ``ds_tensor``, which may
+    Each rank's parts are in DeepSpeed's flat fp32 partitions; what the forward gathers is ``ds_tensor``, which may
     be the same memory or a copy.
     """
 
     def __init__(self, tensors: Sequence[AdapterTensor], engine: Any, world: World) -> None:
         self._engine, self._zero = engine, engine.optimizer
         self._held: list[Any] = []
-        homes: list[nn.Parameter] = []
+        flat_parameters: list[nn.Parameter] = []
         parts: list[Part] = []
         for tensor, parameter in zip(tensors, _dynamic(t.parameter for t in tensors), strict=True):
             held = _held(parameter, world.world_rank)
             if held:
-                parts.append(Part(tensor.name, held.start, held.stop, home=len(homes), at=0))
+                parts.append(Part(tensor.name, held.start, held.stop, flat_index=len(flat_parameters), offset=0))
                 self._held.append(parameter)
-                homes.append(nn.Parameter(self._partition(parameter, self._zero.fp32_partitioned_groups_flat)))
-        super().__init__(tensors, homes=homes, parts=parts, world=world, optimizer_on_host=False)
+                partition = self._partition(parameter, self._zero.fp32_partitioned_groups_flat)
+                flat_parameters.append(nn.Parameter(partition))
+        super().__init__(tensors, flat_parameters=flat_parameters, parts=parts, world=world, optimizer_on_host=False)
         shapes = zip(tensors, _dynamic(t.parameter for t in tensors), strict=True)
         self.shapes = {tensor.name: tuple(parameter.ds_shape) for tensor, parameter in shapes}
 
@@ -215,11 +216,11 @@ class Zero3Adapters(FlatAdapters):
     def load(self, values: Iterable[tuple[str, Tensor]]) -> None:
         """See ``Adapters``."""
         super().load(values)
-        self._publish()
+        self._copy_to_shards()
 
-    def _publish(self) -> None:
-        for parameter, home in zip(self._held, self.homes, strict=True):
-            parameter.ds_tensor.copy_(home.detach())
+    def _copy_to_shards(self) -> None:
+        for parameter, flat in zip(self._held, self.flat_parameters, strict=True):
+            parameter.ds_tensor.copy_(flat.detach())
 
     def start_training(self, section: OptimSection) -> None:
         """See ``Adapters``."""
@@ -230,7 +231,7 @@ class Zero3Adapters(FlatAdapters):
         self._zero.clip_grad = section.max_grad_norm or 0.0
         for flat in self._zero.fp32_partitioned_groups_flat:
             values = flat.detach()
-            # fused AdamW wants the count of steps beside the parameter, as a tensor.
+            # fused AdamW needs the step count on the parameter's device, as a tensor.
             count = torch.zeros((), dtype=torch.float32, device=values.device)
             moments = {"exp_avg": torch.zeros_like(values), "exp_avg_sq": torch.zeros_like(values)}
             optimizer.state[flat] = {"step": count, **moments}
@@ -248,13 +249,13 @@ class Zero3Adapters(FlatAdapters):
         self._zero.zero_grad()
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """See ``Adapters``. The gradients are summed over the ranks at once."""
+        """See ``Adapters``. The gradients are summed over the ranks right away."""
         self._engine.set_gradient_accumulation_boundary(is_last)
-        # DeepSpeed takes the mean over the ranks; ours is a sum.
+        # DeepSpeed averages over the ranks; ours is a sum.
         self._engine.backward(loss * self.world.world_size, scale_wrt_gas=False)
 
     def reduce(self, scalars: Tensor) -> None:
-        """See ``Adapters``: the gradients are summed in the backward already."""
+        """See ``Adapters``: the gradients were already summed in the backward."""
         self.world.sum(scalars)
 
     def step(self, lr: float) -> float:
@@ -264,7 +265,7 @@ class Zero3Adapters(FlatAdapters):
         return float(self._engine.get_global_grad_norm())  # infinity also where it is NaN
 
     def copies_agree(self) -> bool:
-        """Whether all ranks that hold the same trained weights hold the same bytes: no two hold the same."""
+        """Whether all ranks that hold the same trained weights hold the same bytes: here no two hold the same."""
         return True
 
     def restore(self, values: Mapping[Piece, Tensor], *, num_steps: int) -> None:
@@ -272,10 +273,10 @@ class Zero3Adapters(FlatAdapters):
         state = self._state()
         for part in self.parts:
             for kind, flats in state.items():
-                self._place(part, flats).copy_(values[Piece(part.name, kind, part.start, part.stop)])
+                self._view(part, flats).copy_(values[Piece(part.name, kind, part.start, part.stop)])
         for of_flat in self._zero.optimizer.state.values():
             of_flat["step"].fill_(num_steps)
-        self._publish()
+        self._copy_to_shards()
 
     def _state(self) -> dict[Kind, Sequence[Tensor]]:
         flats = self._zero.fp32_partitioned_groups_flat
@@ -284,7 +285,7 @@ class Zero3Adapters(FlatAdapters):
         def of_parts(key: str) -> list[Tensor]:
             return [self._partition(parameter, [of_flat[key] for of_flat in of_flats]) for parameter in self._held]
 
-        return {"adapter": self.homes, "exp_avg": of_parts("exp_avg"), "exp_avg_sq": of_parts("exp_avg_sq")}
+        return {"adapter": self.flat_parameters, "exp_avg": of_parts("exp_avg"), "exp_avg_sq": of_parts("exp_avg_sq")}
 
     def _sum_over_shards(self, values: Tensor) -> Tensor:
         return self.world.sum(values)
@@ -294,7 +295,7 @@ class Zero3Adapters(FlatAdapters):
 
 
 def _ask_for_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """A hook before a block's forward: its input as the beginning of a graph, where it isn't part of one."""
+    """A hook before a block's forward: makes its input a leaf that requires a gradient, if it isn't part of a graph."""
     x, *rest = inputs
     if x.requires_grad or not torch.is_grad_enabled():
         return None
@@ -302,13 +303,13 @@ def _ask_for_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, 
 
 
 def _held(parameter: Any, world_rank: int) -> range:
-    """The elements of a whole parameter that a rank holds; the rest of its share is padding."""
-    num_elements, share = parameter.ds_numel, parameter.ds_tensor.ds_numel
-    return range(min(num_elements, world_rank * share), min(num_elements, (world_rank + 1) * share))
+    """The elements of a whole parameter that a rank holds; the rest of its shard is padding."""
+    num_elements, per_rank = parameter.ds_numel, parameter.ds_tensor.ds_numel
+    return range(min(num_elements, world_rank * per_rank), min(num_elements, (world_rank + 1) * per_rank))
 
 
 def _dynamic(parameters: Iterable[nn.Parameter]) -> list[Any]:
-    """The parameters with what DeepSpeed has written onto them, of which their type says nothing."""
+    """The parameters with DeepSpeed's attributes, which their type doesn't declare."""
     return list(parameters)
 
 
@@ -319,14 +320,14 @@ def _load_deepspeed(world: World) -> Any:
     """The module, on the world's process group, warning on the first rank's stderr only.
 
     Raises:
-        ConfigError: it isn't there, can't be imported, or is older than ``NEEDED``.
+        ConfigError: it isn't installed, can't be imported, or is older than ``NEEDED``.
     """
-    assert dist.is_initialized(), "zero3 works by a process group, also where a process is alone"
+    assert dist.is_initialized(), "zero3 needs a process group, even for a single process"
     _set_environment(world)
     deepspeed = _import_deepspeed()
     _check_version(str(deepspeed.__version__))
     _quieten(deepspeed, world)
-    # The groups that it remembers may be those of an earlier run in this process.
+    # The groups that it caches may be those of an earlier run in this process.
     importlib.import_module("deepspeed.utils.groups")._release_process_group_references()
     # Its shared-memory helper for inference would be compiled now (g++, ninja, a minute), and is never used here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -337,7 +338,7 @@ def _load_deepspeed(world: World) -> Any:
 def _set_environment(world: World) -> None:
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # unset, it is guessed, with a warning
-    # It asks for its device by these two. On a CPU, without the second, it calls numactl at each reduction.
+    # It gets its device from these two. On a CPU, without the second, it calls numactl at each reduction.
     os.environ["LOCAL_RANK"] = str(world.local_rank if world.device.index is None else world.device.index)
     os.environ["LOCAL_SIZE"] = str(world.local_size)
 
@@ -348,27 +349,27 @@ def _import_deepspeed() -> Any:
             return importlib.import_module("deepspeed")
     except ModuleNotFoundError as error:
         is_absent = error.name == "deepspeed"
-        found = "it is not installed" if is_absent else f"the one that is installed lacks {error.name}"
-        raise _needed(found) from error
-    except Exception as error:  # built against another torch, a broken extension: it runs much when imported
+        problem = "it is not installed" if is_absent else f"the installed one lacks {error.name}"
+        raise _needed(problem) from error
+    except Exception as error:  # built against another torch, a broken extension: importing it runs a lot of code
         spec = importlib.util.find_spec("deepspeed")
-        where = spec.origin if spec else "the one that is installed"
+        where = spec.origin if spec else "the installed one"
         raise _needed(f"{where} can't be imported ({type(error).__name__}: {error})") from error
 
 
-def _check_version(found: str) -> None:
+def _check_version(installed: str) -> None:
     from packaging.version import Version
 
-    if Version(found) < Version(NEEDED):
+    if Version(installed) < Version(NEEDED):
         raise _needed(
-            f"{found} is installed: before 0.19.3 activation checkpointing breaks over a frozen base, and before "
-            "0.19.8 a gradient of NaN is taken for one of norm 1 and trained on"
+            f"{installed} is installed: before 0.19.3 activation checkpointing fails over a frozen base, and before "
+            "0.19.8 a NaN gradient is treated as one of norm 1 and trained on"
         )
 
 
-def _needed(found: str) -> ConfigError:
+def _needed(problem: str) -> ConfigError:
     return ConfigError(
-        f"parallel.engine: zero3 needs DeepSpeed {NEEDED} or newer, and {found}. "
+        f"parallel.engine: zero3 needs DeepSpeed {NEEDED} or newer, and {problem}. "
         f'Run pip install "deepspeed>={NEEDED}" where torch is installed already, or set parallel.engine=fsdp2.'
     )
 
@@ -377,9 +378,9 @@ def _quieten(deepspeed: Any, world: World) -> None:
     logger: logging.Logger = deepspeed.utils.logger
     logger.setLevel(logging.WARNING if world.is_first else logging.ERROR)
     for handler in logger.handlers:
-        if type(handler) is logging.StreamHandler:  # a handler of another kind has its stream for a reason
+        if type(handler) is logging.StreamHandler:  # a handler of another kind keeps its stream
             handler.setStream(sys.stderr)  # stdout is for results
-    # torch 2.13 has new names for what DeepSpeed calls, and says so on each rank.
+    # torch 2.13 has new names for functions that DeepSpeed calls, and warns on each rank.
     warnings.filterwarnings(
         "ignore", message=r".*torch\.distributed\.\w+_tensor. is deprecated", category=FutureWarning
     )

@@ -201,8 +201,8 @@ def logits_bytes(setup: Setup) -> int:
     return vocab * max(first * of_one, first * FP32 + second * of_one)
 
 
-def dense_bytes(setup: Setup) -> int:
-    """The largest linear made dense for a product; 0 where it is stored so."""
+def dequantized_bytes(setup: Setup) -> int:
+    """The largest linear dequantized for a product; 0 where it isn't quantized."""
     if setup.quant == "none":
         return 0
     return setup.item_bytes * max(out * width for out, width in setup.shape.linear_shapes().values())
@@ -324,16 +324,16 @@ def moments_of(setup: Setup) -> list[_Moment]:
     wide = setup.micro_tokens * shape.ffn * c
     last = shape.num_layers - 1
     of_layers = [kept_bytes_of_a_layer(setup, layer) for layer in range(shape.num_layers)]
-    turn = setup.micro_tokens * shape.head_dim * c  # cosines and sines, shared by all layers
+    rotary = setup.micro_tokens * shape.head_dim * c  # cosines and sines, shared by all layers
 
     def kept_before(layer: int) -> int:
         """What the layers before one keep for the backward: all of it, or their inputs."""
-        return turn + (stream * max(0, layer - first) if setup.recompute else sum(of_layers[:layer]))
+        return rotary + (stream * max(0, layer - first) if setup.recompute else sum(of_layers[:layer]))
 
     kept = kept_before(shape.num_layers)
     last_norm = setup.micro_tokens * shape.hidden * FP32
     has_input_of_down = "down_proj" in setup.targets and last in setup.layers
-    gradients = max(3 * wide, 2 * wide + dense_bytes(setup)) - (wide if has_input_of_down else 0)
+    gradients = max(3 * wide, 2 * wide + dequantized_bytes(setup)) - (wide if has_input_of_down else 0)
     of_last = of_layers[last] if setup.recompute else 0
     at_end = stream + (2 * last_norm if setup.layout.engine == "zero3" else stream)
     moments = [

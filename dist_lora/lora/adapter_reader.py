@@ -1,11 +1,11 @@
 """Reading an adapter's folder, ours or PEFT's, with every fault named.
 
-The format is PEFT's own: ``adapter_config.json``, and ``adapter_model.safetensors`` with two tensors a module,
-``base_model.model.<module>.lora_A.weight`` ``(R, D_in)`` and ``lora_B`` ``(D_out, R)``. ``dist_lora.json`` beside them
-says which base the adapter belongs to. A seal in the weights' metadata, which other programs pass over, holds a checksum
-of the tensors and what the config said of them: a flipped bit, or a file of another adapter, is found. In memory the keys
-are ``<module>.lora_A`` and ``<module>.lora_B``, with modules as ``model.layers.0.self_attn.q_proj``. Letters: R LoRA rank,
-D_in and D_out the linear's widths.
+The format is PEFT's own: ``adapter_config.json``, and ``adapter_model.safetensors`` with two tensors per module,
+``base_model.model.<module>.lora_A.weight`` ``(R, D_in)`` and ``lora_B`` ``(D_out, R)``. ``dist_lora.json`` in the same
+folder names the base that the adapter belongs to. A seal in the weights' metadata, which other programs ignore, holds a
+checksum of the tensors and the settings that they depend on, so that a flipped bit or a file of another adapter is
+detected. In memory the keys are ``<module>.lora_A`` and ``<module>.lora_B``, with modules as
+``model.layers.0.self_attn.q_proj``. Letters: R LoRA rank, D_in and D_out the linear's widths.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from dist_lora.herd.shape import module_path
 from dist_lora.lora.origin import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE, BaseIdentity, read_adapter_json, read_origin
 from dist_lora.text import first_few
 
-# Three digits of layers: keys up to the highest layer are looked for one by one.
+# At most three digits of layers: every key up to the highest layer is checked.
 _MODULE = re.compile(r"model\.layers\.([0-9]{1,3})\.(?:self_attn\.([qkvo]_proj)|mlp\.((?:gate|up|down)_proj))")
 _PEFT_KEY = re.compile(r"base_model\.model\.(.+\.lora_[AB])\.weight")
-_NOT_GATHERED = "not gathered: a process holds only its part of a sharded tensor"
+_NOT_GATHERED = "not gathered: a process holds only its shard of a tensor"
 SEAL = "dist_lora"  # its key in the metadata of the weights' file
-# What of the config decides what the tensors mean; all else may be edited.
+# The settings that the tensors depend on; all others may be edited.
 SEALED = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "layers_to_transform")
 # Settings that make an adapter more than B A on a linear (LoraConfig of PEFT 0.21.2), and what they are.
 _REFUSED = {
     "use_dora": "DoRA",
-    "modules_to_save": "whole modules beside the adapters",
+    "modules_to_save": "fully trained modules",
     "rank_pattern": "ranks that differ by layer",
     "alpha_pattern": "alphas that differ by layer",
     "lora_bias": "biases",
@@ -58,16 +58,16 @@ _REFUSED = {
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
 }
-# These start from a base whose weights were changed too; PEFT writes `true` where it has converted them back.
+# These change the base's weights too; PEFT writes `true` where it has converted the adapter back.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFacts:
-    """What an adapter's JSON files tell of it.
+    """An adapter's settings and base, from its JSON files.
 
-    `targets` are linears in the model's order, `layers` the layers that are adapted or None for all, and
-    `scale` is what B A is multiplied by: alpha / R, or alpha / sqrt(R) for rsLoRA.
+    ``targets`` are linears in the model's order, ``layers`` the layers that are adapted or None for all, and
+    ``scale`` is what B A is multiplied by: alpha / R, or alpha / sqrt(R) for rsLoRA.
     """
 
     rank: int
@@ -81,44 +81,44 @@ class AdapterFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter(AdapterFacts):
-    """An adapter in memory: tensors `<module>.lora_A` `(R, D_in)` and `<module>.lora_B` `(D_out, R)`, fp32."""
+    """An adapter in memory: tensors ``<module>.lora_A`` ``(R, D_in)`` and ``<module>.lora_B`` ``(D_out, R)``, fp32."""
 
     tensors: dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOnDisk(AdapterFacts):
-    """An adapter whose headers are checked and whose tensors are read one pair at a time; see `Adapter`."""
+    """An adapter with checked headers, whose tensors are read one pair at a time; see ``Adapter``."""
 
     folder: Path
     pairs: dict[str, tuple[TensorOnDisk, TensorOnDisk]]
     checksum: str | None
 
     def verify(self) -> None:
-        """Prove that the tensors are as they were written; of an adapter without a checksum (PEFT's) nothing is known.
+        """Check that the tensors are as they were written; an adapter without a checksum (PEFT's) always passes.
 
         Reads every byte of them. Local: one rank calls it, before anything is loaded.
 
         Raises:
-            AdapterError: they are not, or the file cannot be read.
+            AdapterError: they are not, or the file can't be read.
         """
         if self.checksum is None:
             return
         try:
-            found = _checksum_on_disk([half for pair in self.pairs.values() for half in pair])
+            actual = _checksum_on_disk([half for pair in self.pairs.values() for half in pair])
         except WeightsError as error:
             raise AdapterError(str(error)) from error
-        if found != self.checksum:
+        if actual != self.checksum:
             raise AdapterError(
-                f"{self.folder / WEIGHTS_FILE} is damaged: its tensors have the checksum {found}, and {self.checksum} was "
-                "written. Copy it again, or make it anew: dist-lora gather CHECKPOINT --out DIR"
+                f"{self.folder / WEIGHTS_FILE} is damaged: its tensors have checksum {actual}, and {self.checksum} was "
+                "written. Copy it again, or recreate it: dist-lora gather CHECKPOINT --out DIR"
             )
 
     def read_pair(self, module: str) -> tuple[Tensor, Tensor]:
-        """A `(R, D_in)` and B `(D_out, R)` of a module, fp32, in host memory.
+        """A ``(R, D_in)`` and B ``(D_out, R)`` of a module, fp32, in host memory.
 
         Raises:
-            AdapterError: the file cannot be read, or a value is NaN or infinite.
+            AdapterError: the file can't be read, or a value is NaN or infinite.
         """
         try:
             first, second = (read_tensor(half, dtype=torch.float32) for half in self.pairs[module])
@@ -131,51 +131,51 @@ class AdapterOnDisk(AdapterFacts):
         infinite = [peft_key(key) for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         if infinite:
             raise AdapterError(
-                f"{self.folder / WEIGHTS_FILE} holds NaN or infinity in {first_few(infinite)}. The run that "
-                "made it went wrong; take one of its earlier checkpoints."
+                f"{self.folder / WEIGHTS_FILE} holds NaN or infinity in {first_few(infinite)}. Its run "
+                "diverged; use one of its earlier checkpoints."
             )
 
 
 def open_adapter(folder: Path) -> AdapterOnDisk:
-    """The adapter in `folder`, ours or PEFT's, with everything checked that its JSON and its header can tell.
+    """The adapter in ``folder``, ours or PEFT's, with everything checked that its JSON files and header allow.
 
     Raises:
-        AdapterError: the folder is damaged, or is no plain LoRA on a Llama's seven linears with one rank and
-            one alpha. Names the keys: the half of a pair that is missing, a key that has no place, a wrong
-            rank, a zero-size or 1-D tensor.
+        AdapterError: the folder is damaged, or isn't plain LoRA on a Llama's seven linears with one rank and one
+            alpha. Names the keys: the missing half of a pair, an unexpected key, a wrong rank, a zero-size or 1-D
+            tensor.
     """
     _refuse_links(folder)
     config = read_adapter_json(folder / CONFIG_FILE)
     _refuse_kinds(config, folder=folder)
     rank, alpha, dropout = _numbers(config, folder=folder)
-    found = _headers(folder)
-    keys = {name: match[1] if (match := _PEFT_KEY.fullmatch(name)) else name for name in found}
-    spelled = {key: name for name, key in keys.items()}
-    shapes = {keys[name]: tensor.shape for name, tensor in found.items()}
+    headers = _headers(folder)
+    keys = {name: match[1] if (match := _PEFT_KEY.fullmatch(name)) else name for name in headers}
+    names_in_file = {key: name for name, key in keys.items()}
+    shapes = {keys[name]: tensor.shape for name, tensor in headers.items()}
     targets, layers = _coverage(config, shapes, folder=folder)
     faults = faults_of(
-        shapes, rank=rank, targets=targets, layers=layers, names=lambda key: spelled.get(key) or peft_key(key)
+        shapes, rank=rank, targets=targets, layers=layers, names=lambda key: names_in_file.get(key) or peft_key(key)
     )
     if faults:
         raise AdapterError(
-            f"{folder / WEIGHTS_FILE} does not hold the adapter of its {CONFIG_FILE} (r = {rank}):\n  "
+            f"{folder / WEIGHTS_FILE} doesn't hold the adapter of its {CONFIG_FILE} (r = {rank}):\n  "
             + "\n  ".join(faults)
         )
-    by_key = {keys[name]: tensor for name, tensor in found.items()}
+    by_key = {keys[name]: tensor for name, tensor in headers.items()}
     modules = sorted({key.rpartition(".")[0] for key in by_key}, key=_module_order)
     pairs = {module: (by_key[f"{module}.lora_A"], by_key[f"{module}.lora_B"]) for module in modules}
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     seal = _read_seal(folder)
     base = read_origin(folder, config, checksum=seal.get("checksum"))
     changed = [
-        f"{key} is {config.get(key)!r}, and was {then!r}"
-        for key, then in seal.get("config", {}).items()
-        if config.get(key) != then or type(config.get(key)) is not type(then)
+        f"{key} is {config.get(key)!r}, and was {sealed!r}"
+        for key, sealed in seal.get("config", {}).items()
+        if config.get(key) != sealed or type(config.get(key)) is not type(sealed)
     ]
     if changed:
         raise AdapterError(
-            f"{folder / CONFIG_FILE} is not as it was when {WEIGHTS_FILE} was written: {'; '.join(changed)}. It is damaged, "
-            "of another adapter, or was changed by hand: put the former values back."
+            f"{folder / CONFIG_FILE} has changed since {WEIGHTS_FILE} was written: {'; '.join(changed)}. It is "
+            "damaged, of another adapter, or was edited by hand: restore the former values."
         )
     return AdapterOnDisk(
         folder=folder,
@@ -192,9 +192,9 @@ def open_adapter(folder: Path) -> AdapterOnDisk:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """The adapter in `folder`, whole, fp32, in host memory, proven to be as it was written where it has a checksum.
+    """The adapter in ``folder``, whole, fp32, in host memory, its checksum verified where it has one.
 
-    Raises what `open_adapter`, `verify` and `read_pair` raise.
+    Raises what ``open_adapter``, ``verify`` and ``read_pair`` raise.
     """
     opened = open_adapter(folder)
     opened.verify()
@@ -225,7 +225,7 @@ def faults_of(
     layers: tuple[int, ...] | None,
     names: Callable[[str], str],
 ) -> list[str]:
-    """A line for each kind of fault among keys `<module>.lora_A` and `.lora_B`, which `names` spells."""
+    """A line for each kind of fault among keys ``<module>.lora_A`` and ``.lora_B``, named by ``names``."""
     known = {key: shape for key, shape in shapes.items() if _linear_of(key)}
     whole = {key: shape for key, shape in known.items() if len(shape) == 2 and min(shape) > 0}
     ranks = {key: shape[0 if key.endswith("A") else 1] for key, shape in whole.items()}
@@ -233,24 +233,24 @@ def faults_of(
     expected = _expected_modules(modules, targets=targets, layers=layers)
     halves = {f"{module}.lora_{half}" for module in modules | expected for half in "AB"}
     kinds = (
-        ("no place in a Llama for", [names(key) for key in sorted(set(shapes) - set(known))]),
+        ("unexpected, not of a linear of Llama", [names(key) for key in sorted(set(shapes) - set(known))]),
         (_NOT_GATHERED, [f"{names(key)} has shape {known[key]}" for key in sorted(set(known) - set(whole))]),
         (
             "wrong rank",
-            [f"{names(key)} has rank {found}" for key, found in sorted(ranks.items()) if found != rank],
+            [f"{names(key)} has rank {actual}" for key, actual in sorted(ranks.items()) if actual != rank],
         ),
         (
-            "not among the targets and layers that were named",
+            "not among the named targets and layers",
             [names(key) for key in sorted(known) if expected and key.rpartition(".")[0] not in expected],
         ),
         ("missing", [names(key) for key in sorted(halves - set(known))]),
     )
     faults = [f"{kind}: {first_few(keys)}" for kind, keys in kinds if keys]
-    return faults or ([] if known else ["missing: there is no adapter in it at all"])
+    return faults or ([] if known else ["missing: it holds no adapter at all"])
 
 
 def _linear_of(key: str) -> tuple[int, str] | None:
-    """Layer and linear of `<module>.lora_A` or `.lora_B`; None if it is no linear of a Llama."""
+    """Layer and linear of ``<module>.lora_A`` or ``.lora_B``; None if it is not of a linear of Llama."""
     module, _, half = key.rpartition(".")
     match = _MODULE.fullmatch(module)
     if match is None or half not in ("lora_A", "lora_B"):
@@ -259,7 +259,7 @@ def _linear_of(key: str) -> tuple[int, str] | None:
 
 
 def _expected_modules(modules: Iterable[str], *, targets: Sequence[str], layers: tuple[int, ...] | None) -> set[str]:
-    """All modules that targets and layers call for; without layers: those from 0 to the highest there is."""
+    """All modules that targets and layers name; without layers: those from 0 to the highest one present."""
     if layers is None:
         layers = tuple(range(1 + max((_module_order(module)[0] for module in modules), default=-1)))
     return {module_path(target, layer=layer) for layer in layers for target in targets}
@@ -278,18 +278,18 @@ def peft_key(key: str) -> str:
 def _refuse_kinds(config: Mapping[str, Any], *, folder: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise AdapterError(
-            f"{folder / CONFIG_FILE} describes an adapter of type {config.get('peft_type')!r}; only LORA is read."
+            f"{folder / CONFIG_FILE} describes an adapter of type {config.get('peft_type')!r}; only LORA is supported."
         )
-    told = [f"{key} ({what})" for key, what in _REFUSED.items() if config.get(key)]
+    unsupported = [f"{key} ({what})" for key, what in _REFUSED.items() if config.get(key)]
     if config.get("bias", "none") != "none":
-        told.append(f"bias: {config['bias']} (trained biases)")
+        unsupported.append(f"bias: {config['bias']} (trained biases)")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGES_BASE):
-        told.append(f"init_lora_weights: {start} (needs a changed base; let PEFT convert it at its save)")
-    if told:
+        unsupported.append(f"init_lora_weights: {start} (changes the base; let PEFT convert it when saving)")
+    if unsupported:
         raise AdapterError(
-            f"{folder / CONFIG_FILE} asks for more than plain LoRA on the seven linears: {', '.join(told)}. "
-            "Such an adapter cannot be read here."
+            f"{folder / CONFIG_FILE} asks for more than plain LoRA on the seven linears: {', '.join(unsupported)}. "
+            "Such an adapter isn't supported."
         )
 
 
@@ -314,16 +314,16 @@ def _numbers(config: Mapping[str, Any], *, folder: Path) -> tuple[int, float, fl
 
 
 def _refuse_links(folder: Path) -> None:
-    leading = links_out(folder, (CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE))
-    if leading:
+    outside = links_out(folder, (CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE))
+    if outside:
         raise AdapterError(
-            f"{folder} holds links that lead out of it: {first_few(leading)}. Nothing is read from there: put the files "
-            "themselves into the folder, or give the folder that they lie in."
+            f"{folder} has links that point outside of it: {first_few(outside)}. Nothing is read from there: put the "
+            "files themselves into the folder, or name the folder that they are in."
         )
 
 
 def _read_seal(folder: Path) -> dict[str, Any]:
-    """The seal of our own writer, checked to have its form; empty where another program wrote the weights."""
+    """The seal of our own writer, its structure checked; empty where another program wrote the weights."""
     file = folder / WEIGHTS_FILE
     try:
         written = read_metadata(file).get(SEAL)
@@ -344,7 +344,7 @@ def _headers(folder: Path) -> dict[str, TensorOnDisk]:
     file = folder / WEIGHTS_FILE
     if not is_there(file) and is_there(folder / "adapter_model.bin"):
         raise AdapterError(
-            f"{folder} holds adapter_model.bin: pickled weights are never read, for they can run code. "
+            f"{folder} holds adapter_model.bin: pickled weights are never read because they can run code. "
             "Save the adapter again with a PEFT that writes safetensors."
         )
     try:
@@ -356,17 +356,17 @@ def _headers(folder: Path) -> dict[str, TensorOnDisk]:
 def _coverage(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, folder: Path
 ) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
-    """Which linears of which layers there must be: by the config, or by the keys if it has a pattern."""
+    """The expected linears and layers: from the config, or from the keys if it has a pattern."""
     named, layers = config.get("target_modules"), config.get("layers_to_transform")
     if isinstance(named, str) or config.get("exclude_modules"):
-        found = [place for key in shapes if (place := _linear_of(key))]
-        in_file = {linear for _, linear in found}
-        return tuple(linear for linear in LINEARS if linear in in_file), tuple(sorted({n for n, _ in found}))
+        present = [linear for key in shapes if (linear := _linear_of(key))]
+        in_file = {linear for _, linear in present}
+        return tuple(linear for linear in LINEARS if linear in in_file), tuple(sorted({n for n, _ in present}))
     last_parts = [str(name).rpartition(".")[2] for name in named] if isinstance(named, list) else []
-    foreign = [name for name in last_parts if name not in LINEARS]
-    if foreign or not last_parts:
+    unknown = [name for name in last_parts if name not in LINEARS]
+    if unknown or not last_parts:
         raise AdapterError(
-            f"{folder / CONFIG_FILE} names target_modules {first_few(foreign) or 'none'}; a list of a Llama's "
+            f"{folder / CONFIG_FILE} names target_modules {first_few(unknown) or 'none'}; a list of Llama's "
             f"linears ({' '.join(LINEARS)}) was expected."
         )
     targets = tuple(linear for linear in LINEARS if linear in last_parts)
@@ -374,7 +374,7 @@ def _coverage(
         layers = [layers]
     if layers and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
         raise AdapterError(
-            f"{folder / CONFIG_FILE} has layers_to_transform = {layers!r}; a list of layers' numbers was expected. The "
+            f"{folder / CONFIG_FILE} has layers_to_transform = {layers!r}; a list of layer numbers was expected. The "
             "file is damaged."
         )
     return targets, tuple(sorted(layers)) if layers else None

@@ -1,4 +1,4 @@
-"""Writing an adapter as a folder that PEFT and vLLM load, whole or not at all; see ``adapter_reader`` for the format."""
+"""Writing an adapter as a folder that PEFT and vLLM load, whole or not at all; ``adapter_reader`` has the format."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ def write_adapter(
     base: BaseIdentity,
     layers: Sequence[int] | None = None,
 ) -> None:
-    """Writes the adapter folder, whole or not at all, replacing an adapter that lies there.
+    """Writes the adapter folder, whole or not at all, replacing an adapter that is there.
 
     Call it on one rank, with whole (gathered) tensors. No network. A writer that is killed leaves the former
-    adapter; between its two last renames under the name `.<folder>.replaced`, until the next writer is done.
+    adapter; between its two last renames under the name ``.<folder>.replaced``, until the next writer is done.
 
     Args:
-        tensors: `<module>.lora_A` `(R, D_in)` and `<module>.lora_B` `(D_out, R)`, any float type and device.
+        tensors: ``<module>.lora_A`` ``(R, D_in)`` and ``<module>.lora_B`` ``(D_out, R)``, any float type and device.
         layers: the layers that are adapted; None means all of the model.
-        base: paths in its name are cut to their last component, so that no file tells of this machine.
+        base: a path in its name is reduced to its last component, so that no file reveals this machine's folders.
 
     Raises:
-        AdapterError: a tensor is not whole ("not gathered"), not finite, has no place or lacks its other
+        AdapterError: a tensor is not whole ("not gathered"), not finite, unexpected or lacks its other
             half; nothing is written.
-        ConfigError: something that is no adapter lies at `folder`.
+        ConfigError: ``folder`` exists and is not an adapter.
         SaveError: the system refuses to write.
     """
     chosen = None if layers is None else tuple(sorted(layers))
     _refuse_tensors(tensors, rank=rank, targets=targets, layers=chosen)
     if folder.exists() and not (folder / CONFIG_FILE).exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and is no adapter (it has no {CONFIG_FILE}). Choose another place for it.")
+        raise ConfigError(f"{folder} exists and isn't an adapter (it has no {CONFIG_FILE}). Choose another folder.")
     partial = folder.with_name(f".{folder.name}.partial")
     base = BaseIdentity(_public_name(base.name), base.revision, base.content_hash, base.config_hash)
     try:
@@ -78,7 +78,7 @@ def write_adapter(
         sync_folder(partial)
         swap_in(partial, folder, former=folder.with_name(f".{folder.name}.replaced"))
     except OSError as error:
-        raise SaveError(f"The adapter could not be written to {folder}: {error.strerror or error}.") from error
+        raise SaveError(f"The adapter can't be written to {folder}: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -92,7 +92,7 @@ def _refuse_tensors(
     if infinite:
         faults.append(f"NaN or infinity in {first_few(infinite)}")
     if faults:
-        raise AdapterError(f"The adapter cannot be written (rank {rank}):\n  " + "\n  ".join(faults))
+        raise AdapterError(f"The adapter can't be written (rank {rank}):\n  " + "\n  ".join(faults))
 
 
 def _checksum_of(tensors: Mapping[str, Tensor]) -> str:
@@ -113,8 +113,8 @@ def _peft_config(
     layers: tuple[int, ...] | None,
     base: BaseIdentity,
 ) -> dict[str, Any]:
-    # Only settings that PEFT has had since 0.9 and vLLM reads: an older PEFT refuses names it does not know,
-    # and the newer ones that are left out mean "off".
+    # Only settings that PEFT has had since 0.9 and vLLM reads: an older PEFT refuses names that it doesn't know,
+    # and leaving out the newer ones means "off".
     return {
         "alpha_pattern": {},
         "auto_mapping": None,
@@ -159,7 +159,7 @@ def _versions() -> dict[str, str]:
 
 
 def _public_name(name: str | None) -> str | None:
-    """The name, or the last component of what is a path on this machine."""
+    """The name, or its last component if it is a path on this machine."""
     if name and (PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or name[0] in "~."):
         return PureWindowsPath(name).name  # splits at both kinds of slash
     return name

@@ -1,4 +1,4 @@
-"""The one place where adapters are put beside linears and get their names."""
+"""The only place where adapters are attached to linears and named."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from dist_lora.text import ranges
 
 @dataclass(frozen=True)
 class AdapterTensor:
-    """One trained tensor: its name (``model.layers.0.self_attn.q_proj.lora_A``) and where it lives."""
+    """One trained tensor: its name (``model.layers.0.self_attn.q_proj.lora_A``) and the module that holds it."""
 
     name: str
     module: LoraAdapter
     attribute: str  # lora_A or lora_B
 
     @property
-    def layer(self) -> str:
-        """The full name of the linear that it is beside."""
+    def linear(self) -> str:
+        """The full name of the linear that it adapts."""
         return self.name.removesuffix(f".{self.attribute}")
 
     @property
@@ -35,13 +35,13 @@ class AdapterTensor:
 
 
 def attach_adapters(model: Llama, section: LoraSection) -> list[AdapterTensor]:
-    """Put an adapter, on the meta device, beside every linear that the config names.
+    """Attach an adapter, on the meta device, to every linear that the config names.
 
     Returns the trained tensors in the order that every rank, engine and file has them: layer by layer, in a
     layer as the model names its linears, A before B.
 
     Raises:
-        ConfigError: ``lora.layers`` names a layer that the model has not.
+        ConfigError: ``lora.layers`` names a layer that the model doesn't have.
     """
     layers = set(section.layer_indices(model.shape.num_layers))
     targets = set(section.target_names())
@@ -64,5 +64,5 @@ def attach_adapters(model: Llama, section: LoraSection) -> list[AdapterTensor]:
 
 
 def layers_of(names: Iterable[str]) -> str:
-    """The layers that full names of tensors speak of, as ``layers 0-1, 5``."""
+    """The layers in the full names of tensors, as ``layers 0-1, 5``."""
     return f"layers {ranges(int(name.split('.')[2]) for name in names)}"

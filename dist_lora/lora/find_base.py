@@ -1,4 +1,4 @@
-"""Which base to load beside an adapter: the one that is named, that of its run's config, or what the adapter says itself."""
+"""The base to load with an adapter: the one that is named, that of its run's config, or the one that its files name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dist_lora.lora.adapter_reader import open_adapter
 
 @dataclass(frozen=True)
 class RunOrigin:
-    """What the config of the run that an adapter lies in says of it; nothing where it lies elsewhere."""
+    """What the config of an adapter's run says of it; empty where the adapter isn't in a run's folder."""
 
     model: str | None = None
     quant: str | None = None
@@ -24,7 +24,7 @@ class RunOrigin:
 
 
 def origin_of(adapter: Path) -> RunOrigin:
-    """The origin of an adapter, by the ``config.yaml`` beside its folder."""
+    """The origin of an adapter, by the ``config.yaml`` next to its folder."""
     path = adapter.resolve().parent / "config.yaml"
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -38,19 +38,19 @@ def origin_of(adapter: Path) -> RunOrigin:
             is_plain=is_plain,
         )
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError, RecursionError):
-        return RunOrigin()  # there is none, or it is no run's: an adapter may lie anywhere
+        return RunOrigin()  # there is none, or not a run's: an adapter may be in any folder
 
 
 def base_name(adapter: Path, base: str | None) -> str:
-    """What to load beside ``adapter``: what was said, what its run's config says, or what the adapter itself does."""
+    """The base to load with ``adapter``: ``base``, that of its run's config, or the one that the adapter names."""
     name = base or origin_of(adapter).model or open_adapter(adapter).base.name
     if name is None:
-        raise ConfigError(f"{adapter} does not say which model it was trained on; name it: --base MODEL")
+        raise ConfigError(f"{adapter} doesn't say which model it was trained on; name it: --base MODEL")
     return name
 
 
 def find_base(adapter: Path, base: str | None) -> Path:
-    """The folder of the base that ``adapter`` belongs to; one of the hub is fetched.
+    """The folder of the base that ``adapter`` belongs to; one of the hub is downloaded.
 
     Raises:
         ConfigError: it is neither here nor on the hub.

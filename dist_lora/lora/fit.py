@@ -1,4 +1,4 @@
-"""Whether an adapter on disk is the one that a config attaches to a model: told by its headers, before anything is read."""
+"""Whether an adapter on disk is the one that a config attaches to a model: checked by its headers alone."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from dist_lora.text import first_few
 def check_fit(adapter: AdapterOnDisk, *, section: LoraSection, shape: Shape) -> None:
     """Raise ``AdapterError`` unless the adapter's tensors and scale are exactly those that ``section`` attaches.
 
-    The error names the tensors that are lacking, are too many, or have another shape.
+    The error names the tensors that are missing, unexpected, or of another shape.
     """
     expected = _shapes(section, shape)
-    found = {
+    shapes = {
         f"{module}.lora_{half}": tensor.shape
         for module, pair in adapter.pairs.items()
         for half, tensor in zip("AB", pair, strict=True)
     }
     differing = [
-        f"{name} (found {found[name]}, expected {expected[name]})"
+        f"{name} (found {shapes[name]}, expected {expected[name]})"
         for name in expected
-        if name in found and found[name] != expected[name]
+        if name in shapes and shapes[name] != expected[name]
     ]
     kinds = (
-        ("it lacks", [name for name in expected if name not in found]),
-        ("it holds beyond them", [name for name in found if name not in expected]),
-        ("other shapes", differing),
+        ("missing", [name for name in expected if name not in shapes]),
+        ("unexpected", [name for name in shapes if name not in expected]),
+        ("of another shape", differing),
     )
-    faults = [f"{what}: {first_few(names)}" for what, names in kinds if names]
+    faults = [f"{kind}: {first_few(names)}" for kind, names in kinds if names]
     scale = section.alpha / section.rank
     if not faults and adapter.scale != scale:
         faults = [f"its B A is scaled by {adapter.scale:g}, the config's alpha / rank is {scale:g}"]
     if faults:
         raise AdapterError(
-            f"{adapter.folder} is not the adapter that lora.targets, lora.layers, lora.rank and lora.alpha speak of:\n  "
+            f"{adapter.folder} is not the adapter that lora.targets, lora.layers, lora.rank and lora.alpha define:\n  "
             + "\n  ".join(faults)
         )
 

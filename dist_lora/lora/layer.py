@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class LoraAdapter(nn.Module):
-    """What is trained beside one frozen linear: A ``(R, D_in)`` and B ``(D_out, R)``, kept in fp32.
+    """The adapter of one frozen linear: A ``(R, D_in)`` and B ``(D_out, R)``, in fp32.
 
     Source: LoRA, arXiv 2106.09685, section 4.1.
     """
@@ -26,7 +26,7 @@ class LoraAdapter(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """``(T, D_out)``: the frozen linear's ``y`` and this adapter's part of ``x`` ``(T, D_in)`` added up."""
+        """``(T, D_out)``: the frozen linear's ``y`` and this adapter's product of ``x`` ``(T, D_in)``, summed."""
         if self.dropout:
             x = F.dropout(x, self.dropout, training=self.training)
         low = F.linear(x, self.lora_A.to(x.dtype))
@@ -34,9 +34,9 @@ class LoraAdapter(nn.Module):
 
 
 def initial_a(name: str, *, rank: int, in_features: int, seed: int) -> Tensor:
-    """A's first values, ``(R, D_in)`` fp32 on the CPU: uniform in ±1/sqrt(D_in), as PEFT draws them.
+    """A's first values, ``(R, D_in)`` fp32 on the CPU: uniform in ±1/sqrt(D_in), as PEFT initializes it.
 
-    They depend on the seed and on the layer's full name alone, so that every rank, engine and world size
+    They depend on the seed and the linear's full name alone, so that every rank, engine and world size
     starts from the same bits. (B starts at zero.)
     """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()

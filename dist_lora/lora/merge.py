@@ -1,7 +1,7 @@
 """A model with an adapter merged into its weights: W + s B A in fp32, cast once, from file to file a slice at a time.
 
-What comes out mirrors the base: the same file names, the same tensors in the same order, its config, tokenizer and
-licence beside them. Memory does not depend on the model's size. Letters: R LoRA rank, D_in and D_out a linear's widths.
+The result mirrors the base: the same file names, the same tensors in the same order, and its config, tokenizer and
+licence. Memory doesn't depend on the model's size. Letters: R LoRA rank, D_in and D_out a linear's widths.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _END_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")  # Llama 3's, in t
 _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 _COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 _WRITTEN_HERE = ("config.json", "generation_config.json")
-_OF_ADAPTERS = (CONFIG_FILE, ORIGIN_FILE)  # transformers would look for an adapter beside the weights
+_OF_ADAPTERS = (CONFIG_FILE, ORIGIN_FILE)  # transformers would load an adapter with the weights
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,19 @@ def merge_adapter(
     """Writes ``out``, a model folder with the adapter in its weights, whole or not at all.
 
     Needs no process group and no GPU. Peak memory: 100 MiB and one pair of A and B. It is built in
-    ``<out>.partial``, which has no config.json until all else is on the disk, so that nothing loads it by mistake;
-    what a killed merge left there, the next one removes.
+    ``<out>.partial``, which has no config.json until all else is fsynced, so that nothing loads it by mistake;
+    the next merge removes what a killed one left there.
 
     Args:
         force: merge even if the adapter says that it was trained on other weights than those of ``base``.
         dtype: type of all tensors of the result; without it each keeps its type on disk.
-        quant: the ``model.quant`` that the adapter was trained beside: the linears of the layers get the values that
-            they have in it, so that the result is the model that was trained, but for one rounding.
-        on_progress: called after each slice with (bytes written, bytes of weights in all).
+        quant: the ``model.quant`` that the adapter was trained on: the linears of the layers get the values that
+            they have in it, so that the result is the trained model, up to one rounding.
+        on_progress: called after each slice with (bytes written, total bytes of weights).
 
     Raises:
         ConfigError: ``out`` exists or is being written, or the adapter belongs to another base.
-        AdapterError: the adapter is damaged, does not fit the base, or would leave a weight as it is.
+        AdapterError: the adapter is damaged, doesn't fit the base, or would leave a weight unchanged.
         WeightsError: the base is damaged.
         SaveError: not enough space, or the system refuses to write.
     """
@@ -113,12 +113,12 @@ def merge_adapter(
     except OSError as error:
         if isinstance(error, DistLoraError):
             raise
-        raise SaveError(f"The merged model could not be written to {out}: {error.strerror or error}.") from error
+        raise SaveError(f"The merged model can't be written to {out}: {error.strerror or error}.") from error
     return MergeReport(len(opened.pairs), merger.bytes_written, time.perf_counter() - begin)
 
 
 class _Merger:
-    """Writes the weights' files, and knows at the end whether each target changed."""
+    """Writes the weights' files, and checks at the end that each target changed."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class _Merger:
         self._fmt = None if quant == "none" else format_of(quant, torch.float32)
         self._on_progress = on_progress
         self._reader = SliceReader(_SLICE_BYTES)
-        self._rooms: dict[torch.dtype, Tensor] = {}
+        self._buffers: dict[torch.dtype, Tensor] = {}
         self._unchanged: list[str] = []
         self._overflowing: list[str] = []
         self._bytes_total = _num_bytes(index.tensors.values(), dtype)
@@ -159,11 +159,11 @@ class _Merger:
         is_changed = False
         fmt = self._fmt if module.rpartition(".")[2] in LINEARS else None
         for row, stored in self._reader.slices(tensor, descriptor=descriptor):
-            rows = stored if fmt is None else fmt.dense(fmt.quantize_rows(stored), torch.float32)
+            rows = stored if fmt is None else fmt.dequantize(fmt.quantize_rows(stored), torch.float32)
             result = self._merged(rows, pair, row=row, dtype=dtype)
             if pair is not None:
                 is_changed = is_changed or not torch.equal(result, rows.to(dtype))
-                extremes = torch.aminmax(result)  # NaN shows in both; isfinite would take twice the slice again
+                extremes = torch.aminmax(result)  # NaN is in both; isfinite would take twice the slice more
                 if not all(map(math.isfinite, extremes)) and tensor.name not in self._overflowing:
                     self._overflowing.append(tensor.name)
             write(bytes_of(result))
@@ -174,31 +174,31 @@ class _Merger:
             self._unchanged.append(tensor.name)
 
     def _merged(self, rows: Tensor, pair: tuple[Tensor, Tensor] | None, *, row: int, dtype: torch.dtype) -> Tensor:
-        """These rows of W + s B A, summed in fp32 and cast once; without a pair the rows of W. Valid until the next."""
+        """These rows of W + s B A, summed in fp32 and cast once; without a pair, of W. Valid until the next call."""
         if pair is None:
-            return rows if rows.dtype == dtype else self._room(rows, dtype).copy_(rows)
+            return rows if rows.dtype == dtype else self._buffer(rows, dtype).copy_(rows)
         first, second = pair  # A (R, D_in) and B (D_out, R), whole
-        total = self._room(rows, torch.float32).copy_(rows)
+        total = self._buffer(rows, torch.float32).copy_(rows)
         total.addmm_(second[row : row + len(rows)], first, alpha=self._adapter.scale)
-        return total if dtype == torch.float32 else self._room(rows, dtype).copy_(total)
+        return total if dtype == torch.float32 else self._buffer(rows, dtype).copy_(total)
 
-    def _room(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """Reused memory for as many rows: fresh ones of this size, some hundreds, would leave holes in the heap."""
-        room = self._rooms.get(dtype)
-        if room is None or room.numel() < rows.numel():
-            room = self._rooms[dtype] = torch.empty(rows.numel(), dtype=dtype)
-        return room[: rows.numel()].view(rows.shape)
+    def _buffer(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """A reused buffer of the shape of ``rows``: hundreds of new ones of this size would fragment the heap."""
+        buffer = self._buffers.get(dtype)
+        if buffer is None or buffer.numel() < rows.numel():
+            buffer = self._buffers[dtype] = torch.empty(rows.numel(), dtype=dtype)
+        return buffer[: rows.numel()].view(rows.shape)
 
     def _check_targets(self) -> None:
         if self._overflowing:
             raise AdapterError(
-                f"{self._adapter.folder} makes NaN or infinity of {len(self._overflowing):,} weights: "
+                f"{self._adapter.folder} turns {len(self._overflowing):,} weights into NaN or infinity: "
                 f"{first_few(self._overflowing)}. If the base is in fp16, merge to bf16 or fp32: --dtype."
             )
         if self._unchanged:
             raise AdapterError(
                 f"{self._adapter.folder} would not change {len(self._unchanged):,} of the {len(self._adapter.pairs):,} "
-                f"weights that it targets: {first_few(self._unchanged)}. What it adds is lost in rounding; merge to "
+                f"weights that it targets: {first_few(self._unchanged)}. Its update is lost in rounding; merge to "
                 "fp32 (--dtype fp32), or serve it as an adapter."
             )
 
@@ -217,32 +217,32 @@ def _check_identity(adapter: AdapterOnDisk, *, index: WeightIndex, config_hash: 
     if differing:
         raise ConfigError(
             f"{adapter.folder} was trained on {trained_on.name or 'another model'}, and {index.folder} differs from it "
-            f"({'; '.join(differing)}). Merge it into the model that it was trained on, or force it."
+            f"({'; '.join(differing)}). Merge it into the model that it was trained on, or use --force."
         )
 
 
 def _check_fit(adapter: AdapterOnDisk, *, index: WeightIndex) -> None:
-    foreign, differing = [], []
+    unknown, differing = [], []
     for module, (first, second) in adapter.pairs.items():
         weight = index.tensors.get(f"{module}.weight")
         expected = (second.shape[0], first.shape[1])
         if weight is None:
-            foreign.append(first.name)
+            unknown.append(first.name)
         elif weight.shape != expected:
             differing.append(f"{module}.weight is {weight.shape} and the adapter's B A {expected}")
     lacking = _modules_lacking(adapter, index) if adapter.layers is None else []
-    told = [f"  no such weight in the base: {first_few(foreign)}"] if foreign else []
-    told += [f"  of another shape: {first_few(differing)}"] if differing else []
-    told += [f"  the adapter is for all layers and lacks: {first_few(lacking)}"] if lacking else []
-    if told:
-        raise AdapterError(f"{adapter.folder} does not fit {index.folder}:\n" + "\n".join(told))
+    lines = [f"  no such weight in the base: {first_few(unknown)}"] if unknown else []
+    lines += [f"  of another shape: {first_few(differing)}"] if differing else []
+    lines += [f"  the adapter is for all layers and lacks: {first_few(lacking)}"] if lacking else []
+    if lines:
+        raise AdapterError(f"{adapter.folder} doesn't fit {index.folder}:\n" + "\n".join(lines))
 
 
 def _check_quant(index: WeightIndex, quant: Quant) -> None:
     fmt = format_of(quant, torch.float32)
     for name, tensor in index.tensors.items():
         if name.removesuffix(".weight").rpartition(".")[2] in LINEARS and (why := fmt.refusal(*tensor.shape)):
-            raise ConfigError(f"{index.folder} can't have been trained beside in {quant}: {name}: {why}")
+            raise ConfigError(f"{index.folder} can't have been the base of a run in {quant}: {name}: {why}")
 
 
 def _modules_lacking(adapter: AdapterOnDisk, index: WeightIndex) -> list[str]:
@@ -251,12 +251,12 @@ def _modules_lacking(adapter: AdapterOnDisk, index: WeightIndex) -> list[str]:
 
 
 def _check_effect(adapter: AdapterOnDisk) -> None:
-    """Reads every pair once: all finite, and none of them zero."""
+    """Reads every pair once, and checks that all are finite and none is zero."""
     zero = [module for module in adapter.pairs if not all(half.any() for half in adapter.read_pair(module))]
     if zero:
         raise AdapterError(
-            f"{adapter.folder} adds nothing to {len(zero):,} of its {len(adapter.pairs):,} targets, for their A or B is "
-            f"zero: {first_few(zero)}; no weight would change there. It was never trained, or was not saved whole."
+            f"{adapter.folder} adds nothing to {len(zero):,} of its {len(adapter.pairs):,} targets because their A or "
+            f"B is zero: {first_few(zero)}; no weight would change there. It was never trained, or not saved whole."
         )
 
 
@@ -267,17 +267,17 @@ def _refuse_existing(out: Path) -> None:
 
 @contextmanager
 def _partial_of(out: Path) -> Iterator[Path]:
-    """An empty folder beside ``out`` that no other merge writes to, and that is gone after any error."""
+    """An empty folder next to ``out`` that no other merge writes to; removed after any error."""
     partial = out.with_name(f"{out.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(partial, os.O_RDONLY)
     try:
-        # Not every network file system has locks; there, two merges into one folder are not told apart.
+        # Not every network file system has locks; there, two merges into one folder go unnoticed.
         with suppress(OSError):
             try:
                 lock(descriptor)
             except BlockingIOError as error:
-                raise ConfigError(f"{out} is being written by another merge. Wait for it, or end it.") from error
+                raise ConfigError(f"{out} is being written by another merge. Wait for it, or stop it.") from error
         _refuse_existing(out)  # the other merge may have just ended
         for leftover in partial.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -298,13 +298,13 @@ def _check_space(index: WeightIndex, *, partial: Path, dtype: str | None) -> Non
     free = shutil.disk_usage(partial).free
     if free < needed:
         raise SaveError(
-            f"The merged model needs {gib(needed)}, and {gib(free)} are free where "
-            f"{partial.parent} lies. Make room, or choose another place."
+            f"The merged model needs {gib(needed)}, and {gib(free)} are free in "
+            f"{partial.parent}. Free some space, or choose another folder."
         )
 
 
 def _companions(folder: Path) -> list[Path]:
-    """What a model folder needs beside weights and is copied as it is: tokenizer, templates, licence; never weights."""
+    """The files of a model folder that are copied as they are: tokenizer, templates, licence; never weights."""
     candidates = [path for path in [*folder.iterdir(), *folder.glob("*/*.jinja")] if path.is_file()]
     return sorted(
         path
@@ -316,7 +316,7 @@ def _companions(folder: Path) -> list[Path]:
 
 
 def _write_companions(index: WeightIndex, *, partial: Path, dtype: str | None) -> None:
-    """All that belongs to the model beside its weights; config.json last, for without it nothing loads the folder."""
+    """Writes all files but the weights; config.json last, since nothing loads a folder without it."""
     folder = index.folder
     for path in _companions(folder):
         target = partial / path.relative_to(folder)
@@ -338,24 +338,24 @@ def _write_companions(index: WeightIndex, *, partial: Path, dtype: str | None) -
 def _write_index(index: WeightIndex, *, partial: Path, dtype: str | None) -> None:
     metadata = read_model_json(index.folder / INDEX_FILE).get("metadata") or {}
     total = _num_bytes(index.tensors.values(), dtype)
-    places = {name: str(tensor.file.relative_to(index.folder)) for name, tensor in sorted(index.tensors.items())}
-    _write_json(partial / INDEX_FILE, {"metadata": {**metadata, "total_size": total}, "weight_map": places})
+    weight_map = {name: str(tensor.file.relative_to(index.folder)) for name, tensor in sorted(index.tensors.items())}
+    _write_json(partial / INDEX_FILE, {"metadata": {**metadata, "total_size": total}, "weight_map": weight_map})
 
 
 def _generation_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """generation_config.json with all tokens that end an answer; None if the base needs none.
+    """The content of generation_config.json with all tokens that end an answer; None if the base needs none.
 
     A chat model of Llama 3 ends a turn with ``<|eot_id|>`` or ``<|eom_id|>``, and some published configs list only
-    ``<|end_of_text|>``: such a model would never stop.
+    ``<|end_of_text|>``: such a model would never stop generating.
     """
     file = folder / "generation_config.json"
     content = read_model_json(file) if file.exists() else None
     turn_ends = _turn_ends(folder)
     if content is None and not turn_ends:
         return None
-    noted = (content or {}).get("eos_token_id")
-    noted = config.get("eos_token_id") if noted is None else noted
-    ends = list(noted) if isinstance(noted, list) else [noted] if noted is not None else []
+    listed = (content or {}).get("eos_token_id")
+    listed = config.get("eos_token_id") if listed is None else listed
+    ends = list(listed) if isinstance(listed, list) else [listed] if listed is not None else []
     ends += [token for token in turn_ends if token not in ends]
     result = dict(content) if content is not None else {"bos_token_id": config.get("bos_token_id")}
     if ends:

@@ -1,4 +1,4 @@
-"""Which base an adapter belongs to: ``dist_lora.json`` beside it, or what PEFT's own config says."""
+"""The base that an adapter belongs to, from its ``dist_lora.json`` or from PEFT's own config."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _MAX_JSON_BYTES = 2**24
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """Which model an adapter was trained on; what is not known is None.
+    """The model that an adapter was trained on; what is unknown is None.
 
-    `name` is a member's name, a hub id or a folder's last component; the hashes are those of
-    `WeightIndex.content_hash` and `hash_config`.
+    ``name`` is a member's name, a hub id or a folder's last component; the hashes are those of
+    ``WeightIndex.content_hash`` and ``hash_config``.
     """
 
     name: str | None
@@ -37,21 +37,21 @@ class BaseIdentity:
     config_hash: str | None = None
 
     def differences(self, here: BaseIdentity) -> list[str]:
-        """What of ``here`` is not this model's, hash by hash; where this one has no hash, nothing is known to differ."""
+        """How ``here`` differs from this model, hash by hash; a hash that this one lacks is not compared."""
         pairs = (
             ("weights", self.content_hash, here.content_hash),
             ("config.json", self.config_hash, here.config_hash),
         )
-        return [f"{what} {there}, here {found}" for what, there, found in pairs if there not in (None, found)]
+        return [f"{what} {own}, here {other}" for what, own, other in pairs if own not in (None, other)]
 
 
 def identify_base(folder: Path, *, name: str | None = None, revision: str | None = None) -> BaseIdentity:
-    """The identity of the base in `folder`, with both hashes.
+    """The identity of the base in ``folder``, with both hashes.
 
     Local, reads headers and a few bytes of each tensor; call it on one rank.
 
     Args:
-        name: a member's name or hub id. Without it: the hub id that config.json's `_name_or_path` gives,
+        name: a member's name or hub id. Without it: the hub id that config.json's ``_name_or_path`` gives,
             or the folder's last component.
 
     Raises:
@@ -59,19 +59,20 @@ def identify_base(folder: Path, *, name: str | None = None, revision: str | None
     """
     config_hash = hash_config(folder)
     if name is None:
-        noted = read_model_json(folder / "config.json").get("_name_or_path")
-        is_hub_id = isinstance(noted, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", noted)
-        name = noted if is_hub_id else folder.resolve().name
+        recorded = read_model_json(folder / "config.json").get("_name_or_path")
+        is_hub_id = isinstance(recorded, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", recorded)
+        name = recorded if is_hub_id else folder.resolve().name
     return BaseIdentity(name, revision, open_index(folder, allow_bytes=True).content_hash(), config_hash)
 
 
 def own_checksum(content: Mapping[str, Any]) -> str:
+    """The checksum that ``dist_lora.json`` holds of its own content."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return f"xxh3_128:{xxhash.xxh3_128_hexdigest(text.encode())}"
 
 
 def read_origin(folder: Path, config: Mapping[str, Any], *, checksum: str | None) -> BaseIdentity:
-    """Who the base is. ``checksum`` is that of the weights, which a file of our writer names too."""
+    """The identity of the base. ``checksum`` is that of the weights, which our writer records in this file too."""
     file = folder / ORIGIN_FILE
     if not is_there(file):
         return _identity(
@@ -82,31 +83,36 @@ def read_origin(folder: Path, config: Mapping[str, Any], *, checksum: str | None
     base, own = origin.get("base"), origin.pop("checksum", None)
     if origin.get("format") != FORMAT or not isinstance(base, dict):
         raise AdapterError(
-            f"{file} has format {origin.get('format')!r}, and format {FORMAT} is read. Update dist-lora."
+            f"{file} has format {origin.get('format')!r}, and format {FORMAT} is supported. Update dist-lora."
         )
     if own is not None and own != own_checksum(origin):
-        raise AdapterError(f"{file} doesn't match its own checksum: it was damaged, or changed by hand.")
+        raise AdapterError(f"{file} doesn't match its own checksum: it is damaged, or was edited by hand.")
     if checksum is not None and origin.get("weights") not in (None, checksum):
         raise AdapterError(
-            f"{file} was written with other weights ({origin.get('weights')}) than those of {WEIGHTS_FILE} ({checksum}): "
-            "the files are of two adapters. Bring both from one."
+            f"{file} was written with other weights ({origin.get('weights')}) than those of {WEIGHTS_FILE} "
+            f"({checksum}): the files are from two adapters. Copy both from the same one."
         )
     return _identity(base, where=f"{file}: base")
 
 
-def _identity(told: Mapping[str, Any], *, where: str) -> BaseIdentity:
-    known = [told.get(field.name) for field in fields(BaseIdentity)]
-    if not all(value is None or isinstance(value, str) for value in known):
-        raise AdapterError(f"{where}: found {known!r}, expected texts or null. The file is damaged.")
-    return BaseIdentity(*known)
+def _identity(recorded: Mapping[str, Any], *, where: str) -> BaseIdentity:
+    values = [recorded.get(field.name) for field in fields(BaseIdentity)]
+    if not all(value is None or isinstance(value, str) for value in values):
+        raise AdapterError(f"{where}: found {values!r}, expected strings or null. The file is damaged.")
+    return BaseIdentity(*values)
 
 
 def read_adapter_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of an adapter's folder.
+
+    Raises:
+        AdapterError: the file can't be read, or holds no JSON object.
+    """
     try:
         return read_json(file, most_bytes=_MAX_JSON_BYTES)
     except OSError as error:
         raise AdapterError(
-            f"{file} cannot be read: {error.strerror or error}. An adapter folder with {CONFIG_FILE} and "
+            f"{file} can't be read: {error.strerror or error}. An adapter folder with {CONFIG_FILE} and "
             f"{WEIGHTS_FILE} was expected."
         ) from error
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What is kept of a trained tensor, and how a part of it is named: by elements, whoever holds them."""
+"""What is saved of a trained tensor, and how a part of it is named: by elements, whichever rank holds them."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Measured:
         dtype: bf16 or fp32, in which the products were measured.
         memory_bytes: of a rank's device; on a CPU a rank's part of the host's.
         attention: forward and backward of one document: its tokens, heads (``width``) and width of a head (``out``).
-        dense_weights_per_s: by quantization, weights made dense.
+        dense_weights_per_s: by quantization, weights dequantized.
         elementwise: work whose every number is read and written once, by size.
         call_s: what a call of a small operator takes, with its part of the backward.
         links: by axis ("within a node", "between nodes", "over all ranks") and collective ("all-gather", "all-reduce").

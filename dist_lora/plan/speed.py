@@ -32,7 +32,7 @@ def flops_a_token(setup: Setup, *, context: int) -> float:
 class Speed:
     """Seconds of a step at best and at worst, by what limits it; ``wall`` is what does so at best.
 
-    ``compute_s`` are the products, ``dense_s`` what making quantized weights dense takes of the GPU's memory,
+    ``compute_s`` are the products, ``dense_s`` what dequantizing the weights takes of the GPU's memory,
     ``inside_s`` the links of a node, ``between_s`` the network, ``host_s`` what is brought in of an offloaded base.
     """
 
@@ -76,7 +76,7 @@ def speed_of(setup: Setup, gpu: Gpu, *, context: int) -> Speed:
 
 
 def _dense_traffic(setup: Setup) -> float:
-    """Bytes of GPU memory that a step moves for making quantized linears dense: read as stored, written, read again.
+    """Bytes of GPU memory that a step moves for dequantizing linears: read as stored, written, read again.
 
     Once in the forward, once in the recomputation, once in the backward.
     """
@@ -212,7 +212,7 @@ def _optimizer(setup: Setup, measured: Measured) -> _Seconds:
 
 
 def _dense(setup: Setup, measured: Measured) -> _Seconds:
-    """A layer's weights made dense once."""
+    """A layer's weights dequantized once."""
     if setup.quant == "none":
         return _Seconds()
     return _at(setup.shape.weights_of_linears(), measured.dense_weights_per_s[setup.quant])

@@ -165,7 +165,7 @@ def _step(
         adapters.start_training(config.optim)
         step = TrainStep(config, trainee, loader=loader, num_steps=STEP, saver=Saver(world), world=world)
         model.train()
-        for _ in range(engine.learns_in_steps):
+        for _ in range(engine.tracing_steps):
             step.take(STEP)
         tracker = Tracker()
         register_run(tracker, model, engine, adapters)

@@ -323,7 +323,7 @@ def register_run(tracker: Tracker, model: Llama, engine: Engine, adapters: FlatA
     layout = engine.layout
     shards = [slot.destination for slot in engine.slots(model)]
     tracker.register("base shard", shards, is_counted=not layout.base_on_host)
-    tracker.register("adapters", adapters.homes)
+    tracker.register("adapters", adapters.flat_parameters)
     tracker.register("adapters", (tensor.parameter.data for tensor in adapters.tensors))
     tracker.register("gradients", adapters.gradients())
     tracker.register("optimizer", adapters.optimizer_state(), is_counted=not layout.optimizer_on_host)

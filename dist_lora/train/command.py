@@ -137,8 +137,7 @@ def train(config: Config, world: World, stop: StopRequest, *, is_dry: bool = Fal
     _take_up(found, config, base, loader, num_steps=num_steps, folder=folder, world=world)
     trainee = build(config, base, world)
     if world.is_first:
-        for line in trainee.precision.lines():
-            log.info(line)
+        log.info(trainee.precision.line())
     run = Run(config, trainee, loader=loader, held_out=held_out, num_steps=num_steps, folder=folder, world=world)
     if found is not None:
         run.resume(found)
@@ -243,7 +242,7 @@ def plan_lines(
         f"model     {base.identity.name}: {frozen:,} frozen weights, {shape.num_layers} layers",
         f"adapters  rank {lora.rank}, alpha {lora.alpha:g}, beside {matrices} matrices: {trained:,} trained weights "
         f"({trained / frozen:.2%}), {trained * 4 / 2**20:,.1f} MiB in fp32",
-        f"data      {len(tokens):,} samples, {tokens.num_tokens:,} tokens, {tokens.num_target_tokens:,} of them targets"
+        f"data      {len(tokens):,} samples, {tokens.num_tokens:,} tokens, {tokens.num_target_tokens:,} trained on"
         + (f"; {len(held_out):,} held out" if held_out is not None else ""),
         f"steps     {num_steps:,} of {train.global_batch} sequences"
         + (f" (packed to {train.sequence_length} tokens)" if train.packing else "")

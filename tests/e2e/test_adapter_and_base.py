@@ -52,15 +52,15 @@ DAMAGES = {
     "a key dropped": (lambda t: {k: v for k, v in t.items() if k != KEY}, f"missing: {KEY}"),
     "a key added": (
         lambda t: t | {"base_model.model.lm_head.lora_A.weight": t[KEY].clone()},
-        "no place in a Llama for: base_model.model.lm_head.lora_A.weight",
+        "unexpected, not of a linear of Llama: base_model.model.lm_head.lora_A.weight",
     ),
     "a prefix renamed": (
         lambda t: {k.replace("base_model.model", "base_model"): v for k, v in t.items()},
-        "no place in a Llama for: base_model.model.layers.0.mlp.down_proj.lora_A.weight",
+        "unexpected, not of a linear of Llama: base_model.model.layers.0.mlp.down_proj.lora_A.weight",
     ),
     "an adapter's name left in": (
         lambda t: {k.replace("lora_B.weight", "lora_B.default.weight"): v for k, v in t.items()},
-        "no place in a Llama for: base_model.model.model.layers.0.mlp.down_proj.lora_B.default.weight",
+        "unexpected, not of a linear of Llama: base_model.model.model.layers.0.mlp.down_proj.lora_B.default.weight",
     ),
     "another rank in the config": (None, "wrong rank: base_model.model.model.layers.0.mlp.down_proj.lora_A.weight has rank 16"),
 }  # fmt: skip
@@ -104,7 +104,7 @@ def test_a_bit_that_is_turned_in_the_weights_is_told_before_anything_is_loaded(
     file.write_bytes(content)
     code, out, err, _ = here(*arguments(command, trained=trained, base=base, adapter=adapter))
     assert (code, out) == (4, "")
-    assert err.count("error:") == 1 and f"{file} is damaged: its tensors have the checksum xxh3_128:" in err, err
+    assert err.count("error:") == 1 and f"{file} is damaged: its tensors have checksum xxh3_128:" in err, err
     assert "loaded base" not in err
     assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter"]
 
@@ -112,8 +112,8 @@ def test_a_bit_that_is_turned_in_the_weights_is_told_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        ("lora.rank=8", "other shapes: model.layers.0.self_attn.q_proj.lora_A (found (16, 64), expected (8, 64))"),
-        ("lora.layers=[0]", "it holds beyond them: model.layers.1.self_attn.q_proj.lora_A"),
+        ("lora.rank=8", "of another shape: model.layers.0.self_attn.q_proj.lora_A (found (16, 64), expected (8, 64))"),
+        ("lora.layers=[0]", "unexpected: model.layers.1.self_attn.q_proj.lora_A"),
         ("lora.alpha=16", "its B A is scaled by 2, the config's alpha / rank is 1"),
     ],
 )
@@ -123,7 +123,7 @@ def test_an_adapter_that_the_config_does_not_describe_is_told(
 ) -> None:
     code, _, err, _ = here(*arguments(command, trained=trained, base=base, adapter=adapter), setting)
     assert code == 4 and told in err, err
-    assert "is not the adapter that lora.targets, lora.layers, lora.rank and lora.alpha speak of" in err
+    assert "is not the adapter that lora.targets, lora.layers, lora.rank and lora.alpha define" in err
     assert "loaded base" not in err
 
 

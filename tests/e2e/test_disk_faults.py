@@ -70,7 +70,7 @@ def test_a_save_that_the_disk_refuses_ends_all_ranks_and_the_one_before_is_gone_
 def test_an_adapter_that_the_disk_refuses_is_told_and_the_same_command_writes_it(train, config, whole) -> None:
     folder = folder_of(config, "unwritten")
     done = train("run=unwritten", fault="fsync_of_the_adapter_fails")
-    assert_told_once(done, 1, f"error: The adapter could not be written to {folder}/adapter: Input/output error")
+    assert_told_once(done, 1, f"error: The adapter can't be written to {folder}/adapter: Input/output error")
     assert "Traceback" not in done.stderr
     assert_ended_in_time(done)
     assert not [path.name for path in folder.iterdir() if "adapter" in path.name]

@@ -159,7 +159,7 @@ def test_chats_on_such_a_base_are_refused_before_it_is_loaded_and_told_once(plai
     assert "start_header_id|> (258): its row of lm_head" not in done.stderr
     allowed = run("train", config, *settings, "data.untrained_tokens=allow", "--nproc", 1)
     assert allowed.returncode == 0, allowed.stderr
-    assert "data.untrained_tokens: allow: training though <|eot_id|> (260)" in allowed.stderr
+    assert "data.untrained_tokens: allow: training although <|eot_id|> (260)" in allowed.stderr
     recorded = yaml.safe_load((plain_run.parent / "chats" / "config.yaml").read_text())
     assert recorded["data"]["untrained_tokens"] == "allow"
 

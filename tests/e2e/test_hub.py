@@ -124,13 +124,13 @@ def test_a_hub_that_answers_too_many_requests_stops_nobody_who_has_it_all(two_no
 REFUSALS = {
     "without a token": (
         (401, "GatedRepo", "Access to model org/tiny is restricted. You must be authenticated."),
-        "gated: the hub gives it only to those who have access (Access to model org/tiny is restricted. You must be "
-        "authenticated.). Ask for it on https://huggingface.co/org/tiny (accept the licence), then log in with "
+        "gated: you need access to download it (Access to model org/tiny is restricted. You must be "
+        "authenticated.). Request it on https://huggingface.co/org/tiny (accept the licence), then log in with "
         "`hf auth login` or set HF_TOKEN, on every node; the token must be allowed to read gated models.",
     ),
     "not yet granted": ((403, "GatedRepo", "Your request is awaiting a review."), "(Your request is awaiting a review.)"),
     "a token without the right": ((403, "", "Your token may not read gated models."), "https://huggingface.co/org/tiny"),
-    "a hub that fails": ((400, "", "Out of order"), "not whole in the local cache, and can't be fetched ("),
+    "a hub that fails": ((400, "", "Out of order"), "incomplete in the local cache, and can't be downloaded ("),
 }  # fmt: skip
 
 
@@ -144,13 +144,18 @@ def test_a_refusal_says_how_to_get_access(repository, tmp_path, kind) -> None:
 
 def test_a_name_that_the_hub_does_not_know_is_told_as_that(repository, tmp_path) -> None:
     text = fetched(Hub({"org/tiny": repository}), "org/tyni", tmp_path)
-    assert text.startswith("model.name: org/tyni: the hub has no such model that you may see. Check the name;")
+    assert text.startswith(
+        "model.name: org/tyni: the hub has no such model, or you have no access to it. Check the name;"
+    )
 
 
 def test_a_hub_that_does_not_answer_says_what_to_do(tmp_path) -> None:
     environment = {**os.environ, **Hub({}, url="http://127.0.0.1:9").environment(tmp_path)}
     text = fetch(environment, "org/tiny")
-    assert "can't be fetched (" in text and "Download it on a machine with a network and give the folder" in text
+    assert (
+        "can't be downloaded (" in text
+        and "Download it on a machine with a network, and set model.name to the folder" in text
+    )
 
 
 def fetched(hub: Hub, name: str, home: Path) -> str:
@@ -221,7 +226,7 @@ def watched(tmp_path: Path) -> dict[str, str]:
 
 def test_the_watch_sees_what_the_hubs_library_does(watched) -> None:
     text = fetch(watched, "org/tiny")
-    assert "can't be fetched" in text
+    assert "can't be downloaded" in text
     assert Path(watched["CONNECTIONS"]).read_text().startswith("resolve huggingface.co")
 
 

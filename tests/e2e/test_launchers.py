@@ -228,7 +228,7 @@ def test_a_mistake_has_its_exit_code_and_one_error(folder, script) -> None:
         LAUNCH / script, "train me.yaml", f"run=no-data-{script}", "data.train=none.jsonl", folder=folder, NPROC=2
     ).end()
     assert code == 2, told
-    assert told.count("error: data.train: none.jsonl does not exist") == 1
+    assert told.count("error: data.train: none.jsonl doesn't exist") == 1
 
 
 @pytest.mark.slow

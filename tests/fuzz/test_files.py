@@ -202,27 +202,27 @@ CASES = {
     "a factor beyond floats": ("model_config", of("model_config", rope_parameters=ROPE), "rope factor: found 1000"),
     "a nested config.json": ("model_config", b"[" * 100_000, "not JSON (maximum recursion depth exceeded"),
     "a config.json of a megabyte": ("model_config", b" " * (2**20 + 1), "longer than 1,048,576 bytes"),
-    "an adapter on a far layer": ("adapter_header", header("adapter_header", LAYER), f"no place in a Llama for: {LAYER}"),
-    "a size of 4,000 digits": ("adapter_header", header("adapter_header", shape=[int("9" * 4000)] * 3), "makes no sense"),
-    "a base's size of 4,000 digits": ("base_header", header("base_header", shape=[int("9" * 4000)] * 3), "makes no sense"),
-    "more dims than torch has": ("base_header", header("base_header", shape=[1] * 65), "makes no sense"),
+    "an adapter on a far layer": ("adapter_header", header("adapter_header", LAYER), f"unexpected, not of a linear of Llama: {LAYER}"),
+    "a size of 4,000 digits": ("adapter_header", header("adapter_header", shape=[int("9" * 4000)] * 3), "in its header is invalid"),
+    "a base's size of 4,000 digits": ("base_header", header("base_header", shape=[int("9" * 4000)] * 3), "in its header is invalid"),
+    "more dims than torch has": ("base_header", header("base_header", shape=[1] * 65), "in its header is invalid"),
     "a file's name of 5,000 letters": (
         "base_index", json.dumps({"weight_map": {"w": "x" * 5000 + ".safetensors"}}).encode(), "lacks 1 of the 1 files"),
-    "layers of mixed types": ("adapter_config", of("adapter_config", layers_to_transform=["a", 1]), "a list of layers' numbers"),
+    "layers of mixed types": ("adapter_config", of("adapter_config", layers_to_transform=["a", 1]), "a list of layer numbers"),
     "an alpha of nothing": ("adapter_config", of("adapter_config", lora_alpha=0), "a number above 0 and one from 0 to 1"),
     "an alpha beyond floats": ("adapter_config", of("adapter_config", lora_alpha=10**400), "a number above 0"),
     "a base whose name is a number": (
         "adapter_config",
         lambda ground: TARGETS["adapter_config"].seeds(ground)[0].split(SPLIT)[0] + SPLIT + b'{"format": 1, "base": {"name": 7}}',
-        "dist_lora.json: base: found [7, None, None, None], expected texts or null"),
+        "dist_lora.json: base: found [7, None, None, None], expected strings or null"),
     "a tokenizer that panics": (
         "tokenizer_file", of("tokenizer_file", normalizer={"type": "Prepend", "prepend": ""}), "index out of bounds"),
-    "a template that is a number": ("tokenizer_config", of("tokenizer_config", chat_template=7), "no tokenizer could be loaded"),
+    "a template that is a number": ("tokenizer_config", of("tokenizer_config", chat_template=7), "the tokenizer can't be loaded"),
     "a record of huge numbers": ("record", b'{"text": ' + b"9" * 5000 + b"}", "not JSON: Exceeds the limit (4300 digits)"),
     "a list of huge numbers": ("data_file", b"\1[" + b"9" * 5000 + b"]", ":1: not JSON: Exceeds the limit"),
-    "a list of nested lists": ("data_file", b"\1[" + b"[" * 100_000, ":1: the JSON is nested too deep to be a record"),
+    "a list of nested lists": ("data_file", b"\1[" + b"[" * 100_000, ":1: the JSON is nested too deeply"),
     "a template that is no UTF-8": ("chat_template", b"\xff", "template.jinja: not text in UTF-8 (byte 0)"),
-    "a template that writes no answer": ("chat_template", b"{{ 1 }}", "does not write what an assistant answers"),
+    "a template that writes no answer": ("chat_template", b"{{ 1 }}", "doesn't write an assistant's answer"),
 }  # fmt: skip
 
 
@@ -236,12 +236,12 @@ def test_what_was_found_once_is_our_error(ground: Ground, case: str) -> None:
 
 RECORD_CASES = {
     "a speaker that is a list": ({"conversations": [{"from": [], "value": "x"}]}, "conversations[0].from is []; one of"),
-    "nothing but null": ({"messages": None}, "'messages': all is null"),
+    "nothing but null": ({"messages": None}, "'messages': all values are null"),
     "messages nested in a text": ({"messages": "[" * 3000}, "which is not JSON"),
     "messages 150 levels deep": ({"messages": json.loads("[" * 150 + "]" * 150)}, "nested deeper than 100 levels"),
     "such messages in a text": ({"messages": "[" * 150 + "]" * 150}, "messages is nested deeper than 100 levels"),
-    "half a character": ({"messages": [*CHAT, {"role": "user", "content": "\ud800"}]}, "U+D800 alone, half of a surrogate pair"),
-    "all characters for private use": ({"messages": [*CHAT, {"role": "user", "content": f"<|eot_id|>{PRIVATE}"}]}, "every character for private"),
+    "half a character": ({"messages": [*CHAT, {"role": "user", "content": "\ud800"}]}, "U+D800, an unpaired surrogate"),
+    "all characters for private use": ({"messages": [*CHAT, {"role": "user", "content": f"<|eot_id|>{PRIVATE}"}]}, "every private-use character"),
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from dist_lora.base.attention import Documents
 from dist_lora.base.llama import FrozenLinear
 from dist_lora.base.quant.finite import NotFiniteError
 from dist_lora.base.quant.formats import Format, Int8, Nf4
-from dist_lora.base.quant.nf4 import dense_nf4, quantize_nf4
+from dist_lora.base.quant.nf4 import dequantize_nf4, quantize_nf4
 from dist_lora.checkpoint.saver import Saver
 from dist_lora.doctor.compute import measure_compute
 from dist_lora.doctor.machine import ask_driver, examine_gpus, torch_build
@@ -49,13 +49,13 @@ def test_rows_on_a_gpu_are_those_of_the_whole_and_near_the_cpus(fmt: Format, dty
     for name, values in whole.items():
         assert torch.equal(some[name], values[32:80]), name
         assert values.dtype == on_cpu[name].dtype and values.shape == on_cpu[name].shape
-    dense, wanted = fmt.dense(whole, torch.float32).cpu(), fmt.dense(on_cpu, torch.float32)
+    weight, wanted = fmt.dequantize(whole, torch.float32).cpu(), fmt.dequantize(on_cpu, torch.float32)
     # A weight beside the middle of two levels may fall to either: a kernel divides, or multiplies by the inverse.
-    assert (dense != wanted).float().mean() < 1e-3
+    assert (weight != wanted).float().mean() < 1e-3
 
 
 @pytest.mark.parametrize("fmt", QUANTIZED, ids=lambda f: f.name)
-def test_the_backward_keeps_no_dense_weight(fmt: Format) -> None:
+def test_the_backward_keeps_no_dequantized_weight(fmt: Format) -> None:
     linear = FrozenLinear(4096, 4096, fmt).cuda()
     for name, values in fmt.quantize_rows(torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)).items():
         getattr(linear, name).data.copy_(values)
@@ -64,11 +64,11 @@ def test_the_backward_keeps_no_dense_weight(fmt: Format) -> None:
     before = torch.cuda.memory_allocated()
     y = linear(x)
     kept = torch.cuda.memory_allocated() - before
-    assert kept <= 2 * y.nbytes  # the result; a dense weight would be 32 MiB
+    assert kept <= 2 * y.nbytes  # the result; a dequantized weight would be 32 MiB
     y.backward(torch.ones_like(y))
-    dense = fmt.dense({name: getattr(linear, name) for name, _ in linear.named_parameters()}, torch.bfloat16)
-    torch.testing.assert_close(x.grad, torch.ones_like(y) @ dense, atol=0.5, rtol=2e-2)
-    torch.testing.assert_close(y, F.linear(x, dense), atol=0.5, rtol=2e-2)
+    weight = fmt.dequantize({name: getattr(linear, name) for name, _ in linear.named_parameters()}, torch.bfloat16)
+    torch.testing.assert_close(x.grad, torch.ones_like(y) @ weight, atol=0.5, rtol=2e-2)
+    torch.testing.assert_close(y, F.linear(x, weight), atol=0.5, rtol=2e-2)
 
 
 def norms(world: World, folder: Path, **parallel: str) -> list[float]:
@@ -146,14 +146,14 @@ def test_flash_attention_agrees_with_eager_on_a_gpu() -> None:
     torch.testing.assert_close(flash, eager, atol=2e-2, rtol=2e-2)
 
 
-def test_nf4_rows_are_independent_and_dense_weights_are_those_of_the_cpu() -> None:
+def test_nf4_rows_are_independent_and_dequantized_weights_are_those_of_the_cpu() -> None:
     rows = random_rows(13, 192).cuda()
     codes, absmax = quantize_nf4(rows)
     part_codes, part_absmax = quantize_nf4(rows[5:6])
     assert torch.equal(part_codes, codes[5:6]) and torch.equal(part_absmax, absmax[5:6])
     assert torch.equal(absmax.cpu(), quantize_nf4(rows.cpu())[1])
     for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(dense_nf4(codes, absmax, dtype).cpu(), dense_nf4(codes.cpu(), absmax.cpu(), dtype))
+        assert torch.equal(dequantize_nf4(codes, absmax, dtype).cpu(), dequantize_nf4(codes.cpu(), absmax.cpu(), dtype))
     rows[2, 3] = float("nan")
     with pytest.raises(NotFiniteError, match="row 2, column 3 is nan"):
         quantize_nf4(rows)

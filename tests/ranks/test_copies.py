@@ -24,7 +24,7 @@ def agreement(world: World, folder: str, adapters: str, stray: int | None) -> bo
     trainee = trainee_of(config, world)
     if world.world_rank == stray:
         with torch.no_grad():
-            first = trainee.adapters.homes[0].view(torch.int32)
+            first = trainee.adapters.flat_parameters[0].view(torch.int32)
             first[-1] ^= 1
     return trainee.adapters.copies_agree()
 
@@ -48,7 +48,7 @@ def run_with_a_strayed_rank(world: World, folder: str, into: str) -> str:
     def astray(self: TrainStep, *arguments: Any, **named: Any) -> object:
         line = step_of(self, *arguments, **named)
         if world.world_rank == 1:
-            trainee.adapters.homes[0].data[7] += 1e-3  # type: ignore[attr-defined]
+            trainee.adapters.flat_parameters[0].data[7] += 1e-3  # type: ignore[attr-defined]
         return line
 
     TrainStep.take = astray  # type: ignore[method-assign, assignment]

@@ -41,7 +41,7 @@ def steps(world: World, folder: str, settings: dict, cut: dict, num_steps: int =
             result["gradient"] = torch.cat(adapters.gradients()).numpy().copy()
         result["losses"].append(loss)
         result["norms"].append(adapters.step(lr_at(step, section=config.optim, num_steps=num_steps)))
-    result["adapters"] = torch.cat([home.detach() for home in adapters.homes]).numpy().copy()
+    result["adapters"] = torch.cat([flat.detach() for flat in adapters.flat_parameters]).numpy().copy()
     return result
 
 

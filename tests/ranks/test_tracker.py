@@ -107,7 +107,7 @@ def tracked_step(world: World, config: Config) -> Seen:
         tracker.alive,
         traffic(tracker.sent, world),
         sum(slot.destination.nbytes for slot in slots),
-        sum(home.numel() for home in trainee.adapters.homes),
+        sum(flat.numel() for flat in trainee.adapters.flat_parameters),
     )
 
 

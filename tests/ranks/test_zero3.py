@@ -541,9 +541,9 @@ def refusal(world: World, fault: str) -> tuple[str, int]:
 @pytest.mark.parametrize(
     "fault, told",
     [
-        ("old", "0.19.2 is installed: before 0.19.3 activation checkpointing breaks over a frozen base"),
+        ("old", "0.19.2 is installed: before 0.19.3 activation checkpointing fails over a frozen base"),
         ("absent", "it is not installed"),
-        ("partial", "the one that is installed lacks hjson"),
+        ("partial", "the installed one lacks hjson"),
         ("broken", "can't be imported (AttributeError: module 'torch' has no attribute 'amp')"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Quantized bases: what each format stores, and the way from weights to that and back."""
+"""Quantized bases: what each format stores, and how weights are quantized and dequantized."""

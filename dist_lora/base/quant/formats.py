@@ -1,4 +1,4 @@
-"""What a linear of the base stores, by `model.quant`: as values with pure functions, which know no model and no rank."""
+"""How a linear of the base is stored, by ``model.quant``: values with pure functions, independent of model and rank."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from dist_lora.base.quant.int8 import dense_int8, quantize_int8
-from dist_lora.base.quant.nf4 import BLOCK, dense_nf4, quantize_nf4
+from dist_lora.base.quant.int8 import dequantize_int8, quantize_int8
+from dist_lora.base.quant.nf4 import BLOCK, dequantize_nf4, quantize_nf4
 from dist_lora.layout.storage import nf4_refusal
 
 # D_in and D_out of a linear; rows: any number of its outputs, in any order
@@ -20,7 +20,7 @@ Quant = Literal["none", "nf4", "int8"]
 
 @dataclass(frozen=True)
 class PartSpec:
-    """One tensor that a linear stores. `shape` is the whole's; its rows are the linear's rows."""
+    """One tensor that a linear stores. ``shape`` is that of the whole; its rows are the linear's rows."""
 
     name: str
     shape: tuple[int, int]
@@ -28,17 +28,17 @@ class PartSpec:
 
 
 class Format(Protocol):
-    """How a linear's weight is stored. A value: equal formats do the same, and nothing is remembered."""
+    """How a linear's weight is stored. A value without state: equal formats do the same."""
 
     @property
     def name(self) -> Quant:
-        """Its name in `model.quant`."""
+        """Its name in ``model.quant``."""
 
     def parts(self, out_features: int, in_features: int) -> tuple[PartSpec, ...]:
         """The tensors that hold a whole weight ``(D_out, D_in)``, in the order that every file and rank has them."""
 
     def refusal(self, out_features: int, in_features: int) -> str | None:
-        """Why a weight of this shape cannot be stored so, in one sentence; None where it can."""
+        """Why a weight of this shape can't be stored so, in one sentence; None where it can."""
 
     def quantize_rows(self, rows: Tensor) -> dict[str, Tensor]:
         """The parts of ``rows`` ``(rows, D_in)``, fp32, bf16 or fp16, on their device and contiguous.
@@ -46,23 +46,23 @@ class Format(Protocol):
         Rows are independent: any rows give exactly these rows of the whole. Local: no communication.
 
         Raises:
-            NotFiniteError: a weight is NaN or infinite (where anything is quantized at all).
+            NotFiniteError: a weight is NaN or infinite (only where a weight is quantized).
             ConfigError: on a GPU, bitsandbytes is needed and absent or broken.
         """
 
-    def dense(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """The weight ``(rows, D_in)`` in ``dtype`` that some rows' ``parts`` stand for, outside of any graph."""
+    def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight ``(rows, D_in)`` in ``dtype`` that some rows' ``parts`` represent, detached from any graph."""
 
 
 @dataclass(frozen=True)
 class Plain:
-    """The weight itself in `dtype`: ``weight`` ``(D_out, D_in)``."""
+    """The weight itself in ``dtype``: ``weight`` ``(D_out, D_in)``."""
 
     dtype: torch.dtype
 
     @property
     def name(self) -> Quant:
-        """`none`."""
+        """``none``."""
         return "none"
 
     def parts(self, out_features: int, in_features: int) -> tuple[PartSpec, ...]:
@@ -74,21 +74,21 @@ class Plain:
         return None
 
     def quantize_rows(self, rows: Tensor) -> dict[str, Tensor]:
-        """``rows`` cast to `dtype`: they themselves, not a copy, where they have it. NaN passes."""
+        """``rows`` cast to ``dtype``, not copied where they have it. NaN is allowed."""
         return {"weight": rows.detach().to(self.dtype).contiguous()}
 
-    def dense(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """The weight itself, not a copy, where it is stored in ``dtype``."""
+    def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight, not copied where it is stored in ``dtype``."""
         return parts["weight"].detach().to(dtype)
 
 
 @dataclass(frozen=True)
 class Nf4:
-    """4.5 bits a weight: ``codes`` uint8 ``(D_out, D_in / 2)``, ``absmax`` fp32 ``(D_out, D_in / 64)``."""
+    """4.5 bits per weight: ``codes`` uint8 ``(D_out, D_in / 2)``, ``absmax`` fp32 ``(D_out, D_in / 64)``."""
 
     @property
     def name(self) -> Quant:
-        """`nf4`."""
+        """``nf4``."""
         return "nf4"
 
     def parts(self, out_features: int, in_features: int) -> tuple[PartSpec, ...]:
@@ -103,23 +103,23 @@ class Nf4:
         return nf4_refusal(out_features, in_features)
 
     def quantize_rows(self, rows: Tensor) -> dict[str, Tensor]:
-        """``codes`` and ``absmax`` of ``rows``; see `quantize_nf4`."""
+        """``codes`` and ``absmax`` of ``rows``; see ``quantize_nf4``."""
         codes, absmax = quantize_nf4(rows)
         return {"codes": codes, "absmax": absmax}
 
-    def dense(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """Level times absmax; see `dense_nf4`."""
-        dense: Tensor = dense_nf4(parts["codes"].detach(), parts["absmax"].detach(), dtype)
-        return dense
+    def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Level times absmax; see ``dequantize_nf4``."""
+        weight: Tensor = dequantize_nf4(parts["codes"].detach(), parts["absmax"].detach(), dtype)
+        return weight
 
 
 @dataclass(frozen=True)
 class Int8:
-    """8 bits a weight: ``codes`` int8 ``(D_out, D_in)``, ``scale`` fp32 ``(D_out, 1)``."""
+    """8 bits per weight: ``codes`` int8 ``(D_out, D_in)``, ``scale`` fp32 ``(D_out, 1)``."""
 
     @property
     def name(self) -> Quant:
-        """`int8`."""
+        """``int8``."""
         return "int8"
 
     def parts(self, out_features: int, in_features: int) -> tuple[PartSpec, ...]:
@@ -134,17 +134,17 @@ class Int8:
         return None
 
     def quantize_rows(self, rows: Tensor) -> dict[str, Tensor]:
-        """``codes`` and ``scale`` of ``rows``; see `quantize_int8`."""
+        """``codes`` and ``scale`` of ``rows``; see ``quantize_int8``."""
         codes, scale = quantize_int8(rows)
         return {"codes": codes, "scale": scale}
 
-    def dense(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """Code times scale; see `dense_int8`."""
-        dense: Tensor = dense_int8(parts["codes"].detach(), parts["scale"].detach(), dtype)
-        return dense
+    def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Code times scale; see ``dequantize_int8``."""
+        weight: Tensor = dequantize_int8(parts["codes"].detach(), parts["scale"].detach(), dtype)
+        return weight
 
 
 def format_of(quant: Quant, dtype: torch.dtype) -> Format:
-    """The format of the linears of a base with `model.quant` and `model.dtype`."""
+    """The format of the linears of a base with ``model.quant`` and ``model.dtype``."""
     formats: dict[Quant, Format] = {"none": Plain(dtype), "nf4": Nf4(), "int8": Int8()}
     return formats[quant]

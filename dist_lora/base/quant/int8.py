@@ -1,4 +1,4 @@
-"""int8: each weight as a whole number from -127 to 127, times one scale a row.
+"""int8: each weight as a whole number from -127 to 127, times one scale per row.
 
 Source: LLM.int8(), arXiv 2208.07339, section 2.1 (absmax quantization), with a scale for each row as in section 3.1.
 """
@@ -17,7 +17,7 @@ from dist_lora.base.quant.finite import check_finite
 LARGEST_CODE = 127
 # A row of zeros, or of less than this, is divided by this: 127 / absmax stays finite and the scale normal.
 _LEAST_ABSMAX = 1e-35
-# Weights at once: on the CPU all temporaries stay in a core's second-level cache.
+# Weights per chunk: on the CPU all temporaries stay in a core's second-level cache.
 _CHUNK_ON_CPU, _CHUNK_ON_GPU = 2**17, 2**24
 
 
@@ -25,7 +25,7 @@ _CHUNK_ON_CPU, _CHUNK_ON_GPU = 2**17, 2**24
 def quantize_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes of some rows of a weight, rounded half to even, and each row's scale: its absmax / 127.
 
-    The codes are those of bitsandbytes' `int8_vectorwise_quant` on the CPU, where that is defined (it divides
+    The codes are those of bitsandbytes' ``int8_vectorwise_quant`` on the CPU, where that is defined (it divides
     zero by zero in a row of zeros). Local. Peak memory is the result and 8 bytes for each weight of a chunk:
     1 MiB on the CPU, 128 MiB on a GPU, or one row's where that is more.
 
@@ -51,24 +51,24 @@ def quantize_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-@torch.library.custom_op("dist_lora::dense_int8", mutates_args=())
-def dense_int8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+@torch.library.custom_op("dist_lora::dequantize_int8", mutates_args=())
+def dequantize_int8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``(rows, D_in)`` in ``dtype`` of ``codes`` ``(rows, D_in)`` and ``scale`` ``(rows, 1)``.
 
-    Code times scale in fp32, rounded once to ``dtype``. One operator to whoever counts or fakes operators.
-    Local. Peak memory is the result and, for 16 bits, 4 bytes for each weight of a chunk.
+    Code times scale in fp32, rounded once to ``dtype``. A single operator for tools that count or fake
+    operators. Local. Peak memory is the result and, for 16 bits, 4 bytes for each weight of a chunk.
     """
     assert scale.dtype == torch.float32, f"scale has become {scale.dtype}: something casts the base's scales"
-    dense = scale.new_empty(codes.shape, dtype=dtype)
+    weight = scale.new_empty(codes.shape, dtype=dtype)
     for part in _row_chunks(codes):
-        values = dense[part] if dtype == torch.float32 else torch.empty_like(codes[part], dtype=torch.float32)
+        values = weight[part] if dtype == torch.float32 else torch.empty_like(codes[part], dtype=torch.float32)
         values.copy_(codes[part]).mul_(scale[part])
         if dtype != torch.float32:
-            dense[part].copy_(values)
-    return dense
+            weight[part].copy_(values)
+    return weight
 
 
-@dense_int8.register_fake
+@dequantize_int8.register_fake
 def _(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.new_empty(codes.shape, dtype=dtype)
 

@@ -41,11 +41,11 @@ _LEVELS = torch.tensor(LEVELS, dtype=torch.float32, device="cpu")
 # A weight on a midpoint takes the level below. Midpoints are rounded to fp32 and compared as such.
 _MIDPOINTS: tuple[np.float32, ...] = tuple(((_LEVELS[:-1] + _LEVELS[1:]) / 2).numpy())
 _BYTES = torch.arange(256, device="cpu")
-# The two levels of each byte, as the 8 bytes of one int64: one look-up makes two weights.
+# The two levels of each byte, as the 8 bytes of one int64: one look-up gives two weights.
 _PAIRS = torch.stack([_LEVELS[_BYTES >> 4], _LEVELS[_BYTES & 15]], dim=1).view(torch.int64).view(-1)
 # A block of zeros divides by this instead; bitsandbytes' number, which is part of what 'bit for bit' means.
 _LEAST_ABSMAX = 1e-38
-# Weights at once on the CPU: all temporaries (6 bytes a weight) stay in a core's second-level cache.
+# Weights per chunk on the CPU: all temporaries (6 bytes per weight) stay in a core's second-level cache.
 _CHUNK = 2**17
 
 
@@ -61,7 +61,7 @@ def quantize_nf4(rows: Tensor) -> tuple[Tensor, Tensor]:
         rows: ``(rows, D_in)``, fp32, bf16 or fp16; copied first if not contiguous.
 
     Returns:
-        codes ``(rows, D_in / 2)`` uint8, two weights a byte, the first in the high four bits, and absmax
+        codes ``(rows, D_in / 2)`` uint8, two weights per byte, the first in the high four bits, and absmax
         ``(rows, D_in / 64)`` fp32.
 
     Raises:
@@ -89,7 +89,7 @@ def quantize_nf4(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _quantize_blocks(blocks: Tensor, *, codes: Tensor, absmax: Tensor) -> None:
     """Fills ``codes`` ``(blocks, 32)`` and ``absmax`` ``(blocks,)`` from ``blocks`` ``(blocks, 64)``.
 
-    Fifteen comparisons a weight, of whole chunks, are faster than a search or a table for each weight. They
+    Fifteen comparisons per weight, of whole chunks, are faster than a search or a table for each weight. They
     are numpy's: torch 2.13 writes the bytes of a comparison of floats one by one, ten times slower.
     """
     step = max(1, min(_CHUNK // BLOCK, len(blocks)))
@@ -120,20 +120,20 @@ def _count_midpoints_below(values: np.ndarray, *, counts: np.ndarray, scratch: n
         np.add(counts, scratch.view(np.uint8), out=counts)
 
 
-@torch.library.custom_op("dist_lora::dense_nf4", mutates_args=())
-def dense_nf4(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+@torch.library.custom_op("dist_lora::dequantize_nf4", mutates_args=())
+def dequantize_nf4(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """``(rows, D_in)`` in ``dtype`` of ``codes`` ``(rows, D_in / 2)`` and ``absmax`` ``(rows, D_in / 64)``.
 
     Level times absmax in fp32, rounded once to ``dtype``. That is bitsandbytes' number but for results below
-    2^-126 in bf16, which its AVX-512 kernel makes zero. One operator to whoever counts or fakes operators.
-    Local. On the CPU, peak memory is the result and 1 MiB.
+    2^-126 in bf16, which its AVX-512 kernel makes zero. A single operator for tools that count or fake
+    operators. Local. On the CPU, peak memory is the result and 1 MiB.
     """
     num_rows, width = codes.shape[0], 2 * codes.shape[1]
     assert absmax.dtype == torch.float32, f"absmax has become {absmax.dtype}: something casts the base's scales"
     if codes.device.type == "cpu" or not num_rows:
-        dense = absmax.new_empty((num_rows, width), dtype=dtype)
-        _fill_blocks(dense.view(-1, BLOCK), codes=codes.reshape(-1, BLOCK // 2), absmax=absmax.reshape(-1, 1))
-        return dense
+        weight = absmax.new_empty((num_rows, width), dtype=dtype)
+        _fill_blocks(weight.view(-1, BLOCK), codes=codes.reshape(-1, BLOCK // 2), absmax=absmax.reshape(-1, 1))
+        return weight
     functional = gpu_functions(codes.device)
     state = functional.QuantState(
         absmax=absmax.reshape(-1), shape=torch.Size((num_rows, width)), dtype=dtype, blocksize=BLOCK, quant_type="nf4"
@@ -143,21 +143,21 @@ def dense_nf4(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     return whole
 
 
-@dense_nf4.register_fake
+@dequantize_nf4.register_fake
 def _(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.new_empty((codes.shape[0], 2 * codes.shape[1]), dtype=dtype)
 
 
-def _fill_blocks(dense: Tensor, *, codes: Tensor, absmax: Tensor) -> None:
-    """Fills ``dense`` ``(blocks, 64)`` from ``codes`` ``(blocks, 32)`` and ``absmax`` ``(blocks, 1)``."""
-    step = max(1, min(_CHUNK // BLOCK, len(dense)))
-    places_of = codes.new_empty((step, BLOCK // 2), dtype=torch.int32)
-    values_of = absmax.new_empty((step if dense.dtype != torch.float32 else 0, BLOCK))
-    for first in range(0, len(dense), step):
-        part = dense[first : first + step]
+def _fill_blocks(weight: Tensor, *, codes: Tensor, absmax: Tensor) -> None:
+    """Fills ``weight`` ``(blocks, 64)`` from ``codes`` ``(blocks, 32)`` and ``absmax`` ``(blocks, 1)``."""
+    step = max(1, min(_CHUNK // BLOCK, len(weight)))
+    indices_of = codes.new_empty((step, BLOCK // 2), dtype=torch.int32)
+    values_of = absmax.new_empty((step if weight.dtype != torch.float32 else 0, BLOCK))
+    for first in range(0, len(weight), step):
+        part = weight[first : first + step]
         values = part if part.dtype == torch.float32 else values_of[: len(part)]
-        places = places_of[: len(part)].copy_(codes[first : first + step])
-        torch.index_select(_PAIRS, 0, places.view(-1), out=values.view(torch.int64).view(-1))
+        indices = indices_of[: len(part)].copy_(codes[first : first + step])
+        torch.index_select(_PAIRS, 0, indices.view(-1), out=values.view(torch.int64).view(-1))
         values.mul_(absmax[first : first + step])
         if values is not part:
             part.copy_(values)

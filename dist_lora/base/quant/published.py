@@ -1,9 +1,9 @@
-"""Checkpoints that are NF4 on disk, as bitsandbytes and transformers publish them: read as they are, codes untouched.
+"""Checkpoints that are NF4 on disk, as bitsandbytes and transformers publish them: read as they are, codes unchanged.
 
-Beside ``X.weight``, the codes as one column, lie ``X.weight.absmax``, ``X.weight.quant_map`` (the 16 levels) and
+With ``X.weight``, the codes as one column, are stored ``X.weight.absmax``, ``X.weight.quant_map`` (the 16 levels) and
 ``X.weight.quant_state.bitsandbytes__nf4`` (JSON in bytes). With double quantization absmax is bytes too, and
 ``X.weight.nested_absmax`` and ``X.weight.nested_quant_map`` say what they mean (QLoRA, arXiv 2305.14314, section 3;
-the layout is `QuantState.as_dict(packed=True)` of bitsandbytes 0.50.2).
+the layout is ``QuantState.as_dict(packed=True)`` of bitsandbytes 0.50.2).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _MAX_STATE_BYTES = 10_000  # a few numbers in JSON: 200 bytes
 
 @dataclass(frozen=True)
 class NestedAbsmax:
-    """How bytes of absmax become numbers: level of the byte, times the scale of its block, plus `offset`.
+    """How bytes of absmax become numbers: level of the byte, times the scale of its block, plus ``offset``.
 
-    `scales` is F32 ``(blocks,)``, one for each `block` bytes of the whole absmax, row after row; `levels` is
+    ``scales`` is F32 ``(blocks,)``, one for each ``block`` bytes of the whole absmax, row after row; ``levels`` is
     F32 ``(256,)``.
     """
 
@@ -48,7 +48,10 @@ class NestedAbsmax:
 
 @dataclass(frozen=True)
 class Nf4OnDisk:
-    """One linear's weight in NF4: `codes` U8 ``(D_out, D_in / 2)``, `absmax` F32 or, if nested, U8 ``(D_out, D_in / 64)``."""
+    """One linear's weight in NF4.
+
+    ``codes`` is U8 ``(D_out, D_in / 2)``, ``absmax`` F32 or, if nested, U8 ``(D_out, D_in / 64)``.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -58,7 +61,7 @@ class Nf4OnDisk:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of codes and absmax on disk; what a nested absmax has beside is under a hundredth of them."""
+        """Bytes of codes and absmax on disk; a nested absmax adds less than a hundredth of them."""
         return self.codes.num_bytes + self.absmax.num_bytes
 
     def read_rows(self, first_row: int, num_rows: int) -> dict[str, Tensor]:
@@ -68,13 +71,13 @@ class Nf4OnDisk:
         bitsandbytes computes, bit for bit. Local. Peak memory is 1.3 times the result.
 
         Raises:
-            WeightsError: the file is cut off or cannot be read, or a scale is NaN or infinite.
+            WeightsError: the file is truncated or can't be read, or a scale is NaN or infinite.
         """
         assert 0 <= first_row <= first_row + num_rows <= self.shape[0], f"{self.name}: {first_row} + {num_rows} rows"
         codes = _read(self.codes, first=first_row, count=num_rows)
         absmax = _read(self.absmax, first=first_row, count=num_rows)
         if self.nested is not None:
-            absmax = _denest(absmax, nested=self.nested, first=first_row * self.absmax.shape[1])
+            absmax = _dequantize_absmax(absmax, nested=self.nested, first=first_row * self.absmax.shape[1])
         faulty = (~absmax.isfinite()).nonzero()
         if len(faulty):
             row, block = faulty[0].tolist()
@@ -89,8 +92,8 @@ class Nf4OnDisk:
 class BaseOnDisk:
     """The weights of a model folder, quantized or not.
 
-    `index` has every tensor by the name and the shape that the model gives it; those of type `NF4_ON_DISK` are
-    read through `nf4`, by the same name.
+    ``index`` has every tensor by the name and the shape that the model gives it; those of type ``NF4_ON_DISK`` are
+    read through ``nf4``, by the same name.
     """
 
     index: WeightIndex
@@ -98,18 +101,18 @@ class BaseOnDisk:
 
 
 def open_base_on_disk(folder: Path, *, quant: Quant, index: WeightIndex | None = None) -> BaseOnDisk:
-    """What a model folder holds, whether its linears are plain or NF4. Reads headers and, of NF4, 0.3 KB a linear.
+    """What a model folder holds, whether its linears are plain or NF4. Reads headers and, for NF4, 0.3 KB per linear.
 
-    A folder may mix both (`llm_int8_skip_modules`).
+    A folder may mix both (``llm_int8_skip_modules``).
 
     Args:
-        quant: `model.quant`; NF4 on disk can be nothing else in memory.
+        quant: ``model.quant``; NF4 on disk can be nothing else in memory.
         index: the folder's, with bytes allowed, where another process has read the headers.
 
     Raises:
-        ConfigError: NF4 on disk and another `quant`; or quantized in a way that is not read: FP4, another block
+        ConfigError: NF4 on disk and another ``quant``; or quantized in an unsupported way: FP4, another block
             or other levels.
-        WeightsError: the folder is damaged or holds types that are not read.
+        WeightsError: the folder is damaged or holds unsupported dtypes.
     """
     index = index or open_index(folder, allow_bytes=True)
     states = [name for name in index.tensors if _STATE in name]
@@ -119,13 +122,13 @@ def open_base_on_disk(folder: Path, *, quant: Quant, index: WeightIndex | None =
     if quant != "nf4":
         raise ConfigError(
             f"model.quant: {quant}, and {folder} holds {len(states):,} weights that are quantized already, in NF4 by "
-            "bitsandbytes. Set model.quant to nf4, or take the model's unquantized folder."
+            "bitsandbytes. Set model.quant to nf4, or use the model's unquantized folder."
         )
     nf4, faults = _all_nf4(states, index)
     if faults:
         raise ConfigError(
-            f"{folder} holds weights quantized by bitsandbytes in a way that is not read (read are NF4 in blocks of "
-            f"{BLOCK} weights, with absmax in fp32 or double-quantized). Take the model's unquantized folder.\n  "
+            f"{folder} holds weights quantized by bitsandbytes in an unsupported way (supported is NF4 in blocks of "
+            f"{BLOCK} weights, with absmax in fp32 or double-quantized). Use the model's unquantized folder.\n  "
             + first_few(faults)
         )
     tensors = {name: tensor for name, tensor in index.tensors.items() if not _belongs(name, nf4)}
@@ -141,17 +144,17 @@ def _all_nf4(states: Iterable[str], index: WeightIndex) -> tuple[dict[str, Nf4On
     for state in states:
         weight, _, kind = state.partition(_STATE)
         settings = _read_state(index.tensors[state])
-        fault = _foreign(settings, kind=kind)
+        fault = _unsupported(settings, kind=kind)
         if fault is None:
             nf4[weight] = _nf4_on_disk(weight, settings, index=index)
-            fault = _foreign_levels(_part(index, f"{weight}.quant_map", "F32", num_bytes=4 * len(LEVELS)))
+            fault = _unsupported_levels(_part(index, f"{weight}.quant_map", "F32", num_bytes=4 * len(LEVELS)))
         if fault is not None:
             faults.append(f"{weight}: {fault}")
     return nf4, faults
 
 
-def _foreign(settings: Mapping[str, Any], *, kind: str) -> str | None:
-    """Why a weight is quantized in a way that is not read."""
+def _unsupported(settings: Mapping[str, Any], *, kind: str) -> str | None:
+    """Why a weight's quantization is not supported; None where it is."""
     if kind != "nf4" or settings.get("quant_type") != "nf4":
         return f"quant_type {settings.get('quant_type', kind)!r}"
     if settings.get("blocksize") != BLOCK:
@@ -164,7 +167,7 @@ def _foreign(settings: Mapping[str, Any], *, kind: str) -> str | None:
     return None
 
 
-def _foreign_levels(quant_map: TensorOnDisk) -> str | None:
+def _unsupported_levels(quant_map: TensorOnDisk) -> str | None:
     levels = _read(quant_map, first=0, count=len(LEVELS))
     if torch.equal(levels, torch.tensor(LEVELS, dtype=torch.float32, device="cpu")):
         return None
@@ -178,7 +181,7 @@ def _nf4_on_disk(weight: str, settings: Mapping[str, Any], *, index: WeightIndex
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)):
         raise _damaged(state, f"shape is {shape!r}, and two sizes were expected")
     rows, width = shape
-    # The codes may be stored as any type (bnb_4bit_quant_storage): bytes they are.
+    # The codes may be stored as any dtype (bnb_4bit_quant_storage): they are bytes all the same.
     codes = replace(_part(index, weight, None, num_bytes=rows * width // 2), dtype="U8", shape=(rows, width // 2))
     blocks = rows * width // BLOCK
     nested = None
@@ -205,11 +208,11 @@ def _part(index: WeightIndex, name: str, dtype: str | None, *, num_bytes: int) -
     tensor = index.tensors.get(name)
     if tensor is None:
         raise WeightsError(
-            f"{index.folder} lacks {name}, without which a quantized weight means nothing. Fetch the weights again."
+            f"{index.folder} lacks {name}, without which a quantized weight can't be read. Fetch the weights again."
         )
     if dtype not in (None, tensor.dtype) or tensor.num_bytes != num_bytes:
-        found = f"it has {tensor.num_bytes:,} bytes of {tensor.dtype}"
-        raise _damaged(tensor, f"{found}, and {num_bytes:,} of {dtype or 'any type'} were expected")
+        actual = f"it has {tensor.num_bytes:,} bytes of {tensor.dtype}"
+        raise _damaged(tensor, f"{actual}, and {num_bytes:,} of {dtype or 'any type'} were expected")
     return replace(tensor, shape=(math.prod(tensor.shape),))
 
 
@@ -227,13 +230,13 @@ def _read_state(state: TensorOnDisk) -> dict[str, Any]:
 
 
 def _belongs(name: str, weights: Mapping[str, object]) -> bool:
-    """Whether a tensor is a quantized weight or lies beside one: ``X.weight``, ``X.weight.absmax``."""
+    """Whether a tensor is a quantized weight or one of its parts: ``X.weight``, ``X.weight.absmax``."""
     stem, marker, _ = name.rpartition(".weight.")
     return name in weights or f"{stem}.weight" in weights if marker else name in weights
 
 
-def _denest(absmax: Tensor, *, nested: NestedAbsmax, first: int) -> Tensor:
-    """fp32 of ``absmax`` uint8 of any shape, whose first byte is the whole's number ``first``."""
+def _dequantize_absmax(absmax: Tensor, *, nested: NestedAbsmax, first: int) -> Tensor:
+    """fp32 of ``absmax`` uint8 of any shape, whose first byte is byte ``first`` of the whole absmax."""
     first_block, end_block = first // nested.block, -(-(first + absmax.numel()) // nested.block)
     levels = _read(nested.levels, first=0, count=256)
     scales = _read(nested.scales, first=first_block, count=end_block - first_block)
@@ -245,7 +248,7 @@ def _denest(absmax: Tensor, *, nested: NestedAbsmax, first: int) -> Tensor:
 
 
 def _read(tensor: TensorOnDisk, *, first: int, count: int) -> Tensor:
-    """Rows ``first`` to ``first + count``, in memory of their own."""
+    """Rows ``first`` to ``first + count``, in new memory."""
     reader = SliceReader(max_slice_bytes=count * (tensor.num_bytes // tensor.shape[0]))
     with open_weights(tensor.file) as descriptor:
         for _, rows in reader.slices(tensor, descriptor=descriptor, first_row=first, num_rows=count):
@@ -253,5 +256,5 @@ def _read(tensor: TensorOnDisk, *, first: int, count: int) -> Tensor:
     return torch.empty((0, *tensor.shape[1:]), dtype=torch.float32 if tensor.dtype == "F32" else torch.uint8)
 
 
-def _damaged(tensor: TensorOnDisk, what: str) -> WeightsError:
-    return WeightsError(f"{tensor.file} is damaged: {tensor.name}: {what}. Fetch it again.")
+def _damaged(tensor: TensorOnDisk, problem: str) -> WeightsError:
+    return WeightsError(f"{tensor.file} is damaged: {tensor.name}: {problem}. Fetch it again.")

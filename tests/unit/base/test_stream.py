@@ -134,10 +134,10 @@ def test_a_file_that_became_shorter_names_file_and_tensor(tmp_path):
     with pytest.raises(WeightsError) as raised:
         fill_share(index, world_rank=0, world_size=1, dtype=torch.float32)
     size = files[1].stat().st_size
-    assert f"{files[1]} ends at byte {size:,}, within {NAMES[1]}, which goes on to byte {size + 8:,}" in str(
+    assert f"{files[1]} ends at byte {size:,}, within {NAMES[1]}, which extends to byte {size + 8:,}" in str(
         raised.value
     )
-    assert "the file has become shorter. Fetch it again." in str(raised.value)
+    assert "the file was truncated. Fetch it again." in str(raised.value)
 
 
 def test_a_read_error_of_the_disk_names_file_and_tensor(tmp_path, monkeypatch):
@@ -148,7 +148,7 @@ def test_a_read_error_of_the_disk_names_file_and_tensor(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(WeightsError, match=r"model\.safetensors cannot be read within w: Input/output error"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors can't be read within w: Input/output error"):
         fill_slots([rows_slot("w", (2, 2), 0, torch.empty(2, 2))], index=index)
 
 

@@ -290,7 +290,7 @@ REFUSED = [
     (
         "{{ messages[-1].content }}",
         turns(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")),
-        "writes the turns up to number 1 otherwise",
+        "renders the turns up to number 1 differently",
     ),
     (
         "{{ raise_exception('roles must alternate') }}",
@@ -380,7 +380,7 @@ def test_a_template_of_no_grammar_names_its_line(with_template):
 
 def test_a_template_that_writes_no_answer_is_told_where_one_is_asked_for(with_template):
     tokenizer = with_template("{{ messages[0].content }}")
-    with pytest.raises(DataError, match=r"does not write what an assistant answers"):
+    with pytest.raises(DataError, match=r"doesn't write an assistant's answer"):
         encode_prompt([{"role": "user", "content": "q"}], tokenizer=tokenizer)
 
 
@@ -403,7 +403,7 @@ def test_a_template_that_can_not_be_read_is_told(name, content, told, small_fold
 
 
 def test_half_a_surrogate_pair_is_an_error(llama3):
-    with pytest.raises(DataError, match=r"U\+D800 alone"):
+    with pytest.raises(DataError, match=r"U\+D800, an unpaired surrogate"):
         encode_sample({"text": "a\ud800"}, tokenizer=llama3, fmt="text", train_on="assistant")
 
 
@@ -462,9 +462,7 @@ def test_a_template_file_is_taken_and_a_missing_one_told(llama3_folder, tmp_path
 
 def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):
     (tmp_path / "merges.txt").touch()
-    with pytest.raises(
-        WeightsError, match=r"no tokenizer could be loaded \(of its files these are there: merges\.txt\)"
-    ):
+    with pytest.raises(WeightsError, match=r"the tokenizer can't be loaded \(files found: merges\.txt\)"):
         load_tokenizer(tmp_path, chat_template=None)
 
 

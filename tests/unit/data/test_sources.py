@@ -44,7 +44,7 @@ BROKEN_LINES = {
     "cut line": (b'{"messages": [', ":2: not JSON: Expecting value at column 15"),
     "null content": (
         chat(role="assistant", content=None).encode(),
-        ":2: messages[1].content is null; a text",
+        ":2: messages[1].content is null; a string is expected",
     ),
     "wrong role": (
         chat(role="bot", content="x").encode(),
@@ -57,11 +57,11 @@ BROKEN_LINES = {
     "late system": (chat(role="system", content="x").encode(), ":2: messages[1] is a system turn"),
     "a list": (
         b'[{"role": "user"}]',
-        ":2: a list instead of an object; one object a record is expected, e.g. {",
+        ":2: a list instead of an object; one object per record is expected, e.g. {",
     ),
     "a number": (b"17", ":2: 17 instead of an object"),
     "no message": (b'{"messages": []}', ":2: messages is an empty list"),
-    "a text": (b'{"messages": "hello"}', ':2: messages is the text "hello", which is not JSON'),
+    "a text": (b'{"messages": "hello"}', ':2: messages is the string "hello", which is not JSON'),
     "an object": (b'{"messages": {"role": "user"}}', ':2: messages is {"role": "user"}; a list of messages'),
     "turn is text": (
         b'{"messages": ["hello"]}',
@@ -74,7 +74,7 @@ BROKEN_LINES = {
     "null column": (b'{"messages": null, "a": 1}', ":2: columns 'a' found; format messages needs"),
     "content number": (
         chat(role="assistant", content=4).encode(),
-        ":2: messages[1].content is 4; a text in quotes",
+        ":2: messages[1].content is 4; a string is expected",
     ),
     "image": (
         chat(role="assistant", content=[{"type": "image_url"}]).encode(),
@@ -106,7 +106,7 @@ BROKEN_LINES = {
     ),
     "arguments": (
         chat(role="assistant", tool_calls=[{"name": "f", "arguments": "{oops"}]).encode(),
-        ':2: messages[1].tool_calls[0].arguments is the text "{oops", which is not JSON',
+        ':2: messages[1].tool_calls[0].arguments is the string "{oops", which is not JSON',
     ),
     "argument list": (
         chat(role="assistant", tool_calls=[{"name": "f", "arguments": [1]}]).encode(),
@@ -151,7 +151,7 @@ def test_a_line_of_100_mb_is_no_record(tmp_path):
         file.write(GOOD.encode() + b"\n")
         file.seek(100 * 2**20, 1)
         file.write(b"\n")
-    with pytest.raises(DataError, match=r":2: a line of 100\.0 MiB; at most 32 MiB, one record"):
+    with pytest.raises(DataError, match=r":2: a line of 100\.0 MiB; one record of at most 32 MiB"):
         read_all(tmp_path / "data.jsonl")
 
 
@@ -235,7 +235,7 @@ def test_parquet_messages_lose_the_nulls_that_its_schema_adds(tmp_path):
 
 def test_a_file_that_is_no_parquet_is_told(tmp_path):
     (tmp_path / "data.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(DataError, match=r"data\.parquet: not a whole parquet file: "):
+    with pytest.raises(DataError, match=r"data\.parquet: not a complete parquet file: "):
         read_all(tmp_path / "data.parquet")
 
 
@@ -255,9 +255,9 @@ def test_sources_follow_one_another_each_with_its_format(tmp_path):
 
 def test_a_missing_file_names_the_nearest(tmp_path):
     (tmp_path / "train.jsonl").write_text(GOOD)
-    with pytest.raises(DataError, match=r"data\.train: .*tain\.jsonl does not exist \(nearest there: train\.jsonl\)"):
+    with pytest.raises(DataError, match=r"data\.train: .*tain\.jsonl doesn't exist \(nearest there: train\.jsonl\)"):
         read_records(str(tmp_path / "tain.jsonl"), fmt=None, which="train")
-    with pytest.raises(DataError, match=r"does not exist, nor does its folder .*nowhere"):
+    with pytest.raises(DataError, match=r"doesn't exist, nor does its folder .*nowhere"):
         read_records(str(tmp_path / "nowhere/x.jsonl"), fmt=None, which="train")
 
 
@@ -288,14 +288,14 @@ def test_folders_and_unknown_endings_are_told(tmp_path):
     (tmp_path / "data.xlsx").touch()
     with pytest.raises(DataError, match=r"is a folder; name its files: train\.jsonl"):
         read_records(str(tmp_path), fmt=None, which="train")
-    with pytest.raises(DataError, match=r"has the ending '\.xlsx'; \.jsonl \.ndjson \.json \.csv \.parquet are read"):
+    with pytest.raises(DataError, match=r"has suffix '\.xlsx'; \.jsonl \.ndjson \.json \.csv \.parquet are supported"):
         read_records(str(tmp_path / "data.xlsx"), fmt=None, which="train")
 
 
 def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text(GOOD)
     monkeypatch.setattr("dist_lora.data.sources.os.access", lambda path, mode: False)
-    with pytest.raises(DataError, match=r"may not be read by this user \(mode"):
+    with pytest.raises(DataError, match=r"can't be read by this user \(mode"):
         read_records(str(tmp_path / "train.jsonl"), fmt=None, which="train")
 
 
@@ -358,9 +358,9 @@ def test_what_is_fetched_is_taken_from_the_cache_and_asked_for_again_where_it_is
         (ValueError('Unknown split "train". Should be one of [\'test\'].'),
          "has no split 'train' (Unknown split \"train\". Should be one of ['test'].). Name one: org/name@S"),
         (FileNotFoundError("Dataset 'org/name' doesn't exist on the Hub or cannot be accessed."),
-         "neither a file nor a data set of the hub is called 'org/name'"),
-        (ConnectionError("no route\nto host"), "ConnectionError: no route. Without a network, give a"),
-        (ConnectionError(""), "could not be read: ConnectionError: no reason given."),
+         "'org/name' is neither a file nor a data set of the hub"),
+        (ConnectionError("no route\nto host"), "ConnectionError: no route. Without a network, name a"),
+        (ConnectionError(""), "can't be read: ConnectionError: no reason given."),
     ],
 )  # fmt: skip
 def test_a_hub_id_that_does_not_come_says_what_to_do(error, told, monkeypatch):
@@ -384,7 +384,7 @@ def test_unknown_columns_name_what_each_format_needs(tmp_path):
     with pytest.raises(DataError) as caught:
         read_records(str(tmp_path / "d.jsonl"), fmt=None, which="train")
     assert str(caught.value) == (
-        f"{tmp_path / 'd.jsonl'}:1: columns 'question', 'answer' are of no known format: "
+        f"{tmp_path / 'd.jsonl'}:1: columns 'question', 'answer' match no known format: "
         "messages needs messages or conversations; alpaca needs instruction and output; "
         "prompt-completion needs prompt and completion; "
         "text needs text"
@@ -420,7 +420,7 @@ def test_sharegpt_becomes_the_same_chat_as_openais_spelling():
 
 
 def test_a_prompt_and_a_completion_of_different_kinds_are_an_error():
-    with pytest.raises(DataError, match=r'prompt is "a" and completion is \[\]; both as text, or both as lists'):
+    with pytest.raises(DataError, match=r'prompt is "a" and completion is \[\]; both as strings, or both as lists'):
         read_sample({"prompt": "a", "completion": []}, fmt="prompt-completion")
 
 

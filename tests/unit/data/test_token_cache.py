@@ -286,7 +286,7 @@ def test_a_long_sample_is_cut_from_the_right_and_its_targets_counted_after(tmp_p
     token_set = prepare(name, tmp_path, rules=replace(RULES, sequence_length=10))
     assert token_set.lengths.tolist() == [10, 5]
     assert token_set.num_targets.tolist() == [7, 2]
-    assert "2 samples, 15 tokens, 9 of them targets; cut 1 to the sequence length, tokenised in" in caplog.text
+    assert "2 samples, 15 tokens, 9 trained on; truncated 1 samples to sequence_length=10, tokenised in" in caplog.text
 
 
 def no_targets(tmp_path):
@@ -304,10 +304,10 @@ def test_samples_without_targets_are_told_with_their_places(world_size, tmp_path
     errors = on_ranks(world_size, lambda world: prepare(name, tmp_path / "cache", world=world))
     assert [type(error) for error in errors] == [DataError] + [RankError] * (world_size - 1)
     assert {error.exit_code for error in errors} == {2}
-    nothing = "nothing in it is to be learned (no assistant turn, or all of them weight 0)"
+    nothing = "it has nothing to train on (no assistant turn, or all of them weight 0)"
     assert str(errors[0]) == (
         "data.train: 3 of 10 samples have no target tokens (30%):\n"
-        f"  {name}:2: its 325 tokens are cut to train.sequence_length = 200, before the first target\n"
+        f"  {name}:2: its 325 tokens are truncated to train.sequence_length = 200, before the first target\n"
         f"  {name}:4: {nothing}\n"
         f"  {name}:9: {nothing}\n"
         "Set data.on_no_target: drop to leave them out, or a longer train.sequence_length."
@@ -335,7 +335,7 @@ def test_when_nothing_is_left_it_is_an_error_whatever_the_rules(tmp_path):
     with pytest.raises(DataError) as caught:
         prepare(name, tmp_path, rules=replace(RULES, on_no_target="drop", on_too_long="drop"))
     assert "none of 2 samples is left: 1 are longer than train.sequence_length = 200, 1 have no" in str(caught.value)
-    assert f"{name}:1: nothing in it" in str(caught.value) and f"{name}:2: 325 tokens" in str(caught.value)
+    assert f"{name}:1: it has nothing to train on" in str(caught.value) and f"{name}:2: 325 tokens" in str(caught.value)
 
 
 def test_samples_that_are_too_long_are_dropped_or_told(tmp_path, caplog):
@@ -368,7 +368,7 @@ def test_broken_records_of_all_ranks_are_told_together(world_size, tmp_path):
 def test_what_one_rank_cannot_read_ends_all(tmp_path):
     errors = on_ranks(3, lambda world: prepare(str(tmp_path / "none.jsonl"), tmp_path, world=world))
     assert [type(error) for error in errors] == [DataError, RankError, RankError]
-    assert all("none.jsonl does not exist" in str(error) for error in errors)
+    assert all("none.jsonl doesn't exist" in str(error) for error in errors)
 
 
 def test_a_tokenizer_without_a_template_ends_all_before_anything_is_encoded(tmp_path, encoded_samples):
@@ -426,8 +426,8 @@ def test_long_work_and_long_waits_are_reported(tmp_path, monkeypatch, caplog):
         for job in [pool.submit(prepare, name, tmp_path / "cache") for _ in range(2)]:
             job.result()
     assert "data.train: tokenised 1 of 3 samples" in caplog.text
-    assert "another job tokenises the same data; waiting for it" in caplog.text
-    assert "3 samples, 78 tokens, 6 of them targets, from the cache" in caplog.text
+    assert "another job is tokenising the same data; waiting for it" in caplog.text
+    assert "3 samples, 78 tokens, 6 trained on, from the cache" in caplog.text
 
 
 def test_train_and_eval_of_one_run_do_not_meet(tmp_path):
@@ -456,5 +456,5 @@ def test_held_out_documents_depend_on_content_and_seed_alone(tmp_path):
     assert held_out.num_tokens + train.num_tokens == one.num_tokens
     assert len(split_eval(one, fraction=0.001, seed=7)[1]) == 1
     assert len(split_eval(one, fraction=0.999, seed=7)[0]) == 1
-    with pytest.raises(DataError, match=r"data\.eval: 0\.5 of 1 document cannot be held out; give a file"):
+    with pytest.raises(DataError, match=r"data\.eval: 0\.5 of 1 document can't be held out; name a file"):
         split_eval(one.select(np.array([3])), fraction=0.5, seed=0)

@@ -86,15 +86,15 @@ def test_rows_of_zeros_are_named_with_the_ways_out(base, value, dtype, shard_siz
     folder = base(START_HEADER, END_HEADER, END_OF_TURN, value=value, dtype=dtype, shard_size=shard_size)
     text = refusal(folder, tokens_of(CHATS, folder))
     assert text == (
-        "data.train needs special tokens that this base has never learned:\n"
+        "data.train needs special tokens that this base was never trained on:\n"
         f"  <|start_header_id|> (258): its row of {EMBEDDING} is zero\n"
         f"  <|end_header_id|> (259): its row of {EMBEDDING} is zero\n"
         f"  <|eot_id|> (260): its row of {EMBEDDING} is zero\n"
         f"  <|eot_id|> (260): its row of {HEAD} is zero\n"
-        "Embedding and head stay frozen, so no adapter can teach the model to read them or to end an answer by them. "
-        "Take the model's Instruct version (model.name: 3.1-8b-instruct and its like); or train on plain text, which "
-        "ends in <|end_of_text|> (data.format: text or prompt-completion); or give a data.chat_template without these "
-        "tokens. To train nevertheless: data.untrained_tokens: allow"
+        "Embedding and head stay frozen, so no adapter can teach the model to read them or to end an answer with them. "
+        "Use the model's Instruct version (model.name: 3.1-8b-instruct and its like); or train on plain text, which "
+        "ends in <|end_of_text|> (data.format: text or prompt-completion); or set a data.chat_template without these "
+        "tokens. To train anyway: data.untrained_tokens: allow"
     )
 
 
@@ -151,7 +151,7 @@ def test_the_opt_in_trains_and_says_so(base, caplog) -> None:
     with caplog.at_level("WARNING", logger="dist_lora"):
         check(folder, tokens_of(CHATS, folder), "allow")
     assert [record.message for record in caplog.records] == [
-        f"data.untrained_tokens: allow: training though <|eot_id|> (260): its row of {tensor} is zero"
+        f"data.untrained_tokens: allow: training although <|eot_id|> (260): its row of {tensor} is zero"
         for tensor in (EMBEDDING, HEAD)
     ]
 
@@ -170,7 +170,7 @@ def test_a_file_that_became_shorter_is_told_as_damage(base) -> None:
     tokens, index = tokens_of(CHATS, folder), open_index(folder)
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(index.tensors[EMBEDDING].start + 1000)
-    with pytest.raises(WeightsError, match="has become shorter"):
+    with pytest.raises(WeightsError, match="the file was truncated"):
         check_special_tokens(
             tokens,
             tokenizer=load_tokenizer(folder, chat_template=None),

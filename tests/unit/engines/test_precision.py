@@ -1,4 +1,4 @@
-"""The table of number formats: printed, and held against what a library may have cast."""
+"""The dtypes of a run: logged, and checked against what a library may have cast."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ def made(precision: Precision) -> tuple[Llama, Adapters]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
-def test_a_model_is_in_the_formats_that_are_declared(quant, dtype) -> None:
+def test_a_model_has_the_dtypes_that_are_declared(quant, dtype) -> None:
     precision = Precision({"none": Plain(dtype), "nf4": Nf4(), "int8": Int8()}[quant], dtype)
     precision.check(*made(precision))
 
 
-def test_the_table_says_what_is_quantized_and_what_is_not() -> None:
-    linears, rest = Precision(Nf4(), torch.bfloat16).lines()
-    assert linears == (
-        "formats   linears of the layers nf4 (codes uint8, absmax fp32); embeddings, norms and head bf16, unquantized"
+def test_the_line_says_what_is_quantized_and_what_is_not() -> None:
+    assert Precision(Nf4(), torch.bfloat16).line() == (
+        "dtypes: base nf4 (codes uint8, absmax fp32; embeddings, norms and head bf16), compute bf16, "
+        "adapters and AdamW fp32"
     )
-    assert rest == "          computed in bf16; adapters, their gradients' sum and AdamW in fp32"
+    assert Precision(Plain(torch.float32), torch.float32).line() == (
+        "dtypes: base fp32 (not quantized), compute fp32, adapters and AdamW fp32"
+    )
 
 
 def test_scales_that_were_cast_and_gradients_of_the_base_are_named() -> None:
@@ -47,7 +49,7 @@ def test_scales_that_were_cast_and_gradients_of_the_base_are_named() -> None:
     model.model.norm.weight.grad = torch.empty_like(model.model.norm.weight)
     with pytest.raises(TrainingError) as raised:
         precision.check(model, adapters)
-    assert "2 tensors are not in the format" in str(raised.value)
+    assert "2 tensors don't have the dtypes" in str(raised.value)
     assert "model.layers.1.mlp.up_proj.absmax is bf16, not fp32" in str(raised.value)
     assert "model.norm.weight has a gradient" in str(raised.value)
 

@@ -97,5 +97,5 @@ def test_rows_that_can_not_be_cut_into_blocks_are_told_before_anything_is_writte
     _, adapter = trained
     with pytest.raises(ConfigError, match="nf4 cuts each row into blocks of 64") as raised:
         merge_adapter(adapter, base=odd, out=tmp_path / "merged", quant="nf4", force=True)
-    assert "can't have been trained beside in nf4" in str(raised.value)
+    assert "can't have been the base of a run in nf4" in str(raised.value)
     assert list(tmp_path.iterdir()) == []

@@ -97,7 +97,7 @@ def test_the_nearest_measured_size_counts() -> None:
     assert link.bytes_per_s(2**21) == (1.0, 2.0) and link.bytes_per_s(2**30) == (3.0, 4.0)
 
 
-def test_weights_are_made_dense_once_in_each_direction() -> None:
+def test_weights_are_dequantized_once_in_each_direction() -> None:
     slow = replace(INSTANT, dense_weights_per_s={"nf4": (1e9, 1e9), "int8": AT_ONCE})
     weights = 16 * (2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 8192 * 2048)
     best, worst = seconds(slow, model={"name": "3.2-1b", "quant": "nf4"})

@@ -115,9 +115,9 @@ def test_what_a_layer_keeps_for_its_backward_is_what_autograd_saves(dtype, targe
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.02)
     x = torch.randn(tokens, TINY.hidden).to(dtype)
-    turn = rotation(torch.arange(tokens), model.inv_freq, dtype)
+    rotary = rotation(torch.arange(tokens), model.inv_freq, dtype)
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    known |= {t.untyped_storage().data_ptr() for t in turn}
+    known |= {t.untyped_storage().data_ptr() for t in rotary}
     alive = []  # so that no storage takes the place of another
     for layer, block in enumerate(model.model.layers):
         saved: list[torch.Tensor] = []
@@ -127,7 +127,7 @@ def test_what_a_layer_keeps_for_its_backward_is_what_autograd_saves(dtype, targe
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            x = block(x, turn, Documents((0, tokens)))
+            x = block(x, rotary, Documents((0, tokens)))
         alive += [*saved, x]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
         found = sum(size for pointer, size in storages.items() if pointer not in known)

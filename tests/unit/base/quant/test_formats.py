@@ -60,22 +60,22 @@ def test_parts_of_rows_are_as_specified_and_stand_for_them(form: Format, dtype: 
     assert stored_bytes(form, 96, 128) == sum(part.nbytes for part in parts.values())
     tolerance = {"none": 4e-4, "nf4": 0.013, "int8": 5e-4}[form.name]
     for result in (torch.float32, torch.bfloat16):
-        dense = form.dense(parts, result)
-        assert dense.shape == rows.shape and dense.dtype == result
-        assert (dense.float() - rows.float()).abs().max() < tolerance
+        weight = form.dequantize(parts, result)
+        assert weight.shape == rows.shape and weight.dtype == result
+        assert (weight.float() - rows.float()).abs().max() < tolerance
     some = form.quantize_rows(rows[40:41])
     assert all(torch.equal(part, parts[name][40:41]) for name, part in some.items())
     none = form.quantize_rows(rows[:0])
-    assert form.dense(none, torch.float32).shape == (0, 128)
+    assert form.dequantize(none, torch.float32).shape == (0, 128)
 
 
 def test_plain_weights_are_passed_on_without_a_copy() -> None:
     rows = torch.randn(4, 6)
     form = Plain(torch.float32)
     parts = form.quantize_rows(rows)
-    assert parts["weight"].data_ptr() == form.dense(parts, torch.float32).data_ptr() == rows.data_ptr()
+    assert parts["weight"].data_ptr() == form.dequantize(parts, torch.float32).data_ptr() == rows.data_ptr()
     weight = torch.nn.Parameter(rows)
-    assert not form.dense({"weight": weight}, torch.float32).requires_grad
+    assert not form.dequantize({"weight": weight}, torch.float32).requires_grad
 
 
 def test_bytes_of_the_405b_in_each_format() -> None:
@@ -117,8 +117,8 @@ def message(device: str = "cuda:1") -> str:
         gpu_functions(torch.device(device))
     assert raised.value.exit_code == 2
     assert str(raised.value).endswith(
-        "Install one that has them (`pip install 'bitsandbytes>=0.50'`; `python -m bitsandbytes` tells what it finds on "
-        "this machine), or set model.quant to int8 or none, which do without it."
+        "Install one that has them (`pip install 'bitsandbytes>=0.50'`; `python -m bitsandbytes` reports what it finds "
+        "on this machine), or set model.quant to int8 or none, which don't need it."
     )
     return str(raised.value)
 
@@ -127,17 +127,17 @@ def test_bitsandbytes_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_bitsandbytes(monkeypatch)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     assert message().startswith(
-        "model.quant: nf4 on cuda:1 takes the kernels of bitsandbytes, and bitsandbytes is not installed. Install"
+        "model.quant: nf4 on cuda:1 needs the kernels of bitsandbytes, and bitsandbytes is not installed. Install"
     )
 
 
 @pytest.mark.parametrize(
     ("source", "what"),
     [
-        ("import no_such_module", "cannot be imported (No module named 'no_such_module')"),
+        ("import no_such_module", "can't be imported (No module named 'no_such_module')"),
         (
             "raise OSError('libcudart.so.13: no such file')",
-            "cannot be imported (OSError: libcudart.so.13: no such file)",
+            "can't be imported (OSError: libcudart.so.13: no such file)",
         ),
     ],
 )
@@ -176,11 +176,11 @@ def peak():
     return int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]) * 1024
 form = format_of(sys.argv[1], torch.bfloat16)
 rows = torch.full((256, 65536), 0.01, dtype=torch.bfloat16)
-form.dense(form.quantize_rows(rows[:1]), torch.bfloat16)
+form.dequantize(form.quantize_rows(rows[:1]), torch.bfloat16)
 before = peak()
 parts = form.quantize_rows(rows)
 quantized = peak()
-dense = form.dense(parts, torch.bfloat16)
+weight = form.dequantize(parts, torch.bfloat16)
 print(json.dumps([quantized - before, peak() - quantized, "bitsandbytes" in sys.modules]))
 """
 

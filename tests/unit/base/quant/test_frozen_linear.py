@@ -18,13 +18,13 @@ FORMATS = [Plain(torch.float32), Nf4(), Int8()]
 
 
 def filled(fmt: Format, *, seed: int = 0) -> tuple[FrozenLinear, torch.Tensor]:
-    """A linear of (96, 64) and the dense weight that it stands for."""
+    """A linear of (96, 64) and the weight in floats that it stands for."""
     weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(seed))
     linear = FrozenLinear(64, 96, fmt)
     parts = fmt.quantize_rows(weight)
     for name, values in parts.items():
         getattr(linear, name).data.copy_(values)
-    return linear, fmt.dense(parts, torch.float32)
+    return linear, fmt.dequantize(parts, torch.float32)
 
 
 def with_adapter(linear: FrozenLinear) -> LoraAdapter:
@@ -46,7 +46,7 @@ def assert_near(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 @pytest.mark.parametrize("is_recomputed", [False, True])
-def test_values_and_gradients_are_those_of_the_dense_weight(fmt, is_recomputed) -> None:
+def test_values_and_gradients_are_those_of_the_dequantized_weight(fmt, is_recomputed) -> None:
     linear, weight = filled(fmt)
     adapter = with_adapter(linear)
     x = torch.randn(7, 64, requires_grad=True)
@@ -90,7 +90,7 @@ def test_without_a_gradient_to_the_input_the_backward_makes_no_weight(fmt, monke
     with_adapter(linear)
     y = linear(torch.randn(7, 64))  # an input that nobody trains, as in the first layer
     made = []
-    dense = type(fmt).dense
-    monkeypatch.setattr(type(fmt), "dense", lambda *a: made.append(1) or dense(*a))
+    dequantize = type(fmt).dequantize
+    monkeypatch.setattr(type(fmt), "dequantize", lambda *a: made.append(1) or dequantize(*a))
     y.sum().backward()
     assert not made

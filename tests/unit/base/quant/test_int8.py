@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dist_lora.base.quant import int8
 from dist_lora.base.quant.finite import NotFiniteError
-from dist_lora.base.quant.int8 import dense_int8, quantize_int8
+from dist_lora.base.quant.int8 import dequantize_int8, quantize_int8
 
 
 def random_rows(*shape: int, seed: int = 0) -> Tensor:
@@ -28,9 +28,9 @@ def test_a_row_by_hand() -> None:
     assert codes[1].tolist() == [0] * 8
     assert codes[2].tolist() == [127, 2, 0, -2, 0, 0, 0, 0]
     assert scale[0].item() == 1.0 and scale[2].item() == 2.0
-    dense = dense_int8(codes, scale, torch.float32)
-    assert dense[2].tolist() == [254.0, 4.0, 0.0, -4.0, 0.0, 0.0, 0.0, 0.0]
-    assert dense[1].tolist() == [0.0] * 8
+    weight = dequantize_int8(codes, scale, torch.float32)
+    assert weight[2].tolist() == [254.0, 4.0, 0.0, -4.0, 0.0, 0.0, 0.0, 0.0]
+    assert weight[1].tolist() == [0.0] * 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -49,15 +49,15 @@ def test_codes_and_scales_are_those_of_the_library_and_of_numpy(
     absmax = np.abs(values).max(axis=1, keepdims=True)
     assert np.array_equal(codes.numpy(), np.rint(values * (np.float32(1) / absmax * np.float32(127))))
     expected = codes.numpy().astype(np.float32) * scale.numpy()
-    assert np.array_equal(dense_int8(codes, scale, torch.float32).numpy(), expected)
+    assert np.array_equal(dequantize_int8(codes, scale, torch.float32).numpy(), expected)
     for narrow in (torch.bfloat16, torch.float16):
-        assert torch.equal(dense_int8(codes, scale, narrow), torch.from_numpy(expected).to(narrow))
+        assert torch.equal(dequantize_int8(codes, scale, narrow), torch.from_numpy(expected).to(narrow))
 
 
 def test_no_weight_is_further_from_its_code_than_half_a_scale() -> None:
     rows = random_rows(64, 512) * torch.logspace(-36, 37, 64)[:, None]
     codes, scale = quantize_int8(rows)
-    error = (dense_int8(codes, scale, torch.float32).double() - rows.double()).abs()
+    error = (dequantize_int8(codes, scale, torch.float32).double() - rows.double()).abs()
     assert (error <= 0.5001 * scale.double()).all()
     assert codes.abs().amax(dim=1)[8:].eq(127).all()
 
@@ -67,8 +67,8 @@ def test_rows_of_next_to_nothing_stay_finite(magnitude: float) -> None:
     rows = torch.full((2, 8), magnitude)
     rows[1] = -magnitude
     codes, scale = quantize_int8(rows)
-    dense = dense_int8(codes, scale, torch.float32)
-    assert dense.isfinite().all() and ((dense - rows).abs() <= 4e-38).all()
+    weight = dequantize_int8(codes, scale, torch.float32)
+    assert weight.isfinite().all() and ((weight - rows).abs() <= 4e-38).all()
     assert (scale >= torch.finfo(torch.float32).tiny).all()
 
 
@@ -76,7 +76,7 @@ def test_huge_weights_stay_finite() -> None:
     rows = torch.tensor([[3.4e38, -3.4e38, 1.0]])
     codes, scale = quantize_int8(rows)
     assert codes.tolist() == [[127, -127, 0]]
-    assert dense_int8(codes, scale, torch.float32).isfinite().all()
+    assert dequantize_int8(codes, scale, torch.float32).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -87,7 +87,7 @@ def test_rows_are_independent(dtype: torch.dtype) -> None:
         part_codes, part_scale = quantize_int8(rows[part])
         assert torch.equal(part_codes, codes[part]) and torch.equal(part_scale, scale[part])
         assert part_codes.is_contiguous() and part_scale.is_contiguous()
-        assert torch.equal(dense_int8(part_codes, part_scale, dtype), dense_int8(codes, scale, dtype)[part])
+        assert torch.equal(dequantize_int8(part_codes, part_scale, dtype), dequantize_int8(codes, scale, dtype)[part])
     columns = rows.t().contiguous().t()
     assert torch.equal(quantize_int8(columns)[0], codes) and quantize_int8(columns)[0].is_contiguous()
 
@@ -95,7 +95,7 @@ def test_rows_are_independent(dtype: torch.dtype) -> None:
 def test_every_code_survives() -> None:
     codes = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).repeat(3, 1)  # -128 too, which nobody writes
     scale = torch.tensor([[1.0], [0.5], [3e-3]])
-    assert torch.equal(dense_int8(codes, scale, torch.float32), codes.float() * scale)
+    assert torch.equal(dequantize_int8(codes, scale, torch.float32), codes.float() * scale)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -109,15 +109,15 @@ def test_a_weight_that_is_not_finite_is_refused_by_its_place(value: float, dtype
 
 def test_no_graph_grows_from_the_parts_and_cast_scales_are_noticed() -> None:
     codes, scale = quantize_int8(random_rows(4, 64).requires_grad_())
-    assert not scale.requires_grad and not dense_int8(codes, scale, torch.float32).requires_grad
+    assert not scale.requires_grad and not dequantize_int8(codes, scale, torch.float32).requires_grad
     with pytest.raises(AssertionError, match=r"scale has become torch\.bfloat16"):
-        dense_int8(codes, scale.bfloat16(), torch.float32)
+        dequantize_int8(codes, scale.bfloat16(), torch.float32)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_fake_tensors_see_one_operator(device: str) -> None:
     with FakeTensorMode():
         codes = torch.empty(16384, 53248, dtype=torch.int8, device=device)
-        dense = dense_int8(codes, torch.empty(16384, 1, device=device), torch.bfloat16)
-    assert dense.shape == (16384, 53248) and dense.dtype == torch.bfloat16 and dense.device.type == device
-    torch.library.opcheck(dense_int8, (*quantize_int8(random_rows(2, 128)), torch.bfloat16))
+        weight = dequantize_int8(codes, torch.empty(16384, 1, device=device), torch.bfloat16)
+    assert weight.shape == (16384, 53248) and weight.dtype == torch.bfloat16 and weight.device.type == device
+    torch.library.opcheck(dequantize_int8, (*quantize_int8(random_rows(2, 128)), torch.bfloat16))

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dist_lora.base.quant import nf4
 from dist_lora.base.quant.finite import NotFiniteError
-from dist_lora.base.quant.nf4 import LEVELS, dense_nf4, quantize_nf4
+from dist_lora.base.quant.nf4 import LEVELS, dequantize_nf4, quantize_nf4
 
 # The 16 levels as fp32, and the midpoints between neighbours as bitsandbytes rounds them.
 TABLE = functional.get_4bit_type("nf4", device="cpu")
@@ -27,7 +27,7 @@ def quantize_by_library(rows: Tensor) -> tuple[Tensor, Tensor]:
     return codes.view(len(rows), -1), state.absmax.view(len(rows), -1)
 
 
-def dense_by_library(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantized_by_library(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     shape = torch.Size((codes.shape[0], 2 * codes.shape[1]))
     state = functional.QuantState(absmax=absmax.flatten(), shape=shape, dtype=dtype, blocksize=64, quant_type="nf4")
     return functional.dequantize_4bit(codes.reshape(-1, 1), state)
@@ -56,8 +56,8 @@ def test_one_block_by_hand() -> None:
     assert absmax.tolist() == [[2.0]]
     # -1 is level 0 and 1 level 15; 0.55 is nearest to 0.5626 (13), 0.025 to 0 (7). The first weight is the high half.
     assert codes[0, :3].tolist() == [0x0F, 0xD7, 0x77]
-    dense = dense_nf4(codes, absmax, torch.float32)
-    assert dense[0, :5].tolist() == [-2.0, 2.0, 2 * LEVELS[13], 0.0, 0.0]
+    weight = dequantize_nf4(codes, absmax, torch.float32)
+    assert weight[0, :5].tolist() == [-2.0, 2.0, 2 * LEVELS[13], 0.0, 0.0]
 
 
 def test_every_level_is_the_nearest() -> None:
@@ -138,7 +138,7 @@ def test_however_many_weights_are_worked_on_at_once(
     rows = random_rows(7, 320).to(dtype)
     assert_as_the_library(rows)
     codes, absmax = quantize_nf4(rows)
-    assert torch.equal(dense_nf4(codes, absmax, dtype), dense_by_library(codes, absmax, dtype))
+    assert torch.equal(dequantize_nf4(codes, absmax, dtype), dequantized_by_library(codes, absmax, dtype))
 
 
 def test_a_matrix_of_more_than_one_chunk_as_the_library() -> None:
@@ -147,7 +147,7 @@ def test_a_matrix_of_more_than_one_chunk_as_the_library() -> None:
     assert_as_the_library(rows)
     codes, absmax = quantize_nf4(rows)
     for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(dense_nf4(codes, absmax, dtype), dense_by_library(codes, absmax, dtype))
+        assert torch.equal(dequantize_nf4(codes, absmax, dtype), dequantized_by_library(codes, absmax, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -158,7 +158,7 @@ def test_rows_are_independent(dtype: torch.dtype) -> None:
         part_codes, part_absmax = quantize_nf4(rows[part])
         assert torch.equal(part_codes, codes[part]) and torch.equal(part_absmax, absmax[part])
         assert part_codes.is_contiguous() and part_absmax.is_contiguous()
-        assert torch.equal(dense_nf4(part_codes, part_absmax, dtype), dense_nf4(codes, absmax, dtype)[part])
+        assert torch.equal(dequantize_nf4(part_codes, part_absmax, dtype), dequantize_nf4(codes, absmax, dtype)[part])
     columns = rows.t().contiguous().t()
     assert not columns.is_contiguous() and torch.equal(quantize_nf4(columns)[0], codes)
 
@@ -168,7 +168,7 @@ def test_every_byte_times_every_bf16_scale_as_the_library(dtype: torch.dtype) ->
     scales = ALL_16_BITS.view(torch.bfloat16).float()
     scales = scales[scales.isfinite() & (scales >= 0)]
     codes = torch.arange(256).to(torch.uint8).view(8, 32).repeat(-(-len(scales) // 8), 1)[: len(scales)]
-    ours, theirs = dense_nf4(codes, scales[:, None], dtype), dense_by_library(codes, scales[:, None], dtype)
+    ours, theirs = dequantize_nf4(codes, scales[:, None], dtype), dequantized_by_library(codes, scales[:, None], dtype)
     if dtype != torch.bfloat16:
         assert torch.equal(bits(ours), bits(theirs))
         return
@@ -186,13 +186,13 @@ def test_every_pair_of_bytes_survives() -> None:
     scales = random_rows(len(codes), 2).abs()
     by_hand = torch.stack([TABLE[(codes >> 4).long()], TABLE[(codes & 15).long()]], dim=-1).view(-1, 2, 64)
     expected = (by_hand * scales[..., None]).view(-1, 128)
-    assert torch.equal(dense_nf4(codes, scales, torch.float32), expected)
-    assert torch.equal(dense_nf4(codes, scales, torch.bfloat16), expected.bfloat16())
+    assert torch.equal(dequantize_nf4(codes, scales, torch.float32), expected)
+    assert torch.equal(dequantize_nf4(codes, scales, torch.bfloat16), expected.bfloat16())
 
 
-def test_dense_weights_of_a_level_are_quantized_to_it_again() -> None:
+def test_dequantized_weights_of_a_level_are_quantized_to_it_again() -> None:
     codes, absmax = quantize_nf4(random_rows(16, 256))
-    again, absmax_again = quantize_nf4(dense_nf4(codes, absmax, torch.float32))
+    again, absmax_again = quantize_nf4(dequantize_nf4(codes, absmax, torch.float32))
     assert torch.equal(again, codes) and torch.equal(absmax_again, absmax)
 
 
@@ -208,7 +208,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_its_place(value: float, dtype
     named = raised.value.within("model.layers.0.mlp.up_proj.weight", first_row=14_000)
     assert str(named) == (
         f"model.layers.0.mlp.up_proj.weight: row 14,003, column 70 is {value}, and only finite weights can be "
-        "quantized. The file is damaged, or the model was saved after its training broke: fetch it again."
+        "quantized. The file is damaged, or the model was saved after its training diverged: fetch it again."
     )
     quantize_nf4(rows[:3])
 
@@ -217,13 +217,13 @@ def test_no_graph_grows_from_the_parts() -> None:
     rows = random_rows(4, 64).requires_grad_()
     codes, absmax = quantize_nf4(rows)
     assert not codes.requires_grad and not absmax.requires_grad
-    assert not dense_nf4(codes, absmax, torch.float32).requires_grad
+    assert not dequantize_nf4(codes, absmax, torch.float32).requires_grad
 
 
 def test_scales_that_something_cast_are_noticed() -> None:
     codes, absmax = quantize_nf4(random_rows(4, 64))
     with pytest.raises(AssertionError, match=r"absmax has become torch\.bfloat16"):
-        dense_nf4(codes, absmax.bfloat16(), torch.float32)
+        dequantize_nf4(codes, absmax.bfloat16(), torch.float32)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -231,6 +231,6 @@ def test_fake_tensors_see_one_operator(device: str) -> None:
     with FakeTensorMode():
         codes = torch.empty(16384, 26624, dtype=torch.uint8, device=device)  # the 405B's down_proj
         absmax = torch.empty(16384, 832, device=device)
-        dense = dense_nf4(codes, absmax, torch.bfloat16)
-    assert dense.shape == (16384, 53248) and dense.dtype == torch.bfloat16 and dense.device.type == device
-    torch.library.opcheck(dense_nf4, (*quantize_nf4(random_rows(2, 128)), torch.bfloat16))
+        weight = dequantize_nf4(codes, absmax, torch.bfloat16)
+    assert weight.shape == (16384, 53248) and weight.dtype == torch.bfloat16 and weight.device.type == device
+    torch.library.opcheck(dequantize_nf4, (*quantize_nf4(random_rows(2, 128)), torch.bfloat16))

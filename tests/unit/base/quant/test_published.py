@@ -104,7 +104,7 @@ def test_any_rows_are_those_that_the_library_dequantizes(tmp_path, is_nested, st
         here = slice(first, first + count)
         assert torch.equal(parts["codes"], codes[here]) and parts["codes"].dtype == torch.uint8
         assert torch.equal(parts["absmax"].view(torch.int32), absmax[here].contiguous().view(torch.int32))
-        assert torch.equal(Nf4().dense(parts, dtype), whole[here])
+        assert torch.equal(Nf4().dequantize(parts, dtype), whole[here])
         assert all(part.is_contiguous() for part in parts.values())
 
 
@@ -180,7 +180,7 @@ def test_a_model_that_transformers_saved(saved_by_transformers, tiny_llama, is_n
             continue
         rows = shape.tensor_shapes()[name][0]
         parts = base.nf4[name].read_rows(0, rows)
-        assert torch.equal(Nf4().dense(parts, torch.bfloat16), library_weight(folder, name)), name
+        assert torch.equal(Nf4().dequantize(parts, torch.bfloat16), library_weight(folder, name)), name
         assert torch.equal(parts["codes"], quantize_nf4(plain[name])[0]), name
     # What an adapter remembers of its base can be made of it.
     assert len(identify_base(folder).content_hash) == 32
@@ -197,9 +197,9 @@ def test_nf4_on_disk_can_be_nothing_else_in_memory(tmp_path, is_nested, quant):
     folder = write(tmp_path, as_published(random_weight(), is_nested=is_nested))
     assert message(folder, quant=quant, kind=ConfigError) == (
         f"model.quant: {quant}, and {folder} holds 1 weights that are quantized already, in NF4 by bitsandbytes. Set "
-        "model.quant to nf4, or take the model's unquantized folder."
+        "model.quant to nf4, or use the model's unquantized folder."
     )
-    with pytest.raises(WeightsError, match=r"holds \d tensors of a type other than BF16, F16 and F32"):
+    with pytest.raises(WeightsError, match=r"holds \d tensors of a dtype other than BF16, F16 and F32"):
         open_index(folder)
 
 
@@ -213,8 +213,8 @@ def test_nf4_on_disk_can_be_nothing_else_in_memory(tmp_path, is_nested, quant):
 def test_another_type_or_block_is_refused_with_what_is_read(tmp_path, is_nested, settings, what):
     folder = write(tmp_path, as_published(random_weight(), is_nested=is_nested, **settings))
     assert message(folder, kind=ConfigError) == (
-        f"{folder} holds weights quantized by bitsandbytes in a way that is not read (read are NF4 in blocks of 64 "
-        "weights, with absmax in fp32 or double-quantized). Take the model's unquantized folder.\n"
+        f"{folder} holds weights quantized by bitsandbytes in an unsupported way (supported is NF4 in blocks of 64 "
+        "weights, with absmax in fp32 or double-quantized). Use the model's unquantized folder.\n"
         f"  {NAME}: {what}"
     )
 
@@ -246,14 +246,14 @@ def test_a_part_that_is_missing_is_named(tmp_path, part):
     del tensors[f"{NAME}.{part}"]
     folder = write(tmp_path, tensors)
     assert message(folder) == (
-        f"{folder} lacks {NAME}.{part}, without which a quantized weight means nothing. Fetch the weights again."
+        f"{folder} lacks {NAME}.{part}, without which a quantized weight can't be read. Fetch the weights again."
     )
 
 
 def test_a_weight_whose_codes_are_missing_is_named(tmp_path):
     tensors = as_published(random_weight(), is_nested=False)
     del tensors[NAME]
-    assert f"lacks {NAME}, without which a quantized weight means nothing" in message(write(tmp_path, tensors))
+    assert f"lacks {NAME}, without which a quantized weight can't be read" in message(write(tmp_path, tensors))
 
 
 @pytest.mark.parametrize(
@@ -309,14 +309,16 @@ def test_a_scale_that_is_not_finite_is_named_by_its_row(tmp_path):
 
 def test_bytes_that_belong_to_no_weight_are_refused(tmp_path):
     tensors = {**as_published(random_weight(), is_nested=True), "model.odd": torch.zeros(3, dtype=torch.uint8)}
-    assert "holds 1 tensors of a type other than BF16, F16 and F32: model.odd (U8)" in message(write(tmp_path, tensors))
+    assert "holds 1 tensors of a dtype other than BF16, F16 and F32: model.odd (U8)" in message(
+        write(tmp_path, tensors)
+    )
     only = write(tmp_path, {"model.odd": torch.zeros(3, dtype=torch.uint8)})
-    assert "holds 1 tensors of a type other than BF16, F16 and F32: model.odd (U8)" in message(only)
+    assert "holds 1 tensors of a dtype other than BF16, F16 and F32: model.odd (U8)" in message(only)
 
 
 def test_a_file_that_became_shorter_is_told_by_name(tmp_path, is_nested):
     folder = write(tmp_path, as_published(random_weight(), is_nested=is_nested), with_norm=False)
     on_disk = open_base_on_disk(folder, quant="nf4").nf4[NAME]
     os.truncate(folder / "model.safetensors", on_disk.codes.start + 10)
-    with pytest.raises(WeightsError, match="the file has become shorter"):
+    with pytest.raises(WeightsError, match="the file was truncated"):
         on_disk.read_rows(0, ROWS)
