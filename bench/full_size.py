@@ -1,9 +1,10 @@
-"""A model of full size trains one step on this machine: peak memory, seconds, and what arithmetic says they should be.
+"""Trains one step of a full-size model on this machine: peak memory and seconds, next to the memory model's bytes.
 
     python -m bench.sparse 3.1-8b --out DIR --random
     python -m bench.full_size DIR [--nproc 2] [--quant nf4] [--tokens 64]
 
-Each rank takes one sequence of so many tokens. Without ``--random`` above the weights are zeros, which costs the same.
+Each rank trains on one sequence of ``--tokens`` tokens. Without ``--random`` above the weights are zeros, which costs
+the same.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ GIB = 2**30
 
 
 def imported_bytes() -> int:
-    """What a process holds that has only imported what a rank needs."""
+    """Memory of a process that has only done a rank's imports."""
     program = (
         "import dist_lora.train.command, dist_lora.engines.fsdp2, dist_lora.supervision.run_rank, transformers\n"
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
@@ -99,22 +100,22 @@ def main() -> None:
     setup = setup_for(given.folder, nproc=given.nproc, quant=given.quant, tokens=given.tokens)
     memory = memory_of(setup)
     with tempfile.TemporaryDirectory() as work:
-        found = run(given.folder, Path(work), nproc=given.nproc, quant=given.quant, tokens=given.tokens)
+        measured = run(given.folder, Path(work), nproc=given.nproc, quant=given.quant, tokens=given.tokens)
     parts = {
         "its shard of the base": memory.base,
         "adapters, gradients, AdamW": memory.adapters + memory.gradients + memory.optimizer,
-        "what is gathered of the base": memory.gathered,
+        "all-gathered base weights": memory.gathered,
         "activations and logits": memory.activations + memory.loss + memory.workspace,
-        "a save's copy of what is trained": memory.host,
-        "gloo's own buffer for a gathering": end_bytes(setup),  # NCCL has none
+        "a save's copy of the trained state": memory.host,
+        "gloo's own buffer for an all-gather": end_bytes(setup),  # NCCL has none
         "imports": imported_bytes(),
     }
     for name, num_bytes in parts.items():
-        print(f"{name:40} {num_bytes / GIB:6.2f} GiB by arithmetic")
-    print(f"{'together, ' + memory.when:40} {sum(parts.values()) / GIB:6.2f} GiB")
-    print(f"{'peak of a rank, its whole process':40} {found['peak_bytes'] / GIB:6.2f} GiB measured")
-    print(f"{'loading':40} {found['load_s']:6.1f} s")
-    print(f"{'the step':40} {found['step_s']:6.1f} s, loss {found['loss']:.4f}")
+        print(f"{name:40} {num_bytes / GIB:6.2f} GiB computed")
+    print(f"{'total, ' + memory.when:40} {sum(parts.values()) / GIB:6.2f} GiB")
+    print(f"{'peak of a rank (whole process)':40} {measured['peak_bytes'] / GIB:6.2f} GiB measured")
+    print(f"{'loading':40} {measured['load_s']:6.1f} s")
+    print(f"{'the step':40} {measured['step_s']:6.1f} s, loss {measured['loss']:.4f}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The base cut over each node against over all nodes, on two hosts with a fast link between them and a slow one.
+"""The base sharded over each node versus over all nodes, on two hosts, with a fast link between them and a slow one.
 
     bash launch/quickstart.sh        # once: SmolLM2-135M
     python -m bench.hosts [--rate 100mbit] [--steps 3]
 
-The hosts are network namespaces of this machine (so it needs root), a rank on each. A step's time is the median of those
-after the first, from metrics.jsonl; what a host sends is counted by its interface.
+The hosts are network namespaces of this machine (so it needs root), with one rank each. The step time is the median of
+the steps after the first, from metrics.jsonl; the bytes that a host sends are counted by its interface.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TIMEOUT_S = 1800.0
 
 
 def settings_for(quant: str, base_shard: str, *, num_steps: int, folder: Path) -> dict[str, Any]:
-    """SmolLM2 in fp32, two sequences of 256 tokens a rank and step."""
+    """SmolLM2 in fp32, two sequences of 256 tokens per rank and step."""
     return {
         "run": f"{quant}-{base_shard}",
         "runs_dir": str(folder / "runs"),
@@ -47,7 +47,7 @@ def settings_for(quant: str, base_shard: str, *, num_steps: int, folder: Path) -
 
 
 def measure(hosts: Hosts, settings: dict[str, Any], *, port: int, folder: Path) -> tuple[float, float]:
-    """Seconds of a step, and the bytes that the first host sends in it."""
+    """Seconds per step, and the bytes that the first host sends per step."""
     name = f"{settings['run']}-{port}"
     config = folder / f"{name}.yaml"
     config.write_text(yaml.safe_dump(settings | {"run": name}))
@@ -69,8 +69,8 @@ def measure(hosts: Hosts, settings: dict[str, Any], *, port: int, folder: Path) 
 
 def main() -> None:
     """The command: see the top of this file."""
-    parser = argparse.ArgumentParser(description="Node-sharded against world-sharded, on fast and slow links.")
-    parser.add_argument("--rate", default="100mbit", help="of the slow link, as tc says it")
+    parser = argparse.ArgumentParser(description="Node-sharded versus world-sharded, on fast and slow links.")
+    parser.add_argument("--rate", default="100mbit", help="of the slow link, in tc's units")
     parser.add_argument("--steps", type=int, default=3)
     given = parser.parse_args()
     if lacking():
@@ -81,7 +81,7 @@ def main() -> None:
         seconds: dict[tuple[str, str, str], float] = {}
         port = 29500
         print(
-            f"| base | base_shard | a host sends a step, MB (planned) | step, fast link | step, {given.rate} |\n|---|---|---|---|---|"
+            f"| base | base_shard | a host sends per step, MB (planned) | step, fast link | step, {given.rate} |\n|---|---|---|---|---|"
         )
         for quant in ("none", "nf4"):
             for base_shard in ("node", "world"):
@@ -106,7 +106,7 @@ def main() -> None:
                 )
         for quant in ("none", "nf4"):
             ratio = seconds[quant, "world", "slow"] / seconds[quant, "node", "slow"]
-            print(f"\n{quant}: over the slow link a step with the base on each node is {ratio:.1f} times as fast")
+            print(f"\n{quant}: over the slow link, sharding over each node is {ratio:.1f} times as fast per step")
 
 
 if __name__ == "__main__":

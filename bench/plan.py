@@ -1,13 +1,13 @@
-"""The plan beside the simulated step, beside what a real run on this machine allocates, beside what its process takes.
+"""Compares the plan with the simulated step, with what a real run on this machine allocates, and with its processes.
 
     bash launch/quickstart.sh        # once: SmolLM2-135M
     python -m bench.plan [--tensors] [--processes]
-    python -m bench.plan --configs    # every file of configs/ on its machines: planned beside simulated
-    python -m bench.plan --zero3      # some of them by engine zero3
+    python -m bench.plan --configs    # every file of configs/ on its machines: planned and simulated
+    python -m bench.plan --zero3      # some of them with engine zero3
 
-Planned: ``dist_lora.layout.memory``. Simulated: the real step on fake tensors. Tracked: the fullest rank of a real gloo
-run, by the same tracker. Process: the most that a rank of ``dist-lora train`` has held, beside what one has held that came as
-far as to its data, plus the plan, plus a save's copy of what is trained.
+Planned: ``dist_lora.layout.memory``. Simulated: the real step on fake tensors. Tracked: the rank with the most memory
+in a real gloo run, by the same tracker. Process: peak memory of a rank of ``dist-lora train``, next to that of a
+process which has only loaded its data, plus the plan, plus a save's copy of the trained state.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 MODEL = ROOT / ".cache" / "smollm2-135m-instruct"
 MIB = 2**20
 DEVICE_BYTES = 8 * 2**30
-# What a rank holds without a model: the command looks at its data and trains nothing.
+# Memory of a rank without a model: the command loads its data and trains nothing.
 DRY_RUN = """
 import sys
 from dist_lora.cli import app
@@ -52,12 +52,12 @@ except SystemExit:
 print()
 print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])
 """
-# glibc's heap keeps blocks of up to 32 MiB that were freed; by these it gives back what is 64 KiB or more, and is slower.
-GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+# glibc's heap keeps freed blocks of up to 32 MiB; with these it returns blocks of 64 KiB or more, and is slower.
+RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
 def config_for(quant: str, parallel: dict[str, str], **train: Any) -> Config:
-    """SmolLM2 in fp32, as on this machine."""
+    """SmolLM2 in fp32."""
     return Config.model_validate(
         {
             "run": "it",
@@ -70,7 +70,7 @@ def config_for(quant: str, parallel: dict[str, str], **train: Any) -> Config:
 
 
 def compare(ranks: Ranks, config: Config, world: str) -> tuple[int, int, int, str]:
-    """Planned, simulated and tracked bytes; how the collectives of the real run compare, to the byte."""
+    """Planned, simulated and tracked bytes; whether the real run's collectives are as planned, to the byte."""
     size, node_size = WORLDS[world]
     shape = read_shape(MODEL)
     machines = {"num_nodes": size // node_size, "gpus_per_node": node_size, "device_bytes": DEVICE_BYTES}
@@ -111,26 +111,26 @@ def table_of_tensors(worlds: list[str]) -> None:
 
 
 def table_of_configs() -> None:
-    """Print every shipped config's planned and simulated bytes of a GPU, and whether it sends what is planned."""
+    """Print every shipped config's planned and simulated bytes per GPU, and whether its traffic is as planned."""
     started_s = time.monotonic()
     print("| config | machines | planned, GiB | simulated | difference | sent |\n|---|---|---|---|---|---|")
     groups = alike(presets().values())
     compared_all = []
-    for name, machines, found in _configs(groups):
-        sizes = f"{found.planned_bytes / GIB:.2f} | {found.simulated_bytes / GIB:.2f} | {found.off:+.2%}"
-        sent = "as planned" if found.is_sent_as_planned else "otherwise"
+    for name, machines, comparison in _configs(groups):
+        sizes = f"{comparison.planned_bytes / GIB:.2f} | {comparison.simulated_bytes / GIB:.2f} | {comparison.off:+.2%}"
+        sent = "as planned" if comparison.is_sent_as_planned else "otherwise"
         print(f"| {name} | {machines} | {sizes} | {sent} |", flush=True)
-        compared_all.append(found)
-    largest = max((found.off for found in compared_all), key=abs)
-    same = sum(found.is_sent_as_planned for found in compared_all)
+        compared_all.append(comparison)
+    largest = max((comparison.off for comparison in compared_all), key=abs)
+    same = sum(comparison.is_sent_as_planned for comparison in compared_all)
     print(
-        f"\n{len(compared_all)} configs, {len(groups) + 1} of them of other bytes than all others; largest difference "
-        f"{largest:+.2%}; {same} send what is planned: as many collectives and bytes, by the number of ranks; "
+        f"\n{len(compared_all)} configs, {len(groups) + 1} of them distinct in bytes; largest difference "
+        f"{largest:+.2%}; {same} send as planned: the same collectives and bytes, by the number of ranks; "
         f"{time.monotonic() - started_s:.0f} s"
     )
 
 
-# One of each size, method and machine by whose GPUs a base is cut.
+# One of each size, method and machine that shards a base.
 BY_ZERO3 = (
     "3.2-1b-instruct_lora_2x24gb", "3.2-1b-instruct_lora_8x80gb", "3.1-8b-instruct_lora_2x24gb", "3.1-8b-instruct_lora_8x80gb",
     "3.1-8b-instruct_qlora_2x24gb", "3.1-70b-instruct_lora_8x80gb", "3.1-70b-instruct_qlora_8x80gb",
@@ -139,7 +139,7 @@ BY_ZERO3 = (
 
 
 def table_of_zero3() -> None:
-    """Print planned and simulated bytes of a GPU with engine zero3."""
+    """Print planned and simulated bytes per GPU with engine zero3."""
     print("| config, with parallel.engine=zero3 | planned, GiB | simulated | difference |\n|---|---|---|---|")
     for name in BY_ZERO3:
         preset = presets()[name]
@@ -150,17 +150,17 @@ def table_of_zero3() -> None:
             "num_nodes": machine.num_nodes, "gpus_per_node": machine.gpus_per_node, "device_bytes": machine.gpu.memory_bytes,
         }  # fmt: skip
         simulated = simulate(config, preset.member.shape, **machines)
-        found = beside(setup_of(config, preset.member.shape, **machines), simulated)
+        comparison = beside(setup_of(config, preset.member.shape, **machines), simulated)
         print(
-            f"| {name} | {found.planned_bytes / GIB:.2f} | {found.simulated_bytes / GIB:.2f} | {found.off:+.2%} |",
+            f"| {name} | {comparison.planned_bytes / GIB:.2f} | {comparison.simulated_bytes / GIB:.2f} | {comparison.off:+.2%} |",
             flush=True,
         )
 
 
 def _configs(groups: list[list[Preset]]) -> Iterator[tuple[str, str, Compared]]:
     for group in groups:
-        for preset, found in compared(group):
-            yield preset.name, str(preset.plan.machines), found
+        for preset, comparison in compared(group):
+            yield preset.name, str(preset.plan.machines), comparison
     yield "quickstart", "2 processes without a GPU", _quickstart()
 
 
@@ -172,9 +172,9 @@ def _quickstart() -> Compared:
 
 
 def table_of_processes() -> None:
-    """Print what processes of the command take, beside what explains it."""
+    """Print the peak memory of the command's processes, next to its explanation."""
     print(
-        "| base | ranks | planned, MiB | with imports, data and a save's copy | most of a process | with glibc's usual heap |"
+        "| base | ranks | planned, MiB | with imports, data and a save's copy | peak of a process | with glibc's default heap |"
     )
     print("|---|---|---|---|---|---|")
     for quant in ("none", "nf4", "int8"):
@@ -187,16 +187,16 @@ def table_of_processes() -> None:
             with tempfile.TemporaryDirectory() as name:
                 path = config_file(config, Path(name))
                 explained = imported(path) + memory.device + memory.host
-                found, usual = train(path, nproc, GIVES_BACK), train(path, nproc, {})
+                peak, default = train(path, nproc, RETURNS_MEMORY), train(path, nproc, {})
             print(
                 f"| {quant} | {nproc} | {memory.device / MIB:.0f} | {explained / MIB:.0f} | "
-                f"{found / MIB:.0f} ({found / explained - 1:+.1%}) | {usual / MIB:.0f} |",
+                f"{peak / MIB:.0f} ({peak / explained - 1:+.1%}) | {default / MIB:.0f} |",
                 flush=True,
             )
 
 
 def config_file(config: Config, folder: Path) -> Path:
-    """The file of a run of three full steps, with its data."""
+    """The config file of a run of three full steps, with its data."""
     tokens = config.train.sequence_length
     (folder / "data.jsonl").write_text("".join(json.dumps({"text": f"{i} " * tokens}) + "\n" for i in range(64)))
     tree = config.model_dump(mode="json")
@@ -213,16 +213,16 @@ def config_file(config: Config, folder: Path) -> Path:
 
 
 def imported(config: Path) -> int:
-    """The most bytes of a process that has come as far as to its data."""
+    """Peak bytes of a process that has only loaded its data."""
     command = [sys.executable, "-c", DRY_RUN, str(config)]
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **GIVES_BACK}, capture_output=True, text=True, check=True
+        command, cwd=ROOT, env={**os.environ, **RETURNS_MEMORY}, capture_output=True, text=True, check=True
     )
     return 1024 * int(done.stdout.splitlines()[-1])
 
 
 def train(config: Path, nproc: int, settings: dict[str, str]) -> int:
-    """Train by the command; the most bytes that a rank has held."""
+    """Train with the command; returns the peak bytes of any rank."""
     command = [sys.executable, "-m", "dist_lora", "train", str(config), "--nproc", str(nproc)]
     subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, check=True)
     return max(json.loads((config.parent / "runs" / "it" / "summary.json").read_text())["peak_bytes"])
@@ -230,12 +230,12 @@ def train(config: Path, nproc: int, settings: dict[str, str]) -> int:
 
 def main() -> None:
     """The command: see the top of this file."""
-    parser = argparse.ArgumentParser(description="The plan beside what is.")
-    parser.add_argument("--tensors", action="store_true", help="planned, simulated and tracked tensors alone")
-    parser.add_argument("--processes", action="store_true", help="what processes take alone")
-    parser.add_argument("--configs", action="store_true", help="every file of configs/, planned beside simulated")
+    parser = argparse.ArgumentParser(description="The plan compared with real runs.")
+    parser.add_argument("--tensors", action="store_true", help="only planned, simulated and tracked tensors")
+    parser.add_argument("--processes", action="store_true", help="only the processes' memory")
+    parser.add_argument("--configs", action="store_true", help="every file of configs/, planned and simulated")
     parser.add_argument(
-        "--zero3", action="store_true", help="some of configs/ by engine zero3, planned beside simulated"
+        "--zero3", action="store_true", help="some of configs/ with engine zero3, planned and simulated"
     )
     given = parser.parse_args()
     if given.zero3:

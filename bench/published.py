@@ -1,9 +1,9 @@
-"""The plan's memory and speed beside figures that other projects have published: `published.yaml` has them with their sources.
+"""Compares the plan's memory and speed with figures published by other projects, from ``published.yaml`` with sources.
 
     python -m bench.published [--sources]
 
-An error is the plan's figure over theirs, less one. Of a speed the plan has a range: it holds theirs, or it is said by how
-much the nearer end misses it.
+The error is the plan's figure over theirs, minus one. For speed the plan has a range: the error is 0 if it contains
+theirs, else that of the nearer end.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ FILE = Path(__file__).with_suffix(".yaml")
 
 @dataclass(frozen=True)
 class Figure:
-    """One published figure beside our plan of the same run."""
+    """One published figure and our plan of the same run."""
 
     tree: dict[str, Any]
     plan: Plan
 
     @property
     def published_gib(self) -> float:
-        """Their memory of a GPU."""
+        """Their memory per GPU."""
         number, unit = self.tree["memory"].split()
         return float(number) * {"GiB": 1.0, "GB": 1e9 / GIB}[unit]
 
@@ -45,18 +45,18 @@ class Figure:
 
     @property
     def memory_gib(self) -> float:
-        """Ours of a GPU, counted as the source counts it."""
+        """Ours per GPU, counted as the source counts it."""
         of_plan = self.plan.memory.device if self.tree["counts"] == "tensors" else self.plan.device_bytes
         return of_plan / GIB
 
     @property
     def memory_error(self) -> float:
-        """The plan's over theirs, less one."""
+        """The plan's over theirs, minus one."""
         return self.memory_gib / self.published_gib - 1
 
     @property
     def speed_error(self) -> float:
-        """By how much the nearer end of our range misses theirs; 0 where the range holds it."""
+        """By how much the nearer end of our range misses theirs; 0 if the range contains it."""
         slow, fast = self.plan.speed.tokens_per_s
         nearest = min(max(self.published_tokens_per_s, slow), fast)
         return nearest / self.published_tokens_per_s - 1
@@ -65,7 +65,7 @@ class Figure:
 def read_figures(path: Path = FILE) -> tuple[list[Figure], dict[str, dict[str, str]]]:
     """All figures with their plans, and the sources by name."""
     tree = yaml.safe_load(path.read_text())
-    return [Figure(each, plan_of(each)) for each in tree["figures"]], tree["sources"]
+    return [Figure(figure, plan_of(figure)) for figure in tree["figures"]], tree["sources"]
 
 
 def plan_of(figure: dict[str, Any]) -> Plan:
@@ -102,7 +102,7 @@ def plan_of(figure: dict[str, Any]) -> Plan:
 
 
 def name_of(figure: Figure) -> str:
-    """The run in a few words."""
+    """The run in short."""
     wanted, machines = figure.tree["config"], figure.tree["machines"]
     on = machines.get("gpu", "")
     return (
@@ -112,7 +112,7 @@ def name_of(figure: Figure) -> str:
 
 
 def memory_cells(figure: Figure) -> list[str]:
-    """Theirs, ours and the error; empty where they published none."""
+    """Theirs, ours and the error; empty if they published none."""
     if "memory" not in figure.tree:
         return ["", "", ""]
     is_estimate = " (estimate)" if figure.tree.get("is_estimate") else ""
@@ -120,7 +120,7 @@ def memory_cells(figure: Figure) -> list[str]:
 
 
 def speed_cells(figure: Figure) -> list[str]:
-    """As ``memory_cells``."""
+    """Like ``memory_cells``."""
     if "tokens_per_s" not in figure.tree and "tokens_per_s_a_gpu" not in figure.tree:
         return ["", "", ""]
     slow, fast = figure.plan.speed.tokens_per_s
@@ -130,12 +130,12 @@ def speed_cells(figure: Figure) -> list[str]:
 
 def main() -> None:
     """The command: see the top of this file."""
-    parser = argparse.ArgumentParser(description="The plan beside published figures.")
+    parser = argparse.ArgumentParser(description="The plan compared with published figures.")
     parser.add_argument("--sources", action="store_true", help="print quotations, assumptions and differences too")
     given = parser.parse_args()
     figures, sources = read_figures()
     print(
-        "| source | run | memory of a GPU | planned | error | tokens/s | planned | error |\n|---|---|---|---|---|---|---|---|"
+        "| source | run | memory per GPU | planned | error | tokens/s | planned | error |\n|---|---|---|---|---|---|---|---|"
     )
     for figure in figures:
         cells = [figure.tree["source"], name_of(figure), *memory_cells(figure), *speed_cells(figure)]

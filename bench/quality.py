@@ -1,7 +1,7 @@
-"""What quantizing the base costs: the quickstart's task learned on each base, as a table.
+"""What quantizing the base costs in quality: the quickstart's task trained on each base, as a table.
 
-bash launch/quickstart.sh          # first: makes the model and the data
-python -m bench.quality      # about 5 minutes a base on 2 cores
+bash launch/quickstart.sh    # first: makes the model and the data
+python -m bench.quality      # about 5 minutes per base on 2 cores
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BASES = ("none", "nf4", "int8")
 
 
 def measure(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What ``dist-lora eval`` says of the base before and after a training of its own."""
+    """The results of ``dist-lora eval`` on a base, before and after training on it."""
     settings = [f"run=quality-{base}", f"model.quant={base}", "log.trackers=[]"]
     folder = ROOT / "runs" / f"quality-{base}"
     shutil.rmtree(folder, ignore_errors=True)

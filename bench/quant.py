@@ -1,9 +1,9 @@
-"""Weights a second of quantizing and dequantizing, ours beside bitsandbytes', on one thread of this machine.
+"""Weights per second of quantizing and dequantizing, ours and bitsandbytes', on one thread of this machine.
 
     python bench/quant.py [--rows 1024] [--inputs 4096] [--rounds 15]
 
-All take turns in one run, so that a busy machine slows all of them; seconds are this thread's own (CPU time), and
-medians are shown. The ratio is to bitsandbytes in the same column.
+All are timed in turn in one run, so that a busy machine slows all of them; times are this thread's CPU seconds, and
+medians are shown. The ratio is to bitsandbytes with the same format.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def bucketize_nf4(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """NF4 by a binary search for each weight."""
+    """NF4 by binary search per weight."""
     levels = functional.get_4bit_type("nf4", device="cpu")
     blocks = rows.float().view(-1, 64)
     absmax = blocks.abs().amax(dim=1)
@@ -57,7 +57,7 @@ def dequantizers(rows: Tensor) -> dict[str, Callable[[], object]]:
 
 
 def measure(actions: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
-    """Median seconds of each action, after one round that doesn't count."""
+    """Median seconds of each action, after one warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(rounds + 1):
         for name, action in actions.items():
@@ -76,10 +76,10 @@ def main() -> None:
     torch.set_num_threads(1)
     weights = torch.randn(arguments.rows, arguments.inputs, generator=torch.Generator().manual_seed(0)) * 0.02
     print(f"{arguments.rows:,} x {arguments.inputs:,} weights, one thread, torch {torch.__version__}")
-    for what, actions in (("quantizing", quantizers), ("dequantizing", dequantizers)):
+    for direction, actions in (("quantizing", quantizers), ("dequantizing", dequantizers)):
         for dtype in DTYPES:
             taken = measure(actions(weights.to(dtype)), rounds=arguments.rounds)
-            print(f"\n{what} {'from' if what == 'quantizing' else 'to'} {str(dtype).removeprefix('torch.')}")
+            print(f"\n{direction} {'from' if direction == 'quantizing' else 'to'} {str(dtype).removeprefix('torch.')}")
             for name, seconds in taken.items():
                 ratio = taken[f"{name.split()[0]} bitsandbytes"] / seconds
                 print(f"  {name:<18} {weights.numel() / seconds / 1e6:8,.0f} million weights/s {ratio:7.2f} x")

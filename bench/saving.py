@@ -1,15 +1,15 @@
-"""What a save costs: how long a training step waits for it, and how its writing and reading compare with dd's.
+"""What a save costs: how long a training step waits for it, and its write and read speed compared with dd.
 
     bash launch/quickstart.sh                      # once: SmolLM2-135M and the quickstart's data
     python -m bench.saving stall [--rank 64] [--steps 24]
     python -m bench.saving disk DIR [--gib 2.5] [--ranks 2]
 
-``stall`` trains SmolLM2-135M on two ranks. Of every three steps the first is followed by no save, the second by one that a
-thread writes, the third by one that is waited for: all in one run, so that they meet the same machine.
+``stall`` trains SmolLM2-135M on two ranks. Of every three steps the first is followed by no save, the second by an
+asynchronous one, the third by one that is waited for: all in one run, so that they share the same conditions.
 
-``disk`` writes a checkpoint as large as the adapter and the moments of 70B at rank 16 from ``--ranks`` processes, reads it
-with its checksums, and has dd write and read as many bytes (``conv=fsync``; the page cache dropped before each reading
-where this is allowed).
+``disk`` writes a checkpoint as large as the adapter and the moments of 70B at rank 16 from ``--ranks`` processes, reads
+it with its checksums, and has dd write and read as many bytes (``conv=fsync``; the page cache is dropped before each
+read if permitted).
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from tests.ranks import pool
 from tests.ranks.pool import Ranks
 
 ROOT = Path(__file__).parents[1]
-MODES = ("no save", "a save by a thread", "a save that is waited for")
+MODES = ("no save", "an asynchronous save", "a save that is waited for")
 
 
 def train_and_save(world: World, folder: str, rank: int, num_steps: int) -> list[tuple[str, float, float]]:
-    """Of each step: how it was saved, its seconds with all that it waited for, and of these the ones for saves."""
+    """Per step: how it was saved, its seconds including waits, and the seconds of these spent waiting for saves."""
     overrides = [f"runs_dir={folder}", "run=bench", f"lora.rank={rank}", "data.eval=null", "log.trackers=[]"]
     config = load_config(ROOT / "configs" / "quickstart.yaml", overrides=overrides)
     base = open_base(config, world)
@@ -55,7 +55,7 @@ def train_and_save(world: World, folder: str, rank: int, num_steps: int) -> list
     trainee = build(config, base, world)
     run = Run(config, trainee, loader=loader, held_out=None, num_steps=num_steps, folder=Path(folder), world=world)
     trainee.model.train()
-    found = []
+    steps = []
     for step in range(1, num_steps + 1):
         world.agree(f"step {step}", None)
         mode = MODES[step % 3]
@@ -66,19 +66,19 @@ def train_and_save(world: World, folder: str, rank: int, num_steps: int) -> list
             run.save()
         if mode == MODES[2]:
             run.saver.wait()
-        found.append((mode, time.monotonic() - started_s, run.saver.take_times()["save_stall_s"]))
+        steps.append((mode, time.monotonic() - started_s, run.saver.take_times()["save_stall_s"]))
     run.saver.wait()
-    return found
+    return steps
 
 
 def stall(*, rank: int, num_steps: int) -> None:
     """Print the table of ``stall``."""
     with tempfile.TemporaryDirectory() as folder, closing(Ranks(2)) as ranks:
-        found = ranks.run(train_and_save, folder, rank, num_steps)[0][3:]  # the first ones warm up
-    plain_s = statistics.median(seconds for mode, seconds, _ in found if mode == MODES[0])
-    print(f"| SmolLM2-135M, rank {rank}, 2 ranks | step, s | waited for saves, of a plain step |\n|---|---|---|")
+        measured = ranks.run(train_and_save, folder, rank, num_steps)[0][3:]  # the first ones warm up
+    plain_s = statistics.median(seconds for mode, seconds, _ in measured if mode == MODES[0])
+    print(f"| SmolLM2-135M, rank {rank}, 2 ranks | step, s | waited for saves, share of a plain step |\n|---|---|---|")
     for mode in MODES:
-        steps = [(seconds, waited) for m, seconds, waited in found if m == mode]
+        steps = [(seconds, waited) for m, seconds, waited in measured if m == mode]
         median_s, waited_s = (statistics.median(column) for column in zip(*steps, strict=True))
         print(f"| {mode} | {median_s:.2f} | {waited_s / plain_s:.1%} |")
 
@@ -106,7 +106,7 @@ def write_share(world: World, folder: str, num_bytes: int) -> float:
 
 
 def read_share(world: World, folder: str) -> float:
-    """Seconds in which each rank takes its part of the checkpoint back."""
+    """Seconds in which each rank reads its part of the checkpoint."""
     path = Path(folder) / "step-00000001"
     manifest = read_manifest(path)
     wanted = []
@@ -121,11 +121,11 @@ def read_share(world: World, folder: str) -> float:
 
 
 def drop_cache() -> None:
-    """Have what is read next come from the disk, where this process may ask for that."""
+    """Drop the page cache, so that the next read comes from the disk, if this process may."""
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3")
     except OSError:
-        print("the page cache could not be dropped: what is read comes from memory", file=sys.stderr)
+        print("the page cache couldn't be dropped: reads come from memory", file=sys.stderr)
 
 
 def timed(action: Callable[[], Any]) -> float:
@@ -140,14 +140,14 @@ def disk(folder: Path, *, num_bytes: int, num_ranks: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     mib = num_bytes // 2**20
     rows = []
-    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # what dd writes is to be read from no disk
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # dd's source must not be read from a disk
     with (
         tempfile.TemporaryDirectory(dir=memory) as shm,
-        tempfile.TemporaryDirectory(dir=folder) as place,
+        tempfile.TemporaryDirectory(dir=folder) as name,
         closing(Ranks(num_ranks)) as ranks,
     ):
-        there = Path(place)
-        source, target = Path(shm) / "source", there / "target"
+        work = Path(name)
+        source, target = Path(shm) / "source", work / "target"
         subprocess.run(["dd", "if=/dev/urandom", f"of={source}", "bs=1M", f"count={mib}", "status=none"], check=True)
 
         def dd(*arguments: str) -> None:
@@ -158,17 +158,17 @@ def disk(folder: Path, *, num_bytes: int, num_ranks: int) -> None:
             dd_write_s = timed(lambda: dd(f"if={source}", f"of={target}", "conv=fsync"))
             drop_cache()
             dd_read_s = timed(lambda: dd(f"if={target}", "of=/dev/null"))
-            write_s = max(ranks.run(write_share, place, num_bytes))
+            write_s = max(ranks.run(write_share, name, num_bytes))
             drop_cache()
-            verify_s = timed(lambda: verify(there / "step-00000001"))
+            verify_s = timed(lambda: verify(work / "step-00000001"))
             drop_cache()
-            read_s = max(ranks.run(read_share, place))
+            read_s = max(ranks.run(read_share, name))
             rows.append((dd_write_s, write_s, dd_read_s, verify_s, read_s))
     names = ("dd writes", "a save by all ranks", "dd reads", "checked by one process", "read by all ranks")
     print(f"| {num_bytes / 2**30:.1f} GiB, {num_ranks} ranks | s | GB/s |\n|---|---|---|")
-    for name, seconds in zip(names, (statistics.median(column) for column in zip(*rows, strict=True)), strict=True):
-        print(f"| {name} | {seconds:.2f} | {num_bytes / 1e9 / seconds:.2f} |")
-    print(json.dumps([[round(value, 2) for value in row] for row in rows]), file=sys.stderr)
+    for row, seconds in zip(names, (statistics.median(column) for column in zip(*rows, strict=True)), strict=True):
+        print(f"| {row} | {seconds:.2f} | {num_bytes / 1e9 / seconds:.2f} |")
+    print(json.dumps([[round(value, 2) for value in values] for values in rows]), file=sys.stderr)
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""One rank of many loads its share of a base for real: seconds, bytes read, and the most memory it held.
+"""Loads one rank's share of a base as it is on many ranks: seconds, bytes read, and peak memory.
 
     python -m bench.share FOLDER --ranks 128 [--rank 0] [--quant nf4]
 
-The other ranks are pretended (a fake process group), so that one machine shows what each of 128 does. The folder may be
-one of holes, as bench/sparse.py makes it.
+The other ranks are simulated (a fake process group), so that one machine shows what each of 128 does. The folder may be
+a sparse one, as made by bench/sparse.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dist_lora.world.world import World
 
 
 def load_share(folder: Path, *, num_ranks: int, rank: int, quant: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What loading a rank's share took. Leaves a fake process group behind: call it once in a process."""
+    """The cost of loading a rank's share. Leaves a fake process group behind: call it once per process."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
     world = World(rank, num_ranks, rank % 8, 8, torch.device("cpu"))
     shape, index = read_shape(folder), open_index(folder)
@@ -70,7 +70,7 @@ def load_share(folder: Path, *, num_ranks: int, rank: int, quant: str, dtype: to
 
 def main() -> None:
     """The command: see the top of this file."""
-    parser = argparse.ArgumentParser(description="One rank of many loads its share of a base.")
+    parser = argparse.ArgumentParser(description="Loads one rank's share of a base.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--rank", type=int, default=0)

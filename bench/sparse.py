@@ -1,8 +1,8 @@
-"""Checkpoints of full size that take no room: safetensors headers of the real shapes over files of holes.
+"""Full-size checkpoints that take no disk space: safetensors headers of the real shapes over sparse files.
 
     python -m bench.sparse 3.1-8b-instruct --out DIR [--random]
 
-They read as zeros; with ``--random`` every weight is drawn (and takes its room on the disk).
+They read as zeros; with ``--random`` every weight is drawn (and takes its disk space).
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from dist_lora.herd.shape import Shape
 from tests.conftest import save_byte_tokenizer
 from tests.shapes import sizes_in_config
 
-FILE_BYTES = 4 * 10**9  # of a file, as the hub's uploads have it; a larger tensor has one of its own
+FILE_BYTES = 4 * 10**9  # per file, as in the hub's uploads; a larger tensor has its own file
 ITEM_BYTES = 2  # bf16
 DRAWN_AT_ONCE = 2**24
 
 
 def write_sparse(folder: Path, shape: Shape, *, has_values: bool = False, seed: int = 0) -> int:
-    """A model folder in bf16 with config, index, weights and the tokenizer of bytes; returns the weights' bytes.
+    """A model folder in bf16 with config, index, weights and a byte tokenizer; returns the weights' bytes.
 
     ``has_values`` draws them from N(0, 0.02); norms are ones either way.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = list(_files(shape))
-    places = {}
+    weight_map = {}
     for number, tensors in enumerate(files, start=1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        places |= dict.fromkeys(tensors, name)
+        weight_map |= dict.fromkeys(tensors, name)
         _write_file(folder / name, tensors, has_values=has_values, seed=seed + number)
     num_bytes = ITEM_BYTES * shape.num_parameters()
-    index = {"metadata": {"total_size": num_bytes}, "weight_map": places}
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(_config(shape)))
     save_byte_tokenizer(folder)
@@ -102,10 +102,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Makes a model folder of a herd member's full size.")
     parser.add_argument("member", choices=sorted(MEMBERS))
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--random", action="store_true", help="draw every weight; takes the full room on the disk")
+    parser.add_argument("--random", action="store_true", help="draw every weight; takes the full disk space")
     arguments = parser.parse_args()
     num_bytes = write_sparse(arguments.out, MEMBERS[arguments.member].shape, has_values=arguments.random)
-    print(f"{arguments.out}: {num_bytes / 1e9:.1f} GB of weights by name")
+    print(f"{arguments.out}: {num_bytes / 1e9:.1f} GB of weights, nominally")
 
 
 if __name__ == "__main__":

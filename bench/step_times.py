@@ -1,12 +1,13 @@
-"""The plan's range of a step's time on this machine, as it was measured a moment before, beside the steps of a real run.
+"""Compares the plan's range of a step's time, from a measurement of this machine just before, with a real run's steps.
 
     bash launch/quickstart.sh        # once: SmolLM2-135M
     python -m bench.step_times [--only 3 4 5] [--json FILE]
 
-For each shape: `dist-lora doctor --out` measures the machine with as many ranks as the run has, `dist-lora train` trains, and
-the doctor measures again; `dist-lora plan --measured` predicts from both, and the median of the steps after the first two stands
-beside the range that both give together. Where something else was at work, so that the two predictions are apart (by more
-than ``STEADY``), all three are done again, up to ``TRIES`` times: the measured steps are not looked at for that.
+For each shape: ``dist-lora doctor --out`` measures the machine with as many ranks as the run has, ``dist-lora train``
+trains, and the doctor measures again; ``dist-lora plan --measured`` predicts from both, and the median of the steps
+after the first two is compared with the union of both ranges. If the machine was busy, so that the two predictions
+differ (by more than ``STEADY``), all three are repeated, up to ``TRIES`` times; the measured steps have no influence on
+that.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ STEADY, TRIES = 1.25, 6
 
 @dataclass(frozen=True)
 class Shape:
-    """A run to predict: the model, its base, how many ranks, and what a pass is."""
+    """A run to predict: the model, its base, the number of ranks, and the batch."""
 
     title: str
     is_wide: bool
@@ -55,7 +56,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Row:
-    """What was predicted, and what was."""
+    """What was predicted, and what was measured."""
 
     shape: Shape
     predicted_s: tuple[float, float]
@@ -69,7 +70,7 @@ class Row:
 
 
 def save_wide(folder: Path) -> None:
-    """A Llama of few, wide layers (3.2-1B's), with a tokenizer of bytes."""
+    """A Llama of few, wide layers (3.2-1B's), with a byte tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -85,7 +86,7 @@ def save_wide(folder: Path) -> None:
 def dist_lora(*arguments: object) -> str:
     """What a command prints; its errors go to the terminal."""
     command = [sys.executable, "-m", "dist_lora", *map(str, arguments)]
-    # One thread a rank: two that wait for each other are slowed down far more by whatever else runs here.
+    # One thread per rank: several that wait for each other are slowed down far more by other load.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
 
@@ -119,7 +120,7 @@ def config_of(shape: Shape, model: Path, folder: Path) -> Path:
 
 
 def predicted(shape: Shape, config: Path) -> tuple[float, float]:
-    """The plan's range on this machine as it is now."""
+    """The plan's range on this machine at this moment."""
     machine = config.with_name("machine.json")
     dist_lora("doctor", "--nproc", shape.ranks, "--deadline", 30, "--out", machine)
     low, high = json.loads(dist_lora("plan", config, "--measured", machine, "--json"))["step_s"]
@@ -127,7 +128,7 @@ def predicted(shape: Shape, config: Path) -> tuple[float, float]:
 
 
 def row_of(shape: Shape, model: Path, folder: Path) -> Row:
-    """Predict, train, and predict again; all of it again where the machine has changed meanwhile."""
+    """Predict, train, and predict again; repeated if the machine has changed in between."""
     config = config_of(shape, model, folder)
     tokens = shape.ranks * shape.micro_batch * shape.passes * shape.sequence_length
     before = predicted(shape, config)
@@ -136,12 +137,12 @@ def row_of(shape: Shape, model: Path, folder: Path) -> Row:
         lines = [json.loads(line) for line in (folder / "runs" / "it" / "metrics.jsonl").read_text().splitlines()]
         assert all(line["tokens"] >= 0.98 * tokens for line in lines), "the steps are not full"
         after = predicted(shape, config)
-        apart = [max(pair) / min(pair) for pair in zip(before, after, strict=True)]
+        ratios = [max(pair) / min(pair) for pair in zip(before, after, strict=True)]
         row = Row(
             shape,
             (min(before[0], after[0]), max(before[1], after[1])),
             statistics.median(line["step_s"] for line in lines[WARM:]),
-            max(apart) <= STEADY,
+            max(ratios) <= STEADY,
         )
         if row.is_steady:
             break
@@ -156,7 +157,9 @@ def main() -> None:
     parser.add_argument("--only", type=int, nargs="*", help="some of the shapes, from 1")
     given = parser.parse_args()
     rows = []
-    print("| model | base | ranks | tokens a pass | passes | activations | predicted, s | measured, s | |")
+    print(
+        "| model | base | ranks | tokens per micro-batch | micro-batches | activations | predicted, s | measured, s | |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         wide = Path(name) / "wide"

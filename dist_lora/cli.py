@@ -1,6 +1,6 @@
-"""The commands: parse, call one function, turn our errors into one message and an exit code.
+"""The commands: parse arguments, call one function, turn errors into one message and an exit code.
 
-Nothing heavy is imported at the top: ``--help`` and a mistyped setting answer at once.
+Nothing heavy is imported at module level: ``--help`` and a mistyped setting answer at once.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Quantization(StrEnum):
 
 
 class MergedDtype(StrEnum):
-    """The type of all tensors of a merged model."""
+    """The dtype of all tensors of a merged model."""
 
     BF16 = "bf16"
     FP32 = "fp32"
@@ -59,7 +59,7 @@ class Launcher(StrEnum):
 ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: key=value.", metavar="KEY=VALUE")]
 NumRanks = Annotated[
-    int | None, typer.Option("--nproc", min=1, help="Local ranks to start; default: one a GPU, or one.")
+    int | None, typer.Option("--nproc", min=1, help="Local ranks to start; default: one per GPU, or one.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -71,24 +71,24 @@ def train(
     nproc: NumRanks = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and one sample; train nothing.")] = False,
 ) -> None:
-    """Train adapters; the same command again goes on from the last checkpoint."""
+    """Train adapters; the same command resumes from the last checkpoint."""
     loaded = _load(config, overrides)
-    from dist_lora.run_folder.status import Mark
+    from dist_lora.run_folder.status import StatusWriter
     from dist_lora.train.signals import StopRequest
 
-    mark = Mark(loaded.runs_dir / loaded.run)
-    before = None if dry_run else mark.ended_before()
+    status_writer = StatusWriter(loaded.runs_dir / loaded.run)
+    before = None if dry_run else status_writer.ended_before()
     if before is not None:
-        print(f"not started again, since it ended with exit code {before.code}: {before.reason}", file=sys.stderr)
+        print(f"not restarted, since it ended with exit code {before.code}: {before.reason}", file=sys.stderr)
         sys.exit(before.code)
 
-    end = (lambda error: None) if dry_run else mark.end
-    # From here on, and not from where the work begins: what is imported until then takes long, on some file systems.
+    end = (lambda error: None) if dry_run else status_writer.end
+    # Entered before the imports below, which take long on some file systems.
     with StopRequest() as stop, _joined(loaded, nproc, needs_all=not dry_run, end=end) as world:
         from dist_lora.train.command import train as train_here
 
         train_here(loaded, world, stop, is_dry=dry_run)
-        stop.over()
+        stop.close()
         if world.is_first:
             end(None)
 
@@ -97,18 +97,16 @@ def train(
 def status(
     config: ConfigFile,
     overrides: Overrides = None,
-    since: Annotated[
-        float | None, typer.Option(help="Seconds since 1970: what was left earlier counts as nothing.")
-    ] = None,
+    since: Annotated[float | None, typer.Option(help="Seconds since 1970: an older status counts as none.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say how the config's run stands or ended; the exit code is that of its last attempt, 0 while it runs."""
-    from dist_lora.run_folder.status import tell_status
+    """Show a run's status; the exit code is that of its last attempt, 0 while it runs."""
+    from dist_lora.run_folder.status import describe_status
 
     loaded = _load(config, overrides)
-    told = tell_status(loaded.runs_dir / loaded.run, since_s=since)
-    print(json.dumps(told.to_json()) if as_json else told.text)
-    sys.exit(told.exit_code)
+    run_status = describe_status(loaded.runs_dir / loaded.run, since_s=since)
+    print(json.dumps(run_status.to_json()) if as_json else run_status.text)
+    sys.exit(run_status.exit_code)
 
 
 @app.command()
@@ -116,12 +114,12 @@ def plan(
     config: ConfigFile,
     overrides: Overrides = None,
     nodes: Annotated[list[int] | None, typer.Option("--nodes", help="Nodes (several with --sweep).")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of a node.")] = None,
-    gpu: Annotated[list[str] | None, typer.Option(help="Kind of GPU, as h100-80gb (several with --sweep).")] = None,
-    gpu_gib: Annotated[float | None, typer.Option(help="Memory of a GPU that has no name here, in GiB.")] = None,
-    host_gib: Annotated[float | None, typer.Option(help="Host memory of a node, in GiB.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs per node.")] = None,
+    gpu: Annotated[list[str] | None, typer.Option(help="Kind of GPU, like h100-80gb (several with --sweep).")] = None,
+    gpu_gib: Annotated[float | None, typer.Option(help="Memory in GiB of a GPU that --gpu doesn't know.")] = None,
+    host_gib: Annotated[float | None, typer.Option(help="Host memory per node, in GiB.")] = None,
     measured: Annotated[
-        Path | None, typer.Option(help="Machines that `doctor --out` has measured, in the place of --gpu.")
+        Path | None, typer.Option(help="Machines measured by `doctor --out`, instead of --gpu.")
     ] = None,
     is_sweep: Annotated[
         bool, typer.Option("--sweep", help="List the ways to run this model on these machines.")
@@ -137,13 +135,13 @@ def plan(
 ) -> None:
     """What each GPU will hold, what is sent, how long a step takes, and whether it fits: before anything is started.
 
-    What is not said of the machines is taken from the config's section machine, else from this machine.
+    Options that are left out are taken from the config's section machine, else from this machine.
     """
     from dist_lora.plan.command import Fleets
     from dist_lora.plan.command import plan as plan_here
 
     if timeline is not None and not is_simulated:
-        raise ConfigError("--timeline: it shows a simulated step; give --simulate too")
+        raise ConfigError("--timeline: it shows a simulated step; add --simulate")
     loaded = _load(config, overrides)
     fleets = Fleets.of(loaded.machine, nodes, gpus_per_node, gpu, gpu_gib, host_gib, measured)
     if is_simulated:
@@ -165,36 +163,36 @@ def slurm(
     ],
     nodes: Annotated[int | None, typer.Option(help="Nodes; default: machine.nodes of the config.")] = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option(help="GPUs of a node; default: machine.gpus_per_node, or 8.")
+        int | None, typer.Option(help="GPUs per node; default: machine.gpus_per_node, or 8.")
     ] = None,
     gpu: Annotated[
         str | None, typer.Option(help="Kind of GPU, for the plan; default: machine.gpu, or h100-80gb.")
     ] = None,
     launcher: Annotated[Launcher, typer.Option(help="What starts the ranks of a node.")] = Launcher.SRUN,
-    time: Annotated[str | None, typer.Option(help="Time limit, as 36:00:00; default: by the plan.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit, like 36:00:00; default: by the plan.")] = None,
     partition: Annotated[str | None, typer.Option(help="Partition.")] = None,
     account: Annotated[str | None, typer.Option(help="Account.")] = None,
-    mail: Annotated[str | None, typer.Option(help="Whom to tell how it ends.")] = None,
+    mail: Annotated[str | None, typer.Option(help="Address to notify at the job's end.")] = None,
     container: Annotated[
         str | None, typer.Option(help="Image to run in: a .sif file (apptainer), or a name (pyxis).")
     ] = None,
     env: Annotated[list[str] | None, typer.Option(help="Variable to set, NAME=VALUE; may be repeated.")] = None,
     setup: Annotated[
-        list[str] | None, typer.Option(help="Line of bash to run first, as 'module load cuda'; may be repeated.")
+        list[str] | None, typer.Option(help="Line of bash to run first, like 'module load cuda'; may be repeated.")
     ] = None,
     sbatch: Annotated[
-        list[str] | None, typer.Option(help="Further option of sbatch, as --qos=high; may be repeated.")
+        list[str] | None, typer.Option(help="Further option of sbatch, like --qos=high; may be repeated.")
     ] = None,
-    cpus_per_gpu: Annotated[int, typer.Option(help="CPU cores for each GPU.")] = 8,
-    max_stalled: Annotated[int, typer.Option(help="Starts in a row without a newer step, then it is given up.")] = 3,
+    cpus_per_gpu: Annotated[int, typer.Option(help="CPU cores per GPU.")] = 8,
+    max_stalled: Annotated[int, typer.Option(help="Give up after so many starts in a row without a newer step.")] = 3,
     python: Annotated[
         str | None, typer.Option(help="The Python to start; default: this one, or a container's.")
     ] = None,
     is_submitted: Annotated[
-        bool, typer.Option("--submit", help="Hand it to sbatch, and print the job's number.")
+        bool, typer.Option("--submit", help="Pass it to sbatch, and print the job's number.")
     ] = False,
 ) -> None:
-    """Print a batch script for Slurm that saves, stops and starts again by itself, filled in by the config's plan."""
+    """Print a batch script for Slurm that saves, stops and requeues itself, filled in from the config's plan."""
     from dist_lora.plan.hardware import find_gpu
     from dist_lora.slurm.command import make_script, submit
     from dist_lora.slurm.job import Request
@@ -221,7 +219,7 @@ def evaluate(
     nproc: NumRanks = None,
     as_json: AsJson = False,
 ) -> None:
-    """Held-out loss, perplexity, and exact match of generated answers where eval.exact_match is set."""
+    """Held-out loss, perplexity, and exact match of generated answers if eval.exact_match is set."""
     loaded = _load(config, overrides)
 
     with _joined(loaded, nproc) as world:
@@ -237,31 +235,31 @@ def gather(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run's folder for its newest.")],
     out: Annotated[Path | None, typer.Option(help="The folder to make.")] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Say of the checkpoint, or of each of the run's, whether it is whole.")
+        bool, typer.Option("--verify", help="Verify the checkpoint, or each of the run's, byte by byte.")
     ] = False,
 ) -> None:
-    """Put the ranks' shards together into the folder that PEFT and vLLM load. Needs no GPU and no other process.
+    """Gather the ranks' shards into one adapter folder, as PEFT and vLLM load it. Needs no GPU and no other process.
 
-    With --verify every byte is read first, and nothing is made if any checkpoint is damaged, or without --out.
+    With --verify every byte is read first, and nothing is written if any checkpoint is damaged, or without --out.
     """
     if out is None and not verify:
         raise ConfigError("gather: neither --out nor --verify is given: name the folder to make with --out DIR")
     from dist_lora.checkpoint.gather import gather_adapter, verify_checkpoints
 
     if verify:
-        verify_checkpoints(checkpoint, tell=print)
+        verify_checkpoints(checkpoint, report=print)
     if out is not None:
         print(gather_adapter(checkpoint, out=out))
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A run's folder, as runs/NAME.")],
+    run: Annotated[Path, typer.Argument(help="A run's folder, like runs/NAME.")],
     out: Annotated[
         Path | None, typer.Option(help="The page to write; default: report.html in the run's folder.")
     ] = None,
 ) -> None:
-    """Write one page of HTML about a run, finished or not: its curves, evaluations and settings."""
+    """Write an HTML page about a run, finished or not: its curves, evaluations and settings."""
     from dist_lora.run_folder.report import write_report
 
     print(write_report(run, out=out))
@@ -274,15 +272,17 @@ def merge(
     base: Annotated[str | None, typer.Option(help="The base model: a member's name, a folder or a hub id.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Merge onto a base it was not trained on.")] = False,
     quant: Annotated[
-        Quantization, typer.Option(help="Merge into the values that the base has in this quantization.")
+        Quantization, typer.Option(help="Merge into the base's values after this quantization.")
     ] = Quantization.NONE,
-    dtype: Annotated[MergedDtype | None, typer.Option(help="Type of the result; default: that of each tensor.")] = None,
+    dtype: Annotated[
+        MergedDtype | None, typer.Option(help="Dtype of the result; default: that of each tensor.")
+    ] = None,
 ) -> None:
-    """Add an adapter to its base for good: a model that runs at the base's speed. Streams from file to file."""
+    """Merge an adapter into its base weights: a model that runs at the base's speed. Streams from file to file."""
     from dist_lora.lora.find_base import find_base, origin_of
     from dist_lora.lora.merge import merge_adapter
 
-    trained_beside = origin_of(adapter).quant
+    trained_quant = origin_of(adapter).quant
     report = merge_adapter(
         adapter,
         base=find_base(adapter, base),
@@ -291,10 +291,10 @@ def merge(
         dtype=dtype.value if dtype else None,
         quant=quant.value,
     )
-    if trained_beside not in (None, quant.value):
+    if trained_quant not in (None, quant.value):
         logging.getLogger("dist_lora").warning(
-            f"{adapter} was trained beside its base in {trained_beside}, and is merged into it in {quant.value}: "
-            f"--quant {trained_beside} makes the very model that was trained"
+            f"{adapter} was trained on its base in {trained_quant}, and is merged into it in {quant.value}: "
+            f"--quant {trained_quant} gives exactly the model that was trained"
         )
     print(f"{out}: {report.changed_tensors} of the base's matrices changed, in {report.seconds:.1f} s")
 
@@ -302,13 +302,13 @@ def merge(
 @app.command()
 def generate(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
-    prompt: Annotated[str | None, typer.Option(help="What to answer; without it a chat begins.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to answer; without it a chat starts.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model: a member's name, a folder or a hub id.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Go on with plain text, without a chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
+    plain: Annotated[bool, typer.Option("--plain", help="Continue plain text, without a chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 256,
 ) -> None:
-    """Answer one prompt, or chat, with an adapter beside its base on this machine."""
+    """Answer one prompt, or chat, with an adapter and its base on this machine."""
     from dist_lora.chat.command import answer
 
     answer(adapter, base=base, prompt=prompt, system=system, is_plain=plain, max_new_tokens=max_new_tokens)
@@ -316,7 +316,7 @@ def generate(
 
 @app.command()
 def explain(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Say what LoRA will do to the config's model: which matrices, how many weights, what that saves."""
+    """Explain what LoRA does to the config's model: which linear layers, how many weights, what that saves."""
     from dist_lora.plan.explain import explain as explained
 
     print(explained(_load(config, overrides)))
@@ -356,12 +356,12 @@ def show(name: Annotated[str, typer.Argument(help="One of the list.", metavar="N
 @app.command()
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(help="A run to look at: its folder, its model, its types.", metavar="[CONFIG]")
+        Path | None, typer.Argument(help="A run to check: its folder, its model, its dtypes.", metavar="[CONFIG]")
     ] = None,
     overrides: Overrides = None,
     nproc: NumRanks = None,
-    out: Annotated[Path | None, typer.Option(help="Keep what was measured, for `plan --measured`.")] = None,
-    deadline: Annotated[float, typer.Option(min=1, help="Seconds that a step may take at most.")] = 60,
+    out: Annotated[Path | None, typer.Option(help="Write what was measured, for `plan --measured`.")] = None,
+    deadline: Annotated[float, typer.Option(min=1, help="Most seconds that a check may take.")] = 60,
     as_json: AsJson = False,
 ) -> None:
     """Versions, devices, disk, network, clocks and speed of this machine: what is wrong here, and what to do.
@@ -406,14 +406,14 @@ def _joined(
     needs_all: bool = True,
     end: Callable[[BaseException | None], None] = lambda error: None,
 ) -> Iterator[World]:
-    """The world of the rank that a launcher made of this process, or of a process alone; else local ranks are started.
+    """The ``World`` of this rank, started by a launcher or alone; otherwise starts local ranks.
 
     Args:
-        needs_all: work for all GPUs; else one process does where neither a launcher nor ``nproc`` says otherwise.
-        end: called by the rank that tells the user of an error, once it has told.
+        needs_all: use all GPUs; else one process, unless a launcher or ``nproc`` says otherwise.
+        end: called by the rank that reports an error to the user, after the report.
 
     Raises:
-        SystemExit: with the exit code of the local ranks, or of an error, which is told.
+        SystemExit: with the exit code of the local ranks, or of an error, which is reported.
     """
 
     def report(error: BaseException, who: str = "") -> None:
@@ -434,7 +434,7 @@ def _joined(
         if launched is None:
             _start_ranks(nproc or (_num_gpus() if needs_all else 1))
         from dist_lora.supervision.run_rank import joined
-    except StopNow as error:  # before there was a rank that could tell
+    except StopNow as error:  # before there was a rank that could report it
         report(error)
         sys.exit(error.exit_code)
     with joined(launched, config, report=report) as world:
@@ -442,7 +442,7 @@ def _joined(
 
 
 def _start_ranks(num_ranks: int) -> None:
-    """This very command as so many local ranks, and their exit code; returns where one is all, which is this process."""
+    """Run this command as so many local ranks and exit with their code; returns if it is one, which is this process."""
     if num_ranks > 1:
         from dist_lora.supervision.local_ranks import run_ranks
 
@@ -458,24 +458,24 @@ def _num_gpus() -> int:
 
 
 def report_error(error: BaseException, who: str = "") -> None:
-    """Tell the user: our errors in one message, a fault of ours with its stack below.
+    """Print an error: a user's error as one message, an internal error with its stack.
 
-    ``who`` is the rank that failed, where that is worth a word.
+    ``who`` is the rank that failed, where that is of use.
     """
     if isinstance(error, StoppedOnRequest | StopNow | KeyboardInterrupt):
         print(str(error) or "interrupted", file=sys.stderr, flush=True)
         return
-    words, stack = str(error), ""
+    message, stack = str(error), ""
     if not isinstance(error, DistLoraError):
-        told = traceback.TracebackException.from_exception(error)
-        last = list(told.format_exception_only())
-        words = "".join(last).strip()
-        stack = "\n" + "".join(list(told.format())[: -len(last)]).rstrip()
-    print(f"error: {who + ': ' if who else ''}{words}{stack}", file=sys.stderr, flush=True)
+        formatted = traceback.TracebackException.from_exception(error)
+        last = list(formatted.format_exception_only())
+        message = "".join(last).strip()
+        stack = "\n" + "".join(list(formatted.format())[: -len(last)]).rstrip()
+    print(f"error: {who + ': ' if who else ''}{message}{stack}", file=sys.stderr, flush=True)
 
 
 def main() -> NoReturn:
-    """Run a command; returns to the shell with the design's exit codes."""
+    """Run a command; exits with the codes of ``errors``."""
     logger = logging.getLogger("dist_lora")
     logger.setLevel(logging.INFO)
     if not logger.handlers:
@@ -489,7 +489,7 @@ def main() -> NoReturn:
     except DistLoraError as error:
         from dist_lora.world.launcher import is_first_of_node
 
-        if is_first_of_node(os.environ):  # the others on this node have met with the same
+        if is_first_of_node(os.environ):  # the other ranks of this node have the same error
             report_error(error)
         sys.exit(error.exit_code)
     sys.exit(0)

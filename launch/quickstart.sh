@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# From nothing to a model that has learned something, on two processes of this computer, without a GPU:
+# From nothing to a fine-tuned model, with two processes on this computer, without a GPU:
 #
 #     bash launch/quickstart.sh
 #
-# Sets the project up, makes a small model and its data, measures, trains with a sharded base, measures again. It takes
-# about 4 minutes on 2 cores after the set-up. Run again, it trains anew: the results of the run before are removed.
+# Sets up the project, makes a small model and its data, evaluates, trains with a sharded base, evaluates again. Takes
+# about 4 minutes on 2 cores after the set-up. Run again, it starts over: the results of the previous run are removed.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 exec < /dev/null
@@ -25,7 +25,7 @@ stage "the model and the data"
 python launch/smollm2.py
 python launch/quickstart_data.py --out "$results"
 if [[ -e $run ]]; then
-    echo "removing $run of an earlier quickstart: dist-lora train would see that it is finished and train nothing"
+    echo "removing $run of an earlier quickstart: otherwise dist-lora train would find it finished and train nothing"
     rm -r -- "$run"
 fi
 
@@ -38,5 +38,5 @@ dist-lora train "$config" --nproc 2
 stage "after: dist-lora eval $config --adapter $run/adapter --nproc 2"
 dist-lora eval "$config" --adapter "$run/adapter" --nproc 2 --json > "$results/after.json"
 
-stage "what came of it"
+stage "results"
 python launch/quickstart_table.py --before "$results/before.json" --after "$results/after.json" --run "$run"

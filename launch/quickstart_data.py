@@ -2,9 +2,9 @@
 
     python launch/quickstart_data.py --out .cache/quickstart --seed 0
 
-writes DIR/train.jsonl and DIR/eval.jsonl, one sample a line, in the messages form. The held-out requests
-use the phrasings of the training, but none of its values: no name, city, number or time of eval.jsonl is an
-argument in train.jsonl. So what is measured is reading a request, not remembering one.
+writes DIR/train.jsonl and DIR/eval.jsonl, one sample per line, in the messages format. The held-out requests use the
+phrasings of the training set, but none of its values: no name, city, number or time of eval.jsonl is an argument in
+train.jsonl. So the evaluation measures reading a request, not remembering one.
 
 The same arguments give the same bytes. Needs nothing but Python.
 """
@@ -35,9 +35,9 @@ def _pairs(first: str, second: str) -> tuple[str, ...]:
     return tuple(f"{one} {other}" for one in _words(first) for other in _words(second))
 
 
-# The pools are large beside the 384 samples: a model that sees a value ten times learns the value by heart,
-# one that sees it once learns to copy. No text lies in two pools, and a number is on the same side in all:
-# "held out" is true wherever a value stands.
+# The pools are large compared to the 384 samples: a model that sees a value ten times memorizes it, one that sees it
+# once learns to copy. No text is in two pools, and a number is on the same side in all, so that held-out values are
+# never seen in training.
 POOLS: Mapping[str, Sequence[Value]] = {
     "minutes": range(2, 90),
     "amount": range(105, 1000),
@@ -186,16 +186,16 @@ SYSTEM = f"Answer with one JSON call of a tool: {', '.join(tool.name for tool in
 
 
 def make_samples(num_samples: int, *, held_out: bool, seed: int) -> list[Sample]:
-    """Different requests with their answers, all phrasings in turn, all values from one side of every pool.
+    """Distinct requests with their answers, all phrasings in turn, all values from one side of every pool.
 
     Args:
         num_samples: how many; all differ in their request.
-        held_out: whether the values are those kept for the evaluation.
-        seed: another seed, other requests.
+        held_out: whether to use the values kept for the evaluation.
+        seed: another seed gives other requests.
 
-    Ends the program with a message when the pools don't hold so many different requests.
+    Exits with a message if the pools don't have so many distinct requests.
     """
-    # A text as seed: Python hashes it by SHA-512, the same on every machine and in every process.
+    # A string as seed: Python hashes it with SHA-512, the same on every machine and in every process.
     rng = random.Random(f"{seed}/{'eval' if held_out else 'train'}")
     samples: dict[str, Sample] = {}
     for tool, phrasing in itertools.islice(_in_turn(rng), num_samples):
@@ -204,23 +204,23 @@ def make_samples(num_samples: int, *, held_out: bool, seed: int) -> list[Sample]
             if request not in samples:
                 break
         else:
-            sys.exit(f"quickstart_data: {len(samples)} different requests are all there are; ask for fewer")
+            sys.exit(f"quickstart_data: {len(samples)} distinct requests are all that exist; ask for fewer")
         samples[request] = _sample(request, call)
     return list(samples.values())
 
 
 def values_of(pool: str, *, held_out: bool) -> list[Value]:
-    """The values of a pool that are for the evaluation (``held_out``), or those for the training."""
-    return [value for place, value in enumerate(POOLS[pool]) if _is_held_out(value, place) == held_out]
+    """The values of a pool that are for the evaluation (``held_out``) or for training."""
+    return [value for index, value in enumerate(POOLS[pool]) if _is_held_out(value, index) == held_out]
 
 
 def write_data(folder: Path, *, seed: int, num_train: int, num_eval: int) -> tuple[Path, Path]:
-    """Writes train.jsonl and eval.jsonl into a folder (made if it is not there); returns their paths."""
+    """Write train.jsonl and eval.jsonl to a folder (made if missing); returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     train = make_samples(num_train, held_out=False, seed=seed)
     held_out = make_samples(num_eval, held_out=True, seed=seed)
     both = arguments_of(train) & arguments_of(held_out)
-    assert not both, f"values of the training are in the evaluation too: {sorted(map(str, both))}"
+    assert not both, f"values of the training set are in the evaluation too: {sorted(map(str, both))}"
     return (
         _write_lines(folder / "train.jsonl", train),
         _write_lines(folder / "eval.jsonl", held_out),
@@ -228,18 +228,18 @@ def write_data(folder: Path, *, seed: int, num_train: int, num_eval: int) -> tup
 
 
 def arguments_of(samples: Sequence[Sample]) -> set[Value]:
-    """Every value that the answers of some samples hand to a tool."""
+    """Every value that the answers of some samples pass to a tool."""
     calls = (json.loads(sample["messages"][-1]["content"]) for sample in samples)
     return {value for call in calls for value in call["arguments"].values()}
 
 
-def _is_held_out(value: Value, place: int) -> bool:
-    number = value if isinstance(value, int) else place
+def _is_held_out(value: Value, index: int) -> bool:
+    number = value if isinstance(value, int) else index
     return number % HELD_OUT_SHARE == HELD_OUT_SHARE - 1
 
 
 def _in_turn(rng: random.Random) -> Iterator[tuple[Tool, str]]:
-    """Every tool with each of its phrasings, round by round in another order: none is rare by chance."""
+    """Every tool with each of its phrasings, in rounds of random order: none is rare by chance."""
     ways = [(tool, phrasing) for tool in TOOLS for phrasing in tool.phrasings]
     while True:
         yield from rng.sample(ways, len(ways))
@@ -272,7 +272,7 @@ def main() -> None:
     """The command: see the top of this file."""
     parser = argparse.ArgumentParser(description="Makes the quickstart's requests and their tool calls.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the two files")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other requests (0)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other requests (0)")
     parser.add_argument("--train", type=int, default=384, metavar="N", help="requests to learn from (384)")
     parser.add_argument("--eval", type=int, default=40, metavar="N", help="held-out requests (40)")
     arguments = parser.parse_args()

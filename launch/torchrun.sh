@@ -5,17 +5,17 @@
 #     NNODES=2 HEAD=node-a:29400 bash launch/torchrun.sh CONFIG     # the same on every node; HEAD is one of them
 #
 # Set by the environment:
-#     NPROC         processes on this node, the same on all        [one a GPU; 1 where there is none]
-#     NNODES        nodes; 2:4 begins with two or more and goes on with those that are left or come   [1]
-#     HEAD          HOST:PORT where they meet: one of the nodes, by a name that all of them know
-#     RUN_ID        what the nodes of one run have in common, where several runs meet on one HOST    [CONFIG's name]
-#     LOCAL_ADDR    this node's address, where others don't know it by its hostname
-#     JOIN_TIMEOUT  seconds within which all nodes must have come  [300]
-#     MAX_RESTARTS  how often torchrun starts the ranks again after one was lost   [0; 3 where NNODES is a range]
-#     PYTHON        the Python that has dist_lora                  [that of .venv beside launch/, else python3]
+#     NPROC         processes on this node, the same on all        [one per GPU; 1 without GPUs]
+#     NNODES        nodes; 2:4 starts with two or more and continues with those that remain or join   [1]
+#     HEAD          HOST:PORT of the rendezvous: one of the nodes, by a name that all of them resolve
+#     RUN_ID        the same on all nodes of a run, if several runs share one HOST    [CONFIG's name]
+#     LOCAL_ADDR    this node's address, if others can't resolve its hostname
+#     JOIN_TIMEOUT  seconds within which all nodes must join  [300]
+#     MAX_RESTARTS  how often torchrun restarts the ranks after one was lost   [0; 3 if NNODES is a range]
+#     PYTHON        the Python that has dist_lora                  [that of .venv next to launch/, else python3]
 #
-# TERM, INT and USR1 ask all ranks to save and stop. The exit code is that of the run (75: saved, start it again), which
-# torchrun alone doesn't hand on.
+# TERM, INT and USR1 ask all ranks to save and stop. The exit code is that of the run (75: saved, run it again), which
+# torchrun alone doesn't pass on.
 set -euo pipefail
 exec < /dev/null
 
@@ -32,17 +32,17 @@ python=${PYTHON:-$here/.venv/bin/python}
 command -v -- "$python" > /dev/null || usage "PYTHON: there is no $python"
 nnodes=${NNODES:-1}
 join_timeout=${JOIN_TIMEOUT:-300}
-[[ $nnodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || usage "NNODES: found $nnodes, expected a number, or two as 2:4"
+[[ $nnodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || usage "NNODES: found $nnodes, expected a number, or a range like 2:4"
 is_number "$join_timeout" || usage "JOIN_TIMEOUT: found $join_timeout, expected seconds"
 [[ -z ${NPROC-} ]] || is_number "$NPROC" || usage "NPROC: found $NPROC, expected a number of processes"
 
 if [[ $nnodes == 1 ]]; then
-    meeting=(--standalone)
+    rendezvous=(--standalone)
 else
     [[ ${HEAD-} =~ ^[^:[:space:]]+:[1-9][0-9]*$ ]] || usage "HEAD: found ${HEAD:-nothing}, expected HOST:PORT of one of the nodes"
-    meeting=(--rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${RUN_ID:-$(basename -- "$1")}"
+    rendezvous=(--rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${RUN_ID:-$(basename -- "$1")}"
         --rdzv-conf="join_timeout=$join_timeout")
-    [[ -z ${LOCAL_ADDR-} ]] || meeting+=(--local-addr="$LOCAL_ADDR")
+    [[ -z ${LOCAL_ADDR-} ]] || rendezvous+=(--local-addr="$LOCAL_ADDR")
 fi
 restarts=0
 [[ $nnodes != *:* ]] || restarts=3
@@ -50,19 +50,19 @@ nproc=${NPROC:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun's own choice, without its warning
 
 started=$(date +%s)
-# torchrun dies of USR1 unless told to handle it, and kills its ranks 30 s after a signal unless told to wait for them.
-"$python" -m torch.distributed.run --nnodes="$nnodes" --nproc-per-node="$nproc" "${meeting[@]}" \
+# Without these options torchrun dies of USR1, and kills its ranks 30 s after a signal.
+"$python" -m torch.distributed.run --nnodes="$nnodes" --nproc-per-node="$nproc" "${rendezvous[@]}" \
     --max-restarts="${MAX_RESTARTS:-$restarts}" --shutdown-timeout=600 \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m dist_lora train "$@" &
 torchrun=$!
 for name in TERM INT HUP USR1; do
-    # shellcheck disable=SC2064  # the names of now
+    # shellcheck disable=SC2064  # expanded now
     trap "kill -s $name $torchrun 2> /dev/null || true" "$name"
 done
 
-# A torchrun that has lost the node of HEAD may wait for it for a quarter of an hour, deaf to TERM, when its ranks have long
-# ended. It is given the time in which ranks would have been started again.
-end_when_deaf() {
+# A torchrun that has lost the node of HEAD may wait for it for a quarter of an hour, ignoring TERM, long after its
+# ranks have ended. It gets as much time as a restart of the ranks would take.
+end_when_stuck() {
     local had_ranks='' idle_s=0
     while sleep 1 && kill -0 "$torchrun" 2> /dev/null; do
         if [[ -n $(cat /proc/"$torchrun"/task/*/children 2> /dev/null) ]]; then
@@ -73,7 +73,7 @@ end_when_deaf() {
         fi
     done
 }
-end_when_deaf &
+end_when_stuck &
 watcher=$!
 while kill -0 "$torchrun" 2> /dev/null; do wait "$torchrun" || true; done # a trap ends a wait early
 code=0
@@ -81,16 +81,16 @@ wait "$torchrun" || code=$?
 kill "$watcher" 2> /dev/null || true
 ((code)) || exit 0
 
-# The run's folder says how it ended.
+# The status file in the run's folder has the exit code.
 arguments=()
 for argument; do [[ $argument == --* ]] || arguments+=("$argument"); done
-told=0
-"$python" -m dist_lora status "${arguments[@]}" --since "$started" >&2 || told=$?
-if ((told == 1)) && [[ $nnodes != 1 ]]; then
-    there="not all of $nnodes nodes"
-    [[ $nnodes != 2 ]] || there="1 of 2 nodes"
-    printf 'launch/torchrun.sh: where RendezvousTimeoutError is told above, %s joined at %s within %s s: %s\n' \
-        "$there" "$HEAD" "$join_timeout" "start it on each, with the same NNODES, HEAD, RUN_ID and CONFIG" >&2
+status=0
+"$python" -m dist_lora status "${arguments[@]}" --since "$started" >&2 || status=$?
+if ((status == 1)) && [[ $nnodes != 1 ]]; then
+    joined="not all of $nnodes nodes"
+    [[ $nnodes != 2 ]] || joined="1 of 2 nodes"
+    printf 'launch/torchrun.sh: if the error above is a RendezvousTimeoutError, %s joined at %s within %s s: %s\n' \
+        "$joined" "$HEAD" "$join_timeout" "start it on each, with the same NNODES, HEAD, RUN_ID and CONFIG" >&2
 fi
-((told == 0)) || code=$told
+((status == 0)) || code=$status
 exit "$code"

@@ -1,1 +1,1 @@
-"""Talk with a trained model."""
+"""Chat with a trained model."""

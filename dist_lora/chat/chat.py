@@ -1,4 +1,4 @@
-"""One answer, or a chat that streams, by a model that lies whole on this process."""
+"""One answer, or a streamed chat, from a model that is whole in this process."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dist_lora.world.world import World
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """A model with what turns text into its ids and back, and what ends its answers."""
+class ChatModel:
+    """A model with its tokenizer and the ids that end its answers."""
 
     model: Llama
     tokenizer: Any
@@ -23,11 +23,11 @@ class Speaker:
     max_new_tokens: int
 
     def answer(self, messages: list[dict[str, Any]], *, show: Callable[[str], None]) -> str:
-        """The assistant's next turn; ``show`` is given each piece of it as it comes."""
+        """The assistant's next turn; ``show`` is called with each piece of it as it is generated."""
         return self._write(encode_prompt(messages, tokenizer=self.tokenizer), show=show)
 
-    def go_on(self, text: str, *, show: Callable[[str], None]) -> str:
-        """What follows a text; ``show`` is given each piece of it as it comes."""
+    def complete(self, text: str, *, show: Callable[[str], None]) -> str:
+        """The continuation of a text; ``show`` is called with each piece of it as it is generated."""
         return self._write(encode_text(text, tokenizer=self.tokenizer), show=show)
 
     def _write(self, prompt: list[int], *, show: Callable[[str], None]) -> str:
@@ -38,7 +38,7 @@ class Speaker:
             nonlocal shown
             ids.append(token)
             text = self.tokenizer.decode(ids)
-            # A character that is cut in two by the tokens decodes to a mark that a later token replaces.
+            # A character split between two tokens decodes to U+FFFD until the second one has come.
             if not text.endswith("\ufffd"):
                 show(text[len(shown) :])
                 shown = text
@@ -54,24 +54,24 @@ class Speaker:
         return str(self.tokenizer.decode(answers[0]))
 
 
-def continue_text(speaker: Speaker, *, prompt: str | None) -> None:
-    """Go on with ``prompt`` on stdout, or with one text after another that the terminal gives, until it is closed."""
+def continue_text(model: ChatModel, *, prompt: str | None) -> None:
+    """Continue ``prompt`` on stdout, or one text after another from the terminal, until it is closed (Ctrl-D)."""
     while (text := prompt if prompt is not None else _ask()) is not None:
-        speaker.go_on(text, show=_write)
+        model.complete(text, show=_write)
         print(flush=True)
         if prompt is not None:
             return
 
 
-def chat(speaker: Speaker, *, prompt: str | None, system: str | None) -> None:
+def chat(model: ChatModel, *, prompt: str | None, system: str | None) -> None:
     """Answer ``prompt`` on stdout, or hold a chat on the terminal until it is closed (Ctrl-D)."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     while True:
-        asked = prompt if prompt is not None else _ask()
-        if asked is None:
+        request = prompt if prompt is not None else _ask()
+        if request is None:
             return
-        messages.append({"role": "user", "content": asked})
-        answer = speaker.answer(messages, show=_write)
+        messages.append({"role": "user", "content": request})
+        answer = model.answer(messages, show=_write)
         print(flush=True)
         if prompt is not None:
             return
@@ -79,16 +79,16 @@ def chat(speaker: Speaker, *, prompt: str | None, system: str | None) -> None:
 
 
 def _ask() -> str | None:
-    """The next line that is not empty; None at the end. Only a person is prompted, not a file or a pipe."""
-    mark = "> " if sys.stdin.isatty() else ""
+    """The next line that is not empty; None at the end. A terminal is shown a prompt, a file or pipe is not."""
+    prompt = "> " if sys.stdin.isatty() else ""
     try:
-        while not (asked := input(mark).strip()):
+        while not (text := input(prompt).strip()):
             pass
     except (EOFError, KeyboardInterrupt):
-        if mark:
+        if prompt:
             print()
         return None
-    return asked
+    return text
 
 
 def _write(text: str) -> None:

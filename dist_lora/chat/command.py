@@ -1,10 +1,10 @@
-"""The work behind ``generate``: an adapter opened beside the base that it belongs to."""
+"""The work behind ``generate``: an adapter opened with the base that it belongs to."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from dist_lora.chat.chat import Speaker, chat, continue_text
+from dist_lora.chat.chat import ChatModel, chat, continue_text
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.evaluation.generate import stop_ids_of
@@ -15,24 +15,24 @@ from dist_lora.world.world import World
 
 
 def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Trainee:
-    """The base whole on this process, with the adapter's values beside it."""
-    found = open_adapter(adapter)  # its headers; the tensors are read once, below
+    """The whole base in this process, with the adapter loaded."""
+    headers = open_adapter(adapter)  # the tensors are read once, below
     config = Config.model_validate(
         {
             "run": "generate",
             "model": {"name": base_name(adapter, base)},
             "lora": {
-                "rank": found.rank,
-                "alpha": found.scale * found.rank,  # of rsLoRA too
-                "targets": list(found.targets),
-                "layers": "all" if found.layers is None else list(found.layers),
+                "rank": headers.rank,
+                "alpha": headers.scale * headers.rank,  # of rsLoRA too
+                "targets": list(headers.targets),
+                "layers": "all" if headers.layers is None else list(headers.layers),
             },
             "data": {"train": "-", "chat_template": origin_of(adapter).chat_template},
         }
     )
-    opened = open_base(config, world)
-    check_adapter(adapter, config=config, base=opened, world=world)
-    trainee = build(config, opened, world)
+    base_on_disk = open_base(config, world)
+    check_adapter(adapter, config=config, base=base_on_disk, world=world)
+    trainee = build(config, base_on_disk, world)
     load_adapter(trainee.adapters, adapter, world=world)
     trainee.model.eval()
     return trainee
@@ -43,21 +43,21 @@ def answer(
 ) -> None:
     """``dist-lora generate``: answer ``prompt`` on stdout, or hold a chat on the terminal.
 
-    Plain text, without a chat template, is gone on with where ``is_plain`` says so, where the adapter's run was
-    trained on such, and where the model has no chat template.
+    The prompt is continued as plain text, without a chat template, if ``is_plain`` is set, the adapter was trained on
+    plain text, or the model has no chat template.
 
     Raises:
-        ConfigError: the prompt is empty, or a system message has no place in plain text.
+        ConfigError: the prompt is empty, or a system message is given for plain text.
         AdapterError, WeightsError: the adapter or its base is damaged, or they don't belong together.
     """
     if prompt is not None and not prompt.strip():
-        raise ConfigError("--prompt: is empty; give the text to answer, or leave it out for a chat")
+        raise ConfigError("--prompt: is empty; give the text to answer, or leave the option out for a chat")
     trainee = open_for_answers(adapter, base=base, world=World.alone())
     tokenizer = trainee.base.tokenizer
-    speaker = Speaker(trainee.model, tokenizer, stop_ids_of(trainee.base.folder, tokenizer), max_new_tokens)
+    model = ChatModel(trainee.model, tokenizer, stop_ids_of(trainee.base.folder, tokenizer), max_new_tokens)
     if not (is_plain or origin_of(adapter).is_plain or tokenizer.chat_template is None):
-        chat(speaker, prompt=prompt, system=system)
+        chat(model, prompt=prompt, system=system)
     elif system is not None:
-        raise ConfigError("--system: plain text is gone on with here, and a system message has no place in it")
+        raise ConfigError("--system: plain text is continued here, which has no system message; leave the option out")
     else:
-        continue_text(speaker, prompt=prompt)
+        continue_text(model, prompt=prompt)

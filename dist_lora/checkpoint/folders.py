@@ -16,22 +16,21 @@ def step_folder(step: int) -> str:
 
 
 def step_of(folder: Path) -> int | None:
-    """The step that a checkpoint folder's name says, or None where it is not one's name."""
+    """The step in a checkpoint folder's name, or None if it is not the name of one."""
     match = _STEP.fullmatch(folder.name)
     return int(match[1]) if match else None
 
 
 def step_folders(root: Path) -> dict[int, Path]:
-    """All folders ``step-########`` of ``root`` by step, newest first, whole or not; none where ``root`` is
-    not there.
+    """All folders ``step-########`` of ``root`` by step, newest first, whole or not; none if ``root`` doesn't exist.
 
     Raises:
         CheckpointError: ``root`` can't be listed.
     """
     try:
-        found = {step: path for path in root.iterdir() if (step := step_of(path)) is not None and path.is_dir()}
+        folders = {step: path for path in root.iterdir() if (step := step_of(path)) is not None and path.is_dir()}
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise CheckpointError(f"{root} can't be listed for checkpoints: {error.strerror or error}") from error
-    return dict(sorted(found.items(), reverse=True))
+    return dict(sorted(folders.items(), reverse=True))

@@ -1,4 +1,4 @@
-"""From the ranks' shards to one adapter folder, on any CPU: no process group, no GPU, no base model."""
+"""Gathers the ranks' shards into one adapter folder, on any CPU: no process group, no GPU, no base model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dist_lora.lora.state import Piece
 
 @dataclass(frozen=True)
 class _AdapterFacts:
-    """A manifest's ``adapter``. Any other key is of a kind of adapter that this version can't write."""
+    """A manifest's ``adapter``. Any other key belongs to a kind of adapter that this version can't write."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -41,16 +41,14 @@ _BASE = TypeAdapter(BaseIdentity)
 def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True) -> Path:
     """The folder ``out`` with the adapter of a checkpoint, as PEFT and vLLM load it; returns ``out``.
 
-    Reads the adapter's bytes only (and with ``verify`` every byte once, for the checksums). Local: one
-    process.
+    Reads the adapter's bytes only (and with ``verify`` every byte once, for the checksums). Local: one process.
 
     Args:
-        checkpoint: a folder ``step-########``; or a run's folder or its ``checkpoints``, of which the
-        newest whole
+        checkpoint: a folder ``step-########``; or a run's folder or its ``checkpoints``, of which the newest whole
             checkpoint is taken, verified in any case.
 
     Raises:
-        CheckpointError: there is none, or it is damaged: naming the file.
+        CheckpointError: there is none, or it is damaged; names the file.
         AdapterError, SaveError: see ``write_adapter``.
     """
     folder = _checkpoint_folder(checkpoint, verify)
@@ -69,57 +67,58 @@ def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True) -> Path:
     return out
 
 
-def verify_checkpoints(given: Path, *, tell: Callable[[str], None]) -> None:
-    """Read every byte of a checkpoint, or of all of a run, and ``tell`` of each in one line whether it is whole.
+def verify_checkpoints(path: Path, *, report: Callable[[str], None]) -> None:
+    """Read every byte of a checkpoint, or of all of a run, and ``report`` in one line each whether it is whole.
 
-    Nothing is made. Local: one process.
+    Writes nothing. Local: one process.
 
     Args:
-        given: what ``gather_adapter`` takes for ``checkpoint``.
+        path: what ``gather_adapter`` takes for ``checkpoint``.
 
     Raises:
-        CheckpointError: some are damaged: how many, after all are told; or there is none.
+        CheckpointError: some are damaged: how many, after all are reported; or there is none.
     """
-    folders = [given] if _is_checkpoint(given) else list(step_folders(_root(given)).values())
+    folders = [path] if _is_checkpoint(path) else list(step_folders(_root(path)).values())
     if not folders:
-        raise CheckpointError(_none_in(given))
+        raise CheckpointError(_none_in(path))
     num_damaged = 0
     for folder in folders:
         try:
             manifest = verify(folder)
         except CheckpointError as error:
             num_damaged += 1
-            words = str(error)
-            tell(words if words.startswith(f"{folder} is damaged: ") else f"{folder} is damaged: {words}")
+            message = str(error)
+            is_complete = message.startswith(f"{folder} is damaged: ")
+            report(message if is_complete else f"{folder} is damaged: {message}")
         else:
             num_bytes = sum(entry.num_bytes for entry in manifest.files)
-            tell(f"{folder} is whole: step {manifest.step}, {len(manifest.files)} ranks' files, {num_bytes:,} bytes")
+            report(f"{folder} is whole: step {manifest.step}, {len(manifest.files)} ranks' files, {num_bytes:,} bytes")
     if num_damaged:
-        raise CheckpointError(f"{given}: {num_damaged} of {len(folders)} checkpoints damaged, as told line by line")
+        raise CheckpointError(f"{path}: {num_damaged} of {len(folders)} checkpoints are damaged, see the lines above")
 
 
-def _checkpoint_folder(given: Path, is_to_verify: bool) -> Path:
-    """The one checkpoint that a path means, verified."""
-    if _is_checkpoint(given):
-        verify(given, checksums=is_to_verify)
-        return given
-    newest = newest_whole_here(_root(given))
+def _checkpoint_folder(path: Path, has_checksums: bool) -> Path:
+    """The checkpoint that a path stands for, verified."""
+    if _is_checkpoint(path):
+        verify(path, checksums=has_checksums)
+        return path
+    newest = newest_whole_here(_root(path))
     if newest is None:
-        raise CheckpointError(_none_in(given))
+        raise CheckpointError(_none_in(path))
     return newest
 
 
-def _is_checkpoint(given: Path) -> bool:
-    return step_of(given) is not None or (given / MANIFEST_FILE).exists()
+def _is_checkpoint(path: Path) -> bool:
+    return step_of(path) is not None or (path / MANIFEST_FILE).exists()
 
 
-def _root(given: Path) -> Path:
-    """The folder of checkpoints that a run's folder, or that folder itself, means."""
-    return given / "checkpoints" if (given / "checkpoints").is_dir() and not step_folders(given) else given
+def _root(path: Path) -> Path:
+    """The folder of checkpoints of a run's folder, or that folder itself."""
+    return path / "checkpoints" if (path / "checkpoints").is_dir() and not step_folders(path) else path
 
 
-def _none_in(given: Path) -> str:
-    return f"{given} holds no checkpoint. Give a run's folder, its checkpoints folder, or a folder step-######## in it"
+def _none_in(path: Path) -> str:
+    return f"{path} holds no checkpoint. Give a run's folder, its checkpoints folder, or a folder step-######## in it"
 
 
 def _facts(folder: Path, manifest: Manifest) -> tuple[_AdapterFacts, BaseIdentity]:

@@ -1,9 +1,8 @@
-"""What a checkpoint says of itself: tensors, files, ranges, checksums, and where the run stood.
+"""A checkpoint's manifest: its tensors, files, ranges, checksums, and the progress of the run.
 
-A checkpoint is a folder ``step-00000200`` with one safetensors file of each rank and ``manifest.json``,
-which is written last: a folder without it does not exist for a resume. Nothing in it is trusted:
-``read_manifest`` gives back a manifest in which every element of the trained state lies in exactly one file
-of this folder, or an error.
+A checkpoint is a folder ``step-00000200`` with one safetensors file per rank and ``manifest.json``, which is written
+last: a resume ignores a folder without it. Nothing in it is trusted: ``read_manifest`` returns a manifest in which
+every element of the trained state is in exactly one file of this folder, or raises an error.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class TensorSpec:
 
 
 def _piece_of_key(key: object) -> object:
-    """The piece that a key names; a piece passes. ``ValueError`` says what a key looks like."""
+    """The piece that a key names; a piece is returned as it is. Raises ``ValueError`` with the expected form."""
     if isinstance(key, Piece):
         return key
     parts = _KEY.fullmatch(key) if isinstance(key, str) else None
@@ -80,9 +79,9 @@ class FileEntry:
 class Manifest:
     """All that a resume or ``gather`` needs besides the tensors themselves.
 
-    ``progress`` is the run's own (data position, best loss, RNG numbers): plain JSON. ``config`` is the
-    resolved YAML, ``base`` identifies the frozen model, ``adapter`` holds rank, alpha, dropout, targets and
-    layers, ``versions`` what wrote it. ``files[i]`` is rank i's, ``world_size`` of them.
+    ``progress`` is the run's own (data position, best loss, RNG numbers): plain JSON. ``config`` is the resolved YAML,
+    ``base`` identifies the frozen model, ``adapter`` holds rank, alpha, dropout, targets and layers, ``versions`` those
+    of the libraries that wrote it. ``files[i]`` is rank i's, ``world_size`` of them.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -109,26 +108,26 @@ def rank_file(world_rank: int, world_size: int) -> str:
 
 
 def entry_to_bytes(entry: FileEntry) -> bytes:
-    """A file's entry as a rank sends it to the first one."""
+    """A file's entry, serialized for sending to the first rank."""
     return _ENTRY.dump_json(entry)
 
 
 def entry_from_bytes(data: bytes) -> FileEntry:
-    """What ``entry_to_bytes`` made."""
+    """The inverse of ``entry_to_bytes``."""
     return _ENTRY.validate_json(data)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write ``manifest.json``, fsynced, after checking it as ``read_manifest`` will.
+    """Write ``manifest.json``, fsynced, after the checks of ``read_manifest``.
 
     Raises:
-        CheckpointError: it would not be read back: an element in no file or in two.
+        CheckpointError: it could not be read back: an element in no file or in two.
         ValueError, TypeError: ``progress``, ``base`` or ``adapter`` is not plain JSON, or holds a NaN.
         OSError: it can't be written.
     """
     path = folder / MANIFEST_FILE
     _raise_if_any(path, _faults(manifest))
-    # There and back, so that what is hashed is what will be read: no tuples, no keys but strings, no NaN.
+    # Through JSON and back, so that the hash is of what will be read: no tuples, only string keys, no NaN.
     content = json.loads(json.dumps(_MANIFEST.dump_python(manifest), allow_nan=False))
     text = json.dumps(content | {"checksum": _own_checksum(content)}, indent=1, allow_nan=False)
     with new_file(path) as append:
@@ -136,26 +135,24 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint's folder, with everything checked that can be without opening the rank
-    files.
+    """The manifest of a checkpoint's folder, checked as far as possible without opening the ranks' files.
 
     Raises:
-        CheckpointError: naming what is wrong: no manifest, not JSON, another format, changed since it was
-        written, a
+        CheckpointError: names what is wrong: no manifest, not JSON, another format, changed since it was written, a
             field of another type, a file name that is not this folder's, an element in no file or in two.
     """
     path = folder / MANIFEST_FILE
     try:
         data = read_at_most(path, MAX_MANIFEST_BYTES)
         if len(data) > MAX_MANIFEST_BYTES:
-            raise CheckpointError(f"{path} is longer than {MAX_MANIFEST_BYTES:,} bytes: it is no manifest")
+            raise CheckpointError(f"{path} is longer than {MAX_MANIFEST_BYTES:,} bytes: it is not a manifest")
         if links_out(folder, [MANIFEST_FILE]):
             raise CheckpointError(f"{path} is a link that leads out of its folder: nothing is read from there")
         content = json.loads(data, parse_constant=_refuse_constant)
         checksum = content.pop("checksum", None) if isinstance(content, dict) else None
         expected_checksum = _own_checksum(content)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: {folder} is no whole checkpoint") from None
+        raise CheckpointError(f"{path} is missing: {folder} is not a whole checkpoint") from None
     except CheckpointError:
         raise
     except OSError as error:
@@ -175,13 +172,13 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = _MANIFEST.validate_json(json.dumps(content))
     except ValidationError as error:
-        _raise_if_any(path, _told(error))
+        _raise_if_any(path, _type_faults(error))
     _raise_if_any(path, _faults(manifest))
     return manifest
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _own_checksum(content: object) -> str:
@@ -194,23 +191,23 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _told(error: ValidationError) -> Iterator[str]:
+def _type_faults(error: ValidationError) -> Iterator[str]:
     for fault in error.errors(include_url=False):
         where = ".".join(str(part) for part in fault["loc"])
         yield f"{where}: {fault['msg']} (found {_short(fault['input'])})"
 
 
 def _raise_if_any(path: Path, faults: Iterable[str]) -> None:
-    found = list(faults)
-    if found:
-        rest = f"; and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
-        raise CheckpointError(f"{path}: {'; '.join(found[:_MAX_NAMED])}{rest}")
+    messages = list(faults)
+    if messages:
+        rest = f"; and {len(messages) - _MAX_NAMED} more" if len(messages) > _MAX_NAMED else ""
+        raise CheckpointError(f"{path}: {'; '.join(messages[:_MAX_NAMED])}{rest}")
 
 
 def _faults(manifest: Manifest) -> Iterator[str]:
-    """All that contradicts itself in a manifest of the right types."""
+    """All contradictions in a manifest of the right types."""
     if len(manifest.files) != manifest.world_size:
-        yield f"world_size is {manifest.world_size}, files are {len(manifest.files)}: expected one a rank"
+        yield f"world_size is {manifest.world_size}, files are {len(manifest.files)}: expected one per rank"
     for rank, file in enumerate(manifest.files):
         expected = rank_file(rank, manifest.world_size)
         if file.name != expected:
@@ -225,7 +222,7 @@ def _coverage_faults(manifest: Manifest) -> Iterator[str]:
     """Each element of every tensor and kind that is in no file, in two, or in a file but not in a tensor."""
     specs = {spec.name: spec for spec in manifest.tensors}
     if len(specs) != len(manifest.tensors):
-        yield f"tensors: {len(manifest.tensors) - len(specs)} names are there twice"
+        yield f"tensors: {len(manifest.tensors) - len(specs)} names are listed twice"
     held: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
     for file in manifest.files:
         for piece in file.pieces:
@@ -241,18 +238,18 @@ def _coverage_faults(manifest: Manifest) -> Iterator[str]:
             yield from _range_faults(f"{kind} of {name}", sorted(held.get((kind, name), ())), spec.num_elements)
 
 
-def _range_faults(what: str, ranges: list[tuple[int, int, str]], num_elements: int) -> Iterator[str]:
+def _range_faults(tensor: str, ranges: list[tuple[int, int, str]], num_elements: int) -> Iterator[str]:
     if not ranges:
-        yield f"{what} is missing: no file holds any of its {num_elements} elements"
+        yield f"{tensor} is missing: no file holds any of its {num_elements} elements"
         return
     end, holder = 0, ""
     for start, stop, file in ranges:
         if start > end:
-            yield f"{what}: elements {end}-{start} are in no file"
+            yield f"{tensor}: elements {end}-{start} are in no file"
         elif start < end:
-            twice = f"elements {start}-{min(end, stop)} are twice there"
-            yield f"{what}: {twice}, in {_short(holder)} and {_short(file)}"
+            twice = f"elements {start}-{min(end, stop)} are stored twice"
+            yield f"{tensor}: {twice}, in {_short(holder)} and {_short(file)}"
         if stop > end:
             end, holder = stop, file
     if end < num_elements:
-        yield f"{what}: elements {end}-{num_elements} are in no file"
+        yield f"{tensor}: elements {end}-{num_elements} are in no file"

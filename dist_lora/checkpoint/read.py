@@ -1,7 +1,7 @@
 """Finding a checkpoint that is whole, and reading any part of the trained state from it.
 
-Which ranks wrote it and how they had split the tensors doesn't matter: a wanted range is assembled from
-whatever pieces the files hold, and only its bytes are read.
+Which ranks wrote it and how the tensors were sharded doesn't matter: a wanted range is assembled from whatever pieces
+the files hold, and only its bytes are read.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _BUFFER_BYTES = 16 * 2**20
 
 
 def verify(folder: Path, *, checksums: bool = True) -> Manifest:
-    """The manifest of a checkpoint that is proven whole: by it, and by each file's presence, size and checksum.
+    """The manifest of a checkpoint, verified by each file's presence, size and checksum.
 
     Reads every byte; without ``checksums`` only the manifest and the sizes. Local: one rank calls it.
 
     Raises:
-        CheckpointError: naming the folder and every file that is not as the manifest says.
+        CheckpointError: names the folder and every file that differs from the manifest.
     """
     manifest = read_manifest(folder)
     step = step_of(folder)
@@ -63,11 +63,11 @@ def _file_fault(folder: Path, entry: FileEntry, checksums: bool) -> str | None:
     try:
         if links_out(folder, [entry.name]):
             return f"{entry.name} is a link that leads out of the folder, and nothing is read from there"
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):
             return f"{entry.name} is not a file"
-        if found.st_size != entry.num_bytes:
-            return f"{entry.name} has {found.st_size} bytes, {entry.num_bytes} were written{_lacking(path, entry)}"
+        if info.st_size != entry.num_bytes:
+            return f"{entry.name} has {info.st_size} bytes, {entry.num_bytes} were written{_lacking(path, entry)}"
         if checksums and (checksum := checksum_of(path)) != entry.checksum:
             return f"{entry.name} has the checksum {checksum}, {entry.checksum} was written{_lacking(path, entry)}"
     except FileNotFoundError:
@@ -78,17 +78,17 @@ def _file_fault(folder: Path, entry: FileEntry, checksums: bool) -> str | None:
 
 
 def _lacking(path: Path, entry: FileEntry) -> str:
-    """What a file that is not as it was written lacks, as far as its header can still be read."""
+    """What a damaged file lacks, as far as its header can still be read."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             keys = set(file.keys())
     except (SafetensorError, OSError):
         return ""
-    lacking = [_named(piece) for piece in entry.pieces if piece.key not in keys]
+    lacking = [_describe(piece) for piece in entry.pieces if piece.key not in keys]
     return f"; it lacks {first_few(lacking)}" if lacking else ""
 
 
-def _named(piece: Piece) -> str:
+def _describe(piece: Piece) -> str:
     return f"{piece.kind} of {piece.name} (elements {piece.start}-{piece.stop})"
 
 
@@ -104,10 +104,10 @@ def checksum_of(path: Path) -> str:
 def newest_whole_here(root: Path) -> Path | None:
     """The newest whole checkpoint of ``root``, verified, or None where there is no checkpoint at all. Local.
 
-    Damaged newer ones are named in one warning.
+    Damaged newer ones are logged in one warning.
 
     Raises:
-        CheckpointError: there are checkpoints and none is whole.
+        CheckpointError: there are checkpoints, but none is whole.
     """
     faults: list[str] = []
     for path in step_folders(root).values():
@@ -122,43 +122,41 @@ def newest_whole_here(root: Path) -> Path | None:
     if faults:
         raise CheckpointError(
             f"no checkpoint of {root} is whole: {'; '.join(faults)}. "
-            "Bring back a whole one, or begin anew with checkpoint.resume=never"
+            "Restore a whole one, or start over with checkpoint.resume=never"
         )
     return None
 
 
 def newest_whole(root: Path, world: World) -> Path | None:
-    """``newest_whole_here`` as the first rank finds it, told to all. All ranks call it; no collective.
+    """``newest_whole_here`` of the first rank, on all ranks. All ranks call it; no collective.
 
     Raises:
-        CheckpointError: on the first rank, ``RankError`` on the others, where none is whole.
+        CheckpointError: on the first rank, ``RankError`` on the others: none is whole.
     """
 
     def look() -> bytes:
-        found = newest_whole_here(root)
-        return found.name.encode() if found else b""
+        newest = newest_whole_here(root)
+        return newest.name.encode() if newest else b""
 
     name = world.once("looking for the newest whole checkpoint", look).decode()
     return root / name if name else None
 
 
 @dataclass(frozen=True)
-class _Held:
-    """A piece that a file holds."""
+class _StoredPiece:
+    """A piece and the file that holds it."""
 
     piece: Piece
     entry: FileEntry
 
 
 def load_pieces(folder: Path, manifest: Manifest, wanted: Sequence[Piece]) -> dict[Piece, Tensor]:
-    """The wanted ranges, each a 1-D fp32 CPU tensor, assembled from the files' pieces. Local: any rank, any
-    ranges.
+    """The wanted ranges, each a 1-D fp32 CPU tensor, assembled from the files' pieces. Local: any rank, any ranges.
 
-    Reads the wanted bytes and the files' headers only. The checksums are ``verify``'s business.
+    Reads the wanted bytes and the files' headers only; checksums are left to ``verify``.
 
     Raises:
-        CheckpointError: naming a wanted range that the manifest doesn't hold, or the file that lacks a
-        piece, has
+        CheckpointError: names a wanted range that the manifest doesn't hold, or the file that lacks a piece, has
             another size or can't be read.
     """
     held = _held_by_tensor(manifest)
@@ -177,23 +175,23 @@ def load_pieces(folder: Path, manifest: Manifest, wanted: Sequence[Piece]) -> di
     return loaded
 
 
-def _held_by_tensor(manifest: Manifest) -> Mapping[tuple[str, str], list[_Held]]:
-    held: dict[tuple[str, str], list[_Held]] = {}
+def _held_by_tensor(manifest: Manifest) -> Mapping[tuple[str, str], list[_StoredPiece]]:
+    held: dict[tuple[str, str], list[_StoredPiece]] = {}
     for entry in manifest.files:
         for piece in entry.pieces:
-            held.setdefault((piece.kind, piece.name), []).append(_Held(piece, entry))
+            held.setdefault((piece.kind, piece.name), []).append(_StoredPiece(piece, entry))
     for pieces in held.values():
         pieces.sort(key=lambda h: h.piece.start)
     return held
 
 
-def _overlapping(held: list[_Held], wanted: Piece, folder: Path) -> Iterator[_Held]:
-    """The held pieces, in order and without gaps between them, that together cover a wanted one."""
+def _overlapping(held: list[_StoredPiece], wanted: Piece, folder: Path) -> Iterator[_StoredPiece]:
+    """The stored pieces that cover a wanted one, in order and without gaps."""
     if not held or not 0 <= wanted.start <= wanted.stop <= held[-1].piece.stop:
-        found = f"{held[-1].piece.stop} elements are there" if held else "no file holds any of it"
+        stored = f"{held[-1].piece.stop} elements are stored" if held else "no file holds any of it"
         raise CheckpointError(
-            f"{folder}: {wanted.kind} of {wanted.name}, elements {wanted.start}-{wanted.stop}: {found}. "
-            "It is another run's checkpoint, or damaged"
+            f"{folder}: {wanted.kind} of {wanted.name}, elements {wanted.start}-{wanted.stop}: {stored}. "
+            "The checkpoint is another run's, or damaged"
         )
     first = bisect.bisect_right(held, wanted.start, key=lambda h: h.piece.stop)
     for holder in held[first:]:
@@ -203,7 +201,7 @@ def _overlapping(held: list[_Held], wanted: Piece, folder: Path) -> Iterator[_He
 
 
 def _check_parts(path: Path, pairs: list[tuple[Piece, Piece]]) -> None:
-    """See by a file's header that it holds what is to be read of it, before any memory is taken for that."""
+    """Check in a file's header that it holds what will be read from it, before memory is allocated for that."""
     with _opened(path) as file:
         for _, held in pairs:
             _slice_of(file, held, path)
@@ -230,14 +228,14 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _slice_of(file: Any, held: Piece, path: Path) -> Any:
     try:
-        found = file.get_slice(held.key)
+        stored = file.get_slice(held.key)
     except SafetensorError as error:
         raise CheckpointError(
             f"{path} lacks {held.kind} of {held.name}, elements {held.start}-{held.stop}, "
             "which the manifest places there"
         ) from error
-    if found.get_dtype() != "F32" or found.get_shape() != [held.num_elements]:
+    if stored.get_dtype() != "F32" or stored.get_shape() != [held.num_elements]:
         raise CheckpointError(
-            f"{path}: {held.key} is {found.get_dtype()} {found.get_shape()}, expected F32 [{held.num_elements}]"
+            f"{path}: {held.key} is {stored.get_dtype()} {stored.get_shape()}, expected F32 [{held.num_elements}]"
         )
-    return found
+    return stored

@@ -1,4 +1,4 @@
-"""Saving while training goes on: the trained state is copied aside at once and written by a thread of its own."""
+"""Asynchronous saving: the trained state is copied to host memory at once and written by a background thread."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Write = Callable[[World, Mapping[Piece, Tensor]], Path]
 
 
 class Saver:
-    """One rank's part in saving: at most one save is in flight, and none fails in silence.
+    """One rank's part in saving: at most one save is in flight, and no failure goes unnoticed.
 
-    All ranks make one and call ``start`` for the same saves. A rank alone may see first that one has failed: the caller
-    asks ``has_failed`` and brings all ranks to ``wait``, where each raises.
+    All ranks make one and call ``start`` for the same saves. A failure may be visible on one rank first: the caller
+    checks ``has_failed`` and has all ranks call ``wait``, which raises on each.
     """
 
     def __init__(self, world: World) -> None:
         self._world = world.channel(world.fresh_key("saver"))
         self._thread: threading.Thread | None = None
-        self._aside: Tensor | None = None  # fp32, all pieces of the share one after another
+        self._buffer: Tensor | None = None  # fp32, all pieces of the share one after another
         self._error: BaseException | None = None
         self._stall_s = self._write_s = 0.0
         self.last: Path | None = None  # the newest published checkpoint
@@ -34,16 +34,16 @@ class Saver:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the save that was in flight last has ended with an error that nobody has raised yet."""
+        """Whether the last save ended with an error that hasn't been raised yet."""
         return self._error is not None
 
     def start(self, share: Mapping[Piece, Tensor], write: Write) -> None:
-        """Copy a share aside and have it written, after the save before it has ended.
+        """Copy a share and have it written, once the previous save has ended.
 
         Args:
-            share: this rank's, 1-D fp32 tensors on any device; they may change once this has returned.
-            write: called in the other thread with that thread's view of the world and the copies, on the CPU; returns
-                the checkpoint.
+            share: this rank's, 1-D fp32 tensors on any device; they may change after this returns.
+            write: called in the background thread with that thread's ``World`` and the copies, on the CPU; returns the
+                checkpoint.
 
         Raises:
             SaveError, RankError: see ``wait``.
@@ -59,8 +59,8 @@ class Saver:
         """Wait for the save in flight, if there is one.
 
         Raises:
-            SaveError: this rank's disk refused; nothing is published.
-            RankError: another's did, or another rank has failed meanwhile.
+            SaveError: this rank couldn't write; nothing is published.
+            RankError: another rank couldn't, or has failed otherwise.
         """
         started_s = time.monotonic()
         if self._thread is not None:
@@ -73,21 +73,21 @@ class Saver:
             raise error
 
     def take_times(self) -> dict[str, float]:
-        """Seconds since the last call that training waited for saves, and that the save which ended was written in."""
+        """Seconds since the last call that training waited for saves, and that the last finished save took to write."""
         taken = {"save_stall_s": self._stall_s, "save_write_s": self._write_s}
         self._stall_s = self._write_s = 0.0
         return taken
 
     def _copy(self, share: Mapping[Piece, Tensor]) -> dict[Piece, Tensor]:
-        """The share on the host, in memory that is taken once and used by every save; pinned beside a GPU."""
+        """The share in host memory, which is allocated once and reused by every save; pinned when training on a GPU."""
         num_elements = sum(piece.num_elements for piece in share)
-        if self._aside is None or len(self._aside) != num_elements:
+        if self._buffer is None or len(self._buffer) != num_elements:
             is_pinned = self._world.device.type == "cuda"
-            self._aside = torch.empty(num_elements, dtype=torch.float32, pin_memory=is_pinned)
+            self._buffer = torch.empty(num_elements, dtype=torch.float32, pin_memory=is_pinned)
         copies, end = {}, 0
         for piece, values in share.items():
             start, end = end, end + piece.num_elements
-            copies[piece] = self._aside[start:end]
+            copies[piece] = self._buffer[start:end]
             copies[piece].copy_(values, non_blocking=True)
         if self._world.device.type == "cuda":
             torch.cuda.current_stream(self._world.device).synchronize()
@@ -97,7 +97,7 @@ class Saver:
         started_s = time.monotonic()
         try:
             self.last = write(self._world, copies)
-        except BaseException as error:  # it is raised in the thread that trains
+        except BaseException as error:  # raised in the training thread by wait()
             self._error = error
         self._write_s = time.monotonic() - started_s
         self.longest_s = max(self.longest_s, self._write_s)

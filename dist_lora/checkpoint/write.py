@@ -1,8 +1,7 @@
-"""Writing the trained state: each rank its share, all of them together or not at all; and dropping old
-checkpoints.
+"""Writing the trained state: each rank its share, all of them or none; and deleting old checkpoints.
 
-No collective is used, only the world's store: a slow disk stops nobody's watchdog. Until the last rename
-nothing that a resume would look at has changed, so a save may die at any instant.
+No collective is used, only the world's store, so that a slow disk triggers no watchdog. Until the last rename nothing
+that a resume looks at has changed, so a save may be killed at any instant.
 """
 
 from __future__ import annotations
@@ -47,13 +46,13 @@ log = logging.getLogger("dist_lora")
 
 Result = TypeVar("Result")
 
-_HEADER_BYTES_A_TENSOR = 1000  # of all kinds, in header and manifest: names of 60 characters take 700
+_HEADER_BYTES_PER_TENSOR = 1000  # of all kinds, in header and manifest: names of 60 characters take 700
 _FOLDER_BYTES = 65_536  # blocks of the folder, the manifest's head
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a save goes: ``partial`` until all is written, then ``final``, for a former one, ``replaced``."""
+class _SaveFolders:
+    """The folders of a save: ``partial`` until all is written, then ``final``; a former one becomes ``replaced``."""
 
     root: Path
     step: int
@@ -86,27 +85,24 @@ def save_checkpoint(
 ) -> Path:
     """The published checkpoint ``root/step-########`` of all ranks' shares. All ranks call it; no collective.
 
-    Checkpoints of later steps that lie there belong to a past this run has left: they are set aside, not
-    deleted.
+    Existing checkpoints of later steps belong to a history that this run has left: they are renamed, not deleted.
 
     Args:
-        share: what this rank holds, 1-D fp32 CPU tensors; empty ones are left out. All ranks' shares
-        together must
-            be every element of ``specs`` once in each kind. They must not change before this returns.
+        share: what this rank holds, 1-D fp32 CPU tensors; empty ones are left out. All ranks' shares together must be
+            every element of ``specs`` once in each kind. They must not change before this returns.
         specs: all trained tensors in their order, the same on all ranks.
-        progress, config, base, adapter: see ``Manifest``; only the first rank's count.
+        progress, config, base, adapter: see ``Manifest``; only the first rank's are used.
 
     Raises:
-        SaveError: on a rank whose disk refused, ``RankError`` on the others: nothing is published, the
-        partial folder
-            is gone, and the former checkpoints are as they were.
-        CheckpointError: likewise, where the shares are not every element once.
+        SaveError: on a rank that couldn't write, ``RankError`` on the others: nothing is published, the partial folder
+            is deleted, and the former checkpoints are as they were.
+        CheckpointError: likewise, if the shares are not every element once.
     """
     key = world.fresh_key(f"save/{step}")
-    place = _Place(root, step, checkpoint_bytes(specs))
+    folders = _SaveFolders(root, step, checkpoint_bytes(specs))
     try:
-        _together(world, f"checkpoint of step {step}", lambda: _begin(place) if world.is_first else None)
-        own = _together(world, f"checkpoint of step {step}", lambda: _write_share(place, share, world, key))
+        _on_all_ranks(world, f"checkpoint of step {step}", lambda: _begin(folders) if world.is_first else None)
+        own = _on_all_ranks(world, f"checkpoint of step {step}", lambda: _write_share(folders, share, world, key))
 
         def publish() -> None:
             others = [entry_from_bytes(world.fetch(f"{key}/{rank}")) for rank in range(1, world.world_size)]
@@ -122,47 +118,47 @@ def save_checkpoint(
                 adapter=dict(adapter),
                 versions=versions_here(),
             )
-            _publish(place, manifest)
+            _publish(folders, manifest)
 
-        _together(world, f"checkpoint of step {step}", lambda: publish() if world.is_first else None)
+        _on_all_ranks(world, f"checkpoint of step {step}", lambda: publish() if world.is_first else None)
     except Exception:
         if world.is_first:
-            shutil.rmtree(place.partial, ignore_errors=True)
+            shutil.rmtree(folders.partial, ignore_errors=True)
         raise
-    return place.final
+    return folders.final
 
 
 def checkpoint_bytes(specs: Sequence[TensorSpec]) -> int:
-    """What a checkpoint of these trained tensors takes at most, all ranks' files and the manifest."""
-    return sum(len(KINDS) * ITEM_BYTES * s.num_elements + _HEADER_BYTES_A_TENSOR for s in specs) + _FOLDER_BYTES
+    """The most bytes that a checkpoint of these trained tensors takes, all ranks' files and the manifest."""
+    return sum(len(KINDS) * ITEM_BYTES * s.num_elements + _HEADER_BYTES_PER_TENSOR for s in specs) + _FOLDER_BYTES
 
 
 def check_room(root: Path, specs: Sequence[TensorSpec], *, num_kept: int) -> None:
-    """Raise where the disk can't hold the checkpoints that are to be kept and the one that is being written.
+    """Raise if the disk can't hold the checkpoints to be kept and the one being written.
 
-    Those that lie there already are rotated away in time: they count as room. One rank calls it.
+    Existing ones will be deleted in time: their bytes count as available. One rank calls it.
 
     Raises:
         PlanError: with both numbers.
     """
-    place = next(folder for folder in (root, *root.parents) if folder.is_dir())
+    existing = next(folder for folder in (root, *root.parents) if folder.is_dir())
     try:
-        free_bytes = shutil.disk_usage(place).free
+        free_bytes = shutil.disk_usage(existing).free
         taken_bytes = sum(f.stat().st_size for path in step_folders(root).values() for f in path.iterdir())
     except OSError:
-        return  # the save itself will tell
+        return  # the save itself will raise
     one_bytes = checkpoint_bytes(specs)
     if free_bytes + taken_bytes < (num_kept + 1) * one_bytes:
         raise PlanError(
-            f"{root}: {num_kept + 1} checkpoints of {one_bytes:,} bytes ({num_kept} that are kept and one that is being "
-            f"written) need {(num_kept + 1) * one_bytes:,} bytes, and {free_bytes + taken_bytes:,} are there: "
-            f"{free_bytes:,} free and {taken_bytes:,} in older ones. Make room, set checkpoint.keep lower, or runs_dir "
-            "elsewhere."
+            f"{root}: {num_kept + 1} checkpoints of {one_bytes:,} bytes ({num_kept} to keep and one being written) "
+            f"need {(num_kept + 1) * one_bytes:,} bytes, and {free_bytes + taken_bytes:,} are available: "
+            f"{free_bytes:,} free and {taken_bytes:,} in older ones. Free disk space, set checkpoint.keep lower, or "
+            "set runs_dir elsewhere."
         )
 
 
-def _together(world: World, stage: str, action: Callable[[], Result]) -> Result:
-    """What ``action`` gives here, once it has succeeded on all ranks; where it fails on any, all raise."""
+def _on_all_ranks(world: World, stage: str, action: Callable[[], Result]) -> Result:
+    """What ``action`` returns on this rank, once it has succeeded on all; if it fails on any, all raise."""
     error, result = None, None
     try:
         with world.progress.phase(f"saving the {stage}", kind="long"):
@@ -174,7 +170,7 @@ def _together(world: World, stage: str, action: Callable[[], Result]) -> Result:
 
 
 def versions_here() -> dict[str, str]:
-    """The versions of what trains and saves in this process, by name."""
+    """The versions of the libraries that train and save in this process, by name."""
     return {
         "dist_lora": __version__,
         "python": platform.python_version(),
@@ -184,30 +180,30 @@ def versions_here() -> dict[str, str]:
     }
 
 
-def _begin(place: _Place) -> None:
-    """An empty partial folder, and the certainty that the disk has room for what comes."""
-    with _telling(place, place.partial):
-        place.root.mkdir(parents=True, exist_ok=True)
-        if place.partial.exists():
-            shutil.rmtree(place.partial)
-        place.partial.mkdir()
-        free_bytes = shutil.disk_usage(place.root).free
-    if free_bytes < place.needed_bytes:
+def _begin(folders: _SaveFolders) -> None:
+    """Make an empty partial folder, and check that the disk has room for the checkpoint."""
+    with _as_save_error(folders, folders.partial):
+        folders.root.mkdir(parents=True, exist_ok=True)
+        if folders.partial.exists():
+            shutil.rmtree(folders.partial)
+        folders.partial.mkdir()
+        free_bytes = shutil.disk_usage(folders.root).free
+    if free_bytes < folders.needed_bytes:
         raise SaveError(
-            f"{place.root}: the checkpoint of step {place.step} needs {place.needed_bytes:,} bytes and "
+            f"{folders.root}: the checkpoint of step {folders.step} needs {folders.needed_bytes:,} bytes and "
             f"{free_bytes:,} are free. {_WHAT_TO_DO}"
         )
 
 
 _WHAT_TO_DO = (
     "Nothing of it was kept and the former checkpoints are as they were: "
-    "make room (or set runs_dir elsewhere), and the same command goes on from the newest."
+    "free disk space (or set runs_dir elsewhere), and the same command resumes from the newest."
 )
 
 
 @contextmanager
-def _telling(place: _Place, path: Path) -> Iterator[None]:
-    """An ``OSError`` within becomes a ``SaveError`` with path, errno, and needed and free bytes."""
+def _as_save_error(folders: _SaveFolders, path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` into a ``SaveError`` with path, errno, and needed and free bytes."""
     try:
         yield
     except DistLoraError:
@@ -215,21 +211,21 @@ def _telling(place: _Place, path: Path) -> Iterator[None]:
     except OSError as error:
         free = "an unknown number of"
         with suppress(OSError):
-            free = f"{shutil.disk_usage(place.root).free:,}"
+            free = f"{shutil.disk_usage(folders.root).free:,}"
         name = errno.errorcode.get(error.errno or 0, "no errno")
         raise SaveError(
             f"{error.filename or path}: {error.strerror or error} ({name}) while saving the checkpoint of "
-            f"step {place.step}, which needs {place.needed_bytes:,} bytes in all; {free} bytes are free. "
+            f"step {folders.step}, which needs {folders.needed_bytes:,} bytes in total; {free} bytes are free. "
             f"{_WHAT_TO_DO}"
         ) from error
 
 
-def _write_share(place: _Place, share: Mapping[Piece, Tensor], world: World, key: str) -> FileEntry:
+def _write_share(folders: _SaveFolders, share: Mapping[Piece, Tensor], world: World, key: str) -> FileEntry:
     """Write this rank's file, fsynced, and report it to the first rank."""
-    path = place.partial / rank_file(world.world_rank, world.world_size)
-    with _telling(place, path):
+    path = folders.partial / rank_file(world.world_rank, world.world_size)
+    with _as_save_error(folders, path):
         held = {piece: t for piece, t in share.items() if piece.num_elements}
-        entry = _write_file(path, held, place.step, on_progress=world.progress.advance)
+        entry = _write_file(path, held, folders.step, on_progress=world.progress.advance)
     if not world.is_first:
         world.share(f"{key}/{world.world_rank}", entry_to_bytes(entry))
     return entry
@@ -248,32 +244,32 @@ def _write_file(path: Path, share: Mapping[Piece, Tensor], step: int, *, on_prog
     return FileEntry(path.name, num_bytes, checksum, tuple(share))
 
 
-def _publish(place: _Place, manifest: Manifest) -> None:
+def _publish(folders: _SaveFolders, manifest: Manifest) -> None:
     """Manifest, sync, rename, sync: there is no checkpoint before the rename and a whole one after it."""
-    with _telling(place, place.final):
+    with _as_save_error(folders, folders.final):
         for entry in manifest.files:
-            _expect_visible(place.partial / entry.name, entry)
-        write_manifest(place.partial, manifest)
-        sync(place.partial)
-        swap_in(place.partial, place.final, former=place.replaced)
-    set_aside(place.root, above=place.step)
+            _expect_visible(folders.partial / entry.name, entry)
+        write_manifest(folders.partial, manifest)
+        sync(folders.partial)
+        swap_in(folders.partial, folders.final, former=folders.replaced)
+    set_aside(folders.root, above=folders.step)
 
 
 def _expect_visible(path: Path, entry: FileEntry) -> None:
     num_bytes = path.stat().st_size if path.exists() else None
     if num_bytes != entry.num_bytes:
-        found = "not there" if num_bytes is None else f"{num_bytes} bytes long"
+        seen = "missing" if num_bytes is None else f"{num_bytes} bytes long"
         raise SaveError(
-            f"{path}: its rank wrote {entry.num_bytes} bytes and seen from the first rank it is {found}. "
-            "Does this folder lie on a file system that all nodes share? Set runs_dir to one that does."
+            f"{path}: its rank wrote {entry.num_bytes} bytes, and on the first rank it is {seen}. "
+            "Is this folder on a file system that all nodes share? Set runs_dir to one that is."
         )
 
 
 def set_aside(root: Path, *, above: int) -> list[Path]:
-    """Rename the checkpoints of steps later than ``above``, so that no resume or rotation sees them; the new paths.
+    """Rename the checkpoints of steps later than ``above``, so that no resume or rotation sees them; returns new paths.
 
-    They belong to a past that a run has left by going on from an earlier step. They are whole as they were, under
-    ``aside-step-########``, and are never deleted by us. One rank calls it. What can't be renamed is a warning.
+    They belong to a history that a run has left by resuming from an earlier step. They stay whole, as
+    ``aside-step-########``, and are never deleted. One rank calls it. What can't be renamed is logged as a warning.
     """
     renamed = []
     for path in [path for step, path in step_folders(root).items() if step > above]:
@@ -286,18 +282,16 @@ def set_aside(root: Path, *, above: int) -> list[Path]:
             log.warning(f"{path} is of a later step than {above} and can't be renamed: {error}")
         else:
             renamed.append(aside)
-            log.warning(f"{path} is of a later step than {above}, from which this run goes on: now {aside.name}")
+            log.warning(f"{path} is of a later step than {above}, from which this run resumes: renamed to {aside.name}")
     return renamed
 
 
 def rotate(root: Path, *, keep: int, best: int | None) -> list[Path]:
-    """Delete all but the newest ``keep`` whole checkpoints and that of step ``best``; returns what was
-    removed.
+    """Delete all but the newest ``keep`` whole checkpoints and that of step ``best``; returns what was removed.
 
-    Whole means here: a sound manifest, and files of the right sizes. A damaged one goes once ``keep`` newer
-    whole ones are there; while none is whole, nothing goes. Leftovers of killed saves and deletions go too.
-    One rank calls it, while no save is under way. What can't be deleted is a warning: a run doesn't end by
-    it.
+    Whole means here: a valid manifest, and files of the right sizes. A damaged one is deleted once there are ``keep``
+    newer whole ones; while none is whole, nothing is. Leftovers of killed saves and deletions are deleted too. One rank
+    calls it, while no save is in flight. What can't be deleted is logged as a warning and doesn't end the run.
     """
     assert keep >= 1, keep
     folders = step_folders(root)
@@ -312,7 +306,7 @@ def rotate(root: Path, *, keep: int, best: int | None) -> list[Path]:
         try:
             folders[step].rename(doomed)
         except OSError as error:
-            log.warning(f"{folders[step]} can't be deleted: {error.strerror or error}. It stays")
+            log.warning(f"{folders[step]} can't be deleted: {error.strerror or error}. It is kept")
             continue
         _delete(doomed)
         removed.append(folders[step])
@@ -331,4 +325,4 @@ def _delete(folder: Path) -> None:
     try:
         shutil.rmtree(folder)
     except OSError as error:
-        log.warning(f"{folder} can't be deleted: {error.strerror or error}. It takes room until someone does")
+        log.warning(f"{folder} can't be deleted: {error.strerror or error}. It takes disk space until it is deleted")

@@ -20,7 +20,7 @@ from dist_lora.world.world import World
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Loss over all target tokens of a held-out set, the mean in nats a token."""
+    """Loss over all target tokens of a held-out set, the mean in nats per token."""
 
     loss: float
     target_tokens: int
@@ -31,8 +31,8 @@ class HeldOut:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def go_on() -> None:
-    """What ``ask`` is where nobody may end an evaluation."""
+def never_stop() -> None:
+    """The ``check_stop`` of an evaluation that can't be interrupted."""
 
 
 @torch.no_grad()
@@ -42,20 +42,20 @@ def held_out_loss(
     *,
     run: Callable[[MicroBatch], torch.Tensor],
     world: World,
-    ask: Callable[[], None] = go_on,
+    check_stop: Callable[[], None] = never_stop,
 ) -> HeldOut:
     """The loss over every sample once, whatever the number of ranks. All ranks call it.
 
     Args:
-        run: gives a micro-batch's sum.
-        ask: called before each micro-batch; what it raises, on all ranks, ends the evaluation.
+        run: returns the sum of a micro-batch's losses.
+        check_stop: called before each micro-batch; what it raises, on all ranks, ends the evaluation.
     """
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     try:
         for batch in batches:
-            ask()
+            check_stop()
             sums[0] += run(batch)
             sums[1] += len(batch.labels)
             world.progress.advance()
@@ -67,7 +67,7 @@ def held_out_loss(
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """How many generated answers equal the wanted ones, letter by letter but for space around them."""
+    """How many generated answers equal the expected ones, character by character, ignoring surrounding whitespace."""
 
     correct: int
     total: int
@@ -83,12 +83,12 @@ def exact_match(
     max_new_tokens: int,
     batch: int,
     world: World,
-    ask: Callable[[], None] = go_on,
+    check_stop: Callable[[], None] = never_stop,
 ) -> ExactMatch:
     """Generate the last answer of each sample from what comes before it, and compare. All ranks call it.
 
-    Each rank takes every ``world_size``-th sample; where memory allows, the base stays gathered meanwhile. ``ask`` is called
-    before each batch of answers, see ``held_out_loss``.
+    Each rank takes every ``world_size``-th sample; if memory allows, the base stays gathered throughout. ``check_stop``
+    is called before each batch of answers, see ``held_out_loss``.
     """
     mine = [last_answer(*tokens.document(i)) for i in range(world.world_rank, len(tokens), world.world_size)]
     per_rank = math.ceil(len(tokens) / world.world_size)
@@ -99,17 +99,17 @@ def exact_match(
     correct = 0
     try:
         for first in range(0, per_rank, batch):
-            ask()
-            asked = mine[first : first + batch]
+            check_stop()
+            samples = mine[first : first + batch]
             answers = generate(
                 model,
-                [prompt for prompt, _ in asked],
+                [prompt for prompt, _ in samples],
                 stop_ids=stop_ids,
                 max_new_tokens=max_new_tokens,
                 world=world,
             )
-            for (_, wanted), answer in zip(asked, answers, strict=True):
-                correct += tokenizer.decode(answer).strip() == tokenizer.decode(_until_stop(wanted, stop_ids)).strip()
+            for (_, expected), answer in zip(samples, answers, strict=True):
+                correct += tokenizer.decode(answer).strip() == tokenizer.decode(_until_stop(expected, stop_ids)).strip()
     finally:
         engine.keep_gathered(model, False)
         model.train(was_training)
@@ -118,7 +118,7 @@ def exact_match(
 
 
 def _until_stop(ids: Sequence[int], stop_ids: frozenset[int]) -> list[int]:
-    # What a template puts after an end token (a newline) is no part of the answer.
+    # What a template puts after an end token (a newline) is not part of the answer.
     for i, token in enumerate(ids):
         if token in stop_ids:
             return list(ids[:i])

@@ -1,4 +1,4 @@
-"""Greedy answers with a cache of keys and values, batched, on any engine."""
+"""Greedy generation with a key-value cache, batched, on any engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>")
 
 
 class KeyValueCache:
-    """Keys and values of a batch of answers; first it takes the prompts, then a token of each at a time."""
+    """Keys and values of a batch of answers: filled with the prompts first, then one token per answer at a time."""
 
     def __init__(self, model: Llama, bounds: Sequence[int], *, max_new_tokens: int) -> None:
         shape = model.shape
@@ -38,13 +38,13 @@ class KeyValueCache:
         self._values = [torch.zeros(size, device=device, dtype=dtype) for _ in range(shape.num_layers)]
 
     def advance(self) -> None:
-        """A pass is over: the first one brought the prompts, each later one a token of each answer."""
+        """Call after each forward pass: the first one adds the prompts, each later one a token per answer."""
         if self._is_filled:
             self.lengths += 1
         self._is_filled = True
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See ``base.attention.Attention``: T is all prompts' tokens first, then B."""
+        """See ``base.attention.Attention``: T is all prompts' tokens in the first pass, then B."""
         keys, values = self._keys[layer], self._values[layer]
         if not self._is_filled:
             parts = []
@@ -53,10 +53,10 @@ class KeyValueCache:
                 values[i, :, : b - a] = value[a:b].transpose(0, 1)
                 parts.append(causal_attention(query[a:b], key[a:b], value[a:b]))
             return torch.cat(parts)
-        each = torch.arange(len(self.lengths), device=query.device)
-        keys[each, :, self.lengths] = key
-        values[each, :, self.lengths] = value
-        # The query heads that share a key head are taken as that head's rows: (B, G, H / G, E).
+        answers = torch.arange(len(self.lengths), device=query.device)
+        keys[answers, :, self.lengths] = key
+        values[answers, :, self.lengths] = value
+        # The query heads that share a key head become that head's rows: (B, G, H / G, E).
         rows = query.view(len(query), keys.shape[1], -1, query.shape[-1])
         seen = torch.arange(keys.shape[2], device=query.device) <= self.lengths[:, None]
         attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=seen[:, None, None, :])
@@ -75,12 +75,12 @@ def generate(
 ) -> list[list[int]]:
     """The most likely continuation of each prompt, without the id that ended it.
 
-    All ranks call it, each with its own prompts (none is allowed): they run the same number of passes, since a
-    sharded base is gathered by all. Cost: one pass a token for all prompts together.
+    All ranks call it, each with its own prompts (possibly none): they run the same number of forward passes, since a
+    sharded base is gathered by all. Cost: one forward pass per token, for all prompts at once.
 
     Args:
         prompts: token ids of each; not empty.
-        on_token: is given each id of the first answer as it comes.
+        on_token: called with each id of the first answer as it is generated.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     is_open = [True] * len(prompts)
@@ -112,28 +112,28 @@ def generate(
 
 
 def stop_ids_of(folder: Path, tokenizer: Any) -> frozenset[int]:
-    """Every id that ends an answer: of generation_config.json, config.json and the tokenizer's ends of a turn."""
-    found: set[int] = set()
+    """Every id that ends an answer: of generation_config.json, config.json and the tokenizer's end-of-turn tokens."""
+    stop_ids: set[int] = set()
     for file in ("generation_config.json", "config.json"):
         path = folder / file
         if path.exists():
             ids = read_model_json(path).get("eos_token_id")
             listed = [ids] if isinstance(ids, int) else ids or []
             if not (isinstance(listed, list) and all(type(token) is int for token in listed)):
-                raise WeightsError(f"{path} has eos_token_id {ids!r}; an id or a list of ids was expected")
-            found |= set(listed)
+                raise WeightsError(f"{path} has eos_token_id {ids!r}, expected an id or a list of ids")
+            stop_ids |= set(listed)
     if tokenizer.eos_token_id is not None:
-        found.add(int(tokenizer.eos_token_id))
+        stop_ids.add(int(tokenizer.eos_token_id))
     vocabulary = tokenizer.get_vocab()
-    found |= {vocabulary[token] for token in END_OF_TURN if token in vocabulary}
-    return frozenset(found)
+    stop_ids |= {vocabulary[token] for token in END_OF_TURN if token in vocabulary}
+    return frozenset(stop_ids)
 
 
 def base_fits_whole(model: Llama, world: World) -> bool:
-    """Whether every rank can hold the whole base for a while in a quarter of the memory that is free there.
+    """Whether every rank can temporarily hold the whole base in a quarter of its free memory.
 
-    Generation passes the base once a token: gathered once it is many times faster on a slow wire. All ranks
-    call it and get the same answer.
+    Generation runs the base once per token: gathering it only once is many times faster on a slow link. All ranks call
+    it and get the same answer.
     """
     if world.device.type == "cuda":
         free_bytes = torch.cuda.mem_get_info(world.device)[0]

@@ -1,1 +1,1 @@
-"""What a run keeps on disk beside its checkpoints: its lock, records, status and report."""
+"""What a run keeps on disk besides its checkpoints: its lock, records, status and report."""

@@ -13,14 +13,14 @@ from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, RunInUse, SaveError
 from dist_lora.files import lock, write_whole
-from dist_lora.run_folder.status import Mark
+from dist_lora.run_folder.status import StatusWriter
 from dist_lora.world.world import World
 
-SEEN_S = 10.0  # a network file system may hide a new file for as long as it remembers that there was none
+SEEN_S = 10.0  # a network file system may hide a new file for as long as it caches that there was none
 
 
 def open_run_folder(config: Config, world: World) -> Path:
-    """``runs_dir/run``, made if need be, locked by the first rank for as long as this process lives.
+    """``runs_dir/run``, made if needed, locked by the first rank for as long as this process lives.
 
     All ranks call it.
 
@@ -34,7 +34,7 @@ def open_run_folder(config: Config, world: World) -> Path:
     def take() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
-        Mark(folder).begin()
+        StatusWriter(folder).begin()
 
     def refused(error: OSError) -> SaveError:
         return SaveError(
@@ -47,7 +47,7 @@ def open_run_folder(config: Config, world: World) -> Path:
 
 
 def _check_shared(folder: Path, world: World) -> None:
-    """Raise on all ranks where a node doesn't see what the first one writes: its checkpoints would be in pieces."""
+    """Raise on all ranks if a node doesn't see what the first one writes: checkpoints would be scattered over nodes."""
     if world.num_nodes == 1:
         return
 
@@ -66,7 +66,7 @@ def _check_shared(folder: Path, world: World) -> None:
         while world.local_rank == 0 and not probe.exists():
             if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"runs_dir: {folder} is not one folder for all nodes: what rank 0 has written there is not seen on "
+                    f"runs_dir: {folder} is not shared by all nodes: a file that rank 0 wrote there is not visible on "
                     f"{socket.gethostname()} (rank {world.world_rank}) after {SEEN_S:.0f} s. Set runs_dir to a file "
                     "system that all nodes share."
                 )
@@ -79,7 +79,7 @@ def _check_shared(folder: Path, world: World) -> None:
             probe.unlink(missing_ok=True)
 
 
-_locks: list[TextIO] = []  # open for as long as the process lives: closing a lock's file gives it back
+_locks: list[TextIO] = []  # open for as long as the process lives: closing a lock's file releases it
 
 
 def _lock(folder: Path) -> None:
@@ -99,10 +99,10 @@ def _lock(folder: Path) -> None:
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """Leave the resolved config in the run's folder; one rank calls it, once nothing of the config is refused.
+    """Write the resolved config to the run's folder; one rank calls it, once all of the config is accepted.
 
     Raises:
-        SaveError: the disk refuses.
+        SaveError: it can't be written.
     """
     path = folder / "config.yaml"
     try:

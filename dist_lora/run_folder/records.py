@@ -1,4 +1,4 @@
-"""The files in which a run writes down its steps and evaluations, a line of JSON each; needs no torch."""
+"""The files that record a run's steps and evaluations, one line of JSON each; needs no torch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from dist_lora.errors import SaveError
 from dist_lora.files import sync, write_whole
 
-METRICS_FILE = "metrics.jsonl"  # a line a step
-EVALUATIONS_FILE = "evaluations.jsonl"  # a line an evaluation
+METRICS_FILE = "metrics.jsonl"  # one line per step
+EVALUATIONS_FILE = "evaluations.jsonl"  # one line per evaluation
 
 
 def truncate_metrics(folder: Path, *, last_step: int, last_evaluation: int) -> None:
-    """Drop the lines of later steps and evaluations: they were lost with the process that made them, and come again.
+    """Drop the lines of later steps and evaluations: they were lost with their process and will be repeated.
 
     Raises:
-        SaveError: the disk refuses.
+        SaveError: a file can't be written.
     """
     for name, last in ((METRICS_FILE, last_step), (EVALUATIONS_FILE, last_evaluation)):
         path = folder / name
@@ -29,12 +29,12 @@ def truncate_metrics(folder: Path, *, last_step: int, last_evaluation: int) -> N
             write_whole(path, kept)
         except OSError as error:
             raise SaveError(
-                f"{path}: can't be written: {error.strerror or error}. Make room, or set runs_dir elsewhere."
+                f"{path}: can't be written: {error.strerror or error}. Free disk space, or set runs_dir elsewhere."
             ) from error
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file of steps, in their order; what a process died in, or wrote otherwise, is left out."""
+    """The complete lines of a file, in order; a line that was cut short, or isn't one of a step, is skipped."""
     for text in path.read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
@@ -46,10 +46,10 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def sync_metrics(folder: Path) -> None:
-    """Fsync what was written of steps and evaluations.
+    """Fsync the lines of steps and evaluations.
 
     Raises:
-        SaveError: the disk refuses.
+        SaveError: a file can't be synced.
     """
     for name in (METRICS_FILE, EVALUATIONS_FILE):
         path = folder / name

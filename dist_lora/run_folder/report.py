@@ -1,4 +1,4 @@
-"""One page of HTML about a run: what was trained, its curves, its evaluations, its settings. It needs no other file."""
+"""A self-contained HTML page about a run: what was trained, its curves, evaluations and settings."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, SaveError
 from dist_lora.files import write_whole
 from dist_lora.run_folder.records import EVALUATIONS_FILE, METRICS_FILE, read_lines
-from dist_lora.run_folder.status import tell_status
+from dist_lora.run_folder.status import describe_status
 from dist_lora.text import GIB
 
 REPORT_FILE = "report.html"
 TEMPLATE = "report.html.jinja"
-MOST_POINTS = 1000  # of a curve
-MOST_EVALUATIONS = 200  # rows of the table, the newest
+MOST_POINTS = 1000  # per curve
+MOST_EVALUATIONS = 200  # the newest, as rows of the table
 
 Line = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One plot: a number of each step's line, and perhaps one of each evaluation as dots."""
+    """One plot: a number of each step's line and, optionally, one of each evaluation as dots."""
 
     key: str
     title: str
@@ -41,20 +41,20 @@ class Curve:
 
 
 CURVES = (
-    Curve("loss", "loss of a target token", of_evaluations="eval_loss"),
-    Curve("eval_exact_match", "held-out answers that are exact", of_evaluations="eval_exact_match"),
-    Curve("grad_norm", "norm of the gradient, before clipping", is_log=True),
+    Curve("loss", "loss per trained token", of_evaluations="eval_loss"),
+    Curve("eval_exact_match", "exact match on held-out samples", of_evaluations="eval_exact_match"),
+    Curve("grad_norm", "gradient norm, before clipping", is_log=True),
     Curve("lr", "learning rate"),
-    Curve("tokens_per_s", "tokens/s, of all ranks"),
-    Curve("step_s", "seconds of a step"),
-    Curve("peak_bytes", "most memory of the first rank so far, GiB", divisor=GIB),
+    Curve("tokens_per_s", "tokens/s, all ranks"),
+    Curve("step_s", "seconds per step"),
+    Curve("peak_bytes", "peak memory of the first rank, GiB", divisor=GIB),
 )
 
 
 def write_report(folder: Path, *, out: Path | None = None) -> Path:
-    """Write the page of a run, which may still be at work; returns its file.
+    """Write the page of a run, which may still be running; returns its file.
 
-    Needs no torch, no GPU and no model. Nothing in the page asks another machine for anything.
+    Needs no torch, no GPU and no model. The page loads nothing from the network.
 
     Args:
         folder: of the run, as ``runs/NAME``.
@@ -62,7 +62,7 @@ def write_report(folder: Path, *, out: Path | None = None) -> Path:
 
     Raises:
         ConfigError: there is no run, or it has done no step; its ``config.yaml`` can't be read.
-        SaveError: the disk refuses.
+        SaveError: the page can't be written.
     """
     path = out or folder / REPORT_FILE
     page = _page(folder)
@@ -70,7 +70,9 @@ def write_report(folder: Path, *, out: Path | None = None) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, page)
     except OSError as error:
-        raise SaveError(f"{path}: can't be written: {error.strerror or error}. Name another place by --out.") from error
+        raise SaveError(
+            f"{path}: can't be written: {error.strerror or error}. Name another file with --out."
+        ) from error
     return path
 
 
@@ -80,13 +82,13 @@ def _page(folder: Path) -> str:
     config = _config_of(folder)
     steps, evaluations = _lines(folder / METRICS_FILE), _lines(folder / EVALUATIONS_FILE)
     if not steps:
-        raise ConfigError(f"{folder}: no step is written down in {METRICS_FILE} yet; a report needs one")
+        raise ConfigError(f"{folder}: {METRICS_FILE} has no step yet; a report needs at least one")
     template = Environment(
         loader=PackageLoader("dist_lora", "run_folder"), autoescape=True, keep_trailing_newline=True
     ).get_template(TEMPLATE)
     return template.render(
         title=config.run,
-        status=tell_status(folder).text.removeprefix(f"{folder}: "),
+        status=describe_status(folder).text.removeprefix(f"{folder}: "),
         facts=list(_facts(folder, config, steps, evaluations)),
         plots=list(_plots(steps, evaluations)),
         mean_of=math.ceil(len(steps) / MOST_POINTS),
@@ -97,8 +99,10 @@ def _page(folder: Path) -> str:
 
 def _config_of(folder: Path) -> Config:
     if not (folder / "config.yaml").is_file():
-        found = "a folder without config.yaml" if folder.is_dir() else "no such folder"
-        raise ConfigError(f"{folder}: found {found}, expected a run's folder, as runs/NAME (dist-lora train makes it)")
+        problem = "a folder without config.yaml" if folder.is_dir() else "no such folder"
+        raise ConfigError(
+            f"{folder}: found {problem}, expected a run's folder, as runs/NAME (dist-lora train makes it)"
+        )
     return load_config(folder / "config.yaml")
 
 
@@ -107,13 +111,13 @@ def _lines(path: Path) -> list[Line]:
 
 
 def _number(line: Line, key: str) -> float:
-    """A number of a line; NaN where it has none."""
+    """A number of a line; NaN if it has none."""
     value = line.get(key)
     return float(value) if isinstance(value, int | float) and not abs(value) >= 2**1000 else math.nan
 
 
 def _all(lines: Sequence[Line], key: str) -> list[float]:
-    """The finite numbers of all lines; a zero where there is none."""
+    """The finite numbers of all lines; a zero if there is none."""
     return [number for line in lines if math.isfinite(number := _number(line, key))] or [0.0]
 
 
@@ -123,25 +127,28 @@ def _all(lines: Sequence[Line], key: str) -> list[float]:
 def _facts(
     folder: Path, config: Config, steps: Sequence[Line], evaluations: Sequence[Line]
 ) -> Iterator[tuple[str, str]]:
-    """Names and values, in the order in which one asks."""
+    """Names and values, in the order of interest."""
     summary = _summary_of(folder)
     yield "model", f"{config.model.name} ({'unquantized' if config.model.quant == 'none' else config.model.quant})"
     yield (
         "adapters",
-        f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, beside {', '.join(config.lora.target_names())}",
+        f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, on {', '.join(config.lora.target_names())}",
     )
     if {"trainable", "frozen"} <= summary.keys():
         trained, frozen = int(summary["trainable"]), int(summary["frozen"])
         yield "weights", f"{trained:,} trained, {frozen:,} frozen ({trained / frozen:.2%})"
     yield "steps", f"{steps[-1]['step']:,}" + (f" of {summary['steps']:,}" if "steps" in summary else "")
-    yield "loss", f"{_number(steps[0], 'loss'):.4f} at first, {_number(steps[-1], 'loss'):.4f} at last"
-    held_out = {int(each["step"]): _number(each, "eval_loss") for each in evaluations}
+    yield "loss", f"{_number(steps[0], 'loss'):.4f} at the first step, {_number(steps[-1], 'loss'):.4f} at the last"
+    held_out = {int(line["step"]): _number(line, "eval_loss") for line in evaluations}
     if held_out:
         best = min(held_out, key=lambda step: (math.isnan(held_out[step]), held_out[step]))
-        yield "held-out loss", f"{held_out[max(held_out)]:.4f} at last, {held_out[best]:.4f} at best, at step {best:,}"
-    yield "tokens", f"{sum(_all(steps, 'tokens')):,.0f}, {sum(_all(steps, 'target_tokens')):,.0f} of them targets"
+        yield (
+            "held-out loss",
+            f"{held_out[max(held_out)]:.4f} at the last evaluation, best {held_out[best]:.4f} at step {best:,}",
+        )
+    yield "tokens", f"{sum(_all(steps, 'tokens')):,.0f}, {sum(_all(steps, 'target_tokens')):,.0f} trained on"
     speed = statistics.median(_all(steps, "tokens_per_s"))
-    yield "time", f"{_duration(sum(_all(steps, 'step_s')))} in steps, {speed:,.0f} tokens/s in the median step"
+    yield "time", f"{_duration(sum(_all(steps, 'step_s')))} in steps, {speed:,.0f} tokens/s median"
     peaks = summary.get("peak_bytes") or [max(_all(steps, "peak_bytes"))]
     yield (
         "peak memory",
@@ -156,12 +163,12 @@ def _facts(
 
 
 def _summary_of(folder: Path) -> dict[str, Any]:
-    """What a run leaves at its end; nothing before."""
+    """The summary that a run writes at its end; empty before."""
     try:
-        found = json.loads((folder / "summary.json").read_text())
+        summary = json.loads((folder / "summary.json").read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def _duration(seconds: float) -> str:
@@ -171,7 +178,7 @@ def _duration(seconds: float) -> str:
 
 
 def _table(evaluations: Sequence[Line]) -> list[list[str]]:
-    """The evaluations' numbers, their names first; none where there are none."""
+    """The evaluations' numbers as rows under a row of their names; empty if there are none."""
     if not evaluations:
         return []
     names = list(dict.fromkeys(itertools.chain.from_iterable(evaluations)))
@@ -195,7 +202,7 @@ def _plots(steps: Sequence[Line], evaluations: Sequence[Line]) -> Iterator[str]:
 
 
 def _points(lines: Sequence[Line], key: str, *, divisor: float) -> list[tuple[float, float]]:
-    """Steps and values; means of as many as make a curve of ``MOST_POINTS``. A mean of what is not finite isn't either."""
+    """Steps and values, averaged to at most ``MOST_POINTS`` a curve; a mean of a NaN is NaN."""
     size = math.ceil(len(lines) / MOST_POINTS) or 1
     points = [(float(line["step"]), _number(line, key) / divisor) for line in lines]
     return [
@@ -205,7 +212,7 @@ def _points(lines: Sequence[Line], key: str, *, divisor: float) -> list[tuple[fl
 
 
 def _svg(curve: Curve, line: Sequence[tuple[float, float]], dots: Sequence[tuple[float, float]]) -> str:
-    # Not at the top: it takes a second. No pyplot, which keeps a state.
+    # Imported here because it takes a second. No pyplot, which keeps global state.
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -225,7 +232,7 @@ def _svg(curve: Curve, line: Sequence[tuple[float, float]], dots: Sequence[tuple
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     drawn = io.StringIO()
-    # Texts stay texts; names within the drawing are the curve's own, for all stand on one page.
+    # Text stays text; ids are unique to each curve, since all drawings are on one page.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": curve.key}):
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     text = drawn.getvalue()

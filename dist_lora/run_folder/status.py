@@ -1,13 +1,13 @@
-"""The mark that a run leaves in its folder: how its last attempt stands or ended, for whoever starts it again.
+"""The status file in a run's folder: whether its last attempt runs, or how it ended, for whoever restarts it.
 
-Launchers don't hand on exit codes: torchrun makes 1 of every one (torch 2.13), and a job that Slurm starts again shows
-the last attempt's. So a script asks the mark: one line of text, that a shell reads by ``read -r``::
+Launchers don't pass on exit codes: torchrun turns every one into 1 (torch 2.13), and a job that Slurm requeues shows
+the last attempt's. So scripts read the status file: one line of text, that a shell reads with ``read -r``::
 
     CODE AGAIN STEP STALLED ATTEMPT REASON
 
-CODE is the exit code, or ``running``; AGAIN is ``again`` where starting the same command again makes sense, or ``final``;
-STEP that of the newest checkpoint; STALLED how many attempts in a row have ended
-without a newer checkpoint than the one they began with; ATTEMPT names the start of the job.
+CODE is the exit code, or ``running``; AGAIN is ``again`` if running the same command again makes sense, or ``final``;
+STEP that of the newest checkpoint; STALLED how many attempts in a row ended without a newer checkpoint than the one
+they started from; ATTEMPT names the attempt: a job and how often it was restarted.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ REASON_CHARACTERS = 300
 
 @dataclass(frozen=True)
 class Status:
-    """A mark, as read. ``code`` is None while the attempt runs (or when it was killed and left no other)."""
+    """The content of a status file. ``code`` is None while the attempt runs (or if it was killed)."""
 
     code: int | None
     is_final: bool
@@ -57,14 +57,14 @@ class Status:
     reason: str
 
     def line(self) -> str:
-        """As it stands in the file."""
+        """The line in the file."""
         code = RUNNING if self.code is None else str(self.code)
         reason = " ".join(self.reason.split())[:REASON_CHARACTERS]
         return f"{code} {FINAL if self.is_final else AGAIN} {self.step} {self.stalled} {self.attempt} {reason}\n"
 
 
 def read_status(folder: Path) -> Status | None:
-    """The mark of a run's folder; None where there is none that can be read."""
+    """The status in a run's folder; None if there is none that can be read."""
     try:
         code, kind, *numbers, attempt, reason = (folder / STATUS_FILE).read_text().split(" ", 5)
         step, stalled = map(int, numbers)
@@ -74,7 +74,7 @@ def read_status(folder: Path) -> Status | None:
 
 
 def attempt_of(environment: Mapping[str, str]) -> str:
-    """What names this start: the job and how often Slurm has started it again, or torchrun's id, or ``-``."""
+    """The name of this attempt: the Slurm job and how often it was restarted, or torchrun's id, or ``-``."""
     job = environment.get("SLURM_JOB_ID")
     if job:
         return f"{job}.{environment.get('SLURM_RESTART_COUNT') or 0}"
@@ -86,12 +86,12 @@ def _job_of(attempt: str) -> str:
 
 
 def _is_final(code: int, error: BaseException | None) -> bool:
-    """Whether starting again would be of no use: numbers that went wrong go wrong again, bit for bit."""
+    """Whether a restart would be useless: a numerical failure repeats itself, bit for bit."""
     return code in (EXIT_DONE, *MISTAKES) or isinstance(error, StoppedForGood | TrainingError | OutOfMemory)
 
 
-class Mark:
-    """The mark of one attempt at a run; writing it never fails: it helps scripts, and no run ends for want of it."""
+class StatusWriter:
+    """Writes the status file of one attempt at a run. Writing never raises: no run ends because of its status file."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str] = os.environ) -> None:
         self.folder = folder
@@ -99,24 +99,24 @@ class Mark:
         self._is_restart = environment.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
 
     def ended_before(self) -> Status | None:
-        """How this very job has ended already, where torchrun starts its workers again in spite of a final code."""
+        """How this same job has already ended, if torchrun restarts its workers despite a final exit code."""
         before = read_status(self.folder) if self._is_restart else None
         if before is None or before.attempt != self.attempt:
             return None
         return before if before.code in (*MISTAKES, EXIT_STOPPED) else None
 
     def begin(self) -> None:
-        """Say that this attempt runs. The first rank calls it, once the run's folder is its own."""
+        """Write that this attempt runs. The first rank calls it, once it has locked the run's folder."""
         step, before = self._step(), self._before()
         stalled = 0 if before is None else before.stalled
-        if before is not None and before.code is None:  # it was killed, and nobody has counted it
+        if before is not None and before.code is None:  # it was killed, and not counted yet
             stalled = 0 if step > before.step else stalled + 1
         self._write(Status(None, False, step, stalled, self.attempt, f"since {time.strftime('%Y-%m-%d %H:%M:%S')}"))
 
     def end(self, error: BaseException | None) -> None:
-        """Say how it has ended: well (None) or by what. Called by the rank that tells the user."""
+        """Write how it ended: well (None) or with an error. Called by the rank that reports to the user."""
         if isinstance(error, RunInUse):
-            return  # the mark is that of the run that is at work there
+            return  # the status is that of the process that is running there
         code = EXIT_DONE if error is None else EXIT_FAILED
         if isinstance(error, DistLoraError | StopNow):
             code = error.exit_code
@@ -127,23 +127,25 @@ class Mark:
             and before.attempt == self.attempt
             and before.code is not None
         ):
-            return  # a launcher has ended this rank, for a reason that another one has told
-        if code in (EXIT_STOPPED, EXIT_FAILED) or self.attempt != "-":  # by hand, a mistake makes no folder
+            return  # a launcher ended this rank, for a reason that another one has reported
+        if (
+            code in (EXIT_STOPPED, EXIT_FAILED) or self.attempt != "-"
+        ):  # without a launcher, a user's mistake makes no folder
             with contextlib.suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
         step = self._step()
-        has_come_on = code == EXIT_DONE or (before is not None and step > before.step)
-        stalled = 0 if has_come_on else (before.stalled if before is not None else 0) + 1
+        has_progressed = code == EXIT_DONE or (before is not None and step > before.step)
+        stalled = 0 if has_progressed else (before.stalled if before is not None else 0) + 1
         reason = "done" if error is None else str(error) or type(error).__name__
         self._write(Status(code, _is_final(code, error), step, stalled, self.attempt, reason))
 
     def _before(self) -> Status | None:
-        """The mark of this attempt, or of an earlier one of the same job."""
+        """The status of this attempt, or of an earlier one of the same job."""
         before = read_status(self.folder)
         return before if before is not None and _job_of(before.attempt) == _job_of(self.attempt) else None
 
     def _step(self) -> int:
-        with contextlib.suppress(CheckpointError):  # told by whoever needs one
+        with contextlib.suppress(CheckpointError):  # reported by whatever needs a checkpoint
             return max(step_folders(self.folder / "checkpoints"), default=0)
         return 0
 
@@ -153,8 +155,8 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What is told of a run, and the exit code that says it to a script."""
+class RunStatus:
+    """A run's status in words, and as an exit code for scripts."""
 
     text: str
     exit_code: int
@@ -162,24 +164,24 @@ class Told:
 
     def to_json(self) -> dict[str, Any]:
         """For scripts."""
-        found = {} if self.status is None else asdict(self.status)
-        return {**found, "text": self.text, "exit_code": self.exit_code}
+        fields = {} if self.status is None else asdict(self.status)
+        return {**fields, "text": self.text, "exit_code": self.exit_code}
 
 
-def tell_status(folder: Path, *, since_s: float | None = None) -> Told:
-    """How the run of a folder stands.
+def describe_status(folder: Path, *, since_s: float | None = None) -> RunStatus:
+    """The status of the run in a folder.
 
     Args:
-        since_s: seconds since 1970; a mark that is older counts as none, which is a failure.
+        since_s: seconds since 1970; an older status is ignored, and counts as a failure.
     """
     status = read_status(folder)
     if since_s is not None and (status is None or (folder / STATUS_FILE).stat().st_mtime < since_s - 1):
-        return Told(f"{folder}: ended before it came to its folder", EXIT_FAILED, None)
+        return RunStatus(f"{folder}: ended before it opened the run's folder", EXIT_FAILED, None)
     if status is None:
-        return Told(f"{folder}: not begun", EXIT_DONE, None)
+        return RunStatus(f"{folder}: not started", EXIT_DONE, None)
     at = f"{folder}: step {status.step} is saved; "
     if is_locked(folder / "lock"):
-        return Told(f"{at}running {status.reason}", EXIT_DONE, status)
+        return RunStatus(f"{at}running {status.reason}", EXIT_DONE, status)
     if status.code is None:
-        return Told(f"{at}killed: it has run {status.reason}, and left no word", EXIT_FAILED, status)
-    return Told(f"{at}exit code {status.code}: {status.reason}", status.code, status)
+        return RunStatus(f"{at}killed: it ran {status.reason}, and wrote no status at its end", EXIT_FAILED, status)
+    return RunStatus(f"{at}exit code {status.code}: {status.reason}", status.code, status)

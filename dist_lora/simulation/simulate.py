@@ -33,7 +33,7 @@ from dist_lora.lora.origin import BaseIdentity
 from dist_lora.simulation.collectives import Sent, Traffic, traffic
 from dist_lora.simulation.tracker import KINDS, Kind, Memory, Moment, Tracker, register_run
 from dist_lora.simulation.world import pretended_world
-from dist_lora.train.build import Base, Placed, Trainee, place
+from dist_lora.train.build import Base, ShardedModel, Trainee, shard_model
 from dist_lora.train.command import loader_of
 from dist_lora.train.step import TrainStep
 from dist_lora.world.world import World
@@ -107,25 +107,25 @@ def simulate(
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         # FSDP2's meshes are made of real tensors; DeepSpeed makes parameters while it cuts, which must be fake ones.
         with fake if config.parallel.engine == "zero3" else nullcontext():
-            placed = place(
+            sharded = shard_model(
                 config, shape, world, name=config.model.name, memory_bytes=device_bytes, on_gpu=device == "gpu"
             )
-        memory, sent, host_bytes = _step(config, shape, placed, world, loader, fake, num_passes=len(passes))
+        memory, sent, host_bytes = _step(config, shape, sharded, world, loader, fake, num_passes=len(passes))
     return Simulation(
         peak_bytes=memory.peak.total_bytes,
         composition=memory.composition,
         timeline=memory.timeline,
         traffic=traffic(sent, world),
         host_bytes=host_bytes,
-        layout=placed.engine.layout,
+        layout=sharded.engine.layout,
         micro_batches=len(passes),
         tokens=max(len(one.ids) for one in passes),
-        pretended=_pretended(config, shape, placed, num_passes=len(passes)),
+        pretended=_pretended(config, shape, sharded, num_passes=len(passes)),
         seconds=time.monotonic() - started_s,
     )
 
 
-def _pretended(config: Config, shape: Shape, placed: Placed, *, num_passes: int) -> tuple[str, ...]:
+def _pretended(config: Config, shape: Shape, sharded: ShardedModel, *, num_passes: int) -> tuple[str, ...]:
     told = [
         "tensors have sizes and no contents, and collectives return at once: nothing is computed or sent",
         "one stream: on a GPU a gathered block may live on until the stream that used it has come so far",
@@ -134,11 +134,11 @@ def _pretended(config: Config, shape: Shape, placed: Placed, *, num_passes: int)
     if shape.counted is not None:
         llama = dataclasses.replace(shape, counted=None).num_parameters()
         told.append(f"the model is a Llama of these sizes, with {llama:,} weights instead of {shape.counted:,}")
-    if placed.choices.attention == "varlen":
+    if sharded.choices.attention == "varlen":
         told.append("flash attention is its declared output and softmax statistics; its kernel doesn't run")
-    if placed.engine.layout.base_on_host:
+    if sharded.engine.layout.base_on_host:
         told.append("the shards of the block that is gathered, brought from the host, aren't counted on the device")
-    if config.model.quant == "int8" and placed.choices.dtype == "bf16":
+    if config.model.quant == "int8" and sharded.choices.dtype == "bf16":
         told.append("int8's dequantization holds 64 MiB more for a moment, within its operator")
     if num_passes > MOST_PASSES:
         told.append(
@@ -151,17 +151,24 @@ def _pretended(config: Config, shape: Shape, placed: Placed, *, num_passes: int)
 
 
 def _step(
-    config: Config, shape: Shape, placed: Placed, world: World, loader: Loader, fake: FakeTensorMode, *, num_passes: int
+    config: Config,
+    shape: Shape,
+    sharded: ShardedModel,
+    world: World,
+    loader: Loader,
+    fake: FakeTensorMode,
+    *,
+    num_passes: int,
 ) -> tuple[Memory, list[Sent], int]:
     """The memory and the collectives of a step, and the bytes that lie in host memory."""
-    model, engine = placed.model, placed.engine
+    model, engine = sharded.model, sharded.engine
     with engine.simulating(), fake, _Answers():  # type: ignore[no-untyped-call]
         engine.materialize(model)
-        adapters = engine.adapters(placed.tensors)
+        adapters = engine.adapters(sharded.tensors)
         assert isinstance(adapters, FlatAdapters)
         identity = BaseIdentity(config.model.name, None, None, None)
         base = Base(Path(), shape, BaseOnDisk(WeightIndex(Path(), {}), {}), None, identity)
-        trainee = Trainee(base, model, engine, adapters, placed.choices.attention, placed.precision, {})
+        trainee = Trainee(base, model, engine, adapters, sharded.choices.attention, sharded.precision, {})
         adapters.start_training(config.optim)
         step = TrainStep(config, trainee, loader=loader, num_steps=STEP, saver=Saver(world), world=world)
         model.train()

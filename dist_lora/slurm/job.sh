@@ -33,7 +33,7 @@ code=none again=final step=0 stalled=0 marked='' reason=''
 if [[ $marked != "$attempt" && $srun_code == 138 ]]; then # USR1 came in the ranks' first moments
     code=75 again=again stalled=${SLURM_RESTART_COUNT:-0} reason='asked to stop before it could listen'
 elif [[ $marked != "$attempt" ]]; then # it ended before it came to its folder: a mistake, or an import that failed
-    say "srun ended with exit code $srun_code and the run left no word of this start"
+    say "srun ended with exit code $srun_code and the run wrote no status for this attempt"
     exit "$srun_code"
 fi
 say "exit code $code (srun's: $srun_code), step $step is saved: $reason"

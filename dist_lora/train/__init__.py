@@ -1,1 +1,1 @@
-"""From a config to a trained adapter: what is built, the loop, and what it writes down."""
+"""From a config to a trained adapter: building the model, the training loop, and its records."""

@@ -1,4 +1,4 @@
-"""From a config to everything that a loop needs, in the order of the road."""
+"""Builds everything that the training loop needs from a config."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ log = logging.getLogger("dist_lora")
 
 @dataclass(frozen=True)
 class Base:
-    """The base as it lies on disk: nothing of its weights is read yet."""
+    """The base on disk: none of its weights are read yet."""
 
     folder: Path
     shape: Shape
@@ -55,7 +55,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Trainee:
-    """A base in this rank's share, its adapters beside it, and the engine that runs both."""
+    """This rank's share of a base, its adapters, and the engine that runs both."""
 
     base: Base
     model: Llama
@@ -63,10 +63,10 @@ class Trainee:
     adapters: Adapters
     attention: AttentionName
     precision: Precision
-    checksums: dict[str, int]  # of this rank's share of the base, as it was filled
+    checksums: dict[str, int]  # of this rank's share of the base, as it was loaded
 
     def run(self, batch: MicroBatch) -> Tensor:
-        """Sum of the cross entropies of a micro-batch's targets, an fp32 scalar with a graph behind it."""
+        """Sum of the cross entropies of a micro-batch's targets, an fp32 scalar with its autograd graph."""
         device = self.engine.world.device
         loss: Tensor = self.engine.forward_of(self.model)(
             batch.ids.to(device),
@@ -78,10 +78,10 @@ class Trainee:
         return loss
 
     def check_base(self) -> None:
-        """Prove that this rank's share of the base is as it was filled, in value and type.
+        """Check that this rank's share of the base is unchanged since it was loaded, in value and dtype.
 
         Raises:
-            WeightsError: it isn't: naming the tensors.
+            WeightsError: it isn't; names the tensors.
         """
         self.precision.check(self.model, self.adapters)
         check_untouched(self.checksums, checksums(self.engine.frozen_shares(self.model)))
@@ -91,7 +91,8 @@ def open_base(config: Config, world: World) -> Base:
     """Find the base and check everything about it that can be checked without reading weights. All ranks call it.
 
     Raises:
-        ConfigError: an engine that can't run here; no such model, or only its sizes; a layer it hasn't; a tokenizer without what the data needs.
+        ConfigError: an engine that can't run here; no such model, or only its sizes; a layer that the model lacks; a
+            tokenizer without what the data needs.
         WeightsError: a file is missing or damaged.
     """
     world.progress.now("opening the base", kind="long")
@@ -104,7 +105,7 @@ def open_base(config: Config, world: World) -> Base:
 
     resolved = world.agree_on(stage, resolve)
     folder = folder_of(resolved, world)
-    # One rank of a node reads the headers of the files, and tells the others.
+    # One rank per node reads the files' headers, and shares them with the others.
     index = world.once_per_node(stage, lambda: open_index(folder, allow_bytes=True).to_json())
 
     def open_files() -> tuple[Shape, BaseOnDisk, Any]:
@@ -124,10 +125,10 @@ def open_base(config: Config, world: World) -> Base:
 
 
 def _identity(resolved: ResolvedModel, folder: Path, world: World) -> BaseIdentity:
-    """What the adapter will remember of its base: made by one rank of each node, for it reads a little of each tensor.
+    """What the adapter will record of its base: computed by one rank per node, since it reads a part of each tensor.
 
     Raises:
-        ConfigError: a node has another base than the first.
+        ConfigError: a node has a different base than the first.
     """
     revision = folder.name if resolved.folder is None else None  # the hub's cache names a snapshot by its commit
 
@@ -139,11 +140,11 @@ def _identity(resolved: ResolvedModel, folder: Path, world: World) -> BaseIdenti
     first = BaseIdentity(**json.loads(world.once(stage, lambda: json.dumps(dataclasses.asdict(here)).encode())))
 
     def compare() -> None:
-        other = first.differences(here)
-        if other and world.local_rank == 0:
+        differences = first.differences(here)
+        if differences and world.local_rank == 0:
             raise ConfigError(
-                f"model.name: {folder} on {socket.gethostname()} (rank {world.world_rank}) is another base than rank 0's: "
-                f"{'; '.join(other)}. Give every node the same files."
+                f"model.name: {folder} on {socket.gethostname()} (rank {world.world_rank}) differs from rank 0's base: "
+                f"{'; '.join(differences)}. Give every node the same files."
             )
 
     world.agree_on(stage, compare)
@@ -151,7 +152,7 @@ def _identity(resolved: ResolvedModel, folder: Path, world: World) -> BaseIdenti
 
 
 def folder_of(resolved: ResolvedModel, world: World) -> Path:
-    """Where the model's files are: its own folder, or the hub's copy, fetched by one rank of each node. All ranks call it."""
+    """Where the model's files are: its own folder, or the hub's copy, fetched once per node. All ranks call it."""
     if resolved.folder is not None:
         return resolved.folder
     hub_id = resolved.hub_id
@@ -165,18 +166,18 @@ def folder_of(resolved: ResolvedModel, world: World) -> Path:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A model cut into shares that have no memory yet, with its adapters; ``how`` says in a line what was done."""
+class ShardedModel:
+    """A sharded model, still without memory, with its adapters; ``description`` is a line about its sharding."""
 
     model: Llama
     tensors: list[AdapterTensor]
     engine: Engine
     precision: Precision
     choices: Choices
-    how: str
+    description: str
 
 
-def place(
+def shard_model(
     config: Config,
     shape: Shape,
     world: World,
@@ -184,13 +185,13 @@ def place(
     name: str | None,
     memory_bytes: int | None = None,
     on_gpu: bool | None = None,
-) -> Placed:
-    """The model of a config on meta, its adapters attached, cut by its engine. All ranks call it.
+) -> ShardedModel:
+    """The model of a config on the meta device, with adapters, sharded by its engine. All ranks call it.
 
     Args:
         name: the model's, for errors.
-        memory_bytes: of each rank's device; None asks it.
-        on_gpu: as whose run the choices are made; None goes by the world's device.
+        memory_bytes: of each rank's device; None queries it.
+        on_gpu: whether the choices are those of a run on GPUs; None takes the world's device.
 
     Raises:
         ConfigError: the settings of ``parallel`` contradict each other, or the shapes can't be quantized.
@@ -213,25 +214,25 @@ def place(
     tensors = attach_adapters(model, config.lora)
     for block in model.blocks():
         block.recompute = choices.recompute
-    world.progress.now("placing the base", kind="unseen")  # may compile (DeepSpeed's kernels) and open a GPU
+    world.progress.now("sharding the base", kind="unseen")  # may compile (DeepSpeed's kernels) and open a GPU
     engine = make_engine(choices.layout, world)
-    return Placed(model, tensors, engine, Precision(fmt, dtype), choices, engine.shard(model))
+    return ShardedModel(model, tensors, engine, Precision(fmt, dtype), choices, engine.shard(model))
 
 
 def build(config: Config, base: Base, world: World) -> Trainee:
-    """The model in this rank's share, filled, with fresh adapters (or those of ``lora.start_from``). All ranks call it.
+    """This rank's share of the model, loaded, with fresh adapters (or those of ``lora.start_from``). All ranks call it.
 
     Raises:
         ConfigError: the settings of ``parallel`` contradict each other, or the base's shapes can't be quantized.
         WeightsError: a file of the base is damaged.
     """
-    placed = place(config, base.shape, world, name=base.identity.name)
-    model, engine = placed.model, placed.engine
+    sharded = shard_model(config, base.shape, world, name=base.identity.name)
+    model, engine = sharded.model, sharded.engine
     engine.materialize(model)
-    _fill(base, model, engine, world, placed.how)
+    _load(base, model, engine, world, sharded.description)
     check_frequencies(model.inv_freq, base.shape)
-    world.progress.now("placing the adapters", kind="unseen")
-    adapters = engine.adapters(placed.tensors)
+    world.progress.now("sharding the adapters", kind="unseen")
+    adapters = engine.adapters(sharded.tensors)
     adapters.initialize(config.train.seed)
     if config.lora.start_from is not None:
         load_adapter(adapters, config.lora.start_from, world=world)
@@ -240,24 +241,24 @@ def build(config: Config, base: Base, world: World) -> Trainee:
         model,
         engine,
         adapters,
-        placed.choices.attention,
-        placed.precision,
+        sharded.choices.attention,
+        sharded.precision,
         checksums(engine.frozen_shares(model)),
     )
     trainee.precision.check(model, adapters)
     return trainee
 
 
-def _fill(base: Base, model: Llama, engine: Engine, world: World, how: str) -> None:
+def _load(base: Base, model: Llama, engine: Engine, world: World, description: str) -> None:
     world.progress.now("loading the base", kind="long")
     started_s = time.monotonic()
-    told_s = started_s
+    logged_s = started_s
 
     def progress(done: int, total: int) -> None:
-        nonlocal told_s
-        if world.is_first and time.monotonic() - told_s > 10:
-            told_s = time.monotonic()
-            rate = done / (told_s - started_s)
+        nonlocal logged_s
+        if world.is_first and time.monotonic() - logged_s > 10:
+            logged_s = time.monotonic()
+            rate = done / (logged_s - started_s)
             log.info(
                 f"loading: {done / 2**30:.1f} of {total / 2**30:.1f} GiB, {rate / 2**20:,.0f} MiB/s, "
                 f"{(total - done) / rate:,.0f} s left"
@@ -279,17 +280,17 @@ def _fill(base: Base, model: Llama, engine: Engine, world: World, how: str) -> N
     if world.is_first:
         kept = sum(slot.destination.nbytes for slot in slots)
         log.info(
-            f"loaded base: {how}; this rank read {report.bytes_read / 2**20:,.0f} MiB and keeps "
+            f"loaded base: {description}; this rank read {report.bytes_read / 2**20:,.0f} MiB and keeps "
             f"{kept / 2**20:,.0f} MiB, in {time.monotonic() - started_s:.1f} s"
         )
 
 
 def check_adapter(folder: Path, *, config: Config, base: Base, world: World) -> None:
-    """See that ``folder`` is whole and the adapter that the config attaches. All ranks call it, before ``build``.
+    """Check that ``folder`` holds a whole adapter that fits the config. All ranks call it, before ``build``.
 
-    By its headers on every rank, and on the first by all of its bytes.
+    Every rank checks the headers, the first one all bytes.
 
-    One that was trained on other weights is said to be so and taken: a copy that was renamed or quantized has other
+    One that was trained on other weights is accepted with a warning: a renamed or quantized copy of the base has other
     hashes too, and whoever names both may know better.
 
     Raises:
@@ -301,21 +302,21 @@ def check_adapter(folder: Path, *, config: Config, base: Base, world: World) -> 
         check_fit(adapter, section=config.lora, shape=base.shape)
         if world.is_first:
             adapter.verify()
-        differing = adapter.base.differences(base.identity)
-        if differing and world.is_first:
+        differences = adapter.base.differences(base.identity)
+        if differences and world.is_first:
             log.warning(
                 f"{folder} was trained on {adapter.base.name or 'another model'}, and {base.folder} "
-                f"({base.identity.name}) differs from it: {'; '.join(differing)}. Its answers may be worthless here."
+                f"({base.identity.name}) differs from it: {'; '.join(differences)}. Its answers may be meaningless here."
             )
 
     world.agree_on(f"opening {folder}", check)
 
 
 def load_adapter(adapters: Adapters, folder: Path, *, world: World) -> None:
-    """Fill the trained tensors from an adapter folder that ``check_adapter`` has seen. All ranks call it.
+    """Load the trained tensors from an adapter folder that ``check_adapter`` accepted. All ranks call it.
 
     Raises:
-        AdapterError: a value is NaN or infinite, or the folder was changed meanwhile.
+        AdapterError: a value is NaN or infinite, or the folder has changed since.
     """
     world.agree_on(f"loading {folder}", lambda: adapters.load(read_adapter(folder).tensors.items()))
 

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: what is saved of it beside its tensors, what is kept, and what a start resumes."""
+"""The checkpoints of one run: what is saved besides tensors, which checkpoints are kept, and resuming from one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dist_lora.errors import CheckpointError
 from dist_lora.lora.state import Piece
 from dist_lora.run_folder.records import sync_metrics, truncate_metrics
 from dist_lora.train.build import Trainee
-from dist_lora.train.resume import Found, best_of, last_evaluated, warn_of_versions
+from dist_lora.train.resume import VerifiedCheckpoint, best_of, last_evaluated, warn_of_versions
 from dist_lora.world.world import World
 
 log = logging.getLogger("dist_lora")
@@ -32,7 +32,7 @@ log = logging.getLogger("dist_lora")
 
 @dataclass
 class RunProgress:
-    """Where a run stands: what a checkpoint holds besides tensors."""
+    """The progress of a run: what a checkpoint holds besides tensors."""
 
     step: int = 0
     best_step: int | None = None
@@ -41,7 +41,7 @@ class RunProgress:
 
 
 class RunCheckpoints:
-    """Saves a run and resumes it. All ranks make one, and call its methods for the same steps."""
+    """Saves and resumes a run. All ranks make one, and call its methods for the same steps."""
 
     def __init__(
         self, config: Config, trainee: Trainee, *, loader: Loader, num_steps: int, folder: Path, world: World
@@ -53,15 +53,15 @@ class RunCheckpoints:
         self.saved_step: int | None = None
 
     def check_room(self) -> None:
-        """Raise on all ranks where the disk can't hold the checkpoints that this run is to keep."""
+        """Raise on all ranks if the disk can't hold the checkpoints that this run keeps."""
         section, specs = self._config.checkpoint, self._specs()
         num_kept = section.keep + section.keep_best
         self._world.on_first("room for the checkpoints", lambda: check_room(self.folder, specs, num_kept=num_kept))
 
     def save(self, progress: RunProgress) -> None:
-        """Begin to write this step's checkpoint, all ranks together; ``saver.wait`` sees the end of it.
+        """Start writing this step's checkpoint, on all ranks; ``saver.wait`` waits for its end.
 
-        Once it is whole, those that are no longer kept are dropped.
+        Once it is complete, those that are no longer kept are deleted.
         """
         step = progress.step
         if self.saved_step == step:
@@ -71,7 +71,7 @@ class RunCheckpoints:
 
         def write(world: World, share: Mapping[Piece, Tensor]) -> Path:
             if world.is_first:
-                sync_metrics(self._run_folder)  # no checkpoint of a step whose line a power failure can take
+                sync_metrics(self._run_folder)  # before the checkpoint: a power failure must not lose its step's line
             path = save_checkpoint(self.folder, step=step, share=share, specs=self._specs(), world=world, **facts)
             if world.is_first:
                 self._rotate(best)
@@ -80,37 +80,37 @@ class RunCheckpoints:
         self.saver.start(self._trainee.adapters.share(), write)
 
     def finish(self, progress: RunProgress) -> None:
-        """Wait for the save in flight, and drop what is no longer kept and what killed saves have left.
+        """Wait for the save in flight, and delete what is no longer kept and the leftovers of killed saves.
 
         Raises:
             SaveError, RankError: see ``Saver.wait``.
         """
         self.saver.wait()
         if self._world.is_first:
-            self._rotate(self._best(progress))  # a run that was killed after its last save has left that one's to this
+            self._rotate(self._best(progress))  # of a last save that was killed before it could
 
     def of_adapter(self, progress: RunProgress) -> Path:
-        """The checkpoint that the run's adapter is gathered from: the best where that is kept, else the last."""
+        """The checkpoint that the run's adapter is gathered from: the best if it is kept, else the last."""
         best = self._best(progress)
         checkpoint = self.saver.last if best is None else self.folder / step_folder(best)
         assert checkpoint is not None
         return checkpoint
 
-    def resume(self, found: Found) -> RunProgress:
-        """Take up what ``find_checkpoint`` found: the trained tensors, their moments and where the run stood.
+    def resume(self, checkpoint: VerifiedCheckpoint) -> RunProgress:
+        """Load a checkpoint from ``find_checkpoint``: the trained tensors, their moments and the run's progress.
 
         Raises:
             CheckpointError: it holds other tensors than this config attaches, or is damaged.
         """
-        path, manifest, adapters = found.path, found.manifest, self._trainee.adapters
+        path, manifest, adapters = checkpoint.path, checkpoint.manifest, self._trainee.adapters
         self._world.progress.now(f"resuming {path.name}", kind="long")
         if manifest.tensors != self._specs():
             raise CheckpointError(
                 f"{path} holds {len(manifest.tensors)} trained tensors and this config attaches "
-                f"{len(self._specs())}, or their names or shapes differ: it is another run's checkpoint"
+                f"{len(self._specs())}, or their names or shapes differ: the checkpoint is another run's"
             )
         adapters.restore(load_pieces(path, manifest, adapters.pieces()), num_steps=manifest.step)
-        progress = RunProgress(manifest.step, *best_of(found), last_evaluated(found))
+        progress = RunProgress(manifest.step, *best_of(checkpoint), last_evaluated(checkpoint))
         self.saver.last, self.saved_step = path, manifest.step
         if self._world.is_first:
             truncate_metrics(self._run_folder, last_step=manifest.step, last_evaluation=progress.evaluated_step)
@@ -119,7 +119,7 @@ class RunCheckpoints:
         return progress
 
     def _facts(self, progress: RunProgress) -> dict[str, Any]:
-        """What a checkpoint says beside its tensors, as of now."""
+        """What a checkpoint saved now holds besides its tensors."""
         lora, shape = self._config.lora, self._trainee.base.shape
         return {
             "progress": {
@@ -142,7 +142,7 @@ class RunCheckpoints:
         }
 
     def _best(self, progress: RunProgress) -> int | None:
-        """The step whose checkpoint is kept however old it is."""
+        """The step whose checkpoint is kept regardless of its age."""
         return progress.best_step if self._config.checkpoint.keep_best else None
 
     def _rotate(self, best: int | None) -> None:

@@ -28,7 +28,7 @@ from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_
 from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.loop import Run
 from dist_lora.train.meter import Meter, check_trackers, peak_bytes
-from dist_lora.train.resume import Found, check_same_run, find_checkpoint, warn_of_other_lr
+from dist_lora.train.resume import VerifiedCheckpoint, check_same_run, find_checkpoint, warn_of_other_lr
 from dist_lora.train.signals import StopRequest
 from dist_lora.world.world import World, device_bytes
 
@@ -36,7 +36,7 @@ log = logging.getLogger("dist_lora")
 
 
 def tokens_of(config: Config, base: Base, world: World) -> tuple[TokenSet, TokenSet | None]:
-    """The training set and the held-out one, tokenized (by all ranks together) or taken from the cache."""
+    """The training set and the held-out one, tokenized (by all ranks) or read from the cache."""
     if isinstance(config.data.eval, float):
         return split_eval(_prepare(config, base, world, "train"), fraction=config.data.eval, seed=config.train.seed)
     return _prepare(config, base, world, "train"), _prepare(config, base, world, "eval") if config.data.eval else None
@@ -94,7 +94,7 @@ def loader_of(config: Config, tokens: TokenSet, world: World, kind: type[Loader]
 
 
 def num_steps_of(config: Config, loader: Loader) -> int:
-    """Optimizer steps of the whole run: as said, or as many as the epochs hold."""
+    """Optimizer steps of the whole run: as configured, or as many as the epochs have."""
     if config.train.steps is not None:
         return config.train.steps
     epochs = config.train.epochs or 1.0
@@ -113,7 +113,7 @@ def train(config: Config, world: World, stop: StopRequest, *, is_dry: bool = Fal
     if config.lora.start_from is not None:
         check_adapter(config.lora.start_from, config=config, base=base, world=world)
     folder = None if is_dry else open_run_folder(config, world)
-    found = None if folder is None else find_checkpoint(config, folder, world)
+    checkpoint = None if folder is None else find_checkpoint(config, folder, world)
     tokens, held_out = tokens_of(config, base, world)
     check_special_tokens(
         tokens,
@@ -134,42 +134,49 @@ def train(config: Config, world: World, stop: StopRequest, *, is_dry: bool = Fal
         return
     assert folder is not None
     world.stacks = folder / "stacks"
-    _take_up(found, config, base, loader, num_steps=num_steps, folder=folder, world=world)
+    _prepare_folder(checkpoint, config, base, loader, num_steps=num_steps, folder=folder, world=world)
     trainee = build(config, base, world)
     if world.is_first:
         log.info(trainee.precision.line())
     run = Run(config, trainee, loader=loader, held_out=held_out, num_steps=num_steps, folder=folder, world=world)
-    if found is not None:
-        run.resume(found)
+    if checkpoint is not None:
+        run.resume(checkpoint)
     _train(run, folder, world, stop)
     _check_base(trainee, world)
     _finish(run, folder, world, seconds=time.monotonic() - started_s)
 
 
-def _take_up(
-    found: Found | None, config: Config, base: Base, loader: Loader, *, num_steps: int, folder: Path, world: World
+def _prepare_folder(
+    checkpoint: VerifiedCheckpoint | None,
+    config: Config,
+    base: Base,
+    loader: Loader,
+    *,
+    num_steps: int,
+    folder: Path,
+    world: World,
 ) -> None:
-    """Raise on all ranks where what was found is not this run's past; then the folder is this config's."""
-    if found is not None:
-        check_same_run(found, base=base.identity, data=loader.fingerprint if world.is_first else "", world=world)
-        if found.manifest.step > num_steps:
+    """Raise on all ranks if the checkpoint is not one of this run; then write the config to the run's folder."""
+    if checkpoint is not None:
+        check_same_run(checkpoint, base=base.identity, data=loader.fingerprint if world.is_first else "", world=world)
+        if checkpoint.manifest.step > num_steps:
             raise ConfigError(
-                f"{found.path}: the run has done {found.manifest.step} steps and train.steps is {num_steps}. "
+                f"{checkpoint.path}: the run has done {checkpoint.manifest.step} steps and train.steps is {num_steps}. "
                 "Ask for more steps, or name another run: run=NAME"
             )
 
     def begin() -> None:
         write_config(folder, config)
-        if found is None:
+        if checkpoint is None:
             (folder / "metrics.jsonl").unlink(missing_ok=True)
         else:
-            warn_of_other_lr(found, config, num_steps=num_steps)
+            warn_of_other_lr(checkpoint, config, num_steps=num_steps)
 
     world.on_first("the run's config", begin)
 
 
 def _check_trackers(config: Config, world: World) -> None:
-    # The first rank is the only one that has them.
+    # Only the first rank has trackers.
     world.on_first("log.trackers", lambda: check_trackers(config.log.trackers))
 
 
@@ -187,7 +194,7 @@ def _train(run: Run, folder: Path, world: World, stop: StopRequest) -> None:
 
     meter = world.on_first("the meter", open_meter, os_error=lambda e: SaveError(f"{folder}: can't be written: {e}"))
     try:
-        with stop.noted(folder if world.is_first else None):
+        with stop.deferred(folder if world.is_first else None):
             run.train(meter, stop)
     finally:
         if meter is not None:
@@ -195,13 +202,13 @@ def _train(run: Run, folder: Path, world: World, stop: StopRequest) -> None:
 
 
 def _check_base(trainee: Trainee, world: World) -> None:
-    """All ranks go on only if the frozen base is, on each, as it was filled."""
+    """Raise on all ranks if the frozen base has changed on any since it was loaded."""
     world.progress.now("checking the base", kind="long")
     world.agree_on("the frozen base", trainee.check_base)
 
 
 def _finish(run: Run, folder: Path, world: World, *, seconds: float) -> None:
-    """The adapter in PEFT's format and a summary, written by the first rank while the others wait in no collective."""
+    """Write the adapter in PEFT's format and a summary, on the first rank; the others wait outside collectives."""
     out = folder / "adapter"
     world.progress.now("writing the adapter", kind="long")
     world.share(f"finish/peak/{world.world_rank}", str(peak_bytes(world.device)).encode())
@@ -231,28 +238,32 @@ def _summary(run: Run, folder: Path, out: Path, *, seconds: float) -> dict[str, 
 def plan_lines(
     config: Config, base: Base, tokens: TokenSet, held_out: TokenSet | None, *, num_steps: int, world: World
 ) -> list[str]:
-    """What a run is about to do, in a few lines: model, trained weights, data, steps."""
+    """A few lines about what a run is going to do: model, trained weights, data, steps."""
     shape, lora, train = base.shape, config.lora, config.train
     layers = lora.layer_indices(shape.num_layers)
     trained = shape.adapter_parameters(lora.target_names(), layers, lora.rank)
     frozen = shape.num_parameters()
-    passes = math.ceil(math.ceil(train.global_batch / world.world_size) / train.micro_batch)
-    matrices = len(lora.target_names()) * len(layers)
+    accumulation = math.ceil(math.ceil(train.global_batch / world.world_size) / train.micro_batch)
+    linears = len(lora.target_names()) * len(layers)
     return [
         f"model     {base.identity.name}: {frozen:,} frozen weights, {shape.num_layers} layers",
-        f"adapters  rank {lora.rank}, alpha {lora.alpha:g}, beside {matrices} matrices: {trained:,} trained weights "
+        f"adapters  rank {lora.rank}, alpha {lora.alpha:g}, on {linears} linear layers: {trained:,} trained weights "
         f"({trained / frozen:.2%}), {trained * 4 / 2**20:,.1f} MiB in fp32",
         f"data      {len(tokens):,} samples, {tokens.num_tokens:,} tokens, {tokens.num_target_tokens:,} trained on"
         + (f"; {len(held_out):,} held out" if held_out is not None else ""),
-        f"steps     {num_steps:,} of {train.global_batch} sequences"
+        f"training  {num_steps:,} steps of {train.global_batch} sequences"
         + (f" (packed to {train.sequence_length} tokens)" if train.packing else "")
-        + f" on {world.world_size} ranks: {passes} passes a step of {train.micro_batch} a rank",
+        + f": {_count(world.world_size, 'rank')} x micro_batch {train.micro_batch} x {_count(accumulation, 'accumulation step')}",
         *machine_lines(config.machine, world),
     ]
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def machine_lines(section: MachineSection, world: World) -> list[str]:
-    """Where this run's machine is another than its config names: a line; the run goes on all the same."""
+    """A line if this run's machine differs from the one that its config names; the run continues anyway."""
     device, size = "no GPU", 0
     if world.device.type == "cuda":
         device, size = torch.cuda.get_device_name(world.device), device_bytes(world)
@@ -262,7 +273,7 @@ def machine_lines(section: MachineSection, world: World) -> list[str]:
     named = f"{section.nodes or 1} x {section.gpus_per_node or 'any number of'} x {section.gpu or 'any GPU'}"
     here = f"{world.num_nodes} x {world.local_size} ranks, {device if is_other else section.gpu or device}"
     return [
-        f"machine   the config names {named} (nodes x GPUs x kind), and this run has {here}: its plan is not for here"
+        f"machine   the config names {named} (nodes x GPUs x kind), and this run has {here}: its plan doesn't apply here"
     ]
 
 
@@ -271,13 +282,13 @@ def _print_sample(tokens: TokenSet, base: Base) -> None:
 
     ids, is_target = tokens.document(0)
     console = Console(soft_wrap=True, highlight=False)
-    console.print("\nThe first sample; what is trained is green, or between ⟦ and ⟧:\n")
+    console.print("\nThe first sample; what is trained on is green, or between ⟦ and ⟧:\n")
     has_colour = console.color_system is not None
     console.print(render_sample(ids.tolist(), is_target.tolist(), tokenizer=base.tokenizer, has_colour=has_colour))
 
 
 def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str, Any]:
-    """``dist-lora eval``: what is printed, as a dict. All ranks call it and get the same."""
+    """``dist-lora eval``: the printed values, as a dict, the same on all ranks. All ranks call it."""
     started_s = time.monotonic()
     base = open_base(config, world)
     if adapter is not None:
@@ -294,7 +305,7 @@ def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str,
         load_adapter(trainee.adapters, adapter, world=world)
         result |= _loss(config, trainee, held_out, world) | {"base_loss": loss_of_base["loss"]}
         if result["loss"] == result["base_loss"]:
-            log.warning(f"{adapter}: the loss is the base's, bit for bit: this adapter changes nothing")
+            log.warning(f"{adapter}: the loss equals the base's, bit for bit: this adapter changes nothing")
     if config.eval.exact_match:
         match = exact_match_of(trainee, held_out, config=config, world=world)
         result["exact_match"] = {"correct": match.correct, "total": match.total}

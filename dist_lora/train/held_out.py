@@ -1,4 +1,4 @@
-"""A held-out set measured by the settings of a config: the same for ``train``, between its steps, and for ``eval``."""
+"""Evaluation of a held-out set with a config's settings: the same for ``train``, between steps, and for ``eval``."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import EvalBatches
 from dist_lora.data.token_set import TokenSet
-from dist_lora.evaluation.evaluate import ExactMatch, HeldOut, exact_match, go_on, held_out_loss
+from dist_lora.evaluation.evaluate import ExactMatch, HeldOut, exact_match, held_out_loss, never_stop
 from dist_lora.evaluation.generate import stop_ids_of
 from dist_lora.train.build import Trainee
 from dist_lora.world.world import World
 
-ANSWERS_AT_ONCE = 32  # of a rank, where eval.batch is not set
+ANSWERS_AT_ONCE = 32  # per rank, if eval.batch is not set
 
 
 def loss_of(
-    trainee: Trainee, tokens: TokenSet, *, config: Config, world: World, ask: Callable[[], None] = go_on
+    trainee: Trainee, tokens: TokenSet, *, config: Config, world: World, check_stop: Callable[[], None] = never_stop
 ) -> HeldOut:
-    """The held-out loss of the trainee as it is now. All ranks call it. ``ask``: see ``held_out_loss``."""
+    """The held-out loss of the trainee as it is now. All ranks call it. ``check_stop``: see ``held_out_loss``."""
     batches = EvalBatches(
         tokens,
         micro_batch=config.eval.batch or config.train.micro_batch,
@@ -27,13 +27,13 @@ def loss_of(
         world_rank=world.world_rank,
         world_size=world.world_size,
     )
-    return held_out_loss(trainee.model, batches, run=trainee.run, world=world, ask=ask)
+    return held_out_loss(trainee.model, batches, run=trainee.run, world=world, check_stop=check_stop)
 
 
 def exact_match_of(
-    trainee: Trainee, tokens: TokenSet, *, config: Config, world: World, ask: Callable[[], None] = go_on
+    trainee: Trainee, tokens: TokenSet, *, config: Config, world: World, check_stop: Callable[[], None] = never_stop
 ) -> ExactMatch:
-    """How many of the trainee's answers are right to the letter. All ranks call it. ``ask``: see ``held_out_loss``."""
+    """How many of the trainee's answers match exactly. All ranks call it. ``check_stop``: see ``held_out_loss``."""
     return exact_match(
         trainee.model,
         trainee.engine,
@@ -43,5 +43,5 @@ def exact_match_of(
         max_new_tokens=config.eval.max_new_tokens,
         batch=config.eval.batch or ANSWERS_AT_ONCE,
         world=world,
-        ask=ask,
+        check_stop=check_stop,
     )

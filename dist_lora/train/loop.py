@@ -1,4 +1,4 @@
-"""The loop: steps, evaluations and saves in their order, and the end on request."""
+"""The training loop: steps, evaluations and saves in order, and stopping on request."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from dist_lora.train.build import Trainee
 from dist_lora.train.checkpoints import RunCheckpoints, RunProgress
 from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.meter import Meter
-from dist_lora.train.resume import Found
+from dist_lora.train.resume import VerifiedCheckpoint
 from dist_lora.train.signals import Stopping, StopRequest
 from dist_lora.train.step import TrainStep
 from dist_lora.world.world import World
 
 
-class _Asked(Exception):
-    """An evaluation is left, on all ranks, since one was asked to stop."""
+class _EvaluationInterrupted(Exception):
+    """An evaluation ends early, on all ranks, since one was asked to stop."""
 
 
 class Run:
-    """One training run on this rank, from its first step here to its last. It knows neither its engine nor its launcher."""
+    """One training run on this rank, from its first step to its last. Independent of engine and launcher."""
 
     def __init__(
         self,
@@ -47,19 +47,19 @@ class Run:
         self.saver = self.checkpoints.saver
         self.step = TrainStep(config, trainee, loader=loader, num_steps=num_steps, saver=self.saver, world=world)
 
-    def resume(self, found: Found) -> None:
-        """Take up what ``find_checkpoint`` found; see ``RunCheckpoints.resume``."""
-        self.progress = self.checkpoints.resume(found)
+    def resume(self, checkpoint: VerifiedCheckpoint) -> None:
+        """Load a checkpoint; see ``RunCheckpoints.resume``."""
+        self.progress = self.checkpoints.resume(checkpoint)
 
     def save(self) -> None:
-        """Begin to write the checkpoint of the step that was done last; see ``RunCheckpoints.save``."""
+        """Start writing the checkpoint of the last step; see ``RunCheckpoints.save``."""
         self.checkpoints.save(self.progress)
 
     def train(self, meter: Meter | None, request: StopRequest) -> None:
         """Train to the last step.
 
         Raises:
-            StoppedOnRequest: after a save, where any rank was asked to stop.
+            StoppedOnRequest: after a save, if any rank was asked to stop.
         """
         section = self.config.checkpoint
         stopping = Stopping(self._world, request, self.saver)
@@ -69,13 +69,13 @@ class Run:
             self.save()
 
         def interrupt(step: int) -> NoReturn:
-            self.save()  # of the step before: nothing of this one is kept
-            stopping.stop(f"in step {step} of {self.num_steps}, which begins again,")
+            self.save()  # of the previous step: nothing of this one is kept
+            stopping.stop(f"during step {step}/{self.num_steps} (it will be redone)")
 
-        longest_s = 0.0  # of a step with all that comes before the next one
-        # The start before this one was asked to stop before it had evaluated.
+        longest_s = 0.0  # of a step with all that is done before the next one
+        # The previous attempt was asked to stop before it had evaluated.
         if self._is_to_evaluate() and not self._evaluate(meter, stopping):
-            stopping.stop(f"at step {self.progress.step} of {self.num_steps}")
+            stopping.stop(f"at step {self.progress.step}/{self.num_steps}")
         while self.progress.step < self.num_steps:
             started_s = time.monotonic()
             step = self.progress.step + 1
@@ -86,7 +86,7 @@ class Run:
             if step == 1 or is_to_save or self._is_to_evaluate():
                 self.step.check_copies(step)
             if meter is not None:
-                self._world.progress.now(f"step {step}, writing it down", kind="host")
+                self._world.progress.now(f"step {step}, writing its metrics", kind="host")
                 meter.step(line)
             if self._is_to_evaluate() and not is_asked:
                 is_asked = not self._evaluate(meter, stopping)
@@ -94,33 +94,33 @@ class Run:
                 self.save()
             longest_s = max(longest_s, time.monotonic() - started_s)
             if is_asked and (not is_last or self._is_to_evaluate()):
-                stopping.stop(f"at step {step} of {self.num_steps}")
+                stopping.stop(f"at step {step}/{self.num_steps}")
         self.checkpoints.finish(self.progress)
 
     def _is_to_evaluate(self) -> bool:
-        """Whether the step that was done last is one after which the held-out set is measured, and it wasn't yet."""
+        """Whether the held-out set is due to be evaluated after the last step, and wasn't yet."""
         step = self.progress.step
         is_due = step > 0 and (step == self.num_steps or step % self.config.eval.every == 0)
         return self._held_out is not None and is_due and self.progress.evaluated_step != step
 
     def _evaluate(self, meter: Meter | None, stopping: Stopping) -> bool:
-        """Measure the held-out set; False where any rank was asked to stop meanwhile, and nothing of it counts."""
+        """Evaluate the held-out set; False if any rank was asked to stop during it, and the evaluation is discarded."""
         assert self._held_out is not None
         step = self.progress.step
         self._world.progress.now(f"step {step}, evaluating")
 
-        def ask() -> None:
+        def check_stop() -> None:
             if self._world.any(stopping.is_asked()):
-                raise _Asked
+                raise _EvaluationInterrupted
 
-        given: dict[str, Any] = {"config": self.config, "world": self._world, "ask": ask}
+        arguments: dict[str, Any] = {"config": self.config, "world": self._world, "check_stop": check_stop}
         try:
-            held_out = loss_of(self.trainee, self._held_out, **given)
+            held_out = loss_of(self.trainee, self._held_out, **arguments)
             values = {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity}
             if self.config.eval.exact_match:
-                match = exact_match_of(self.trainee, self._held_out, **given)
+                match = exact_match_of(self.trainee, self._held_out, **arguments)
                 values["eval_exact_match"] = match.correct / match.total
-        except _Asked:
+        except _EvaluationInterrupted:
             return False
         self.progress.evaluated_step = step
         if held_out.loss < self.progress.best_loss:

@@ -1,4 +1,4 @@
-"""What a run tells of itself while it goes: metrics.jsonl, evaluations.jsonl, a progress bar, and the trackers one names."""
+"""What a run reports while it trains: metrics.jsonl, evaluations.jsonl, a progress bar, and the configured trackers."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ STATUS = Path("/proc/self/status")  # Linux
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that this process has held: on its GPU, or in the host where it runs on the CPU."""
+    """This process's peak memory: on its GPU, or on the host if it runs on the CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    # Not ru_maxrss where there is better: on Linux a process inherits it from the one that started it.
+    # ru_maxrss only as a fallback: on Linux a process inherits it from its parent.
     with contextlib.suppress(OSError), STATUS.open() as lines:
         for line in lines:
             if line.startswith("VmHWM:"):
@@ -39,17 +39,17 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise ``ConfigError`` naming the trackers whose packages are not installed: before minutes of loading."""
-    lacking = [name for name in names if importlib.util.find_spec(name) is None]  # each is called like its package
-    if lacking:
+    """Raise ``ConfigError`` naming the trackers whose packages are not installed, before minutes of loading."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]  # each is named like its package
+    if missing:
         raise ConfigError(
-            f"log.trackers: {', '.join(lacking)}: not installed here. Install {'it' if len(lacking) == 1 else 'them'} "
-            f"(pip install {' '.join(name.replace('_', '-') for name in lacking)}), or leave it out: log.trackers=[]"
+            f"log.trackers: {', '.join(missing)}: not installed here. Install {'it' if len(missing) == 1 else 'them'} "
+            f"(pip install {' '.join(name.replace('_', '-') for name in missing)}), or leave it out: log.trackers=[]"
         )
 
 
 class Meter:
-    """Writes one line a step; only the first rank has one. ``close`` it at the end, whatever the end is."""
+    """Records steps and evaluations; only the first rank has one. Always ``close`` it, also after an error."""
 
     def __init__(
         self,
@@ -71,12 +71,12 @@ class Meter:
         self._bar = _progress_bar(first_step, num_steps) if sys.stderr.isatty() else None
 
     def step(self, line: Mapping[str, Any]) -> None:
-        """Write down a finished step.
+        """Record a finished step.
 
         Raises:
-            SaveError: the disk refuses.
+            SaveError: it can't be written.
         """
-        self._write(METRICS_FILE, line, what="step")
+        self._write(METRICS_FILE, line, label="step")
         step = int(line["step"])
         self._track(step, {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"})
         shown = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tokens/s"
@@ -89,30 +89,30 @@ class Meter:
             print(f"step {step}/{self._num_steps}  {shown}  {left_s:,.0f} s left", file=sys.stderr, flush=True)
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
-        """Write down an evaluation beside its step: in its file, for the trackers and for the eye.
+        """Record an evaluation: in its file, in the trackers and on the terminal.
 
         Raises:
-            SaveError: the disk refuses.
+            SaveError: it can't be written.
         """
-        self._write(EVALUATIONS_FILE, {"step": step, **values}, what="the evaluation at step")
+        self._write(EVALUATIONS_FILE, {"step": step, **values}, label="the evaluation at step")
         self._track(step, values)
-        told = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        print(f"step {step}: {told}", file=sys.stderr, flush=True)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        print(f"step {step}: {shown}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """End the bar, the file and the trackers."""
+        """Close the progress bar, the files and the trackers."""
         if self._bar is not None:
             self._bar[0].stop()
         for file in self._files.values():
-            with contextlib.suppress(OSError):  # what it could not write was told when it could not
+            with contextlib.suppress(OSError):  # a failed write was raised at once
                 file.close()
         for name, tracker in self._trackers.items():
             try:
                 tracker.finish()
             except Exception as error:
-                log.warning(f"log.trackers: {name} could not be finished: {error}")
+                log.warning(f"log.trackers: {name} couldn't be closed: {error}")
 
-    def _write(self, name: str, line: Mapping[str, Any], *, what: str) -> None:
+    def _write(self, name: str, line: Mapping[str, Any], *, label: str) -> None:
         path = self._folder / name
         try:
             if name not in self._files:  # most runs evaluate late, and some never
@@ -121,19 +121,19 @@ class Meter:
             self._files[name].flush()
         except OSError as error:
             raise SaveError(
-                f"{path}: {what} {line['step']} can't be written down: {error.strerror or error}. "
-                "Make room (or set runs_dir elsewhere), and the same command goes on from the last checkpoint."
+                f"{path}: {label} {line['step']} can't be written: {error.strerror or error}. "
+                "Free disk space (or set runs_dir elsewhere), and the same command resumes from the last checkpoint."
             ) from error
 
     def _track(self, step: int, values: Mapping[str, Any]) -> None:
-        """Hand values to the trackers. One that fails (its server is gone) costs the run its curves, not its weights."""
+        """Pass values to the trackers. One that fails (its server is gone) is dropped, and the run continues."""
         for name, tracker in list(self._trackers.items()):
             try:
                 tracker.log(dict(values), step=step)
             except Exception as error:
                 del self._trackers[name]
                 log.warning(
-                    f"log.trackers: {name} failed at step {step} and gets no more: {error}. {METRICS_FILE} has all"
+                    f"log.trackers: {name} failed at step {step} and is dropped: {error}. {METRICS_FILE} has all values"
                 )
 
 
@@ -148,43 +148,43 @@ def _progress_bar(first_step: int, num_steps: int) -> Any:
     return progress, progress.add_task("train", total=num_steps, completed=first_step - 1, shown="")
 
 
-def _hush_writers() -> None:
+def _silence_writers() -> None:
     """Keep TensorBoard's writing thread from printing the error that its next ``log`` raises too."""
     before = threading.excepthook
 
-    def hook(told: threading.ExceptHookArgs) -> None:
-        if not type(told.thread).__module__.startswith("tensorboard."):
-            before(told)
+    def hook(uncaught: threading.ExceptHookArgs) -> None:
+        if not type(uncaught.thread).__module__.startswith("tensorboard."):
+            before(uncaught)
 
     threading.excepthook = hook
 
 
 def _tracker(name: str, folder: Path, settings: Mapping[str, Any], *, first_step: int) -> Any:
-    """One of accelerate's trackers, by the name that accelerate gives it, started."""
+    """One of accelerate's trackers, by accelerate's name for it, started."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    _tell_accelerate_that_it_is_alone()
+    _init_accelerate_alone()
     kind = LOGGER_TYPE_TO_CLASS[name]
-    place = {"logging_dir": str(folder)} if kind.requires_logging_directory else {}
+    options = {"logging_dir": str(folder)} if kind.requires_logging_directory else {}
     try:
         if name == "tensorboard":
-            # Its own folder is RUN/tensorboard. What a killed process wrote of later steps is purged: those come again.
-            tracker = kind("tensorboard", purge_step=first_step, **place)
+            # Its own folder is RUN/tensorboard. What a killed process wrote of later steps is purged.
+            tracker = kind("tensorboard", purge_step=first_step, **options)
             tracker.start()
-            _hush_writers()
+            _silence_writers()
         else:
-            tracker = kind(folder.name, **place)
+            tracker = kind(folder.name, **options)
             tracker.start()
             tracker.store_init_configuration(dict(settings))
-    except Exception as error:  # each has kinds of its own: not logged in, no server, a package that lacks another
+    except Exception as error:  # each has its own exceptions: not logged in, no server, a missing package
         raise ConfigError(
-            f"log.trackers: {name} could not be started: {type(error).__name__}: {error}. Mend that, or leave it out"
+            f"log.trackers: {name} couldn't be started: {type(error).__name__}: {error}. Fix that, or leave it out"
         ) from error
     return tracker
 
 
-def _tell_accelerate_that_it_is_alone() -> None:
-    """Its trackers want a state that, by a launcher's variables, opens a process group; only this rank has trackers."""
+def _init_accelerate_alone() -> None:
+    """Initialize accelerate's state without a launcher's variables, with which it would open a process group."""
     from accelerate import PartialState
 
     hidden = {name: os.environ.pop(name) for name in ("LOCAL_RANK", "WORLD_SIZE") if name in os.environ}

@@ -1,4 +1,4 @@
-"""From which checkpoint a run goes on, and whether what it is given now is still the same run."""
+"""Which checkpoint a run resumes from, and whether the config, base and data are still those of the same run."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ log = logging.getLogger("dist_lora")
 
 
 @dataclass(frozen=True)
-class Found:
-    """A checkpoint that is whole."""
+class VerifiedCheckpoint:
+    """A checkpoint that was verified as whole."""
 
     path: Path
     manifest: Manifest
 
 
-def find_checkpoint(config: Config, folder: Path, world: World) -> Found | None:
+def find_checkpoint(config: Config, folder: Path, world: World) -> VerifiedCheckpoint | None:
     """The newest whole checkpoint of a run, or what ``checkpoint.resume`` names, verified; None if there is none.
 
     All ranks call it, before they load anything.
 
     Raises:
-        CheckpointError: what is named is damaged, or none of the run's is whole.
-        ConfigError: the config gives settings otherwise that may not change (see ``config.changes``).
+        CheckpointError: the named one is damaged, or none of the run's is whole.
+        ConfigError: the config changes settings that must not change (see ``config.changes``).
     """
     path = _path_of(config, folder, world)
     if path is None:
         return None
 
-    def read() -> Found:
-        found = Found(path, read_manifest(path))
-        _check_changes(config, found, is_to_tell=world.is_first)
-        return found
+    def read() -> VerifiedCheckpoint:
+        checkpoint = VerifiedCheckpoint(path, read_manifest(path))
+        _check_changes(config, checkpoint, is_to_log=world.is_first)
+        return checkpoint
 
     return world.agree_on("the checkpoint", read)
 
@@ -61,109 +61,111 @@ def _path_of(config: Config, folder: Path, world: World) -> Path | None:
     if wanted == "never":
         leftover = next(root.glob("step-*"), None) if world.is_first else None
         if leftover is not None:
-            log.warning(f"checkpoint.resume: never: beginning anew beside {leftover}")
+            log.warning(f"checkpoint.resume: never: starting over, although {leftover} exists")
         return None
     world.on_first("checkpoint.resume", lambda: verify(wanted))
     return wanted
 
 
-def check_same_run(found: Found, *, base: BaseIdentity, data: str, world: World) -> None:
-    """Raise on all ranks where a checkpoint was trained beside other weights or on other samples than there are now.
+def check_same_run(checkpoint: VerifiedCheckpoint, *, base: BaseIdentity, data: str, world: World) -> None:
+    """Raise on all ranks if a checkpoint was trained on another base or on other samples than now.
 
     Args:
-        data: the fingerprint of the training set; only the first rank's counts.
+        data: the fingerprint of the training set; only the first rank's is used.
 
     Raises:
-        ConfigError: naming both.
+        ConfigError: they differ; names both.
     """
 
     def check() -> None:
         try:
-            then = BaseIdentity(**found.manifest.base)
+            then = BaseIdentity(**checkpoint.manifest.base)
         except TypeError as error:
-            raise CheckpointError(f"{found.path}: what its manifest says of the base can't be read: {error}") from error
-        other = then.differences(base)
-        if other:
-            raise ConfigError(f"model.name: {found.path} was trained beside another base: {'; '.join(other)}. {_AGAIN}")
-        trained_on = found.manifest.progress.get("data")
+            raise CheckpointError(f"{checkpoint.path}: the base in its manifest can't be read: {error}") from error
+        differences = then.differences(base)
+        if differences:
+            raise ConfigError(
+                f"model.name: {checkpoint.path} was trained on another base: {'; '.join(differences)}. {_WHAT_TO_DO}"
+            )
+        trained_on = checkpoint.manifest.progress.get("data")
         if trained_on not in (None, data):
             raise ConfigError(
-                f"data.train: {found.path} was trained on other samples: their fingerprint is {data} now and was "
-                f"{trained_on}: a file was edited, or the tokenizer, its template or a rule of data is another. {_AGAIN}"
+                f"data.train: {checkpoint.path} was trained on other samples: their fingerprint is {data} now and was "
+                f"{trained_on}: a file was edited, or the tokenizer, its template or a setting of data changed. {_WHAT_TO_DO}"
             )
 
     world.on_first("the base and the data of the checkpoint", check)
 
 
-_AGAIN = "Bring back what it began with, name another run (run=NAME), or begin anew with checkpoint.resume=never."
+_WHAT_TO_DO = "Restore what it started with, name another run (run=NAME), or start over with checkpoint.resume=never."
 
 
-def _check_changes(config: Config, found: Found, *, is_to_tell: bool) -> None:
-    """Raise where settings changed that may not, and say which changed that may but count."""
+def _check_changes(config: Config, checkpoint: VerifiedCheckpoint, *, is_to_log: bool) -> None:
+    """Raise if settings changed that must not, and log those that may change but affect the run."""
     try:
-        before = yaml.safe_load(found.manifest.config)
+        before = yaml.safe_load(checkpoint.manifest.config)
     except yaml.YAMLError as error:
-        raise CheckpointError(f"{found.path}: the config in its manifest is not YAML: {error}") from error
+        raise CheckpointError(f"{checkpoint.path}: the config in its manifest is not YAML: {error}") from error
     if not isinstance(before, Mapping):
-        raise CheckpointError(f"{found.path}: the config in its manifest is no tree of settings")
+        raise CheckpointError(f"{checkpoint.path}: the config in its manifest is not a mapping of settings")
     by_effect: dict[str, list[Change]] = {"free": [], "said": [], "refused": []}
     for change in changes(before, yaml.safe_load(dump_config(config))):
         rule = rule_of(change.name)
         by_effect[rule.effect if rule else "refused"].append(change)
     if by_effect["refused"]:
-        told = "".join(
+        lines = "".join(
             f"\n  {c.name}: the run has {c.before!r}, the config says {c.now!r}" for c in by_effect["refused"]
         )
-        raise ConfigError(f"{found.path} is of a run with other settings:{told}\n{_AGAIN}")
-    if by_effect["said"] and is_to_tell:
-        log.warning(f"{found.path} goes on with other settings: {'; '.join(map(str, by_effect['said']))}")
+        raise ConfigError(f"{checkpoint.path} is of a run with other settings:{lines}\n{_WHAT_TO_DO}")
+    if by_effect["said"] and is_to_log:
+        log.warning(f"resuming {checkpoint.path} with other settings: {'; '.join(map(str, by_effect['said']))}")
 
 
-def best_of(found: Found) -> tuple[int | None, float]:
-    """Step and held-out loss of the best evaluation so far; None and infinity where there was none.
+def best_of(checkpoint: VerifiedCheckpoint) -> tuple[int | None, float]:
+    """Step and held-out loss of the best evaluation so far; None and infinity if there was none.
 
     Raises:
-        CheckpointError: the manifest says neither.
+        CheckpointError: the manifest's values are of another type.
     """
-    step, loss = (found.manifest.progress.get(name) for name in ("best_step", "best_loss"))
+    step, loss = (checkpoint.manifest.progress.get(name) for name in ("best_step", "best_loss"))
     if step is None and loss is None:
         return None, math.inf
     if not isinstance(step, int) or not isinstance(loss, int | float):
         raise CheckpointError(
-            f"{found.path}: its manifest has best_step {step!r} and best_loss {loss!r}, expected numbers"
+            f"{checkpoint.path}: its manifest has best_step {step!r} and best_loss {loss!r}, expected numbers"
         )
     return step, float(loss)
 
 
-def last_evaluated(found: Found) -> int:
-    """The step of the last evaluation, 0 before the first; the checkpoint's own where it doesn't say."""
-    step = found.manifest.progress.get("evaluated_step", found.manifest.step)
+def last_evaluated(checkpoint: VerifiedCheckpoint) -> int:
+    """The step of the last evaluation, 0 before the first; the checkpoint's own if it isn't recorded."""
+    step = checkpoint.manifest.progress.get("evaluated_step", checkpoint.manifest.step)
     return step if isinstance(step, int) else 0
 
 
-def warn_of_other_lr(found: Found, config: Config, *, num_steps: int) -> None:
-    """Say so where the next step's learning rate is not the one that the run would have had."""
-    step = found.manifest.step + 1
+def warn_of_other_lr(checkpoint: VerifiedCheckpoint, config: Config, *, num_steps: int) -> None:
+    """Warn if the next step's learning rate is not the one that the run would have had."""
+    step = checkpoint.manifest.step + 1
     try:
-        section = OptimSection.model_validate(yaml.safe_load(found.manifest.config)["optim"])
-        before = lr_at(step, section=section, num_steps=int(found.manifest.progress["num_steps"]))
+        section = OptimSection.model_validate(yaml.safe_load(checkpoint.manifest.config)["optim"])
+        before = lr_at(step, section=section, num_steps=int(checkpoint.manifest.progress["num_steps"]))
     except (KeyError, TypeError, ValueError):
-        return  # of a version that wrote it otherwise: what it would have been is not known
+        return  # written by another version: the former learning rate is not known
     now = lr_at(step, section=config.optim, num_steps=num_steps)
     if now != before:
-        log.warning(f"the learning rate of step {step} is {now:.4g}, and was to be {before:.4g}")
+        log.warning(f"the learning rate of step {step} is {now:.4g}, and would have been {before:.4g}")
 
 
 def warn_of_versions(path: Path, then: Mapping[str, str]) -> None:
-    """Say so where what computes a run is of another minor version than when it was saved."""
+    """Warn if a library that computes the run has another minor version than when it was saved."""
     now = versions_here()
-    others = [
+    changed = [
         f"{name} {then[name]} then, {now[name]} now"
         for name in ("torch", "transformers")
         if name in then and then[name].split(".")[:2] != now[name].split(".")[:2]
     ]
-    if others:
+    if changed:
         log.warning(
-            f"{path} was saved by other versions: {'; '.join(others)}. The run goes on, and its losses may not be "
-            "those it would have had"
+            f"{path} was saved by other versions: {'; '.join(changed)}. The run continues, and its losses may "
+            "differ from those it would have had"
         )

@@ -8,10 +8,10 @@ from dist_lora.config.schema import OptimSection
 
 
 def lr_at(step: int, *, section: OptimSection, num_steps: int) -> float:
-    """The learning rate of ``step`` (1 is the first), a pure function: nothing of it is ever saved.
+    """The learning rate of ``step`` (1 is the first), a pure function: it has no state to save.
 
-    It rises in a line over ``warmup_steps``, reaching ``lr`` at the last of them, then stays, falls in a line, or
-    along half a cosine, to 0 one step after the last: the last step still learns.
+    It rises linearly over ``warmup_steps``, reaching ``lr`` at the last of them, then stays constant, or falls linearly
+    or along half a cosine to 0 one step after the last: the last step still learns.
     """
     if step <= section.warmup_steps:
         return section.lr * step / section.warmup_steps

@@ -1,4 +1,4 @@
-"""One optimizer step on this rank: its micro-batches, its update, and what is checked of both."""
+"""One optimizer step on this rank: its micro-batches, its update, and the checks of both."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dist_lora.world.world import World
 
 log = logging.getLogger("dist_lora")
 
-LONG_STEP_S = 10.0  # a step that takes longer is left between two micro-batches where the run is asked to stop
+LONG_STEP_S = 10.0  # a longer step is interrupted between two micro-batches if the run is asked to stop
 
 
 class TrainStep:
@@ -36,7 +36,7 @@ class TrainStep:
         self._config, self._trainee, self._loader, self._num_steps = config, trainee, loader, num_steps
         self._saver, self._world = saver, world
         self._adapters = trainee.adapters
-        self.is_long = True  # so that ranks ask each other between micro-batches; until one step is known
+        self.is_long = True  # until the first step is timed: ranks check for a stop between micro-batches
 
     def take(
         self,
@@ -51,8 +51,8 @@ class TrainStep:
         Args:
             step: its number, from 1.
             is_asked: whether this rank is asked to stop, or will be within so many seconds.
-            interrupt: called on all ranks with ``step`` where any is asked within a long step, of which nothing is kept.
-            longest_s: what a step took at most, with all that comes before the next one.
+            interrupt: called on all ranks with ``step`` if any is asked within a long step, of which nothing is kept.
+            longest_s: the longest step so far, with all that is done before the next one.
 
         Raises:
             TrainingError: on all ranks: the loss or the gradient is not finite, or gradients did not arrive.
@@ -74,7 +74,7 @@ class TrainStep:
         self._adapters.reduce(scalars)
         loss, num_asked, num_failed, total_s = scalars.tolist()
         if num_failed:
-            self._saver.wait()  # which raises on every rank
+            self._saver.wait()  # raises on every rank
         self.is_long = total_s / self._world.world_size > LONG_STEP_S
         loss /= batch.target_tokens
         lr = lr_at(step, section=self._config.optim, num_steps=self._num_steps)
@@ -102,47 +102,47 @@ class TrainStep:
         return line, bool(num_asked)
 
     def check_copies(self, step: int) -> None:
-        """Raise ``TrainingError`` where ranks that train the same adapters have come to different ones."""
+        """Raise ``TrainingError`` if ranks that train copies of the same adapters have diverged."""
         if not self._adapters.copies_agree():
             self._saver.wait()
             raise TrainingError(
                 f"step {step}: the adapters are not the same on all ranks that hold them: a rank has other weights, "
-                "other data or a faulty device. Nothing of this step was saved: the same command goes on from the last checkpoint."
+                "other data or a faulty device. Nothing of this step was saved: the same command resumes from the last "
+                "checkpoint."
             )
 
     def _micro_batch(self, step: int, index: int, batch: StepBatch) -> Tensor:
-        """Forward and backward of one micro-batch; its gradient counts for its share of the step's target tokens."""
+        """Forward and backward of one micro-batch; its loss is divided by all target tokens of the step."""
         self._world.progress.now(f"step {step}, micro-batch {index + 1} of {len(batch.micro_batches)}")
         if self._config.lora.dropout:
-            # Keyed by what is computed, not by what was computed before: a resumed run draws the same masks.
+            # Seeded by the step's own numbers, not by earlier draws: a resumed run draws the same masks.
             torch.manual_seed(hash((self._config.train.seed, step, self._world.world_rank, index)) % 2**63)
         loss = self._trainee.run(batch.micro_batches[index])
         self._adapters.backward(loss / batch.target_tokens, is_last=index == len(batch.micro_batches) - 1)
         return loss.detach()
 
     def _check_gradients(self, step: int) -> None:
-        """Raise ``TrainingError``, naming them, where the first steps' gradients did not reach trained tensors.
+        """Raise ``TrainingError`` naming the trained tensors that got no gradient in the first steps.
 
-        At the first step B alone moves (A's gradient is zero as long as B is), at the second A does too.
+        In the first step only B gets one (A's gradient is zero as long as B is), in the second A does too.
         """
         half = {1: "lora_B", 2: "lora_A"}.get(step)
         if half is None:
             return
-        dead = self._adapters.without_gradient(half)
+        without = self._adapters.without_gradient(half)
         error = None
-        if dead:
+        if without:
             self._saver.wait()
             error = TrainingError(
-                f"step {step}: {len(dead)} of {len(self._adapters.tensors) // 2} {half} tensors got no gradient, in "
-                f"{layers_of(dead)}: {first_few(dead)}. Nothing that they are beside can learn; the graph behind them "
-                "is cut."
+                f"step {step}: {len(without)} of {len(self._adapters.tensors) // 2} {half} tensors got no gradient, in "
+                f"{layers_of(without)}: {first_few(without)}. They can't learn: the graph behind them is broken."
             )
         self._world.agree(f"step {step}", error)
 
     def _stop_at_not_finite(
         self, step: int, batch: StepBatch, losses: list[Tensor], loss: float, grad_norm: float
     ) -> None:
-        """End the run on all ranks, naming the samples; every rank gets here, since the sums are everyone's."""
+        """End the run on all ranks, naming the samples; every rank gets here, since the sums are the same on all."""
         self._saver.wait()
         mine = [
             sample
@@ -157,7 +157,7 @@ class TrainStep:
             error = TrainingError(f"step {step}: the loss of {_samples(mine)} is not finite. {tail}")
         self._world.agree(f"step {step}", error)
         error = TrainingError(
-            f"step {step}: the gradient is not finite (its norm is {grad_norm}, the loss {loss}) in a batch "
+            f"step {step}: the gradient is not finite (its norm is {grad_norm}, the loss {loss}) in the batch "
             f"of {_samples(batch.sample_ids)}. {tail}"
         )
         self._world.agree(f"step {step}", error)
@@ -168,10 +168,11 @@ def _samples(ids: Sequence[int]) -> str:
 
 
 def _warn_of_first_loss(loss: float, *, vocab: int) -> None:
-    """Say so where the base predicts the data much worse than a guess among all tokens would."""
+    """Warn if the base predicts the data much worse than a uniform guess over all tokens."""
     guess = math.log(vocab)
     if loss > 2 * guess:
         log.warning(
-            f"step 1: the loss is {loss:.2f}, and a guess among the {vocab:,} tokens has {guess:.2f}: the base's weights "
-            "or the chat template look wrong. The run goes on; train --dry-run shows a sample as the model sees it"
+            f"step 1: the loss is {loss:.2f}, and a uniform guess over the {vocab:,} tokens has {guess:.2f}: the "
+            "base's weights or the chat template look wrong. The run continues; train --dry-run shows a sample as the "
+            "model sees it"
         )

@@ -26,6 +26,7 @@ from dist_lora.data.loader import Loader
 from dist_lora.doctor import command
 from dist_lora.train import build, loop
 from dist_lora.train import command as train_command
+from dist_lora.train import step as step_module
 from tests.e2e import points
 from tests.e2e.runs import fill_the_disk
 
@@ -184,7 +185,7 @@ def gradients_told() -> None:
 
     count_steps()
     in_the_model(hooked)
-    wrap(loop, "lr_at", step_done)
+    wrap(step_module, "lr_at", step_done)
 
 
 # A rank that raises while the other waits for it, or is busy for long

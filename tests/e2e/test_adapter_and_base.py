@@ -162,7 +162,7 @@ def test_another_base_of_the_same_shapes_is_a_warning_that_names_both(
     assert err.count("was trained on") == 1
     assert (
         f"{adapter} was trained on base, and {other} (base) differs from it: weights {there}, "
-        f"here {open_index(other).content_hash()}. Its answers may be worthless here." in err
+        f"here {open_index(other).content_hash()}. Its answers may be meaningless here." in err
     )
 
 
@@ -197,7 +197,7 @@ def test_eval_prints_the_bases_loss_beside_and_says_so_where_an_adapter_changes_
     assert code == 0
     said = dict(line.split(None, 1) for line in out.splitlines())
     assert said["loss"] == said["base_loss"]
-    assert f"{adapter}: the loss is the base's, bit for bit: this adapter changes nothing" in err
+    assert f"{adapter}: the loss equals the base's, bit for bit: this adapter changes nothing" in err
 
 
 def test_training_starts_from_the_adapter_and_not_from_nothing(here, trained, base, adapter) -> None:

@@ -141,7 +141,7 @@ def test_a_tracker_whose_server_goes_away_costs_no_step(config, fake_wandb, monk
     done = run("train", config, "run=gone", "log.trackers=[tensorboard, wandb]")
     assert done.returncode == 0, done.stderr
     assert (
-        "log.trackers: wandb failed at step 3 and gets no more: the server is gone. metrics.jsonl has all"
+        "log.trackers: wandb failed at step 3 and is dropped: the server is gone. metrics.jsonl has all values"
         in done.stderr
     )
     assert len(lines_of(config.parent / "runs" / "gone" / "metrics.jsonl")) == 5
@@ -153,7 +153,7 @@ def test_a_tracker_that_does_not_start_is_told_with_its_reason(config, fake_wand
     monkeypatch.setenv("FAKE_WANDB_REFUSES", "1")
     done = run("train", config, "run=refused", "log.trackers=[wandb]")
     assert done.returncode == 2
-    assert "error: log.trackers: wandb could not be started: PermissionError: not logged in. Mend that" in done.stderr
+    assert "error: log.trackers: wandb couldn't be started: PermissionError: not logged in. Fix that" in done.stderr
 
 
 def test_a_tracker_without_its_package_is_told_before_anything_else(here, config) -> None:

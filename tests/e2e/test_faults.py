@@ -174,18 +174,18 @@ def test_a_run_that_is_asked_to_stop_twice_is_the_run_that_nothing_interrupted(c
 
     def assert_stopped(done: Done, step: int, whom: str) -> None:
         saved = folder / "checkpoints" / f"step-{step:08d}"
-        told = f"stopped at step {step} of 8 on {whom}; saved {saved}. The same command goes on from there.\n"
-        assert done.stderr.count(told) == 1 and done.stderr.count("stopped") == 1, done.stderr
+        told = f"interrupted by {whom} at step {step}/8; saved {saved}. The same command resumes from there.\n"
+        assert done.stderr.count(told) == 1 and done.stderr.count("interrupted") == 1, done.stderr
         assert "error" not in done.stderr
         verify(saved)
         assert losses(folder) == losses(whole)[:step]
 
     codes, done = run_each_rank("train", config, "run=asked", fault=fault)
     assert codes == [75, 75], done.stderr
-    assert_stopped(done, 3, "SIGUSR1's request to rank 1")
+    assert_stopped(done, 3, "SIGUSR1 on rank 1")
     done = run("train", config, "run=asked", "--nproc", 2, fault=fault)
     assert done.returncode == 75, done.stderr
-    assert_stopped(done, 6, "SIGTERM's request to rank 0")
+    assert_stopped(done, 6, "SIGTERM on rank 0")
     done = run("train", config, "run=asked", "--nproc", 2, fault=fault)
     assert done.returncode == 0, done.stderr
     assert losses(folder) == losses(whole)
@@ -199,7 +199,7 @@ def test_a_request_to_torchrun_is_obeyed_by_its_ranks_and_the_run_goes_on_under_
     folder = folder_of(config, "asked-torchrun")
     saved = folder / "checkpoints" / "step-00000003"
     assert done.returncode == 1  # torchrun's own: it hands on no exit code of its ranks
-    assert done.stderr.count("stopped at step 3 of 8 on SIGTERM's request to rank 0; saved ") == 1, done.stderr
+    assert done.stderr.count("interrupted by SIGTERM on rank 0 at step 3/8; saved ") == 1, done.stderr
     verify(saved)
     done = run("train", config, "run=asked-torchrun", "--nproc", 2)
     assert done.returncode == 0, done.stderr
@@ -212,8 +212,8 @@ def test_a_request_to_one_rank_that_loads_ends_all_with_75(config, whole) -> Non
     fault = "request_to_rank_1_while_the_other_loads"
     codes, done = run_each_rank("train", config, "run=asked-early", fault=fault)
     assert codes == [75, 75], done.stderr
-    told = "stopped on SIGUSR1's request, not within a step: nothing is lost, and the same command goes on.\n"
-    assert done.stderr.count(told) == done.stderr.count("stopped") == 1, done.stderr
+    told = "interrupted by SIGUSR1 outside of a training step: nothing is lost, and the same command resumes.\n"
+    assert done.stderr.count(told) == done.stderr.count("interrupted") == 1, done.stderr
     assert "error" not in done.stderr
     assert_ended_in_time(done)
 
@@ -253,8 +253,7 @@ def test_a_run_that_is_stopped_in_an_evaluation_leaves_it_and_the_next_start_mak
     folder = folder_of(config, name)
     assert done.returncode == 75, done.stderr
     assert (
-        f"stopped at step {step} of 8 on SIGTERM's request to rank 1; saved" in done.stderr
-        and f"step-{step:08d}" in done.stderr
+        f"interrupted by SIGTERM on rank 1 at step {step}/8; saved" in done.stderr and f"step-{step:08d}" in done.stderr
     )
     evaluations = (whole / "evaluations.jsonl").read_text()
     left = folder / "evaluations.jsonl"
@@ -328,8 +327,8 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_with_both_numbers(config, 
     (small_disk / "ballast").write_bytes(b"x" * (4 * 2**20 - 100_000))
     done = here("train", config, "run=full", f"runs_dir={small_disk}")
     assert_told_once(
-        done, 3, f"{small_disk}/full/checkpoints: 3 checkpoints of ", "(2 that are kept and one that is being written) need ",
-        " free and 0 in older ones. Make room, set checkpoint.keep lower, or runs_dir elsewhere.",
+        done, 3, f"{small_disk}/full/checkpoints: 3 checkpoints of ", "(2 to keep and one being written) need ",
+        " free and 0 in older ones. Free disk space, set checkpoint.keep lower, or set runs_dir elsewhere.",
     )  # fmt: skip
     assert not (small_disk / "full" / "checkpoints").exists()
     assert losses(small_disk / "full") == []
@@ -350,10 +349,10 @@ def test_a_disk_that_is_full_when_a_step_is_written_down_is_told(
     arguments = ("run=full", f"runs_dir={small_disk}", f"log.trackers={trackers}", "train.steps=200")
     done = here("train", config, *arguments, "checkpoint.every=1000")
     assert_told_once(
-        done, 1, f"error: {small_disk}/full/metrics.jsonl: step ", "can't be written down: No space left on device"
+        done, 1, f"error: {small_disk}/full/metrics.jsonl: step ", "can't be written: No space left on device"
     )
     assert "Traceback" not in done.stderr
-    dropped = re.findall(r"log.trackers: tensorboard failed at step \d+ and gets no more: \[Errno 28\]", done.stderr)
+    dropped = re.findall(r"log.trackers: tensorboard failed at step \d+ and is dropped: \[Errno 28\]", done.stderr)
     assert len(dropped) == (trackers == "[tensorboard]"), done.stderr
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from dist_lora.chat.chat import Speaker
+from dist_lora.chat.chat import ChatModel
 from dist_lora.chat.command import open_for_answers
 from dist_lora.data.chat import encode_prompt
 from dist_lora.evaluation.generate import generate, stop_ids_of
@@ -88,11 +88,11 @@ def test_a_chat_streams_an_answer_before_the_next_question_is_asked(adapter) -> 
 
 
 def test_an_answer_is_shown_letter_by_letter_and_no_letter_in_halves(trainee) -> None:
-    speaker = Speaker(
+    model = ChatModel(
         trainee.model, trainee.base.tokenizer, stop_ids_of(trainee.base.folder, trainee.base.tokenizer), 99
     )
     shown: list[str] = []
-    answer = speaker.answer(turns("rain"), show=shown.append)
+    answer = model.answer(turns("rain"), show=shown.append)
     assert answer == "".join(shown) == ANSWERS["rain"]
     assert shown == list(ANSWERS["rain"])  # a token of this tokenizer is a byte, so a piece is a letter
 
@@ -106,7 +106,7 @@ def test_an_empty_prompt_is_the_users_mistake(here, adapter) -> None:
     for prompt in ("", "  \n"):
         code, out, err, _ = here("generate", adapter, "--prompt", prompt)
         assert (code, out) == (2, "")
-        assert err == "error: --prompt: is empty; give the text to answer, or leave it out for a chat\n"
+        assert err == "error: --prompt: is empty; give the text to answer, or leave the option out for a chat\n"
 
 
 # Plain text on a base that has never seen a chat
@@ -143,7 +143,7 @@ def test_a_chat_template_is_set_aside_for_an_adapter_of_plain_text(here, make_ba
     moved = shutil.copytree(adapter, tmp_path / "adapter")
     assert here("generate", moved, "--base", base, "--prompt", "a f")[:2] == (0, "ox\n")
     code, _, err, _ = here("generate", moved, "--base", base, "--prompt", "a f", "--system", "be brief")
-    assert code == 2 and "--system: plain text is gone on with here" in err
+    assert code == 2 and "--system: plain text is continued here" in err
 
 
 def test_chats_on_such_a_base_are_refused_before_it_is_loaded_and_told_once(plain_run, tmp_path) -> None:

@@ -108,7 +108,7 @@ def test_nodes_of_other_weights_are_told(config, tiny_llama, rendezvous, tmp_pat
         config, tmp_path / "config.yaml", model={"name": "/proc/self/cwd/base"}, runs_dir=str(tmp_path / "runs")
     )
     done = run_two_nodes_in(rendezvous, path, tmp_path)
-    told = f"model.name: /proc/self/cwd/base on {HOST} (rank 1) is another base than rank 0's: weights "
+    told = f"model.name: /proc/self/cwd/base on {HOST} (rank 1) differs from rank 0's base: weights "
     assert told in done.stderr, done.stderr
 
 

@@ -285,7 +285,7 @@ def test_a_torchrun_that_is_deaf_when_its_ranks_have_ended_is_ended(folder) -> N
     ("script", "arguments", "added", "told"),
     [
         ("torchrun.sh", [], {}, "no config is given: bash launch/torchrun.sh CONFIG"),
-        ("torchrun.sh", ["c"], {"NNODES": "two"}, "NNODES: found two, expected a number, or two as 2:4"),
+        ("torchrun.sh", ["c"], {"NNODES": "two"}, "NNODES: found two, expected a number, or a range like 2:4"),
         ("torchrun.sh", ["c"], {"NNODES": "2"}, "HEAD: found nothing, expected HOST:PORT of one of the nodes"),
         ("torchrun.sh", ["c"], {"NNODES": "2", "HEAD": "a"}, "HEAD: found a, expected HOST:PORT"),
         ("torchrun.sh", ["c"], {"NPROC": "0"}, "NPROC: found 0, expected a number of processes"),
@@ -293,7 +293,7 @@ def test_a_torchrun_that_is_deaf_when_its_ranks_have_ended_is_ended(folder) -> N
         ("torchrun.sh", ["c"], {"PYTHON": "no-python"}, "PYTHON: there is no no-python"),
         ("deepspeed.sh", [], {}, "no config is given: bash launch/deepspeed.sh CONFIG"),
         ("deepspeed.sh", ["c"], {"HOSTFILE": "none"}, "HOSTFILE: there is no file none"),
-        ("deepspeed.sh", ["c"], {"HOSTFILE": "train me.yaml"}, "has no line as node-a slots=8"),
+        ("deepspeed.sh", ["c"], {"HOSTFILE": "train me.yaml"}, "has no line like node-a slots=8"),
         ("deepspeed.sh", ["c"], {"HOSTFILE": "the hosts", "NPROC": "2"}, "NPROC and HOSTFILE are both set"),
         ("deepspeed.sh", ["c"], {"HOSTFILE": "the hosts", "NODE_RANK": "2"}, "NODE_RANK: found 2, expected 0 to 1"),
         ("deepspeed.sh", ["c"], {"HOSTFILE": "the hosts", "NODE_RANK": "1"}, "HEAD: found nothing, expected HOST:PORT"),

@@ -19,7 +19,7 @@ from dist_lora.train import command
 from dist_lora.train.build import Trainee
 from dist_lora.train.loop import Run
 from dist_lora.train.meter import Meter
-from dist_lora.train.signals import ASKING, StopRequest
+from dist_lora.train.signals import STOP_SIGNALS, StopRequest
 from dist_lora.world.world import World
 
 EXACT = ("step", "epoch", "loss", "grad_norm", "lr", "target_tokens", "tokens")
@@ -74,7 +74,7 @@ def train_command(world: World, settings: Mapping[str, Any], ask_at: int | None 
     except StoppedOnRequest as stopped:
         return str(stopped)
     finally:
-        for number in ASKING:  # a process that was asked ends deaf; this one lives on
+        for number in STOP_SIGNALS:  # a process that was asked ends deaf; this one lives on
             signal.signal(number, signal.SIG_DFL)
         while folder_module._locks:  # and gives its lock back
             folder_module._locks.pop().close()
@@ -96,7 +96,7 @@ def run_steps(
         else None
     )
     try:
-        with StopRequest() as stop, stop.noted():
+        with StopRequest() as stop, stop.deferred():
             run.train(meter, stop)
     finally:
         if meter is not None:

@@ -30,6 +30,6 @@ def test_a_folder_of_each_node_is_refused_on_all_ranks(ranks, tmp_path) -> None:
     with pytest.raises(RankFailed) as raised:
         ranks(4).run(open_there, str(tmp_path), False, node_size=2)
     assert raised.value.kinds == ["RankError", "RankError", "ConfigError", "RankError"]
-    assert "is not one folder for all nodes" in raised.value.texts[2]
+    assert "is not shared by all nodes" in raised.value.texts[2]
     assert "Set runs_dir to a file system that all nodes share" in raised.value.texts[2]
     assert not list((tmp_path / "node-0" / "test").glob(".probe-*"))

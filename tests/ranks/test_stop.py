@@ -77,8 +77,8 @@ def test_a_file_stop_ends_all_ranks_at_the_step_and_is_taken_away(ranks, config,
     assert (
         told
         == [
-            f"stopped at step 3 of 10 on the request of {stop} to rank 0; saved {saved}. "
-            "The same command goes on from there."
+            f"interrupted by the file {stop} on rank 0 at step 3/10; saved {saved}. "
+            "The same command resumes from there."
         ]
         * 2
     )
@@ -94,8 +94,8 @@ def test_a_long_step_is_left_between_two_passes_and_begins_again(ranks, config, 
     assert (
         told
         == [
-            f"stopped in step 3 of 10, which begins again, on SIGUSR1's request to rank 1; saved {saved}. "
-            "The same command goes on from there."
+            f"interrupted by SIGUSR1 on rank 1 during step 3/10 (it will be redone); saved {saved}. "
+            "The same command resumes from there."
         ]
         * 2
     )
@@ -106,7 +106,7 @@ def test_a_long_step_is_left_between_two_passes_and_begins_again(ranks, config, 
 
 def test_a_request_in_the_last_pass_of_a_long_step_ends_it_after_the_step(ranks, config, tmp_path) -> None:
     told = ranks(2).run(train_in_long_steps, config | {"runs_dir": str(tmp_path)}, 3, 1)
-    assert [text.partition(";")[0] for text in told] == ["stopped at step 3 of 10 on SIGUSR1's request to rank 1"] * 2
+    assert [text.partition(";")[0] for text in told] == ["interrupted by SIGUSR1 on rank 1 at step 3/10"] * 2
 
 
 def test_the_end_of_the_job_that_the_scheduler_tells_ends_a_run_before_it(config, tmp_path, monkeypatch) -> None:
@@ -114,7 +114,7 @@ def test_the_end_of_the_job_that_the_scheduler_tells_ends_a_run_before_it(config
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(end_s)))
     endless = config | {"runs_dir": str(tmp_path), "train": config["train"] | {"steps": 1_000_000}}
     with pytest.raises(
-        StoppedOnRequest, match=r"on account of the job's end at .* \(SLURM_JOB_END_TIME\); saved "
+        StoppedOnRequest, match=r"interrupted by the job's end at .* \(SLURM_JOB_END_TIME\) at step \d+/1000000; saved "
     ) as raised:
         train_until_asked(Config.model_validate(endless), World.alone())
     assert time.time() < end_s
@@ -139,9 +139,9 @@ def test_signals_after_the_first_change_nothing_also_on_the_way_out() -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         with StopRequest({}) as stop:
-            with stop.noted():
+            with stop.deferred():
                 os.kill(os.getpid(), signal.SIGUSR1)
-                assert stop.reason(needed_s=0) == "SIGUSR1's request"
+                assert stop.reason(needed_s=0) == "SIGUSR1"
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # the launcher asks again while the rank goes: it is not killed
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
@@ -154,7 +154,7 @@ def test_signals_after_the_first_change_nothing_also_on_the_way_out() -> None:
 
 def test_a_signal_where_there_is_nothing_to_save_ends_at_once() -> None:
     try:
-        with StopRequest({}), pytest.raises(StopNow, match="stopped on SIGTERM's request, not within a step"):
+        with StopRequest({}), pytest.raises(StopNow, match="interrupted by SIGTERM outside of a training step"):
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):

@@ -144,7 +144,7 @@ def test_a_run_out_of_time_is_started_again_with_a_new_limit(slurm: Cluster, str
     found = slurm.wait(job, timeout_s=TIMEOUT_S)
     told = straight.output("limited", job)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), told
-    assert "exit code 75" in told and "on SIGUSR1's request" in told
+    assert "exit code 75" in told and "interrupted by SIGUSR1" in told
     assert_like(straight, "limited")
 
 
@@ -169,7 +169,7 @@ def test_a_config_that_became_wrong_is_not_started_again(slurm: Cluster, jobs: J
     found = slurm.wait(job, timeout_s=TIMEOUT_S)
     told = jobs.output("typo", job)
     assert (found["JobState"], found["Restarts"]) == ("FAILED", "0"), told
-    assert "optimm" in told and "left no word" in told
+    assert "optimm" in told and "wrote no status for this attempt" in told
 
 
 def test_a_run_that_never_comes_on_is_given_up(slurm: Cluster, jobs: Jobs) -> None:

@@ -185,7 +185,7 @@ def told_of(given: Path) -> tuple[list[str], str]:
     """The lines, and what was raised at the end."""
     lines: list[str] = []
     try:
-        verify_checkpoints(given, tell=lines.append)
+        verify_checkpoints(given, report=lines.append)
     except CheckpointError as error:
         assert error.exit_code == 4
         return lines, str(error)
@@ -209,10 +209,10 @@ def test_each_checkpoint_of_a_run_is_told_in_one_line_newest_first(tmp_path: Pat
     before = sorted(tmp_path.rglob("*"))
     lines, error = told_of(run)
     assert lines[0].startswith(f"{newer} is damaged: {file.name} has the checksum xxh3_128:") and lines[1] == whole
-    assert error == f"{run}: 1 of 2 checkpoints damaged, as told line by line"
+    assert error == f"{run}: 1 of 2 checkpoints are damaged, see the lines above"
     (newer / "manifest.json").unlink()
     lines, error = told_of(newer)
-    assert lines == [f"{newer} is damaged: {newer}/manifest.json is missing: {newer} is no whole checkpoint"]
+    assert lines == [f"{newer} is damaged: {newer}/manifest.json is missing: {newer} is not a whole checkpoint"]
     assert sorted(tmp_path.rglob("*")) == [path for path in before if path != newer / "manifest.json"]
 
 

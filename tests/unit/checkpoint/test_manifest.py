@@ -97,7 +97,7 @@ FAULTS = {
     "a very long name": (lambda c: c["files"][1].update(name="x" * 5000), "xxxx... is not the name"),
     "a world of another size": (
         lambda c: c.update(world_size=3),
-        "world_size is 3, files are 2: expected one a rank",
+        "world_size is 3, files are 2: expected one per rank",
     ),
     "no files": (lambda c: c.update(files=[], world_size=1), "world_size is 1, files are 0"),
     "a file too small for its pieces": (
@@ -122,7 +122,7 @@ FAULTS = {
     ),
     "a piece twice": (
         lambda c: c["files"][1]["pieces"].append(f"adapter/{NAME}/0-21"),
-        f"adapter of {NAME}: elements 0-21 are twice there, in '{RANK_0}' and '{RANK_1}'",
+        f"adapter of {NAME}: elements 0-21 are stored twice, in '{RANK_0}' and '{RANK_1}'",
     ),
     "a moment that is gone": (
         lambda c: c["files"][0]["pieces"].remove(f"exp_avg_sq/{NAME}/0-21"),
@@ -138,7 +138,7 @@ FAULTS = {
     ),
     "a tensor named twice": (
         lambda c: c["tensors"].append(c["tensors"][0]),
-        "tensors: 1 names are there twice",
+        "tensors: 1 names are listed twice",
     ),
     "another shape": (lambda c: c["tensors"][0].update(shape=[3, 8]), "elements 21-24 are in no file"),
     "a huge shape": (
@@ -219,7 +219,7 @@ def test_all_faults_are_told_at_once_up_to_five(content: dict[str, Any], tmp_pat
         (b"{", "is not JSON"),
         (b"\xff\xfe", "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
-        (b'{"a": NaN}', "is not JSON: NaN is no JSON number"),
+        (b'{"a": NaN}', "is not JSON: NaN is not a JSON number"),
         (b'{"a": 1e999}', "is not JSON"),
         (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON"),
         (b"[]", "holds a list, expected an object"),
@@ -237,7 +237,7 @@ def test_a_change_by_hand_is_found(content: dict[str, Any], tmp_path: Path) -> N
 
 
 def test_a_manifest_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"manifest\.json is missing: .* is no whole checkpoint"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing: .* is not a whole checkpoint"):
         read_manifest(tmp_path)
 
 

@@ -91,7 +91,7 @@ def assert_found(root: Path, file: str, caplog: pytest.LogCaptureFixture) -> str
     first, second = on_ranks(2, lambda world: newest_whole(root, world))
     assert isinstance(first, CheckpointError) and isinstance(second, RankError)
     assert first.exit_code == second.exit_code == EXIT_DAMAGED
-    assert file in str(first) and "begin anew with checkpoint.resume=never" in str(second)
+    assert file in str(first) and "start over with checkpoint.resume=never" in str(second)
     return str(caught.value)
 
 
@@ -250,9 +250,9 @@ def test_a_rank_reads_only_the_files_that_hold_its_share(root: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "start", "stop", "told"),
     [
-        (SPECS[0].name, 0, 22, "elements 0-22: 21 elements are there"),
-        (SPECS[0].name, -1, 3, "elements -1-3: 21 elements are there"),
-        (SPECS[0].name, 5, 3, "elements 5-3: 21 elements are there"),
+        (SPECS[0].name, 0, 22, "elements 0-22: 21 elements are stored"),
+        (SPECS[0].name, -1, 3, "elements -1-3: 21 elements are stored"),
+        (SPECS[0].name, 5, 3, "elements 5-3: 21 elements are stored"),
         ("model.layers.9.self_attn.q_proj.lora_A", 0, 1, "elements 0-1: no file holds any of it"),
     ],
 )

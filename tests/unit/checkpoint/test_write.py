@@ -190,7 +190,10 @@ def test_checkpoints_of_later_steps_are_set_aside_and_not_deleted(tmp_path: Path
     assert list(step_folders(tmp_path)) == [10]
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"step-00000010", *(f"aside-{path.name}" for path in later), "aside-step-00000900.2"}
-    assert f"{later[1]} is of a later step than 10, from which this run goes on: now aside-step-00001000" in caplog.text
+    assert (
+        f"{later[1]} is of a later step than 10, from which this run resumes: renamed to aside-step-00001000"
+        in caplog.text
+    )
     shutil.move(tmp_path / "aside-step-00001000", later[1])
     verify(later[1])
 
@@ -245,7 +248,7 @@ def test_a_disk_error_on_one_rank_ends_all_and_publishes_nothing(
             "former checkpoints",
         ):
             assert part in str(error)
-        assert re.search(r"needs [\d,]+ bytes in all; [\d,]+ bytes are free", str(error))
+        assert re.search(r"needs [\d,]+ bytes in total; [\d,]+ bytes are free", str(error))
     assert os.listdir(tmp_path) == ["step-00000001"]
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "step-00000001").iterdir()}
     monkeypatch.undo()
@@ -326,16 +329,14 @@ def test_what_is_said_to_be_needed_holds_a_real_checkpoint(tmp_path: Path, monke
 def test_a_file_that_the_first_rank_can_not_see_means_a_folder_that_is_not_shared(tmp_path, monkeypatch) -> None:
     real = write_module._publish
 
-    def publish(place, manifest):
-        (place.partial / "rank-00001-of-00002.safetensors").unlink()
-        real(place, manifest)
+    def publish(folders, manifest):
+        (folders.partial / "rank-00001-of-00002.safetensors").unlink()
+        real(folders, manifest)
 
     monkeypatch.setattr(write_module, "_publish", publish)
     first, second = try_to_save(tmp_path, step=1)
     assert isinstance(first, SaveError) and isinstance(second, RankError)
-    assert re.search(
-        r"rank-00001\S+: its rank wrote \d+ bytes and seen from the first rank it is not there", str(first)
-    )
+    assert re.search(r"rank-00001\S+: its rank wrote \d+ bytes, and on the first rank it is missing", str(first))
     assert "file system that all nodes share" in str(second)
     assert os.listdir(tmp_path) == []
 
@@ -343,9 +344,9 @@ def test_a_file_that_the_first_rank_can_not_see_means_a_folder_that_is_not_share
 def test_a_file_that_the_first_rank_sees_shorter_is_not_published(tmp_path: Path, monkeypatch) -> None:
     real = write_module._publish
 
-    def publish(place, manifest):
-        os.truncate(place.partial / "rank-00001-of-00002.safetensors", 10)
-        real(place, manifest)
+    def publish(folders, manifest):
+        os.truncate(folders.partial / "rank-00001-of-00002.safetensors", 10)
+        real(folders, manifest)
 
     monkeypatch.setattr(write_module, "_publish", publish)
     first, _ = try_to_save(tmp_path, step=1)
@@ -497,11 +498,11 @@ def test_a_checkpoint_that_can_not_be_deleted_is_a_warning_and_stays(tmp_path: P
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system")))
         assert rotate(tmp_path, keep=2, best=None) == []
-    assert "step-00000001 can't be deleted: Read-only file system. It stays" in caplog.text
+    assert "step-00000001 can't be deleted: Read-only file system. It is kept" in caplog.text
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError(errno.EBUSY, "Device busy")))
         assert rotate(tmp_path, keep=2, best=None) == [tmp_path / "step-00000001"]
-    assert "can't be deleted: Device busy. It takes room until someone does" in caplog.text
+    assert "can't be deleted: Device busy. It takes disk space until it is deleted" in caplog.text
     assert list(step_folders(tmp_path)) == [3, 2]
 
 

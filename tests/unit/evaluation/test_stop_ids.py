@@ -28,7 +28,7 @@ def test_an_id_that_is_none_is_damage(tmp_path: Path, eos: object) -> None:
     file.write_text(json.dumps({"eos_token_id": eos}))
     with pytest.raises(WeightsError) as caught:
         stop_ids_of(tmp_path, TOKENIZER)
-    assert f"{file} has eos_token_id {eos!r}; an id or a list of ids was expected" in str(caught.value)
+    assert f"{file} has eos_token_id {eos!r}, expected an id or a list of ids" in str(caught.value)
     file.write_text("[" * 100_000)
     with pytest.raises(WeightsError, match=r"generation_config\.json is damaged: it is not JSON"):
         stop_ids_of(tmp_path, TOKENIZER)

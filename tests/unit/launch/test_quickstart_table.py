@@ -58,8 +58,7 @@ def test_a_missing_summary_is_named_and_the_command_that_makes_it(tmp_path: Path
     done = print_table(tmp_path, summary="")
     assert done.returncode == 1
     assert done.stderr == (
-        "quickstart: cannot read run/summary.json: No such file or directory. "
-        "Run all of it: bash launch/quickstart.sh\n"
+        "quickstart: can't read run/summary.json: No such file or directory. Run all of it: bash launch/quickstart.sh\n"
     )
 
 

@@ -29,7 +29,7 @@ from dist_lora.plan.plan import Machines, make_plan, sweep
 from dist_lora.plan.speed import flops_a_token
 from dist_lora.plan.table import lines_of
 from dist_lora.text import GIB
-from dist_lora.train.build import place
+from dist_lora.train.build import shard_model
 from dist_lora.world.world import World
 from tests import ROOT
 from tests.shapes import GPT3, GPT3_WEIGHTS
@@ -246,7 +246,7 @@ def test_what_a_run_would_refuse_a_plan_refuses_with_the_same_words() -> None:
     told = []
     for refuse in (
         lambda: make_plan(config, Machines(1, 2, H100), shape=dataclasses.replace(TINY, ffn=96)),
-        lambda: place(config, dataclasses.replace(TINY, ffn=96), World.alone(), name="it"),
+        lambda: shard_model(config, dataclasses.replace(TINY, ffn=96), World.alone(), name="it"),
     ):
         with pytest.raises(ConfigError) as caught:
             refuse()
@@ -310,7 +310,7 @@ def test_what_does_not_fit_ends_with_3_and_tells_both_numbers(config_file) -> No
         (["--gpu-gib", -1], "--gpu-gib: found -1, expected GiB above 0"),
         (["--gpu", "h100-80gb", "--gpu-gib", 80], "both say what a GPU holds"),
         (["--nodes", 1, "--nodes", 2], "several of them are for --sweep"),
-        (["--timeline", "a.png"], "--timeline: it shows a simulated step; give --simulate too"),
+        (["--timeline", "a.png"], "--timeline: it shows a simulated step; add --simulate"),
         (["model.name=no-such-folder"], "expected a herd member, an existing folder or a hub id"),
         (["--gpu", "zzz"], "no GPU called zzz is known (known: a10g-24gb, rtx3090-24gb,"),
         (["model.name={empty}"], "has no config.json: expected config.json, *.safetensors and the tokenizer's files"),

@@ -62,7 +62,7 @@ def test_an_evaluation_that_no_checkpoint_knows_of_is_dropped_though_its_step_is
 def test_an_evaluation_that_the_disk_refuses_is_told_with_its_file(tmp_path) -> None:
     meter = Meter(tmp_path, trackers=[], settings={}, every=1, first_step=1, num_steps=6)
     (tmp_path / EVALUATIONS_FILE).mkdir()
-    with pytest.raises(SaveError, match=r"evaluations.jsonl: the evaluation at step 2 can't be written down: Is a dir"):
+    with pytest.raises(SaveError, match=r"evaluations.jsonl: the evaluation at step 2 can't be written: Is a dir"):
         meter.evaluated(2, {"eval_loss": 1.0})
     meter.close()
 

@@ -97,13 +97,13 @@ def test_the_page_tells_the_runs_own_numbers(tmp_path: Path) -> None:
     page = Page(run / "report.html")
     assert page.facts == {
         "model": "3.1-8b (unquantized)",
-        "adapters": "rank 16, alpha 32, beside q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+        "adapters": "rank 16, alpha 32, on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
         "weights": "1,000 trained, 50,000 frozen (2.00%)",
         "steps": "8 of 8",
-        "loss": "4.0000 at first, 0.5000 at last",
-        "held-out loss": "1.3750 at last, 1.2500 at best, at step 6",
-        "tokens": "800, 80 of them targets",
-        "time": "0 min 16 s in steps, 50 tokens/s in the median step",
+        "loss": "4.0000 at the first step, 0.5000 at the last",
+        "held-out loss": "1.3750 at the last evaluation, best 1.2500 at step 6",
+        "tokens": "800, 80 trained on",
+        "time": "0 min 16 s in steps, 50 tokens/s median",
         "peak memory": "1.00, 2.00 GiB",
         "checkpoints": "4, 8",
     }
@@ -117,7 +117,7 @@ def test_the_page_tells_the_runs_own_numbers(tmp_path: Path) -> None:
 def test_the_loss_is_drawn_as_it_was(tmp_path: Path) -> None:
     page = Page(write_report(run_of(tmp_path / "mine", num_steps=5), out=tmp_path / "page.html"))
     svg = page.text[page.text.index("<svg") : page.text.index("</svg>")]
-    assert "loss of a target token" in svg  # the first plot; its texts are texts
+    assert "loss per trained token" in svg  # the first plot; its texts are texts
     (drawn,) = re.findall(r'<path d="((?:[ML] [\d.]+ [\d.]+\s*){5})"[^>]*stroke: #4e79a7', svg)
     points = [tuple(map(float, pair)) for pair in re.findall(r"[ML] ([\d.]+) ([\d.]+)", drawn)]
     ys = [y for _, y in points]
@@ -167,8 +167,8 @@ def test_numbers_that_are_none_leave_gaps(tmp_path: Path) -> None:
     with (run / METRICS_FILE).open("a") as file:
         file.write('{"step": 3, "loss": "much", "lr": null}\n{"step": 4, "loss": 1' + 400 * "0" + '}\n{"step": 5, "lo')
     page = Page(write_report(run))
-    assert page.facts["steps"] == "4" and page.facts["loss"] == "nan at first, nan at last"
-    assert "loss of a target token" not in page.text  # it has no point
+    assert page.facts["steps"] == "4" and page.facts["loss"] == "nan at the first step, nan at the last"
+    assert "loss per trained token" not in page.text  # it has no point
 
 
 def test_a_run_that_is_not_there_or_has_no_step_is_told(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_run_that_is_not_there_or_has_no_step_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"empty: found a folder without config.yaml, expected a run's folder"):
         write_report(tmp_path / "empty")
     run = run_of(tmp_path / "mine", num_steps=0)
-    with pytest.raises(ConfigError, match=r"mine: no step is written down in metrics.jsonl yet"):
+    with pytest.raises(ConfigError, match=r"mine: metrics.jsonl has no step yet"):
         write_report(run)
     assert not (run / "report.html").exists()
 
@@ -186,7 +186,7 @@ def test_a_run_that_is_not_there_or_has_no_step_is_told(tmp_path: Path) -> None:
 def test_a_page_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     run = run_of(tmp_path / "mine", num_steps=1)
     (tmp_path / "file").touch()
-    with pytest.raises(SaveError, match=r"file/page.html: can't be written: .*Name another place by --out"):
+    with pytest.raises(SaveError, match=r"file/page.html: can't be written: .*Name another file with --out"):
         write_report(run, out=tmp_path / "file" / "page.html")
 
 

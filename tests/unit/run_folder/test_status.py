@@ -1,4 +1,4 @@
-"""The mark that a run leaves for whoever starts it again."""
+"""The status file that a run leaves for whoever restarts it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dist_lora.errors import (
     TrainingError,
 )
 from dist_lora.run_folder.folder import _lock
-from dist_lora.run_folder.status import Mark, Status, attempt_of, read_status, tell_status
+from dist_lora.run_folder.status import Status, StatusWriter, attempt_of, describe_status, read_status
 
 JOB = {"SLURM_JOB_ID": "77"}
 
@@ -32,17 +32,17 @@ def saved(folder: Path, step: int) -> None:
     (folder / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
 
 
-def mark(folder: Path, restart: int = 0) -> Mark:
-    return Mark(folder, JOB | ({"SLURM_RESTART_COUNT": str(restart)} if restart else {}))
+def mark(folder: Path, restart: int = 0) -> StatusWriter:
+    return StatusWriter(folder, JOB | ({"SLURM_RESTART_COUNT": str(restart)} if restart else {}))
 
 
 def test_a_shell_reads_the_mark_word_by_word(tmp_path: Path) -> None:
     saved(tmp_path, 120)
     mark(tmp_path).begin()
-    mark(tmp_path, 0).end(StoppedOnRequest("stopped on SIGUSR1's request\nat step 120"))
+    mark(tmp_path, 0).end(StoppedOnRequest("interrupted by SIGUSR1\nat step 120"))
     script = 'read -r code again step stalled attempt reason < "$1"; printf "%s|" "$code" "$again" "$step" "$stalled" "$attempt" "$reason"'
     told = subprocess.run(["bash", "-c", script, "-", tmp_path / "status"], capture_output=True, text=True, check=True)
-    assert told.stdout == "75|again|120|1|77.0|stopped on SIGUSR1's request at step 120|"
+    assert told.stdout == "75|again|120|1|77.0|interrupted by SIGUSR1 at step 120|"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".status")] == []
 
 
@@ -99,7 +99,7 @@ def test_a_killed_attempt_counts_when_the_next_begins(tmp_path: Path) -> None:
 def test_another_job_begins_to_count_anew(tmp_path: Path) -> None:
     for restart in range(3):
         mark(tmp_path, restart).begin()
-    Mark(tmp_path, {"SLURM_JOB_ID": "78"}).begin()
+    StatusWriter(tmp_path, {"SLURM_JOB_ID": "78"}).begin()
     found = read_status(tmp_path)
     assert found is not None and (found.stalled, found.attempt) == (0, "78.0")
 
@@ -112,16 +112,16 @@ def test_an_attempt_that_ends_before_it_has_begun_counts_too(tmp_path: Path) -> 
 
 
 def test_a_mistake_by_hand_makes_no_folder(tmp_path: Path) -> None:
-    Mark(tmp_path / "run", {}).end(ConfigError("no such model"))
+    StatusWriter(tmp_path / "run", {}).end(ConfigError("no such model"))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_rank_that_its_launcher_ends_leaves_the_reason_alone(tmp_path: Path) -> None:
     mark(tmp_path / "run").end(ConfigError("no such model"))
-    mark(tmp_path / "run").end(StopNow("stopped on SIGTERM's request"))
+    mark(tmp_path / "run").end(StopNow("interrupted by SIGTERM"))
     found = read_status(tmp_path / "run")
     assert found is not None and (found.code, found.is_final, found.reason) == (2, True, "no such model")
-    mark(tmp_path / "run", 1).end(StopNow("stopped on SIGTERM's request"))
+    mark(tmp_path / "run", 1).end(StopNow("interrupted by SIGTERM"))
     found = read_status(tmp_path / "run")
     assert found is not None and (found.code, found.attempt) == (75, "77.1")
 
@@ -165,7 +165,9 @@ def test_a_restarted_worker_ends_where_starting_again_changes_nothing(
     tmp_path: Path, code: int | None, restarts: str, attempt: str, ends: bool
 ) -> None:
     (tmp_path / "status").write_text(Status(code, False, 0, 0, attempt, "why").line())
-    found = Mark(tmp_path, {"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": restarts}).ended_before()
+    found = StatusWriter(
+        tmp_path, {"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": restarts}
+    ).ended_before()
     assert (found is not None) == ends
 
 
@@ -173,16 +175,16 @@ def test_a_restarted_worker_ends_where_starting_again_changes_nothing(
 
 
 def test_a_run_that_was_not_begun_is_told(tmp_path: Path) -> None:
-    told = tell_status(tmp_path / "run")
-    assert (told.text, told.exit_code) == (f"{tmp_path}/run: not begun", 0)
+    told = describe_status(tmp_path / "run")
+    assert (told.text, told.exit_code) == (f"{tmp_path}/run: not started", 0)
 
 
 def test_a_run_that_has_ended_is_told_with_its_code(tmp_path: Path) -> None:
     saved(tmp_path, 7)
-    mark(tmp_path).end(StoppedOnRequest("stopped on SIGTERM's request"))
-    told = tell_status(tmp_path)
+    mark(tmp_path).end(StoppedOnRequest("interrupted by SIGTERM"))
+    told = describe_status(tmp_path)
     assert (told.text, told.exit_code) == (
-        f"{tmp_path}: step 7 is saved; exit code 75: stopped on SIGTERM's request",
+        f"{tmp_path}: step 7 is saved; exit code 75: interrupted by SIGTERM",
         75,
     )
 
@@ -190,17 +192,17 @@ def test_a_run_that_has_ended_is_told_with_its_code(tmp_path: Path) -> None:
 def test_a_run_at_work_is_told_from_a_killed_one_by_its_lock(tmp_path: Path) -> None:
     mark(tmp_path).begin()
     _lock(tmp_path)
-    assert "running since 20" in tell_status(tmp_path).text and tell_status(tmp_path).exit_code == 0
+    assert "running since 20" in describe_status(tmp_path).text and describe_status(tmp_path).exit_code == 0
     killed = tmp_path / "killed"
     killed.mkdir()
     mark(killed).begin()
-    told = tell_status(killed)
-    assert "killed: it has run since 20" in told.text and told.exit_code == 1
+    told = describe_status(killed)
+    assert "killed: it ran since 20" in told.text and told.exit_code == 1
 
 
 def test_what_was_left_before_a_start_counts_as_nothing(tmp_path: Path) -> None:
     mark(tmp_path).end(StoppedOnRequest("earlier"))
     os.utime(tmp_path / "status", (time.time() - 60,) * 2)
-    assert tell_status(tmp_path).exit_code == 75
-    told = tell_status(tmp_path, since_s=time.time())
-    assert (told.exit_code, told.text) == (1, f"{tmp_path}: ended before it came to its folder")
+    assert describe_status(tmp_path).exit_code == 75
+    told = describe_status(tmp_path, since_s=time.time())
+    assert (told.exit_code, told.text) == (1, f"{tmp_path}: ended before it opened the run's folder")

@@ -152,7 +152,7 @@ def test_without_a_mark_it_is_not_started_again(stubs: Stubs) -> None:
     stubs.python("exit 9")
     code, told = stubs.run(make_script(request(stubs.folder)))
     assert (code, "requeue" in stubs.called) == (9, False)
-    assert "srun ended with exit code 9 and the run left no word of this start" in told
+    assert "srun ended with exit code 9 and the run wrote no status for this attempt" in told
 
 
 @pytest.mark.parametrize(("restart", "is_requeued"), [("0", True), ("2", True), ("3", False)])

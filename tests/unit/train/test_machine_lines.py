@@ -27,4 +27,4 @@ def test_nothing_is_said_where_the_config_names_no_other(section: dict) -> None:
 )  # fmt: skip
 def test_a_machine_that_is_another_is_one_line(section: dict, told: str) -> None:
     (line,) = machine_lines(MachineSection(**section), TWO_RANKS)
-    assert line == f"machine   the config {told}: its plan is not for here"
+    assert line == f"machine   the config {told}: its plan doesn't apply here"

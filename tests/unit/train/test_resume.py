@@ -45,7 +45,7 @@ def stopped(tiny_llama, tmp_path_factory) -> dict[str, Any]:
         "optim": {"lr": 1e-2, "warmup_steps": 1},
         "log": {"trackers": []},
     }
-    assert train_command(World.alone(), settings, 2).startswith("stopped at step 2 of 4")
+    assert train_command(World.alone(), settings, 2).startswith("interrupted by SIGUSR1 at step 2/4;")
     return settings
 
 
@@ -89,11 +89,11 @@ def test_more_steps_and_another_learning_rate_are_told_with_what_the_next_step_h
     settings = with_(begun, train={"steps": 6}, optim={"lr": 2e-2})
     told = go_on(settings, caplog)
     path = Path(begun["runs_dir"]) / "it" / "checkpoints" / "step-00000002"
-    assert told[0] == f"{path} goes on with other settings: optim.lr: 0.01 -> 0.02; train.steps: 4 -> 6"
+    assert told[0] == f"resuming {path} with other settings: optim.lr: 0.01 -> 0.02; train.steps: 4 -> 6"
     before, now = (
         lr_at(3, section=Config.model_validate(s).optim, num_steps=n) for s, n in ((begun, 4), (settings, 6))
     )
-    assert told[1:] == [f"the learning rate of step 3 is {now:.4g}, and was to be {before:.4g}"]
+    assert told[1:] == [f"the learning rate of step 3 is {now:.4g}, and would have been {before:.4g}"]
     lines = metrics(Path(begun["runs_dir"]) / "it")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert lines[2]["lr"] == now
@@ -139,7 +139,7 @@ def test_other_weights_under_the_same_name_are_refused(begun) -> None:
     weights = load_file(file)
     weights["model.layers.0.self_attn.q_proj.weight"] += 1
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"model.name: .*step-00000002 was trained beside another base: weights "):
+    with pytest.raises(ConfigError, match=r"model.name: .*step-00000002 was trained on another base: weights "):
         train_command(World.alone(), begun)
 
 
@@ -150,7 +150,7 @@ def test_fewer_steps_than_are_done_are_refused(begun) -> None:
 
 def test_resume_never_begins_anew_whatever_has_changed(begun, caplog) -> None:
     told = go_on(with_(begun, lora={"rank": 3}, checkpoint={"resume": "never"}), caplog)
-    assert [text.partition(" ")[0] for text in told if "beginning anew" in text] == ["checkpoint.resume:"]
+    assert [text.partition(" ")[0] for text in told if "starting over" in text] == ["checkpoint.resume:"]
     assert steps_of(begun) == [1, 2, 3, 4]
 
 
@@ -166,7 +166,7 @@ def test_a_checkpoint_of_another_run_may_be_named_and_its_folder_stays_as_it_is(
     "changed, told",
     [
         ({"progress": {"best_step": 1, "best_loss": "low"}}, "best_step 1 and best_loss 'low', expected numbers"),
-        ({"base": {"name": "x", "colour": "red"}}, "what its manifest says of the base can't be read"),
+        ({"base": {"name": "x", "colour": "red"}}, "the base in its manifest can't be read"),
     ],
     ids=("best", "base"),
 )

@@ -59,14 +59,14 @@ def test_a_first_loss_worse_than_two_guesses_is_told_once_and_a_sound_one_is_not
         assert len(told) == is_wrong
         if is_wrong:
             assert "the base's weights or the chat template look wrong" in told[0]
-            assert f"step 1: the loss is {first:.2f}, and a guess among the 512 tokens has 6.24" in told[0]
+            assert f"step 1: the loss is {first:.2f}, and a uniform guess over the 512 tokens has 6.24" in told[0]
 
 
 @pytest.fixture
 def begun(tiny_llama, tmp_path) -> tuple[dict[str, Any], Path]:
     """The settings of a run that has done two steps, and its checkpoint."""
     begun = settings(tiny_llama("llama31"), tmp_path, steps=3)
-    assert train_command(World.alone(), begun, 2).startswith("stopped at step 2 of 3 on SIGUSR1's request")
+    assert train_command(World.alone(), begun, 2).startswith("interrupted by SIGUSR1 at step 2/3;")
     return begun, tmp_path / "it" / "checkpoints" / "step-00000002"
 
 
