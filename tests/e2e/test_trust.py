@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_lora.data.token_set import _ARRAYS
+from dist_lora.data.token_cache import _ARRAYS
 from tests.e2e.runs import Done, losses, run
 
 RANK_1 = "rank-00001-of-00002.safetensors"
