@@ -57,7 +57,7 @@ def base_parts(shape: Shape, *, quant: str, item_bytes: int) -> list[BasePart]:
     """
     parts = [BasePart("embed_tokens", shape.vocab, shape.hidden * item_bytes, None)]
     for layer in range(shape.num_layers):
-        if shape.counted is not None:
+        if shape.given_parameters is not None:
             row_bytes = sum(size for _, size in _row_bytes(quant, shape.hidden, item_bytes))
             parts.append(BasePart("weights", math.ceil(shape.weights_of_a_layer() / shape.hidden), row_bytes, layer))
             continue
@@ -66,7 +66,7 @@ def base_parts(shape: Shape, *, quant: str, item_bytes: int) -> list[BasePart]:
                 BasePart(f"{name}.{part}", out, size, layer) for part, size in _row_bytes(quant, width, item_bytes)
             ]
         parts += [BasePart(f"norm{i}", shape.hidden, item_bytes, layer) for i in (1, 2)]
-    if shape.counted is None:
+    if shape.given_parameters is None:
         parts.append(BasePart("norm", shape.hidden, item_bytes, None))
     if not shape.tied:
         parts.append(BasePart("lm_head", shape.vocab, shape.hidden * item_bytes, None))

@@ -103,7 +103,7 @@ def _identity(told: Mapping[str, Any], *, where: str) -> BaseIdentity:
 
 def read_adapter_json(file: Path) -> dict[str, Any]:
     try:
-        return read_json(file, most_bytes=_MAX_JSON_BYTES)
+        return read_json(file, max_bytes=_MAX_JSON_BYTES)
     except OSError as error:
         raise AdapterError(
             f"{file} cannot be read: {error.strerror or error}. An adapter folder with {CONFIG_FILE} and "

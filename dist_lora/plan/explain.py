@@ -115,7 +115,7 @@ def _what_is_trained(config: Config, model: KnownModel) -> Iterator[str]:
     if model.is_by_hand:
         counted = (
             "as given"
-            if shape.counted is not None
+            if shape.given_parameters is not None
             else "that of a Llama of these sizes (three matrices after attention)"
         )
         yield f"The frozen count is {counted}; what is trained follows from the shapes of the adapted matrices alone."

@@ -17,7 +17,7 @@ def lines_of(plan: Plan) -> Iterator[str]:
     kind = {2: "bf16", 4: "fp32"}[setup.item_bytes]
     stored = f"{setup.quant} base, computed in {kind}" if setup.quant != "none" else kind
     yield f"{plan.config.run}: {plan.config.model.name} ({stored}) with LoRA rank {setup.lora_rank} on {machines}"
-    counted = "" if shape.counted is None else " (as given; what is computed is a Llama's of these sizes)"
+    counted = "" if shape.given_parameters is None else " (as given; what is computed is a Llama's of these sizes)"
     yield f"  {shape.num_parameters():,} frozen weights{counted}, {setup.trained_weights:,} trained"
     if machines.assumed:
         yield f"  machines  {machines.assumed}: name others in the config's section machine, or by --gpu and --gpus-per-node"

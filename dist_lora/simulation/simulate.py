@@ -131,9 +131,11 @@ def _pretended(config: Config, shape: Shape, placed: Placed, *, num_passes: int)
         "one stream: on a GPU a gathered block may live on until the stream that used it has come so far",
         "an operator's own workspace isn't seen, nor the CUDA context, NCCL's buffers and fragmentation",
     ]
-    if shape.counted is not None:
-        llama = dataclasses.replace(shape, counted=None).num_parameters()
-        told.append(f"the model is a Llama of these sizes, with {llama:,} weights instead of {shape.counted:,}")
+    if shape.given_parameters is not None:
+        llama = dataclasses.replace(shape, given_parameters=None).num_parameters()
+        told.append(
+            f"the model is a Llama of these sizes, with {llama:,} weights instead of {shape.given_parameters:,}"
+        )
     if placed.choices.attention == "varlen":
         told.append("flash attention is its declared output and softmax statistics; its kernel doesn't run")
     if placed.engine.layout.base_on_host:

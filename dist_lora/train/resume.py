@@ -106,7 +106,7 @@ def _check_changes(config: Config, found: Found, *, is_to_tell: bool) -> None:
         raise CheckpointError(f"{found.path}: the config in its manifest is not YAML: {error}") from error
     if not isinstance(before, Mapping):
         raise CheckpointError(f"{found.path}: the config in its manifest is no tree of settings")
-    by_effect: dict[str, list[Change]] = {"free": [], "said": [], "refused": []}
+    by_effect: dict[str, list[Change]] = {"free": [], "logged": [], "refused": []}
     for change in changes(before, yaml.safe_load(dump_config(config))):
         rule = rule_of(change.name)
         by_effect[rule.effect if rule else "refused"].append(change)
@@ -115,8 +115,8 @@ def _check_changes(config: Config, found: Found, *, is_to_tell: bool) -> None:
             f"\n  {c.name}: the run has {c.before!r}, the config says {c.now!r}" for c in by_effect["refused"]
         )
         raise ConfigError(f"{found.path} is of a run with other settings:{told}\n{_AGAIN}")
-    if by_effect["said"] and is_to_tell:
-        log.warning(f"{found.path} goes on with other settings: {'; '.join(map(str, by_effect['said']))}")
+    if by_effect["logged"] and is_to_tell:
+        log.warning(f"{found.path} goes on with other settings: {'; '.join(map(str, by_effect['logged']))}")
 
 
 def best_of(found: Found) -> tuple[int | None, float]:

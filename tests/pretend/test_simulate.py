@@ -161,10 +161,10 @@ def test_what_was_pretended_is_said_in_sentences(eight, tiny_llama) -> None:
 
 
 def test_a_model_whose_weights_were_counted_is_simulated_as_a_llama_and_said_to_be(tiny_llama) -> None:
-    shape = replace(read_shape(tiny_llama("llama31")), counted=100_000)
+    shape = replace(read_shape(tiny_llama("llama31")), given_parameters=100_000)
     config = config_of("mine", train={"global_batch": 2, "micro_batch": 1, "sequence_length": 64})
     told = simulate(config, shape, num_nodes=1, gpus_per_node=2, device_bytes=GIB).pretended
-    llama = replace(shape, counted=None).num_parameters()
+    llama = replace(shape, given_parameters=None).num_parameters()
     assert f"the model is a Llama of these sizes, with {llama:,} weights instead of 100,000" in told
 
 

@@ -185,7 +185,7 @@ def test_a_shape_that_is_no_mapping_is_told_what_it_holds(tmp_path: Path, writte
             {"num_attention_heads": 24},
             "model.shape.num_attention_heads: found 24, which doesn't divide hidden_size 4096",
         ),
-        ({"head_dim": 65}, "model.shape.head_dim: found 65, expected an even number: RoPE turns pairs"),
+        ({"head_dim": 65}, "model.shape.head_dim: found 65, expected an even number: RoPE rotates pairs"),
         ({"num_hidden_layers": 5000}, "model.shape.num_hidden_layers: found 5000, expected at most 1,000"),
         (
             {"num_parameters": 10**9},
@@ -206,7 +206,7 @@ def test_sizes_that_no_llama_has_are_told(changed: dict[str, Any], told: str) ->
 def test_a_model_on_the_hub_of_which_only_the_name_is_known_is_told_so() -> None:
     with pytest.raises(ConfigError) as caught:
         known_model(config_of(name="org/some-llama").model)
-    assert "org/some-llama is no member of the herd, and its sizes lie on the hub" in str(caught.value)
+    assert "org/some-llama is not a herd member, and its sizes are on the hub" in str(caught.value)
     assert known_model(config_of(name="meta-llama/Llama-3.1-8B").model).shape == MEMBERS["3.1-8b"].shape
 
 
@@ -219,7 +219,7 @@ def test_a_model_that_is_only_sizes_is_not_trained() -> None:
     with pytest.raises(ConfigError) as caught:
         open_base(config_of(shape=LLAMA_3_8B, name="mine"), World.alone())
     assert str(caught.value) == (
-        "model.shape: mine is given by its sizes, and has no weights: such a config is for plan and explain. To train, take "
-        "model.shape out and give a member, a folder or a hub id as model.name"
+        "model.shape: mine is given by its sizes alone and has no weights: such a config is for plan and explain. To train, "
+        "remove model.shape and set model.name to a member, a folder or a hub id"
     )
     assert caught.value.exit_code == 2

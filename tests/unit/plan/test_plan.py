@@ -257,7 +257,7 @@ def test_what_a_run_would_refuse_a_plan_refuses_with_the_same_words() -> None:
 
 
 def test_a_hub_id_of_no_member_is_told() -> None:
-    with pytest.raises(ConfigError, match=r"someone/else is no member of the herd, and its sizes lie on the hub"):
+    with pytest.raises(ConfigError, match=r"someone/else is not a herd member, and its sizes are on the hub"):
         make_plan(config_of(model={"name": "someone/else"}), Machines(1, 8, H100))
 
 
