@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dist_lora.config.schema import Config
 from dist_lora.herd.models import KnownModel, known_model
-from dist_lora.layout.choices import BYTES_A_TRAINED_WEIGHT, ITEM_BYTES, choose_dtype
+from dist_lora.layout.choices import BYTES_PER_TRAINED_WEIGHT, ITEM_BYTES, choose_dtype
 from dist_lora.layout.storage import FP32, base_parts
 from dist_lora.plan.command import DEFAULT_GPUS_PER_NODE
 from dist_lora.plan.hardware import find_gpu
@@ -51,7 +51,7 @@ def ways_of(config: Config, model: KnownModel) -> list[Way]:
         state = 2 * (total - trained) + BYTES_OF_FULL_TRAINING * trained
         ways.append(Way(name, trained, state, 2 * trained))
     in_nf4 = "" if config.model.quant == "none" else f" on a base in {config.model.quant}"
-    ways.append(Way(f"LoRA{in_nf4}", adapters, frozen + BYTES_A_TRAINED_WEIGHT * adapters, FP32 * adapters))
+    ways.append(Way(f"LoRA{in_nf4}", adapters, frozen + BYTES_PER_TRAINED_WEIGHT * adapters, FP32 * adapters))
     return ways
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.members import MEMBERS, Member
-from dist_lora.layout.memory import base_bytes_of_a_rank
+from dist_lora.layout.memory import base_bytes_per_rank
 from dist_lora.layout.storage import FP32, base_parts
 from dist_lora.plan.hardware import Gpu, find_gpu
 from dist_lora.plan.plan import Machines, Plan, make_plan
@@ -245,7 +245,7 @@ def _base_of(preset: Preset) -> str:
     if preset.method == "qlora":
         parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
         told += f", and {sum(part.num_bytes for part in parts) / 1e9:.1f} GB with its layers in NF4"
-    share = f"{base_bytes_of_a_rank(setup) / 1e9:.1f} GB on each"
+    share = f"{base_bytes_per_rank(setup) / 1e9:.1f} GB on each"
     if setup.base_ranks == 1:
         return f"{told}."
     if machine.num_nodes == 1:

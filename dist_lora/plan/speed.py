@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dist_lora.layout.memory import Setup, base_bytes_of_a_rank, block_bytes, logit_rows
+from dist_lora.layout.memory import Setup, base_bytes_per_rank, block_bytes, logit_rows
 from dist_lora.layout.storage import FP32
 from dist_lora.plan.hardware import REACHED_COMPUTE, REACHED_MEMORY, REACHED_WIRE, Gpu
 from dist_lora.plan.measured import Measured, Range
@@ -55,14 +55,14 @@ def speed_of(setup: Setup, gpu: Gpu, *, context: int) -> Speed:
     """A step's time on ``gpu``: at best all wires are hidden behind the products, at worst nothing is."""
     if gpu.measured is not None:
         return measured_speed(setup, gpu, gpu.measured, context=context)
-    tokens = setup.micro_tokens * setup.passes
+    tokens = setup.micro_tokens * setup.accumulation_steps
     flops = flops_a_token(setup, context=context) * tokens
     inside, between = received_bytes(setup)
     compute = _range(flops, gpu.products_flops_per_s, REACHED_COMPUTE)
     dense = _range(_dense_traffic(setup), gpu.memory_gb_s * 1e9, REACHED_MEMORY)
     links = _range(inside, gpu.link_gb_s * 1e9, REACHED_WIRE)
     network = _range(between, gpu.network_gb_s * 1e9, REACHED_WIRE)
-    brought = 2 * setup.passes * base_bytes_of_a_rank(setup) if setup.layout.base_on_host else 0
+    brought = 2 * setup.accumulation_steps * base_bytes_per_rank(setup) if setup.layout.base_on_host else 0
     host = _range(brought, gpu.host_gb_s * 1e9, REACHED_WIRE)
     walls = {
         compute[0] + dense[0]: "compute",
@@ -85,7 +85,7 @@ def _dense_traffic(setup: Setup) -> float:
     shape, c = setup.shape, setup.item_bytes
     weights = shape.weights_of_linears()
     stored = block_bytes(setup)
-    return setup.passes * (3 if setup.recompute else 2) * shape.num_layers * (stored + 2 * c * weights)
+    return setup.accumulation_steps * (3 if setup.recompute else 2) * shape.num_layers * (stored + 2 * c * weights)
 
 
 # Of a measured machine
@@ -125,7 +125,7 @@ def measured_speed(setup: Setup, gpu: Gpu, measured: Measured, *, context: int) 
     Processors that compute also move what is sent, so that nothing is hidden there; a GPU may hide its wires.
     """
     layers = setup.shape.num_layers
-    passes = float(setup.passes)
+    passes = float(setup.accumulation_steps)
     times = 3 if setup.recompute else 2  # products of a frozen linear: forward, gradient to its input, and again
     compute = _frozen_products(setup, measured) * (times * layers * passes)
     compute += _adapter_products(setup, measured) * ((times + 1) * len(setup.layers) * passes)
@@ -137,7 +137,7 @@ def measured_speed(setup: Setup, gpu: Gpu, measured: Measured, *, context: int) 
     compute += _Seconds(calls / 2, calls)
     dense = _dense(setup, measured) * (times * layers * passes)
     inside, between = _wires(setup, measured)
-    carried = 2 * setup.passes * base_bytes_of_a_rank(setup) if setup.layout.base_on_host else 0
+    carried = 2 * setup.accumulation_steps * base_bytes_per_rank(setup) if setup.layout.base_on_host else 0
     host = _Seconds(*_range(carried, gpu.host_gb_s * 1e9, REACHED_WIRE))
     work = compute + dense
     wires = inside + between + host
@@ -149,7 +149,7 @@ def measured_speed(setup: Setup, gpu: Gpu, measured: Measured, *, context: int) 
         host.best: "the link to host memory",
     }
     worst = (work + wires).worst * (1 + UNCOUNTED)
-    tokens = setup.micro_tokens * setup.passes * setup.num_ranks
+    tokens = setup.micro_tokens * setup.accumulation_steps * setup.num_ranks
     return Speed(
         compute.pair, dense.pair, inside.pair, between.pair, host.pair, (best, worst), walls[max(walls)], tokens
     )
@@ -208,7 +208,7 @@ def _loss(setup: Setup, measured: Measured) -> _Seconds:
 def _optimizer(setup: Setup, measured: Measured) -> _Seconds:
     """AdamW: weight, gradient and both moments read, all but the gradient written; the norm, and the gradients' sum over passes."""
     share = FP32 * setup.trained_weights / setup.adapter_ranks
-    return _at((7 + 1 + 3 * setup.passes) * share, measured.elementwise_bytes_per_s(share))
+    return _at((7 + 1 + 3 * setup.accumulation_steps) * share, measured.elementwise_bytes_per_s(share))
 
 
 def _dense(setup: Setup, measured: Measured) -> _Seconds:

@@ -26,7 +26,7 @@ def lines_of(plan: Plan) -> Iterator[str]:
     for note in plan.notes:
         yield f"  note      {note}"
     yield (
-        f"  a pass  {train.micro_batch} x {train.sequence_length:,} tokens a GPU, {setup.passes} pass{'es' * (setup.passes > 1)} a step"
+        f"  a pass  {train.micro_batch} x {train.sequence_length:,} tokens a GPU, {setup.accumulation_steps} pass{'es' * (setup.accumulation_steps > 1)} a step"
     )
     yield ""
     yield f"The fullest GPU holds most {memory.when}:"

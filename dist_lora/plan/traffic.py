@@ -54,15 +54,22 @@ def _of_base(setup: Setup) -> Iterator[Collective]:
     # Before the first adapted layer there is nothing to go back through; FSDP2 fetches one layer more than it needs.
     num_layers, first = setup.shape.num_layers, min(setup.layers)
     gatherings = num_layers + min(num_layers, num_layers - first + 1)
-    yield Collective("all-gather", "layers, forward and backward", ranks, crosses, block, gatherings * setup.passes)
-    for end in ends:
-        yield Collective("all-gather", end.name, ranks, crosses, padded([end]), setup.passes)
     yield Collective(
-        "all-gather", "last norm" + " and embedding" * setup.shape.tied, ranks, crosses, padded(root), setup.passes
+        "all-gather", "layers, forward and backward", ranks, crosses, block, gatherings * setup.accumulation_steps
+    )
+    for end in ends:
+        yield Collective("all-gather", end.name, ranks, crosses, padded([end]), setup.accumulation_steps)
+    yield Collective(
+        "all-gather",
+        "last norm" + " and embedding" * setup.shape.tied,
+        ranks,
+        crosses,
+        padded(root),
+        setup.accumulation_steps,
     )
     if setup.shape.tied and setup.layout.engine == "zero3":  # which lets go of it in between
         embedding = [part for part in parts if part.name == "embed_tokens"]
-        yield Collective("all-gather", "embedding as head", ranks, crosses, padded(embedding), setup.passes)
+        yield Collective("all-gather", "embedding as head", ranks, crosses, padded(embedding), setup.accumulation_steps)
 
 
 def _of_adapters(setup: Setup) -> Iterator[Collective]:
@@ -72,7 +79,7 @@ def _of_adapters(setup: Setup) -> Iterator[Collective]:
         yield Collective("all-reduce", "adapters' gradients", world, nodes > 1, FP32 * setup.trained_weights, 1)
     else:
         in_layer = FP32 * _padded_adapters(setup)
-        count = len(setup.layers) * setup.passes
+        count = len(setup.layers) * setup.accumulation_steps
         if ranks > 1:
             yield Collective("all-gather", "adapters, forward and backward", ranks, False, in_layer, 2 * count)
             yield Collective("reduce-scatter", "adapters' gradients", ranks, False, in_layer, count)

@@ -187,7 +187,9 @@ def test_what_a_run_would_refuse_a_simulation_refuses_with_the_same_words(tiny_l
     with pytest.raises(ConfigError, match=r"parallel\.engine: none runs one process and 8 were started"):
         config = config_of(str(folder), model={"quant": "int8"}, parallel={"engine": "none"})
         simulate(config, read_shape(folder), num_nodes=1, gpus_per_node=8, device_bytes=GIB)
-    with pytest.raises(ConfigError, match=r"model.quant: nf4 can't keep .*: down_proj: nf4 cuts each row into blocks"):
+    with pytest.raises(
+        ConfigError, match=r"model.quant: nf4 can't store .*: down_proj: nf4 splits each row into blocks"
+    ):
         simulate(config_of(str(folder)), read_shape(folder), num_nodes=1, gpus_per_node=2, device_bytes=GIB)
     with pytest.raises(ConfigError, match=r"found 0 nodes of 8 GPUs, expected at least one of each"):
         simulate(config_of(str(folder)), read_shape(folder), num_nodes=0, gpus_per_node=8, device_bytes=GIB)

@@ -21,7 +21,7 @@ from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.members import MEMBERS
 from dist_lora.herd.shape import Shape
-from dist_lora.layout.memory import Setup, kept_bytes_of_a_layer, setup_of
+from dist_lora.layout.memory import Setup, saved_bytes_of_layer, setup_of
 from dist_lora.layout.storage import base_parts
 from dist_lora.lora.attach import attach_adapters
 from dist_lora.plan.hardware import GPUS, find_gpu
@@ -131,7 +131,7 @@ def test_what_a_layer_keeps_for_its_backward_is_what_autograd_saves(dtype, targe
         alive += [*saved, x]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
         found = sum(size for pointer, size in storages.items() if pointer not in known)
-        assert kept_bytes_of_a_layer(setup, layer) == found, layer
+        assert saved_bytes_of_layer(setup, layer) == found, layer
         known |= set(storages)
 
 
@@ -204,13 +204,13 @@ def test_an_offloaded_base_lies_in_host_memory_and_comes_over_its_link() -> None
     )
     assert plan.memory.base == 0 and plan.memory.optimizer == 0
     assert plan.memory.host - plain.memory.host == plain.memory.base + plain.memory.optimizer
-    assert plan.speed.host_s[0] == pytest.approx(2 * plain.setup.passes * plain.memory.base / (64e9 * 0.85))
+    assert plan.speed.host_s[0] == pytest.approx(2 * plain.setup.accumulation_steps * plain.memory.base / (64e9 * 0.85))
     assert make_plan(config, Machines(1, 8, H100, host_bytes=100 * GIB)).fits is False
 
 
 def test_products_take_as_long_as_the_gpu_was_measured_to_take_by_hand() -> None:
     plan = make_plan(config_of(train={"sequence_length": 2048}), Machines(1, 8, H100))
-    flops = flops_a_token(plan.setup, context=2048) * plan.setup.micro_tokens * plan.setup.passes
+    flops = flops_a_token(plan.setup, context=2048) * plan.setup.micro_tokens * plan.setup.accumulation_steps
     assert plan.speed.compute_s == pytest.approx((flops / (0.8 * 794.5e12), flops / (0.3 * 794.5e12)))
 
 
@@ -252,7 +252,7 @@ def test_what_a_run_would_refuse_a_plan_refuses_with_the_same_words() -> None:
             refuse()
         told.append(str(caught.value))
     assert told[0] == told[1] and told[0].startswith(
-        "model.quant: nf4 can't keep it: down_proj: nf4 cuts each row into"
+        "model.quant: nf4 can't store it: down_proj: nf4 splits each row into"
     )
 
 
