@@ -103,7 +103,7 @@ def main() -> None:
     parts = {
         "its shard of the base": memory.base,
         "adapters, gradients, AdamW": memory.adapters + memory.gradients + memory.optimizer,
-        "what is gathered of the base": memory.gathered,
+        "all-gathered base weights": memory.gathered,
         "activations and logits": memory.activations + memory.loss + memory.workspace,
         "a save's copy of what is trained": memory.host,
         "gloo's own buffer for a gathering": embedding_bytes(setup),  # NCCL has none
@@ -111,7 +111,7 @@ def main() -> None:
     }
     for name, num_bytes in parts.items():
         print(f"{name:40} {num_bytes / GIB:6.2f} GiB by arithmetic")
-    print(f"{'together, ' + memory.when:40} {sum(parts.values()) / GIB:6.2f} GiB")
+    print(f"{'total, ' + memory.when:40} {sum(parts.values()) / GIB:6.2f} GiB")
     print(f"{'peak of a rank, its whole process':40} {found['peak_bytes'] / GIB:6.2f} GiB measured")
     print(f"{'loading':40} {found['load_s']:6.1f} s")
     print(f"{'the step':40} {found['step_s']:6.1f} s, loss {found['loss']:.4f}")

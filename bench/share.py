@@ -2,7 +2,7 @@
 
     python -m bench.share FOLDER --ranks 128 [--rank 0] [--quant nf4]
 
-The other ranks are pretended (a fake process group), so that one machine shows what each of 128 does. The folder may be
+The other ranks are simulated (a fake process group), so that one machine shows what each of 128 does. The folder may be
 one of holes, as bench/sparse.py makes it.
 """
 
