@@ -19,32 +19,32 @@ class Rule:
 
 
 RULES = (
-    Rule(("run", "runs_dir", "log", "checkpoint", "machine", "data.cache_dir"), "free", "where things lie and what is told"),
+    Rule(("run", "runs_dir", "log", "checkpoint", "machine", "data.cache_dir"), "free", "locations and logging"),
     Rule(
         ("parallel", "train.micro_batch", "train.activation_checkpointing", "model.attention"),
         "free",
-        "who computes what: engine, ranks, nodes, offload. The global batches and the losses (1e-5) stay",
+        "how the work is distributed: engine, ranks, nodes, offload. Global batches and losses (to 1e-5) stay the same",
     ),
     Rule(
         ("model.name", "data.train", "data.eval", "data.format", "data.train_on", "data.on_no_target",
          "data.on_too_long", "data.untrained_tokens", "data.chat_template", "lora.start_from"),
         "free",
-        "what lies behind the names must be the same: weights, tokenized samples; it is compared by its content",
+        "what they name must be the same: weights and tokenized samples are compared by content",
     ),
-    Rule(("eval",), "free", "nothing of it trains"),
-    Rule(("train.steps", "train.epochs"), "logged", "the schedule stretches: other learning rates from here on"),
+    Rule(("eval",), "free", "has no effect on training"),
+    Rule(("train.steps", "train.epochs"), "logged", "stretches the schedule: other learning rates from here on"),
     Rule(("optim",), "logged", "other updates from here on"),
     Rule(("lora.dropout",), "logged", "other masks from here on"),
-    Rule(("model.shape", "model.quant", "model.dtype"), "refused", "the adapters would be trained on beside another base"),
+    Rule(("model.shape", "model.quant", "model.dtype"), "refused", "training would continue on another base"),
     Rule(
         ("lora.rank", "lora.alpha", "lora.targets", "lora.layers"),
         "refused",
-        "they are the shape and the scale of what is trained",
+        "they set the shape and the scale of the adapters",
     ),
     Rule(
         ("train.seed", "train.global_batch", "train.sequence_length", "train.packing"),
         "refused",
-        "they decide which samples a step holds",
+        "they decide which samples a step has",
     ),
 )  # fmt: skip
 
@@ -81,7 +81,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
 def markdown() -> str:
     """The table as the README has it."""
-    words = {"free": "may change", "logged": "may change, is said", "refused": "may not (exit 2)"}
+    words = {"free": "may change", "logged": "may change, is logged", "refused": "may not (exit 2)"}
     lines = ["| setting | on resume | because |", "|---|---|---|"]
     for rule in RULES:
         names = ", ".join(f"`{name}`" for name in rule.settings)

@@ -49,9 +49,9 @@ class MachineRequest:
         """
         if measured is not None:
             machine = read_measured(measured)
-            size = machine.ranks_per_node if gpus_per_node is None else gpus_per_node
+            per_node = machine.ranks_per_node if gpus_per_node is None else gpus_per_node
             return MachineRequest(
-                num_nodes or [machine.num_nodes], size, gpus or [], gpu_gib, host_gib, machine, measured
+                num_nodes or [machine.num_nodes], per_node, gpus or [], gpu_gib, host_gib, machine, measured
             )
         size = section.gpus_per_node if gpus_per_node is None else gpus_per_node
         if not gpus and gpu_gib is None and section.gpu is not None:

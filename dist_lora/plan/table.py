@@ -20,7 +20,7 @@ def lines_of(plan: Plan) -> Iterator[str]:
     note = "" if shape.given_parameters is None else " (as given; computed as a Llama of these sizes)"
     yield f"  {shape.num_parameters():,} frozen weights{note}, {setup.trained_weights:,} trained"
     if machines.assumed:
-        yield f"  machines  {machines.assumed}: set the config's section machine, or --gpu and --gpus-per-node"
+        yield f"  machines  {machines.assumed}: set the config's machine section, or --gpu and --gpus-per-node"
     for reason in setup.choices.reasons:
         yield f"  {reason}"
     for note in plan.notes:
@@ -64,7 +64,7 @@ def _of_speed(plan: Plan) -> Iterator[str]:
     flops = flops_per_token(setup, context=plan.config.train.sequence_length)
     yield f"A step of {speed.tokens_per_step:,} tokens ({flops / 1e9:,.0f} GFLOP per token) takes {low:.3g} to {high:.3g} s:"
     yield f"  {slow:,.0f} to {fast:,.0f} tokens/s over all GPUs; bound by {speed.bound_by}"
-    yield f"  per step a GPU receives {inside / 1e9:,.2f} GB within its node and {between / 1e9:,.3f} GB from other nodes"
+    yield f"  each GPU receives {inside / 1e9:,.2f} GB within its node and {between / 1e9:,.3f} GB from other nodes per step"
     hours, gpus = plan.hours, setup.num_ranks
     if hours is not None:
         yield (

@@ -18,9 +18,7 @@ from dist_lora.simulation.tracker import KINDS, Kind, Moment, Phase
 from dist_lora.text import GIB
 
 PICTURES = (".png", ".svg")
-MAX_HEADROOM = (
-    2.5  # times the peak: a GPU with more memory is named in the title, since its line would squeeze the picture
-)
+MAX_HEADROOM = 2.5  # times the peak: the line of a larger GPU would squeeze the picture, so the title names it
 
 # Persistent memory is blue and green, temporary memory is in warm colours.
 _COLOURS: dict[Kind, str] = {

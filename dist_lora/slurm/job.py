@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dist_lora.config.load import load_config
 from dist_lora.config.schema import Config, MachineSection
@@ -153,7 +153,7 @@ def _machines(request: Request, sections: Sequence[MachineSection]) -> Machines:
     Raises:
         ConfigError: the number of nodes is missing, the configs name different machines, or the GPU is unknown.
     """
-    named = {
+    named: dict[str, tuple[str, object, set[Any]]] = {
         "--nodes": ("machine.nodes", request.num_nodes, {section.nodes for section in sections}),
         "--gpus-per-node": (
             "machine.gpus_per_node",

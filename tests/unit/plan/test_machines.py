@@ -60,7 +60,7 @@ def test_what_is_assumed_is_said() -> None:
     assert machines(MachineSection(), gib=16, size=1).assumed == ""
     plan = make_plan(config_of(), found)
     assert plan.to_json()["assumed"] == "assuming 8 x h100-80gb"
-    assert "  machines  assuming 8 x h100-80gb: set the config's section machine" in "\n".join(lines_of(plan))
+    assert "  machines  assuming 8 x h100-80gb: set the config's machine section" in "\n".join(lines_of(plan))
     assert "assuming" not in "\n".join(lines_of(make_plan(config_of(), machines(NAMED))))
 
 

@@ -322,7 +322,7 @@ def test_what_does_not_fit_ends_with_3_and_tells_both_numbers(config_file) -> No
             ],
             "model.shape.num_attention_heads: found 3, which doesn't divide hidden_size 64",
         ),
-        (["parallel.node_size=3"], "parallel.node_size: 8 processes are not a multiple of 3; every node must hold"),
+        (["parallel.node_size=3"], "parallel.node_size: 8 processes are not a multiple of 3; every node must have"),
         (["parallel.node_size=16"], "parallel.node_size: 8 processes are not a multiple of 16"),
         (["lora.layers=[32]"], "lora.layers: found 32, expected 0-31 (the model has 32 layers)"),
         (["parallel.engine=none"], "parallel.engine: none runs one process and 8 were started"),
