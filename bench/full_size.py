@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dist_lora.config.schema import Config
 from dist_lora.herd.shape import read_shape
-from dist_lora.layout.memory import Setup, end_bytes, memory_of, setup_of
+from dist_lora.layout.memory import Setup, embedding_bytes, memory_of, setup_of
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -107,7 +107,7 @@ def main() -> None:
         "all-gathered base weights": memory.gathered,
         "activations and logits": memory.activations + memory.loss + memory.workspace,
         "a save's copy of the trained state": memory.host,
-        "gloo's own buffer for an all-gather": end_bytes(setup),  # NCCL has none
+        "gloo's own buffer for an all-gather": embedding_bytes(setup),  # NCCL has none
         "imports": imported_bytes(),
     }
     for name, num_bytes in parts.items():

@@ -125,7 +125,7 @@ def plan(
         bool, typer.Option("--sweep", help="List the ways to run this model on these machines.")
     ] = False,
     is_simulated: Annotated[
-        bool, typer.Option("--simulate", help="Run the real step too, on pretended tensors in a pretended world.")
+        bool, typer.Option("--simulate", help="Also run the real step, on fake tensors in a simulated cluster.")
     ] = False,
     timeline: Annotated[
         Path | None,
@@ -137,19 +137,19 @@ def plan(
 
     Options that are left out are taken from the config's section machine, else from this machine.
     """
-    from dist_lora.plan.command import Fleets
+    from dist_lora.plan.command import MachineRequest
     from dist_lora.plan.command import plan as plan_here
 
     if timeline is not None and not is_simulated:
         raise ConfigError("--timeline: it shows a simulated step; add --simulate")
     loaded = _load(config, overrides)
-    fleets = Fleets.of(loaded.machine, nodes, gpus_per_node, gpu, gpu_gib, host_gib, measured)
+    request = MachineRequest.of(loaded.machine, nodes, gpus_per_node, gpu, gpu_gib, host_gib, measured)
     if is_simulated:
         from dist_lora.simulation.command import simulate_plan
 
-        simulate_plan(loaded, fleets, timeline=timeline, prints_json=as_json)
+        simulate_plan(loaded, request, timeline=timeline, prints_json=as_json)
         return
-    plan_here(loaded, fleets, is_sweep=is_sweep, as_json=as_json)
+    plan_here(loaded, request, is_sweep=is_sweep, as_json=as_json)
 
 
 @app.command()

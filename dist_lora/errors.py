@@ -1,8 +1,7 @@
-"""What can go wrong, by whose hand it is mended: each kind has its exit code.
+"""Errors by who can fix them; each kind has its exit code.
 
-Every error is also a standard class, so that a caller who doesn't know this package can catch it.
-A message says where (the setting, file or tensor by its full name), what was found, what was
-expected, and what to do.
+Every error also inherits from a standard class, so that callers who don't know this package can catch it. A message says
+where (the setting, file or tensor by its full name), what was found, what was expected, and what to do.
 """
 
 EXIT_DONE = 0
@@ -14,7 +13,7 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may start the run ag
 
 
 class DistLoraError(Exception):
-    """Any error that is told to the user as one message, without a traceback."""
+    """Any error that is shown to the user as one message, without a traceback."""
 
     exit_code = EXIT_FAILED
 
@@ -30,19 +29,19 @@ class RunInUse(ConfigError):
 
 
 class DataError(DistLoraError, ValueError):
-    """The training or evaluation data is not what was said of it."""
+    """The training or evaluation data is not what the config declares."""
 
     exit_code = EXIT_USER
 
 
 class PlanError(DistLoraError, MemoryError):
-    """The run does not fit the machines it is given."""
+    """The run doesn't fit the machines it is given."""
 
     exit_code = EXIT_PLAN
 
 
 class WeightsError(DistLoraError, OSError):
-    """A file of the base model is missing, damaged or of another model."""
+    """A file of the base model is missing, damaged or belongs to another model."""
 
     exit_code = EXIT_DAMAGED
 
@@ -64,7 +63,7 @@ class SaveError(DistLoraError, OSError):
 
 
 class TrainingError(DistLoraError, ArithmeticError):
-    """The numbers of a run went wrong: NaN, infinity, an adapter without a gradient."""
+    """Training diverged or can't work: NaN, infinity, an adapter without a gradient."""
 
 
 class HangError(DistLoraError, TimeoutError):
@@ -72,11 +71,11 @@ class HangError(DistLoraError, TimeoutError):
 
 
 class OutOfMemory(DistLoraError, MemoryError):
-    """A device or the host had no memory left when a rank asked for some."""
+    """A device or the host ran out of memory."""
 
 
 class RankError(DistLoraError, RuntimeError):
-    """Another process of the run failed; this one ends with it, silently and with the same code."""
+    """Another process of the run failed; this one exits too, silently and with the same code."""
 
     def __init__(self, message: str, *, exit_code: int = EXIT_FAILED) -> None:
         super().__init__(message)
@@ -84,23 +83,23 @@ class RankError(DistLoraError, RuntimeError):
 
 
 class JoinError(DistLoraError, TimeoutError):
-    """The processes of a run did not all come to where they meet."""
+    """Not all processes of a run joined the rendezvous."""
 
 
 class StoppedOnRequest(DistLoraError, InterruptedError):
-    """A signal asked the run to stop; everything is saved and the same command goes on."""
+    """A signal asked the run to stop; everything is saved and the same command resumes it."""
 
     exit_code = EXIT_STOPPED
 
 
 class StoppedForGood(StoppedOnRequest):
-    """The user asked the run to stop by hand: everything is saved, and no script is to start it again."""
+    """The user stopped the run by hand: everything is saved, and no script may start it again."""
 
 
 class StopNow(BaseException):
-    """A signal asked this rank to stop where there is nothing to save: the same command begins again.
+    """A signal asked this rank to stop before there was anything to save: the same command starts over.
 
-    No ``Exception``: whoever turns the errors of a stage into one of ours must let it pass.
+    Not an ``Exception``: code that converts a stage's errors into one of ours must let it pass.
     """
 
     exit_code = EXIT_STOPPED

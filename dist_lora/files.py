@@ -1,6 +1,6 @@
-"""Whole files or none: what is written survives a kill and a power cut, or was never there. Needs no torch.
+"""Atomic writes, locks and bounded reads: a file is written completely and fsynced, or not at all. Needs no torch.
 
-What is read here is bounded, and never leaves the folder that it was asked of.
+Reads are limited in size and don't follow links out of the folder they are asked for.
 """
 
 from __future__ import annotations
@@ -19,43 +19,43 @@ from typing import Any
 
 from dist_lora.text import first_few
 
-MOST_JSON_BYTES = 100_000_000
-_WAIT_S = 0.1  # between two looks at a lock that another process holds
+MAX_JSON_BYTES = 100_000_000
+_WAIT_S = 0.1  # between two attempts to take a lock that another process holds
 
 
 # Writing
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file aside, fsynced, and rename it into place: a reader sees the former content or this one, whole.
+    """Write a temporary file, fsync it and rename it into place: a reader sees the old or the new content, complete.
 
     Raises:
-        OSError: the system refuses; nothing is left, and the former file is as it was.
+        OSError: the write failed; no temporary file is left, and the old file is unchanged.
     """
     data = content.encode() if isinstance(content, str) else content
-    aside = path.with_name(f".{path.name}-{uuid.uuid4().hex}.partial")  # two processes may write one status
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}.partial")  # two processes may write one status
     try:
-        with new_file(aside) as append:
+        with new_file(temporary) as append:
             append(data)
-        os.replace(aside, path)
+        os.replace(temporary, path)
         sync(path.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Callable[[bytes | memoryview], None]]:
-    """A function that appends to a file which is not there yet; fsynced at the end. Its folder is synced by who publishes it.
+    """A function that appends to a new file, which is fsynced at the end. Fsyncing its folder is the caller's job.
 
     Raises:
-        OSError: it exists, or the system refuses.
+        OSError: the file exists already, or can't be written.
     """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def append(data: bytes | memoryview) -> None:
-        left = memoryview(data).cast("B")
-        while left:  # one write may take fewer bytes: Linux stops at 2 GiB
-            left = left[os.write(fd, left) :]
+        rest = memoryview(data).cast("B")
+        while rest:  # one write may take fewer bytes: Linux stops at 2 GiB
+            rest = rest[os.write(fd, rest) :]
 
     try:
         yield append
@@ -65,10 +65,10 @@ def new_file(path: Path) -> Iterator[Callable[[bytes | memoryview], None]]:
 
 
 def sync(path: Path) -> None:
-    """Fsync one file, or the names in one folder.
+    """Fsync one file, or the entries of one folder.
 
     Raises:
-        OSError: the system refuses.
+        OSError: fsync failed.
     """
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -81,22 +81,22 @@ def sync_folder(folder: Path) -> None:
     """Fsync the files directly in a folder, and the folder.
 
     Raises:
-        OSError: the system refuses.
+        OSError: fsync failed.
     """
     for path in [*(path for path in folder.iterdir() if path.is_file()), folder]:
         sync(path)
 
 
 def swap_in(partial: Path, final: Path, *, former: Path) -> None:
-    """Give a folder its final name, in place of the one that may lie there; undone on failure, fsynced.
+    """Rename a folder to its final name, replacing an existing one; fsynced, and rolled back on failure.
 
-    Between the two renames of a replacement a kill leaves the former one under the name ``former``.
+    A kill between the two renames of a replacement leaves the old folder under the name ``former``.
 
     Args:
         former: where the replaced folder goes until it is removed, on the same file system.
 
     Raises:
-        OSError: the system refuses; ``final`` is as it was.
+        OSError: a rename failed; ``final`` is unchanged.
     """
     if final.exists():
         shutil.rmtree(former, ignore_errors=True)  # of a writer that was killed before it removed it
@@ -114,14 +114,14 @@ def swap_in(partial: Path, final: Path, *, former: Path) -> None:
 
 
 def lock(fd: int, *, on_wait: Callable[[], object] | None = None) -> None:
-    """Take the lock (flock) of an open file or folder, which closing it gives back; so does any end of the process.
+    """Take the lock (flock) of an open file or folder; closing it, or the end of the process, releases the lock.
 
     Args:
-        on_wait: called ten times a second while another process holds it; without it, nobody waits.
+        on_wait: called ten times a second while another process holds the lock; without it, there is no wait.
 
     Raises:
-        BlockingIOError: another process holds it, and there is no ``on_wait``.
-        OSError: the file system has no locks.
+        BlockingIOError: another process holds the lock, and ``on_wait`` is None.
+        OSError: the file system doesn't support locks.
     """
     while True:
         try:
@@ -135,7 +135,7 @@ def lock(fd: int, *, on_wait: Callable[[], object] | None = None) -> None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock of a file, as far as this machine can tell."""
+    """Whether a process holds the lock of a file, as far as this host can tell."""
     try:
         with path.open("r") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -150,7 +150,7 @@ def is_locked(path: Path) -> bool:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a file exists; a name that no file can have is none."""
+    """Whether a file exists; False for a name that no file can have."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -158,47 +158,47 @@ def is_there(path: Path) -> bool:
 
 
 def links_out(folder: Path, names: Iterable[str]) -> list[str]:
-    """``NAME (to TARGET)`` of each file of ``folder`` that is a link out of it: its maker may have pointed it anywhere.
+    """``NAME (to TARGET)`` for each file of ``folder`` that links out of it: its author may have pointed it anywhere.
 
-    The hub's cache is made of such links, from ``snapshots/REVISION`` to ``blobs`` beside them: those are its own.
+    Links of the hub's cache, from ``snapshots/REVISION`` to the neighbouring ``blobs``, are allowed.
     """
     root = folder.resolve()
-    inside = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     targets = {name: (folder / name).resolve() for name in names}
     return [
         f"{name} (to {target})"
         for name, target in targets.items()
-        if not any(target.is_relative_to(place) for place in inside)
+        if not any(target.is_relative_to(parent) for parent in allowed)
     ]
 
 
 def read_at_most(path: Path, num_bytes: int) -> bytes:
-    """The first bytes of a file, one more than ``num_bytes`` where there are more: no memory for what is too long.
+    """Up to ``num_bytes`` + 1 bytes of a file: one byte too many shows that it is too long, without reading all of it.
 
     Raises:
-        OSError: it can't be read.
+        OSError: the file can't be read.
     """
     with path.open("rb") as file:
         return file.read(min(num_bytes, os.fstat(file.fileno()).st_size) + 1)
 
 
-def read_json(path: Path, *, most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a file, no name in it twice.
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file; duplicate keys are an error.
 
     Raises:
-        OSError: it can't be read.
-        ValueError: it is longer than ``most_bytes``, not JSON, or no object: the message says which, and not where.
+        OSError: the file can't be read.
+        ValueError: it is longer than ``max_bytes``, not JSON, or not an object; the message doesn't name the file.
     """
-    content = read_at_most(path, most_bytes)
-    if len(content) > most_bytes:
-        raise ValueError(f"it is longer than {most_bytes:,} bytes")
+    content = read_at_most(path, max_bytes)
+    if len(content) > max_bytes:
+        raise ValueError(f"it is longer than {max_bytes:,} bytes")
     return parse_json(content)
 
 
 def parse_json(content: bytes, *, what: str = "it") -> dict[str, Any]:
-    """See ``read_json``; ``what`` the message is about."""
+    """See ``read_json``; ``what`` is the subject of the message."""
     try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=_without_repeats)
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not JSON ({error})") from error
     if not isinstance(value, dict):
@@ -206,8 +206,8 @@ def parse_json(content: bytes, *, what: str = "it") -> dict[str, Any]:
     return value
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-    if repeated:
-        raise ValueError(f"named twice: {first_few(repeated)}")
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    duplicates = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if duplicates:
+        raise ValueError(f"named twice: {first_few(duplicates)}")
     return dict(pairs)

@@ -1,4 +1,4 @@
-"""What messages share: sizes, lists of names, ranges and columns, as a person reads them. Needs no torch."""
+"""Text for messages: sizes, lists of names, ranges and columns. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 
 GIB = 2**30
-MOST_NAMED = 5
+MAX_NAMED = 5
 
 
 def gib(num_bytes: float) -> str:
@@ -21,8 +21,8 @@ def size(num_bytes: float) -> str:
 
 def first_few(names: Sequence[str]) -> str:
     """``a, b, c, d, e and 12 more``: at most five names and the count of the rest."""
-    shown = ", ".join(names[:MOST_NAMED])
-    return shown if len(names) <= MOST_NAMED else f"{shown} and {len(names) - MOST_NAMED:,} more"
+    shown = ", ".join(names[:MAX_NAMED])
+    return shown if len(names) <= MAX_NAMED else f"{shown} and {len(names) - MAX_NAMED:,} more"
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -37,19 +37,19 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def nearest(name: str, names: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """The one of ``names`` that a typo most likely meant, or None; ``cutoff`` from 0 (any is near) to 1 (only itself)."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
-    return found[0] if found else None
+    """The one of ``names`` that a typo most likely meant, or None; ``cutoff`` from 0 (any matches) to 1 (exact only)."""
+    matches = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
+    return matches[0] if matches else None
 
 
 def nearest_few(name: str, names: Iterable[str], *, otherwise: str, cutoff: float = 0.6) -> str:
-    """``nearest: a, b, c``, or ``otherwise`` where none is near."""
-    found = difflib.get_close_matches(name, list(names), n=3, cutoff=cutoff)
-    return f"nearest: {', '.join(found)}" if found else otherwise
+    """``nearest: a, b, c``, or ``otherwise`` if there is no close match."""
+    matches = difflib.get_close_matches(name, list(names), n=3, cutoff=cutoff)
+    return f"nearest: {', '.join(matches)}" if matches else otherwise
 
 
 def in_columns(rows: Sequence[Sequence[str]], *, indent: str = "") -> Iterator[str]:
-    """A line for each row, its cells aligned to the left under those of the first row."""
+    """One line per row, with left-aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield (indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip()

@@ -20,7 +20,7 @@ import xxhash
 
 from dist_lora.errors import WeightsError
 from dist_lora.files import is_there, links_out, parse_json, read_at_most, read_json
-from dist_lora.text import MOST_NAMED, first_few
+from dist_lora.text import MAX_NAMED, first_few
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -191,7 +191,7 @@ def open_index(folder: Path, *, allow_bytes: bool = False) -> WeightIndex:
         faults = _disagreements(weight_map, tensors_of)
     if faults:
         heading = "" if len(faults) == 1 else f"{len(faults):,} faults in {folder}:\n  "
-        raise WeightsError(heading + "\n  ".join(faults[:MOST_NAMED]) + _and_more(faults))
+        raise WeightsError(heading + "\n  ".join(faults[:MAX_NAMED]) + _and_more(faults))
     return WeightIndex(folder, {tensor.name: tensor for tensors in tensors_of.values() for tensor in tensors})
 
 
@@ -434,7 +434,7 @@ def _damaged(file: Path, problem: str) -> str:
 
 
 def _and_more(faults: Sequence[str]) -> str:
-    return "" if len(faults) <= MOST_NAMED else f"\n  and {len(faults) - MOST_NAMED:,} more"
+    return "" if len(faults) <= MAX_NAMED else f"\n  and {len(faults) - MAX_NAMED:,} more"
 
 
 def unreadable(file: Path, error: OSError, *, tensor_name: str = "") -> WeightsError:

@@ -1,4 +1,4 @@
-"""What may change when a run goes on from a checkpoint: one table, read by the resume and printed in the README."""
+"""Which settings may change when a run resumes from a checkpoint: one table, used by resume and printed in the README."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Effect = Literal["free", "said", "refused"]
+Effect = Literal["free", "logged", "refused"]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Settings by their full names (a section's name stands for all in it), what a change does, and why."""
+    """Settings by full name (a section's name covers all its settings), the effect of a change, and why."""
 
     settings: tuple[str, ...]
     effect: Effect
@@ -19,39 +19,39 @@ class Rule:
 
 
 RULES = (
-    Rule(("run", "runs_dir", "log", "checkpoint", "machine", "data.cache_dir"), "free", "where things lie and what is told"),
+    Rule(("run", "runs_dir", "log", "checkpoint", "machine", "data.cache_dir"), "free", "locations and logging"),
     Rule(
         ("parallel", "train.micro_batch", "train.activation_checkpointing", "model.attention"),
         "free",
-        "who computes what: engine, ranks, nodes, offload. The global batches and the losses (1e-5) stay",
+        "how the work is distributed: engine, ranks, nodes, offload. Global batches and losses (to 1e-5) stay the same",
     ),
     Rule(
         ("model.name", "data.train", "data.eval", "data.format", "data.train_on", "data.on_no_target",
          "data.on_too_long", "data.untrained_tokens", "data.chat_template", "lora.start_from"),
         "free",
-        "what lies behind the names must be the same: weights, tokenized samples; it is compared by its content",
+        "what they name must be the same: weights and tokenized samples are compared by content",
     ),
-    Rule(("eval",), "free", "nothing of it trains"),
-    Rule(("train.steps", "train.epochs"), "said", "the schedule stretches: other learning rates from here on"),
-    Rule(("optim",), "said", "other updates from here on"),
-    Rule(("lora.dropout",), "said", "other masks from here on"),
-    Rule(("model.shape", "model.quant", "model.dtype"), "refused", "the adapters would be trained on beside another base"),
+    Rule(("eval",), "free", "has no effect on training"),
+    Rule(("train.steps", "train.epochs"), "logged", "stretches the schedule: other learning rates from here on"),
+    Rule(("optim",), "logged", "other updates from here on"),
+    Rule(("lora.dropout",), "logged", "other masks from here on"),
+    Rule(("model.shape", "model.quant", "model.dtype"), "refused", "training would continue on another base"),
     Rule(
         ("lora.rank", "lora.alpha", "lora.targets", "lora.layers"),
         "refused",
-        "they are the shape and the scale of what is trained",
+        "they set the shape and the scale of the adapters",
     ),
     Rule(
         ("train.seed", "train.global_batch", "train.sequence_length", "train.packing"),
         "refused",
-        "they decide which samples a step holds",
+        "they decide which samples a step has",
     ),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that a run began with and that a config now gives otherwise."""
+    """A setting whose value in the config differs from the one that the run started with."""
 
     name: str
     before: Any
@@ -62,27 +62,26 @@ class Change:
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Settings by their full names: ``{"lora.rank": 16}`` of ``{"lora": {"rank": 16}}``."""
+    """Settings by full name: ``{"lora": {"rank": 16}}`` becomes ``{"lora.rank": 16}``."""
     if not isinstance(tree, Mapping):
         return {prefix: tree}
     return {k: v for name, value in tree.items() for k, v in flat(value, f"{prefix}.{name}".strip(".")).items()}
 
 
 def rule_of(name: str) -> Rule | None:
-    """The rule for a setting; None for a name that no setting has (any more)."""
+    """The rule for a setting; None for an unknown (or removed) setting."""
     return next((rule for rule in RULES for s in rule.settings if name == s or name.startswith(f"{s}.")), None)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Every setting that two configs, as trees, give otherwise. A setting that only one of them knows is no change."""
-    was, is_now = flat(before), flat(now)
-    return [Change(name, was[name], is_now[name]) for name in sorted(was.keys() & is_now.keys())
-            if was[name] != is_now[name]]  # fmt: skip
+    """Every setting that differs between two configs, as trees. A setting that only one of them has is no change."""
+    old, new = flat(before), flat(now)
+    return [Change(name, old[name], new[name]) for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
 
 
 def markdown() -> str:
     """The table as the README has it."""
-    words = {"free": "may change", "said": "may change, is said", "refused": "may not (exit 2)"}
+    words = {"free": "may change", "logged": "may change, is logged", "refused": "may not (exit 2)"}
     lines = ["| setting | on resume | because |", "|---|---|---|"]
     for rule in RULES:
         names = ", ".join(f"`{name}`" for name in rule.settings)

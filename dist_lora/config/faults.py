@@ -1,4 +1,4 @@
-"""From pydantic's errors to sentences that name the setting, what was found and what was expected."""
+"""Turns pydantic's errors into sentences that name the setting, what was found and what was expected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dist_lora.config.schema import Config, Expected, Section, SettingFaults
 from dist_lora.text import nearest
 
 SettingPath = tuple[str | int, ...]
-"""Where a setting is: ("lora", "targets", 2) is lora.targets[2]."""
+"""The path of a setting: ("lora", "targets", 2) is lora.targets[2]."""
 
 
 @dataclass(frozen=True)
@@ -39,48 +39,48 @@ def dotted(path: SettingPath) -> str:
 
 
 def faults_of(settings: Mapping[str, Any]) -> list[Fault]:
-    """Everything that is wrong with ``settings``, and an empty list when they make a :class:`Config`."""
+    """Everything that is wrong with ``settings``; an empty list if they make a valid ``Config``."""
     try:
         Config.model_validate(settings)
     except ValidationError as error:
         faults = list(_translate(error, settings=settings))
-        return faults + list(_faults_behind(settings, found=faults))
+        return faults + list(_hidden_faults(settings, known=faults))
     return []
 
 
-def _faults_behind(settings: Mapping[str, Any], *, found: list[Fault]) -> Iterator[Fault]:
-    """Faults between the right settings of a section whose wrong ones hid them.
+def _hidden_faults(settings: Mapping[str, Any], *, known: list[Fault]) -> Iterator[Fault]:
+    """Conflicts between the valid settings of a section, which its invalid settings have hidden.
 
-    pydantic judges settings together only when each of them is right, so each faulty section is read again
-    without its wrong settings.
+    pydantic runs a section's own validator only if each of its settings is valid, so each faulty section is validated
+    again without its invalid settings.
     """
     for name, field in Config.model_fields.items():
-        wrong = {fault.path[1] for fault in found if fault.path[0] == name and len(fault.path) > 1}
+        wrong = {fault.path[1] for fault in known if fault.path[0] == name and len(fault.path) > 1}
         model, given = field.annotation, settings.get(name)
         if not wrong or not isinstance(given, Mapping) or not _is_section(model):
             continue
-        right = {key: value for key, value in given.items() if key not in wrong}
+        valid = {key: value for key, value in given.items() if key not in wrong}
         try:
-            model.model_validate(right)
+            model.model_validate(valid)
         except ValidationError as error:
             for details in error.errors():
-                together = details.get("ctx", {}).get("error")
-                if isinstance(together, SettingFaults):
-                    for involved, message in together.faults:
+                conflict = details.get("ctx", {}).get("error")
+                if isinstance(conflict, SettingFaults):
+                    for involved, message in conflict.faults:
                         if not wrong.intersection(involved):
                             yield Fault((name, _blamed(involved, given)), message)
 
 
 def _translate(error: ValidationError, *, settings: Mapping[str, Any]) -> Iterator[Fault]:
-    """One fault a setting: pydantic tells each branch of a union, we tell the setting once."""
+    """One fault per setting: pydantic reports each branch of a union, we report the setting once."""
     grouped: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
     for details in error.errors():
         grouped.setdefault(_setting_of(details["loc"]), []).append(details)
     for path, group in grouped.items():
-        own = [details for details in group if details["type"] == "value_error"]
-        if own:
-            for details in own:
-                yield from _own_words(details, settings=settings)
+        from_schema = [details for details in group if details["type"] == "value_error"]
+        if from_schema:
+            for details in from_schema:
+                yield from _from_schema(details, settings=settings)
         elif group[0]["type"] == "extra_forbidden":
             yield Fault(path, unknown_setting(path))
         elif group[0]["type"] == "missing":
@@ -90,7 +90,7 @@ def _translate(error: ValidationError, *, settings: Mapping[str, Any]) -> Iterat
 
 
 def _setting_of(loc: SettingPath) -> SettingPath:
-    """The part of pydantic's location that is a setting: the sections' names and one more."""
+    """The part of pydantic's location that is a setting: the names of its sections and its own."""
     model: type[Section] | None = Config
     depth = 0
     while model is not None and depth < len(loc):
@@ -100,8 +100,8 @@ def _setting_of(loc: SettingPath) -> SettingPath:
     return loc[:depth]
 
 
-def _own_words(details: ErrorDetails, *, settings: Mapping[str, Any]) -> Iterator[Fault]:
-    """Faults that the schema's own checks have put into words."""
+def _from_schema(details: ErrorDetails, *, settings: Mapping[str, Any]) -> Iterator[Fault]:
+    """Faults with a message of the schema's own validators."""
     error = details["ctx"]["error"]
     loc = details["loc"]
     if isinstance(error, SettingFaults):
@@ -115,7 +115,7 @@ def _own_words(details: ErrorDetails, *, settings: Mapping[str, Any]) -> Iterato
 
 
 def _blamed(involved: Sequence[str], given: Mapping[str, Any]) -> str:
-    """The first involved setting that the user has written."""
+    """The first involved setting that the user has set."""
     return next((name for name in involved if given.get(name) is not None), involved[0])
 
 
@@ -132,7 +132,7 @@ def _missing(path: SettingPath) -> Iterator[Fault]:
 
 
 def unknown_setting(path: SettingPath) -> str:
-    """What to write instead of a setting that doesn't exist, as far as its name tells."""
+    """What to write instead of a setting that doesn't exist, guessed from its name."""
     *section, name = (str(part) for part in path)
     field = _field_at(tuple(section))
     model = (None if field is None else _section_of(field.annotation)) or Config
@@ -152,7 +152,7 @@ def unknown_setting(path: SettingPath) -> str:
 
 
 def setting_names() -> list[str]:
-    """Full names of all settings, as ``optim.lr``, in the order of the schema."""
+    """Full names of all settings, like ``optim.lr``, in the order of the schema."""
     names: list[str] = []
     for name, field in Config.model_fields.items():
         inner = field.annotation.model_fields if _is_section(field.annotation) else None
@@ -172,7 +172,7 @@ def _found_and_expected(path: SettingPath, *, found: Any) -> str:
 
 
 def _hint(annotation: Any, *, found: Any, expected: str) -> str:
-    """How the value was probably meant, in brackets; nothing when it can't be told."""
+    """What the user probably meant, in brackets; empty if there is no guess."""
     choices = [choice for choice in _choices(annotation) if isinstance(choice, str)]
     if isinstance(found, str):
         if found in choices:
@@ -180,7 +180,7 @@ def _hint(annotation: Any, *, found: Any, expected: str) -> str:
         near = nearest(found, choices)
         return f" (nearest: {near})" if near else ""
     if expected.startswith("text") and "number" not in expected and isinstance(found, int | float | date):
-        return ' (YAML reads it as something else than text: put it in quotes, "...")'
+        return ' (YAML doesn\'t read it as text: put it in quotes, "...")'
     return ""
 
 
@@ -195,7 +195,7 @@ def show(value: Any) -> str:
 
 
 def _expected(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """In words, what a type takes: ``a whole number of at least 1``, ``auto, bf16 or fp32``."""
+    """The values that a type accepts, in words: ``a whole number of at least 1``, ``auto, bf16 or fp32``."""
     words = _alternatives(annotation, metadata)
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
@@ -229,7 +229,7 @@ def _plural(item: Any) -> str:
 
 
 def _flat(metadata: Sequence[Any]) -> list[Any]:
-    """Annotated's marks, with the bounds that pydantic's Field() carries inside."""
+    """Annotated's metadata, with the bounds that pydantic's ``Field()`` contains."""
     return [mark for entry in metadata for mark in (entry, *getattr(entry, "metadata", []))]
 
 
@@ -240,8 +240,10 @@ def _bounds(metadata: Sequence[Any]) -> str:
         annotated_types.Le: ("of at most", "le"),
         annotated_types.Lt: ("below", "lt"),
     }
-    said = [f"{words[type(mark)][0]} {getattr(mark, words[type(mark)][1])}" for mark in metadata if type(mark) in words]
-    return f" {' and '.join(said)}" if said else ""
+    bounds = [
+        f"{words[type(mark)][0]} {getattr(mark, words[type(mark)][1])}" for mark in metadata if type(mark) in words
+    ]
+    return f" {' and '.join(bounds)}" if bounds else ""
 
 
 def _branches(annotation: Any) -> list[Any]:
@@ -250,7 +252,7 @@ def _branches(annotation: Any) -> list[Any]:
 
 
 def _choices(annotation: Any) -> list[Any]:
-    """All words that a type takes literally."""
+    """All literal values of a type."""
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
     return [choice for inner in get_args(annotation) for choice in _choices(inner)]
@@ -261,7 +263,7 @@ def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
 
 
 def _section_of(annotation: Any) -> type[Section] | None:
-    """The section that a type is, or is beside null."""
+    """The section that a type is, optional or not."""
     if _is_section(annotation):
         return annotation
     return next((branch for branch in get_args(annotation) if _is_section(branch)), None)

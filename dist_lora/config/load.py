@@ -1,7 +1,7 @@
 """Reading a run's settings: one YAML file, then ``key=value`` arguments over it.
 
-Everything that is wrong with both is told in one error, each with its file and line. Run as a module it
-prints the JSON schema that editors complete a config with:
+Everything that is wrong with both is reported in one error, each fault with its file and line. Run as a module, it prints
+the JSON schema with which editors complete a config:
 ``python -m dist_lora.config.load > configs/schema.json``.
 """
 
@@ -17,25 +17,27 @@ from typing import Any
 import yaml
 
 from dist_lora.config.faults import Fault, SettingPath, dotted, faults_of, show
-from dist_lora.config.schema import NO_TEXT, Config
+from dist_lora.config.schema import INVALID_TEXT, Config
 from dist_lora.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without code, that reads 1e-4 as the number it is (PyYAML 6: text, for lack of a dot)."""
+    """Safe YAML that reads 1e-4 as a number (PyYAML 6 reads it as text, for lack of a dot)."""
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """A whole number as any setting may be; one of ten thousand digits can't even be shown."""
+        """A whole number of at most 64 bits; one of ten thousand digits can't even be printed."""
         value = int(super().construct_yaml_int(node))
         if abs(value) >= 2**63:
             raise yaml.constructor.ConstructorError(None, None, "a number of more than 64 bits", node.start_mark)
         return value
 
     def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
-        """A text that the system takes for a name and UTF-8 can write: escapes may hold what is neither."""
+        """A text that is a valid file name and valid UTF-8: escapes may contain what is neither."""
         value = str(super().construct_yaml_str(node))
-        if NO_TEXT.search(value):
-            raise yaml.constructor.ConstructorError(None, None, "a text with NUL or half a character", node.start_mark)
+        if INVALID_TEXT.search(value):
+            raise yaml.constructor.ConstructorError(
+                None, None, "a text with NUL or an unpaired surrogate", node.start_mark
+            )
         return value
 
 
@@ -44,13 +46,13 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that :class:`_Loader` would read as numbers, and escapes what YAML takes for the end of a line.
+    """Quotes the texts that ``_Loader`` would read as numbers, and escapes YAML's line breaks.
 
     PyYAML (6.0) folds a text at such a character, and what it writes for ``\\x85`` reads back as a space.
     """
 
     def represent_text(self, text: str) -> yaml.Node:
-        """A text as it is read back."""
+        """A text in a style that is read back unchanged."""
         style = '"' if any(end in text for end in "\n\x85\u2028\u2029") else None
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -59,10 +61,10 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 
 _MAX_BYTES = 2**20
-"""A longer file is none of settings but one that was named by mistake."""
+"""A longer file isn't a config but was named by mistake."""
 
 _MAX_VALUES = 10_000
-"""So many values a file may hold with each alias written out: aliases of aliases double with every line."""
+"""The most values in a file with all aliases expanded: aliases of aliases double with every line."""
 
 _FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
 for _kind in (_Loader, _Dumper):
@@ -71,7 +73,7 @@ for _kind in (_Loader, _Dumper):
 
 @dataclass(frozen=True)
 class _Source:
-    """Settings as read, and where each stands."""
+    """Settings as read, and the line or argument of each."""
 
     settings: dict[str, Any]
     root: yaml.Node | None
@@ -81,48 +83,48 @@ class _Source:
         """Line (from 1) of a setting in the file, or of the nearest setting around it; None at the top."""
         node, line = self.root, None
         for part in path:
-            found = _child(node, part)
-            if found is None:
+            child = _child(node, part)
+            if child is None:
                 break
-            key, node = found
+            key, node = child
             line = key.start_mark.line + 1
         return line
 
     def argument_of(self, path: SettingPath) -> str | None:
-        """The argument that has set this setting, or the section around it."""
-        found = [text for setting, text in self.arguments.items() if path[: len(setting)] == setting]
-        return found[-1] if found else None
+        """The argument that sets this setting, or the section around it."""
+        matching = [text for setting, text in self.arguments.items() if path[: len(setting)] == setting]
+        return matching[-1] if matching else None
 
     def order_of(self, path: SettingPath) -> tuple[bool, int]:
-        """Sorts faults: as they stand in the file, then those of arguments."""
+        """Sort key of faults: in the order of the file, then those of arguments."""
         return self.argument_of(path) is not None, self.line_of(path) or 0
 
 
 def load_config(path: Path, *, overrides: Sequence[str] = ()) -> Config:
-    """The settings of a run, from a YAML file and arguments over it.
+    """The settings of a run, from a YAML file and arguments that override it.
 
-    Paths in them (``data.train``, ``model.name``, ``runs_dir``, ...) are meant from the current folder, as
-    the user typed them, not from the file's. An argument ``train.steps=10`` also takes the file's
-    ``train.epochs`` out (and the other way round), since a run has only one of them.
+    Paths in them (``data.train``, ``model.name``, ``runs_dir``, ...) are relative to the current folder, not to the file's.
+    An argument ``train.steps=10`` also removes the file's ``train.epochs`` (and the other way round), since a run has only
+    one of them.
 
     Args:
         path: the YAML file.
-        overrides: ``section.setting=value``, values in YAML: ``lora.targets=[q_proj,v_proj]``; the last wins.
+        overrides: ``section.setting=value``, values in YAML: ``lora.targets=[q_proj,v_proj]``; the last one wins.
 
     Raises:
-        ConfigError: the file can't be read, or settings are wrong: all of them, with line and nearest name.
+        ConfigError: the file can't be read, or settings are wrong: all faults, with line and nearest name.
     """
     source, unreadable = _read(path)
     faults = unreadable + list(_apply(overrides, source=source))
     in_order = sorted(faults_of(source.settings), key=lambda fault: source.order_of(fault.path))
-    faults += [_placed(fault, source=source, path=path) for fault in in_order]
+    faults += [_located(fault, source=source, path=path) for fault in in_order]
     if faults:
         raise ConfigError(_message(path, faults))
     return Config.model_validate(source.settings)
 
 
 def dump_config(config: Config) -> str:
-    """All settings as YAML, defaults too; :func:`load_config` reads it back to an equal Config."""
+    """All settings as YAML, defaults too; ``load_config`` reads it back to an equal Config."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -136,8 +138,8 @@ def _message(path: Path, faults: list[str]) -> str:
     return "\n".join([head, *(f"  {fault}" for fault in faults)])
 
 
-def _placed(fault: Fault, *, source: _Source, path: Path) -> str:
-    """The fault with its argument, or its file and line."""
+def _located(fault: Fault, *, source: _Source, path: Path) -> str:
+    """A fault's message with its argument, or its file and line."""
     argument = source.argument_of(fault.path)
     if argument is not None:
         setting = dotted(fault.path)
@@ -148,7 +150,7 @@ def _placed(fault: Fault, *, source: _Source, path: Path) -> str:
 
 
 def _read(path: Path) -> tuple[_Source, list[str]]:
-    """The file's settings; faults are those of single keys (the same one twice)."""
+    """The file's settings, and a message for each key that is set twice."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -163,10 +165,10 @@ def _read(path: Path) -> tuple[_Source, list[str]]:
         if isinstance(error, ConfigError):
             raise
         why = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{path}: cannot be read: {why}; expected a YAML file") from None
+        raise ConfigError(f"{path}: can't be read: {why}; expected a YAML file") from None
     value, root = _parse(text, complain=lambda line, what: f"{path}{line}: not YAML: {what}")
     if value is None:
-        raise ConfigError(f"{path}: holds no settings; expected at least run, model.name and data.train")
+        raise ConfigError(f"{path}: has no settings; expected at least run, model.name and data.train")
     if not isinstance(value, dict):
         raise ConfigError(
             f"{path}: found {show(value)}, expected settings with names, as\n"
@@ -182,7 +184,7 @@ def _parse(text: str, *, complain: Callable[[str, str], str]) -> tuple[Any, yaml
         loader = _Loader(text)
         root = loader.get_single_node()
         if _num_values(root) > _MAX_VALUES:
-            raise ConfigError(complain("", f"more than {_MAX_VALUES:,} values, its aliases written out"))
+            raise ConfigError(complain("", f"more than {_MAX_VALUES:,} values with its aliases expanded"))
         # Constructing merges `<<` into the nodes, so repeated keys are looked for in a copy.
         value = None if root is None else loader.construct_document(root)
         return value, None if root is None else _Loader(text).get_single_node()
@@ -191,7 +193,7 @@ def _parse(text: str, *, complain: Callable[[str, str], str]) -> tuple[Any, yaml
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(complain(line, ", ".join(filter(None, (error.context, error.problem))))) from None
     except RecursionError:
-        raise ConfigError(complain("", "nested too deep")) from None
+        raise ConfigError(complain("", "nested too deeply")) from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -199,7 +201,7 @@ def _parse(text: str, *, complain: Callable[[str, str], str]) -> tuple[Any, yaml
 
 
 def _num_values(node: yaml.Node | None, *, known: dict[int, int] | None = None) -> int:
-    """How many values a node holds with each alias written out; one that contains itself ends there."""
+    """The number of values in a node with all aliases expanded; a node that contains itself is counted once."""
     known = {} if known is None else known
     if not isinstance(node, yaml.CollectionNode):
         return 1
@@ -212,7 +214,7 @@ def _num_values(node: yaml.Node | None, *, known: dict[int, int] | None = None) 
 
 
 def _with_text_keys(settings: Mapping[Any, Any]) -> dict[str, Any]:
-    """Names as text (YAML reads ``on:`` as true and ``1:`` as a number); an empty section is left out."""
+    """Keys as text (YAML reads ``on:`` as true and ``1:`` as a number); empty sections are dropped."""
     named = {str(key): value for key, value in settings.items()}
     for name, section in list(named.items()):
         if isinstance(section, dict):
@@ -226,7 +228,7 @@ def _with_text_keys(settings: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _repeated(root: yaml.Node | None, *, seen: set[int] | None = None, at: str = "") -> Iterator[tuple[str, int, int]]:
-    """(full name, line, first line) of each key that a mapping has again."""
+    """(full name, line, first line) of each repeated key of a mapping."""
     seen = set() if seen is None else seen
     if root is None or id(root) in seen:
         return
@@ -245,7 +247,7 @@ def _repeated(root: yaml.Node | None, *, seen: set[int] | None = None, at: str =
 
 
 def _child(node: yaml.Node | None, part: str | int) -> tuple[yaml.Node, yaml.Node] | None:
-    """(node that has the line, node of the value) of a mapping's key or a list's item."""
+    """(node with the line, node of the value) of a mapping's key or a list's item."""
     if isinstance(node, yaml.MappingNode):
         for key, value in reversed(node.value):
             if isinstance(key, yaml.ScalarNode) and key.value == part:
@@ -258,9 +260,9 @@ def _child(node: yaml.Node | None, part: str | int) -> tuple[yaml.Node, yaml.Nod
 
 
 def _apply(overrides: Sequence[str], *, source: _Source) -> Iterator[str]:
-    """Write the arguments over the file's settings; gives the faults of their form."""
+    """Override the file's settings with the arguments; yields a message for each malformed one."""
     for text in overrides:
-        if NO_TEXT.search(text):
+        if INVALID_TEXT.search(text):
             yield f"{text!a} (argument): not text in UTF-8"
             continue
         name, equals, written = text.partition("=")
@@ -277,11 +279,11 @@ def _apply(overrides: Sequence[str], *, source: _Source) -> Iterator[str]:
             yield f"{text} (argument): {repeated}: set twice"
         blocked = _set(source, tuple(parts), value, text=text)
         if blocked is not None:
-            yield f"{text} (argument): no such setting: {blocked} is no section"
+            yield f"{text} (argument): no such setting: {blocked} is not a section"
 
 
 def _set(source: _Source, path: tuple[str, ...], value: Any, *, text: str) -> str | None:
-    """Write one value; gives the name that stands in the way where there is no section to write in."""
+    """Set one value; returns the name of the setting that should be a section but isn't, else None."""
     settings = source.settings
     for depth, part in enumerate(path[:-1], start=1):
         if not isinstance(settings.setdefault(part, {}), dict):

@@ -1,7 +1,7 @@
-"""What other trainers call our settings, so that a carried-over config says what to write instead.
+"""Other trainers' names for our settings, so that the error for a carried-over config says what to write instead.
 
-Read in the documentation of PEFT, TRL / transformers, torchtune, Axolotl, LLaMA-Factory, NeMo Automodel,
-ms-swift and llama-cookbook. Names are compared in lower case with ``_`` for ``-``, at any level of a file.
+Taken from the documentation of PEFT, TRL / transformers, torchtune, Axolotl, LLaMA-Factory, NeMo Automodel,
+ms-swift and llama-cookbook. Names are compared in lower case, with ``_`` for ``-``, at any level of a file.
 """
 
 from __future__ import annotations
@@ -223,9 +223,9 @@ RENAMED: dict[str, str] = {
 """Another trainer's name -> the setting (or section) that does it here."""
 
 NOTES: dict[str, str] = {
-    "gradient_accumulation_steps": "what is accumulated follows: global_batch / (micro_batch x GPUs)",
-    "gradient_accumulation": "what is accumulated follows: global_batch / (micro_batch x GPUs)",
-    "accumulate_grad_batches": "what is accumulated follows: global_batch / (micro_batch x GPUs)",
+    "gradient_accumulation_steps": "the number of accumulation steps is global_batch / (micro_batch x GPUs)",
+    "gradient_accumulation": "the number of accumulation steps is global_batch / (micro_batch x GPUs)",
+    "accumulate_grad_batches": "the number of accumulation steps is global_batch / (micro_batch x GPUs)",
     "global_batch_size": "counted in sequences over all GPUs and accumulation",
     "train_batch_size": "counted in sequences over all GPUs and accumulation",
     "warmup_ratio": "in steps: the ratio times the run's steps",
@@ -249,22 +249,22 @@ NOTES: dict[str, str] = {
     "resume_from_checkpoint": "auto, never or a checkpoint's folder",
     "resume": "auto, never or a checkpoint's folder",
     "betas": "and optim.beta2",
-    "tokenizer": "the tokenizer lies in the model's folder",
-    "tokenizer_name": "the tokenizer lies in the model's folder",
-    "output_dir": "a run lies in runs_dir/run",
-    "output_path": "a run lies in runs_dir/run",
-    "logging_dir": "a run lies in runs_dir/run",
-    "val_size": "a share as 0.05, or a file",
-    "val_set_size": "a share as 0.05, or a file",
-    "dp_shard_size": "node splits the base within a node, world over all GPUs",
-    "dp_replicate_size": "node splits the base within a node, world over all GPUs",
+    "tokenizer": "the tokenizer is read from the model's folder",
+    "tokenizer_name": "the tokenizer is read from the model's folder",
+    "output_dir": "a run's folder is runs_dir/run",
+    "output_path": "a run's folder is runs_dir/run",
+    "logging_dir": "a run's folder is runs_dir/run",
+    "val_size": "a fraction like 0.05, or a file",
+    "val_set_size": "a fraction like 0.05, or a file",
+    "dp_shard_size": "node shards the base within each node, world over all GPUs",
+    "dp_replicate_size": "node shards the base within each node, world over all GPUs",
     "devices": "the number of local processes is the argument --nproc",
     "nproc_per_node": "the number of local processes is the argument --nproc",
 }
-"""What else to know, beside the name, when a setting is carried over."""
+"""What else to know when a setting is carried over."""
 
 ABSENT: dict[str, str] = {
-    "trust_remote_code": "no code of a model's folder is ever run here",
+    "trust_remote_code": "code from a model's folder is never run here",
     "tensor_parallel_size": "the base is sharded instead (parallel.base_shard)",
     "tensor_model_parallel_size": "the base is sharded instead (parallel.base_shard)",
     "pipeline_model_parallel_size": "the base is sharded instead (parallel.base_shard)",
@@ -277,30 +277,30 @@ ABSENT: dict[str, str] = {
     "bias": "the linears of Llama have no bias",
     "lora_bias": "the linears of Llama have no bias",
     "task_type": "the task is always causal language modelling; remove it",
-    "finetuning_type": "LoRA is the only one here; remove it",
-    "use_peft": "LoRA is the only one here; remove it",
-    "stage": "supervised fine-tuning is the only one here; remove it",
+    "finetuning_type": "LoRA is the only method here; remove it",
+    "use_peft": "LoRA is the only method here; remove it",
+    "stage": "supervised fine-tuning is the only stage here; remove it",
     "do_train": "`dist-lora train` trains; remove it",
-    "do_eval": "give data.eval; remove it",
-    "remove_unused_columns": "columns that are not needed are left alone; remove it",
-    "dataloader_num_workers": "batches are made from the tokenised cache without workers; remove it",
-    "overwrite_output_dir": "a run never overwrites another: take a new name for run",
-    "auto_find_batch_size": "the batch is never changed behind your back: set train.micro_batch",
-    "group_by_length": "train.packing: true wastes no padding; remove it",
+    "do_eval": "set data.eval instead",
+    "remove_unused_columns": "columns that aren't needed are ignored; remove it",
+    "dataloader_num_workers": "batches are read from the token cache without workers; remove it",
+    "overwrite_output_dir": "a run never overwrites another: choose a new name for run",
+    "auto_find_batch_size": "the batch size is never changed automatically: set train.micro_batch",
+    "group_by_length": "train.packing: true needs no padding; remove it",
     "pad_token": "nothing is padded here; remove it",
     "special_tokens": "the tokenizer's own are used; remove it",
     "hub_token": "set the environment variable HF_TOKEN",
     "push_to_hub": "upload the run's adapter/ folder yourself (hf upload)",
     "val_batch_size": "set eval.batch",
-    "num_nodes": "the launcher says it (torchrun --nnodes, sbatch --nodes); remove it",
-    "nnodes": "the launcher says it (torchrun --nnodes, sbatch --nodes); remove it",
+    "num_nodes": "the launcher sets it (torchrun --nnodes, sbatch --nodes); remove it",
+    "nnodes": "the launcher sets it (torchrun --nnodes, sbatch --nodes); remove it",
     "optim_type": "AdamW is the only optimizer here; remove it",
 }
-"""Settings of others that have nothing to correspond to here, and what to do about each."""
+"""Settings of other trainers without a counterpart here, and what to do about each."""
 
 
 def advice_for(name: str) -> str | None:
-    """What to write instead of another trainer's ``name``, for an error; None for an unknown one."""
+    """What to write instead of another trainer's ``name``, for an error message; None for an unknown name."""
     name = name.lower().replace("-", "_")
     if name in ABSENT:
         return f"another trainer's name; {ABSENT[name]}"

@@ -1,7 +1,7 @@
-"""Every setting of a run: its name, type, bounds, default and one line of what it does.
+"""Every setting of a run: its name, type, bounds, default and a one-line description.
 
-This is the only place where a setting is declared. The messages about wrong settings
-(:mod:`dist_lora.config.faults`) and the JSON schema for editors are made from it.
+This is the only place where a setting is declared. The messages about wrong settings (``config.faults``) and the JSON schema
+for editors are generated from it.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ LINEARS: tuple[LinearName, ...] = (
 )
 """The seven linears of a Llama layer, in the canonical order."""
 
-# What other trainers adapt or train beside the linears.
+# What other trainers adapt or train besides the linears.
 _NOT_ADAPTED = ("lm_head", "embed_tokens")
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Marks a type with the words that an error says for it, where the type alone says too little."""
+    """Marks a type with its description for error messages, where the type alone says too little."""
 
     words: str
 
 
 class SettingFaults(ValueError):
-    """Faults that only several settings of a section show together.
+    """Conflicts between settings of a section.
 
-    Each fault is (the settings involved, the first one being at fault; what is wrong).
+    Each is a pair: the settings involved, the one at fault first, and the message.
     """
 
     def __init__(self, faults: list[tuple[tuple[str, ...], str]]) -> None:
@@ -62,8 +62,8 @@ class SettingFaults(ValueError):
 def _check_run(run: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._-]+", run) or run.strip(".") == "":
         raise ValueError(
-            f"{run!r} is no name of a run: letters, digits, '.', '_' and '-' only "
-            "(the folder it lies in is set by runs_dir)"
+            f"{run!r} is not a valid run name: letters, digits, '.', '_' and '-' only "
+            "(its parent folder is set by runs_dir)"
         )
     return run
 
@@ -75,7 +75,7 @@ def _check_target(target: Any) -> Any:
         raise ValueError(
             f"{target!r} stays frozen: only the seven linears of a layer are adapted ({seven}), "
             "never the embeddings or the head (where they are tied, both are one matrix, and an adapter on one "
-            "end would have to change the other)"
+            "would have to change the other)"
         )
     if target not in LINEARS:
         near = nearest(name, LINEARS)
@@ -85,7 +85,7 @@ def _check_target(target: Any) -> Any:
 
 
 def _check_some(values: Any) -> Any:
-    """Refuse an empty list, and one that names something twice."""
+    """Refuse an empty list, and one with duplicates."""
     if isinstance(values, list):
         if not values:
             raise ValueError("the list is empty, expected at least one")
@@ -108,19 +108,19 @@ def _check_range(layers: str) -> str:
     return layers
 
 
-NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what the system takes for no name, and UTF-8 can't write
+INVALID_TEXT = re.compile("[\0\ud800-\udfff]")  # not allowed in file names, and not encodable in UTF-8
 
 
 def _check_text(text: str) -> str:
     if not text.strip():
         raise ValueError("is empty")
-    if NO_TEXT.search(text):
-        raise ValueError("holds NUL or half a character")
+    if INVALID_TEXT.search(text):
+        raise ValueError("contains NUL or an unpaired surrogate")
     return text
 
 
 Text = Annotated[str, AfterValidator(_check_text)]
-# A path is typed as text; strict mode would want a Path object.
+# A path is written as text; strict mode would require a Path object.
 FilePath = Annotated[Path, Field(strict=False)]
 # The trackers that accelerate knows by name.
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
@@ -128,7 +128,7 @@ LayerRange = Annotated[
     str,
     Field(pattern=r"^[0-9]+-[0-9]+$"),
     AfterValidator(_check_range),
-    Expected("a range of layers as 8-15"),
+    Expected("a range of layers like 8-15"),
 ]
 LayerIndex = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -143,21 +143,23 @@ class Section(BaseModel):
 
 
 class ShapeSection(Section):
-    """The sizes of a Llama by hand, called as config.json calls them, for what is reckoned without any weights."""
+    """The sizes of a Llama given by hand, under config.json's names, to plan without any weights."""
 
     hidden_size: int = Field(ge=1, description="Width d of the model.")
     intermediate_size: int = Field(ge=1, description="Width of the feed-forward part.")
-    num_hidden_layers: int = Field(ge=1, description="Layers.")
-    num_attention_heads: int = Field(ge=1, description="Heads of queries.")
+    num_hidden_layers: int = Field(ge=1, description="Number of layers.")
+    num_attention_heads: int = Field(ge=1, description="Query heads.")
     num_key_value_heads: int | None = Field(
-        default=None, ge=1, description="Heads of keys and values; null is as many as of queries."
+        default=None, ge=1, description="Key and value heads; null is num_attention_heads."
     )
     head_dim: int | None = Field(default=None, ge=1, description="Width of a head; null is hidden_size / heads.")
-    vocab_size: int = Field(ge=1, description="Entries of the vocabulary.")
+    vocab_size: int = Field(ge=1, description="Size of the vocabulary.")
     max_position_embeddings: int | None = Field(default=None, ge=1, description="Longest context, in tokens.")
-    tie_word_embeddings: bool = Field(default=False, description="The head is the embedding, and counts once.")
+    tie_word_embeddings: bool = Field(
+        default=False, description="The head shares the embedding's matrix, which counts once."
+    )
     num_parameters: int | None = Field(
-        default=None, ge=1, description="Weights of the whole model where it is no Llama; null counts a Llama's."
+        default=None, ge=1, description="Parameters of the whole model, if it isn't a Llama; null counts a Llama's."
     )
 
 
@@ -167,14 +169,14 @@ class ModelSection(Section):
     name: Text = Field(description="A herd member (3.1-8b-instruct), a model folder, or a hub id (org/name).")
     shape: ShapeSection | None = Field(
         default=None,
-        description="Sizes by hand, for plan and explain: the name is then only a name. Such a model can't be trained.",
+        description="Sizes given by hand, for plan and explain: the name is then only a label. Such a model can't be trained.",
     )
     quant: Literal["none", "nf4", "int8"] = Field(
         default="none",
-        description="How the layers' linears are kept: none is as in dtype, nf4 4.5 bits a weight, int8 8 bits.",
+        description="How the linear layers are stored: none is not quantized (see dtype), nf4 takes 4.5 bits per weight, int8 8 bits.",
     )
     dtype: Literal["auto", "bf16", "fp32"] = Field(
-        default="auto", description="Number format of the base: auto is bf16 on GPUs and fp32 on CPUs."
+        default="auto", description="dtype of the base and of its computations: auto is bf16 on GPUs and fp32 on CPUs."
     )
     attention: Literal["auto", "sdpa", "varlen", "eager"] = Field(
         default="auto", description="Attention kernel: auto takes the fastest one that works on this machine."
@@ -182,28 +184,26 @@ class ModelSection(Section):
 
 
 class LoraSection(Section):
-    """The adapters that are trained beside the base."""
+    """The adapters that are trained on the frozen base."""
 
     rank: int = Field(default=16, ge=1, description="Rank r of the adapters: A is (r, in), B is (out, r).")
     alpha: float = Field(default=32.0, gt=0, description="The adapters' output is scaled by alpha / rank.")
-    dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="Share of the adapters' inputs that is dropped in training."
-    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout probability of the adapters' inputs.")
     targets: Annotated[
         Literal["all"] | list[Annotated[LinearName, BeforeValidator(_check_target)]],
         AfterValidator(_check_some),
-    ] = Field(default="all", description="Linears that get an adapter: all seven, or a list as [q_proj, v_proj].")
+    ] = Field(default="all", description="Linears that get an adapter: all seven, or a list like [q_proj, v_proj].")
     layers: Annotated[Literal["all"] | LayerRange | list[LayerIndex], AfterValidator(_check_some)] = Field(
         default="all",
-        description="Layers that get adapters: all, a list as [0, 1], or a range as 8-15 (both ends in).",
+        description="Layers that get adapters: all, a list like [0, 1], or a range like 8-15 (both ends included).",
     )
     start_from: FilePath | None = Field(
         default=None,
-        description="An adapter's folder whose weights training starts from (weights only, not a resume).",
+        description="Folder of an adapter to start from (its weights only, not a resume).",
     )
 
     def target_names(self) -> tuple[LinearName, ...]:
-        """The adapted linears in canonical order (q k v o gate up down), whatever order the file has."""
+        """The adapted linears in canonical order (q k v o gate up down), not in the file's order."""
         return LINEARS if self.targets == "all" else tuple(name for name in LINEARS if name in self.targets)
 
     def layer_indices(self, num_layers: int) -> tuple[int, ...]:
@@ -230,24 +230,24 @@ def _no_such_layers(found: str, num_layers: int) -> str:
 
 
 class DataSection(Section):
-    """What is learned, and what is held out."""
+    """Training data and held-out data."""
 
     train: Annotated[Text | list[Text], AfterValidator(_check_some)] = Field(
         description="Training data: a file (jsonl, json, csv, parquet), a hub id, or a list of them."
     )
-    eval: Text | Fraction | None = Field(
+    eval: Annotated[Text | Fraction | None, Expected("a path, a fraction between 0 and 1, or null")] = Field(
         default=None,
-        description="Held-out data: a file, a hub id, or the share of train to hold out, as 0.05.",
+        description="Held-out data: a file, a hub id, or the fraction of train to hold out, like 0.05.",
     )
     format: Literal["auto", "messages", "alpaca", "prompt-completion", "text"] = Field(
-        default="auto", description="Shape of a sample: auto recognises it by its columns."
+        default="auto", description="Format of the samples: auto detects it by their columns."
     )
     train_on: Literal["assistant", "last", "all"] = Field(
         default="assistant",
-        description="Tokens that are learned: all assistant turns, only the last one, or everything.",
+        description="Tokens to train on: all assistant turns, only the last one, or everything.",
     )
     on_no_target: Literal["error", "drop"] = Field(
-        default="error", description="What to do with a sample that has nothing to learn."
+        default="error", description="What to do with a sample that has no tokens to train on."
     )
     on_too_long: Literal["truncate", "drop", "error"] = Field(
         default="truncate", description="What to do with a sample longer than train.sequence_length."
@@ -257,15 +257,15 @@ class DataSection(Section):
     )
     untrained_tokens: Literal["error", "allow"] = Field(
         default="error",
-        description="What to do where the data need special tokens that the base has never learned.",
+        description="What to do if the data contains special tokens that the base was never trained on.",
     )
     cache_dir: FilePath | None = Field(
-        default=None, description="Folder for the tokenised data; null is the user's cache."
+        default=None, description="Folder for the tokenized data; null is the user's cache."
     )
 
 
 class TrainSection(Section):
-    """How long, and how much at once."""
+    """Length of the run and sizes of its batches."""
 
     steps: int | None = Field(
         default=None, ge=1, description="Optimizer steps to train; give steps or epochs (neither: one epoch)."
@@ -274,17 +274,17 @@ class TrainSection(Section):
     global_batch: int = Field(
         default=16,
         ge=1,
-        description="Sequences a step, over all GPUs; how many are accumulated follows from it.",
+        description="Sequences per step, over all GPUs; the number of accumulation steps follows from it.",
     )
-    micro_batch: int = Field(default=2, ge=1, description="Sequences that one GPU takes in one pass.")
-    sequence_length: int = Field(default=2048, ge=2, description="Tokens of the longest sequence.")
+    micro_batch: int = Field(default=2, ge=1, description="Sequences per GPU in one forward and backward pass.")
+    sequence_length: int = Field(default=2048, ge=2, description="Maximum length of a sequence, in tokens.")
     packing: bool = Field(
-        default=True, description="Fill each sequence with several samples that do not see each other."
+        default=True, description="Pack several samples into each sequence; they don't attend to each other."
     )
     activation_checkpointing: Literal["auto"] | bool = Field(
-        default="auto", description="Recompute activations in the backward: less memory, more time."
+        default="auto", description="Recompute activations in the backward pass: less memory, more time."
     )
-    seed: int = Field(default=0, ge=0, description="Seeds the adapters, dropout and the order of the samples.")
+    seed: int = Field(default=0, ge=0, description="Seed of the adapters, dropout and the order of the samples.")
 
     @model_validator(mode="before")
     @classmethod
@@ -294,7 +294,7 @@ class TrainSection(Section):
         return settings
 
     @model_validator(mode="after")
-    def _check_together(self) -> TrainSection:
+    def _check_conflicts(self) -> TrainSection:
         faults: list[tuple[tuple[str, ...], str]] = []
         if self.steps is not None and self.epochs is not None:
             faults.append(
@@ -308,7 +308,7 @@ class TrainSection(Section):
             faults.append(
                 (
                     ("micro_batch", "global_batch"),
-                    f"found {self.micro_batch} sequences a pass, more than the {self.global_batch} of a step "
+                    f"found {self.micro_batch} sequences per micro-batch, more than the {self.global_batch} of a step "
                     f"(train.global_batch); set train.micro_batch to {self.global_batch} or less",
                 )
             )
@@ -322,65 +322,66 @@ class OptimSection(Section):
 
     lr: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="How the learning rate falls after the warm-up."
+        default="cosine", description="How the learning rate decays after the warm-up."
     )
     warmup_steps: int = Field(default=10, ge=0, description="Steps in which the learning rate rises from 0 to lr.")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay, on the adapters.")
     max_grad_norm: float | None = Field(
-        default=1.0, gt=0, description="Gradients are scaled down to this global norm; null is never."
+        default=1.0, gt=0, description="Gradients are clipped to this global norm; null disables clipping."
     )
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the gradient's mean.")
-    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the gradient's square.")
-    eps: float = Field(default=1e-8, gt=0, description="AdamW's term that keeps the division finite.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay rate of the gradient's mean.")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay rate of the squared gradient's mean.")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon, which keeps the division finite.")
 
 
 class ParallelSection(Section):
-    """How the run is spread over GPUs."""
+    """How the run is distributed over GPUs."""
 
     engine: Literal["auto", "fsdp2", "zero3", "none"] = Field(
         default="auto", description="What shards the model: auto is none on one GPU and fsdp2 on more."
     )
     base_shard: Literal["auto", "node", "world"] = Field(
         default="auto",
-        description="Split the base over the GPUs of each node (copied on each), or over all GPUs.",
+        description="Shard the base over the GPUs of each node (replicated on every node), or over all GPUs.",
     )
     adapters: Literal["auto", "replicate", "shard"] = Field(
-        default="auto", description="Every GPU keeps all adapters, or those of a node share them; auto goes by size."
+        default="auto",
+        description="Replicate the adapters on every GPU, or shard them over the GPUs of each node; auto decides by size.",
     )
     offload: Literal["none", "base", "optimizer", "all"] = Field(
-        default="none", description="What waits in host memory: the base, AdamW's state, or both."
+        default="none", description="What is offloaded to host memory: the base, AdamW's state, or both."
     )
     join_timeout: float = Field(
-        default=300.0, gt=0, description="Seconds within which all processes of the run must have been started."
+        default=300.0, gt=0, description="Seconds within which all processes of the run must have joined."
     )
     hang_timeout: float = Field(default=600.0, gt=0, description="Seconds without progress after which the run ends.")
     node_size: int | None = Field(
-        default=None, ge=1, description="GPUs of a node; null asks the launcher (torchrun, SLURM, deepspeed)."
+        default=None, ge=1, description="GPUs per node; null asks the launcher (torchrun, Slurm, deepspeed)."
     )
 
 
 class MachineSection(Section):
-    """What the run is meant for: plan, slurm, explain and doctor go by it, and train runs wherever it is started."""
+    """The machines the run is meant for: used by plan, slurm, explain and doctor; train runs wherever it is started."""
 
-    gpu: str | None = Field(default=None, description="Kind of GPU by name and memory, as h100-80gb or rtx4090-24gb.")
-    gpus_per_node: int | None = Field(default=None, ge=1, description="GPUs of a node.")
-    nodes: int | None = Field(default=None, ge=1, description="Nodes.")
+    gpu: str | None = Field(default=None, description="Type of GPU by name and memory, like h100-80gb or rtx4090-24gb.")
+    gpus_per_node: int | None = Field(default=None, ge=1, description="GPUs per node.")
+    nodes: int | None = Field(default=None, ge=1, description="Number of nodes.")
     price_per_gpu_hour: float | None = Field(
         default=None,
         gt=0,
-        description="What an hour of one GPU costs, in any currency: the plan then says what the run costs.",
+        description="Price of one GPU hour, in any currency; with it the plan estimates the cost of the run.",
     )
 
 
 class CheckpointSection(Section):
-    """What is saved to go on after an interruption."""
+    """What is saved to resume after an interruption."""
 
     every: int = Field(default=50, ge=1, description="Steps between two checkpoints.")
     keep: int = Field(default=2, ge=1, description="Newest checkpoints to keep; older ones are deleted.")
     keep_best: bool = Field(default=False, description="Keep the checkpoint with the lowest held-out loss too.")
     resume: Literal["auto", "never"] | FilePath = Field(
         default="auto",
-        description="auto goes on from the run's newest whole checkpoint; never; or a checkpoint's folder.",
+        description="auto resumes from the run's newest complete checkpoint; never; or a checkpoint's folder.",
     )
     save_at_start: bool = Field(
         default=True, description="Save once before the first step, so that a full disk shows at once."
@@ -388,32 +389,30 @@ class CheckpointSection(Section):
 
     @field_serializer("resume")
     def _resume_as_text(self, resume: str | Path) -> str:
-        # A folder that is called auto must not come back as the word.
+        # A folder named "auto" must not be read back as the keyword.
         return f"./{resume}" if isinstance(resume, Path) and str(resume) in ("auto", "never") else str(resume)
 
 
 class LogSection(Section):
-    """What is told of the run while it goes."""
+    """What is logged during the run."""
 
     trackers: Annotated[list[TrackerName], AfterValidator(_refuse_twice)] = Field(
         default=["tensorboard"],
-        description="Where curves go beside metrics.jsonl: tensorboard, wandb, mlflow, ...; [] is nowhere.",
+        description="Experiment trackers, in addition to metrics.jsonl: tensorboard, wandb, mlflow, ...; [] for none.",
     )
-    every: int = Field(default=1, ge=1, description="Steps between two lines of the log.")
+    every: int = Field(default=1, ge=1, description="Steps between two log lines.")
 
 
 class EvalSection(Section):
-    """How the held-out data is judged."""
+    """How the held-out data is evaluated."""
 
     every: int = Field(default=50, ge=1, description="Steps between two evaluations of data.eval.")
-    exact_match: bool = Field(
-        default=False, description="Also generate answers and count those that are exactly right."
-    )
-    max_new_tokens: int = Field(default=64, ge=1, description="Longest generated answer, in tokens.")
+    exact_match: bool = Field(default=False, description="Also generate answers and count exact matches.")
+    max_new_tokens: int = Field(default=64, ge=1, description="Maximum length of a generated answer, in tokens.")
     batch: int | None = Field(
         default=None,
         ge=1,
-        description="Sequences a GPU evaluates at once; null is train.micro_batch, and 32 for generated answers.",
+        description="Sequences per GPU in one evaluation batch; null is train.micro_batch, and 32 for generated answers.",
     )
 
 
@@ -421,21 +420,23 @@ class Config(Section):
     """The settings of a run; run, model.name and data.train are required, the rest has defaults."""
 
     run: Annotated[str, AfterValidator(_check_run)] = Field(
-        description="Name of the run and of its folder; the same name goes on where it stopped."
+        description="Name of the run and of its folder; a run of the same name resumes."
     )
-    runs_dir: FilePath = Field(default=Path("runs"), description="Folder that the runs' folders lie in.")
+    runs_dir: FilePath = Field(default=Path("runs"), description="Parent folder of all run folders.")
     model: ModelSection = Field(description="The frozen base model.")
     lora: LoraSection = Field(default_factory=LoraSection, description="The adapters that are trained.")
-    data: DataSection = Field(description="What is learned, and what is held out.")
-    train: TrainSection = Field(default_factory=TrainSection, description="How long, and how much at once.")
+    data: DataSection = Field(description="Training data and held-out data.")
+    train: TrainSection = Field(default_factory=TrainSection, description="Length of the run and sizes of its batches.")
     optim: OptimSection = Field(default_factory=OptimSection, description="AdamW and its learning rate.")
-    parallel: ParallelSection = Field(default_factory=ParallelSection, description="How the run is spread over GPUs.")
+    parallel: ParallelSection = Field(
+        default_factory=ParallelSection, description="How the run is distributed over GPUs."
+    )
     machine: MachineSection = Field(
-        default_factory=MachineSection, description="The machines that the run is meant for; train does not need them."
+        default_factory=MachineSection, description="The machines the run is meant for; train doesn't need them."
     )
     checkpoint: CheckpointSection = Field(
         default_factory=CheckpointSection,
-        description="What is saved to go on after an interruption.",
+        description="What is saved to resume after an interruption.",
     )
-    log: LogSection = Field(default_factory=LogSection, description="What is told of the run while it goes.")
-    eval: EvalSection = Field(default_factory=EvalSection, description="How the held-out data is judged.")
+    log: LogSection = Field(default_factory=LogSection, description="What is logged during the run.")
+    eval: EvalSection = Field(default_factory=EvalSection, description="How the held-out data is evaluated.")

@@ -1,6 +1,6 @@
 """The Llama-3 herd: each member's shape, special tokens, licence and purpose.
 
-A member's facts serve planning and names; a folder's own config.json wins wherever there is one (``Shape.from_config``).
+These facts are for planning and for names; a model folder's own config.json takes precedence (``Shape.from_config``).
 
 Sources: Meta's model cards (github.com/meta-llama/llama-models, models/llama3*/MODEL_CARD.md), its list of
 models (llama_models/sku_list.py) and tokenizer (llama_models/llama3/tokenizer.py), "The Llama 3 Herd of
@@ -19,7 +19,7 @@ from dist_lora.herd.shape import RopeScaling, Shape
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the herd's control tokens; None where the member's tokenizer has none of that name.
+    """Ids of the herd's control tokens; None if the member's tokenizer doesn't have that token.
 
     ``stop`` are the ids that end an answer, as generation_config.json lists them.
     """
@@ -38,7 +38,7 @@ class SpecialTokens:
 class Member:
     """A published model of the herd.
 
-    ``languages`` are those that its model card supports officially; ``tool_use``: trained to call tools.
+    ``languages``: those that its model card officially supports; ``tool_use``: trained to call tools.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Member:
 
     @property
     def has_long_context(self) -> bool:
-        """Reads more than the 8,192 tokens of Llama 3."""
+        """Has a longer context than the 8,192 tokens of Llama 3."""
         return self.shape.context > 8192
 
     @property
@@ -79,8 +79,8 @@ class Member:
             "long context": self.has_long_context,
             "tool use": self.tool_use,
         }
-        said = [extra for extra, has in extras.items() if has]
-        return kind + (f" ({', '.join(said)})" if said else "")
+        shown = [extra for extra, has in extras.items() if has]
+        return kind + (f" ({', '.join(shown)})" if shown else "")
 
 
 _SIZES = {
@@ -118,7 +118,7 @@ _EIGHT = ("English", "German", "French", "Italian", "Portuguese", "Hindi", "Span
 
 @dataclass(frozen=True)
 class _Release:
-    """What the members of one release share."""
+    """What all members of a release have in common."""
 
     licence: str
     released: date
@@ -146,7 +146,7 @@ def _member(name: str, hub_name: str, *, release: str, size: str, kind: str) -> 
         name=name,
         hub_id=f"meta-llama/{hub_name}",
         title=hub_name.removeprefix("Meta-").replace("-", " "),
-        # Guard 3 8B is a tuned 3.1 8B and takes its RoPE; llama_models' list calls it unscaled.
+        # Guard 3 8B is a fine-tuned 3.1 8B and has its RoPE; llama_models' list calls it unscaled.
         shape=_shape(size, rope_factor=facts.rope_factor),
         instruct=kind == "instruct",
         guard=kind == "guard",
@@ -195,7 +195,7 @@ MEMBERS: dict[str, Member] = _all_members()
 
 
 def herd_rows(members: Sequence[Member] = tuple(MEMBERS.values())) -> list[dict[str, Any]]:
-    """What each member of the herd is and does, by column."""
+    """The facts about each member, by column."""
     return [
         {
             "name": member.name,
@@ -215,7 +215,7 @@ def herd_rows(members: Sequence[Member] = tuple(MEMBERS.values())) -> list[dict[
 
 
 def herd_table() -> list[list[str]]:
-    """The herd in words, its columns' names first."""
+    """The herd as a table, header first."""
     columns = ["name", "parameters", "finetuned", "multilingual", "long context", "tool use", "tokens", "release",
                "licence", "purpose"]  # fmt: skip
     rows = [columns]
@@ -228,7 +228,7 @@ def herd_table() -> list[list[str]]:
                 f"{row['context']:,}",
                 row["release"],
                 row["licence"],
-                row["purpose"].partition(" (")[0],  # the columns say what stands in brackets
+                row["purpose"].partition(" (")[0],  # the columns already say what is in brackets
             ]
         )
     return rows

@@ -1,4 +1,4 @@
-"""What ``model.name`` means, and what is known of that model without its weights: by name, by folder, by sizes by hand."""
+"""Resolves ``model.name``, and the model's shape without its weights: by name, from a folder, or from sizes given by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dist_lora.text import nearest_few
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """What ``model.name`` means: a folder or a model on the hub, with the member if it is one."""
+    """The model that ``model.name`` names: a folder or a model on the hub, with its herd member if it is one."""
 
     name: str
     folder: Path | None
@@ -26,8 +26,8 @@ class ResolvedModel:
 def resolve_model(name: str) -> ResolvedModel:
     """A member's name (in any case), an existing folder, or a hub id (``org/name``), in this order.
 
-    Nothing is fetched, and that a hub id exists is not checked. ``./`` before a folder's name keeps it from
-    being taken for a member.
+    Nothing is fetched, and a hub id is not checked for existence. ``./`` before a folder's name keeps it from being taken
+    for a member.
 
     Raises:
         ConfigError: it is none of the three (with the nearest members), or a folder without config.json.
@@ -35,7 +35,7 @@ def resolve_model(name: str) -> ResolvedModel:
     member = MEMBERS.get(name.lower())
     if member is not None:
         return ResolvedModel(name=member.name, folder=None, hub_id=member.hub_id, member=member)
-    folder = _folder_called(name)
+    folder = _existing_folder(name)
     if folder is not None:
         if not (folder / "config.json").is_file():
             raise ConfigError(no_config(folder))
@@ -49,17 +49,17 @@ def resolve_model(name: str) -> ResolvedModel:
     )
 
 
-def _folder_called(name: str) -> Path | None:
-    """The folder of that name; None also where no folder can be called so."""
+def _existing_folder(name: str) -> Path | None:
+    """The folder of that name; None also if no folder can have that name."""
     try:
         folder = Path(name).expanduser()
         return folder if folder.is_dir() else None
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL; a home of nobody
+    except (OSError, ValueError, RuntimeError):  # too long, with NUL, or the home of an unknown user
         return None
 
 
 def _plain_hub_id(hub_id: str) -> str:
-    """Meta renamed Meta-Llama-3.1-8B to Llama-3.1-8B on the hub; both lead there."""
+    """Without the prefix: Meta renamed Meta-Llama-3.1-8B to Llama-3.1-8B on the hub, where both names work."""
     return hub_id.lower().replace("/meta-llama-", "/llama-")
 
 
@@ -70,7 +70,7 @@ def _nearest_members(name: str) -> str:
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A model as far as arithmetic needs it; ``is_by_hand``: there is nothing but sizes."""
+    """A model as far as planning needs it; ``is_by_hand``: its sizes are given in the config, without weights."""
 
     title: str
     shape: Shape
@@ -78,17 +78,17 @@ class KnownModel:
 
 
 def known_model(section: ModelSection) -> KnownModel:
-    """The model that a config means, without a look at its weights or at the network.
+    """The model that a config names, without reading weights or using the network.
 
     Raises:
-        ConfigError: no such model, sizes that no Llama has, or one on the hub of which nothing but the name is known.
+        ConfigError: no such model, sizes that no Llama can have, or a hub id of which nothing but the name is known.
         WeightsError: its folder's config.json is damaged.
     """
     if section.shape is not None:
         shape = _shape_by_hand(section)
         if shape.weights_of_a_layer() < 1:
             raise ConfigError(
-                f"model.shape.num_parameters: found {shape.counted:,}, expected more than the {shape.weights_of_the_ends():,} "
+                f"model.shape.num_parameters: found {shape.given_parameters:,}, expected more than the {shape.weights_of_embedding_and_head():,} "
                 "of the embedding and the head (vocab_size x hidden_size each; one where they are tied)"
             )
         return KnownModel(section.name, shape, is_by_hand=True)
@@ -97,18 +97,18 @@ def known_model(section: ModelSection) -> KnownModel:
         return KnownModel(section.name, read_shape(resolved.folder))
     if resolved.member is None:
         raise ConfigError(
-            f"model.name: {resolved.hub_id} is no member of the herd, and its sizes lie on the hub. Expected a member, "
-            "a folder with config.json, or sizes by hand: model.shape: {hidden_size: 4096, ...}, as its config.json has them"
+            f"model.name: {resolved.hub_id} is not a herd member, and its sizes are on the hub. Expected a member, "
+            "a folder with config.json, or sizes given by hand: model.shape: {hidden_size: 4096, ...}, as in its config.json"
         )
     return KnownModel(resolved.member.title, resolved.member.shape)
 
 
 def refuse_shape(section: ModelSection) -> None:
-    """Raise ``ConfigError`` where a config has sizes by hand, and so no weights."""
+    """Raise ``ConfigError`` if a config gives sizes by hand, so that there are no weights."""
     if section.shape is not None:
         raise ConfigError(
-            f"model.shape: {section.name} is given by its sizes, and has no weights: such a config is for plan and "
-            "explain. To train, take model.shape out and give a member, a folder or a hub id as model.name"
+            f"model.shape: {section.name} is given by its sizes alone and has no weights: such a config is for plan and "
+            "explain. To train, remove model.shape and set model.name to a member, a folder or a hub id"
         )
 
 
@@ -117,7 +117,7 @@ def _shape_by_hand(section: ModelSection) -> Shape:
     sizes = section.shape.model_dump(exclude={"num_parameters"}, exclude_none=True)
     try:
         shape = Shape.from_config({"model_type": "llama", **sizes}, where="model.shape")
-        return replace(shape, counted=section.shape.num_parameters)
+        return replace(shape, given_parameters=section.shape.num_parameters)
     except WeightsError as error:
         faults = [line.strip() for line in str(error).splitlines()[1:-1]]
         raise ConfigError("\n".join(f"model.shape.{fault}" for fault in faults)) from None

@@ -1,4 +1,4 @@
-"""A Llama's sizes: read from its config.json, and what follows from them.
+"""A Llama's sizes: read from its config.json, with what follows from them.
 
 Source: the config.json and generation_config.json of the hub's meta-llama, and transformers' ``LlamaConfig``.
 """
@@ -16,7 +16,7 @@ from dist_lora.errors import ConfigError, WeightsError
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How Llama 3.1 and 3.2 stretch RoPE's wavelengths (``rope_type: llama3``); contexts in tokens."""
+    """How Llama 3.1 and 3.2 scale RoPE's wavelengths (``rope_type: llama3``); contexts in tokens."""
 
     factor: float
     low_freq_factor: float
@@ -28,8 +28,8 @@ class RopeScaling:
 class Shape:
     """All sizes of a Llama, and what follows from them.
 
-    ``context`` is in tokens; ``tied`` says that the head is the embedding (no ``lm_head.weight`` on disk).
-    ``counted`` are the weights of a model that is a Llama in its sizes alone, where somebody counted them.
+    ``context`` is in tokens; ``tied``: the head shares the embedding's matrix (no ``lm_head.weight`` on disk).
+    ``given_parameters`` is the number of parameters given by hand, for a model that has the sizes of a Llama but isn't one.
     """
 
     hidden: int
@@ -44,25 +44,25 @@ class Shape:
     context: int
     norm_eps: float
     tied: bool
-    counted: int | None = None
+    given_parameters: int | None = None
 
     @staticmethod
     def from_config(config: Mapping[str, Any], *, where: str) -> Shape:
-        """The shape that a model's config.json states, in Hugging Face's names.
+        """The shape in a model's config.json, under Hugging Face's names.
 
-        Both spellings of RoPE are read: ``rope_theta`` with ``rope_scaling`` (transformers 4) and
-        ``rope_parameters`` (transformers 5). What is absent has the value that transformers gives it.
+        Both spellings of RoPE are read: ``rope_theta`` with ``rope_scaling`` (transformers 4) and ``rope_parameters``
+        (transformers 5). Missing entries have transformers' defaults.
 
         Args:
             where: the file, for errors.
 
         Raises:
-            ConfigError: it is no Llama, or one with parts that are not trained here; all of them are named.
-            WeightsError: a size is missing, no number, or doesn't fit the others.
+            ConfigError: it isn't a Llama, or has unsupported parts; all of them are named.
+            WeightsError: a size is missing, isn't a number, or contradicts the others.
         """
-        foreign = _foreign_parts(config)
-        if foreign:
-            raise ConfigError(f"{where}: not a Llama that can be trained here:" + _listed(foreign))
+        unsupported = _unsupported_parts(config)
+        if unsupported:
+            raise ConfigError(f"{where}: not a Llama that can be trained here:" + _listed(unsupported))
         damage = _damaged_sizes(config)
         if damage:
             raise WeightsError(f"{where} is damaged:" + _listed(damage) + "\n  Fetch that file again.")
@@ -97,29 +97,29 @@ class Shape:
         }
 
     def weights_of_linears(self) -> int:
-        """Weights of the seven linears of a layer; where all were counted, those of the whole layer."""
-        if self.counted is not None:
+        """Weights of the seven linears of a layer; with ``given_parameters`` those of the whole layer."""
+        if self.given_parameters is not None:
             return self.weights_of_a_layer()
         return sum(out * in_ for out, in_ in self.linear_shapes().values())
 
-    def weights_of_the_ends(self) -> int:
+    def weights_of_embedding_and_head(self) -> int:
         """Weights of the embedding and the head; a tied head counts once."""
         return self.vocab * self.hidden * (1 if self.tied else 2)
 
     def weights_of_a_layer(self) -> int:
-        """Weights of one layer; where all were counted, its part of those that are at no end."""
-        if self.counted is not None:
-            return (self.counted - self.weights_of_the_ends()) // self.num_layers
+        """Weights of one layer; with ``given_parameters`` its part of all but the embedding and the head."""
+        if self.given_parameters is not None:
+            return (self.given_parameters - self.weights_of_embedding_and_head()) // self.num_layers
         return self.weights_of_linears() + 2 * self.hidden
 
     def num_parameters(self) -> int:
         """Parameters of the base; a tied head counts once."""
-        if self.counted is not None:
-            return self.counted
-        return self.weights_of_the_ends() + self.num_layers * self.weights_of_a_layer() + self.hidden
+        if self.given_parameters is not None:
+            return self.given_parameters
+        return self.weights_of_embedding_and_head() + self.num_layers * self.weights_of_a_layer() + self.hidden
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor of a checkpoint by its name on disk, in the model's order."""
+        """Shape of every tensor of a checkpoint, by name on disk, in the model's order."""
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
         for layer in range(self.num_layers):
             for linear, shape in self.linear_shapes().items():
@@ -132,7 +132,7 @@ class Shape:
         return shapes
 
     def adapter_parameters(self, targets: Iterable[str], layers: Iterable[int], rank: int) -> int:
-        """Trained parameters: r (in + out) for each adapted linear of each adapted layer."""
+        """Trainable parameters: r (in + out) for each adapted linear of each adapted layer."""
         shapes = self.linear_shapes()
         return rank * sum(sum(shapes[target]) for target in targets) * len(tuple(layers))
 
@@ -143,7 +143,7 @@ def module_path(linear: str, *, layer: int) -> str:
     return f"model.layers.{layer}.{block}.{linear}"
 
 
-# What transformers takes for a Llama when config.json is silent (4.x and 5.23 alike).
+# transformers' defaults for a Llama (4.x and 5.23 alike).
 _ROPE_THETA = 10_000.0
 _CONTEXT = 2048
 _NORM_EPS = 1e-6
@@ -156,9 +156,9 @@ _REQUIRED_SIZES = (
     "vocab_size",
 )
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
-# No Llama comes near; what is made of them, name by name, would fill the memory before a file is looked at.
-_MOST_LAYERS = 1000
-_MOST = 2**31
+# No Llama comes near; the lists of names made from larger sizes would fill the memory before any file is read.
+_MAX_LAYERS = 1000
+_MAX_SIZE = 2**31
 _MAX_CONFIG_BYTES = 2**20
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -168,7 +168,7 @@ def _listed(faults: Iterable[str]) -> str:
 
 
 def _rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """RoPE's settings in one mapping, whichever transformers wrote them."""
+    """RoPE's settings in one mapping, as written by transformers 4 or 5."""
     newer = config.get("rope_parameters")
     if newer:
         return {"rope_theta": config.get("rope_theta", _ROPE_THETA), **newer}
@@ -190,8 +190,8 @@ def _scaling_of(rope: Mapping[str, Any]) -> RopeScaling | None:
     )
 
 
-def _foreign_parts(config: Mapping[str, Any]) -> list[str]:
-    """Why this config is of a model that we don't train."""
+def _unsupported_parts(config: Mapping[str, Any]) -> list[str]:
+    """Why the model of this config can't be trained here."""
     faults = []
     if config.get("model_type") != "llama":
         faults.append(f"model_type: found {config.get('model_type')!r}, expected 'llama'")
@@ -207,14 +207,14 @@ def _foreign_parts(config: Mapping[str, Any]) -> list[str]:
     if quantization and not _is_nf4(quantization):
         faults.append(
             f"quantization_config: found weights quantized by {_quantizer(quantization)}, expected none, or bitsandbytes "
-            "with load_in_4bit and bnb_4bit_quant_type 'nf4': take the model's unquantized folder"
+            "with load_in_4bit and bnb_4bit_quant_type 'nf4': use the unquantized model"
         )
-    faults += _foreign_rope(config)
+    faults += _unsupported_rope(config)
     return faults
 
 
 def _is_nf4(quantization: Any) -> bool:
-    """The one kind of quantized weights that is read (dist_lora/base/quant/published.py)."""
+    """The only supported kind of quantized weights (dist_lora/base/quant/published.py)."""
     return (
         isinstance(quantization, Mapping)
         and quantization.get("quant_method", "bitsandbytes") == "bitsandbytes"
@@ -234,7 +234,7 @@ def _quantizer(quantization: Any) -> str:
     return "bitsandbytes in 8 bits" if quantization.get("load_in_8bit") else f"bitsandbytes with {dict(quantization)}"
 
 
-def _foreign_rope(config: Mapping[str, Any]) -> list[str]:
+def _unsupported_rope(config: Mapping[str, Any]) -> list[str]:
     name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     if not isinstance(config.get(name) or {}, Mapping):
         return [f"{name}: found {config[name]!r}, expected settings with rope_type"]
@@ -249,7 +249,7 @@ def _foreign_rope(config: Mapping[str, Any]) -> list[str]:
 
 
 def _damaged_sizes(config: Mapping[str, Any]) -> list[str]:
-    """What is missing in the config or can't be."""
+    """Sizes that are missing or invalid."""
     faults = []
     for name in (*_REQUIRED_SIZES, *_OPTIONAL_SIZES):
         value = config.get(name)
@@ -259,8 +259,8 @@ def _damaged_sizes(config: Mapping[str, Any]) -> list[str]:
             faults.append(f"{name}: is missing, expected a whole number above 0")
         elif type(value) is not int or value < 1:
             faults.append(f"{name}: found {value!r}, expected a whole number above 0")
-        elif value > (most := _MOST_LAYERS if name == "num_hidden_layers" else _MOST):
-            faults.append(f"{name}: found {value}, expected at most {most:,}")
+        elif value > (largest := _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE):
+            faults.append(f"{name}: found {value}, expected at most {largest:,}")
     rope = _rope_of(config)
     numbers: dict[str, Any] = {
         "rope_theta": rope["rope_theta"],
@@ -269,15 +269,15 @@ def _damaged_sizes(config: Mapping[str, Any]) -> list[str]:
     if _rope_type(rope) == "llama3":
         numbers |= {f"rope {name}": rope.get(name) for name in _SCALING}
     for name, value in numbers.items():
-        if type(value) not in (int, float) or not 0 < value < _MOST:
+        if type(value) not in (int, float) or not 0 < value < _MAX_SIZE:
             faults.append(f"{name}: found {value!r}, expected a number above 0")
     if type(config.get("tie_word_embeddings", False)) is not bool:
         faults.append(f"tie_word_embeddings: found {config['tie_word_embeddings']!r}, expected true or false")
-    return faults or _misfits(config)
+    return faults or _contradictions(config)
 
 
-def _misfits(config: Mapping[str, Any]) -> list[str]:
-    """Sizes that are right alone and wrong together."""
+def _contradictions(config: Mapping[str, Any]) -> list[str]:
+    """Sizes that are valid each, but contradict each other."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
@@ -287,15 +287,15 @@ def _misfits(config: Mapping[str, Any]) -> list[str]:
     if not config.get("head_dim") and hidden % heads:
         faults.append(f"num_attention_heads: found {heads}, which doesn't divide hidden_size {hidden}")
     elif head_dim % 2:
-        faults.append(f"head_dim: found {head_dim}, expected an even number: RoPE turns pairs")
+        faults.append(f"head_dim: found {head_dim}, expected an even number: RoPE rotates pairs")
     return faults
 
 
 def read_shape(folder: Path) -> Shape:
-    """The shape that a model folder's config.json states.
+    """The shape in a model folder's config.json.
 
     Raises:
-        ConfigError: the folder has no config.json, or it is of a model that is not trained here.
+        ConfigError: the folder has no config.json, or its model can't be trained here.
         WeightsError: config.json is damaged.
     """
     path = folder / "config.json"
@@ -312,16 +312,17 @@ def read_shape(folder: Path) -> Shape:
     except OSError as error:
         if isinstance(error, WeightsError):
             raise
-        raise WeightsError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise WeightsError(f"{path} can't be read: {error.strerror or error}.") from error
     if not isinstance(config, dict):
         raise WeightsError(f"{path} is damaged: expected settings in {{...}}. Fetch that file again.")
     return Shape.from_config(config, where=str(path))
 
 
 def no_config(folder: Path) -> str:
+    """The message for a model folder without config.json."""
     advice = "expected config.json, *.safetensors and the tokenizer's files side by side"
     if (folder / "params.json").is_file():
-        advice = "this is Meta's own format (params.json); fetch the model in Hugging Face's"
+        advice = "this is Meta's own format (params.json); download the model in Hugging Face's format"
     elif (folder / "adapter_config.json").is_file():
-        advice = "this is an adapter: give its base here, and the adapter in lora.start_from"
+        advice = "this is an adapter: set model.name to its base and lora.start_from to the adapter"
     return f"model.name: the folder {folder} has no config.json: {advice}"

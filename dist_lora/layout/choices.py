@@ -1,4 +1,4 @@
-"""What a config leaves open, decided once, each choice with its reason: the run obeys it, and the plan reads it."""
+"""Resolves every ``auto`` of a config, once, with a reason for each choice; used by the run and by the plan."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ DtypeName = Literal["bf16", "fp32"]
 AttentionName = Literal["sdpa", "varlen", "eager"]
 ITEM_BYTES: Mapping[DtypeName, int] = {"bf16": 2, "fp32": 4}
 
-BYTES_A_TRAINED_WEIGHT = 16  # fp32: the weight, its gradient and AdamW's two moments
-BASE_SHARE = 0.6  # of a device's memory: what a node's shard of the base may take before the world shares it
-ADAPTERS_SHARE = 0.05  # of a device's memory: what replicated adapters may take before a node shares them
+BYTES_PER_TRAINED_WEIGHT = 16  # fp32: the weight, its gradient and AdamW's two moments
+BASE_SHARE = 0.6  # of a device's memory: the base is sharded over the world if a node's shard takes more
+ADAPTERS_SHARE = 0.05  # of a device's memory: adapters are sharded over a node if they take more
 
 
 @dataclass(frozen=True)
 class Layout:
-    """An engine and where it keeps the base, the adapters and the optimizer; ``reasons`` say why, a line each."""
+    """The engine and where it keeps the base, the adapters and the optimizer state; ``reasons`` has a line for each."""
 
     engine: EngineName
     base_shard: Literal["node", "world"]
@@ -36,12 +36,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Choices:
-    """All that was decided of a run on its machines.
+    """Everything ``auto`` of a run on its machines, resolved.
 
     Args:
-        dtype: in which the base is stored, where it is not quantized, and computed.
-        recompute: activations are computed again in the backward.
-        reasons: a line for each choice.
+        dtype: of the base, where it is not quantized, and of the computation.
+        recompute: whether activations are recomputed in the backward pass.
+        reasons: one line per choice.
     """
 
     dtype: DtypeName
@@ -54,24 +54,24 @@ class Choices:
 def choose(
     config: Config, shape: Shape, *, name: str | None, world_size: int, local_size: int, device_bytes: int, on_gpu: bool
 ) -> Choices:
-    """The choices of a config for a model on so many ranks.
+    """The choices of a config for a model on ``world_size`` ranks.
 
     Args:
         name: the model's, for errors.
-        local_size: ranks of a node.
-        device_bytes: memory of one rank's device; on a CPU its part of the host's.
+        local_size: ranks per node.
+        device_bytes: memory of one rank's device; on a CPU its share of the host's.
         on_gpu: whether ranks compute on GPUs.
 
     Raises:
-        ConfigError: settings of ``parallel`` contradict each other or the world; a layer that the model doesn't have; its
-            linears can't be quantized so.
+        ConfigError: settings of ``parallel`` contradict each other or the world; the model lacks a layer; its linears can't
+            be quantized with ``model.quant``.
     """
     check_quant(shape, config.model.quant, name)
     dtype, why_dtype = choose_dtype(config.model.dtype, on_gpu=on_gpu)
     attention, why_attention = choose_attention(config.model.attention, dtype=dtype, on_gpu=on_gpu)
     wanted = config.train.activation_checkpointing
     recompute = on_gpu if wanted == "auto" else wanted
-    because = "as set" if wanted != "auto" else "on a GPU memory is short" if on_gpu else "on a CPU time is short"
+    because = "as set" if wanted != "auto" else "saves memory on a GPU" if on_gpu else "saves time on a CPU"
     targets, layers = config.lora.target_names(), config.lora.layer_indices(shape.num_layers)
     parts = base_parts(shape, quant=config.model.quant, item_bytes=ITEM_BYTES[dtype])
     layout = choose_layout(
@@ -92,7 +92,7 @@ def choose(
 
 
 def choose_dtype(wanted: Literal["auto", "bf16", "fp32"], *, on_gpu: bool) -> tuple[DtypeName, str]:
-    """``model.dtype`` decided, and why."""
+    """``model.dtype`` resolved, with the reason."""
     if wanted != "auto":
         return wanted, "as set"
     return ("bf16", "on a GPU") if on_gpu else ("fp32", "on a CPU")
@@ -101,12 +101,12 @@ def choose_dtype(wanted: Literal["auto", "bf16", "fp32"], *, on_gpu: bool) -> tu
 def choose_attention(
     wanted: Literal["auto", "sdpa", "varlen", "eager"], *, dtype: DtypeName, on_gpu: bool
 ) -> tuple[AttentionName, str]:
-    """``model.attention`` decided, and why."""
+    """``model.attention`` resolved, with the reason."""
     if wanted != "auto":
         return wanted, "as set"
     if on_gpu and dtype == "bf16":
-        return "varlen", "a flash kernel takes all documents of a micro-batch at once"
-    return "sdpa", "flash needs 16 bits" if on_gpu else "flash needs a GPU"
+        return "varlen", "flash attention over all documents of a micro-batch at once"
+    return "sdpa", "flash attention needs 16 bits" if on_gpu else "flash attention needs a GPU"
 
 
 def choose_layout(
@@ -121,8 +121,8 @@ def choose_layout(
     """The layout of a run, ``auto`` resolved.
 
     Args:
-        base_bytes: the frozen base as it is stored, whole.
-        device_bytes: memory of one rank's device; on a CPU its part of the host's.
+        base_bytes: the whole frozen base, as stored.
+        device_bytes: memory of one rank's device; on a CPU its share of the host's.
 
     Raises:
         ConfigError: the settings contradict each other or the world.
@@ -138,16 +138,16 @@ def choose_layout(
 
 
 def check_node_size(*, world_size: int, local_size: int) -> None:
-    """Raise ``ConfigError`` where nodes of ``local_size`` ranks don't make up the world."""
+    """Raise ``ConfigError`` if the world isn't a multiple of ``local_size`` ranks."""
     if world_size % local_size:
         raise ConfigError(
             f"parallel.node_size: {world_size} processes are not a multiple of {local_size}; "
-            "every node must hold the same number"
+            "every node must have the same number"
         )
 
 
 def check_section(section: ParallelSection, *, world_size: int, local_size: int) -> None:
-    """Raise ``ConfigError``, telling all of them, where settings of ``parallel`` contradict each other or the world."""
+    """Raise ``ConfigError``, listing all conflicts, if settings of ``parallel`` contradict each other or the world."""
     num_nodes = world_size // local_size
     wanted = section.engine
     faults = []
@@ -158,22 +158,22 @@ def check_section(section: ParallelSection, *, world_size: int, local_size: int)
         )
     if wanted == "none" and section.offload in ("base", "all"):
         faults.append(
-            f"parallel.offload: {section.offload} brings the base in layer by layer, which engine none can't. "
+            f"parallel.offload: {section.offload} fetches the base layer by layer, which engine none can't. "
             "Set parallel.engine=fsdp2 (or auto): one process is enough."
         )
     if wanted == "none" and section.adapters == "shard":
         faults.append(
-            "parallel.adapters: shard needs several processes and engine none has one. "
+            "parallel.adapters: shard needs several processes, and engine none has one. "
             "Set parallel.adapters=replicate (or auto), or parallel.engine=fsdp2."
         )
     if wanted == "zero3" and section.base_shard == "node" and num_nodes > 1:
         faults.append(
-            f"parallel.base_shard: node over {num_nodes} nodes is not there with engine zero3, which cuts the base "
+            f"parallel.base_shard: node over {num_nodes} nodes isn't supported by engine zero3, which shards the base "
             "over all ranks. Set parallel.base_shard=world, or parallel.engine=fsdp2."
         )
     if wanted == "zero3" and section.adapters == "replicate":
         faults.append(
-            "parallel.adapters: replicate is not there with engine zero3, which cuts all that it trains over the "
+            "parallel.adapters: replicate isn't supported by engine zero3, which shards all trained weights over the "
             "ranks. Set parallel.adapters=shard (or auto), or parallel.engine=fsdp2."
         )
     if faults:
@@ -187,7 +187,7 @@ def _engine(section: ParallelSection, world_size: int, *, base_on_host: bool) ->
     if world_size > 1:
         return "fsdp2", f"engine    fsdp2: {world_size} processes share the base"
     if base_on_host:
-        return "fsdp2", "engine    fsdp2: it brings the base from the host layer by layer"
+        return "fsdp2", "engine    fsdp2: it fetches the offloaded base layer by layer"
     return "none", "engine    none: one process holds the whole base"
 
 
@@ -204,25 +204,25 @@ def _base_shard(
     by_node, by_world = base_bytes / local_size, base_bytes / world_size
     num_nodes = world_size // local_size
     if engine == "none":
-        return "node", f"base      whole on this process: {size(base_bytes)}"
+        return "node", f"base      not sharded: {size(base_bytes)}"
     if engine == "zero3":
-        return "world", f"base      cut over all {world_size} ranks, {size(by_world)} each: ZeRO-3 knows no nodes"
+        return "world", f"base      sharded over all {world_size} ranks, {size(by_world)} each: ZeRO-3 ignores nodes"
     if num_nodes == 1:
-        return "node", f"base      cut over {local_size} ranks of one node, {size(by_node)} each"
-    crossing = f"{size(by_world * (world_size - local_size))} of it cross the network to each rank, twice a pass"
+        return "node", f"base      sharded over {local_size} ranks of one node, {size(by_node)} each"
+    crossing = f"each receives {size(by_world * (world_size - local_size))} over the network, twice per micro-batch"
     if wanted == "auto":
         room = device_bytes * BASE_SHARE
         fits = base_on_host or by_node <= room
-        wanted = "node" if fits else "world"
-        because = f"{size(by_node)} a rank {'fit' if fits else 'do not fit'} in {size(room)} of a device"
+        wanted, verdict = ("node", "fit") if fits else ("world", "don't fit")
+        because = f"{size(by_node)} per rank {verdict} in {size(room)} of a device"
     else:
         because = "as set"
     if wanted == "node":
         return "node", (
-            f"base      cut over the {local_size} ranks of each node, {size(by_node)} each, and no byte of it crosses "
-            f"the network: {because}"
+            f"base      sharded over the {local_size} ranks of each node, {size(by_node)} each, none of it crosses the "
+            f"network: {because}"
         )
-    return "world", f"base      cut over all {world_size} ranks, {size(by_world)} each; {crossing}: {because}"
+    return "world", f"base      sharded over all {world_size} ranks, {size(by_world)} each; {crossing}: {because}"
 
 
 def _adapters(
@@ -234,20 +234,23 @@ def _adapters(
     device_bytes: int,
 ) -> tuple[Literal["replicate", "shard"], str]:
     wanted = section.adapters
-    whole = trained_weights * BYTES_A_TRAINED_WEIGHT
-    what = f"{size(whole)} with gradients and AdamW's moments"
+    total = trained_weights * BYTES_PER_TRAINED_WEIGHT
+    footprint = f"{size(total)} with gradients and AdamW's moments"
     if engine == "zero3":
-        return "shard", f"adapters  cut over all {world_size} ranks by ZeRO-3: {what}, {size(whole / world_size)} each"
+        return (
+            "shard",
+            f"adapters  sharded over all {world_size} ranks by ZeRO-3: {footprint}, {size(total / world_size)} each",
+        )
     if engine == "none":
-        return "replicate", f"adapters  {what}"
+        return "replicate", f"adapters  {footprint}"
     if wanted == "auto":
-        fits = local_size == 1 or whole <= device_bytes * ADAPTERS_SHARE
+        fits = local_size == 1 or total <= device_bytes * ADAPTERS_SHARE
         wanted = "replicate" if fits else "shard"
         because = f"{'within' if fits else 'more than'} {ADAPTERS_SHARE:.0%} of a device"
     else:
         because = "as set"
     if wanted == "replicate":
-        return "replicate", f"adapters  whole on every rank, {what}: {because}"
+        return "replicate", f"adapters  replicated, {footprint}: {because}"
     return "shard", (
-        f"adapters  cut over the {local_size} ranks of each node, {what}, {size(whole / local_size)} each: {because}"
+        f"adapters  sharded over the {local_size} ranks of each node, {footprint}, {size(total / local_size)} each: {because}"
     )

@@ -1,8 +1,8 @@
-"""What each rank of a run holds, sends and computes, by arithmetic: no torch, no weights, a fraction of a second.
+"""Memory per rank at each moment of a step, by arithmetic: no torch, no weights, a fraction of a second.
 
-The rank that is meant is the one that holds most: the first, where rows do not divide. Letters: T tokens of a
-micro-batch, K of them with a label, D model width, F feed-forward width, H and G heads of queries and of keys, E width
-of a head, V vocabulary, R LoRA rank, L layers; c bytes of a number in the type that is computed in.
+It is that of the fullest rank: the first, where rows don't divide evenly. Letters: T tokens of a micro-batch, K of them with
+a label, D model width, F feed-forward width, H query heads, G key heads, E width of a head, V vocabulary, R LoRA rank,
+L layers; c bytes per number in the compute dtype.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from dist_lora.herd.shape import Shape
 from dist_lora.layout.choices import ITEM_BYTES, Choices, Layout, check_node_size, choose
 from dist_lora.layout.storage import FP32, base_parts
 
-LOGITS_AT_ONCE = 2**25  # weights of the largest slice of logits: 128 MiB in fp32, 261 rows at V = 128256
+LOGITS_AT_ONCE = 2**25  # elements of the largest slice of logits: 128 MiB in fp32, 261 rows at V = 128256
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A run, as far as memory, wires and time depend on it.
+    """What memory, communication and time of a run depend on.
 
     Args:
-        choices: what the config left open, decided.
-        joins_documents: attention is computed for each document of a pass, and what it gave is joined.
-        num_ranks: R of the world; ``local_size`` of a node.
+        choices: every ``auto`` of the config, resolved.
+        accumulation_steps: micro-batches per rank in one step.
+        joins_documents: attention is computed per document of a micro-batch, and the outputs are concatenated.
+        num_ranks: ranks of the world; ``local_size``: ranks per node.
     """
 
     shape: Shape
@@ -35,58 +36,58 @@ class Setup:
     targets: tuple[str, ...]
     layers: tuple[int, ...]
     micro_tokens: int
-    passes: int
+    accumulation_steps: int
     joins_documents: bool
     num_ranks: int
     local_size: int
 
     @property
     def item_bytes(self) -> int:
-        """c, of the type that is computed in."""
+        """Bytes per number in the compute dtype (c)."""
         return ITEM_BYTES[self.choices.dtype]
 
     @property
     def recompute(self) -> bool:
-        """Activations are computed again in the backward."""
+        """Whether activations are recomputed in the backward pass."""
         return self.choices.recompute
 
     @property
     def layout(self) -> Layout:
-        """Who holds what."""
+        """The engine and its sharding."""
         return self.choices.layout
 
     @property
     def base_ranks(self) -> int:
-        """Over how many ranks the base is cut."""
+        """Number of ranks over which the base is sharded."""
         if self.layout.engine == "none":
             return 1
         return self.num_ranks if self.layout.base_shard == "world" else self.local_size
 
     @property
     def adapter_ranks(self) -> int:
-        """Over how many ranks the adapters are cut."""
+        """Number of ranks over which the adapters are sharded."""
         if self.layout.adapters == "replicate":
             return 1
         return self.num_ranks if self.layout.engine == "zero3" else self.local_size
 
     def frees_buffer(self, layer: int) -> bool:
-        """Whether adapters that are cut, and so gathered within a layer, let its own gathering's buffer go."""
+        """Whether all-gathering a layer's sharded adapters frees the buffer of the layer's own all-gather."""
         return self.layout.engine == "fsdp2" and self.layout.adapters == "shard" and layer in self.layers
 
     @property
     def trained_weights(self) -> int:
-        """Elements of all A and B."""
+        """Number of trained weights: all A and B."""
         return self.shape.adapter_parameters(self.targets, self.layers, self.lora_rank)
 
 
 def setup_of(
     config: Config, shape: Shape, *, num_nodes: int, gpus_per_node: int, device_bytes: int, on_gpu: bool = True
 ) -> Setup:
-    """The setup of a config on so many nodes, ``auto`` resolved as a run resolves it.
+    """The setup of a config on ``num_nodes`` nodes, with ``auto`` resolved as in a run.
 
     Raises:
-        ConfigError: settings of ``parallel`` contradict each other or the world; a layer that the model doesn't have; its
-            linears can't be quantized so.
+        ConfigError: settings of ``parallel`` contradict each other or the world; the model lacks a layer; its linears can't
+            be quantized with ``model.quant``.
     """
     num_ranks = num_nodes * gpus_per_node
     local_size = config.parallel.node_size or gpus_per_node
@@ -109,7 +110,7 @@ def setup_of(
         targets=config.lora.target_names(),
         layers=config.lora.layer_indices(shape.num_layers),
         micro_tokens=train.micro_batch * train.sequence_length,
-        passes=math.ceil(math.ceil(train.global_batch / num_ranks) / train.micro_batch),
+        accumulation_steps=math.ceil(math.ceil(train.global_batch / num_ranks) / train.micro_batch),
         joins_documents=train.micro_batch > 1 and choices.attention != "varlen",
         num_ranks=num_ranks,
         local_size=local_size,
@@ -119,33 +120,33 @@ def setup_of(
 # The base
 
 
-def base_bytes_of_a_rank(setup: Setup) -> int:
-    """The rank's share of the base."""
+def base_bytes_per_rank(setup: Setup) -> int:
+    """A rank's shard of the base."""
     parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
     return sum(part.shard_bytes(setup.base_ranks) for part in parts)
 
 
 def block_bytes(setup: Setup) -> int:
-    """One layer of the base, whole."""
+    """One whole layer of the base."""
     parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
     return sum(part.num_bytes for part in parts if part.block == 0)
 
 
-def end_bytes(setup: Setup) -> int:
-    """The embedding, or the head, whole."""
+def embedding_bytes(setup: Setup) -> int:
+    """The whole embedding, or the whole head."""
     return setup.shape.vocab * setup.shape.hidden * setup.item_bytes
 
 
-# What a pass keeps
+# Activations and logits
 
 
-def kept_bytes_of_a_layer(setup: Setup, layer: int) -> int:
-    """What the backward of a layer needs of its forward, without recomputation.
+def saved_bytes_of_layer(setup: Setup, layer: int) -> int:
+    """What autograd saves in a layer's forward for its backward, without recomputation.
 
-    By the letters of this file, for each token in c bytes: queries, what attention gave, keys and values (2 H E + 2 G E),
-    gate, up and silu (3 F); and where an adapter sits beside them, its input: of q k v (D), of gate and up (D), of down
-    (F), and R numbers for each. The inputs of both norms (2 D), a log-sum a head and two scales of norms in fp32. In 16
-    bits A and B are cast, and the casts kept. Before the first adapter there is no graph, and nothing is kept.
+    In the letters of this file, per token in c bytes: queries, attention output, keys and values (2 H E + 2 G E), gate, up
+    and silu (3 F); with adapters their inputs: of q k v (D), of gate and up (D), of down (F), and R numbers for each. In
+    fp32: the inputs of both norms (2 D), a log-sum-exp per head and two norm scales. In 16 bits A and B are cast, and the
+    casts are saved. Before the first adapter there is no graph, and nothing is saved.
     """
     first = min(setup.layers)
     if layer < first:
@@ -153,7 +154,7 @@ def kept_bytes_of_a_layer(setup: Setup, layer: int) -> int:
     shape, c = setup.shape, setup.item_bytes
     targets = set(setup.targets) if layer in setup.layers else set()
     groups = ({"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"})
-    # The group with which the graph begins; -1 where the layer's input has a gradient.
+    # The group where the graph begins; -1 if the layer's input has a gradient.
     begin = next(i for i, group in enumerate(groups) if group & targets) if layer == first else -1
     heads = shape.num_heads * shape.head_dim
     numbers = fp32_numbers = 0
@@ -164,7 +165,7 @@ def kept_bytes_of_a_layer(setup: Setup, layer: int) -> int:
     if begin <= 0:
         numbers += 2 * heads + 2 * shape.num_kv_heads * shape.head_dim
         fp32_numbers += shape.num_heads
-        numbers += heads * (setup.joins_documents and "o_proj" in targets)  # joined, and in parts
+        numbers += heads * (setup.joins_documents and "o_proj" in targets)  # concatenated, and in parts
     elif begin == 1:
         numbers += heads
     if begin <= 1:
@@ -173,7 +174,7 @@ def kept_bytes_of_a_layer(setup: Setup, layer: int) -> int:
         numbers += shape.hidden
     if begin <= 1:
         numbers += 3 * shape.ffn
-    elif begin == 2:  # silu keeps gate, and the product of both what the other's gradient needs
+    elif begin == 2:  # silu saves gate; the product saves what the other factor's gradient needs
         numbers += shape.ffn * (2 * ("gate_proj" in targets) + ("up_proj" in targets))
     if "down_proj" in targets:
         numbers += shape.ffn
@@ -193,16 +194,16 @@ def logit_rows(setup: Setup) -> int:
 
 
 def logits_bytes(setup: Setup) -> int:
-    """The logits that are alive at once: a slice in c bytes and in fp32, while the one before it is there in fp32."""
+    """Peak bytes of logits: a slice in c bytes and in fp32, while the previous slice is still held in fp32."""
     vocab, c = setup.shape.vocab, setup.item_bytes
-    of_one = FP32 if c == FP32 else FP32 + c
+    per_logit = FP32 if c == FP32 else FP32 + c
     first = logit_rows(setup)
     second = min(first, setup.micro_tokens - first)
-    return vocab * max(first * of_one, first * FP32 + second * of_one)
+    return vocab * max(first * per_logit, first * FP32 + second * per_logit)
 
 
 def dequantized_bytes(setup: Setup) -> int:
-    """The largest linear dequantized for a product; 0 where it isn't quantized."""
+    """The largest linear, dequantized for a product; 0 if the base is not quantized."""
     if setup.quant == "none":
         return 0
     return setup.item_bytes * max(out * width for out, width in setup.shape.linear_shapes().values())
@@ -210,9 +211,9 @@ def dequantized_bytes(setup: Setup) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """What the fullest rank's device holds when most is held, by what it is, in bytes; ``host`` beside it, and ``disk``.
+    """Bytes on the fullest rank's device at the peak, by kind, and per rank in ``host`` memory; ``disk``: one checkpoint.
 
-    ``when`` names the moment.
+    ``when`` names the moment of the peak.
     """
 
     base: int
@@ -229,7 +230,7 @@ class Memory:
 
     @property
     def device(self) -> int:
-        """All of it."""
+        """Total bytes on the device."""
         return (
             self.base + self.adapters + self.gradients + self.optimizer + self.gathered + self.activations + self.loss
             + self.workspace
@@ -238,7 +239,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class _Moment:
-    """What is held beside the base, the adapters and their state at one moment of a step."""
+    """What a rank holds at one moment of a step, besides the base, the adapters and their optimizer state."""
 
     name: str
     gathered: int
@@ -253,7 +254,7 @@ class _Moment:
 
 @dataclass(frozen=True)
 class _Gathered:
-    """Bytes of the base (and of adapters that are cut) that lie gathered, at the moments of a step."""
+    """All-gathered bytes of the base, and of sharded adapters, at the moments of a step."""
 
     at_embedding: int = 0
     in_first_layer: int = 0
@@ -272,13 +273,13 @@ def _gathered(setup: Setup) -> _Gathered:
 
 
 def _gathered_by_fsdp2(setup: Setup) -> _Gathered:
-    """In the forward FSDP2 keeps the buffer of a gathering until the next one was copied out of its own.
+    """In the forward FSDP2 keeps the buffer of an all-gather until the next one has been copied out of its own.
 
-    What comes is there twice then, and once more what came before. Adapters that are cut are gathered within their
-    layer, and free its buffer. A tied embedding stays gathered for the whole pass.
+    So the new layer is held twice, and the previous one once more. Sharded adapters are all-gathered within their layer,
+    which frees its buffer. A tied embedding stays gathered through forward and backward.
     """
-    end, block = end_bytes(setup), block_bytes(setup)
-    buffers = 1 if setup.base_ranks > 1 else 0  # a rank alone copies, and keeps none
+    end, block = embedding_bytes(setup), block_bytes(setup)
+    buffers = 1 if setup.base_ranks > 1 else 0  # a single rank copies, without a buffer
     twice, root = 1 + buffers, end if setup.shape.tied else 0
     last = setup.shape.num_layers - 1
     of_last = 0 if setup.frees_buffer(last) else buffers * block
@@ -297,12 +298,12 @@ def _gathered_by_fsdp2(setup: Setup) -> _Gathered:
 
 
 def _gathered_by_zero3(setup: Setup) -> _Gathered:
-    """What DeepSpeed 0.19 holds by our settings, as its simulated steps show it; adapters are gathered with their layer.
+    """What DeepSpeed 0.19 holds with our settings, as seen in simulated steps; adapters are gathered with their layer.
 
-    The head is copied out of its gathering while a layer is still there. The backward of a layer begins with that layer
-    and three more. Without recomputation in fp32 the graph keeps the adapters of all layers, gathered.
+    The head is copied out of its buffer while a layer is still gathered. The backward of a layer begins with that layer and
+    three more. Without recomputation, in fp32, the graph keeps the gathered adapters of all layers.
     """
-    end, block = end_bytes(setup), block_bytes(setup)
+    end, block = embedding_bytes(setup), block_bytes(setup)
     adapters = FP32 * setup.shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
     layer = block + adapters
     kept = 0 if setup.recompute or setup.item_bytes != FP32 else len(setup.layers) * adapters
@@ -318,16 +319,16 @@ def _gathered_by_zero3(setup: Setup) -> _Gathered:
 
 
 def moments_of(setup: Setup) -> list[_Moment]:
-    """The moments of a step of which one is the fullest."""
+    """The moments of a step at which memory can peak."""
     shape, c, first, gathered = setup.shape, setup.item_bytes, min(setup.layers), _gathered(setup)
     stream = setup.micro_tokens * shape.hidden * c  # a layer's output
     wide = setup.micro_tokens * shape.ffn * c
     last = shape.num_layers - 1
-    of_layers = [kept_bytes_of_a_layer(setup, layer) for layer in range(shape.num_layers)]
+    of_layers = [saved_bytes_of_layer(setup, layer) for layer in range(shape.num_layers)]
     rotary = setup.micro_tokens * shape.head_dim * c  # cosines and sines, shared by all layers
 
     def kept_before(layer: int) -> int:
-        """What the layers before one keep for the backward: all of it, or their inputs."""
+        """What the layers before ``layer`` save for the backward: everything, or only their inputs."""
         return rotary + (stream * max(0, layer - first) if setup.recompute else sum(of_layers[:layer]))
 
     kept = kept_before(shape.num_layers)
@@ -346,18 +347,18 @@ def moments_of(setup: Setup) -> list[_Moment]:
     ]
     later = [layer for layer in range(1, shape.num_layers) if not setup.frees_buffer(layer - 1)]
     if later:
-        moments.append(_Moment("as a layer comes", gathered.in_later_layer, kept_before(later[-1]), 0, stream))
+        moments.append(_Moment("while a layer is gathered", gathered.in_later_layer, kept_before(later[-1]), 0, stream))
     return moments
 
 
 def memory_of(setup: Setup) -> Memory:
-    """The fullest rank at the fullest moment of a step."""
+    """The fullest rank's memory at the peak of a step."""
     layout = setup.layout
     share = math.ceil(setup.trained_weights / setup.adapter_ranks)
-    base = base_bytes_of_a_rank(setup)
+    base = base_bytes_per_rank(setup)
     fullest = max(moments_of(setup), key=lambda moment: moment.num_bytes)
     moments = 2 * FP32 * share
-    # DeepSpeed keeps a share of the parameters and, for AdamW, one in fp32, which ours are already.
+    # DeepSpeed keeps a shard of the parameters and, for AdamW, an fp32 copy, though ours are fp32 already.
     copies = 2 if layout.engine == "zero3" else 1
     return Memory(
         base=0 if layout.base_on_host else base,
@@ -369,7 +370,7 @@ def memory_of(setup: Setup) -> Memory:
         loss=fullest.loss,
         workspace=fullest.workspace,
         when=fullest.name,
-        # A save copies what is trained aside.
+        # Saving a checkpoint copies the trained state to the host.
         host=(base if layout.base_on_host else 0) + (moments if layout.optimizer_on_host else 0) + 3 * FP32 * share,
         disk=3 * FP32 * setup.trained_weights,
     )

@@ -1,4 +1,4 @@
-"""What the weights of a base take in each format that they are kept in."""
+"""Bytes of the base's weights in each storage format."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from dataclasses import dataclass
 from dist_lora.errors import ConfigError
 from dist_lora.herd.shape import Shape
 
-FP32 = 4  # bytes of a number
+FP32 = 4  # bytes per number
 NF4_BLOCK = 64  # weights that share a scale
 
 
 def nf4_refusal(out: int, width: int) -> str | None:
-    """Why a matrix ``(out, width)`` can't be stored in NF4; None where it can: its rows must be whole blocks."""
+    """Why a matrix ``(out, width)`` can't be stored in NF4, or None if it can: its rows must be whole blocks."""
     if width % NF4_BLOCK == 0:
         return None
     return (
-        f"nf4 cuts each row into blocks of {NF4_BLOCK} weights, and a linear of ({out:,}, {width:,}) "
+        f"nf4 splits each row into blocks of {NF4_BLOCK} weights, and a linear of ({out:,}, {width:,}) "
         f"has {width % NF4_BLOCK} left over in each: set model.quant to int8 or none."
     )
 
 
 def check_quant(shape: Shape, quant: str, model_name: str | None) -> None:
-    """Raise ``ConfigError`` where a linear of the model can't be quantized so."""
+    """Raise ``ConfigError`` if a linear of the model can't be quantized to ``quant``."""
     for linear, sizes in shape.linear_shapes().items() if quant == "nf4" else ():
         why = nf4_refusal(*sizes)
         if why is not None:
-            raise ConfigError(f"model.quant: nf4 can't keep {model_name}: {linear}: {why}")
+            raise ConfigError(f"model.quant: nf4 can't store {model_name}: {linear}: {why}")
 
 
 @dataclass(frozen=True)
 class BasePart:
-    """A frozen parameter: ``rows`` rows of ``row_bytes``; ``block`` is its layer, or None at the ends."""
+    """A frozen parameter: ``rows`` rows of ``row_bytes``; ``block`` is its layer, None outside the layers."""
 
     name: str
     rows: int
@@ -42,22 +42,22 @@ class BasePart:
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole."""
+        """Bytes of the whole parameter."""
         return self.rows * self.row_bytes
 
     def shard_bytes(self, num_ranks: int) -> int:
-        """Of the largest shard by rows."""
+        """Bytes of the largest shard, sharded by rows."""
         return math.ceil(self.rows / num_ranks) * self.row_bytes
 
 
 def base_parts(shape: Shape, *, quant: str, item_bytes: int) -> list[BasePart]:
-    """Every frozen parameter as a run keeps it: linears of the layers quantized, all else as it is.
+    """Every frozen parameter as a run stores it: the layers' linears quantized, everything else in ``item_bytes``.
 
-    Of a model whose weights were counted, a layer is one part: as many rows of its width as they make, rounded up.
+    With ``shape.given_parameters`` a layer is one part, of as many rows of the hidden size as its weights fill, rounded up.
     """
     parts = [BasePart("embed_tokens", shape.vocab, shape.hidden * item_bytes, None)]
     for layer in range(shape.num_layers):
-        if shape.counted is not None:
+        if shape.given_parameters is not None:
             row_bytes = sum(size for _, size in _row_bytes(quant, shape.hidden, item_bytes))
             parts.append(BasePart("weights", math.ceil(shape.weights_of_a_layer() / shape.hidden), row_bytes, layer))
             continue
@@ -66,7 +66,7 @@ def base_parts(shape: Shape, *, quant: str, item_bytes: int) -> list[BasePart]:
                 BasePart(f"{name}.{part}", out, size, layer) for part, size in _row_bytes(quant, width, item_bytes)
             ]
         parts += [BasePart(f"norm{i}", shape.hidden, item_bytes, layer) for i in (1, 2)]
-    if shape.counted is None:
+    if shape.given_parameters is None:
         parts.append(BasePart("norm", shape.hidden, item_bytes, None))
     if not shape.tied:
         parts.append(BasePart("lm_head", shape.vocab, shape.hidden * item_bytes, None))

@@ -109,7 +109,7 @@ def read_adapter_json(file: Path) -> dict[str, Any]:
         AdapterError: the file can't be read, or holds no JSON object.
     """
     try:
-        return read_json(file, most_bytes=_MAX_JSON_BYTES)
+        return read_json(file, max_bytes=_MAX_JSON_BYTES)
     except OSError as error:
         raise AdapterError(
             f"{file} can't be read: {error.strerror or error}. An adapter folder with {CONFIG_FILE} and "

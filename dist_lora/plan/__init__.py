@@ -1,1 +1,1 @@
-"""What a run will hold, send and take, before it is started."""
+"""Estimates the memory, communication and time of a run before it is started."""

@@ -1,4 +1,4 @@
-"""What LoRA does to a model, in words and numbers: which matrices, what is trained, and what that saves.
+"""What LoRA does to a model: which matrices it adapts, what is trained, and what that saves.
 
 Letters: d_in and d_out are a matrix's width and height, r is LoRA's rank, L a model's layers.
 """
@@ -10,24 +10,24 @@ from dataclasses import dataclass
 
 from dist_lora.config.schema import Config
 from dist_lora.herd.models import KnownModel, known_model
-from dist_lora.layout.choices import BYTES_A_TRAINED_WEIGHT, ITEM_BYTES, choose_dtype
+from dist_lora.layout.choices import BYTES_PER_TRAINED_WEIGHT, ITEM_BYTES, choose_dtype
 from dist_lora.layout.storage import FP32, base_parts
 from dist_lora.plan.command import DEFAULT_GPUS_PER_NODE
 from dist_lora.plan.hardware import find_gpu
 from dist_lora.plan.plan import Machines, make_plan
 from dist_lora.text import GIB, in_columns
 
-# AdamW in 16 bits with fp32 master weights, as usual for training all: the weight and its gradient (2 + 2), the master and
+# AdamW in 16 bits with fp32 master weights, as usual for full fine-tuning: the weight and its gradient (2 + 2), the master and
 # two moments (4 + 4 + 4). With gradients in fp32 too it is 18. Source: ZeRO, arXiv 1910.02054, section 3.1.
 BYTES_OF_FULL_TRAINING = 16
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to fine-tune: what is trained, and what that needs beside activations, in bytes.
+    """A way to fine-tune: the number of trained weights, and the bytes it needs besides activations.
 
-    ``state_bytes`` are all weights, and gradients and AdamW's state of the trained ones; ``saved_bytes`` the weights
-    that differ from the base, as they are kept for use.
+    ``state_bytes``: all weights, with gradients and AdamW's state of the trained ones; ``saved_bytes``: the weights that
+    differ from the base, as stored for inference.
     """
 
     name: str
@@ -37,12 +37,12 @@ class Way:
 
 
 def ways_of(config: Config, model: KnownModel) -> list[Way]:
-    """LoRA as the config has it, beside training all weights, and the last layers alone."""
+    """LoRA as in the config, compared with training all weights or only the last layers."""
     shape, total = model.shape, model.shape.num_parameters()
     adapters = shape.adapter_parameters(
         config.lora.target_names(), config.lora.layer_indices(shape.num_layers), config.lora.rank
     )
-    frozen = total * _bytes_a_frozen_weight(config, model)
+    frozen = total * _bytes_per_frozen_weight(config, model)
     layer = shape.weights_of_a_layer()
     ways = [Way("all weights", total, BYTES_OF_FULL_TRAINING * total, 2 * total)]
     for count in sorted({min(4, shape.num_layers), 1}, reverse=True):
@@ -50,36 +50,36 @@ def ways_of(config: Config, model: KnownModel) -> list[Way]:
         name = f"the last {count} layers" if count > 1 else "the last layer"
         state = 2 * (total - trained) + BYTES_OF_FULL_TRAINING * trained
         ways.append(Way(name, trained, state, 2 * trained))
-    in_nf4 = "" if config.model.quant == "none" else f" on a base in {config.model.quant}"
-    ways.append(Way(f"LoRA{in_nf4}", adapters, frozen + BYTES_A_TRAINED_WEIGHT * adapters, FP32 * adapters))
+    quantized = "" if config.model.quant == "none" else f" on a base in {config.model.quant}"
+    ways.append(Way(f"LoRA{quantized}", adapters, frozen + BYTES_PER_TRAINED_WEIGHT * adapters, FP32 * adapters))
     return ways
 
 
-def _bytes_a_frozen_weight(config: Config, model: KnownModel) -> float:
+def _bytes_per_frozen_weight(config: Config, model: KnownModel) -> float:
     item_bytes = ITEM_BYTES[choose_dtype(config.model.dtype, on_gpu=True)[0]]
     parts = base_parts(model.shape, quant=config.model.quant, item_bytes=item_bytes)
     return sum(part.num_bytes for part in parts) / model.shape.num_parameters()
 
 
 def explain(config: Config) -> str:
-    """Some ten lines on what LoRA will do to the config's model.
+    """About ten lines on what LoRA does to the config's model.
 
     Raises:
-        ConfigError: no such model, or nothing is known of it without its weights; a layer that it doesn't have.
+        ConfigError: no such model, its sizes are unknown without its weights, or it lacks a layer of ``lora.layers``.
     """
     model = known_model(config.model)
     return "\n".join([*_what_is_trained(config, model), *_costs(config, model), *_on_its_machine(config, model)])
 
 
 def _on_its_machine(config: Config, model: KnownModel) -> Iterator[str]:
-    """What a GPU of the config's machine will hold, where the config names one."""
+    """The memory needed per GPU, if the config names a machine."""
     if config.machine.gpu is None:
         return
     machines = Machines(
         config.machine.nodes or 1, config.machine.gpus_per_node or DEFAULT_GPUS_PER_NODE, find_gpu(config.machine.gpu)
     )
     plan = make_plan(config, machines, shape=model.shape)
-    verdict = "fits" if plan.fits else "does not fit; `dist-lora plan` says what would"
+    verdict = "fits" if plan.fits else "doesn't fit; see `dist-lora plan` for what would"
     yield (
         f"On {machines} each GPU needs {plan.device_bytes / GIB:.1f} of {machines.gpu.memory_bytes / GIB:.1f} GiB: {verdict}."
     )
@@ -101,45 +101,45 @@ def _what_is_trained(config: Config, model: KnownModel) -> Iterator[str]:
         ("matrices", "W (d_out, d_in)", "B (d_out, r)", "A (r, d_in)", "frozen d_out d_in", "trained r (d_out + d_in)")
     ]
     for (out, in_), names in alike.items():
-        thin, whole = r * (out + in_), out * in_
+        trained, frozen = r * (out + in_), out * in_
         sizes = f"({out}, {in_})", f"({out}, {r})", f"({r}, {in_})"
-        rows.append((" ".join(names), *sizes, f"{whole:,}", f"{thin:,}, {_share(thin, whole)}"))
+        rows.append((" ".join(names), *sizes, f"{frozen:,}", f"{trained:,}, {_ratio(trained, frozen)}"))
     yield from in_columns(rows, indent="  ")
-    yield "An adapter costs a token as many products as it has weights: O(r d) beside the O(d^2) of its matrix."
+    yield "Per token an adapter takes as many multiplications as it has weights: O(r d), against O(d^2) of its matrix."
     trained = shape.adapter_parameters(lora.target_names(), layers, r)
     total = shape.num_parameters()
     yield (
-        f"trained {trained:,} beside {total:,} frozen: {trained / total:.3%}, as many as "
+        f"trained {trained:,}, frozen {total:,}: {trained / total:.3%}, as many weights as "
         f"{trained / shape.weights_of_a_layer():.2g} layers have; {2 * trained / 1e6:,.1f} MB in 16 bits"
     )
     if model.is_by_hand:
-        counted = (
+        source = (
             "as given"
-            if shape.counted is not None
+            if shape.given_parameters is not None
             else "that of a Llama of these sizes (three matrices after attention)"
         )
-        yield f"The frozen count is {counted}; what is trained follows from the shapes of the adapted matrices alone."
+        yield f"The frozen count is {source}; the trained count follows from the shapes of the adapted matrices."
 
 
 def _costs(config: Config, model: KnownModel) -> Iterator[str]:
     ways = ways_of(config, model)
     lora = ways[-1]
-    yield f"{'to train':24} {'trained':>17}  {'weights, gradients, AdamW':26} {'to keep':>9} (x: times what LoRA takes)"
+    yield f"{'to train':24} {'trained':>17}  {'weights, gradients, AdamW':26} {'to store':>9} (x: times what LoRA takes)"
     for way in ways:
         less = "" if way is lora else f" ({way.state_bytes / lora.state_bytes:.1f} x)"
         smaller = "" if way is lora else f" ({way.saved_bytes / lora.saved_bytes:,.1f} x)"
         yield f"{way.name:24} {way.trained:>17,}  {_size(way.state_bytes) + less:26} {_size(way.saved_bytes):>9}{smaller}"
     yield (
-        "Bytes a trained weight: 2 in 16 bits, its gradient 2, a master in fp32 4, AdamW's moments 4 + 4; "
-        "an adapter's 4 + 4 + 4 + 4, all in fp32."
+        "Bytes per trained weight: 2 in 16 bits, gradient 2, fp32 master copy 4, AdamW's moments 4 + 4; "
+        "for adapters 4 + 4 + 4 + 4, all in fp32."
     )
     yield (
-        f"A frozen one's: 2, and {_bytes_a_frozen_weight(config, model):.3g} beside these adapters. What is kept of a step "
-        "(activations) comes on top everywhere."
+        f"Bytes per frozen weight: 2, and {_bytes_per_frozen_weight(config, model):.3g} with these adapters. Activations come on top of "
+        "all of these."
     )
 
 
-def _share(part: int, whole: int) -> str:
+def _ratio(part: int, whole: int) -> str:
     return f"{whole / part:,.0f} times fewer" if part < whole else f"{part / whole:,.2f} times as many"
 
 

@@ -1,4 +1,4 @@
-"""GPUs by name: what they hold, compute and move, by their makers' data sheets, and what programs reach of it."""
+"""GPUs by name: memory, compute and bandwidths from the vendors' data sheets, and the fractions that programs reach."""
 
 from __future__ import annotations
 
@@ -13,33 +13,32 @@ from dist_lora.text import GIB, nearest_few
 
 DEFAULT_GPU = "h100-80gb"
 
-# What programs reach, from poor to good. Compute, of what single large products reach: torchtune's compiled LoRA runs on A100s
-# 0.69 and 0.74 (bench/published.yaml), "The Llama 3 Herd of Models" (arXiv 2407.21783, table 4) 0.47 to 0.54 for dense
-# training on H100s (38 to 43% of the maker's figure); thin products and short passes reach less. Memory and wires, of the
-# makers' figures: NCCL's and STREAM-like tests reach 70 to 90% for large transfers, less for small ones.
+# Fractions that programs reach, from poor to good. Compute, relative to single large matmuls: torchtune's compiled LoRA runs on
+# A100s reach 0.69 and 0.74 (bench/published.yaml), "The Llama 3 Herd of Models" (arXiv 2407.21783, table 4) 0.47 to 0.54 for
+# dense training on H100s (38 to 43% of the vendor's figure); thin matmuls and short sequences reach less. Memory and links,
+# relative to the vendors' figures: NCCL's and STREAM-like tests reach 70 to 90% for large transfers, less for small ones.
 REACHED_COMPUTE = (0.30, 0.80)
-# What single large products reach of the maker's figure where nobody has published it: as on an A100 and an H100.
+# Fraction of the vendor's figure that single large matmuls reach, if unpublished: as on an A100 and an H100.
 REACHED_BY_PRODUCTS = 0.85
-REACHED_WIRE = (0.50, 0.85)
+REACHED_LINK = (0.50, 0.85)
 REACHED_MEMORY = (0.60, 0.85)
 
-# Not to be seen on a machine without such a GPU: CUDA's context and the libraries' kernels, NCCL's buffers, and what the
-# caching allocator loses between blocks of unlike sizes. Figures for CUDA 12 and NCCL 2: about 0.5 GiB, 0.5 to 1 GiB for
-# several communicators; fragmentation as a part of what is held.
+# Only visible on a machine with such a GPU: CUDA's context and the libraries' kernels, NCCL's buffers, and fragmentation of
+# the caching allocator. Figures for CUDA 12 and NCCL 2: about 0.5 GiB, and 0.5 to 1 GiB for several communicators;
+# fragmentation as a fraction of the allocated bytes.
 CONTEXT_BYTES = 1.5 * GIB
 FRAGMENTATION = 0.05
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as its maker describes it; bytes a second are one way, ``source`` the data sheet.
+    """A GPU as in its vendor's data sheet (``source``); bandwidths are in one direction.
 
-    ``tflops`` are dense bf16 products with fp32 sums, ``product_tflops`` what the fastest of them were measured to reach
+    ``tflops`` is of dense bf16 matmuls with fp32 accumulation, ``product_tflops`` the fastest measured
     (github.com/stas00/ml-engineering, compute/accelerator, "Maximum Achievable Matmul FLOPS"; for the 3090, 4090, A6000 and
     L40S github.com/zzc0721/torch-performance-test-data, database.md; ``None``: in neither); ``link_gb_s`` to the other GPUs of
-    its node; ``host_gb_s`` to host memory (PCIe 4 or 5, x16); ``network_gb_s`` the part of its node's network that is common
-    for it (an assumption, not the maker's). Of one that was ``measured`` those rates count, and its figures here are only
-    words.
+    its node; ``host_gb_s`` to host memory (PCIe 4 or 5, x16); ``network_gb_s`` its usual share of its node's network (an
+    assumption, not the vendor's). With ``measured`` those rates are used, and the figures here are only for display.
     """
 
     name: str
@@ -55,17 +54,17 @@ class Gpu:
 
     @property
     def products_flops_per_s(self) -> float:
-        """What single large products reach, operations a second."""
+        """Rate of single large matmuls, in operations per second."""
         return 1e12 * (self.product_tflops or REACHED_BY_PRODUCTS * self.tflops)
 
     @property
     def is_gpu(self) -> bool:
-        """Whether it is one: a host's processors can be measured too."""
+        """False for a measured CPU."""
         return self.measured is None or self.measured.is_gpu
 
     @property
     def memory_bytes(self) -> int:
-        """What the driver leaves: makers count GB of 2^30, and some hundred MiB are kept."""
+        """Usable memory: vendors count GB of 2^30, and drivers reserve some hundred MiB."""
         if self.measured is not None:
             return self.measured.memory_bytes
         return int(self.memory_gb * GIB * 0.985)
@@ -90,18 +89,18 @@ GPUS = {
 
 
 def measured_gpu(measured: Measured) -> Gpu:
-    """A measured device in the place of one by name; its link to host memory, which is not measured, is a PCIe 4's."""
-    best = max(each.flops_per_s[1] for each in measured.products) / 1e12
-    moved = max(each.bytes_per_s[1] for each in measured.elementwise) / 1e9
+    """A measured device as a ``Gpu``; its link to host memory isn't measured and taken for PCIe 4."""
+    best = max(product.flops_per_s[1] for product in measured.products) / 1e12
+    bandwidth = max(rate.bytes_per_s[1] for rate in measured.elementwise) / 1e9
     links = {
-        axis: max(each.bytes_per_s[1] for each in kinds["all-gather"].by_size) / 1e9
+        axis: max(rate.bytes_per_s[1] for rate in kinds["all-gather"].by_size) / 1e9
         for axis, kinds in measured.links.items()
     }
     return Gpu(
         name=f"{measured.device}, measured",
         memory_gb=measured.memory_bytes / GIB,
         tflops=best,
-        memory_gb_s=moved,
+        memory_gb_s=bandwidth,
         link_gb_s=links.get("within a node", 0.0),
         network_gb_s=links.get("between nodes", 0.0),
         host_gb_s=32,
@@ -111,29 +110,29 @@ def measured_gpu(measured: Measured) -> Gpu:
 
 
 def gpus_here(command: Sequence[str] = ("nvidia-smi",), *, timeout_s: float = 20) -> list[Gpu]:
-    """The GPUs of this machine, by their driver; none where there is no such driver, or it gives no answer.
+    """The GPUs of this machine, as reported by the driver; empty if there is no driver or it doesn't answer.
 
-    Of one that is not in the table only the memory is known: its speed is taken for that of the default.
+    Of a GPU that isn't in the table only the memory is known; it gets the default GPU's speed.
     """
     try:
-        answer = subprocess.run(
+        output = subprocess.run(
             [*command, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],
             capture_output=True, text=True, timeout=timeout_s, check=True,
         ).stdout  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return []
-    found = []
-    for line in answer.splitlines():
+    gpus = []
+    for line in output.splitlines():
         name, _, size = (cell.strip() for cell in line.rpartition(","))
         if size.isdigit():
             num_bytes = int(size) * 2**20
             known = next((gpu for gpu in GPUS.values() if is_called(gpu.name, name, num_bytes)), None)
-            found.append(known or of_memory(num_bytes / GIB, name=name))
-    return found
+            gpus.append(known or gpu_of_memory(num_bytes / GIB, name=name))
+    return gpus
 
 
-def of_memory(gib: float, *, name: str) -> Gpu:
-    """A GPU of which only the memory is known; its speed is taken for that of the default."""
+def gpu_of_memory(gib: float, *, name: str) -> Gpu:
+    """A GPU of which only the memory is known; it gets the default GPU's speed."""
     return replace(GPUS[DEFAULT_GPU], name=name, memory_gb=gib / 0.985)
 
 
@@ -141,7 +140,7 @@ def find_gpu(name: str) -> Gpu:
     """A GPU by its name.
 
     Raises:
-        ConfigError: there is none; with the nearest names.
+        ConfigError: no GPU has that name; with the nearest names.
     """
     gpu = GPUS.get(name.lower())
     if gpu is not None:

@@ -1,4 +1,4 @@
-"""A machine as it was measured (``dist-lora doctor --out FILE``): rates in place of a maker's figures. No torch here."""
+"""Measurements of a machine (``dist-lora doctor --out FILE``), used in place of a vendor's figures. Needs no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Range = tuple[float, float]  # from slow to fast, per second
 
 @dataclass(frozen=True)
 class Product:
-    """Operations a second of a product of ``(tokens, width)`` and ``(out, width)``; of attention over tokens, heads, widths."""
+    """Operations per second of a matmul of ``(tokens, width)`` and ``(out, width)``; of attention over tokens, heads, widths."""
 
     tokens: int
     width: int
@@ -28,7 +28,7 @@ class Product:
 
 @dataclass(frozen=True)
 class AtSize:
-    """Bytes a second of what has ``num_bytes``: elementwise work, by its result; a collective, by its whole tensor."""
+    """Bytes per second at ``num_bytes``: of elementwise work, by its result; of a collective, by its whole tensor."""
 
     num_bytes: int
     bytes_per_s: Range
@@ -36,28 +36,28 @@ class AtSize:
 
 @dataclass(frozen=True)
 class Link:
-    """A collective along an axis: bytes that a rank receives, by a ring's count, and the seconds of a small one."""
+    """A collective along an axis: bytes that a rank receives per second, as in a ring, and the latency of a small one."""
 
     by_size: tuple[AtSize, ...]
     latency_s: float
 
     def bytes_per_s(self, num_bytes: float) -> Range:
-        """Of the measured size that is nearest."""
+        """The rate at the nearest measured size."""
         return _nearest_size(self.by_size, num_bytes)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a rank reaches while all ranks of the machine are at work.
+    """The rates that a rank reaches while all ranks of the machine are busy.
 
     Args:
-        device: in words; ``is_gpu`` or a host's processors.
-        dtype: bf16 or fp32, in which the products were measured.
-        memory_bytes: of a rank's device; on a CPU a rank's part of the host's.
+        device: in words; a GPU if ``is_gpu``, else a CPU.
+        dtype: bf16 or fp32, of the measured matmuls.
+        memory_bytes: of a rank's device; on a CPU a rank's share of the host's.
         attention: forward and backward of one document: its tokens, heads (``width``) and width of a head (``out``).
-        dense_weights_per_s: by quantization, weights dequantized.
-        elementwise: work whose every number is read and written once, by size.
-        call_s: what a call of a small operator takes, with its part of the backward.
+        dense_weights_per_s: by quantization, weights dequantized per second.
+        elementwise: work that reads and writes every number once, by size.
+        call_s: time of a call of a small operator, with its share of the backward.
         links: by axis ("within a node", "between nodes", "over all ranks") and collective ("all-gather", "all-reduce").
     """
 
@@ -76,64 +76,64 @@ class Measured:
     links: Mapping[str, Mapping[str, Link]]
 
     def product_flops_per_s(self, tokens: int, width: int, out: int) -> Range:
-        """Of the measured product that is nearest in all three sizes."""
+        """The rate of the measured matmul that is nearest in all three sizes."""
         return _nearest(self.products, (tokens, width, out)).flops_per_s
 
     def attention_flops_per_s(self, tokens: int, heads: int, head_dim: int) -> Range:
-        """Of the nearest measured document."""
+        """The rate of the nearest measured document."""
         return _nearest(self.attention, (tokens, heads, head_dim)).flops_per_s
 
     def elementwise_bytes_per_s(self, num_bytes: float) -> Range:
-        """Of the measured size that is nearest."""
+        """The rate at the nearest measured size."""
         return _nearest_size(self.elementwise, num_bytes)
 
     def to_json(self) -> dict[str, Any]:
-        """As it is kept in a file."""
+        """The content of the file."""
         return {"format": FORMAT, **asdict(self)}
 
 
 def _nearest_size(rates: Iterable[AtSize], num_bytes: float) -> Range:
-    return min(rates, key=lambda each: abs(math.log(each.num_bytes / max(1.0, num_bytes)))).bytes_per_s
+    return min(rates, key=lambda rate: abs(math.log(rate.num_bytes / max(1.0, num_bytes)))).bytes_per_s
 
 
 def _nearest(products: Iterable[Product], sizes: tuple[int, int, int]) -> Product:
-    def distance(each: Product) -> float:
-        pairs = zip((each.tokens, each.width, each.out), sizes, strict=True)
-        return sum(math.log(there / wanted) ** 2 for there, wanted in pairs)
+    def distance(product: Product) -> float:
+        pairs = zip((product.tokens, product.width, product.out), sizes, strict=True)
+        return sum(math.log(measured / wanted) ** 2 for measured, wanted in pairs)
 
     return min(products, key=distance)
 
 
 def check_out(out: Path) -> None:
-    """Raise ``ConfigError`` where the file can't be written: before minutes are spent for it."""
+    """Raise ``ConfigError`` if the file can't be written, before minutes are spent on measuring."""
     if out.is_dir() or not out.absolute().parent.is_dir():
-        raise ConfigError(f"--out: {out} is a folder, or in one that is not there. Name a file in a folder that is.")
+        raise ConfigError(f"--out: {out} is a folder, or its folder doesn't exist. Name a file in an existing folder.")
 
 
 def write_measured(measured: Measured, path: Path) -> None:
-    """Keep it in a file.
+    """Write the measurements to a file.
 
     Raises:
-        SaveError: the disk refuses.
+        SaveError: the file can't be written.
     """
     try:
         write_whole(path, json.dumps(measured.to_json(), indent=1) + "\n")
     except OSError as error:
         raise SaveError(
-            f"--out: {path} can't be written: {error.strerror or error}. Name a folder that can."
+            f"--out: {path} can't be written: {error.strerror or error}. Name a file in a writable folder."
         ) from error
 
 
 def read_measured(path: Path) -> Measured:
-    """A machine from a file that ``dist-lora doctor --out`` wrote.
+    """The measurements in a file of ``dist-lora doctor --out``.
 
     Raises:
-        ConfigError: there is no such file, or it is something else.
+        ConfigError: there is no such file, or it isn't one of measurements.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         if tree.pop("format") != FORMAT:
-            raise ValueError("its format is another version's")
+            raise ValueError("its format is of another version")
         links = {
             axis: {kind: Link(_at_sizes(link["by_size"]), _above_0(link["latency_s"])) for kind, link in kinds.items()}
             for axis, kinds in tree["links"].items()
@@ -157,7 +157,7 @@ def read_measured(path: Path) -> Measured:
         raise ConfigError(f"--measured: {path}: {error.strerror or error}. {_REMEDY}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"--measured: {path} is no file of a measured machine ({type(error).__name__}: {error}). {_REMEDY}"
+            f"--measured: {path} is not a file of measurements ({type(error).__name__}: {error}). {_REMEDY}"
         ) from error
 
 
@@ -177,7 +177,7 @@ def _at_sizes(rows: object) -> tuple[AtSize, ...]:
 
 def _rows(rows: object) -> list[Mapping[str, Any]]:
     if not isinstance(rows, list) or not rows:
-        raise ValueError("a table has no row")
+        raise ValueError("a table has no rows")
     return rows
 
 
@@ -192,23 +192,23 @@ def _range(pair: object) -> Range:
 
 def _above_0(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{value!r} is no number above 0")
+        raise ValueError(f"{value!r} is not a number above 0")
     return float(value)
 
 
 def _count(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{value!r} is no count from 1")
+        raise ValueError(f"{value!r} is not a whole number of at least 1")
     return value
 
 
 def _one_of(value: object, choices: tuple[str, ...]) -> str:
     if value not in choices:
-        raise ValueError(f"{value!r} is none of {', '.join(choices)}")
+        raise ValueError(f"{value!r} is not one of {', '.join(choices)}")
     return str(value)
 
 
 def slowest_of(ranges: Iterable[Range]) -> Range:
-    """What all ranks reach: a step waits for the slowest."""
+    """The rate of the slowest rank, which a step waits for."""
     pairs = list(ranges)
     return min(slow for slow, _ in pairs), min(fast for _, fast in pairs)

@@ -1,4 +1,4 @@
-"""The plan of a run: what its GPUs, hosts, wires and disk will bear, whether it fits, and what would make it fit."""
+"""The plan of a run: GPU and host memory, communication and disk; whether it fits, and what would make it fit."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from dist_lora.plan.speed import Speed, speed_of
 from dist_lora.plan.traffic import Collective, collectives_of, received_bytes
 from dist_lora.text import GIB
 
-PROCESS_BYTES = 1.3 * GIB  # of a rank in host memory: Python, torch and the CUDA libraries
-LOADING_BYTES = 150 * 2**20  # while it loads: three slices of 16 MiB, and what reading and quantizing need
-BYTES_A_TOKEN = 4  # of English text, for a file that was not tokenized
+PROCESS_BYTES = 1.3 * GIB  # per rank in host memory: Python, torch and the CUDA libraries
+LOADING_BYTES = 150 * 2**20  # while loading: three slices of 16 MiB, and buffers for reading and quantizing
+BYTES_PER_TOKEN = 4  # of English text, for a file that isn't tokenized
 NUM_CHANGES = 3
 
 
 @dataclass(frozen=True)
 class Machines:
-    """So many nodes of so many GPUs of a kind; ``host_bytes`` of each node, where they are known.
+    """A number of nodes with a number of GPUs of one type each; ``host_bytes`` per node, if known.
 
-    ``assumed`` says what of them nobody named.
+    ``assumed`` says what was assumed, since it was not given.
     """
 
     num_nodes: int
@@ -46,25 +46,25 @@ class Machines:
 
 @dataclass(frozen=True)
 class Change:
-    """Settings, or more nodes, with which a run fits."""
+    """Settings, or more nodes, with which the run would fit."""
 
     settings: tuple[str, ...]
     num_nodes: int
     device_bytes: int
-    host_bytes: int  # of a node
+    host_bytes: int  # per node
     step_s: tuple[float, float]
 
     def __str__(self) -> str:
         low, high = self.step_s
         return (
-            f"{' '.join(self.settings)}: {self.device_bytes / GIB:.1f} GiB a GPU and {self.host_bytes / GIB:,.0f} GiB of "
-            f"host memory a node, a step of {low:.3g} to {high:.3g} s"
+            f"{' '.join(self.settings)}: {self.device_bytes / GIB:.1f} GiB per GPU and {self.host_bytes / GIB:,.0f} GiB of "
+            f"host memory per node, {low:.3g} to {high:.3g} s per step"
         )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on some machines."""
+    """The estimates for a run on some machines."""
 
     config: Config
     setup: Setup
@@ -76,51 +76,51 @@ class Plan:
 
     @property
     def reserve_bytes(self) -> int:
-        """What only a GPU takes: contexts, buffers, fragmentation."""
+        """Overhead of a real GPU: CUDA context, NCCL buffers, fragmentation; 0 on a CPU."""
         return int(CONTEXT_BYTES + FRAGMENTATION * self.memory.device) if self.machines.gpu.is_gpu else 0
 
     @property
     def device_bytes(self) -> int:
-        """All of a GPU that the run needs."""
+        """Memory that the run needs per GPU."""
         return self.memory.device + self.reserve_bytes
 
     @property
     def host_bytes(self) -> int:
-        """Of each node; where its processors are the devices, what they hold too."""
+        """Host memory that the run needs per node; on CPUs the devices' memory is part of it."""
         of_device = 0 if self.machines.gpu.is_gpu else self.memory.device
         return int(self.machines.gpus_per_node * (PROCESS_BYTES + LOADING_BYTES + self.memory.host + of_device))
 
     @property
     def disk_bytes(self) -> int:
-        """The checkpoints that are kept at most, and the one that is being written."""
+        """Disk space for all checkpoints that are kept, and one that is being written."""
         section = self.config.checkpoint
         return self.memory.disk * (section.keep + section.keep_best + 1)
 
     @property
     def fits(self) -> bool:
-        """Whether GPUs and hosts hold it."""
+        """Whether GPUs and hosts have enough memory."""
         hosts = self.machines.host_bytes
         return self.device_bytes <= self.machines.gpu.memory_bytes and (hosts is None or self.host_bytes <= hosts)
 
     @property
     def notes(self) -> list[str]:
-        """What of the machines lies idle, in a sentence each."""
-        told, setup, batch = [], self.setup, self.config.train.global_batch
+        """Warnings about idle ranks."""
+        notes, setup, batch = [], self.setup, self.config.train.global_batch
         ranks = setup.base_ranks
         parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
-        least = min(parts, key=lambda part: part.rows)
-        if setup.layout.engine == "fsdp2" and ranks > least.rows:
-            told.append(
-                f"{ranks} ranks share the {least.rows:,} rows of {least.name}: {ranks - least.rows:,} keep none"
+        smallest = min(parts, key=lambda part: part.rows)
+        if setup.layout.engine == "fsdp2" and ranks > smallest.rows:
+            notes.append(
+                f"{smallest.name} has {smallest.rows:,} rows for {ranks:,} ranks: {ranks - smallest.rows:,} ranks hold none of it"
             )
         if setup.num_ranks > batch:
             idle = setup.num_ranks - batch
-            told.append(f"a step has {batch} sequences: {idle:,} of {setup.num_ranks:,} ranks compute nothing")
-        return told
+            notes.append(f"a step has {batch} sequences: {idle:,} of {setup.num_ranks:,} ranks are idle")
+        return notes
 
     @property
     def hours(self) -> tuple[float, float] | None:
-        """Of the steps, at best and at worst; None where their number is not known."""
+        """Duration of all steps, at best and at worst; None if their number is unknown."""
         if self.steps is None:
             return None
         low, high = self.speed.step_s
@@ -128,7 +128,7 @@ class Plan:
 
     @property
     def cost(self) -> tuple[float, float] | None:
-        """Of the steps, in the currency of ``machine.price_per_gpu_hour``; None where that, or their number, is not known."""
+        """Cost of all steps, in the currency of ``machine.price_per_gpu_hour``; None without a price or a number of steps."""
         price, hours = self.config.machine.price_per_gpu_hour, self.hours
         if price is None or hours is None:
             return None
@@ -136,11 +136,11 @@ class Plan:
 
     @property
     def collectives(self) -> list[Collective]:
-        """Of one step."""
+        """All collectives of one step."""
         return collectives_of(self.setup)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, in bytes and seconds."""
+        """The whole plan, in bytes and seconds."""
         inside, between = received_bytes(self.setup)
         return {
             "run": self.config.run,
@@ -156,10 +156,10 @@ class Plan:
             "trained_weights": self.setup.trained_weights,
             "frozen_weights": self.setup.shape.num_parameters(),
             "received_bytes_a_step": {"within a node": inside, "between nodes": between},
-            "collectives_a_step": [asdict(each) for each in self.collectives],
+            "collectives_a_step": [asdict(collective) for collective in self.collectives],
             "step_s": self.speed.step_s,
             "tokens_per_s": self.speed.tokens_per_s,
-            "wall": self.speed.wall,
+            "wall": self.speed.bound_by,
             "steps": self.steps,
             "hours": self.hours,
             "cost": self.cost,
@@ -170,13 +170,13 @@ class Plan:
 
 
 def make_plan(config: Config, machines: Machines, *, shape: Shape | None = None) -> Plan:
-    """The plan of a config on some machines; where it does not fit, with changes that do. Needs no torch and no weights.
+    """The plan of a config on some machines; if it doesn't fit, with changes that do. Needs no torch and no weights.
 
     Args:
-        shape: of the model; without it what ``model.name`` means here.
+        shape: the model's; None resolves ``model.name``.
 
     Raises:
-        ConfigError: settings contradict each other, the model or the machines; or the model's shape is not known here.
+        ConfigError: settings contradict each other, the model or the machines; or the model's shape is unknown.
         WeightsError: the model's config.json is damaged.
     """
     plan = _plan(config, machines, shape or shape_of(config))
@@ -184,10 +184,10 @@ def make_plan(config: Config, machines: Machines, *, shape: Shape | None = None)
 
 
 def shape_of(config: Config) -> Shape:
-    """The shape that the config means: by hand, a folder's, or a member's.
+    """The shape of the config's model: given by hand, a folder's, or a herd member's.
 
     Raises:
-        ConfigError: it is a hub id of no member, whose config.json is not here; or sizes that no Llama has.
+        ConfigError: it is a hub id that isn't a member's, so its sizes are unknown; or sizes that no Llama can have.
     """
     return known_model(config.model).shape
 
@@ -206,7 +206,7 @@ def _plan(config: Config, machines: Machines, shape: Shape) -> Plan:
 
 
 def _steps(config: Config) -> int | None:
-    """Steps of the run: as set, or by the size of a training file that lies here; None where nobody knows."""
+    """Steps of the run: as set, or estimated from the size of local training files; None if unknown."""
     train, data = config.train, config.data.train
     if train.steps is not None:
         return train.steps
@@ -215,28 +215,28 @@ def _steps(config: Config) -> int | None:
         num_bytes = sum(file.stat().st_size for file in files)
     except (OSError, ValueError):
         return None
-    tokens = num_bytes / BYTES_A_TOKEN * (train.epochs or 1)
+    tokens = num_bytes / BYTES_PER_TOKEN * (train.epochs or 1)
     return max(1, math.ceil(tokens / (train.global_batch * train.sequence_length)))
 
 
-# Changes that make it fit
+# Changes with which it fits
 
 
 def _changes(plan: Plan) -> Iterator[Change]:
-    """The cheapest changes that fit: single ones first, then pairs, then three at once; none that holds one before it."""
+    """The cheapest changes that fit: single ones first, then pairs, then triples; none that contains an earlier one."""
     single = list(_candidates(plan))
-    found: list[set[str]] = []
+    previous: list[set[str]] = []
     for size in (1, 2, 3):
         for chosen in itertools.combinations(single, size):
             merged = {name: value for candidate in chosen for name, value in candidate.items()}
             change = _try(plan, merged) if len(merged) >= size else None
-            if change is not None and not any(before <= set(change.settings) for before in found):
-                found.append(set(change.settings))
+            if change is not None and not any(smaller <= set(change.settings) for smaller in previous):
+                previous.append(set(change.settings))
                 yield change
 
 
 def _candidates(plan: Plan) -> Iterator[dict[str, Any]]:
-    """Settings to try, the cheapest first: what costs a little time, then precision, then money."""
+    """Settings to try, the cheapest first: those that cost a little time, then precision, then money."""
     config, train, layout = plan.config, plan.config.train, plan.setup.layout
     micro = train.micro_batch
     while micro > 1:
@@ -270,14 +270,14 @@ def _try(plan: Plan, settings: Mapping[str, Any]) -> Change | None:
     changed = _fitting(tree, replace(plan.machines, num_nodes=nodes), plan.setup.shape)
     if changed is None:
         return None
-    told = tuple(
+    written = tuple(
         f"{name} {value}" if name == "--nodes" else f"{name}={_plain(value)}" for name, value in settings.items()
     )
-    return Change(told, nodes, changed.device_bytes, changed.host_bytes, changed.speed.step_s)
+    return Change(written, nodes, changed.device_bytes, changed.host_bytes, changed.speed.step_s)
 
 
 def _fitting(tree: dict[str, Any], machines: Machines, shape: Shape) -> Plan | None:
-    """The plan of a config as a tree, where it fits; None also where its settings are refused together."""
+    """The plan of a config, given as a tree, if it fits; None also if its settings contradict each other."""
     try:
         plan = _plan(Config.model_validate(tree), machines, shape)
     except (ConfigError, ValueError):
@@ -289,33 +289,33 @@ def _plain(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-# All ways on some machines
+# All ways to run on some machines
 
 
-def sweep(config: Config, fleets: list[Machines], *, shape: Shape | None = None) -> list[Plan]:
-    """The ways to run a model that fit and that no other way beats in both memory and speed, the smallest first.
+def sweep(config: Config, candidates: list[Machines], *, shape: Shape | None = None) -> list[Plan]:
+    """The Pareto front of memory and speed among all plans that fit, the smallest memory first.
 
-    Varied are quantization, ``base_shard``, ``micro_batch`` and recomputation; on each of ``fleets`` for itself.
+    Varies quantization, ``base_shard``, ``micro_batch`` and recomputation, separately on each of ``candidates``.
     """
     shape = shape or shape_of(config)
-    kept: list[Plan] = []
-    for machines in fleets:
+    front: list[Plan] = []
+    for machines in candidates:
         fitting = [plan for tree in _variants(config) if (plan := _fitting(tree, machines, shape)) is not None]
         fitting.sort(key=lambda plan: (plan.device_bytes, plan.speed.step_s))
         fastest = math.inf
         for plan in fitting:
             if plan.speed.step_s[0] < fastest:
                 fastest = plan.speed.step_s[0]
-                kept.append(plan)
-    return sorted(kept, key=lambda plan: plan.device_bytes)
+                front.append(plan)
+    return sorted(front, key=lambda plan: plan.device_bytes)
 
 
 def _variants(config: Config) -> Iterator[dict[str, Any]]:
     micros = {m for m in (1, 2, 4, 8, config.train.micro_batch) if m <= config.train.global_batch}
-    for quant, shard, micro, again in itertools.product(
+    for quant, shard, micro, recompute in itertools.product(
         ("none", "int8", "nf4"), ("node", "world"), sorted(micros), (True, False)
     ):
         tree = config.model_dump(mode="json")
         tree["model"]["quant"], tree["parallel"]["base_shard"] = quant, shard
-        tree["train"]["micro_batch"], tree["train"]["activation_checkpointing"] = micro, again
+        tree["train"]["micro_batch"], tree["train"]["activation_checkpointing"] = micro, recompute
         yield tree

@@ -1,6 +1,6 @@
-"""The configs of the herd: one table of members, methods and machines, and the file that each of them makes.
+"""The configs of the herd: a table of members, methods and machines, and the file for each combination.
 
-``python -m dist_lora.plan.presets --write`` writes the files of ``configs/`` again, with what each of them costs.
+``python -m dist_lora.plan.presets --write`` regenerates the files of ``configs/``, with the estimated needs of each.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.members import MEMBERS, Member
-from dist_lora.layout.memory import base_bytes_of_a_rank
+from dist_lora.layout.memory import base_bytes_per_rank
 from dist_lora.layout.storage import FP32, base_parts
 from dist_lora.plan.hardware import Gpu, find_gpu
 from dist_lora.plan.plan import Machines, Plan, make_plan
@@ -29,7 +29,7 @@ SCHEMA_LINE = "# yaml-language-server: $schema=schema.json\n"
 
 @dataclass(frozen=True)
 class Machine:
-    """So many nodes of so many GPUs; ``global_batch`` is what is common on so many."""
+    """A number of nodes with a number of GPUs each, and the usual ``global_batch`` for so many GPUs."""
 
     name: str
     num_nodes: int
@@ -39,12 +39,12 @@ class Machine:
 
     @property
     def num_gpus(self) -> int:
-        """Of all nodes."""
+        """GPUs of all nodes."""
         return self.num_nodes * self.gpus_per_node
 
     @property
     def gpu(self) -> Gpu:
-        """The GPU that the costs are reckoned for."""
+        """The GPU that the estimates are for."""
         return find_gpu(self.gpu_name)
 
     def __str__(self) -> str:
@@ -64,8 +64,8 @@ MACHINES = {
     )
 }
 
-# By size: what makes sense on which machine. Left out: what does not fit (the base in bf16 is 16 GB of the 8B, 141 of the
-# 70B, 812 of the 405B), and what a plain config already does there without the quantization's error.
+# By size: the machines that make sense for each method. Left out: what doesn't fit (the base in bf16 is 16 GB for 8B, 141 for
+# 70B, 812 for 405B), and QLoRA where plain LoRA fits too, without the quantization's error.
 SENSIBLE: dict[str, dict[Method, tuple[str, ...]]] = {
     "1b": {"lora": ("1x24gb", "2x24gb", "8x80gb"), "qlora": ("1x24gb",)},
     "8b": {"lora": ("1x24gb", "2x24gb", "8x80gb", "4x8x80gb"), "qlora": ("1x24gb", "2x24gb")},
@@ -86,7 +86,7 @@ SHIPPED = (
     "3.1-405b-instruct_qlora_8x80gb",
     "guard-3-8b_lora_8x80gb",
 )
-# Of these the host keeps the base, and brings it in layer by layer.
+# These offload the base to host memory and fetch it layer by layer.
 ON_HOST = {("70b", "qlora", "2x24gb")}
 
 
@@ -100,12 +100,12 @@ class Preset:
 
     @property
     def name(self) -> str:
-        """Of the run, and of the file without its ending."""
+        """Name of the run, and of the file without its suffix."""
         return f"{self.member.name}_{self.method}_{self.machine.name}"
 
     @property
     def size(self) -> str:
-        """``8b`` and its like."""
+        """The size of the member, like ``8b``."""
         return size_of(self.member)
 
     @property
@@ -118,7 +118,7 @@ class Preset:
 
     @cached_property
     def plan(self) -> Plan:
-        """What its run needs of its machine."""
+        """The plan of its run on its machine."""
         machine = self.machine
         return make_plan(
             self.config, Machines(machine.num_nodes, machine.gpus_per_node, machine.gpu), shape=self.member.shape
@@ -126,7 +126,7 @@ class Preset:
 
 
 def size_of(member: Member) -> str:
-    """``8b`` and its like, of a member."""
+    """The size of a member, like ``8b``."""
     return next(size for size in SENSIBLE if f"-{size}" in member.name)
 
 
@@ -141,7 +141,7 @@ def presets() -> dict[str, Preset]:
     return {preset.name: preset for preset in made}
 
 
-# The settings, and why they are so
+# The settings, with comments
 
 
 def settings_of(preset: Preset) -> Iterator[tuple[str, str, Any, str]]:
@@ -149,67 +149,79 @@ def settings_of(preset: Preset) -> Iterator[tuple[str, str, Any, str]]:
     member, machine = preset.member, preset.machine
     big, nodes, gpus = preset.size in ("70b", "405b"), machine.num_nodes, machine.num_gpus
     yield "", "run", preset.name, (
-        "results go to runs/ under this name, in a folder that all nodes see"
+        "results go to runs/ under this name, in a folder shared by all nodes"
         if nodes > 1
-        else "results go to runs/ under this name; starting again with it goes on"
+        else "results go to runs/ under this name; starting it again resumes"
     )  # fmt: skip
     yield "model", "name", member.name, "from the herd; a folder or a hub id (org/name) works too"
     if preset.method == "qlora":
-        yield "model", "quant", "nf4", "the layers' matrices in 4 bits a weight and a scale for each 64"
-        yield "model", "dtype", "bf16", "of what is not quantized, and of what is computed: 2 bytes a number"
+        yield "model", "quant", "nf4", "linear layers in 4 bits per weight, with a scale per 64 weights"
+        yield "model", "dtype", "bf16", "of all other weights, and of the computation: 2 bytes per number"
     else:
-        yield "model", "dtype", "bf16", "2 bytes a weight"
+        yield "model", "dtype", "bf16", "2 bytes per weight"
     yield "lora", "rank", 16, "size of the adapters"
-    yield "lora", "alpha", 32.0, "their output counts alpha / rank = 2 times"
+    yield "lora", "alpha", 32.0, "the adapters' output is scaled by alpha / rank = 2"
     yield "lora", "targets", "all", "an adapter on each of the seven linears of every layer"
     yield "data", "train", "train.jsonl", _sample_of(member)
     yield "data", "eval", 0.02, "2 % of the samples are held out to measure the loss"
-    yield "train", "epochs", 1.0, "once over the data"
+    yield "train", "epochs", 1.0, "one pass over the data"
     batch = min(machine.global_batch, 32) if preset.size == "405b" else machine.global_batch
     micro = 2 if machine.gpu.memory_gb >= 80 and not big else 1
-    passes = batch // (gpus * micro)
-    product = f"{gpus} GPU{'s' * (gpus > 1)} x {micro}" + (f" x {passes} passes" if passes > 1 else "")
-    yield "train", "global_batch", batch, "sequences a step, over all GPUs"
-    yield "train", "micro_batch", micro, f"sequences a GPU and pass: {product} = {batch}"
+    accumulation_steps = batch // (gpus * micro)
+    product = f"{gpus} GPU{'s' * (gpus > 1)} x {micro}" + (
+        f" x {accumulation_steps} accumulation steps" if accumulation_steps > 1 else ""
+    )
+    yield "train", "global_batch", batch, "sequences per step, over all GPUs"
+    yield "train", "micro_batch", micro, f"sequences per GPU at once: {product} = {batch}"
     length = 4096 if machine.gpu.memory_gb >= 80 and preset.size != "405b" else 2048
-    yield "train", "sequence_length", length, "tokens; several short samples share a sequence"
-    yield "train", "activation_checkpointing", True, "compute activations again in the backward instead of keeping them"
+    yield "train", "sequence_length", length, "tokens; short samples are packed into one sequence"
+    yield (
+        "train",
+        "activation_checkpointing",
+        True,
+        "recompute activations in the backward pass instead of storing them",
+    )
     yield "optim", "lr", 1e-4 if big else 2e-4, "peak learning rate"
     yield "optim", "warmup_steps", 10, "steps to reach it; then a cosine down to 0"
     yield from _parallel(preset)
-    yield "machine", "gpu", machine.gpu_name, "what plan, slurm and explain go by; train runs wherever it is started"
-    yield "machine", "gpus_per_node", machine.gpus_per_node, "GPUs of a node"
-    yield "machine", "nodes", machine.num_nodes, "nodes"
+    yield "machine", "gpu", machine.gpu_name, "used by plan, slurm and explain; train runs wherever it is started"
+    yield "machine", "gpus_per_node", machine.gpus_per_node, "GPUs per node"
+    yield "machine", "nodes", machine.num_nodes, "number of nodes"
     yield "checkpoint", "every", 25 if preset.size == "405b" else 50, "steps between checkpoints"
 
 
 def _sample_of(member: Member) -> str:
     if member.guard:
-        return 'one sample a line, as {"messages": [...]}: a chat, and the verdict as its answer'
+        return 'one sample per line, as {"messages": [...]}: a chat, with the verdict as its answer'
     if member.instruct:
-        return 'one sample a line, as {"messages": [...]}'
-    return 'one sample a line, as {"prompt": ..., "completion": ...} or {"text": ...}'
+        return 'one sample per line, as {"messages": [...]}'
+    return 'one sample per line, as {"prompt": ..., "completion": ...} or {"text": ...}'
 
 
 def _parallel(preset: Preset) -> Iterator[tuple[str, str, Any, str]]:
     machine = preset.machine
     if machine.num_gpus == 1:
-        yield "parallel", "engine", "none", "one GPU holds all of the base"
+        yield "parallel", "engine", "none", "one GPU holds the whole base"
         return
-    yield "parallel", "engine", "fsdp2", "split the base over the GPUs"
+    yield "parallel", "engine", "fsdp2", "shard the base over the GPUs"
     if machine.num_nodes > 1 and (preset.size != "405b" or preset.method == "qlora"):
-        yield "parallel", "base_shard", "node", "of each node, so that no weight of the base crosses the network"
+        yield "parallel", "base_shard", "node", "shard within each node, so that no base weights cross the network"
     elif machine.num_nodes > 1:
-        yield "parallel", "base_shard", "world", "of all nodes: no single node could hold it"
+        yield "parallel", "base_shard", "world", "shard over all nodes: a single node can't hold it"
     if (preset.size, preset.method, machine.name) in ON_HOST:
-        yield "parallel", "offload", "base", "the host's memory keeps the base, and each layer comes in when it is used"
+        yield (
+            "parallel",
+            "offload",
+            "base",
+            "the base is kept in host memory, and each layer is fetched when it is used",
+        )
 
 
 # The file
 
 
 def text_of(preset: Preset) -> str:
-    """The config's file, but for the line that names its schema to editors."""
+    """The config's file, without the line that tells editors its schema."""
     lines = list(_head(preset))
     opened = ""
     for section, key, value, comment in settings_of(preset):
@@ -238,59 +250,59 @@ def _head(preset: Preset) -> Iterator[str]:
 
 
 def _base_of(preset: Preset) -> str:
-    """How large the base is, and who holds what of it."""
+    """The size of the base, and how it is sharded."""
     machine, setup = preset.machine, preset.plan.setup
     weights = setup.shape.num_parameters()
-    told = f"The base is {2 * weights / 1e9:.1f} GB in bf16 ({weights / 1e9:.3g} billion weights, 2 bytes each)"
+    text = f"The base is {2 * weights / 1e9:.1f} GB in bf16 ({weights / 1e9:.3g} billion weights, 2 bytes each)"
     if preset.method == "qlora":
         parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
-        told += f", and {sum(part.num_bytes for part in parts) / 1e9:.1f} GB with its layers in NF4"
-    share = f"{base_bytes_of_a_rank(setup) / 1e9:.1f} GB on each"
+        text += f", and {sum(part.num_bytes for part in parts) / 1e9:.1f} GB with its layers in NF4"
+    share = f"{base_bytes_per_rank(setup) / 1e9:.1f} GB on each"
     if setup.base_ranks == 1:
-        return f"{told}."
+        return f"{text}."
     if machine.num_nodes == 1:
-        return f"{told}; split over {machine.num_gpus} GPUs, {share}."
+        return f"{text}; sharded over {machine.num_gpus} GPUs, {share}."
     if setup.base_ranks == setup.local_size:
         return (
-            f"{told}; each node holds all of it, {share} of its GPUs, so that only the adapters' gradients cross "
-            "the network."
+            f"{text}; replicated on every node and sharded within it, {share} of its GPUs: only the adapters' gradients "
+            "cross the network."
         )
     return (
-        f"{told}; split over all {machine.num_gpus} GPUs, {share}. Its weights cross the network in every pass: a fast "
-        "one (InfiniBand, RoCE) decides the speed."
+        f"{text}; sharded over all {machine.num_gpus} GPUs, {share}. Its weights cross the network in every forward "
+        "and backward: use a fast network (InfiniBand, RoCE)."
     )
 
 
 def costs_of(preset: Preset) -> Iterator[str]:
-    """What a run needs, by arithmetic: memory a GPU by what it is, a step's time, disk."""
+    """The estimated needs of a run: memory per GPU by kind, time per step, disk."""
     plan, gpu = preset.plan, preset.machine.gpu
     memory, setup, speed = plan.memory, plan.setup, plan.speed
     parts = {
         "base": memory.base,
         "adapters": memory.adapters,
-        "their gradients": memory.gradients,
+        "gradients": memory.gradients,
         "AdamW": memory.optimizer,
-        "gathered": memory.gathered,
+        "all-gathered base": memory.gathered,
         "activations": memory.activations,
         "logits": memory.loss,
         "workspace": memory.workspace,
-        "CUDA and gaps": plan.reserve_bytes,
+        "CUDA and fragmentation": plan.reserve_bytes,
     }
-    needed, there = plan.device_bytes / GIB, gpu.memory_bytes / GIB
-    yield f"Memory of a GPU, by arithmetic: {needed:.1f} of {there:.1f} GiB, fullest {memory.when}:"
-    told = [f"{name} {size / GIB:.2f}".replace(" ", "\0") for name, size in parts.items() if size >= 0.005 * GIB]
-    for line in textwrap.wrap(", ".join(told), WIDTH - 2):
+    needed, available = plan.device_bytes / GIB, gpu.memory_bytes / GIB
+    yield f"Memory per GPU, by arithmetic: {needed:.1f} of {available:.1f} GiB, peak {memory.when}:"
+    entries = [f"{name} {size / GIB:.2f}".replace(" ", "\0") for name, size in parts.items() if size >= 0.005 * GIB]
+    for line in textwrap.wrap(", ".join(entries), WIDTH - 2):
         yield "  " + line.replace("\0", " ")
     if setup.layout.base_on_host:
-        yield f"  and {plan.host_bytes / GIB:.1f} GiB of the host's for all GPUs of a node"
+        yield f"  and {plan.host_bytes / GIB:.1f} GiB of host memory per node"
     low, high = speed.tokens_per_s
     yield (
         f"A step on {gpu.name}: {_seconds(speed.step_s[0])} to {_seconds(speed.step_s[1])} s, "
-        f"{_round(low)} to {_round(high)} tokens/s, at best limited by {speed.wall}"
+        f"{_round(low)} to {_round(high)} tokens/s, at best bound by {speed.bound_by}"
     )
     keep = preset.config.checkpoint.keep
     yield (
-        f"Disk: {_disk(memory.disk)} a checkpoint, of which {keep} are kept and one more is written; "
+        f"Disk: {_disk(memory.disk)} per checkpoint, of which {keep} are kept while another is written; "
         f"the adapter {_disk(FP32 * setup.trained_weights)}"
     )
 
@@ -312,10 +324,10 @@ def _disk(num_bytes: int) -> str:
 
 
 def find_preset(name: str) -> Preset:
-    """A config by its name, with or without its ending.
+    """A config by name, with or without its suffix.
 
     Raises:
-        ConfigError: there is none; with the nearest names.
+        ConfigError: no config has that name; with the nearest names.
     """
     known = presets()
     plain = name.removeprefix("configs/").removesuffix(".yaml").lower()
@@ -326,7 +338,7 @@ def find_preset(name: str) -> Preset:
 
 
 def preset_rows() -> list[dict[str, Any]]:
-    """Each config: name, model, method, machine and bytes a GPU."""
+    """Each config: name, model, method, machine and bytes per GPU."""
     rows = []
     for preset in presets().values():
         rows.append(
@@ -344,8 +356,8 @@ def preset_rows() -> list[dict[str, Any]]:
 
 
 def preset_table() -> list[list[str]]:
-    """The list in words, its columns' names first."""
-    rows = [["name", "model", "method", "machine", "memory a GPU"]]
+    """The list as a table, header first."""
+    rows = [["name", "model", "method", "machine", "memory per GPU"]]
     for row in preset_rows():
         memory = f"{row['needed_bytes'] / GIB:.1f} of {row['gpu_bytes'] / GIB:.1f} GiB"
         rows.append([row["name"], row["model"], row["method"], row["machine"], memory])
@@ -353,7 +365,7 @@ def preset_table() -> list[list[str]]:
 
 
 def write_configs(folder: Path) -> list[Path]:
-    """Write the files that people start from, and take away others of the table; ``configs show`` prints all."""
+    """Write the shipped configs and remove others of the table; ``configs show`` prints any of them."""
     written = []
     for preset in map(presets().__getitem__, SHIPPED):
         path = folder / f"{preset.name}.yaml"

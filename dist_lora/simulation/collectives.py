@@ -1,4 +1,4 @@
-"""What is sent: every collective, whichever library calls it, as torch dispatches it."""
+"""Recording of collectives: all that torch dispatches, whichever library calls them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Axis = Literal["node", "between nodes", "world"]
 
 @dataclass(frozen=True)
 class Sent:
-    """One collective: its kind, the ranks that take part, the bytes of the whole tensor and its type."""
+    """One collective: its kind, the participating ranks, the bytes of the whole tensor and its dtype."""
 
     kind: str
     ranks: tuple[int, ...]
@@ -39,7 +39,7 @@ class Traffic:
 
 
 def sent_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sent | None:
-    """What a dispatched operator sends; None where it is no collective."""
+    """The collective that a dispatched operator starts; None if it isn't one."""
     name: str = func._schema.name
     if not name.startswith("c10d::") or "barrier" in name:
         return None
@@ -47,17 +47,17 @@ def sent_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sent |
     group = next(value for value in leaves if isinstance(value, torch.ScriptObject) and _is_group(value))
     ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
     tensors = [value for value in leaves if isinstance(value, torch.Tensor)]
-    largest = max(tensors, key=lambda tensor: tensor.nbytes)  # of a gathering the result, of a scattering the input
+    largest = max(tensors, key=lambda tensor: tensor.nbytes)  # of a gather the result, of a scatter the input
     return Sent(name.removeprefix("c10d::"), ranks, largest.nbytes, largest.dtype)
 
 
 def is_above_local(types: Iterable[type]) -> bool:
-    """Whether an operator's arguments are sharded tensors, which come apart into operators on local ones."""
+    """Whether an operator's arguments are DTensors, which dispatch to operators on local tensors."""
     return any(issubclass(kind, DTensor) for kind in types)
 
 
 def axis_of(ranks: Sequence[int], world: World) -> Axis:
-    """Along which axis of the mesh these ranks lie; ``node`` where one node is the world."""
+    """The mesh axis of these ranks; ``node`` if the world is one node."""
     nodes = {rank // world.local_size for rank in ranks}
     if len(nodes) == 1:
         return "node"
@@ -65,13 +65,13 @@ def axis_of(ranks: Sequence[int], world: World) -> Axis:
 
 
 def traffic(sent: Iterable[Sent], world: World) -> tuple[Traffic, ...]:
-    """Collectives added up by kind and axis, most bytes first."""
+    """Collectives summed by kind and axis, most bytes first."""
     counts: Counter[tuple[str, Axis, int]] = Counter()
     num_bytes: Counter[tuple[str, Axis, int]] = Counter()
-    for one in sent:
-        key = (one.kind, axis_of(one.ranks, world), len(one.ranks))
+    for collective in sent:
+        key = (collective.kind, axis_of(collective.ranks, world), len(collective.ranks))
         counts[key] += 1
-        num_bytes[key] += one.num_bytes
+        num_bytes[key] += collective.num_bytes
     return tuple(Traffic(*key, count=counts[key], num_bytes=total) for key, total in num_bytes.most_common())
 
 

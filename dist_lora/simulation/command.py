@@ -1,4 +1,4 @@
-"""The work behind ``dist-lora plan --simulate``: the real step on pretended tensors, beside what the plan says of it."""
+"""The work behind ``dist-lora plan --simulate``: the real step on fake tensors, compared with the plan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dist_lora.config.schema import Config
-from dist_lora.plan.command import Fleets, refuse_what_does_not_fit
+from dist_lora.plan.command import MachineRequest, check_fits
 from dist_lora.plan.plan import Plan, make_plan
 from dist_lora.plan.table import lines_of
 from dist_lora.simulation.simulate import Simulation, as_json, simulate
@@ -18,18 +18,18 @@ from dist_lora.text import GIB
 log = logging.getLogger("dist_lora")
 
 
-def simulate_plan(config: Config, fleets: Fleets, *, timeline: Path | None, prints_json: bool) -> None:
-    """Print the plan and what the simulated step holds and sends; with ``timeline`` draw it there.
+def simulate_plan(config: Config, request: MachineRequest, *, timeline: Path | None, prints_json: bool) -> None:
+    """Print the plan, and memory and communication of the simulated step; with ``timeline`` draw its memory there.
 
     Raises:
-        PlanError: the run does not fit; all has been printed.
-        ConfigError: see ``make_plan``; several kinds of machines; ``timeline`` is no picture's name.
+        PlanError: the run doesn't fit; everything has been printed.
+        ConfigError: see ``make_plan``; several types of machines; ``timeline`` isn't the name of a picture.
     """
     if timeline is not None:
         check_picture(timeline)
-    found = make_plan(config, fleets.single())
-    machines, shape = found.machines, found.setup.shape
-    log.info(f"simulating a step on {machines}: 8B takes some ten seconds of one core, 405B a minute")
+    planned = make_plan(config, request.single())
+    machines, shape = planned.machines, planned.setup.shape
+    log.info(f"simulating a step on {machines}: 8B takes about ten seconds on one core, 405B a minute")
     simulated = simulate(
         config,
         shape,
@@ -41,26 +41,26 @@ def simulate_plan(config: Config, fleets: Fleets, *, timeline: Path | None, prin
     written = []
     if timeline is not None:
         title = f"{config.run}: {config.model.name} on {machines}"
-        limit = Limit(machines.gpu.name, machines.gpu.memory_bytes, found.reserve_bytes)
+        limit = Limit(machines.gpu.name, machines.gpu.memory_bytes, planned.reserve_bytes)
         written = write_timeline(simulated, timeline, title=title, limit=limit)
     if prints_json:
-        print(json.dumps(found.to_json() | {"simulated": as_json(simulated)}))
+        print(json.dumps(planned.to_json() | {"simulated": as_json(simulated)}))
     else:
-        print("\n".join([*lines_of(found), "", *_lines_of(simulated, found)]))
+        print("\n".join([*lines_of(planned), "", *_lines_of(simulated, planned)]))
         for path in written:
             print(f"  {path}")
-    refuse_what_does_not_fit(found)
+    check_fits(planned)
 
 
 def _lines_of(simulated: Simulation, planned: Plan) -> Iterator[str]:
-    off = planned.memory.device / simulated.peak_bytes - 1
-    yield f"The simulated step ({simulated.seconds:.0f} s) holds {simulated.peak_bytes / GIB:.2f} GiB at most (the plan: {off:+.1%}):"
+    difference = planned.memory.device / simulated.peak_bytes - 1
+    yield f"The simulated step ({simulated.seconds:.0f} s) peaks at {simulated.peak_bytes / GIB:.2f} GiB (the plan: {difference:+.1%}):"
     for kind, num_bytes in simulated.composition.items():
         if num_bytes:
             yield f"  {kind:30} {num_bytes / GIB:8.2f} GiB"
-    yield "It sends, of whole tensors:"
-    for each in simulated.traffic:
-        name = each.kind.strip("_").removesuffix("_base")
-        yield f"  {each.count:,} x {name} over {each.ranks} ranks ({each.axis}): {each.num_bytes / 1e9:,.3f} GB"
-    for sentence in simulated.pretended:
-        yield f"  pretended: {sentence}"
+    yield "Its collectives, in bytes of whole tensors:"
+    for sent in simulated.traffic:
+        name = sent.kind.strip("_").removesuffix("_base")
+        yield f"  {sent.count:,} x {name} over {sent.ranks} ranks ({sent.axis}): {sent.num_bytes / 1e9:,.3f} GB"
+    for assumption in simulated.assumptions:
+        yield f"  assumed: {assumption}"

@@ -1,7 +1,7 @@
-"""A training step run for its memory and its traffic alone: real model, engine and loop, pretended tensors and ranks.
+"""One training step, run only for its memory and traffic: real model, engine and loop, fake tensors and ranks.
 
-Nothing is computed and nothing sent: tensors are fake (sizes without contents), the process group returns at once.
-What asks for a tensor's value gets zero, which decides nothing about what is allocated or sent after a run's first steps.
+Nothing is computed and nothing is sent: tensors are fake (sizes without contents), the process group returns at once.
+Reading a tensor's value gives zero; after a run's first steps no allocation or collective depends on values.
 """
 
 from __future__ import annotations
@@ -32,37 +32,37 @@ from dist_lora.layout.choices import Layout, check_node_size
 from dist_lora.lora.origin import BaseIdentity
 from dist_lora.simulation.collectives import Sent, Traffic, traffic
 from dist_lora.simulation.tracker import KINDS, Kind, Memory, Moment, Tracker, register_run
-from dist_lora.simulation.world import pretended_world
+from dist_lora.simulation.world import simulated_world
 from dist_lora.train.build import Base, ShardedModel, Trainee, shard_model
 from dist_lora.train.command import loader_of
 from dist_lora.train.step import TrainStep
 from dist_lora.world.world import World
 
-MOST_PASSES = 3  # of a step with more the first, the second and the last are run: those between are as the second
-STEP = 3  # the first in which the loop looks neither whether gradients arrive nor how long steps take
+MAX_MICRO_BATCHES = 3  # with more, only the first, second and last are run: those between are like the second
+STEP = 3  # the first step in which the loop checks neither that gradients arrive nor how long steps take
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """What the fullest rank holds and sends in one step.
+    """Memory and communication of the fullest rank in one step.
 
-    ``pretended`` says in a sentence each what a run on the real machine does otherwise.
+    ``assumptions`` are sentences on how a run on the real machine differs.
     """
 
     peak_bytes: int
     composition: Mapping[Kind, int]  # at the peak
     timeline: tuple[Moment, ...]
-    traffic: tuple[Traffic, ...]  # of the step, seen from one rank
-    host_bytes: int  # what offloading keeps in host memory for this rank
+    traffic: tuple[Traffic, ...]  # of one rank in the step
+    host_bytes: int  # offloaded by this rank
     layout: Layout
     micro_batches: int  # of this rank, in the step
     tokens: int  # of a micro-batch
-    pretended: tuple[str, ...]
+    assumptions: tuple[str, ...]
     seconds: float  # that the simulation took
 
 
-class _Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Says zero to whoever asks a fake tensor for its value."""
+class _ZeroValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives zero as the value of a fake tensor."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -80,15 +80,15 @@ def simulate(
     device: Literal["gpu", "cpu"] = "gpu",
     document_tokens: int | None = None,
 ) -> Simulation:
-    """One optimizer step of a config on machines that aren't here; takes 5 to 10 s for 8B and 40 to 60 s for 405B on one core.
+    """One optimizer step of a config on simulated machines; takes 5 to 10 s for 8B and 40 to 60 s for 405B on one core.
 
-    Local: it opens a process group of its own, so the process may belong to no world. The first rank is seen, whose
-    shards are the largest.
+    Local: it opens a process group of its own, so this process must not have one. It simulates the first rank, whose shards
+    are the largest.
 
     Args:
-        device_bytes: memory of a GPU: what ``parallel``'s ``auto`` goes by.
-        device: whose choices ``auto`` takes for number format, attention and recomputation.
-        document_tokens: length of every document; None is ``train.sequence_length``. A sequence holds as many as fit, one
+        device_bytes: memory of a GPU, by which ``parallel``'s ``auto`` is resolved.
+        device: for which ``auto`` is resolved for dtype, attention and recomputation.
+        document_tokens: length of every document; None is ``train.sequence_length``. A sequence holds as many as fit, or one
             without ``train.packing``.
 
     Raises:
@@ -101,16 +101,18 @@ def simulate(
         )
     num_ranks, local_size = num_nodes * gpus_per_node, config.parallel.node_size or gpus_per_node
     check_node_size(world_size=num_ranks, local_size=local_size)
-    with pretended_world(num_nodes=num_ranks // local_size, gpus_per_node=local_size) as world:
-        passes = full_batches(config, world, document_tokens).batch(0).micro_batches
+    with simulated_world(num_nodes=num_ranks // local_size, gpus_per_node=local_size) as world:
+        micro_batches = full_batches(config, world, document_tokens).batch(0).micro_batches
         loader = full_batches(config, world, document_tokens, _Batches)
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        # FSDP2's meshes are made of real tensors; DeepSpeed makes parameters while it cuts, which must be fake ones.
+        # FSDP2's meshes need real tensors; DeepSpeed creates parameters while it shards, which must be fake.
         with fake if config.parallel.engine == "zero3" else nullcontext():
             sharded = shard_model(
                 config, shape, world, name=config.model.name, memory_bytes=device_bytes, on_gpu=device == "gpu"
             )
-        memory, sent, host_bytes = _step(config, shape, sharded, world, loader, fake, num_passes=len(passes))
+        memory, sent, host_bytes = _step(
+            config, shape, sharded, world, loader, fake, num_micro_batches=len(micro_batches)
+        )
     return Simulation(
         peak_bytes=memory.peak.total_bytes,
         composition=memory.composition,
@@ -118,33 +120,37 @@ def simulate(
         traffic=traffic(sent, world),
         host_bytes=host_bytes,
         layout=sharded.engine.layout,
-        micro_batches=len(passes),
-        tokens=max(len(one.ids) for one in passes),
-        pretended=_pretended(config, shape, sharded, num_passes=len(passes)),
+        micro_batches=len(micro_batches),
+        tokens=max(len(micro.ids) for micro in micro_batches),
+        assumptions=_assumptions(config, shape, sharded, num_micro_batches=len(micro_batches)),
         seconds=time.monotonic() - started_s,
     )
 
 
-def _pretended(config: Config, shape: Shape, sharded: ShardedModel, *, num_passes: int) -> tuple[str, ...]:
-    told = [
-        "tensors have sizes and no contents, and collectives return at once: nothing is computed or sent",
-        "one stream: on a GPU a gathered block may live on until the stream that used it has come so far",
-        "an operator's own workspace isn't seen, nor the CUDA context, NCCL's buffers and fragmentation",
+def _assumptions(config: Config, shape: Shape, sharded: ShardedModel, *, num_micro_batches: int) -> tuple[str, ...]:
+    assumptions = [
+        "tensors have sizes but no contents, and collectives return at once: nothing is computed or sent",
+        "one stream: on a GPU a gathered block may stay allocated until the stream that uses it has finished with it",
+        "operators' internal workspace, the CUDA context, NCCL's buffers and fragmentation aren't included",
     ]
-    if shape.counted is not None:
-        llama = dataclasses.replace(shape, counted=None).num_parameters()
-        told.append(f"the model is a Llama of these sizes, with {llama:,} weights instead of {shape.counted:,}")
-    if sharded.choices.attention == "varlen":
-        told.append("flash attention is its declared output and softmax statistics; its kernel doesn't run")
-    if sharded.engine.layout.base_on_host:
-        told.append("the shards of the block that is gathered, brought from the host, aren't counted on the device")
-    if config.model.quant == "int8" and sharded.choices.dtype == "bf16":
-        told.append("int8's dequantization holds 64 MiB more for a moment, within its operator")
-    if num_passes > MOST_PASSES:
-        told.append(
-            f"of {num_passes} micro-batches the first two and the last were run; those between are as the second"
+    if shape.given_parameters is not None:
+        llama = dataclasses.replace(shape, given_parameters=None).num_parameters()
+        assumptions.append(
+            f"the model is a Llama of these sizes, with {llama:,} weights instead of {shape.given_parameters:,}"
         )
-    return tuple(told)
+    if sharded.choices.attention == "varlen":
+        assumptions.append(
+            "flash attention allocates its declared outputs and softmax statistics; its kernel doesn't run"
+        )
+    if sharded.engine.layout.base_on_host:
+        assumptions.append("the gathered block's shards, fetched from the host, aren't counted on the device")
+    if config.model.quant == "int8" and sharded.choices.dtype == "bf16":
+        assumptions.append("int8 dequantization briefly needs 64 MiB more, within its operator")
+    if num_micro_batches > MAX_MICRO_BATCHES:
+        assumptions.append(
+            f"of {num_micro_batches} micro-batches the first two and the last were run; those between are like the second"
+        )
+    return tuple(assumptions)
 
 
 # The step
@@ -158,11 +164,11 @@ def _step(
     loader: Loader,
     fake: FakeTensorMode,
     *,
-    num_passes: int,
+    num_micro_batches: int,
 ) -> tuple[Memory, list[Sent], int]:
-    """The memory and the collectives of a step, and the bytes that lie in host memory."""
+    """Memory and collectives of a step, and the bytes in host memory."""
     model, engine = sharded.model, sharded.engine
-    with engine.simulating(), fake, _Answers():  # type: ignore[no-untyped-call]
+    with engine.simulating(), fake, _ZeroValues():  # type: ignore[no-untyped-call]
         engine.materialize(model)
         adapters = engine.adapters(sharded.tensors)
         assert isinstance(adapters, FlatAdapters)
@@ -179,22 +185,22 @@ def _step(
         with tracker:
             step.take(STEP)
         tracker.register("gradients", adapters.gradients())
-    second = tracker.sent[slice(*tracker.forwards[1:3])] if num_passes > MOST_PASSES else []
-    return tracker.memory(), [*tracker.sent, *second * (num_passes - MOST_PASSES)], tracker.host_bytes
+    second = tracker.sent[slice(*tracker.forwards[1:3])] if num_micro_batches > MAX_MICRO_BATCHES else []
+    return tracker.memory(), [*tracker.sent, *second * (num_micro_batches - MAX_MICRO_BATCHES)], tracker.host_bytes
 
 
 class _Batches(Loader):
-    """The loop's loader, whose documents' bounds, which are values, stay real under a fake mode."""
+    """The loop's loader, whose document bounds stay real values under the fake mode."""
 
     def batch(self, step: int) -> StepBatch:
         """See ``Loader.batch``."""
         with _disable_current_modes():
-            made = super().batch(step)
-        self._all = tuple(map(_without_values, made.micro_batches))  # those that aren't run have their bytes too
+            batch = super().batch(step)
+        self._all = tuple(map(_without_values, batch.micro_batches))  # those that aren't run take memory too
         chosen = self._all
-        if len(chosen) > MOST_PASSES:
-            chosen = (*chosen[: MOST_PASSES - 1], chosen[-1])
-        return dataclasses.replace(made, micro_batches=chosen)
+        if len(chosen) > MAX_MICRO_BATCHES:
+            chosen = (*chosen[: MAX_MICRO_BATCHES - 1], chosen[-1])
+        return dataclasses.replace(batch, micro_batches=chosen)
 
 
 def _without_values(micro: MicroBatch) -> MicroBatch:
@@ -208,11 +214,11 @@ def _without_values(micro: MicroBatch) -> MicroBatch:
 def full_batches(
     config: Config, world: World, document_tokens: int | None = None, kind: type[Loader] = Loader
 ) -> Loader:
-    """The loop's own loader over a global batch for each step, every sequence full, every token but the first a target."""
+    """The loop's loader with full sequences, in which every token but the first is trained on."""
     train = config.train
     length = min(document_tokens or train.sequence_length, train.sequence_length)
-    each = train.sequence_length // length if train.packing else 1
-    count = train.global_batch * each
+    per_sequence = train.sequence_length // length if train.packing else 1
+    count = train.global_batch * per_sequence
     ids = np.broadcast_to(np.zeros(1, np.uint32), count * length)
     lengths = np.full(count, length, np.int64)
     documents = TokenSet(
@@ -227,8 +233,9 @@ def full_batches(
 
 
 def as_json(simulation: Simulation) -> dict[str, Any]:
-    """All of a simulation in JSON's types; a moment of the timeline is [event, phase, bytes of each of ``kinds``]."""
+    """A simulation in JSON's types; a moment of the timeline is [event, phase, bytes of each of ``kinds``]."""
     plain = dataclasses.asdict(simulation)
+    plain["pretended"] = plain.pop("assumptions")
     plain["kinds"] = list(KINDS)
     plain["timeline"] = [[moment.event, moment.phase, *moment.by_kind] for moment in simulation.timeline]
     return plain

@@ -1,4 +1,4 @@
-"""A picture of what a GPU holds over a simulated step, and its numbers."""
+"""A picture of a GPU's memory over a simulated step, and its numbers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 
 from dist_lora.errors import ConfigError, SaveError
 from dist_lora.files import write_whole
-from dist_lora.simulation.simulate import MOST_PASSES, Simulation, as_json
+from dist_lora.simulation.simulate import MAX_MICRO_BATCHES, Simulation, as_json
 from dist_lora.simulation.tracker import KINDS, Kind, Moment, Phase
 from dist_lora.text import GIB
 
 PICTURES = (".png", ".svg")
-MOST_EMPTY = 2.5  # times the peak: a GPU that holds more would leave the picture empty, and is named above it
+MAX_HEADROOM = 2.5  # times the peak: the line of a larger GPU would squeeze the picture, so the title names it
 
-# What a rank keeps from step to step is blue and green, what comes and goes is warm.
+# Persistent memory is blue and green, temporary memory is in warm colours.
 _COLOURS: dict[Kind, str] = {
     "base shard": "#4e79a7",
     "adapters": "#499894",
@@ -32,18 +32,18 @@ _COLOURS: dict[Kind, str] = {
     "logits": "#e15759",
     "other": "#bab0ac",
 }
-_MEANINGS: dict[Kind, str] = {
-    "base shard": "base: this GPU's share",
+_LABELS: dict[Kind, str] = {
+    "base shard": "base: this GPU's shard",
     "adapters": "adapters",
     "optimizer": "AdamW's moments",
     "gradients": "gradients of the adapters",
-    "gathered base": "base: gathered layers",
-    "gathered adapters": "adapters: gathered",
+    "gathered base": "base: all-gathered layers",
+    "gathered adapters": "adapters: all-gathered",
     "activations": "activations for the backward",
     "logits": "logits",
-    "other": "passing values and gradients",
+    "other": "temporary tensors and gradients",
 }
-# The parts of a step that a reader knows: recomputation belongs to the backward.
+# The parts of a step as shown: recomputation belongs to the backward.
 _PARTS: dict[Phase, str] = {
     "update": "update",
     "forward": "forward",
@@ -56,7 +56,7 @@ _PART_COLOURS = {"forward": "#dfe7f1", "loss": "#f8dcdc", "backward": "#fbead6",
 
 @dataclass(frozen=True)
 class Limit:
-    """What a GPU holds: its name, all of its bytes, and those that only a real one takes (CUDA, NCCL, gaps)."""
+    """Memory of a GPU: its name, all of its bytes, and those for CUDA, NCCL and fragmentation."""
 
     name: str
     num_bytes: int
@@ -64,20 +64,22 @@ class Limit:
 
 
 def check_picture(path: Path) -> None:
-    """Raise ``ConfigError`` where a picture can't be drawn so: it is asked before a simulation that takes minutes."""
+    """Raise ``ConfigError`` if the format of a picture isn't supported, before a simulation that takes minutes."""
     if path.suffix not in PICTURES:
-        raise ConfigError(f"--timeline: found {path}, expected a picture's name that ends in {' or '.join(PICTURES)}")
+        raise ConfigError(
+            f"--timeline: found {path}, expected the name of a picture, ending in {' or '.join(PICTURES)}"
+        )
 
 
 def write_timeline(simulation: Simulation, path: Path, *, title: str, limit: Limit) -> list[Path]:
-    """Write a picture of a simulated step, and its numbers as JSON beside it; returns both files.
+    """Write a picture of a simulated step, and its numbers as JSON next to it; returns both files.
 
     Args:
-        path: of the picture, whose ending says its kind: ``runs/plan/step.png`` has its numbers in step.json there.
+        path: the picture; its suffix sets the format, and the numbers of ``runs/plan/step.png`` go to step.json there.
 
     Raises:
-        ConfigError: it ends in no kind of picture that is known.
-        SaveError: the disk refuses.
+        ConfigError: the suffix isn't supported.
+        SaveError: a file can't be written.
     """
     check_picture(path)
     numbers = path.with_suffix(".json")
@@ -86,39 +88,41 @@ def write_timeline(simulation: Simulation, path: Path, *, title: str, limit: Lim
         write_whole(numbers, json.dumps(as_json(simulation)) + "\n")
         _draw(simulation, path, title=title, limit=limit)
     except OSError as error:
-        raise SaveError(f"{path}: can't be written: {error.strerror or error}. Name another place.") from error
+        raise SaveError(f"{path}: can't be written: {error.strerror or error}. Choose another path.") from error
     return [path, numbers]
 
 
 def _draw(simulation: Simulation, path: Path, *, title: str, limit: Limit) -> None:
-    # Not at the top: it takes a second, and a simulation without a picture needs none. No pyplot, which keeps a state.
+    # Imported late: it takes a second, and isn't needed without a picture. No pyplot, which keeps global state.
     import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 6.5), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     peak, whole = simulation.peak_bytes / GIB, limit.num_bytes / GIB
-    is_far = whole > MOST_EMPTY * peak
+    is_far = whole > MAX_HEADROOM * peak
     top = 1.2 * peak if is_far else 1.1 * max(whole, peak)
-    of_limit = f"{limit.name} holds {whole:.1f} GiB ({limit.reserve_bytes / GIB:.1f} of it for CUDA, NCCL and gaps)"
+    description = (
+        f"{limit.name} has {whole:.1f} GiB ({limit.reserve_bytes / GIB:.1f} of it for CUDA, NCCL and fragmentation)"
+    )
     axes.set_ylim(0, top)
     _areas(axes, simulation)
     _parts_of_step(axes, simulation)
     _peak(axes, simulation, top=top)
     if not is_far:
-        _limit(axes, simulation, limit, told=of_limit)
-    above = f"; {of_limit}, far more" if is_far else ""
+        _limit(axes, simulation, limit, label=description)
+    above = f"; {description}, far more" if is_far else ""
     axes.set_title(f"{title}\nMemory of the fullest GPU over one training step{above}", loc="left", fontsize=11)
     axes.set_ylabel("GiB")
     axes.set_xticks([])
     axes.margins(x=0)
     axes.spines[["top", "right"]].set_visible(False)
-    with matplotlib.rc_context({"svg.fonttype": "none"}):  # texts stay texts, which can be searched
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # keeps texts searchable
         figure.savefig(path)
 
 
 def _areas(axes: Any, simulation: Simulation) -> None:
-    """What is held, one above the other: what stays at the bottom. Kinds that are nowhere are left out."""
+    """Memory by kind as stacked areas, persistent kinds at the bottom. Kinds without bytes are left out."""
     events = [moment.event for moment in simulation.timeline]
     heights = np.array([moment.by_kind for moment in simulation.timeline]) / GIB
     shown = [kind for kind in _COLOURS if heights[:, KINDS.index(kind)].any()]
@@ -126,7 +130,7 @@ def _areas(axes: Any, simulation: Simulation) -> None:
         events,
         [heights[:, KINDS.index(kind)] for kind in shown],
         colors=[_COLOURS[kind] for kind in shown],
-        labels=[f"{_MEANINGS[kind]}: {simulation.composition[kind] / GIB:.2f}" for kind in shown],
+        labels=[f"{_LABELS[kind]}: {simulation.composition[kind] / GIB:.2f}" for kind in shown],
         step="post",
     )
     handles, labels = axes.get_legend_handles_labels()
@@ -136,13 +140,13 @@ def _areas(axes: Any, simulation: Simulation) -> None:
     )  # fmt: skip
 
 
-def _limit(axes: Any, simulation: Simulation, limit: Limit, *, told: str) -> None:
-    """Mark what the GPU holds, and what of it a step may take."""
+def _limit(axes: Any, simulation: Simulation, limit: Limit, *, label: str) -> None:
+    """Mark the GPU's memory, and how much of it a step can use."""
     whole, free = limit.num_bytes / GIB, (limit.num_bytes - limit.reserve_bytes) / GIB
     axes.axhline(free, color="#b22222", linewidth=1.5, linestyle="--")
     axes.axhspan(free, whole, color="#b22222", alpha=0.08)
     axes.axhline(whole, color="#b22222", linewidth=1.5)
-    axes.text(simulation.timeline[-1].event, whole, f"{told} ", ha="right", va="bottom", color="#b22222")
+    axes.text(simulation.timeline[-1].event, whole, f"{label} ", ha="right", va="bottom", color="#b22222")
 
 
 def _peak(axes: Any, simulation: Simulation, *, top: float) -> None:
@@ -161,20 +165,24 @@ def _peak(axes: Any, simulation: Simulation, *, top: float) -> None:
 
 
 def _parts_of_step(axes: Any, simulation: Simulation) -> None:
-    """A strip below the areas that says what the step is at; a part's name stands where it has the room."""
-    moments, passes = simulation.timeline, simulation.micro_batches
+    """A strip below the areas with the parts of the step; a part is named if there is room."""
+    moments, num_micro_batches = simulation.timeline, simulation.micro_batches
     last = max(1, moments[-1].event)
     strip = axes.get_xaxis_transform()
     for part, begin, end in parts_of_step(moments):
         axes.axvspan(begin, end, ymin=-0.05, ymax=0, color=_PART_COLOURS[part], clip_on=False, linewidth=0)
         if (end - begin) / last > 0.055:
             axes.text((begin + end) / 2, -0.025, part, transform=strip, ha="center", va="center", fontsize=9)
-    shown = f"the first two and the last of {passes} passes" if passes > MOST_PASSES else f"all passes: {passes}"
+    shown = (
+        f"the first two and the last of {num_micro_batches} micro-batches"
+        if num_micro_batches > MAX_MICRO_BATCHES
+        else f"all micro-batches: {num_micro_batches}"
+    )
     axes.set_xlabel(f"from allocation to allocation; {shown}", labelpad=24)
 
 
 def parts_of_step(moments: Sequence[Moment]) -> Iterator[tuple[str, int, int]]:
-    """Forward, loss, backward of each pass, and the update: each with the events that it lasts from and to."""
+    """Forward, loss and backward of each micro-batch, and the update: each with its first and last event."""
     begin = moments[0].event
     for part, group in itertools.groupby(moments, key=lambda moment: _PARTS[moment.phase]):
         end = list(group)[-1].event

@@ -1,11 +1,10 @@
-"""Every byte of tensors alive at each moment of a step, by what it is; for real tensors and for fake ones alike.
+"""Tracks the bytes of all live tensors at each moment of a step, by kind; for real and for fake tensors.
 
-Memory is followed by storages, not by tensors: views cost nothing, a storage that is resized (FSDP2 frees and regrows
-gathered parameters so) changes its bytes, and one that nothing refers to any more is gone at once. What an operator
-makes and frees within itself is not seen.
+It tracks storages, not tensors: views cost nothing, a resized storage changes its bytes (FSDP2 frees and regrows gathered
+parameters this way), and an unreferenced storage is gone at once. What an operator allocates and frees internally isn't seen.
 
-What a storage is often shows only later (what a forward made is an activation once the backward begins and it is
-still there), so lives are written down and added up at the end.
+The kind of a storage often shows only later (what a forward made is an activation if it is still alive when the backward
+begins), so lifetimes are recorded and added up at the end.
 """
 
 from __future__ import annotations
@@ -40,13 +39,15 @@ Kind = Literal[
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Phase = Literal["update", "forward", "head", "recompute", "backward"]
 
-_LATER: frozenset[Phase] = frozenset(("forward", "head", "recompute"))  # what they make may be kept for the backward
+_LATER: frozenset[Phase] = frozenset(
+    ("forward", "head", "recompute")
+)  # what they allocate may be saved for the backward
 _GATHERED: dict[Kind, Kind] = {"base shard": "gathered base", "adapters": "gathered adapters"}
 
 
 @dataclass(frozen=True)
 class Moment:
-    """The bytes alive after one event: their sum and, in the order of ``KINDS``, what it is made of."""
+    """The live bytes after one event: in total and by kind, in the order of ``KINDS``."""
 
     event: int
     phase: Phase
@@ -56,7 +57,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a tracker saw: the moment with the most bytes alive, and a timeline with the highest of each stretch."""
+    """The result of a tracker: the peak, and a timeline with the highest moment of each interval."""
 
     peak: Moment
     timeline: tuple[Moment, ...]
@@ -64,34 +65,34 @@ class Memory:
 
     @property
     def composition(self) -> dict[Kind, int]:
-        """The bytes at the peak by what they are."""
+        """The bytes at the peak, by kind."""
         return dict(zip(KINDS, self.peak.by_kind, strict=True))
 
 
 @dataclass(eq=False)
 class _Life:
-    """A storage from one event to another, with one size."""
+    """The lifetime of a storage of one size, from one event to another."""
 
     num_bytes: int
     born: int
-    phase: Phase  # in which it was made
-    span: int  # number of the forward, recomputation or backward in which it was made
+    phase: Phase  # in which it was allocated
+    span: int  # number of the forward, recomputation or backward in which it was allocated
     kind: Kind | None = None  # None until it is known
     died: int | None = None
     is_counted: bool = True
-    is_kept: bool = False  # it outlived the span that made it
+    is_kept: bool = False  # it outlived the span that allocated it
 
 
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows the memory of all storages made while it is entered, and of those that it was told of.
+    """Tracks all storages that are allocated while it is active, and those that are registered.
 
-    One at a time in a process: it replaces ``torch.UntypedStorage.resize_`` meanwhile. It also keeps the collectives.
+    Only one per process can be active, since it patches ``torch.UntypedStorage.resize_``. It also records collectives.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.sent: list[Sent] = []
-        self.forwards: list[int] = []  # how much was sent before each forward of the model that is watched
+        self.forwards: list[int] = []  # number of collectives before each forward of the watched model
         self._lives: list[_Life] = []
         self._of: dict[int, tuple[weakref.ref[Any], _Life]] = {}  # by the storage's id
         self._event = 0
@@ -102,12 +103,12 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._vocab = 0
         self._gathering: Kind = "gathered base"
 
-    # What it is told
+    # Registration
 
     def register(self, kind: Kind, tensors: Iterable[Tensor], *, is_counted: bool = True) -> None:
-        """Say what the storages of some tensors are, whether they were made before or under the tracker.
+        """Set the kind of some tensors' storages, whether or not they were allocated under the tracker.
 
-        ``is_counted=False``: they lie elsewhere than on the device whose memory is asked for.
+        ``is_counted=False``: they are not on the device whose memory is tracked.
         """
         for tensor in tensors:
             life = self._seen(_local(tensor))
@@ -132,11 +133,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         model.lm_head.register_forward_pre_hook(flag("head", True))
         model.lm_head.register_forward_hook(flag("head", False), always_call=True)
         for block in model.blocks():
-            # A recomputation ends by an exception once it has all that the backward needs.
+            # A recomputation ends with an exception once it has everything that the backward needs.
             block.input_layernorm.register_forward_pre_hook(recompute)
             block.mlp.register_forward_hook(flag("recompute", False), always_call=True)
 
-    # What it sees
+    # Recording
 
     def __enter__(self) -> Self:
         self._resize = torch.UntypedStorage.resize_
@@ -178,14 +179,14 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif name == "aten::cat":
             self._name_joined(args[0], kwargs.get("out", result))
         elif name == "aten::copy_" and self._seen(args[1]).kind in _GATHERED:
-            self._name(self._gathered_kind([args[1]]), [args[0]])  # FSDP2's gathering over a single rank
+            self._name(self._gathered_kind([args[1]]), [args[0]])  # FSDP2's all-gather over a single rank
         for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._seen(leaf)
         return result
 
     def _name_joined(self, parts: Sequence[Tensor], whole: Tensor) -> None:
-        """DeepSpeed's gathering: shards are joined in a buffer that all ranks fill, and parameters from parts of it."""
+        """DeepSpeed's all-gather: shards are concatenated in a buffer, and parameters from parts of it."""
         kinds = {self._seen(part).kind for part in parts}
         for shard, gathered in _GATHERED.items():
             if shard in kinds or gathered in kinds:
@@ -193,12 +194,12 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return
 
     def _gathered_kind(self, sources: Sequence[Tensor]) -> Kind:
-        """What a gathering of ``sources`` brings: theirs is that of the shards, or of a buffer filled from them."""
+        """The kind of an all-gather of ``sources``: shards, or a buffer filled from them."""
         for source in sources:
             kind = self._seen(source).kind
             if kind is not None:
                 return _GATHERED.get(kind, kind)
-        return self._gathering  # of copies, which offloaded shards are brought in by
+        return self._gathering  # copies of offloaded shards
 
     def _look_at_phase(self) -> None:
         flags = self._flags
@@ -239,7 +240,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 life.kind = kind
 
     def _begin(self, num_bytes: int) -> _Life:
-        self._event += self._is_entered  # what was there before is there at the first event
+        self._event += self._is_entered  # storages from before belong to the first event
         life = _Life(num_bytes, self._event, self._phases[-1][1], self._span)
         self._lives.append(life)
         return life
@@ -264,25 +265,25 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._end(before)
             self._look_at_phase()
             after = self._begin(storage.nbytes())
-            # Emptied or regrown, it is what it was.
+            # The kind survives freeing and regrowing.
             after.kind, after.is_counted = before.kind, before.is_counted
             self._of[id(storage)] = (known[0], after)
 
-    # What it tells
+    # Results
 
     @property
     def alive(self) -> dict[Kind, int]:
-        """The bytes alive now, by what they are."""
-        found = dict.fromkeys(KINDS, 0)
+        """The live bytes now, by kind."""
+        num_bytes = dict.fromkeys(KINDS, 0)
         # A copy: a tensor may be freed at any moment, by the collector or by a thread that has sent it.
         for _, life in list(self._of.values()):
             if life.is_counted:
-                found[self._kind_of(life)] += life.num_bytes
-        return found
+                num_bytes[self._kind_of(life)] += life.num_bytes
+        return num_bytes
 
     @property
     def host_bytes(self) -> int:
-        """The bytes alive now that were said to lie elsewhere."""
+        """The live bytes now that were registered as not on the device."""
         return sum(life.num_bytes for _, life in list(self._of.values()) if not life.is_counted)
 
     def _kind_of(self, life: _Life) -> Kind:
@@ -292,7 +293,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return "activations" if is_kept and life.phase in _LATER else "other"
 
     def memory(self, *, num_moments: int = 500) -> Memory:
-        """The peak and a timeline of all that was seen so far: at most ``num_moments``, the first and last among them."""
+        """The peak and a timeline of everything so far, with at most ``num_moments`` including the first and the last."""
         num_events = self._event + 1
         changes = np.zeros((num_events, len(KINDS)), np.int64)
         for life in self._lives:
@@ -316,9 +317,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def register_run(tracker: Tracker, model: Llama, engine: Engine, adapters: FlatAdapters) -> None:
-    """Tell a tracker what of a run lives from step to step, and have it watch the model.
+    """Register a run's persistent tensors with a tracker, and have it watch the model.
 
-    Call it after ``start_training``. What is offloaded isn't counted.
+    Call it after ``start_training``. Offloaded tensors aren't counted.
     """
     layout = engine.layout
     shards = [slot.destination for slot in engine.slots(model)]
@@ -335,5 +336,5 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, which itself has no storage."""
+    """The local shard of a DTensor, which itself has no storage."""
     return tensor.to_local() if is_above_local((type(tensor),)) else tensor  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A world of any size with one real process in it: collectives return at once and bring nothing."""
+"""A simulated world of any size with one real process: collectives return at once and transfer nothing."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from dist_lora.world.world import World
 
 
 @contextmanager
-def pretended_world(*, num_nodes: int, gpus_per_node: int) -> Iterator[World]:
-    """The first rank's world of ``num_nodes`` nodes, the other ranks pretended; its tensors lie on the CPU.
+def simulated_world(*, num_nodes: int, gpus_per_node: int) -> Iterator[World]:
+    """The world of the first rank on ``num_nodes`` nodes, with the other ranks simulated; its tensors are on the CPU.
 
-    The first rank's shards are the largest where rows don't divide evenly. Only one process group is open at a time:
-    a process that has one already can't pretend another.
+    The first rank's shards are the largest where rows don't divide evenly. A process can have only one process group: this
+    one must not have one yet.
     """
-    # Not at the top: it registers a backend with torch, which a run has no use for.
+    # Imported late: it registers a backend with torch, which a run doesn't need.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    assert not dist.is_initialized(), "this process already belongs to a world"
-    environment = dict(os.environ)  # DeepSpeed writes this rank's place there, for whoever is started later to find
+    assert not dist.is_initialized(), "this process already has a process group"
+    environment = dict(os.environ)  # DeepSpeed sets RANK, WORLD_SIZE, ... there
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_nodes * gpus_per_node)
     try:
         yield World(0, num_nodes * gpus_per_node, 0, gpus_per_node, torch.device("cpu"))

@@ -11,7 +11,7 @@ from dist_lora.slurm.script import script_of
 
 
 def make_script(request: Request) -> str:
-    """The script of a request.
+    """The batch script for a request.
 
     Raises:
         ConfigError, PlanError: see ``job``.
@@ -21,17 +21,17 @@ def make_script(request: Request) -> str:
 
 
 def submit(script: str) -> str:
-    """Hand a script to sbatch, as if it lay in the working folder; returns the job's number.
+    """Submit a script with sbatch from the working folder; returns the job ID.
 
     Raises:
-        ConfigError: there is no sbatch here.
-        DistLoraError: sbatch refuses, with what it says.
+        ConfigError: sbatch isn't installed.
+        DistLoraError: sbatch rejects the job, with its message.
     """
     if shutil.which("sbatch") is None:
         raise ConfigError(
-            "--submit: no sbatch on the PATH: leave --submit out, and hand the script to it where there is one"
+            "--submit: no sbatch on the PATH: leave --submit out, and submit the script where there is one"
         )
     done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise DistLoraError(f"--submit: sbatch refuses the job: {done.stderr.strip()}")
+        raise DistLoraError(f"--submit: sbatch rejected the job: {done.stderr.strip()}")
     return done.stdout.strip().partition(";")[0]

@@ -1,4 +1,4 @@
-"""The batch script of a job: its head for sbatch, how its ranks are started, and what becomes of it when it ends."""
+"""The batch script of a job: #SBATCH options, how the ranks are started, and what happens when they end."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from importlib.resources import files
 from dist_lora.config.schema import Config
 from dist_lora.slurm.job import Needs, Request
 
-# The batch shell meets its ranks where `parallel.slurm.rendezvous_of` would have it in a batch shell: a test holds both.
+# The same endpoint as that of ``world.slurm.rendezvous_of``; a test compares both.
 _HEAD = """\
-# Where torchrun's agents meet: the first host of the list (of gpu[003-004,010]: gpu003), at a port of this job's own.
+# Rendezvous of torchrun's agents: the first host of the list (gpu003 of gpu[003-004,010]), on a port of this job.
 first_host() {
     local list=$1 host='' numbers
     while [[ -n $list && $list != ,* ]]; do
@@ -28,12 +28,12 @@ first_host() {
 }
 head=$(first_host "$SLURM_JOB_NODELIST")
 port=$((15000 + (SLURM_JOB_ID * 7 + 6) % 17000))
-say "torchrun's agents meet at $head:$port"
+say "rendezvous of torchrun's agents: $head:$port"
 """
 
 
 def script_of(request: Request, runs: Sequence[Config], needs: Needs) -> str:
-    """The whole script. Paths stand in it as they were typed: it is submitted from where they lead to the files."""
+    """The whole script. Paths are as typed: it must be submitted from the folder that they are relative to."""
     parts = (
         _sbatch_lines(request, runs, needs),
         _comments(request, needs),
@@ -69,15 +69,15 @@ def _sbatch_lines(request: Request, runs: Sequence[Config], needs: Needs) -> Ite
     yield from (f"#SBATCH {option}" for option in options if option)
     for name, value in (("partition", request.partition), ("account", request.account), ("time", request.time)):
         if not value and not (name == "time" and needs.minutes):
-            yield f"##SBATCH --{name}=... # where your cluster asks for it"
+            yield f"##SBATCH --{name}=... # if your cluster requires it"
 
 
 def _comments(request: Request, needs: Needs) -> Iterator[str]:
     yield from (f"# {line}" for line in needs.lines)
-    yield f"# All ranks save and stop {needs.notice_s} s before the time limit, or when Slurm preempts the job; it is then started"
-    yield "# again by itself, and goes on from there. Mistakes and damaged files (exit codes 2, 3 and 4) end it for good."
-    yield f"# It is given up after {request.max_stalled} starts in a row that have saved no newer step."
-    yield "# Submit it from the folder in which the paths below lead to their files; all nodes must see that folder."
+    yield f"# All ranks save and stop {needs.notice_s} s before the time limit, or when Slurm preempts the job; it is then requeued"
+    yield "# automatically and resumes from there. Mistakes and damaged files (exit codes 2, 3 and 4) end it for good."
+    yield f"# It gives up after {request.max_stalled} starts in a row that have saved no newer step."
+    yield "# Submit it from the folder that the paths below are relative to; all nodes must see that folder."
 
 
 def _settings(request: Request, runs: Sequence[Config]) -> Iterator[str]:
@@ -110,10 +110,10 @@ def _end(request: Request, needs: Needs) -> Iterator[str]:
 
 
 def _start(request: Request, needs: Needs) -> Iterator[str]:
-    """How all ranks are started, in the background."""
+    """The command that starts all ranks, in the background."""
     if request.launcher == "torchrun":
         yield _HEAD
-    # srun takes neither of them from the head (since Slurm 22.05), or ends only when the last task does.
+    # srun doesn't inherit --cpus-per-task (since Slurm 22.05), and without --kill-on-bad-exit waits for the last task.
     srun = ['srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK"']
     container = request.container
     if container and container.endswith(".sif"):
@@ -126,7 +126,7 @@ def _start(request: Request, needs: Needs) -> Iterator[str]:
     else:
         run = []
     if request.launcher == "torchrun":
-        # It dies of USR1 unless told to handle it, and kills its ranks 30 s after a signal unless told to wait.
+        # By default torchrun dies of USR1, and kills its ranks 30 s after a signal.
         run += [
             '"$python" -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES"',
             f'--nproc-per-node={needs.machines.gpus_per_node} --rdzv-backend=c10d --rdzv-endpoint="$head:$port"',
@@ -144,5 +144,5 @@ def _clock(minutes: int | None) -> str:
 
 
 def _word(text: str) -> str:
-    """A job's name: what neither sbatch nor a file's name minds."""
+    """A job name that is valid for sbatch and in file names."""
     return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in text)

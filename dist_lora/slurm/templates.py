@@ -1,6 +1,6 @@
-"""The scripts of ``launch/slurm/``: what ``dist-lora slurm`` prints for some configs of ``configs/``, to read and to change.
+"""The scripts of ``launch/slurm/``: what ``dist-lora slurm`` prints for some of ``configs/``, as examples.
 
-``python -m dist_lora.slurm.templates --write`` writes them again; a test holds them current.
+``python -m dist_lora.slurm.templates --write`` regenerates them; a test checks that they are current.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TEMPLATES = {
 
 
 def text_of(name: str) -> str:
-    """A template's file; called from the folder that holds ``configs/``."""
+    """The content of a template; called from the folder that contains ``configs/``."""
     request = TEMPLATES[name]
     typed = [*map(str, request.configs), "--nodes", str(request.num_nodes), "--python", request.python]
     if request.launcher != "srun":

@@ -108,7 +108,7 @@ def _check_changes(config: Config, checkpoint: VerifiedCheckpoint, *, is_to_log:
         raise CheckpointError(f"{checkpoint.path}: the config in its manifest is not YAML: {error}") from error
     if not isinstance(before, Mapping):
         raise CheckpointError(f"{checkpoint.path}: the config in its manifest is not a mapping of settings")
-    by_effect: dict[str, list[Change]] = {"free": [], "said": [], "refused": []}
+    by_effect: dict[str, list[Change]] = {"free": [], "logged": [], "refused": []}
     for change in changes(before, yaml.safe_load(dump_config(config))):
         rule = rule_of(change.name)
         by_effect[rule.effect if rule else "refused"].append(change)
@@ -117,7 +117,7 @@ def _check_changes(config: Config, checkpoint: VerifiedCheckpoint, *, is_to_log:
             f"\n  {c.name}: the run has {c.before!r}, the config says {c.now!r}" for c in by_effect["refused"]
         )
         raise ConfigError(f"{checkpoint.path} is of a run with other settings:{lines}\n{_WHAT_TO_DO}")
-    if by_effect["said"] and is_to_log:
+    if by_effect["logged"] and is_to_log:
         log.warning(f"resuming {checkpoint.path} with other settings: {'; '.join(map(str, by_effect['said']))}")
 
 

@@ -176,7 +176,7 @@ def test_two_ranks_tell_it_once(case, config, filled) -> None:
     "file, told",
     [
         ("nowhere.yaml", "nowhere.yaml: no such file"),
-        ("", "cannot be read: Is a directory"),
+        ("", "can't be read: Is a directory"),
         ("torn.yaml", "torn.yaml:2: not YAML"),
         ("list.yaml", "expected settings with names"),
     ],

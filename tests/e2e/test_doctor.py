@@ -51,7 +51,10 @@ def test_the_measured_machine_is_what_plan_reads(machine, tmp_path: Path) -> Non
     assert 0 < low < high
     other = run("plan", config, "--measured", out, "--gpus-per-node", 4)
     assert other.returncode == 2
-    assert f"--measured: {out} holds 1 x 2 ranks (nodes x ranks a node), and 1 x 4 are asked for" in other.stderr
+    assert (
+        f"--measured: {out} was measured on 1 x 2 ranks (nodes x ranks per node), and 1 x 4 were requested"
+        in other.stderr
+    )
 
 
 def test_a_rank_that_never_comes_is_a_fault_and_all_else_is_told() -> None:

@@ -188,14 +188,14 @@ PRIVATE = "".join(map(chr, range(0xE000, 0xF8FF)))
 ALIASES = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]\n" for i in range(20))
 
 CASES = {
-    "a config of nested lists": ("config", b"lora: " + b"[" * 5000, "not YAML: nested too deep"),
-    "aliases of aliases": ("config", ALIASES.encode(), "more than 10,000 values, its aliases written out"),
+    "a config of nested lists": ("config", b"lora: " + b"[" * 5000, "not YAML: nested too deeply"),
+    "aliases of aliases": ("config", ALIASES.encode(), "more than 10,000 values with its aliases expanded"),
     "a rank of 7,000 digits": ("config", CONFIG.replace("rank: 16", "rank: 0x" + "f" * 6000).encode(), "a number of more than 64 bits"),
-    "a folder with NUL": ("config", CONFIG.encode() + b'runs_dir: "a\\0b"\n', "a text with NUL or half a character"),
-    "a folder with half a character": ("config", CONFIG.encode() + b'runs_dir: "a\\ud800b"\n', "a text with NUL or half a"),
+    "a folder with NUL": ("config", CONFIG.encode() + b'runs_dir: "a\\0b"\n', "a text with NUL or an unpaired surrogate"),
+    "a folder with half a character": ("config", CONFIG.encode() + b'runs_dir: "a\\ud800b"\n', "a text with NUL or an unpaired"),
     "a config of a megabyte": ("config", b"#" * (2**20 + 1), "is longer than 1,048,576 bytes; expected a YAML file"),
     "an argument that is no UTF-8": ("config", SPLIT.join([CONFIG.encode(), b"lora\xd2.k=4"]), "(argument): not text in UTF-8"),
-    "an argument of nested lists": ("config", SPLIT.join([CONFIG.encode(), b"lora.rank=" + b"[" * 5000]), "nested too deep"),
+    "an argument of nested lists": ("config", SPLIT.join([CONFIG.encode(), b"lora.rank=" + b"[" * 5000]), "nested too deeply"),
     "ten to the 15 layers": ("model_config", of("model_config", num_hidden_layers=10**15), "expected at most 1,000"),
     "a vocabulary of a terabyte": ("model_config", of("model_config", vocab_size=2**40), "expected at most 2,147,483,648"),
     "architectures that are a number": ("model_config", of("model_config", architectures=7), "architectures: found 7"),

@@ -1,4 +1,4 @@
-"""One rank of 128, the others pretended: its share of real shapes, read from a checkpoint of full size."""
+"""One rank of 128, the others simulated: its share of real shapes, read from a checkpoint of full size."""
 
 from __future__ import annotations
 

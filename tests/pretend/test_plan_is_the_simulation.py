@@ -1,4 +1,4 @@
-"""The plan's arithmetic beside the real step on pretended tensors: peak within 1%, what is sent to the byte."""
+"""The plan's arithmetic beside the real step on fake tensors: peak within 1%, what is sent to the byte."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, SaveError
 from dist_lora.herd.members import MEMBERS
 from dist_lora.herd.shape import Shape, read_shape
-from dist_lora.plan.command import Fleets
+from dist_lora.plan.command import MachineRequest
 from dist_lora.simulation.command import simulate_plan
 from dist_lora.simulation.simulate import Simulation, simulate
 from dist_lora.simulation.timeline import Limit, parts_of_step, write_timeline
@@ -104,9 +104,11 @@ def test_the_timeline_is_written_as_numbers_and_as_a_picture_whose_texts_say_the
     peak = max(eight.timeline, key=lambda moment: moment.total_bytes)
     part = {"head": "loss", "recompute": "backward"}.get(peak.phase, peak.phase)
     assert f"peak {eight.peak_bytes / GIB:.2f} GiB, in the {part}" in texts
-    assert f"base: this GPU's share: {eight.composition['base shard'] / GIB:.2f}" in texts
-    assert any("h100-80gb holds 79.0 GiB (2.0 of it for CUDA, NCCL and gaps), far more" in text for text in texts)
-    assert {"mine", "forward", "backward", "from allocation to allocation; all passes: 1"} <= set(texts)
+    assert f"base: this GPU's shard: {eight.composition['base shard'] / GIB:.2f}" in texts
+    assert any(
+        "h100-80gb has 79.0 GiB (2.0 of it for CUDA, NCCL and fragmentation), far more" in text for text in texts
+    )
+    assert {"mine", "forward", "backward", "from allocation to allocation; all micro-batches: 1"} <= set(texts)
 
 
 def test_a_picture_in_points_shows_each_kind_as_high_as_it_is(eight, tmp_path) -> None:
@@ -138,33 +140,33 @@ def test_parts_of_a_step_follow_each_other_and_a_backward_holds_what_it_recomput
 
 @pytest.mark.parametrize("name", ["step", "step.pdf", "step.json"])
 def test_a_picture_of_no_kind_that_is_known_is_told_before_anything_is_simulated(tmp_path, name) -> None:
-    told = f"--timeline: found {tmp_path / name}, expected a picture's name that ends in .png or .svg"
-    fleets = Fleets([1], 8, [], None, None)
+    told = f"--timeline: found {tmp_path / name}, expected the name of a picture, ending in .png or .svg"
+    request = MachineRequest([1], 8, [], None, None)
     with pytest.raises(ConfigError) as caught:
-        simulate_plan(config_of("3.1-405b"), fleets, timeline=tmp_path / name, prints_json=False)
+        simulate_plan(config_of("3.1-405b"), request, timeline=tmp_path / name, prints_json=False)
     assert str(caught.value) == told
 
 
 def test_a_place_that_can_not_be_written_is_told(eight, tmp_path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SaveError, match=r"file/step\.png: can't be written: .*Name another place"):
+    with pytest.raises(SaveError, match=r"file/step\.png: can't be written: .*Choose another path"):
         write_timeline(eight, tmp_path / "file" / "step.png", title="", limit=LIMIT)
 
 
-def test_what_was_pretended_is_said_in_sentences(eight, tiny_llama) -> None:
-    assert any("nothing is computed or sent" in told for told in eight.pretended)
-    assert any("flash attention" in told for told in eight.pretended)
+def test_assumptions_are_listed_in_sentences(eight, tiny_llama) -> None:
+    assert any("nothing is computed or sent" in told for told in eight.assumptions)
+    assert any("flash attention" in told for told in eight.assumptions)
     folder = tiny_llama("llama31")
     many = config_of(str(folder), train={"global_batch": 10, "micro_batch": 1, "sequence_length": 64})
-    told = simulate(many, read_shape(folder), num_nodes=1, gpus_per_node=2, device_bytes=GIB).pretended
-    assert "of 5 micro-batches the first two and the last were run; those between are as the second" in told
+    told = simulate(many, read_shape(folder), num_nodes=1, gpus_per_node=2, device_bytes=GIB).assumptions
+    assert "of 5 micro-batches the first two and the last were run; those between are like the second" in told
 
 
 def test_a_model_whose_weights_were_counted_is_simulated_as_a_llama_and_said_to_be(tiny_llama) -> None:
-    shape = replace(read_shape(tiny_llama("llama31")), counted=100_000)
+    shape = replace(read_shape(tiny_llama("llama31")), given_parameters=100_000)
     config = config_of("mine", train={"global_batch": 2, "micro_batch": 1, "sequence_length": 64})
-    told = simulate(config, shape, num_nodes=1, gpus_per_node=2, device_bytes=GIB).pretended
-    llama = replace(shape, counted=None).num_parameters()
+    told = simulate(config, shape, num_nodes=1, gpus_per_node=2, device_bytes=GIB).assumptions
+    llama = replace(shape, given_parameters=None).num_parameters()
     assert f"the model is a Llama of these sizes, with {llama:,} weights instead of 100,000" in told
 
 
@@ -187,14 +189,16 @@ def test_what_a_run_would_refuse_a_simulation_refuses_with_the_same_words(tiny_l
     with pytest.raises(ConfigError, match=r"parallel\.engine: none runs one process and 8 were started"):
         config = config_of(str(folder), model={"quant": "int8"}, parallel={"engine": "none"})
         simulate(config, read_shape(folder), num_nodes=1, gpus_per_node=8, device_bytes=GIB)
-    with pytest.raises(ConfigError, match=r"model.quant: nf4 can't keep .*: down_proj: nf4 cuts each row into blocks"):
+    with pytest.raises(
+        ConfigError, match=r"model.quant: nf4 can't store .*: down_proj: nf4 splits each row into blocks"
+    ):
         simulate(config_of(str(folder)), read_shape(folder), num_nodes=1, gpus_per_node=2, device_bytes=GIB)
     with pytest.raises(ConfigError, match=r"found 0 nodes of 8 GPUs, expected at least one of each"):
         simulate(config_of(str(folder)), read_shape(folder), num_nodes=0, gpus_per_node=8, device_bytes=GIB)
     with pytest.raises(ConfigError, match=r"parallel\.node_size: 8 processes are not a multiple of 3"):
         config = config_of(str(folder), parallel={"node_size": 3})
         simulate(config, read_shape(folder), num_nodes=1, gpus_per_node=8, device_bytes=GIB)
-    assert not dist.is_initialized(), "a refusal closes the pretended world too"
+    assert not dist.is_initialized(), "a refusal closes the simulated world too"
 
 
 def test_shorter_documents_and_dropout_are_simulated(tiny_llama) -> None:
@@ -249,7 +253,7 @@ def test_405b_on_128_gpus_is_simulated_whole(base_shard) -> None:
     found = simulate(config, shape, num_nodes=16, gpus_per_node=8, device_bytes=80 * GIB)
     assert found.composition["base shard"] == nf4_share(shape, 8 if base_shard == "node" else 128)
     trained = shape.adapter_parameters(shape.linear_shapes(), range(shape.num_layers), 16)
-    assert found.composition["adapters"] == 4 * trained / 8, "9 GiB of them are cut over a node"
+    assert found.composition["adapters"] == 4 * trained / 8, "9 GiB of them are sharded over a node"
     assert crossing(found, "between nodes") == 4 * trained / 8
     gathered = sum(t.num_bytes for t in found.traffic if t.kind == "_allgather_base_" and t.axis == base_shard)
     assert gathered >= 2 * 0.97 * nf4_share(shape, 1)

@@ -1,4 +1,4 @@
-"""Links and clocks between real ranks, in pretended nodes."""
+"""Links and clocks between real ranks, in simulated nodes."""
 
 from __future__ import annotations
 

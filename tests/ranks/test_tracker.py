@@ -185,10 +185,10 @@ def test_the_simulation_is_the_real_run(ranks, tiny_llama, quant, world, paralle
         train={"activation_checkpointing": recompute},
     )
     size, node_size = WORLDS[world]
-    pretended = simulated(config, world)
+    on_fakes = simulated(config, world)
     seen = ranks(size).run(tracked_step, config, node_size=node_size)
     fullest = max(one.memory.peak.total_bytes for one in seen)
-    assert pretended.peak_bytes == pytest.approx(fullest, rel=1e-3)  # some scalars are other ones
+    assert on_fakes.peak_bytes == pytest.approx(fullest, rel=1e-3)  # some scalars are other ones
     for kind, num_bytes in seen[0].memory.composition.items():
-        assert pretended.composition[kind] == pytest.approx(num_bytes, rel=1e-3), kind
-    assert Counter(pretended.traffic) == Counter(seen[0].traffic)
+        assert on_fakes.composition[kind] == pytest.approx(num_bytes, rel=1e-3), kind
+    assert Counter(on_fakes.traffic) == Counter(seen[0].traffic)

@@ -74,13 +74,13 @@ def test_the_herd_as_json_has_facts_and_no_words_for_them() -> None:
 
 def test_the_configs_are_listed_with_the_memory_of_a_gpu_that_their_files_tell() -> None:
     head, *rows = printed("configs").splitlines()
-    assert head.split() == ["name", "model", "method", "machine", "memory", "a", "GPU"]
+    assert head.split() == ["name", "model", "method", "machine", "memory", "per", "GPU"]
     assert [row.split()[0] for row in rows] == list(presets())
     (row,) = (row for row in rows if row.startswith("3.1-405b-instruct_qlora_8x80gb "))
     cells = [cell.strip() for cell in row.split("  ") if cell.strip()]
     assert cells[1:4] == ["3.1-405b-instruct", "qlora", "8 GPUs of 80 GB"]
     text = (ROOT / "configs/3.1-405b-instruct_qlora_8x80gb.yaml").read_text()
-    assert f"Memory of a GPU, by arithmetic: {cells[4]}," in text
+    assert f"Memory per GPU, by arithmetic: {cells[4]}," in text
 
 
 def test_the_list_as_json_has_bytes() -> None:
@@ -106,7 +106,7 @@ def test_an_unknown_config_is_the_users_mistake() -> None:
 
 def test_a_config_is_explained_with_arguments_over_it() -> None:
     told = printed("explain", str(ROOT / "configs/3.1-8b-instruct_lora_8x80gb.yaml"), "lora.rank=5")
-    assert "trained 13,107,200 beside 8,030,261,248 frozen" in told
+    assert "trained 13,107,200, frozen 8,030,261,248" in told
 
 
 @pytest.mark.parametrize("arguments", [["configs", "show", "3.1-8b_lora_8x80gb"], ["herd"]], ids=" ".join)

@@ -1,4 +1,4 @@
-"""What may change when a run goes on."""
+"""What may change when a run resumes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_setting_has_its_rule_and_every_rule_a_setting() -> None:
 
 @pytest.mark.parametrize(
     "name, effect",
-    [("train.steps", "said"), ("optim.lr", "said"), ("parallel.engine", "free"), ("model.quant", "refused"),
+    [("train.steps", "logged"), ("optim.lr", "logged"), ("parallel.engine", "free"), ("model.quant", "refused"),
      ("train.seed", "refused"), ("lora.rank", "refused"), ("run", "free"), ("runs_dir", "free")],
 )  # fmt: skip
 def test_the_rule_of_a_setting(name: str, effect: str) -> None:

@@ -74,8 +74,8 @@ def test_all_faults_come_in_one_error_in_the_order_of_the_file(tmp_path: Path) -
         "9 settings of c.yaml are wrong:",
         "  c.yaml: data.train: is missing. Training data: a file (jsonl, json, csv, parquet), a hub id, "
         "or a list of them.",
-        "  c.yaml:1: run: 'a/b' is no name of a run: letters, digits, '.', '_' and '-' only "
-        "(the folder it lies in is set by runs_dir)",
+        "  c.yaml:1: run: 'a/b' is not a valid run name: letters, digits, '.', '_' and '-' only "
+        "(its parent folder is set by runs_dir)",
         "  c.yaml:2: model.quant: found 'fp4', expected none, nf4 or int8 (nearest: nf4)",
         "  c.yaml:4: lora.rank: found 0, expected a whole number of at least 1",
         "  c.yaml:5: lora.targets[1]: 'v_porj' is not a linear of Llama "
@@ -112,12 +112,12 @@ def test_all_faults_come_in_one_error_in_the_order_of_the_file(tmp_path: Path) -
         (
             "lora.layers",
             "8..15",
-            "found '8..15', expected all, a range of layers as 8-15 or a list of whole numbers of at least 0",
+            "found '8..15', expected all, a range of layers like 8-15 or a list of whole numbers of at least 0",
         ),
         (
             "lora.layers",
             [-1],
-            "found [-1], expected all, a range of layers as 8-15 or a list of whole numbers of at least 0",
+            "found [-1], expected all, a range of layers like 8-15 or a list of whole numbers of at least 0",
         ),
         ("model.dtype", "fp16", "found 'fp16', expected auto, bf16 or fp32 (nearest: bf16)"),
         ("parallel.engine", "zero2", "found 'zero2', expected auto, fsdp2, zero3 or none (nearest: zero3)"),
@@ -125,7 +125,7 @@ def test_all_faults_come_in_one_error_in_the_order_of_the_file(tmp_path: Path) -
         ("parallel.hang_timeout", "10m", "found '10m', expected a number above 0"),
         ("data.train", [], "the list is empty, expected at least one"),
         ("data.train", " ", "is empty"),
-        ("data.eval", 1.5, "found 1.5, expected text, a number above 0 and below 1 or null"),
+        ("data.eval", 1.5, "found 1.5, expected a path, a fraction between 0 and 1, or null"),
         ("optim.lr", "fast", "found 'fast', expected a number above 0"),
         ("optim.max_grad_norm", 0, "found 0, expected a number above 0 or null"),
         ("checkpoint.resume", 5, "found 5, expected auto, never or a path"),
@@ -134,7 +134,7 @@ def test_all_faults_come_in_one_error_in_the_order_of_the_file(tmp_path: Path) -
         (
             "train.micro_batch",
             32,
-            "found 32 sequences a pass, more than the 16 of a step (train.global_batch); "
+            "found 32 sequences per micro-batch, more than the 16 of a step (train.global_batch); "
             "set train.micro_batch to 16 or less",
         ),
         (
@@ -147,7 +147,7 @@ def test_all_faults_come_in_one_error_in_the_order_of_the_file(tmp_path: Path) -
         (
             "model.name",
             31,
-            'found 31, expected text (YAML reads it as something else than text: put it in quotes, "...")',
+            'found 31, expected text (YAML doesn\'t read it as text: put it in quotes, "...")',
         ),
     ],
 )
@@ -163,7 +163,7 @@ def test_head_and_embeddings_are_refused_as_targets(tmp_path: Path, frozen: str)
     assert complaint(tmp_path, SHORTEST + f"lora: {{targets: [q_proj, {frozen}]}}\n").endswith(
         f"c.yaml:4: lora.targets[1]: {frozen!r} stays frozen: only the seven linears of a layer are adapted "
         "(q_proj k_proj v_proj o_proj gate_proj up_proj down_proj), never the embeddings or the head (where they are "
-        "tied, both are one matrix, and an adapter on one end would have to change the other)"
+        "tied, both are one matrix, and an adapter on one would have to change the other)"
     )
 
 
@@ -177,7 +177,7 @@ def test_settings_that_clash_are_told_though_another_of_their_section_is_wrong(t
     text = complaint(tmp_path, SHORTEST + "train:\n  steps: 1\n  epochs: 1\n  micro_batch: 99\n  seed: x\n")
     assert text.startswith("3 settings")
     assert "c.yaml:6: train.epochs: found epochs 1 and steps 1, expected one of the two" in text
-    assert "c.yaml:7: train.micro_batch: found 99 sequences a pass, more than the 16 of a step" in text
+    assert "c.yaml:7: train.micro_batch: found 99 sequences per micro-batch, more than the 16 of a step" in text
     assert "c.yaml:8: train.seed: found 'x', expected a whole number of at least 0" in text
 
 
@@ -188,7 +188,7 @@ def test_a_wrong_setting_is_not_taken_for_its_default_when_settings_are_compared
 
 def test_only_the_setting_that_was_written_is_blamed(tmp_path: Path) -> None:
     text = complaint(tmp_path, SHORTEST + "train:\n  global_batch: 1\n")
-    assert "c.yaml:5: train.global_batch: found 2 sequences a pass, more than the 1 of a step" in text
+    assert "c.yaml:5: train.global_batch: found 2 sequences per micro-batch, more than the 1 of a step" in text
 
 
 def test_an_unknown_section_and_a_setting_in_the_wrong_place_are_told_apart(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_a_key_given_twice_is_told_with_both_lines(tmp_path: Path) -> None:
 
 def test_a_section_that_is_no_mapping_says_what_belongs_there(tmp_path: Path) -> None:
     text = complaint(tmp_path, SHORTEST + "lora: 16\n", "lora.rank=8")
-    assert text.split("\n")[1] == "  lora.rank=8 (argument): no such setting: lora is no section"
+    assert text.split("\n")[1] == "  lora.rank=8 (argument): no such setting: lora is not a section"
     assert text.split("\n")[2] == (
         "  c.yaml:4: lora: found 16, expected settings, as lora: {...} with rank, alpha, dropout, targets, "
         "layers, start_from"
@@ -229,8 +229,8 @@ def test_keys_that_yaml_reads_as_something_else_are_unknown_settings(tmp_path: P
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "c.yaml: holds no settings; expected at least run, model.name and data.train"),
-        ("# nothing\n", "c.yaml: holds no settings; expected at least run, model.name and data.train"),
+        ("", "c.yaml: has no settings; expected at least run, model.name and data.train"),
+        ("# nothing\n", "c.yaml: has no settings; expected at least run, model.name and data.train"),
         ("- a\n- b\n", "c.yaml: found ['a', 'b'], expected settings with names, as"),
         ("just words\n", "c.yaml: found 'just words', expected settings with names, as"),
         ("run: a\nlora: [1\n", "c.yaml:3: not YAML: while parsing a flow sequence"),
@@ -251,7 +251,7 @@ def test_a_file_that_is_no_config_is_one_clear_error(tmp_path: Path, text: str, 
 def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no\.yaml: no such file\. Give the path of a YAML file"):
         load_config(tmp_path / "no.yaml")
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory; expected a YAML file"):
+    with pytest.raises(ConfigError, match="can't be read: Is a directory; expected a YAML file"):
         load_config(tmp_path)
     (tmp_path / "b.yaml").write_bytes(b"run: \xff")
     with pytest.raises(ConfigError, match=r"b\.yaml: not text in UTF-8 \(byte 5\)"):
@@ -322,8 +322,8 @@ def test_an_argument_that_is_not_yaml_is_told_with_the_others(tmp_path: Path) ->
 
 def test_an_argument_below_a_setting_is_told_not_dropped(tmp_path: Path) -> None:
     text = complaint(tmp_path, SHORTEST + "lora: {rank: 8}\n", "lora.rank.x=1", "run.x=1")
-    assert "lora.rank.x=1 (argument): no such setting: lora.rank is no section" in text
-    assert "run.x=1 (argument): no such setting: run is no section" in text
+    assert "lora.rank.x=1 (argument): no such setting: lora.rank is not a section" in text
+    assert "run.x=1 (argument): no such setting: run is not a section" in text
 
 
 def test_paths_are_kept_as_typed(tmp_path: Path) -> None:
@@ -420,7 +420,7 @@ def test_reading_a_config_imports_neither_torch_nor_transformers() -> None:
     assert printed.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"], ids=("NUL", "half a character"))
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"], ids=("NUL", "an unpaired surrogate"))
 def test_a_config_with_a_text_that_no_file_can_hold_can_not_be_built(name: str) -> None:
-    with pytest.raises(ValueError, match="holds NUL or half a character"):
+    with pytest.raises(ValueError, match="contains NUL or an unpaired surrogate"):
         Config.model_validate({"run": "r", "model": {"name": name}, "data": {"train": "x"}})

@@ -1,4 +1,4 @@
-"""Names that users bring from other trainers get an error that says ours."""
+"""Settings of other trainers get an error that names ours."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_no_name_of_ours_is_called_another_trainers() -> None:
         ("train: {per_device_train_batch_size: 1}", "here it is train.micro_batch"),
         (
             "gradient_accumulation_steps: 4",
-            "here it is train.global_batch (what is accumulated follows: global_batch / (micro_batch x GPUs))",
+            "here it is train.global_batch (the number of accumulation steps is global_batch / (micro_batch x GPUs))",
         ),
         (
             "optim: {warmup_ratio: 0.1}",
@@ -60,7 +60,7 @@ def test_no_name_of_ours_is_called_another_trainers() -> None:
         ("num_train_epochs: 3", "here it is train.epochs"),
         ("max_steps: 3", "here it is train.steps"),
         ("Max_Steps: 3", "here it is train.steps"),
-        ("trust_remote_code: true", "another trainer's name; no code of a model's folder is ever run here"),
+        ("trust_remote_code: true", "another trainer's name; code from a model's folder is never run here"),
     ],
 )
 def test_another_trainers_name_says_ours_at_any_level(tmp_path: Path, written: str, said: str) -> None:

@@ -284,8 +284,8 @@ def test_a_model_quantized_in_a_way_that_is_not_read_is_refused_by_its_method(qu
         Shape.from_config(config_of(quantization_config=quantization), where="m/config.json")
     assert str(caught.value) == (
         "m/config.json: not a Llama that can be trained here:\n  quantization_config: found weights quantized by "
-        f"{found}, expected none, or bitsandbytes with load_in_4bit and bnb_4bit_quant_type 'nf4': take the model's "
-        "unquantized folder"
+        f"{found}, expected none, or bitsandbytes with load_in_4bit and bnb_4bit_quant_type 'nf4': use the "
+        "unquantized model"
     )
     assert caught.value.exit_code == 2
 
@@ -313,7 +313,7 @@ def test_all_foreign_parts_are_told_at_once() -> None:
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings: found 'no', expected true or false"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: found 3, which doesn't divide the 4 heads"),
         ({"hidden_size": 66}, "num_attention_heads: found 4, which doesn't divide hidden_size 66"),
-        ({"head_dim": 15}, "head_dim: found 15, expected an even number: RoPE turns pairs"),
+        ({"head_dim": 15}, "head_dim: found 15, expected an even number: RoPE rotates pairs"),
     ],
 )
 def test_a_damaged_config_names_each_size_that_cannot_be(changes: dict[str, Any], fault: str) -> None:
@@ -345,8 +345,8 @@ def test_a_config_json_that_cannot_be_read_is_damage(tmp_path: Path, text: str, 
     ("file", "advice"),
     [
         ("tokenizer.json", r"expected config\.json, \*\.safetensors and the tokenizer's files side by side"),
-        ("params.json", r"this is Meta's own format \(params\.json\); fetch the model in Hugging Face's"),
-        ("adapter_config.json", "this is an adapter: give its base here, and the adapter in lora.start_from"),
+        ("params.json", r"this is Meta's own format \(params\.json\); download the model in Hugging Face's format"),
+        ("adapter_config.json", r"this is an adapter: set model\.name to its base and lora\.start_from to the adapter"),
     ],
 )
 def test_a_folder_without_config_json_says_what_it_is_instead(tmp_path: Path, file: str, advice: str) -> None:

@@ -50,27 +50,27 @@ def test_adapters_are_shared_once_they_take_more_than_a_twentieth_of_a_device() 
     assert chosen(16, 8, engine="zero3").adapters == "shard"
 
 
-def test_the_reasons_tell_bytes() -> None:
+def test_the_reasons_give_bytes() -> None:
     engine, base, adapters = chosen(16, 8, base_gib=380).reasons
     assert engine == "engine    fsdp2: 16 processes share the base"
     assert base == (
-        "base      cut over the 8 ranks of each node, 47.50 GiB each, and no byte of it crosses the network: "
-        "47.50 GiB a rank fit in 48.00 GiB of a device"
+        "base      sharded over the 8 ranks of each node, 47.50 GiB each, none of it crosses the network: "
+        "47.50 GiB per rank fit in 48.00 GiB of a device"
     )
-    assert adapters.startswith("adapters  whole on every rank, 152.6 MiB with gradients and AdamW's moments")
+    assert adapters.startswith("adapters  replicated, 152.6 MiB with gradients and AdamW's moments")
     crossing = chosen(16, 8, base_gib=390).reasons[1]
-    assert "24.38 GiB each; 195.00 GiB of it cross the network to each rank, twice a pass" in crossing
-    assert "48.75 GiB a rank do not fit in 48.00 GiB of a device" in crossing
+    assert "24.38 GiB each; each receives 195.00 GiB over the network, twice per micro-batch" in crossing
+    assert "48.75 GiB per rank don't fit in 48.00 GiB of a device" in crossing
 
 
 @pytest.mark.parametrize(
     ("world", "settings", "told"),
     [
         ((2, 2), {"engine": "none"}, "none runs one process and 2 were started"),
-        ((1, 1), {"engine": "none", "offload": "base"}, "parallel.offload: base brings the base in layer by layer"),
+        ((1, 1), {"engine": "none", "offload": "base"}, "parallel.offload: base fetches the base layer by layer"),
         ((1, 1), {"engine": "none", "adapters": "shard"}, "parallel.adapters: shard needs several processes"),
-        ((4, 2), {"engine": "zero3", "base_shard": "node"}, "node over 2 nodes is not there with engine zero3"),
-        ((2, 2), {"engine": "zero3", "adapters": "replicate"}, "replicate is not there with engine zero3"),
+        ((4, 2), {"engine": "zero3", "base_shard": "node"}, "node over 2 nodes isn't supported by engine zero3"),
+        ((2, 2), {"engine": "zero3", "adapters": "replicate"}, "replicate isn't supported by engine zero3"),
     ],
 )
 def test_what_contradicts_itself_is_refused_with_a_way_out(world, settings, told) -> None:
@@ -99,7 +99,7 @@ def test_auto_takes_flash_on_a_gpu_in_16_bits_and_sdpa_elsewhere() -> None:
 
 
 @pytest.mark.parametrize(("setting", "on_gpu", "expected"), [
-    ("auto", True, "recompute on: on a GPU memory is short"), ("auto", False, "recompute off: on a CPU time is short"),
+    ("auto", True, "recompute on: saves memory on a GPU"), ("auto", False, "recompute off: saves time on a CPU"),
     (True, False, "recompute on: as set"), (False, True, "recompute off: as set"),
 ])  # fmt: skip
 def test_each_choice_of_a_run_has_its_reason(setting, on_gpu, expected) -> None:
@@ -116,10 +116,10 @@ def test_each_choice_of_a_run_has_its_reason(setting, on_gpu, expected) -> None:
     assert chosen.reasons[-1] == expected
 
 
-def test_what_nf4_can_not_keep_is_refused_where_the_choices_are_made() -> None:
+def test_what_nf4_can_not_store_is_refused_where_the_choices_are_made() -> None:
     config = Config.model_validate({"run": "it", "model": {"name": "x", "quant": "nf4"}, "data": {"train": "x"}})
     shape = dataclasses.replace(MEMBERS["3.2-1b"].shape, ffn=96)
     with pytest.raises(
-        ConfigError, match=r"model.quant: nf4 can't keep x: down_proj: nf4 cuts each row into blocks of 64"
+        ConfigError, match=r"model.quant: nf4 can't store x: down_proj: nf4 splits each row into blocks of 64"
     ):
         choose(config, shape, name="x", world_size=1, local_size=1, device_bytes=2**35, on_gpu=False)

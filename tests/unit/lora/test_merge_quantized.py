@@ -95,7 +95,7 @@ def test_rows_that_can_not_be_cut_into_blocks_are_told_before_anything_is_writte
 ) -> None:
     odd = tiny_llama("llama31", ffn=96)  # the rows of down_proj have 96 weights
     _, adapter = trained
-    with pytest.raises(ConfigError, match="nf4 cuts each row into blocks of 64") as raised:
+    with pytest.raises(ConfigError, match="nf4 splits each row into blocks of 64") as raised:
         merge_adapter(adapter, base=odd, out=tmp_path / "merged", quant="nf4", force=True)
     assert "can't have been the base of a run in nf4" in str(raised.value)
     assert list(tmp_path.iterdir()) == []

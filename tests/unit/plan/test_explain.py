@@ -47,7 +47,7 @@ def test_gpt3_at_rank_4_on_q_and_v_trains_what_the_paper_says() -> None:
     )
     told = explain(config)
     assert 96 * 2 * 4 * (12288 + 12288) == 18_874_368
-    assert "trained 18,874,368 beside 175,000,000,000 frozen: 0.011%" in told
+    assert "trained 18,874,368, frozen 175,000,000,000: 0.011%" in told
     assert "37.7 MB in 16 bits" in told
     assert "q_proj v_proj  (12288, 12288)   (12288, 4)    (4, 12288)" in told
     lora, full = ways(config)["LoRA"], ways(config)["all weights"]
@@ -62,7 +62,7 @@ def test_without_a_count_a_shape_by_hand_is_a_llamas_and_said_to_be() -> None:
     d = 12288
     assert known_model(config.model).shape.num_parameters() == 96 * (4 * d * d + 3 * d * 4 * d + 2 * d) + d + 50257 * d
     assert "The frozen count is that of a Llama of these sizes" in explain(config)
-    assert "trained 18,874,368 beside" in explain(config)
+    assert "trained 18,874,368, frozen" in explain(config)
 
 
 def test_a_layer_of_a_model_whose_weights_were_counted_by_hand_is_its_part_of_what_is_no_embedding() -> None:
@@ -74,9 +74,9 @@ def test_llama_3_8b_at_rank_5_by_hand() -> None:
     told = explain(config_of(rank=5))
     q, k, ffn = 5 * (4096 + 4096), 5 * (1024 + 4096), 5 * (14336 + 4096)
     assert 32 * (2 * q + 2 * k + 3 * ffn) == 13_107_200
-    assert "trained 13,107,200 beside 8,030,261,248 frozen: 0.163%" in told and "26.2 MB in 16 bits" in told
+    assert "trained 13,107,200, frozen 8,030,261,248: 0.163%" in told and "26.2 MB in 16 bits" in told
     assert "with r = 5 and alpha / r = 6.4" in told
-    # O(r d) products beside O(d^2): 40,960 beside 16,777,216
+    # O(r d) multiplications against O(d^2): 40,960 beside 16,777,216
     assert (
         "q_proj o_proj      (4096, 4096)     (4096, 5)     (5, 4096)    16,777,216         40,960, 410 times fewer"
         in told
@@ -185,7 +185,7 @@ def test_a_shape_that_is_no_mapping_is_told_what_it_holds(tmp_path: Path, writte
             {"num_attention_heads": 24},
             "model.shape.num_attention_heads: found 24, which doesn't divide hidden_size 4096",
         ),
-        ({"head_dim": 65}, "model.shape.head_dim: found 65, expected an even number: RoPE turns pairs"),
+        ({"head_dim": 65}, "model.shape.head_dim: found 65, expected an even number: RoPE rotates pairs"),
         ({"num_hidden_layers": 5000}, "model.shape.num_hidden_layers: found 5000, expected at most 1,000"),
         (
             {"num_parameters": 10**9},
@@ -206,7 +206,7 @@ def test_sizes_that_no_llama_has_are_told(changed: dict[str, Any], told: str) ->
 def test_a_model_on_the_hub_of_which_only_the_name_is_known_is_told_so() -> None:
     with pytest.raises(ConfigError) as caught:
         known_model(config_of(name="org/some-llama").model)
-    assert "org/some-llama is no member of the herd, and its sizes lie on the hub" in str(caught.value)
+    assert "org/some-llama is not a herd member, and its sizes are on the hub" in str(caught.value)
     assert known_model(config_of(name="meta-llama/Llama-3.1-8B").model).shape == MEMBERS["3.1-8b"].shape
 
 
@@ -219,7 +219,7 @@ def test_a_model_that_is_only_sizes_is_not_trained() -> None:
     with pytest.raises(ConfigError) as caught:
         open_base(config_of(shape=LLAMA_3_8B, name="mine"), World.alone())
     assert str(caught.value) == (
-        "model.shape: mine is given by its sizes, and has no weights: such a config is for plan and explain. To train, take "
-        "model.shape out and give a member, a folder or a hub id as model.name"
+        "model.shape: mine is given by its sizes alone and has no weights: such a config is for plan and explain. To train, "
+        "remove model.shape and set model.name to a member, a folder or a hub id"
     )
     assert caught.value.exit_code == 2

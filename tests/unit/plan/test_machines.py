@@ -11,7 +11,7 @@ import pytest
 from dist_lora.config.schema import Config, MachineSection
 from dist_lora.errors import ConfigError
 from dist_lora.plan import command
-from dist_lora.plan.command import Fleets
+from dist_lora.plan.command import MachineRequest
 from dist_lora.plan.explain import explain
 from dist_lora.plan.hardware import GPUS, gpus_here
 from dist_lora.plan.plan import Machines, make_plan
@@ -27,7 +27,7 @@ def no_gpus(monkeypatch) -> None:
 
 
 def machines(section: MachineSection, *, nodes=None, size=None, gpu=None, gib=None) -> Machines:
-    return Fleets.of(section, nodes, size, gpu, gib, None, None).single()
+    return MachineRequest.of(section, nodes, size, gpu, gib, None, None).single()
 
 
 def config_of(**sections: Any) -> Config:
@@ -56,13 +56,11 @@ def test_what_is_assumed_is_said() -> None:
     found = machines(MachineSection())
     assert (str(found), found.assumed) == ("8 x h100-80gb", "assuming 8 x h100-80gb")
     assert machines(MachineSection(), size=2).assumed == "assuming 2 x h100-80gb"
-    assert machines(MachineSection(gpu="h200-141gb")).assumed == "assuming 8 GPUs a node"
+    assert machines(MachineSection(gpu="h200-141gb")).assumed == "assuming 8 GPUs per node"
     assert machines(MachineSection(), gib=16, size=1).assumed == ""
     plan = make_plan(config_of(), found)
     assert plan.to_json()["assumed"] == "assuming 8 x h100-80gb"
-    assert "  machines  assuming 8 x h100-80gb: name others in the config's section machine" in "\n".join(
-        lines_of(plan)
-    )
+    assert "  machines  assuming 8 x h100-80gb: set the config's machine section" in "\n".join(lines_of(plan))
     assert "assuming" not in "\n".join(lines_of(make_plan(config_of(), machines(NAMED))))
 
 
@@ -96,15 +94,13 @@ def test_the_cost_is_hours_times_gpus_times_the_price() -> None:
     low, high = plan.speed.step_s
     assert plan.cost == pytest.approx((100 * low / 3600 * 8 * 2.5, 100 * high / 3600 * 8 * 2.5))
     assert plan.to_json()["cost"] == plan.cost and json.dumps(plan.to_json())
-    assert f"  cost: {plan.cost[0]:,.2f} to {plan.cost[1]:,.2f}, at 2.5 for an hour of a GPU" in "\n".join(
-        lines_of(plan)
-    )
+    assert f"  cost: {plan.cost[0]:,.2f} to {plan.cost[1]:,.2f}, at 2.5 per GPU hour" in "\n".join(lines_of(plan))
 
 
 def test_without_a_price_or_steps_nothing_is_said_to_cost_anything() -> None:
     assert make_plan(config_of(), Machines(1, 8, H100)).cost is None
     unknown = make_plan(config_of(train={}, machine={"price_per_gpu_hour": 2.5}), Machines(1, 8, H100))
-    assert unknown.cost is None and "  cost: not known, since the number of steps is not" in "\n".join(
+    assert unknown.cost is None and "  cost: unknown, since the number of steps is unknown" in "\n".join(
         lines_of(unknown)
     )
 
@@ -114,5 +110,5 @@ def test_an_explanation_ends_with_the_machine_that_the_config_names() -> None:
     needed = make_plan(config, Machines(1, 2, GPUS["rtx4090-24gb"])).device_bytes / 2**30
     assert explain(config).endswith(f"On 2 x rtx4090-24gb each GPU needs {needed:.1f} of 23.6 GiB: fits.")
     big = config_of(model={"name": "3.1-405b"}, machine={"gpu": "rtx4090-24gb", "gpus_per_node": 2})
-    assert explain(big).endswith("does not fit; `dist-lora plan` says what would.")
+    assert explain(big).endswith("doesn't fit; see `dist-lora plan` for what would.")
     assert "each GPU needs" not in explain(config_of())

@@ -1,4 +1,4 @@
-"""A measured machine in the place of a named GPU: how its file is read, and a step's time by hand."""
+"""A measured machine in place of a named GPU: how its file is read, and a step's time by hand."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 from dist_lora.config.schema import MachineSection
 from dist_lora.errors import ConfigError, SaveError
 from dist_lora.herd.members import MEMBERS
-from dist_lora.plan.command import Fleets
+from dist_lora.plan.command import MachineRequest
 from dist_lora.plan.hardware import measured_gpu
 from dist_lora.plan.measured import AtSize, Link, Measured, Product, read_measured, write_measured
 from dist_lora.plan.plan import Machines, make_plan
-from dist_lora.plan.speed import flops_a_token, measured_speed
+from dist_lora.plan.speed import flops_per_token, measured_speed
 from dist_lora.plan.traffic import collectives_of
 from dist_lora.text import GIB
 from tests.unit.plan.test_plan import config_of, plan_command
@@ -60,7 +60,7 @@ def setup_and_tokens(*, recompute: bool) -> tuple[Any, int]:
         train={"micro_batch": 2, "global_batch": 4, "sequence_length": 64, "activation_checkpointing": recompute},
     )
     plan = make_plan(config, Machines(1, 1, measured_gpu(INSTANT)))
-    return plan.setup, plan.speed.tokens_a_step
+    return plan.setup, plan.speed.tokens_per_step
 
 
 # A step by hand: one kind of work at a time
@@ -71,7 +71,7 @@ def test_products_take_their_operations_at_the_measured_rate(recompute: bool) ->
     setup, tokens = setup_and_tokens(recompute=recompute)
     slow = replace(INSTANT, products=(Product(1, 1, 1, (1e9, 2e9)),))
     best, worst = measured_speed(setup, measured_gpu(slow), slow, context=64).compute_s
-    flops = flops_a_token(setup, context=0) * tokens
+    flops = flops_per_token(setup, context=0) * tokens
     assert best == pytest.approx(flops / 2e9, rel=1e-9) and worst == pytest.approx(flops / 1e9, rel=1e-9)
 
 
@@ -80,7 +80,7 @@ def test_attention_takes_its_operations_at_its_own_rate(recompute: bool) -> None
     setup, tokens = setup_and_tokens(recompute=recompute)
     slow = replace(INSTANT, attention=(Product(1, 1, 1, (1e9, 1e9)),))
     best, _ = measured_speed(setup, measured_gpu(slow), slow, context=64).compute_s
-    flops = (flops_a_token(setup, context=64) - flops_a_token(setup, context=0)) * tokens
+    flops = (flops_per_token(setup, context=64) - flops_per_token(setup, context=0)) * tokens
     assert best == pytest.approx(flops / 1e9, rel=1e-9)
 
 
@@ -113,9 +113,10 @@ def test_wires_take_what_a_rank_receives_and_a_small_ones_time_each() -> None:
     plan = make_plan(config, Machines(1, 2, measured_gpu(replace(measured, ranks_per_node=2))))
     collectives = collectives_of(plan.setup)
     received, count = sum(each.received_bytes for each in collectives), sum(each.count for each in collectives)
-    assert plan.speed.inside_s == pytest.approx((received / 1e9 + count * 0.5e-3, received / 1e9 + count * 1e-3))
+    assert plan.speed.intra_node_s == pytest.approx((received / 1e9 + count * 0.5e-3, received / 1e9 + count * 1e-3))
     assert (
-        plan.speed.step_s[0] == pytest.approx(plan.speed.inside_s[0]) and plan.speed.wall == "the links within a node"
+        plan.speed.step_s[0] == pytest.approx(plan.speed.intra_node_s[0])
+        and plan.speed.bound_by == "the links within a node"
     )
 
 
@@ -147,18 +148,20 @@ def test_a_host_has_no_reserve_computes_in_fp32_and_keeps_its_activations() -> N
 def test_a_measured_machine_comes_back_from_its_file(tmp_path: Path) -> None:
     write_measured(INSTANT, tmp_path / "machine.json")
     assert read_measured(tmp_path / "machine.json") == INSTANT
-    with pytest.raises(SaveError, match=r"--out: .*/none/machine\.json can't be written: .*Name a folder that can"):
+    with pytest.raises(
+        SaveError, match=r"--out: .*/none/machine\.json can't be written: .*Name a file in a writable folder"
+    ):
         write_measured(INSTANT, tmp_path / "none" / "machine.json")
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"format": 0}, "its format is another version's"),
-        ({"call_s": 0}, "0 is no number above 0"),
-        ({"num_nodes": True}, "True is no count from 1"),
-        ({"products": []}, "a table has no row"),
-        ({"dtype": "fp8"}, "'fp8' is none of bf16, fp32"),
+        ({"format": 0}, "its format is of another version"),
+        ({"call_s": 0}, "0 is not a number above 0"),
+        ({"num_nodes": True}, "True is not a whole number of at least 1"),
+        ({"products": []}, "a table has no rows"),
+        ({"dtype": "fp8"}, "'fp8' is not one of bf16, fp32"),
         ({"dense_weights_per_s": {"nf4": [1, 2]}}, "KeyError: 'int8'"),
         ({"dense_weights_per_s": {"nf4": [2, 1], "int8": [1, 2]}}, "2 is not slower than 1"),
         ({"elementwise": [{"num_bytes": 1, "bytes_per_s": [1]}]}, r"\[1\] is not slow and fast"),
@@ -171,7 +174,7 @@ def test_a_file_of_something_else_is_told(tmp_path: Path, change: dict[str, Any]
     path.write_text(json.dumps(INSTANT.to_json() | change))
     with pytest.raises(
         ConfigError,
-        match=f"--measured: .* is no file of a measured machine .*{words}.*Make one: dist-lora doctor --out FILE",
+        match=f"--measured: .* is not a file of measurements .*{words}.*Make one: dist-lora doctor --out FILE",
     ):
         read_measured(path)
 
@@ -180,7 +183,7 @@ def test_no_file_and_no_json_are_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--measured: .*No such file"):
         read_measured(tmp_path / "none.json")
     (tmp_path / "it.json").write_text("[1")
-    with pytest.raises(ConfigError, match="is no file of a measured machine"):
+    with pytest.raises(ConfigError, match="is not a file of measurements"):
         read_measured(tmp_path / "it.json")
 
 
@@ -190,18 +193,18 @@ def test_no_file_and_no_json_are_told(tmp_path: Path) -> None:
 def test_the_measured_machine_is_the_default_and_no_other_is_taken_for_it(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
     write_measured(replace(INSTANT, ranks_per_node=2), path)
-    machines = Fleets.of(MachineSection(), None, None, None, None, None, path).single()
+    machines = MachineRequest.of(MachineSection(), None, None, None, None, None, path).single()
     assert (machines.num_nodes, machines.gpus_per_node, machines.host_bytes) == (1, 2, 64 * GIB)
     assert machines.gpu.name == "CPU, 1 thread a rank, measured"
-    for asked, told in (((None, 4), "1 x 4 are asked for"), (([2], None), "2 x 2 are asked for")):
+    for asked, told in (((None, 4), "1 x 4 were requested"), (([2], None), "2 x 2 were requested")):
         with pytest.raises(
-            ConfigError, match=f"holds 1 x 2 ranks .nodes x ranks a node., and {told}. Measure with as many"
+            ConfigError, match=f"was measured on 1 x 2 ranks .nodes x ranks per node., and {told}. Measure with as many"
         ):
-            Fleets.of(MachineSection(), *asked, None, None, None, path).machines()
+            MachineRequest.of(MachineSection(), *asked, None, None, None, path).machines()
     with pytest.raises(
-        ConfigError, match="--measured and --gpu or --gpu-gib: both say what a GPU is; give one of them"
+        ConfigError, match="--measured and --gpu or --gpu-gib: both set the type of GPU; give one of them"
     ):
-        Fleets.of(MachineSection(), None, None, ["h100-80gb"], None, None, path).machines()
+        MachineRequest.of(MachineSection(), None, None, ["h100-80gb"], None, None, path).machines()
 
 
 def test_plan_says_that_the_machine_was_measured(tmp_path: Path) -> None:

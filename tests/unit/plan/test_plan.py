@@ -21,12 +21,12 @@ from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.members import MEMBERS
 from dist_lora.herd.shape import Shape
-from dist_lora.layout.memory import Setup, kept_bytes_of_a_layer, setup_of
+from dist_lora.layout.memory import Setup, saved_bytes_of_layer, setup_of
 from dist_lora.layout.storage import base_parts
 from dist_lora.lora.attach import attach_adapters
 from dist_lora.plan.hardware import GPUS, find_gpu
 from dist_lora.plan.plan import Machines, make_plan, sweep
-from dist_lora.plan.speed import flops_a_token
+from dist_lora.plan.speed import flops_per_token
 from dist_lora.plan.table import lines_of
 from dist_lora.text import GIB
 from dist_lora.train.build import shard_model
@@ -85,9 +85,9 @@ def test_operations_of_a_token_by_hand() -> None:
     trained = 3 * 4 * (256 + 256)
     seen = 3 * 256 * 100 / 2 * 2
     expected = 4 * (frozen + 512 * 256) + 6 * trained + 6 * seen
-    assert flops_a_token(setup_for(config, TINY), context=100) == expected
+    assert flops_per_token(setup_for(config, TINY), context=100) == expected
     again = setup_for(config_of(lora={"rank": 4, "targets": ["q_proj"]}), TINY)
-    assert flops_a_token(again, context=100) == expected + 2 * (frozen + trained + seen)
+    assert flops_per_token(again, context=100) == expected + 2 * (frozen + trained + seen)
 
 
 # By autograd
@@ -131,7 +131,7 @@ def test_what_a_layer_keeps_for_its_backward_is_what_autograd_saves(dtype, targe
         alive += [*saved, x]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
         found = sum(size for pointer, size in storages.items() if pointer not in known)
-        assert kept_bytes_of_a_layer(setup, layer) == found, layer
+        assert saved_bytes_of_layer(setup, layer) == found, layer
         known |= set(storages)
 
 
@@ -154,9 +154,9 @@ def test_gpt3_is_planned_by_the_weights_that_were_counted() -> None:
     ends = 50257 * 12288
     products = 4 * (175e9 - ends) + 4 * ends + 6 * 18_874_368
     attention = 6 * 96 * 12288 * 2048 / 2 * 2
-    assert flops_a_token(plan.setup, context=2048) == pytest.approx(products + attention, rel=1e-6)
+    assert flops_per_token(plan.setup, context=2048) == pytest.approx(products + attention, rel=1e-6)
     assert (
-        "  175,000,000,000 frozen weights (as given; what is computed is a Llama's of these sizes), 18,874,368 trained"
+        "  175,000,000,000 frozen weights (as given; computed as a Llama of these sizes), 18,874,368 trained"
         in list(lines_of(plan))
     )
 
@@ -204,13 +204,13 @@ def test_an_offloaded_base_lies_in_host_memory_and_comes_over_its_link() -> None
     )
     assert plan.memory.base == 0 and plan.memory.optimizer == 0
     assert plan.memory.host - plain.memory.host == plain.memory.base + plain.memory.optimizer
-    assert plan.speed.host_s[0] == pytest.approx(2 * plain.setup.passes * plain.memory.base / (64e9 * 0.85))
+    assert plan.speed.host_s[0] == pytest.approx(2 * plain.setup.accumulation_steps * plain.memory.base / (64e9 * 0.85))
     assert make_plan(config, Machines(1, 8, H100, host_bytes=100 * GIB)).fits is False
 
 
 def test_products_take_as_long_as_the_gpu_was_measured_to_take_by_hand() -> None:
     plan = make_plan(config_of(train={"sequence_length": 2048}), Machines(1, 8, H100))
-    flops = flops_a_token(plan.setup, context=2048) * plan.setup.micro_tokens * plan.setup.passes
+    flops = flops_per_token(plan.setup, context=2048) * plan.setup.micro_tokens * plan.setup.accumulation_steps
     assert plan.speed.compute_s == pytest.approx((flops / (0.8 * 794.5e12), flops / (0.3 * 794.5e12)))
 
 
@@ -230,8 +230,8 @@ def test_more_ranks_than_rows_or_sequences_or_layers_are_planned_and_said_to_be(
     config = config_of(parallel={"base_shard": "world"}, train={"global_batch": 16})
     plan = make_plan(config, Machines(512, 8, H100))
     told = [
-        "4096 ranks share the 1,024 rows of k_proj.weight: 3,072 keep none",
-        "a step has 16 sequences: 4,080 of 4,096 ranks compute nothing",
+        "k_proj.weight has 1,024 rows for 4,096 ranks: 3,072 ranks hold none of it",
+        "a step has 16 sequences: 4,080 of 4,096 ranks are idle",
     ]
     assert plan.fits and plan.notes == told == plan.to_json()["notes"]
     assert [line.strip() for line in lines_of(plan) if "note " in line] == [f"note      {note}" for note in told]
@@ -252,12 +252,12 @@ def test_what_a_run_would_refuse_a_plan_refuses_with_the_same_words() -> None:
             refuse()
         told.append(str(caught.value))
     assert told[0] == told[1] and told[0].startswith(
-        "model.quant: nf4 can't keep it: down_proj: nf4 cuts each row into"
+        "model.quant: nf4 can't store it: down_proj: nf4 splits each row into"
     )
 
 
 def test_a_hub_id_of_no_member_is_told() -> None:
-    with pytest.raises(ConfigError, match=r"someone/else is no member of the herd, and its sizes lie on the hub"):
+    with pytest.raises(ConfigError, match=r"someone/else is not a herd member, and its sizes are on the hub"):
         make_plan(config_of(model={"name": "someone/else"}), Machines(1, 8, H100))
 
 
@@ -282,7 +282,7 @@ def test_a_plan_that_fits_is_printed_with_what_was_chosen_and_why(config_file) -
     done = plan_command(config_file)
     assert done.returncode == 0 and done.stderr == ""
     for text in ("8,030,261,248 frozen weights, 41,943,040 trained", "engine    fsdp2: 8 processes share the base",
-                 "1.87 GiB", ": fits", "100 steps: ", "the wall is compute"):  # fmt: skip
+                 "1.87 GiB", ": fits", "100 steps: ", "bound by compute"):  # fmt: skip
         assert text in done.stdout, done.stdout
 
 
@@ -297,8 +297,8 @@ def test_a_plan_in_json_adds_up(config_file) -> None:
 def test_what_does_not_fit_ends_with_3_and_tells_both_numbers(config_file) -> None:
     done = plan_command(config_file, "model.name=3.1-405b", "--gpu-gib", 24)
     assert done.returncode == 3
-    assert done.stderr.startswith("error: 3.1-405b needs ") and "24.0 GiB are there" in done.stderr
-    assert "does not fit" in done.stdout and "It would fit with:" in done.stdout
+    assert done.stderr.startswith("error: 3.1-405b needs ") and "24.0 GiB are available" in done.stderr
+    assert "doesn't fit" in done.stdout and "It would fit with:" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -308,9 +308,9 @@ def test_what_does_not_fit_ends_with_3_and_tells_both_numbers(config_file) -> No
         (["--nodes", 0], "--nodes: found 0, expected 1 or more"),
         (["--gpus-per-node", 0], "--gpus-per-node: found 0, expected 1 or more"),
         (["--gpu-gib", -1], "--gpu-gib: found -1, expected GiB above 0"),
-        (["--gpu", "h100-80gb", "--gpu-gib", 80], "both say what a GPU holds"),
-        (["--nodes", 1, "--nodes", 2], "several of them are for --sweep"),
-        (["--timeline", "a.png"], "--timeline: it shows a simulated step; add --simulate"),
+        (["--gpu", "h100-80gb", "--gpu-gib", 80], "both set the memory of a GPU"),
+        (["--nodes", 1, "--nodes", 2], "several values need --sweep"),
+        (["--timeline", "a.png"], "--timeline: it shows a simulated step; give --simulate too"),
         (["model.name=no-such-folder"], "expected a herd member, an existing folder or a hub id"),
         (["--gpu", "zzz"], "no GPU called zzz is known (known: a10g-24gb, rtx3090-24gb,"),
         (["model.name={empty}"], "has no config.json: expected config.json, *.safetensors and the tokenizer's files"),
@@ -322,7 +322,7 @@ def test_what_does_not_fit_ends_with_3_and_tells_both_numbers(config_file) -> No
             ],
             "model.shape.num_attention_heads: found 3, which doesn't divide hidden_size 64",
         ),
-        (["parallel.node_size=3"], "parallel.node_size: 8 processes are not a multiple of 3; every node must hold"),
+        (["parallel.node_size=3"], "parallel.node_size: 8 processes are not a multiple of 3; every node must have"),
         (["parallel.node_size=16"], "parallel.node_size: 8 processes are not a multiple of 16"),
         (["lora.layers=[32]"], "lora.layers: found 32, expected 0-31 (the model has 32 layers)"),
         (["parallel.engine=none"], "parallel.engine: none runs one process and 8 were started"),

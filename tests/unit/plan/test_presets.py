@@ -14,7 +14,7 @@ from dist_lora.config.load import load_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.members import MEMBERS
-from dist_lora.plan.command import Fleets
+from dist_lora.plan.command import MachineRequest
 from dist_lora.plan.plan import make_plan
 from dist_lora.plan.presets import (
     MACHINES,
@@ -68,7 +68,9 @@ def test_a_config_as_it_is_printed_loads(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_plan_without_options_is_for_the_machine_in_the_name(name: str) -> None:
     preset = PRESETS[name]
-    found = make_plan(preset.config, Fleets.of(preset.config.machine, None, None, None, None, None, None).single())
+    found = make_plan(
+        preset.config, MachineRequest.of(preset.config.machine, None, None, None, None, None, None).single()
+    )
     assert found.machines == preset.plan.machines and found.device_bytes == preset.plan.device_bytes and found.fits
 
 
@@ -129,7 +131,7 @@ def test_the_bytes_of_the_base_and_the_batches_are_right(name: str) -> None:
     assert config.train.global_batch % (gpus * config.train.micro_batch) == 0
     passes = config.train.global_batch // (gpus * config.train.micro_batch)
     said = f"{gpus} GPU{'s' if gpus > 1 else ''} x {config.train.micro_batch}"
-    assert f"{said}{f' x {passes} passes' if passes > 1 else ''} = {config.train.global_batch}" in text
+    assert f"{said}{f' x {passes} accumulation steps' if passes > 1 else ''} = {config.train.global_batch}" in text
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -153,9 +155,10 @@ def test_the_costs_of_the_8b_on_eight_gpus_by_hand() -> None:
     assert f"base {2 * 8_030_261_248 / 8 / 2**30:.2f}, adapters {4 * trained / 2**30:.2f}" in text
     assert f"AdamW {8 * trained / 2**30:.2f}" in text
     assert (
-        f"Disk: {12 * trained / 1e6:.0f} MB a checkpoint" in text and f"the adapter {4 * trained / 1e6:.0f} MB" in text
+        f"Disk: {12 * trained / 1e6:.0f} MB per checkpoint" in text
+        and f"the adapter {4 * trained / 1e6:.0f} MB" in text
     )
-    assert "split over 8 GPUs, 2.0 GB on each" in text
+    assert "sharded over 8 GPUs, 2.0 GB on each" in text
 
 
 def test_the_bytes_of_the_8b_in_nf4_by_hand() -> None:

@@ -152,7 +152,7 @@ def test_without_a_mark_it_is_not_started_again(stubs: Stubs) -> None:
     stubs.python("exit 9")
     code, told = stubs.run(make_script(request(stubs.folder)))
     assert (code, "requeue" in stubs.called) == (9, False)
-    assert "srun ended with exit code 9 and the run wrote no status for this attempt" in told
+    assert "srun ended with exit code 9, and the run wrote no status for this attempt" in told
 
 
 @pytest.mark.parametrize(("restart", "is_requeued"), [("0", True), ("2", True), ("3", False)])
@@ -321,32 +321,32 @@ def test_the_config_names_the_machines_that_are_not_typed(tmp_path: Path) -> Non
     asked = request(tmp_path, config(tmp_path, machine=named), num_nodes=None, gpus_per_node=None, gpu=None)
     script = make_script(asked)
     assert "#SBATCH --nodes=5\n" in script and "#SBATCH --gpus-per-node=4\n" in script
-    assert "of 138.9 GiB of a GPU" in script
+    assert "of 138.9 GiB per GPU" in script
     assert "#SBATCH --nodes=2\n" in make_script(replace(asked, num_nodes=2))
-    with pytest.raises(ConfigError, match=r"--nodes: not given, and machine.nodes of the config is not set"):
-        make_script(request(tmp_path, config(tmp_path, run="bare"), num_nodes=None))
+    with pytest.raises(ConfigError, match=r"--nodes: not given, and machine.nodes of the config isn't set"):
+        make_script(request(tmp_path, num_nodes=None))
     two = config(tmp_path, run="two", machine=named | {"nodes": 6})
     both = replace(asked, configs=(*asked.configs, two))
-    with pytest.raises(ConfigError, match=r"machine.nodes: the configs of one job name 5, 6; say one for all of them"):
+    with pytest.raises(ConfigError, match=r"machine.nodes: the configs of one job have 5, 6; set one for all of them"):
         make_script(both)
     assert "#SBATCH --nodes=5\n" in make_script(replace(both, num_nodes=5))
 
 
 def test_a_run_that_does_not_fit_gets_no_script(tmp_path: Path) -> None:
     big = config(tmp_path, model={"name": "3.1-405b", "quant": "nf4"})
-    with pytest.raises(PlanError, match=r"it: 3\.1-405b needs .* GiB of each GPU.* It would fit with"):
+    with pytest.raises(PlanError, match=r"it: 3\.1-405b needs .* GiB per GPU.* It would fit with"):
         make_script(request(tmp_path, big, gpu=find_gpu("a10g-24gb")))
 
 
 def test_two_configs_of_one_run_are_refused(tmp_path: Path) -> None:
     path = config(tmp_path)
-    with pytest.raises(ConfigError, match=r"both write .*all runs/it; give each its own name"):
+    with pytest.raises(ConfigError, match=r"both write to .*all runs/it; give each run its own name"):
         make_script(request(tmp_path, path, path))
 
 
 def test_a_model_of_unknown_size_gets_a_script_without_a_plan(tmp_path: Path) -> None:
     script = make_script(request(tmp_path, config(tmp_path, model={"name": "someone/their-llama"})))
-    assert "# it: not planned, since the sizes of someone/their-llama lie on the hub" in script
+    assert "# it: not planned, since the sizes of someone/their-llama are on the hub" in script
     assert "#SBATCH --mem=0\n" in script and "\n##SBATCH --time=" in script
 
 
@@ -359,7 +359,7 @@ def test_submitting_hands_the_script_over(stubs: Stubs, monkeypatch: pytest.Monk
     assert submit("text") == "88"
     assert (stubs.folder / "got").read_text() == "text"
     stubs.write(stubs.bin / "sbatch", 'echo "sbatch: error: invalid account" >&2; exit 1')
-    with pytest.raises(DistLoraError, match="sbatch refuses the job: sbatch: error: invalid account"):
+    with pytest.raises(DistLoraError, match="sbatch rejected the job: sbatch: error: invalid account"):
         submit("text")
 
 

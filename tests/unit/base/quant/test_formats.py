@@ -91,7 +91,7 @@ def test_a_shape_whose_rows_are_no_whole_blocks_is_refused_by_nf4_alone() -> Non
     assert [form.refusal(10, 128) for form in FORMATS] == [None] * 4
     assert [form.refusal(10, 100) is None for form in FORMATS] == [True, True, False, True]
     assert Nf4().refusal(4_096, 11_000) == (
-        "nf4 cuts each row into blocks of 64 weights, and a linear of (4,096, 11,000) has 56 left over in each: set "
+        "nf4 splits each row into blocks of 64 weights, and a linear of (4,096, 11,000) has 56 left over in each: set "
         "model.quant to int8 or none."
     )
     with pytest.raises(AssertionError, match="rows of 100 weights are not whole blocks of 64"):
