@@ -25,6 +25,7 @@ QUICK = ("python -m bench.models", "python -m dist_lora plan ", "python -m dist_
 def commands_of(text: str) -> list[str]:
     """Every command in backticks, or on a line of its own."""
     text = re.sub(r"(?m)^<!--.*?-->$", "", text)
+    text = re.sub(r"(?m)^(    dist-lora [^\n]*,)\n {6}([^\n]*,)\n {6}", r"\1 \2 ", text)  # one over three lines
     lines = re.findall(r"(?m)^    ((?:dist-lora|python -m|bash) [^\n#]*)", text)
     return lines + re.findall(r"`([A-Z_=\w/:.-]* ?(?:dist-lora|python -m|bash) [^`\n]+)`", text)
 
