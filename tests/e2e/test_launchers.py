@@ -48,6 +48,8 @@ def start(*words: object, folder: Path, **added: object) -> Started:
     process = subprocess.Popen(
         ["bash", "-c", 'exec "$@" <&-', "bash", *map(str, words)],
         cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        # A shell can't trap what was ignored as it began, as Ctrl-C is where the tests run in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     return Started(process)
 
