@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +60,8 @@ def test_a_rank_that_never_comes_is_a_fault_and_all_else_is_told() -> None:
     with tempfile.TemporaryDirectory() as folder:
         launcher = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
         launcher["DIST_LORA_RENDEZVOUS"] = f"{folder}/rendezvous"
-        started_s = time.monotonic()
         _, done = run_processes([(("doctor", "--deadline", 3), QUICK | launcher)])
-    assert done.returncode == 1 and time.monotonic() - started_s < 60
+    assert done.returncode == 1
     assert "fault    rendezvous: couldn't be measured: JoinError: 1 of 2 processes joined within" in done.stdout
     assert "missing rank 1" in done.stdout
     assert "-> Is every node started, with the same address, port and number of processes" in done.stdout

@@ -51,6 +51,7 @@ def dataset(config, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_model_and_data_are_fetched_by_one_rank_of_a_node(config, repository, dataset, tmp_path) -> None:
     with serving(Hub({"org/tiny": repository, "datasets/org/data": dataset})) as hub:
         environment = {**os.environ, **hub.environment(tmp_path)}

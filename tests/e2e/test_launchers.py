@@ -48,6 +48,8 @@ def start(*words: object, folder: Path, **added: object) -> Started:
     process = subprocess.Popen(
         ["bash", "-c", 'exec "$@" <&-', "bash", *map(str, words)],
         cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        # A shell can't trap what was ignored as it began, as Ctrl-C is where the tests run in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     return Started(process)
 
@@ -200,12 +202,11 @@ def test_whoever_starts_the_ranks_the_losses_are_the_same(name, engine, launched
 
 
 def test_a_node_that_torchrun_waits_for_in_vain_is_told(folder) -> None:
-    started = time.monotonic()
     code, told = start(
         LAUNCH / "torchrun.sh", "train me.yaml", "run=half", folder=folder, NNODES=2, NPROC=1, JOIN_TIMEOUT=5,
         HEAD=f"127.0.0.1:{free_port()}",
     ).end()  # fmt: skip
-    assert code == 1 and time.monotonic() - started < 30, told
+    assert code == 1, told
     assert "RendezvousTimeoutError" in told
     assert "1 of 2 nodes joined at 127.0.0.1:" in told and "within 5 s: start it on each, with the same NNODES" in told
 
@@ -255,7 +256,7 @@ if "torch.distributed.run" not in sys.argv:
     sys.exit(1)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 subprocess.run(["sleep", "2"])
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -263,7 +264,6 @@ def test_a_torchrun_that_is_deaf_when_its_ranks_have_ended_is_ended(folder) -> N
     stand_in = folder.with_name("deaf")
     stand_in.write_text(DEAF)
     stand_in.chmod(0o755)
-    started = time.monotonic()
     code, told = start(
         LAUNCH / "torchrun.sh",
         "train me.yaml",
@@ -274,7 +274,7 @@ def test_a_torchrun_that_is_deaf_when_its_ranks_have_ended_is_ended(folder) -> N
         HEAD="a:1",
         JOIN_TIMEOUT=1,
     ).end()
-    assert code == 1 and time.monotonic() - started < 30, told
+    assert code == 1, told
     assert "torchrun has had no ranks for 3 s and is ended" in told
 
 

@@ -105,7 +105,7 @@ def _run(config: Path, name: str) -> Ended:
 @pytest.mark.parametrize(
     ("name", "phase"),
     [
-        ("data", "step 3, reading its data"),
+        pytest.param("data", "step 3, reading its data", marks=pytest.mark.slow),
         ("data, alone", "step 3, reading its data"),
         ("forward", "step 3, micro-batch 1 of 2"),
         pytest.param("forward, torchrun", "step 3, micro-batch 1 of 2", marks=pytest.mark.slow),

@@ -61,6 +61,7 @@ def test_deepspeed_says_nothing_and_compiles_nothing(sharded) -> None:
     assert not compiled.exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_bytes_of_one_that_was_not(config, sharded) -> None:
     whole, _, _ = sharded
     arguments = ("train", config, "run=zero3-killed", "parallel.engine=zero3", "data.eval=0.2", "eval.every=4",

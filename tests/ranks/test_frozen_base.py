@@ -300,7 +300,7 @@ def kept_between_micro_batches(world: World, folder: str, adapters: str, micro_b
     return most
 
 
-@pytest.mark.parametrize("adapters", ["replicate", "shard"])
+@pytest.mark.parametrize("adapters", ["replicate", pytest.param("shard", marks=pytest.mark.slow)])
 def test_accumulating_eight_times_keeps_no_more_than_once(ranks, tiny_llama, adapters) -> None:
     folder = str(tiny_llama("llama31"))
     once, eight = (ranks(2).run(kept_between_micro_batches, folder, adapters, count)[0] for count in (1, 8))

@@ -37,6 +37,13 @@ ROPE_OF_3 = {"rope_type": "default", "rope_theta": 500_000.0}
 # One for each configuration, among them a base, an Instruct and a Guard: the others differ from theirs in the ids of stops
 # alone, which no training reads.
 FIRST = ("3-8b", "3-70b-instruct", "guard-3-8b", "3.1-70b", "3.1-405b-instruct", "3.2-1b")
+IN_SUITE = ("3-8b", "guard-3-8b", "3.2-1b")  # RoPE plain and scaled, a head of its own and a tied one
+
+
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    if name in IN_SUITE:
+        return []
+    return [pytest.mark.slow] if name in FIRST else [pytest.mark.turn(of=4)]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +103,7 @@ def our_logits(settings: dict[str, Any], adapter: Path, ids: torch.Tensor) -> to
         )
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FIRST else pytest.mark.turn(of=4)) for n in MEMBERS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in MEMBERS])
 def test_a_member_trains_on_two_ranks_and_peft_answers_as_our_model_does(ranks, makers, tmp_path, name) -> None:
     member = MEMBERS[name]
     folder = makers.folder(member)
@@ -139,7 +146,7 @@ def test_a_tiny_member_is_its_member_but_for_the_sizes_that_are_said(makers, nam
 
 
 @pytest.mark.parametrize("name", MEMBERS)
-def test_a_member_has_the_configuration_of_one_that_trains_in_every_suite(makers, name) -> None:
+def test_a_member_has_the_configuration_of_one_that_trains_in_ci_each_time(makers, name) -> None:
     found = {}
     for each in (name, *FIRST):
         config = json.loads((makers.folder(MEMBERS[each]) / "config.json").read_text())
