@@ -309,8 +309,8 @@ def join(
     store = dist.PrefixStore("us", store)
     at = meeting_place(place, environment)
     world = World(place.world_rank, place.world_size, local_rank, local_size, device, store, meets_at=at)
-    watch = FailureWatch(world)
     if ends_with_others:
+        watch = FailureWatch(world)
         world.watches.append(watch)
         watch.start()
     try:
@@ -321,15 +321,18 @@ def join(
             world_size=place.world_size,
             timeout=timedelta(seconds=collective_timeout_s),
         )
+        if ends_with_others:
+            # One that left while another still connects would look to it like one that crashed.
+            world.agree("joining", None)
+    except RankError:
+        world.leave()
+        raise
     except (dist.DistError, RuntimeError) as error:
-        watch.leave()
+        world.leave()
         refused = JoinError(f"the ranks can't reach each other to compute: {error}")
         if ends_with_others and not world.fail(refused):
             raise RankError(str(refused)) from error
         raise refused from error
-    if ends_with_others:
-        # One that left while another still connects would look to it like one that crashed.
-        world.agree("joining", None)
     return world
 
 
