@@ -371,8 +371,8 @@ def join(
     world = World(
         launched.world_rank, launched.world_size, local_rank, local_size, device, store, store_address=address
     )
-    watch = FailureWatch(world)
     if watches_failures:
+        watch = FailureWatch(world)
         world.watches.append(watch)
         watch.start()
     try:
@@ -383,15 +383,18 @@ def join(
             world_size=launched.world_size,
             timeout=timedelta(seconds=collective_timeout_s),
         )
+        if watches_failures:
+            # One that ended while another still connects would look to it like one that crashed.
+            world.agree("joining", None)
+    except RankError:
+        world.leave()
+        raise
     except (dist.DistError, RuntimeError) as error:
-        watch.leave()
+        world.leave()
         refused = JoinError(f"the ranks can't connect to each other for collectives: {error}")
         if watches_failures and not world.fail(refused):
             raise RankError(str(refused)) from error
         raise refused from error
-    if watches_failures:
-        # One that ended while another still connects would look to it like one that crashed.
-        world.agree("joining", None)
     return world
 
 

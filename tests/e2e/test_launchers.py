@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,10 +46,9 @@ def start(*words: object, folder: Path, **added: object) -> Started:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "DS_ACCELERATOR": "cpu"}
     environment |= {name: str(value) for name, value in added.items()}
     process = subprocess.Popen(
-        ["bash", "-c", 'exec "$@" <&-', "bash", *map(str, words)],
+        # A shell can't trap what was ignored as it began, as SIGINT is where the tests run in the background.
+        ["env", "--default-signal=INT", "bash", "-c", 'exec "$@" <&-', "bash", *map(str, words)],
         cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        # A shell can't trap what was ignored as it began, as Ctrl-C is where the tests run in the background.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     return Started(process)
 
@@ -130,14 +129,8 @@ def accelerate(folder: Path, *arguments: str, machines: Sequence[int] = (0,)) ->
     ]  # fmt: skip
 
 
-@functools.cache
-def slurm() -> cluster.Cluster:
-    """Two nodes, for as long as the module's tests need them; see ``launched``."""
-    return cluster.Cluster(2)
-
-
-def srun(folder: Path, *arguments: str) -> list[Started]:
-    told = {name: value for name, value in slurm().environment.items() if name in ("PATH", "SLURM_CONF")}
+def srun(slurm: cluster.Cluster, folder: Path, *arguments: str) -> list[Started]:
+    told = {name: value for name, value in slurm.environment.items() if name in ("PATH", "SLURM_CONF")}
     return [
         start("srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit", sys.executable, "-m", "dist_lora", "train",
               "train me.yaml", *arguments, folder=folder, **told)
@@ -152,7 +145,6 @@ LAUNCHERS: Mapping[str, Callable[..., list[Started]]] = {
     "deepspeed by ssh": deepspeed_by_ssh,
     "accelerate": accelerate,
     "accelerate, two nodes": functools.partial(accelerate, machines=(0, 1)),
-    "srun": srun,
 }
 NEEDS_SLURM = [pytest.mark.slurm, pytest.mark.skipif(bool(cluster.lacking()), reason=cluster.lacking() or "-")]
 
@@ -170,27 +162,26 @@ def launched(folder, request) -> Iterator[Callable[[str, str], Path]]:
         if item.module is request.module and "launched" in item.fixturenames
     ]
     runs: dict[tuple[str, str], Future[Path]] = {}
+    launchers = dict(LAUNCHERS)
 
     def run(name: str, engine: str) -> Path:
         called = f"{name} {engine}".replace(",", "").replace(" ", "-")
-        started = LAUNCHERS[name](folder, f"run={called}", f"parallel.engine={engine}")
+        started = launchers[name](folder, f"run={called}", f"parallel.engine={engine}")
         for code, told in [each.end() for each in started]:
             assert code == 0, told
         return folder / "the runs" / called
 
-    if any(name == "srun" for name, _ in wanted):
-        slurm()  # before two threads ask for it at once
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ExitStack() as held:
+        if any(name == "srun" for name, _ in wanted):
+            launchers["srun"] = functools.partial(srun, held.enter_context(closing(cluster.Cluster(2))))
+        pool = held.enter_context(ThreadPoolExecutor(AT_ONCE))
         runs = {each: pool.submit(run, *each) for each in dict.fromkeys(wanted)}
         yield lambda name, engine: runs[name, engine].result()
-    if slurm.cache_info().currsize:
-        with closing(slurm()):
-            slurm.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("name", "engine"),
-    [pytest.param(name, engine, marks=marks_of(name)) for name in LAUNCHERS for engine in ENGINES],
+    [pytest.param(name, engine, marks=marks_of(name)) for name in (*LAUNCHERS, "srun") for engine in ENGINES],
 )
 def test_whoever_starts_the_ranks_the_losses_are_the_same(name, engine, launched, whole) -> None:
     found, wanted = losses(launched(name, engine)), losses(whole)

@@ -15,10 +15,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tests.e2e.starter import FOR_ZERO3, IMPORTED
+
 TIMEOUT_S = 120
-IMPORTED = ("dist_lora.train.command", "dist_lora.engines.fsdp2", "dist_lora.engines.zero3", "tests.ranks.runs", "tests.ranks.tiny",
-            "torch._dynamo", "torch._inductor.compile_fx", "deepspeed.runtime.superoffload.superoffload_stage3",
-            "transformers.convert_slow_tokenizer", "transformers.models.llama.configuration_llama")  # fmt: skip
 
 
 class RankFailed(AssertionError):
@@ -36,7 +35,7 @@ class Ranks:
     def __init__(self, size: int) -> None:
         self.size = size
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload([*IMPORTED])
+        context.set_forkserver_preload([*IMPORTED, *FOR_ZERO3, "tests.ranks.runs", "tests.ranks.tiny"])
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):

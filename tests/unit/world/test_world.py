@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_lora.errors import ConfigError, DistLoraError, RankError, SaveError
+from dist_lora.errors import ConfigError, DistLoraError, JoinError, RankError, SaveError
 from dist_lora.world.launcher import LaunchedRank
 from dist_lora.world.world import World, join
 
@@ -47,15 +47,24 @@ def test_rank_0_stays_until_the_others_have_read_why_they_end() -> None:
     assert caught.value.exit_code == 2
 
 
-def test_no_rank_has_joined_before_all_are_connected(tmp_path, monkeypatch) -> None:
-    """One that joined, had nothing to do and ended would close the connection that another is still making."""
+# Joining
+
+
+@pytest.fixture
+def come(tmp_path) -> Callable[[int], World]:
+    """``come(rank)`` joins a world of two."""
+    environment = {"DIST_LORA_RENDEZVOUS": str(tmp_path / "rendezvous")}
+    return lambda rank: join(LaunchedRank(rank, 2, rank, 2), environment, collective_timeout_s=30, join_timeout_s=30)
+
+
+def watches() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "failure-watch"]
+
+
+def test_no_rank_has_joined_before_all_are_connected(come, monkeypatch) -> None:
+    """One that came, had nothing to do and left would close the connection that another is still making."""
     may_connect = threading.Event()
     monkeypatch.setattr(dist, "init_process_group", lambda *_, rank, **__: may_connect.wait(30) if rank == 0 else None)
-    environment = {"DIST_LORA_RENDEZVOUS": str(tmp_path / "rendezvous")}
-
-    def come(rank: int) -> World:
-        return join(LaunchedRank(rank, 2, rank, 2), environment, collective_timeout_s=30, join_timeout_s=30)
-
     with ThreadPoolExecutor(2) as threads:
         slow, quick = threads.submit(come, 0), threads.submit(come, 1)
         with pytest.raises(TimeoutError):
@@ -63,6 +72,44 @@ def test_no_rank_has_joined_before_all_are_connected(tmp_path, monkeypatch) -> N
         may_connect.set()
         for joined in (slow, quick):
             joined.result(30).leave()
+
+
+def test_a_rank_that_can_not_connect_ends_one_that_is_connected_and_no_watch_is_left(come, monkeypatch) -> None:
+    """A watch that stayed would end this process seconds later."""
+
+    def connect(*_: object, rank: int, **__: object) -> None:
+        if rank == 0:
+            raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(dist, "init_process_group", connect)
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.submit(come, 0), threads.submit(come, 1)
+        with pytest.raises(
+            JoinError, match=r"^the ranks can't connect to each other for collectives: no route to host$"
+        ):
+            first.result(30)
+        with pytest.raises(
+            RankError, match="rank 0 failed: the ranks can't connect to each other for collectives: no route to host"
+        ):
+            second.result(30)
+    for watch in watches():
+        watch.join(30)
+    assert watches() == []
+
+
+def test_a_store_that_goes_while_ranks_connect_is_told_as_such(come, monkeypatch) -> None:
+    def gone(world: World, stage: str, error: BaseException | None) -> None:
+        raise dist.DistNetworkError("Connection reset by peer")
+
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(World, "agree", gone)
+    with ThreadPoolExecutor(2) as threads:
+        found = [threads.submit(come, rank).exception for rank in (0, 1)]
+        errors = [exception(30) for exception in found]
+    assert {type(error) for error in errors} == {JoinError, RankError}  # one of them tells
+    assert {str(error) for error in errors} == {
+        "the ranks can't connect to each other for collectives: Connection reset by peer"
+    }
 
 
 # What one rank does for others
