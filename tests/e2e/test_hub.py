@@ -102,6 +102,7 @@ def two_nodes(config, repository, dataset, tmp_path_factory) -> Iterator[tuple[T
         yield nodes, hub.requests[:]
 
 
+@pytest.mark.slow
 def test_one_rank_of_each_node_asks_the_hub(two_nodes, repository) -> None:
     nodes, asked = two_nodes
     needed = [p.name for p in repository.iterdir() if p.suffix in (".json", ".safetensors", ".jinja")]
