@@ -118,7 +118,7 @@ def _check_changes(config: Config, checkpoint: VerifiedCheckpoint, *, is_to_log:
         )
         raise ConfigError(f"{checkpoint.path} is of a run with other settings:{lines}\n{_WHAT_TO_DO}")
     if by_effect["logged"] and is_to_log:
-        log.warning(f"resuming {checkpoint.path} with other settings: {'; '.join(map(str, by_effect['said']))}")
+        log.warning(f"resuming {checkpoint.path} with other settings: {'; '.join(map(str, by_effect['logged']))}")
 
 
 def best_of(checkpoint: VerifiedCheckpoint) -> tuple[int | None, float]:

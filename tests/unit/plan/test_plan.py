@@ -310,7 +310,7 @@ def test_what_does_not_fit_ends_with_3_and_tells_both_numbers(config_file) -> No
         (["--gpu-gib", -1], "--gpu-gib: found -1, expected GiB above 0"),
         (["--gpu", "h100-80gb", "--gpu-gib", 80], "both set the memory of a GPU"),
         (["--nodes", 1, "--nodes", 2], "several values need --sweep"),
-        (["--timeline", "a.png"], "--timeline: it shows a simulated step; give --simulate too"),
+        (["--timeline", "a.png"], "--timeline: it shows a simulated step; add --simulate"),
         (["model.name=no-such-folder"], "expected a herd member, an existing folder or a hub id"),
         (["--gpu", "zzz"], "no GPU called zzz is known (known: a10g-24gb, rtx3090-24gb,"),
         (["model.name={empty}"], "has no config.json: expected config.json, *.safetensors and the tokenizer's files"),

@@ -323,13 +323,13 @@ def test_the_config_names_the_machines_that_are_not_typed(tmp_path: Path) -> Non
     assert "#SBATCH --nodes=5\n" in script and "#SBATCH --gpus-per-node=4\n" in script
     assert "of 138.9 GiB per GPU" in script
     assert "#SBATCH --nodes=2\n" in make_script(replace(asked, num_nodes=2))
-    with pytest.raises(ConfigError, match=r"--nodes: not given, and machine.nodes of the config isn't set"):
-        make_script(request(tmp_path, num_nodes=None))
     two = config(tmp_path, run="two", machine=named | {"nodes": 6})
     both = replace(asked, configs=(*asked.configs, two))
     with pytest.raises(ConfigError, match=r"machine.nodes: the configs of one job have 5, 6; set one for all of them"):
         make_script(both)
     assert "#SBATCH --nodes=5\n" in make_script(replace(both, num_nodes=5))
+    with pytest.raises(ConfigError, match=r"--nodes: not given, and machine.nodes of the config isn't set"):
+        make_script(request(tmp_path, num_nodes=None))
 
 
 def test_a_run_that_does_not_fit_gets_no_script(tmp_path: Path) -> None:
