@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -122,6 +122,8 @@ def _check_text(text: str) -> str:
 Text = Annotated[str, AfterValidator(_check_text)]
 # A path is written as text; strict mode would require a Path object.
 FilePath = Annotated[Path, Field(strict=False)]
+Quant = Literal["none", "nf4", "int8"]
+QUANTIZED: tuple[Quant, ...] = tuple(quant for quant in get_args(Quant) if quant != "none")
 # The trackers that accelerate knows by name.
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
 LayerRange = Annotated[
@@ -171,7 +173,7 @@ class ModelSection(Section):
         default=None,
         description="Sizes given by hand, for plan and explain: the name is then only a label. Such a model can't be trained.",
     )
-    quant: Literal["none", "nf4", "int8"] = Field(
+    quant: Quant = Field(
         default="none",
         description="How the linear layers are stored: none is not quantized (see dtype), nf4 takes 4.5 bits per weight, int8 8 bits.",
     )

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_lora.base.attention import Documents
-from dist_lora.base.quant.formats import Format, Int8, Nf4
+from dist_lora.base.quant.formats import Format, format_of
+from dist_lora.config.schema import QUANTIZED
 from dist_lora.doctor.findings import Answer
 from dist_lora.errors import DistLoraError
 from dist_lora.layout.choices import DtypeName, choose_attention
@@ -47,7 +48,9 @@ def measure_compute(device: torch.device, dtype: torch.dtype, *, budget_s: float
         "call_s": _call_s(device, dtype, budget_s),
         "products": _products(device, dtype, budget_s),
         "attention": _attention(device, dtype, budget_s),
-        "dense_weights_per_s": {fmt.name: _dequantize(fmt, device, dtype, budget_s) for fmt in (Nf4(), Int8())},
+        "dense_weights_per_s": {
+            quant: _dequantize(format_of(quant, dtype), device, dtype, budget_s) for quant in QUANTIZED
+        },
     }
 
 

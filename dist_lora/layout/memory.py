@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dist_lora.config.schema import Config
+from dist_lora.config.schema import Config, Quant
 from dist_lora.herd.shape import Shape
 from dist_lora.layout.choices import ITEM_BYTES, Choices, Layout, check_node_size, choose
 from dist_lora.layout.storage import FP32, base_parts
@@ -30,7 +30,7 @@ class Setup:
     """
 
     shape: Shape
-    quant: str
+    quant: Quant
     choices: Choices
     lora_rank: int
     targets: tuple[str, ...]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import assert_never
 
+from dist_lora.config.schema import Quant
 from dist_lora.errors import ConfigError
 from dist_lora.herd.shape import Shape
 
@@ -23,7 +25,7 @@ def nf4_refusal(out: int, width: int) -> str | None:
     )
 
 
-def check_quant(shape: Shape, quant: str, model_name: str | None) -> None:
+def check_quant(shape: Shape, quant: Quant, model_name: str | None) -> None:
     """Raise ``ConfigError`` if a linear of the model can't be quantized to ``quant``."""
     for linear, sizes in shape.linear_shapes().items() if quant == "nf4" else ():
         why = nf4_refusal(*sizes)
@@ -50,7 +52,7 @@ class BasePart:
         return math.ceil(self.rows / num_ranks) * self.row_bytes
 
 
-def base_parts(shape: Shape, *, quant: str, item_bytes: int) -> list[BasePart]:
+def base_parts(shape: Shape, *, quant: Quant, item_bytes: int) -> list[BasePart]:
     """Every frozen parameter as a run stores it: the layers' linears quantized, everything else in ``item_bytes``.
 
     With ``shape.given_parameters`` a layer is one part, of as many rows of the hidden size as its weights fill, rounded up.
@@ -73,12 +75,15 @@ def base_parts(shape: Shape, *, quant: str, item_bytes: int) -> list[BasePart]:
     return parts
 
 
-def _row_bytes(quant: str, width: int, item_bytes: int) -> Iterator[tuple[str, int]]:
-    if quant == "nf4":
-        yield "codes", width // 2
-        yield "absmax", FP32 * (width // NF4_BLOCK)
-    elif quant == "int8":
-        yield "codes", width
-        yield "scale", FP32
-    else:
-        yield "weight", width * item_bytes
+def _row_bytes(quant: Quant, width: int, item_bytes: int) -> Iterator[tuple[str, int]]:
+    match quant:
+        case "none":
+            yield "weight", width * item_bytes
+        case "nf4":
+            yield "codes", width // 2
+            yield "absmax", FP32 * (width // NF4_BLOCK)
+        case "int8":
+            yield "codes", width
+            yield "scale", FP32
+        case _:
+            assert_never(quant)

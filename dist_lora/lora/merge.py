@@ -32,10 +32,10 @@ from dist_lora.base.index import (
     read_model_json,
     refuse_links,
 )
-from dist_lora.base.quant.formats import Quant, format_of
+from dist_lora.base.quant.formats import format_of
 from dist_lora.base.safetensors import Entry, bytes_of, header_of, new_safetensors
 from dist_lora.base.stream import TORCH_DTYPES, SliceReader
-from dist_lora.config.schema import LINEARS
+from dist_lora.config.schema import LINEARS, Quant
 from dist_lora.errors import AdapterError, ConfigError, DistLoraError, SaveError
 from dist_lora.files import lock, sync, sync_folder
 from dist_lora.lora.adapter_reader import AdapterOnDisk, open_adapter

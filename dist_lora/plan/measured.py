@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_lora.config.schema import QUANTIZED
 from dist_lora.errors import ConfigError, SaveError
 from dist_lora.files import write_whole
 
@@ -148,7 +149,7 @@ def read_measured(path: Path) -> Measured:
             host_bytes=_count(tree["host_bytes"]),
             products=_products(tree["products"]),
             attention=_products(tree["attention"]),
-            dense_weights_per_s={name: _range(tree["dense_weights_per_s"][name]) for name in ("nf4", "int8")},
+            dense_weights_per_s={name: _range(tree["dense_weights_per_s"][name]) for name in QUANTIZED},
             elementwise=_at_sizes(tree["elementwise"]),
             call_s=_above_0(tree["call_s"]),
             links=links,

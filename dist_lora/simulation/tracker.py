@@ -272,16 +272,6 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # Results
 
     @property
-    def alive(self) -> dict[Kind, int]:
-        """The live bytes now, by kind."""
-        num_bytes = dict.fromkeys(KINDS, 0)
-        # A copy: a tensor may be freed at any moment, by the collector or by a thread that has sent it.
-        for _, life in list(self._of.values()):
-            if life.is_counted:
-                num_bytes[self._kind_of(life)] += life.num_bytes
-        return num_bytes
-
-    @property
     def host_bytes(self) -> int:
         """The live bytes now that were registered as not on the device."""
         return sum(life.num_bytes for _, life in list(self._of.values()) if not life.is_counted)

@@ -14,13 +14,18 @@ from dist_lora.config.schema import Config
 from dist_lora.herd.shape import read_shape
 from dist_lora.simulation.collectives import Traffic, traffic
 from dist_lora.simulation.simulate import STEP, Simulation, full_batches, simulate
-from dist_lora.simulation.tracker import Memory, Tracker, register_run
+from dist_lora.simulation.tracker import KINDS, Memory, Tracker, register_run
 from dist_lora.train.step import TrainStep
 from dist_lora.world.world import World
 from tests.ranks.tiny import config_of, trainee_of
 
 BASES = ("none", "nf4", "int8")
 WORLDS = {"1": (1, 1), "2": (2, 2), "2 x 2": (4, 2)}  # ranks, ranks of a node
+
+
+def alive(tracker: Tracker) -> dict[str, int]:
+    """The live bytes now, by kind."""
+    return dict(zip(KINDS, tracker.memory().timeline[-1].by_kind, strict=True))
 
 
 # Known allocations
@@ -37,10 +42,10 @@ def test_the_peak_of_a_sequence_made_by_hand_is_known_to_the_byte() -> None:
         del c
         d = b.double()  # 800
         del a
-        assert tracker.alive["adapters"] == 4000
-        assert tracker.alive["other"] == 2000 + 800, "b keeps a's storage"
+        assert alive(tracker)["adapters"] == 4000
+        assert alive(tracker)["other"] == 2000 + 800, "b keeps a's storage"
         del b
-        assert tracker.alive["other"] == 800
+        assert alive(tracker)["other"] == 800
     memory = tracker.memory()
     assert memory.peak.total_bytes == 8000
     assert memory.composition["adapters"] == 4000 and memory.composition["other"] == 4000
@@ -53,10 +58,10 @@ def test_a_storage_that_is_emptied_and_regrown_counts_what_it_has() -> None:
         gathered = torch.zeros(1000)
         tracker.register("gathered base", [gathered])
         gathered.untyped_storage().resize_(0)
-        assert sum(tracker.alive.values()) == 0
+        assert sum(alive(tracker).values()) == 0
         other = torch.zeros(300)
         gathered.untyped_storage().resize_(4000)
-        assert tracker.alive["gathered base"] == 4000
+        assert alive(tracker)["gathered base"] == 4000
         gathered.untyped_storage().resize_(0)
     assert tracker.memory().peak.total_bytes == 4000 + 1200
     del other
@@ -96,7 +101,7 @@ def tracked_step(world: World, config: Config) -> Seen:
         steps.take(step)
     tracker = Tracker()
     register_run(tracker, trainee.model, trainee.engine, trainee.adapters)
-    before = tracker.alive
+    before = alive(tracker)
     with tracker:
         steps.take(STEP)
     tracker.register("gradients", trainee.adapters.gradients())
@@ -104,7 +109,7 @@ def tracked_step(world: World, config: Config) -> Seen:
     return Seen(
         tracker.memory(),
         before,
-        tracker.alive,
+        alive(tracker),
         traffic(tracker.sent, world),
         sum(slot.destination.nbytes for slot in slots),
         sum(flat.numel() for flat in trainee.adapters.flat_parameters),

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dist_lora.base.quant.int8 import dequantize_int8, quantize_int8
 from dist_lora.base.quant.nf4 import BLOCK, dequantize_nf4, quantize_nf4
+from dist_lora.config.schema import Quant
 from dist_lora.layout.storage import nf4_refusal
 
 # D_in and D_out of a linear; rows: any number of its outputs, in any order
-
-Quant = Literal["none", "nf4", "int8"]
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from dist_lora.base.index import TensorOnDisk, WeightIndex, check_types, open_index, open_weights
-from dist_lora.base.quant.formats import Quant
 from dist_lora.base.quant.nf4 import BLOCK, LEVELS
 from dist_lora.base.stream import SliceReader
+from dist_lora.config.schema import Quant
 from dist_lora.errors import ConfigError, WeightsError
 from dist_lora.text import first_few
 

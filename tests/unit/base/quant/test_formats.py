@@ -14,8 +14,9 @@ import torch
 from bitsandbytes import cextension
 
 from dist_lora.base.quant.finite import NotFiniteError, check_finite
-from dist_lora.base.quant.formats import Format, Int8, Nf4, PartSpec, Plain, Quant, format_of
+from dist_lora.base.quant.formats import Format, Int8, Nf4, PartSpec, Plain, format_of
 from dist_lora.base.quant.library import gpu_functions
+from dist_lora.config.schema import Quant
 from dist_lora.errors import ConfigError
 from dist_lora.herd.members import MEMBERS
 from tests import ROOT
