@@ -131,7 +131,7 @@ def test_an_adapter_of_fewer_layers_is_told_what_it_lacks(here, trained, base, a
     rewrite(adapter, lambda t: {k: v for k, v in t.items() if ".layers.0." in k})
     code, _, err, _ = here(*arguments("eval", trained=trained, base=base, adapter=adapter))
     assert code == 4
-    assert "it lacks: model.layers.1.self_attn.q_proj.lora_A, model.layers.1.self_attn.q_proj.lora_B" in err
+    assert "missing: model.layers.1.self_attn.q_proj.lora_A, model.layers.1.self_attn.q_proj.lora_B" in err
     assert "and 9 more" in err
 
 

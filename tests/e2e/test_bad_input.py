@@ -275,12 +275,12 @@ def test_a_dry_run_shows_plan_and_targets_with_their_end_token_and_leaves_nothin
     done = here("train", config, "run=dry", f"data.train={data}", *arguments, "--dry-run")
     assert done.returncode == 0, done.stderr
     plan, _, sample = done.stdout.partition("\n\n")
-    assert [line.split()[0] for line in plan.splitlines()] == ["model", "adapters", "data", "steps"]
+    assert [line.split()[0] for line in plan.splitlines()] == ["model", "adapters", "data", "training"]
     assert "139,584 frozen weights, 2 layers" in plan
     # rank 4; widths 64 and 128, 32 of keys and values: 4 (in + out) for each of the seven linears, in two layers
     sizes = [64 + 64, 64 + 32, 64 + 32, 64 + 64, 64 + 128, 64 + 128, 128 + 64]
     assert f"{4 * 2 * sum(sizes):,} trained weights" in plan
-    assert "4 samples" in plan and "8 of 4 sequences" in plan
+    assert "4 samples" in plan and "8 steps of 4 sequences" in plan
     assert shown in sample
     assert not (config.parent / "runs" / "dry").exists()
 
@@ -288,8 +288,8 @@ def test_a_dry_run_shows_plan_and_targets_with_their_end_token_and_leaves_nothin
 def test_a_dry_run_on_two_ranks_prints_once_and_one_of_bad_input_leaves_nothing(config, bad, here) -> None:
     done = run("train", config, "run=dry", "--dry-run", "--nproc", 2)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("steps     8 of 4") == done.stdout.count("⟦0<|eot_id|>⟧") == 1
-    assert "on 2 ranks" in done.stdout
+    assert done.stdout.count("training  8 steps of 4") == done.stdout.count("⟦0<|eot_id|>⟧") == 1
+    assert "2 ranks x micro_batch" in done.stdout
     refused = here("train", config, "run=dry", f"data.train={bad}/line7.jsonl", "--dry-run")
     assert_told_once(refused, 2, (f"{bad}/line7.jsonl:7: not JSON",))
     assert refused.stdout == ""
