@@ -1,4 +1,4 @@
-"""Which settings may change when a run resumes from a checkpoint: one table, used by resume and printed in the README."""
+"""Which settings may change when a run resumes from a checkpoint: one table, used by resume and printed in docs/resume.md."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
 
 def markdown() -> str:
-    """The table as the README has it."""
+    """The table of docs/resume.md."""
     words = {"free": "may change", "logged": "may change, is logged", "refused": "may not (exit 2)"}
     lines = ["| setting | on resume | because |", "|---|---|---|"]
     for rule in RULES:

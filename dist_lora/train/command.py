@@ -251,7 +251,7 @@ def plan_lines(
         f"({trained / frozen:.2%}), {trained * 4 / 2**20:,.1f} MiB in fp32",
         f"data      {len(tokens):,} samples, {tokens.num_tokens:,} tokens, {tokens.num_target_tokens:,} trained on"
         + (f"; {len(held_out):,} held out" if held_out is not None else ""),
-        f"training  {num_steps:,} steps of {train.global_batch} sequences"
+        f"training  {_count(num_steps, 'step')} of {train.global_batch} sequences"
         + (f" (packed to {train.sequence_length} tokens)" if train.packing else "")
         + f": {_count(world.world_size, 'rank')} x micro_batch {train.micro_batch} x {_count(accumulation, 'accumulation step')}",
         *machine_lines(config.machine, world),
@@ -259,7 +259,7 @@ def plan_lines(
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def machine_lines(section: MachineSection, world: World) -> list[str]:

@@ -2,7 +2,7 @@
 
     python -m tests.ranks.elastic [--pairs]
 
-prints the table of the README. A tiny Llama-3.1-shaped model is trained for ten steps by ``dist-lora train``'s own work
+prints the table of docs/evidence.md. A tiny Llama-3.1-shaped model is trained for ten steps by ``dist-lora train``'s own work
 under each placement; from the checkpoint of step 4 each other placement goes on to the end. Losses, gradient norms and
 the adapter are compared with those of the run that saved, and that nothing interrupted.
 """
@@ -176,7 +176,7 @@ def _outcome(run: Path, lines: list[dict[str, Any]]) -> Outcome:
 
 
 def table(elastic: Elastic, moves: list[Move]) -> Iterator[str]:
-    """The README's table, line by line."""
+    """The table of docs/evidence.md, line by line."""
     columns = ("fewer ranks", "as many", "more ranks")
     rows: dict[tuple[str, str], dict[str, list[Moved]]] = {}
     num_unmoved, num_exact = 0, 0

@@ -2,7 +2,7 @@
 
     python -m tests.ranks.matrix [--pairs]
 
-prints the table of the README. A cell is a tiny Llama-3.1-shaped model trained for five steps with accumulation and
+prints the table of docs/evidence.md. A cell is a tiny Llama-3.1-shaped model trained for five steps with accumulation and
 clipping; what it is compared with is the same base on one process with engine ``none``.
 """
 
@@ -15,11 +15,12 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from dist_lora.config.schema import ParallelSection
+from dist_lora.config.schema import ParallelSection, Quant
 from dist_lora.data.loader import Loader
 from dist_lora.errors import ConfigError
 from dist_lora.layout.choices import choose_layout
@@ -36,7 +37,7 @@ TOLERANCE = 1e-5  # of losses and gradient norms
 ADAPTER_TOLERANCE = 1e-4  # relative L2: Adam magnifies what is nearly zero
 
 ENGINES = ("none", "fsdp2", "zero3")
-BASES = ("none", "nf4", "int8")
+BASES = get_args(Quant)
 WORLDS = {"1": (1, 1), "2": (2, 2), "2 x 2": (4, 2)}  # ranks, ranks of a node
 OFFLOADS = ("none", "base", "optimizer", "all")
 
@@ -203,7 +204,7 @@ class Matrix:
 
 
 def table(matrix: Matrix, cells: list[Cell]) -> Iterator[str]:
-    """The README's table, line by line: how many placements of an engine, base and world are equal, and how nearly."""
+    """The table of docs/evidence.md, line by line: how many placements of an engine, base and world are equal, and how nearly."""
     yield "| engine | base | " + " | ".join(f"{name} rank{'s' * (name != '1')}" for name in WORLDS) + " |"
     yield "|" + "---|" * (2 + len(WORLDS))
     reasons: list[str] = []
