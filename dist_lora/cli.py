@@ -97,7 +97,7 @@ def train(
 def status(
     config: ConfigFile,
     overrides: Overrides = None,
-    since: Annotated[float | None, typer.Option(help="Seconds since 1970: an older status counts as none.")] = None,
+    since: Annotated[float | None, typer.Option(help="Unix time in seconds: an older status is ignored.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a run's status; the exit code is that of its last attempt, 0 while it runs."""
@@ -115,7 +115,7 @@ def plan(
     overrides: Overrides = None,
     nodes: Annotated[list[int] | None, typer.Option("--nodes", help="Nodes (several with --sweep).")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="GPUs per node.")] = None,
-    gpu: Annotated[list[str] | None, typer.Option(help="Kind of GPU, like h100-80gb (several with --sweep).")] = None,
+    gpu: Annotated[list[str] | None, typer.Option(help="Type of GPU, like h100-80gb (several with --sweep).")] = None,
     gpu_gib: Annotated[float | None, typer.Option(help="Memory in GiB of a GPU that --gpu doesn't know.")] = None,
     host_gib: Annotated[float | None, typer.Option(help="Host memory per node, in GiB.")] = None,
     measured: Annotated[
@@ -129,11 +129,13 @@ def plan(
     ] = False,
     timeline: Annotated[
         Path | None,
-        typer.Option(help="With --simulate: draw its memory there (.png, .svg); numbers beside it (.json)."),
+        typer.Option(
+            help="With --simulate: draw its memory to this file (.png, .svg), with the numbers in a .json next to it."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What each GPU will hold, what is sent, how long a step takes, and whether it fits: before anything is started.
+    """Estimate memory per GPU, communication, time per step, and whether the run fits, before anything is started.
 
     Options that are left out are taken from the config's section machine, else from this machine.
     """
@@ -166,7 +168,7 @@ def slurm(
         int | None, typer.Option(help="GPUs per node; default: machine.gpus_per_node, or 8.")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="Kind of GPU, for the plan; default: machine.gpu, or h100-80gb.")
+        str | None, typer.Option(help="Type of GPU, for the plan; default: machine.gpu, or h100-80gb.")
     ] = None,
     launcher: Annotated[Launcher, typer.Option(help="What starts the ranks of a node.")] = Launcher.SRUN,
     time: Annotated[str | None, typer.Option(help="Time limit, like 36:00:00; default: by the plan.")] = None,
@@ -184,7 +186,9 @@ def slurm(
         list[str] | None, typer.Option(help="Further option of sbatch, like --qos=high; may be repeated.")
     ] = None,
     cpus_per_gpu: Annotated[int, typer.Option(help="CPU cores per GPU.")] = 8,
-    max_stalled: Annotated[int, typer.Option(help="Give up after so many starts in a row without a newer step.")] = 3,
+    max_stalled: Annotated[
+        int, typer.Option(help="Give up after this many attempts in a row without a newer checkpoint.")
+    ] = 3,
     python: Annotated[
         str | None, typer.Option(help="The Python to start; default: this one, or a container's.")
     ] = None,
@@ -233,7 +237,7 @@ def evaluate(
 @app.command()
 def gather(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run's folder for its newest.")],
-    out: Annotated[Path | None, typer.Option(help="The folder to make.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to create.")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Verify the checkpoint, or each of the run's, byte by byte.")
     ] = False,
@@ -268,7 +272,7 @@ def report(
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
-    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    out: Annotated[Path, typer.Option(help="The folder to create.")],
     base: Annotated[str | None, typer.Option(help="The base model: a member's name, a folder or a hub id.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Merge onto a base it was not trained on.")] = False,
     quant: Annotated[
@@ -324,7 +328,7 @@ def explain(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def herd(as_json: AsJson = False) -> None:
-    """List the herd: who is finetuned, multilingual, of long context or trained to use tools; release and licence."""
+    """List the Llama 3 models: fine-tuned, multilingual, long context or tool use; release and licence."""
     from dist_lora.herd.members import herd_rows, herd_table
     from dist_lora.text import in_columns
 
@@ -361,12 +365,12 @@ def doctor(
     overrides: Overrides = None,
     nproc: NumRanks = None,
     out: Annotated[Path | None, typer.Option(help="Write what was measured, for `plan --measured`.")] = None,
-    deadline: Annotated[float, typer.Option(min=1, help="Most seconds that a check may take.")] = 60,
+    deadline: Annotated[float, typer.Option(min=1, help="The most seconds that a check may take.")] = 60,
     as_json: AsJson = False,
 ) -> None:
-    """Versions, devices, disk, network, clocks and speed of this machine: what is wrong here, and what to do.
+    """Check this machine: versions, devices, disk, network, clocks and speed; what is wrong, and what to do.
 
-    Under a launcher (as `train`) the links between the ranks too. Exit code 1 where anything is a fault.
+    Under a launcher (as for `train`) also the links between the ranks. Exit code 1 if anything is a fault.
     """
     loaded = None if config is None else _load(config, overrides)
     from dist_lora.world.launcher import launched_rank
@@ -406,7 +410,7 @@ def _joined(
     needs_all: bool = True,
     end: Callable[[BaseException | None], None] = lambda error: None,
 ) -> Iterator[World]:
-    """The ``World`` of this rank, started by a launcher or alone; otherwise starts local ranks.
+    """The ``World`` of this rank, started by a launcher or alone; else it starts local ranks.
 
     Args:
         needs_all: use all GPUs; else one process, unless a launcher or ``nproc`` says otherwise.
@@ -442,7 +446,7 @@ def _joined(
 
 
 def _start_ranks(num_ranks: int) -> None:
-    """Run this command as so many local ranks and exit with their code; returns if it is one, which is this process."""
+    """Run this command as ``num_ranks`` local ranks and exit with their code; one is this process: then it returns."""
     if num_ranks > 1:
         from dist_lora.supervision.local_ranks import run_ranks
 

@@ -149,7 +149,7 @@ def is_locked(path: Path) -> bool:
 # Reading
 
 
-def is_there(path: Path) -> bool:
+def file_exists(path: Path) -> bool:
     """Whether a file exists; False for a name that no file can have."""
     try:
         return path.exists()

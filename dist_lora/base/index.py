@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 
 from dist_lora.errors import WeightsError
-from dist_lora.files import is_there, links_out, parse_json, read_at_most, read_json
+from dist_lora.files import file_exists, links_out, parse_json, read_at_most, read_json
 from dist_lora.text import MAX_NAMED, first_few
 
 SINGLE_FILE = "model.safetensors"
@@ -179,7 +179,7 @@ def open_index(folder: Path, *, allow_bytes: bool = False) -> WeightIndex:
         raise WeightsError(_why_no_weights(folder))
     weight_map = _read_weight_map(folder)
     files = sorted(set(weight_map.values()))
-    missing = [file for file in files if not is_there(folder / file)]
+    missing = [file for file in files if not file_exists(folder / file)]
     if missing:
         raise WeightsError(
             f"{folder} lacks {len(missing):,} of the {len(files):,} files that {INDEX_FILE} names: "

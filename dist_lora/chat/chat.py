@@ -1,4 +1,4 @@
-"""One answer, or a streamed chat, from a model that is whole in this process."""
+"""One answer, or a streamed chat, from a model that is not sharded."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The trained state on disk: each rank its share, a manifest last, read back on any number of ranks."""
+"""The trained state on disk: each rank writes its part, the manifest comes last; read back on any number of ranks."""

@@ -22,7 +22,7 @@ def step_of(folder: Path) -> int | None:
 
 
 def step_folders(root: Path) -> dict[int, Path]:
-    """All folders ``step-########`` of ``root`` by step, newest first, whole or not; none if ``root`` doesn't exist.
+    """All folders ``step-########`` of ``root`` by step, newest first, complete or not; none if ``root`` doesn't exist.
 
     Raises:
         CheckpointError: ``root`` can't be listed.

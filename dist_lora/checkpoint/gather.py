@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_lora.checkpoint.folders import step_folders, step_of
 from dist_lora.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
-from dist_lora.checkpoint.read import load_pieces, newest_whole_here, verify
+from dist_lora.checkpoint.read import load_pieces, newest_intact_here, verify
 from dist_lora.errors import CheckpointError
 from dist_lora.lora.adapter_writer import write_adapter
 from dist_lora.lora.origin import BaseIdentity
@@ -44,7 +44,7 @@ def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True) -> Path:
     Reads the adapter's bytes only (and with ``verify`` every byte once, for the checksums). Local: one process.
 
     Args:
-        checkpoint: a folder ``step-########``; or a run's folder or its ``checkpoints``, of which the newest whole
+        checkpoint: a folder ``step-########``; or a run's folder or its ``checkpoints``, of which the newest intact
             checkpoint is taken, verified in any case.
 
     Raises:
@@ -68,7 +68,7 @@ def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True) -> Path:
 
 
 def verify_checkpoints(path: Path, *, report: Callable[[str], None]) -> None:
-    """Read every byte of a checkpoint, or of all of a run, and ``report`` in one line each whether it is whole.
+    """Read every byte of a checkpoint, or of all of a run, and ``report`` in one line each whether it is intact.
 
     Writes nothing. Local: one process.
 
@@ -92,7 +92,7 @@ def verify_checkpoints(path: Path, *, report: Callable[[str], None]) -> None:
             report(message if is_complete else f"{folder} is damaged: {message}")
         else:
             num_bytes = sum(entry.num_bytes for entry in manifest.files)
-            report(f"{folder} is whole: step {manifest.step}, {len(manifest.files)} ranks' files, {num_bytes:,} bytes")
+            report(f"{folder} is intact: step {manifest.step}, {len(manifest.files)} ranks' files, {num_bytes:,} bytes")
     if num_damaged:
         raise CheckpointError(f"{path}: {num_damaged} of {len(folders)} checkpoints are damaged, see the lines above")
 
@@ -102,7 +102,7 @@ def _checkpoint_folder(path: Path, has_checksums: bool) -> Path:
     if _is_checkpoint(path):
         verify(path, checksums=has_checksums)
         return path
-    newest = newest_whole_here(_root(path))
+    newest = newest_intact_here(_root(path))
     if newest is None:
         raise CheckpointError(_none_in(path))
     return newest

@@ -152,7 +152,7 @@ def read_manifest(folder: Path) -> Manifest:
         checksum = content.pop("checksum", None) if isinstance(content, dict) else None
         expected_checksum = _own_checksum(content)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: {folder} is not a whole checkpoint") from None
+        raise CheckpointError(f"{path} is missing: {folder} is not a complete checkpoint") from None
     except CheckpointError:
         raise
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Finding a checkpoint that is whole, and reading any part of the trained state from it.
+"""Finding an intact checkpoint, and reading any part of the trained state from it.
 
 Which ranks wrote it and how the tensors were sharded doesn't matter: a wanted range is assembled from whatever pieces
 the files hold, and only its bytes are read.
@@ -101,13 +101,13 @@ def checksum_of(path: Path) -> str:
     return f"xxh3_128:{digest.hexdigest()}"
 
 
-def newest_whole_here(root: Path) -> Path | None:
-    """The newest whole checkpoint of ``root``, verified, or None where there is no checkpoint at all. Local.
+def newest_intact_here(root: Path) -> Path | None:
+    """The newest intact checkpoint of ``root``, verified, or None where there is no checkpoint at all. Local.
 
     Damaged newer ones are logged in one warning.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is whole.
+        CheckpointError: there are checkpoints, but none is intact.
     """
     faults: list[str] = []
     for path in step_folders(root).values():
@@ -121,24 +121,24 @@ def newest_whole_here(root: Path) -> Path | None:
         return path
     if faults:
         raise CheckpointError(
-            f"no checkpoint of {root} is whole: {'; '.join(faults)}. "
-            "Restore a whole one, or start over with checkpoint.resume=never"
+            f"no checkpoint of {root} is intact: {'; '.join(faults)}. "
+            "Restore an intact one, or start over with checkpoint.resume=never"
         )
     return None
 
 
-def newest_whole(root: Path, world: World) -> Path | None:
-    """``newest_whole_here`` of the first rank, on all ranks. All ranks call it; no collective.
+def newest_intact(root: Path, world: World) -> Path | None:
+    """``newest_intact_here`` of the first rank, on all ranks. All ranks call it; no collective.
 
     Raises:
-        CheckpointError: on the first rank, ``RankError`` on the others: none is whole.
+        CheckpointError: on the first rank, ``RankError`` on the others: none is intact.
     """
 
     def look() -> bytes:
-        newest = newest_whole_here(root)
+        newest = newest_intact_here(root)
         return newest.name.encode() if newest else b""
 
-    name = world.once("looking for the newest whole checkpoint", look).decode()
+    name = world.once("looking for the newest intact checkpoint", look).decode()
     return root / name if name else None
 
 

@@ -1,4 +1,4 @@
-"""Writing the trained state: each rank its share, all of them or none; and deleting old checkpoints.
+"""Writing the trained state: each rank writes its part, all of them or none; and deleting old checkpoints.
 
 No collective is used, only the world's store, so that a slow disk triggers no watchdog. Until the last rename nothing
 that a resume looks at has changed, so a save may be killed at any instant.
@@ -245,7 +245,7 @@ def _write_file(path: Path, share: Mapping[Piece, Tensor], step: int, *, on_prog
 
 
 def _publish(folders: _SaveFolders, manifest: Manifest) -> None:
-    """Manifest, sync, rename, sync: there is no checkpoint before the rename and a whole one after it."""
+    """Manifest, sync, rename, sync: there is no checkpoint before the rename and a complete one after it."""
     with _as_save_error(folders, folders.final):
         for entry in manifest.files:
             _expect_visible(folders.partial / entry.name, entry)
@@ -268,7 +268,7 @@ def _expect_visible(path: Path, entry: FileEntry) -> None:
 def set_aside(root: Path, *, above: int) -> list[Path]:
     """Rename the checkpoints of steps later than ``above``, so that no resume or rotation sees them; returns new paths.
 
-    They belong to a history that a run has left by resuming from an earlier step. They stay whole, as
+    They belong to a history that a run has left by resuming from an earlier step. They stay complete, as
     ``aside-step-########``, and are never deleted. One rank calls it. What can't be renamed is logged as a warning.
     """
     renamed = []
@@ -287,19 +287,19 @@ def set_aside(root: Path, *, above: int) -> list[Path]:
 
 
 def rotate(root: Path, *, keep: int, best: int | None) -> list[Path]:
-    """Delete all but the newest ``keep`` whole checkpoints and that of step ``best``; returns what was removed.
+    """Delete all but the newest ``keep`` complete checkpoints and that of step ``best``; returns what was removed.
 
-    Whole means here: a valid manifest, and files of the right sizes. A damaged one is deleted once there are ``keep``
-    newer whole ones; while none is whole, nothing is. Leftovers of killed saves and deletions are deleted too. One rank
-    calls it, while no save is in flight. What can't be deleted is logged as a warning and doesn't end the run.
+    Complete means here: a valid manifest, and files of the right sizes. A damaged one is deleted once there are ``keep``
+    newer complete ones; while none is complete, nothing is. Leftovers of killed saves and deletions are deleted too.
+    One rank calls it, while no save is in flight. What can't be deleted is logged as a warning and doesn't end the run.
     """
     assert keep >= 1, keep
     folders = step_folders(root)
-    whole = [step for step, path in folders.items() if _is_whole(path)]
+    complete = [step for step, path in folders.items() if _is_complete(path)]
     for leftover in [*root.glob(".step-*.partial"), *root.glob(".step-*.deleted")]:
         _delete(leftover)
-    kept = {*whole[:keep], best}
-    old = [step for step in folders if whole and step < whole[:keep][-1] and step not in kept]
+    kept = {*complete[:keep], best}
+    old = [step for step in folders if complete and step < complete[:keep][-1] and step not in kept]
     removed = []
     for step in old:
         doomed = root / f".{step_folder(step)}.deleted"
@@ -313,7 +313,7 @@ def rotate(root: Path, *, keep: int, best: int | None) -> list[Path]:
     return removed
 
 
-def _is_whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     try:
         verify(path, checksums=False)
     except CheckpointError:

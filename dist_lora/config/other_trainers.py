@@ -312,7 +312,7 @@ def advice_for(name: str) -> str | None:
 
 def markdown() -> str:
     """All names as a table, for docs/."""
-    lines = ["| there | here | |", "|---|---|---|"]
+    lines = ["| other trainer | here | note |", "|---|---|---|"]
     lines += [f"| `{name}` | `{ours}` | {NOTES.get(name, '')} |" for name, ours in sorted(RENAMED.items())]
     lines += [f"| `{name}` | - | {what} |" for name, what in sorted(ABSENT.items())]
     return "\n".join(lines)

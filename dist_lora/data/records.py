@@ -1,4 +1,4 @@
-"""The four formats of a training record, recognised by columns and converted to one form.
+"""The four formats of a training record, recognized by columns and converted to one form.
 
 ==================  =====================================  ==============================================
 format              columns                                becomes
@@ -102,7 +102,7 @@ class Continuation:
 Sample = Chat | Instruction | Continuation
 
 
-def recognise_format(columns: Collection[str]) -> Format:
+def recognize_format(columns: Collection[str]) -> Format:
     """The format whose columns are all present; the first of the table above if several are.
 
     Raises:

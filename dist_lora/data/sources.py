@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
-from dist_lora.data.records import EXAMPLES, Format, check_columns, recognise_format
+from dist_lora.data.records import EXAMPLES, Format, check_columns, recognize_format
 from dist_lora.errors import DataError
 from dist_lora.text import nearest
 
@@ -108,7 +108,7 @@ def read_records(names: str | Sequence[str], *, fmt: Format | None, which: str, 
 
     Args:
         names: files (``.jsonl .json .csv .parquet``) or hub ids ``ORG/NAME[:CONFIG][@SPLIT]``.
-        fmt: the format of all sources; None recognises each by the columns of its first record.
+        fmt: the format of all sources; None recognizes each by the columns of its first record.
         which: "train" or "eval": the setting that errors name, and the hub's split.
         is_fetched: ``hash_sources`` has read the same names on this node, so the hub isn't queried again.
 
@@ -411,7 +411,7 @@ def _format_of(source: Source, fmt: Format | None) -> Format:
         columns = [key for key, value in record.items() if value is not None] or list(record)
         try:
             if fmt is None:
-                return recognise_format(columns)
+                return recognize_format(columns)
             check_columns(columns, fmt)
             return fmt
         except DataError as error:

@@ -103,18 +103,18 @@ def prepare_tokens(
     with contextlib.ExitStack() as held:
         building = _begin(cache / key, group=group, which=which, world=world, held=held)
         if building is not None:
-            world.progress.now(f"tokenising data.{which}", kind="long")
+            world.progress.now(f"tokenizing data.{which}", kind="long")
             builder = _Builder(names, which, rules, tokenizer, building, group, world)
             builder.encode_part()
         else:
             builder = None
-        world.agree(f"tokenising data.{which}", builder.error if builder else None)
+        world.agree(f"tokenizing data.{which}", builder.error if builder else None)
         error = builder.publish(cache / key) if builder and group.is_first else None
         world.agree(f"publishing the tokens of data.{which}", error)
     token_set = _open_published(cache / key)
     assert token_set is not None, f"{cache / key} was published and can't be read"
     if world.is_first:
-        how = "from the cache" if building is None else f"tokenised in {time.monotonic() - started:.1f} s"
+        how = "from the cache" if building is None else f"tokenized in {time.monotonic() - started:.1f} s"
         log.info(f"data.{which}: {_summary_line(cache / key, token_set, rules)}, {how}")
     return token_set
 
@@ -215,7 +215,7 @@ def _group_of(cache: Path, *, which: Which, world: World) -> _Group:
 
     stage = f"finding the ranks that share the cache of data.{which}"
     probe = cache / world.once(stage, write_probe, os_error=lambda error: _unwritable(cache, error)).decode()
-    is_seen_by_all = world.least(world.fresh_key("tokens/probe"), int(probe.exists())) == 1
+    is_seen_by_all = world.min(world.fresh_key("tokens/probe"), int(probe.exists())) == 1
     if world.is_first:
         probe.unlink()
     if is_seen_by_all:
@@ -230,13 +230,13 @@ def _begin(folder: Path, *, group: _Group, which: Which, world: World, held: con
     """
 
     def begin() -> bytes:
-        with world.progress.phase(f"waiting for another job that tokenises data.{which}", kind="unseen"):
+        with world.progress.phase(f"waiting for another job that tokenizes data.{which}", kind="unseen"):
             has_lock = held.enter_context(_locked(folder.with_name(f"{folder.name}.lock")))
-        is_there = _open_published(folder) is not None
+        is_cached = _open_published(folder) is not None
         leftovers = folder.parent.glob(f"{folder.name}.building-*")  # of jobs that were killed
-        for stale in [*leftovers, *([] if is_there else [folder])] if has_lock else []:
+        for stale in [*leftovers, *([] if is_cached else [folder])] if has_lock else []:
             shutil.rmtree(stale, ignore_errors=True)
-        if is_there:
+        if is_cached:
             return b""
         building = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex}")
         building.mkdir()
@@ -259,7 +259,7 @@ def _locked(path: Path) -> Iterator[bool]:
             nonlocal reported
             if time.monotonic() - reported > REPORT_EVERY_S:
                 reported = time.monotonic()
-                log.info(f"another job is tokenising the same data; waiting for it ({path})")
+                log.info(f"another job is tokenizing the same data; waiting for it ({path})")
 
         try:
             lock(file.fileno(), on_wait=report)
@@ -356,7 +356,7 @@ class _Builder:
                 if group.is_first and time.monotonic() - reported > REPORT_EVERY_S:
                     reported = time.monotonic()
                     share = "" if group.size == 1 else f" of this rank's part (one of {group.size})"
-                    log.info(f"data.{self._which}: tokenised {done:,} of {len(part):,} samples{share}")
+                    log.info(f"data.{self._which}: tokenized {done:,} of {len(part):,} samples{share}")
         return counts
 
 

@@ -159,10 +159,10 @@ def examine_gpus(driver: Sequence[GpuFacts] | None, *, num_seen: int, build: Map
                 "Find the process with nvidia-smi and end it, or exclude this GPU by CUDA_VISIBLE_DEVICES.",
             )
     if driver is None:
-        answer.add("note", "GPUs", f"torch sees {num_seen}; there is no nvidia-smi here to tell more ({toolkit})")
+        answer.add("note", "GPUs", f"torch sees {num_seen}; there is no nvidia-smi here for details ({toolkit})")
         return answer
     _compare_with_torch(answer, driver, num_seen=num_seen, toolkit=toolkit)
-    _compare_kinds(answer, driver)
+    _compare_types(answer, driver)
     return answer
 
 
@@ -213,15 +213,15 @@ def compare_with_config(driver: Sequence[GpuFacts], section: MachineSection, *, 
     return answer
 
 
-def _compare_kinds(answer: Answer, driver: Sequence[GpuFacts]) -> None:
-    kinds = {(gpu.name, gpu.total_bytes) for gpu in driver}
-    if len(kinds) > 1:
-        names = ", ".join(sorted(f"{name} of {gib(size)}" for name, size in kinds))
+def _compare_types(answer: Answer, driver: Sequence[GpuFacts]) -> None:
+    types = {(gpu.name, gpu.total_bytes) for gpu in driver}
+    if len(types) > 1:
+        names = ", ".join(sorted(f"{name} of {gib(size)}" for name, size in types))
         answer.add(
             "warning",
             "GPUs",
-            f"of different kinds: {names}",
-            "A step waits for the slowest, and the smallest must hold its share: exclude the others by "
+            f"of different types: {names}",
+            "A step waits for the slowest, and the smallest must hold its shard: exclude the others by "
             "CUDA_VISIBLE_DEVICES, or plan for the smallest.",
         )
 
@@ -250,6 +250,6 @@ def compare_gpus(kinds: Mapping[str, Sequence[str]]) -> Answer:
             "warning",
             "GPUs",
             f"nodes have different GPUs or drivers: {differences}",
-            "A step waits for the slowest: ask the scheduler for nodes of one kind (Slurm: --constraint).",
+            "A step waits for the slowest: ask the scheduler for nodes of one type (Slurm: --constraint).",
         )
     return answer

@@ -59,6 +59,6 @@ class Engine(ABC):
         """A context for runs where the other ranks are simulated: the engine skips its checks against them."""
         return contextlib.nullcontext()
 
-    def frozen_shares(self, model: Llama) -> list[tuple[str, Tensor]]:
+    def frozen_shards(self, model: Llama) -> list[tuple[str, Tensor]]:
         """This rank's shards of the base: name and local tensor of each part."""
         return [(f"{slot.name}/{slot.part}", slot.destination) for slot in self.slots(model)]

@@ -86,11 +86,11 @@ class Fsdp2(Engine):
         """See ``Engine.slots``."""
         return [_slot(name, parameter, *model.stored_as(name)) for name, parameter in model.base_parameters().items()]
 
-    def frozen_shares(self, model: Llama) -> list[tuple[str, Tensor]]:
-        """See ``Engine.frozen_shares``. The root stays gathered after a forward: it is resharded first."""
+    def frozen_shards(self, model: Llama) -> list[tuple[str, Tensor]]:
+        """See ``Engine.frozen_shards``. The root stays gathered after a forward: it is resharded first."""
         for module in _sharded_modules(model):
             module.reshard()
-        return super().frozen_shares(model)
+        return super().frozen_shards(model)
 
     def adapters(self, tensors: Sequence[AdapterTensor]) -> Adapters:
         """See ``Engine.adapters``."""

@@ -18,7 +18,7 @@ class Single(Engine):
 
     def shard(self, model: Llama) -> str:
         """See ``Engine.shard``."""
-        return "the base is whole in one process"
+        return "the base is not sharded"
 
     def materialize(self, model: Llama) -> None:
         """See ``Engine.materialize``."""

@@ -213,8 +213,8 @@ def _base_shard(
     if wanted == "auto":
         room = device_bytes * BASE_SHARE
         fits = base_on_host or by_node <= room
-        wanted, verdict = ("node", "fit") if fits else ("world", "don't fit")
-        because = f"{size(by_node)} per rank {verdict} in {size(room)} of a device"
+        wanted, result = ("node", "fit") if fits else ("world", "don't fit")
+        because = f"{size(by_node)} per rank {result} in {size(room)} of a device"
     else:
         because = "as set"
     if wanted == "node":

@@ -27,7 +27,7 @@ from dist_lora.base.safetensors import bytes_of
 from dist_lora.base.stream import SliceReader, read_tensor
 from dist_lora.config.schema import LINEARS
 from dist_lora.errors import AdapterError, WeightsError
-from dist_lora.files import is_there, links_out
+from dist_lora.files import file_exists, links_out
 from dist_lora.herd.shape import module_path
 from dist_lora.lora.origin import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE, BaseIdentity, read_adapter_json, read_origin
 from dist_lora.text import first_few
@@ -342,7 +342,7 @@ def _read_seal(folder: Path) -> dict[str, Any]:
 
 def _headers(folder: Path) -> dict[str, TensorOnDisk]:
     file = folder / WEIGHTS_FILE
-    if not is_there(file) and is_there(folder / "adapter_model.bin"):
+    if not file_exists(file) and file_exists(folder / "adapter_model.bin"):
         raise AdapterError(
             f"{folder} holds adapter_model.bin: pickled weights are never read because they can run code. "
             "Save the adapter again with a PEFT that writes safetensors."

@@ -145,7 +145,7 @@ def _card(base: BaseIdentity, *, rank: int, alpha: float, targets: Sequence[str]
         f"---\nlibrary_name: peft\n{hub_id}tags:\n- lora\n- llama\n---\n\n"
         f"LoRA adapter of {base.name or 'a Llama'}: rank {rank}, alpha {alpha:g}, on {' '.join(targets)}. Made "
         "by dist_lora; loads in PEFT (`PeftModel.from_pretrained(model, folder)`) and vLLM (`--lora-modules`).\n"
-        f"{ORIGIN_FILE} tells which weights it belongs to.\n"
+        f"{ORIGIN_FILE} identifies the weights that it belongs to.\n"
     )
 
 

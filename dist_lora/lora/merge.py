@@ -256,7 +256,7 @@ def _check_effect(adapter: AdapterOnDisk) -> None:
     if zero:
         raise AdapterError(
             f"{adapter.folder} adds nothing to {len(zero):,} of its {len(adapter.pairs):,} targets because their A or "
-            f"B is zero: {first_few(zero)}; no weight would change there. It was never trained, or not saved whole."
+            f"B is zero: {first_few(zero)}; no weight would change there. It was never trained, or saved in part."
         )
 
 

@@ -13,7 +13,7 @@ import xxhash
 
 from dist_lora.base.index import hash_config, open_index, read_model_json
 from dist_lora.errors import AdapterError
-from dist_lora.files import is_there, read_json
+from dist_lora.files import file_exists, read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -74,7 +74,7 @@ def own_checksum(content: Mapping[str, Any]) -> str:
 def read_origin(folder: Path, config: Mapping[str, Any], *, checksum: str | None) -> BaseIdentity:
     """The identity of the base. ``checksum`` is that of the weights, which our writer records in this file too."""
     file = folder / ORIGIN_FILE
-    if not is_there(file):
+    if not file_exists(file):
         return _identity(
             {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")},
             where=f"{folder / CONFIG_FILE}: base_model_name_or_path and revision",

@@ -79,9 +79,9 @@ def _on_its_machine(config: Config, model: KnownModel) -> Iterator[str]:
         config.machine.nodes or 1, config.machine.gpus_per_node or DEFAULT_GPUS_PER_NODE, find_gpu(config.machine.gpu)
     )
     plan = make_plan(config, machines, shape=model.shape)
-    verdict = "fits" if plan.fits else "doesn't fit; see `dist-lora plan` for what would"
+    result = "fits" if plan.fits else "doesn't fit; see `dist-lora plan` for what would"
     yield (
-        f"On {machines} each GPU needs {plan.device_bytes / GIB:.1f} of {machines.gpu.memory_bytes / GIB:.1f} GiB: {verdict}."
+        f"On {machines} each GPU needs {plan.device_bytes / GIB:.1f} of {machines.gpu.memory_bytes / GIB:.1f} GiB: {result}."
     )
 
 

@@ -43,8 +43,8 @@ def lines_of(plan: Plan) -> Iterator[str]:
     for name, num_bytes in parts.items():
         if num_bytes:
             yield f"  {name:30} {num_bytes / GIB:8.2f} GiB"
-    verdict = "fits" if plan.fits else "doesn't fit"
-    yield f"  {'total':30} {plan.device_bytes / GIB:8.2f} GiB of {machines.gpu.memory_bytes / GIB:.1f}: {verdict}"
+    result = "fits" if plan.fits else "doesn't fit"
+    yield f"  {'total':30} {plan.device_bytes / GIB:8.2f} GiB of {machines.gpu.memory_bytes / GIB:.1f}: {result}"
     host = f" of {machines.host_bytes / GIB:.0f}" if machines.host_bytes is not None else ""
     yield f"  {'host memory per node':30} {plan.host_bytes / GIB:8.2f} GiB{host}"
     yield f"  {'checkpoints':30} {plan.disk_bytes / GIB:8.2f} GiB, {memory.disk / GIB:.2f} each"

@@ -115,7 +115,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             life.kind, life.is_counted = kind, is_counted
 
     def watch(self, model: Llama) -> None:
-        """Tell forward, head, recomputation and backward of ``model`` apart, by hooks on its modules."""
+        """Distinguish forward, head, recomputation and backward of ``model`` by hooks on its modules."""
         self._vocab = model.shape.vocab
 
         def flag(name: str, value: bool) -> Any:

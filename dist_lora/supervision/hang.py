@@ -2,8 +2,9 @@
 
 Every rank has a ``HangWatch``, a thread that looks at the rank's own notes (``Progress``) and publishes what it saw as a
 heartbeat, under the rank's own key: not by a collective, so it works whatever the other ranks do. Two ranks of each of
-the first nodes read all heartbeats and judge. A rank that waits in a collective makes no progress either; it is told
-from the rank that it waits for by the number of collectives started: the rank that hangs has started the fewest.
+the first nodes read all heartbeats and judge. A rank that waits in a collective makes no progress either; it is
+distinguished from the rank that it waits for by the number of collectives started: the rank that hangs has started the
+fewest.
 
 What counts as progress depends on the kind of the phase (see ``progress.Kind``). A part of a step without progress for
 ``parallel.hang_timeout`` hangs. Other work on the host may wait three times as long without a sign of life, since a file

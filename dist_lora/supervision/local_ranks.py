@@ -147,12 +147,14 @@ def _report(rank: int, code: int, folder: Path, stuck: Sequence[int], memory: Co
     if code < 0:
         name = signal.Signals(-code).name
         why = f" {describe_kill(memory, read_counters(), peaks)}" if -code == signal.SIGKILL else ""
-        _print(f"error: rank {rank} of {len(peaks)} was killed by {name}; the others are ended.{why} {resume}")
+        _print(
+            f"error: rank {rank} of {len(peaks)} was killed by {name}; the other ranks were terminated.{why} {resume}"
+        )
         return EXIT_FAILED
     if code == EXIT_LOST_PEER:
         note = _lost_peer_note(folder, rank)
         seen = f" (rank {rank}: {note.read_text()})" if note.exists() else ""
-        still = f"; still running and now ended: rank {', '.join(map(str, stuck))}" if stuck else ""
+        still = f"; still running, now terminated: rank {', '.join(map(str, stuck))}" if stuck else ""
         _print(f"error: the ranks lost their connection to each other{seen}{still}. {resume}")
         return EXIT_FAILED
     return code

@@ -55,7 +55,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Trainee:
-    """This rank's share of a base, its adapters, and the engine that runs both."""
+    """This rank's shard of a base, its adapters, and the engine that runs both."""
 
     base: Base
     model: Llama
@@ -63,7 +63,7 @@ class Trainee:
     adapters: Adapters
     attention: AttentionName
     precision: Precision
-    checksums: dict[str, int]  # of this rank's share of the base, as it was loaded
+    checksums: dict[str, int]  # of this rank's shard of the base, as it was loaded
 
     def run(self, batch: MicroBatch) -> Tensor:
         """Sum of the cross entropies of a micro-batch's targets, an fp32 scalar with its autograd graph."""
@@ -78,13 +78,13 @@ class Trainee:
         return loss
 
     def check_base(self) -> None:
-        """Check that this rank's share of the base is unchanged since it was loaded, in value and dtype.
+        """Check that this rank's shard of the base is unchanged since it was loaded, in value and dtype.
 
         Raises:
             WeightsError: it isn't; names the tensors.
         """
         self.precision.check(self.model, self.adapters)
-        check_untouched(self.checksums, checksums(self.engine.frozen_shares(self.model)))
+        check_untouched(self.checksums, checksums(self.engine.frozen_shards(self.model)))
 
 
 def open_base(config: Config, world: World) -> Base:
@@ -202,7 +202,7 @@ def shard_model(
         name=name,
         world_size=world.world_size,
         local_size=world.local_size,
-        device_bytes=memory_bytes or world.least("layout/device_bytes", device_bytes(world)),
+        device_bytes=memory_bytes or world.min("layout/device_bytes", device_bytes(world)),
         on_gpu=world.device.type == "cuda" if on_gpu is None else on_gpu,
     )
     if world.is_first:
@@ -220,7 +220,7 @@ def shard_model(
 
 
 def build(config: Config, base: Base, world: World) -> Trainee:
-    """This rank's share of the model, loaded, with fresh adapters (or those of ``lora.start_from``). All ranks call it.
+    """This rank's shard of the model, loaded, with fresh adapters (or those of ``lora.start_from``). All ranks call it.
 
     Raises:
         ConfigError: the settings of ``parallel`` contradict each other, or the base's shapes can't be quantized.
@@ -243,7 +243,7 @@ def build(config: Config, base: Base, world: World) -> Trainee:
         adapters,
         sharded.choices.attention,
         sharded.precision,
-        checksums(engine.frozen_shares(model)),
+        checksums(engine.frozen_shards(model)),
     )
     trainee.precision.check(model, adapters)
     return trainee
@@ -286,7 +286,7 @@ def _load(base: Base, model: Llama, engine: Engine, world: World, description: s
 
 
 def check_adapter(folder: Path, *, config: Config, base: Base, world: World) -> None:
-    """Check that ``folder`` holds a whole adapter that fits the config. All ranks call it, before ``build``.
+    """Check that ``folder`` holds an intact adapter that fits the config. All ranks call it, before ``build``.
 
     Every rank checks the headers, the first one all bytes.
 

@@ -162,7 +162,7 @@ def _prepare_folder(
         if checkpoint.manifest.step > num_steps:
             raise ConfigError(
                 f"{checkpoint.path}: the run has done {checkpoint.manifest.step} steps and train.steps is {num_steps}. "
-                "Ask for more steps, or name another run: run=NAME"
+                "Raise train.steps, or choose a new name: run=NAME"
             )
 
     def begin() -> None:
@@ -273,7 +273,7 @@ def machine_lines(section: MachineSection, world: World) -> list[str]:
     named = f"{section.nodes or 1} x {section.gpus_per_node or 'any number of'} x {section.gpu or 'any GPU'}"
     here = f"{world.num_nodes} x {world.local_size} ranks, {device if is_other else section.gpu or device}"
     return [
-        f"machine   the config names {named} (nodes x GPUs x kind), and this run has {here}: its plan doesn't apply here"
+        f"machine   the config names {named} (nodes x GPUs x type), and this run has {here}: its plan doesn't apply here"
     ]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from dist_lora.checkpoint.manifest import Manifest, read_manifest
-from dist_lora.checkpoint.read import newest_whole, verify
+from dist_lora.checkpoint.read import newest_intact, verify
 from dist_lora.checkpoint.write import versions_here
 from dist_lora.config.changes import Change, changes, rule_of
 from dist_lora.config.load import dump_config
@@ -26,19 +26,19 @@ log = logging.getLogger("dist_lora")
 
 @dataclass(frozen=True)
 class VerifiedCheckpoint:
-    """A checkpoint that was verified as whole."""
+    """A checkpoint that was verified as intact."""
 
     path: Path
     manifest: Manifest
 
 
 def find_checkpoint(config: Config, folder: Path, world: World) -> VerifiedCheckpoint | None:
-    """The newest whole checkpoint of a run, or what ``checkpoint.resume`` names, verified; None if there is none.
+    """The newest intact checkpoint of a run, or what ``checkpoint.resume`` names, verified; None if there is none.
 
     All ranks call it, before they load anything.
 
     Raises:
-        CheckpointError: the named one is damaged, or none of the run's is whole.
+        CheckpointError: the named one is damaged, or none of the run's is intact.
         ConfigError: the config changes settings that must not change (see ``config.changes``).
     """
     path = _path_of(config, folder, world)
@@ -57,7 +57,7 @@ def _path_of(config: Config, folder: Path, world: World) -> Path | None:
     wanted, root = config.checkpoint.resume, folder / "checkpoints"
     world.progress.now("looking for a checkpoint", kind="long")
     if wanted == "auto":
-        return newest_whole(root, world)
+        return newest_intact(root, world)
     if wanted == "never":
         leftover = next(root.glob("step-*"), None) if world.is_first else None
         if leftover is not None:

@@ -143,6 +143,6 @@ def _end_of_job(environment: Mapping[str, str]) -> float | None:
         end_s = float(value)
     except ValueError:
         raise ConfigError(
-            f"{END_VARIABLE} is {value!r}, expected seconds since 1970. Unset it, or set it as the scheduler does"
+            f"{END_VARIABLE} is {value!r}, expected a Unix time in seconds. Unset it, or set it as the scheduler does"
         ) from None
     return end_s

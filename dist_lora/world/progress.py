@@ -1,4 +1,4 @@
-"""What each thread of this rank is doing, as it reports itself, so that a slow rank can be told from one that hangs."""
+"""What each thread of this rank is doing, as it reports itself, to distinguish a slow rank from one that hangs."""
 
 from __future__ import annotations
 

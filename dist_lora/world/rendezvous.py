@@ -1,7 +1,7 @@
 """The rendezvous of a run's processes: all join in time and match, or an error says which are missing or differ.
 
 It goes through a key-value store. torchrun hands the same store to workers that it restarts, so what an earlier attempt
-left there must be told from what is new: each process brings a nonce, and rank 0 begins once every rank has
+left there must be distinguished from what is new: each process brings a nonce, and rank 0 begins once every rank has
 acknowledged a call that carries its nonce.
 """
 

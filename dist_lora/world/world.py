@@ -276,8 +276,8 @@ class World:
                 f"{stage}: rank {failure['world_rank']} failed: {failure['message']}", exit_code=failure["exit_code"]
             )
 
-    def least(self, key: str, value: int) -> int:
-        """The least of all ranks' values, on every rank; ``key`` is used once in a run. Not a collective."""
+    def min(self, key: str, value: int) -> int:
+        """The minimum of all ranks' values, on every rank; ``key`` is used once in a run. Not a collective."""
         if self.store is None:
             return value
         if not self.is_first:

@@ -200,7 +200,7 @@ def _boom_of_rank_1_while_rank_0_is_busy(module: Any, name: str) -> None:
     before(module, name, (lambda: strike(boom)) if RANK == 1 else hang)
 
 
-def boom_while_the_other_tokenises() -> None:
+def boom_while_the_other_tokenizes() -> None:
     _boom_of_rank_1_while_rank_0_is_busy(token_cache, "encode_sample")
 
 
@@ -372,7 +372,7 @@ def slow_steps_until_slurm_starts_it_again() -> None:
 
 
 def slow_phases() -> None:
-    """Tokenising, loading, evaluating and the first save of rank 1, and the gathering of rank 0, take 15 s and more each.
+    """Tokenizing, loading, evaluating and the first save of rank 1, and the gathering of rank 0, take 15 s and more each.
 
     They get on meanwhile: a sample, a slice, a pass, a write or a file at a time. What was slept is printed.
     """
@@ -403,7 +403,7 @@ def slow_phases() -> None:
         return points.GATHERED.search(points.path_of(path, {})) is not None
 
     if RANK == 1:
-        slow(token_cache, "encode_sample", "tokenising", 1.3)
+        slow(token_cache, "encode_sample", "tokenizing", 1.3)
         slow(SliceReader, "_read", "loading", 0.8)
         slow(build.Trainee, "run", "evaluating", 2.7, lambda trainee, *_: not trainee.model.training)
         slow(os, "write", "saving", 0.4, is_first_save)

@@ -96,7 +96,7 @@ _WORDS = {
     "deletion": "at the deletion of a checkpoint",
     "gathering": "in the gathering of the adapter",
     "loading": "while loading",
-    "tokenising": "while tokenising",
+    "tokenizing": "while tokenizing",
     "time": "at any time",
     "partial": "after a save has begun, by its folder",
     "manifest": "after a manifest was written",
@@ -211,7 +211,7 @@ class Hunt:
         # Mostly soon, so that a run is killed more than a few times.
         share_ahead = (1 - _num_steps(run) / STEPS) * self._draw.choice((0.3, 0.5, 1.0))
         if where in INSIDE:
-            at_each_start = where in ("gathering", "loading", "tokenising")
+            at_each_start = where in ("gathering", "loading", "tokenizing")
             num_ahead = self._came_by[where, rank] * (1.0 if at_each_start else share_ahead)
             aim = Aim(where, self._draw.randint(1, max(1, round(num_ahead))), rank, self._draw.random() < 0.5, victim)
             return Plan(where, victim, rank, inside=aim)
@@ -222,7 +222,7 @@ class Hunt:
 
     def _goes_to_its_end(self, run: Path, plan: Plan | None) -> bool:
         """Start a run and kill it by a plan; False where it was killed."""
-        if plan is not None and plan.where == "tokenising":
+        if plan is not None and plan.where == "tokenizing":
             shutil.rmtree(self.folder / "cache" / run.name, ignore_errors=True)  # else nothing is left to do
         struck = self.folder / "told" / run.name / "struck"
         struck.unlink(missing_ok=True)

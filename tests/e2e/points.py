@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 
 Victim = Literal["rank", "ranks", "launcher", "all"]
 VICTIMS: tuple[Victim, ...] = get_args(Victim)
-INSIDE = ("step", "eval", "save", "rename", "deletion", "gathering", "loading", "tokenising")
+INSIDE = ("step", "eval", "save", "rename", "deletion", "gathering", "loading", "tokenizing")
 
 PARTIAL = re.compile(r"/checkpoints/\.step-\d+\.partial")
 DELETED = re.compile(r"/checkpoints/\.step-\d+\.deleted")
@@ -152,7 +152,7 @@ def _in_loading(trigger: _Trigger) -> None:
     SliceReader._read = lambda *given, **named: trigger.around(read, *given, **named)  # type: ignore[method-assign]
 
 
-def _in_tokenising(trigger: _Trigger) -> None:
+def _in_tokenizing(trigger: _Trigger) -> None:
     from dist_lora.data import token_cache
 
     encode = token_cache.encode_sample
@@ -215,5 +215,5 @@ _PLACES: dict[str, Callable[[_Trigger], None]] = {
     "deletion": _in_a_deletion,
     "gathering": _in_the_gathering,
     "loading": _in_loading,
-    "tokenising": _in_tokenising,
+    "tokenizing": _in_tokenizing,
 }

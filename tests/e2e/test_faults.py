@@ -116,7 +116,7 @@ def test_every_b_has_a_gradient_after_the_first_step_and_every_a_after_the_secon
     ("fault", "phase"),
     [
         ("boom_of_rank_1_in_step_3", "step 3, micro-batch 1 of 2"),
-        pytest.param("boom_while_the_other_tokenises", "tokenising data.train", marks=pytest.mark.slow),
+        pytest.param("boom_while_the_other_tokenizes", "tokenizing data.train", marks=pytest.mark.slow),
         pytest.param("boom_while_the_other_loads", "loading the base", marks=pytest.mark.slow),
         pytest.param("boom_while_the_other_evaluates", "step 2, evaluating", marks=pytest.mark.slow),
         pytest.param("boom_while_the_other_saves", "saving the checkpoint of step 0", marks=pytest.mark.slow),
@@ -155,7 +155,7 @@ def test_a_rank_killed_while_the_other_waits_for_what_it_writes_ends_both(config
     assert_told_once(
         done,
         1,
-        "error: rank 1 of 2 was killed by SIGKILL; the others are ended. ",
+        "error: rank 1 of 2 was killed by SIGKILL; the other ranks were terminated. ",
         " (oom_kill). The ranks held at most ",
         " GiB; the host has ",
     )
@@ -283,7 +283,7 @@ def test_phases_of_three_times_the_timeout_in_which_one_rank_gets_on_end_no_run(
     for phase, pause_s in re.findall(r"slept (\w+) ([0-9.]+)", done.stdout):
         assert float(pause_s) < timeout_s
         slept[phase] += float(pause_s)
-    assert set(slept) == {"tokenising", "loading", "evaluating", "saving", "gathering"}
+    assert set(slept) == {"tokenizing", "loading", "evaluating", "saving", "gathering"}
     assert all(seconds >= 3 * timeout_s for seconds in slept.values()), slept
     assert [step for step, _ in losses(folder_of(config, f"slow-{engine}"))] == list(range(1, 9))
 
@@ -404,6 +404,6 @@ def test_a_run_whose_only_checkpoint_lacks_a_moment_names_it_on_two_ranks_once(c
     tensor = without_a_moment(folder / "checkpoints" / damaged.name).split("/")[1]
     done = run("train", config, "run=only", "--nproc", 2)
     assert_told_once(
-        done, 4, f"error: no checkpoint of {folder / 'checkpoints'} is whole: ", f"it lacks exp_avg_sq of {tensor} ("
+        done, 4, f"error: no checkpoint of {folder / 'checkpoints'} is intact: ", f"it lacks exp_avg_sq of {tensor} ("
     )
     assert "Traceback" not in done.stderr

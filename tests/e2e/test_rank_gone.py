@@ -238,7 +238,8 @@ def test_a_rank_that_the_kernel_kills_for_want_of_memory_is_told_so_as_a_fact(co
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("error: ") == 1, done.stderr
     told = (
-        r"error: rank 1 of 2 was killed by SIGKILL; the others are ended. Memory ran out: the kernel killed 1 process in "
+        r"error: rank 1 of 2 was killed by SIGKILL; the other ranks were terminated. "
+        r"Memory ran out: the kernel killed 1 process in "
         r"this cgroup for it during the run \(oom_kill\). The ranks held at most \d.\d\d GiB, [1-3].\d\d GiB; the host has "
         r"[\d.]+ GiB, this cgroup is limited to 3.00 GiB. The same command resumes from the last checkpoint.\n"
     )

@@ -143,7 +143,7 @@ def test_gather_verify_tells_of_each_checkpoint_in_a_line_and_makes_nothing(chec
     lines = done.stdout.splitlines()
     assert len(lines) == len(steps) == 2
     for line, step in zip(lines, steps, strict=True):
-        assert line.startswith(f"{checkpoints / step} is whole: step {int(step[5:])}, 2 ranks' files, ")
+        assert line.startswith(f"{checkpoints / step} is intact: step {int(step[5:])}, 2 ranks' files, ")
     turn_a_bit(checkpoints / steps[1] / RANK_1)
     done = here("gather", checkpoints.parent, "--verify", "--out", checkpoints.parent.parent / "adapter")
     assert done.returncode == 4

@@ -88,7 +88,7 @@ def test_a_base_in_host_memory_is_pinned_and_has_the_same_numbers(world, tiny_ll
     config = config_of(folder, model={"quant": "nf4"}, parallel={"engine": "fsdp2", "offload": "all"})
     trainee = trainee_of(config, world)
     step_of(trainee, world)()
-    shares = trainee.engine.frozen_shares(trainee.model)
+    shares = trainee.engine.frozen_shards(trainee.model)
     assert all(share.device.type == "cpu" and share.is_pinned() for _, share in shares if share.numel())
     moments = [values for piece, values in trainee.adapters.share().items() if piece.kind != "adapter"]
     assert all(values.device.type == "cpu" for values in moments)

@@ -246,7 +246,7 @@ def test_a_base_published_in_nf4_keeps_its_codes_on_every_rank(
 def change_a_byte(world: World, folder: str, quant: str) -> str:
     trainee = trainee_of(config_of(folder, model={"quant": quant}), world)
     trainee.check_base()
-    name, share = trainee.engine.frozen_shares(trainee.model)[5]
+    name, share = trainee.engine.frozen_shards(trainee.model)[5]
     if world.world_rank == 1:
         share.view(torch.uint8)[-1] ^= 1
     try:

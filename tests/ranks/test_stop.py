@@ -131,7 +131,7 @@ def test_what_is_still_to_come_counts_before_the_end_of_the_job(monkeypatch) -> 
 
 
 def test_an_end_of_the_job_that_is_no_number_is_told() -> None:
-    with pytest.raises(ConfigError, match="SLURM_JOB_END_TIME is 'tomorrow', expected seconds since 1970"):
+    with pytest.raises(ConfigError, match="SLURM_JOB_END_TIME is 'tomorrow', expected a Unix time in seconds"):
         StopRequest({"SLURM_JOB_END_TIME": "tomorrow"})
 
 

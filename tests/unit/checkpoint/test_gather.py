@@ -196,12 +196,12 @@ def test_each_checkpoint_of_a_run_is_told_in_one_line_newest_first(tmp_path: Pat
     run = tmp_path / "run"
     older, newer = (saved(run / "checkpoints", step=step) for step in (10, 20))
     num_bytes = sum(path.stat().st_size for path in older.glob("rank-*"))
-    whole = f"{older} is whole: step 10, 2 ranks' files, {num_bytes:,} bytes"
+    whole = f"{older} is intact: step 10, 2 ranks' files, {num_bytes:,} bytes"
     assert told_of(older) == ([whole], "")
     for given in (run, run / "checkpoints"):
         lines, error = told_of(given)
         assert (len(lines), lines[1], error) == (2, whole, "")
-        assert lines[0].startswith(f"{newer} is whole: step 20, ")
+        assert lines[0].startswith(f"{newer} is intact: step 20, ")
     file = newer / "rank-00001-of-00002.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -212,7 +212,7 @@ def test_each_checkpoint_of_a_run_is_told_in_one_line_newest_first(tmp_path: Pat
     assert error == f"{run}: 1 of 2 checkpoints are damaged, see the lines above"
     (newer / "manifest.json").unlink()
     lines, error = told_of(newer)
-    assert lines == [f"{newer} is damaged: {newer}/manifest.json is missing: {newer} is not a whole checkpoint"]
+    assert lines == [f"{newer} is damaged: {newer}/manifest.json is missing: {newer} is not a complete checkpoint"]
     assert sorted(tmp_path.rglob("*")) == [path for path in before if path != newer / "manifest.json"]
 
 

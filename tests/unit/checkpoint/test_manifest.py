@@ -237,7 +237,7 @@ def test_a_change_by_hand_is_found(content: dict[str, Any], tmp_path: Path) -> N
 
 
 def test_a_manifest_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"manifest\.json is missing: .* is not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing: .* is not a complete checkpoint"):
         read_manifest(tmp_path)
 
 

@@ -21,8 +21,8 @@ from dist_lora.checkpoint.manifest import KINDS, Piece, entry_to_bytes, read_man
 from dist_lora.checkpoint.read import (
     checksum_of,
     load_pieces,
-    newest_whole,
-    newest_whole_here,
+    newest_intact,
+    newest_intact_here,
     verify,
 )
 from dist_lora.errors import EXIT_DAMAGED, CheckpointError, RankError
@@ -84,11 +84,11 @@ def assert_found(root: Path, file: str, caplog: pytest.LogCaptureFixture) -> str
         gather_adapter(newest, out=root / "adapter")
     assert not (root / "adapter").exists()
     caplog.clear()
-    assert on_ranks(2, lambda world: newest_whole(root, world)) == [former, former]
+    assert on_ranks(2, lambda world: newest_intact(root, world)) == [former, former]
     (warning,) = caplog.messages
     assert str(caught.value) in warning and f"Using the one before: {former}" in warning
     former.rename(root / "elsewhere")
-    first, second = on_ranks(2, lambda world: newest_whole(root, world))
+    first, second = on_ranks(2, lambda world: newest_intact(root, world))
     assert isinstance(first, CheckpointError) and isinstance(second, RankError)
     assert first.exit_code == second.exit_code == EXIT_DAMAGED
     assert file in str(first) and "start over with checkpoint.resume=never" in str(second)
@@ -166,7 +166,7 @@ def test_a_file_that_can_not_be_read_is_named(root: Path, monkeypatch, caplog) -
 
 
 def test_no_checkpoint_at_all_is_no_error(tmp_path: Path) -> None:
-    assert on_ranks(3, lambda world: newest_whole(tmp_path / "absent", world)) == [None] * 3
+    assert on_ranks(3, lambda world: newest_intact(tmp_path / "absent", world)) == [None] * 3
     assert step_folders(tmp_path) == {}
 
 
@@ -186,17 +186,17 @@ def test_only_folders_named_by_a_step_are_checkpoints(root: Path) -> None:
 
 def test_the_newest_is_found_by_number_and_told_to_all(root: Path, caplog) -> None:
     saved(root, step=1000, world_size=1)
-    assert on_ranks(3, lambda world: newest_whole(root, world)) == [root / "step-00001000"] * 3
+    assert on_ranks(3, lambda world: newest_intact(root, world)) == [root / "step-00001000"] * 3
     assert caplog.messages == []
 
 
 def test_asking_twice_in_one_world_gives_the_newer_answer(root: Path) -> None:
     def ask(world):
-        before = newest_whole(root, world)
+        before = newest_intact(root, world)
         if world.is_first:
             shutil.rmtree(root / "step-00000200")
         world.agree("removed", None)
-        return before.name, newest_whole(root, world).name
+        return before.name, newest_intact(root, world).name
 
     assert on_ranks(2, ask) == [("step-00000200", "step-00000100")] * 2
 
@@ -351,4 +351,4 @@ def test_an_entry_is_plain_json_on_its_way_to_the_first_rank(root: Path) -> None
 
 
 def test_newest_whole_here_needs_no_world(root: Path) -> None:
-    assert newest_whole_here(root) == root / "step-00000200"
+    assert newest_intact_here(root) == root / "step-00000200"

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from dist_lora.checkpoint import write as write_module
 from dist_lora.checkpoint.folders import step_folders
 from dist_lora.checkpoint.manifest import KINDS, Piece, TensorSpec, read_manifest
-from dist_lora.checkpoint.read import load_pieces, newest_whole_here, verify
+from dist_lora.checkpoint.read import load_pieces, newest_intact_here, verify
 from dist_lora.checkpoint.write import rotate, set_aside
 from dist_lora.errors import CheckpointError, RankError, SaveError
 from tests import ROOT
@@ -203,7 +203,7 @@ def test_a_run_that_begins_anew_sets_all_former_checkpoints_aside(tmp_path: Path
         saved(tmp_path, step=step)
     aside = [tmp_path / "aside-step-00000007", tmp_path / "aside-step-00000000"]
     assert set_aside(tmp_path, above=-1) == aside
-    assert newest_whole_here(tmp_path) is None
+    assert newest_intact_here(tmp_path) is None
     assert rotate(tmp_path, keep=1, best=None) == [] and all(path.is_dir() for path in aside)
 
 
@@ -253,7 +253,7 @@ def test_a_disk_error_on_one_rank_ends_all_and_publishes_nothing(
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "step-00000001").iterdir()}
     monkeypatch.undo()
     saved(tmp_path, step=2, world_size=3)
-    assert newest_whole_here(tmp_path) == tmp_path / "step-00000002"
+    assert newest_intact_here(tmp_path) == tmp_path / "step-00000002"
 
 
 def test_a_failed_save_may_be_tried_again_in_the_same_world(tmp_path: Path, monkeypatch) -> None:
@@ -381,9 +381,9 @@ def test_a_rank_that_dies_in_a_save_leaves_the_former_checkpoint_the_newest(
     is_first_only = stage in ("_begin", "_publish", "write_manifest", "swap_in")
     if not (is_first_only and world_rank == 1):
         assert isinstance(results[world_rank], Killed) and isinstance(results[1 - world_rank], RankError)
-        assert newest_whole_here(tmp_path) == former
+        assert newest_intact_here(tmp_path) == former
     newest = saved(tmp_path, step=2, seed=22)
-    assert newest_whole_here(tmp_path) == newest
+    assert newest_intact_here(tmp_path) == newest
     assert sorted(os.listdir(tmp_path)) == ["step-00000001", "step-00000002"]
     assert_same(saved_state(newest), whole_state(22))
 
@@ -441,7 +441,7 @@ def test_a_save_killed_before_any_of_its_system_calls_leaves_a_whole_checkpoint(
     steps = []
     for kill_at, _ in outcomes:
         root = tmp_path / str(kill_at)
-        newest = newest_whole_here(root)
+        newest = newest_intact_here(root)
         steps.append(int(newest.name[-8:]))
         assert_same(saved_state(newest), whole_state(steps[-1]))
         saved(root, step=3)
@@ -471,7 +471,7 @@ def test_rotation_counts_whole_ones_only_and_never_deletes_the_last(tmp_path: Pa
     (folders[4] / "manifest.json").unlink()
     os.truncate(folders[3] / "rank-00001-of-00002.safetensors", 100)
     assert rotate(tmp_path, keep=1, best=None) == [folders[1]]
-    assert newest_whole_here(tmp_path) == folders[2]
+    assert newest_intact_here(tmp_path) == folders[2]
     (folders[2] / "rank-00000-of-00002.safetensors").unlink()
     assert rotate(tmp_path, keep=1, best=None) == []
     assert len(names(tmp_path)) == 3

@@ -15,7 +15,7 @@ from dist_lora.data.records import (
     Turn,
     check_columns,
     read_sample,
-    recognise_format,
+    recognize_format,
 )
 from dist_lora.data.sources import Faults, hash_sources, read_records
 from dist_lora.errors import DataError
@@ -376,7 +376,7 @@ def test_a_hub_id_that_does_not_come_says_what_to_do(error, told, monkeypatch):
      ({"prompt", "completion", "text"}, "prompt-completion"), ({"text", "prompt"}, "text")],
 )  # fmt: skip
 def test_formats_are_recognised_by_their_columns(columns, fmt):
-    assert recognise_format(columns) == fmt
+    assert recognize_format(columns) == fmt
 
 
 def test_unknown_columns_name_what_each_format_needs(tmp_path):

@@ -1,4 +1,4 @@
-"""Tokenised once, by all ranks, kept by content; what the rules leave out is counted and told."""
+"""Tokenized once, by all ranks, kept by content; what the rules leave out is counted and told."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def test_a_long_sample_is_cut_from_the_right_and_its_targets_counted_after(tmp_p
     token_set = prepare(name, tmp_path, rules=replace(RULES, sequence_length=10))
     assert token_set.lengths.tolist() == [10, 5]
     assert token_set.num_targets.tolist() == [7, 2]
-    assert "2 samples, 15 tokens, 9 trained on; truncated 1 samples to sequence_length=10, tokenised in" in caplog.text
+    assert "2 samples, 15 tokens, 9 trained on; truncated 1 samples to sequence_length=10, tokenized in" in caplog.text
 
 
 def no_targets(tmp_path):
@@ -425,8 +425,8 @@ def test_long_work_and_long_waits_are_reported(tmp_path, monkeypatch, caplog):
     with ThreadPoolExecutor(2) as pool:
         for job in [pool.submit(prepare, name, tmp_path / "cache") for _ in range(2)]:
             job.result()
-    assert "data.train: tokenised 1 of 3 samples" in caplog.text
-    assert "another job is tokenising the same data; waiting for it" in caplog.text
+    assert "data.train: tokenized 1 of 3 samples" in caplog.text
+    assert "another job is tokenizing the same data; waiting for it" in caplog.text
     assert "3 samples, 78 tokens, 6 trained on, from the cache" in caplog.text
 
 

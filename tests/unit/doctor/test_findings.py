@@ -166,7 +166,7 @@ def test_gpus_of_one_kind_that_nobody_uses_are_ok(monkeypatch: pytest.MonkeyPatc
 def test_unlike_used_and_unseen_gpus_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     unlike = texts(examine_gpus([gpu(0), gpu(1, "A100")], num_seen=2, build=BUILD), "warning")
-    assert unlike == ["of different kinds: A100 of 80.00 GiB, H100 of 80.00 GiB"]
+    assert unlike == ["of different types: A100 of 80.00 GiB, H100 of 80.00 GiB"]
     taken = texts(examine_gpus([gpu(0), gpu(1, taken=7 * GIB)], num_seen=2, build=BUILD), "warning")
     assert taken == ["7.00 GiB of GPU 1 are already in use"]
     lost = texts(examine_gpus([gpu(0), gpu(1)], num_seen=1, build=BUILD), "warning")

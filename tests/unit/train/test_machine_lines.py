@@ -20,9 +20,9 @@ def test_nothing_is_said_where_the_config_names_no_other(section: dict) -> None:
 @pytest.mark.parametrize(
     ("section", "told"),
     [
-        ({"gpu": "h100-80gb", "gpus_per_node": 8, "nodes": 4}, "names 4 x 8 x h100-80gb (nodes x GPUs x kind), and this run has 1 x 2 ranks, no GPU"),
-        ({"gpus_per_node": 8}, "names 1 x 8 x any GPU (nodes x GPUs x kind), and this run has 1 x 2 ranks, no GPU"),
-        ({"nodes": 2}, "names 2 x any number of x any GPU (nodes x GPUs x kind), and this run has 1 x 2 ranks, no GPU"),
+        ({"gpu": "h100-80gb", "gpus_per_node": 8, "nodes": 4}, "names 4 x 8 x h100-80gb (nodes x GPUs x type), and this run has 1 x 2 ranks, no GPU"),
+        ({"gpus_per_node": 8}, "names 1 x 8 x any GPU (nodes x GPUs x type), and this run has 1 x 2 ranks, no GPU"),
+        ({"nodes": 2}, "names 2 x any number of x any GPU (nodes x GPUs x type), and this run has 1 x 2 ranks, no GPU"),
     ],
 )  # fmt: skip
 def test_a_machine_that_is_another_is_one_line(section: dict, told: str) -> None:
