@@ -84,7 +84,7 @@ class Tally:
             f"{self.starts} starts of {self.runs} runs in {self.seconds:.0f} s; {self.missed} starts ended before a kill that was "
             f"meant for them. Equal to the uninterrupted run: the adapter's bytes {self.runs} times; loss, gradient norm, "
             f"rate and samples of {self.steps} steps, {self.repeated} of them done more than once. No step was missing or "
-            "there twice; nothing lay about in the runs' folders and the token cache, and no process lived on."
+            "logged twice; nothing was left over in the runs' folders and the token cache, and no process was left."
         )
 
 
@@ -101,7 +101,7 @@ _WORDS = {
     "partial": "after a save has begun, by its folder",
     "manifest": "after a manifest was written",
     "published": "after a checkpoint was published",
-    "line": "after a step was written down",
+    "line": "after a step was logged",
     "adapter": "after the adapter's folder was begun",
 }
 

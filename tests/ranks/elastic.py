@@ -1,9 +1,9 @@
-"""Runs that go on elsewhere: saved under one engine, number of ranks and placement, and gone on with under another.
+"""Runs that move: saved with one engine, number of ranks and placement, and resumed with another.
 
     python -m tests.ranks.elastic [--pairs]
 
 prints the table of docs/evidence.md. A tiny Llama-3.1-shaped model is trained for ten steps by ``dist-lora train``'s own work
-under each placement; from the checkpoint of step 4 each other placement goes on to the end. Losses, gradient norms and
+under each placement; from the checkpoint of step 4 each other placement resumes and trains to the end. Losses, gradient norms and
 the adapter are compared with those of the run that saved, and that nothing interrupted.
 """
 
@@ -188,11 +188,11 @@ def table(elastic: Elastic, moves: list[Move]) -> Iterator[str]:
         rows.setdefault((move.engine, move.to_engine), {}).setdefault(column, []).append(moved)
         if move.saved == move.gone_on:
             num_unmoved, num_exact = num_unmoved + 1, num_exact + moved.is_bit_for_bit
-    yield "| saved under | gone on under | " + " | ".join(columns) + " |"
+    yield "| saved with | resumed with | " + " | ".join(columns) + " |"
     yield "|---" * (2 + len(columns)) + "|"
     for (saved, gone_on), row in sorted(rows.items()):
         yield f"| {saved} | {gone_on} | " + " | ".join(_summary(row.get(column, [])) for column in columns) + " |"
-    yield f"\nOf {num_unmoved} that went on where they were saved, {num_exact} are equal bit for bit."
+    yield f"\nOf the {num_unmoved} that resumed where they were saved, {num_exact} are equal bit for bit."
 
 
 def _summary(moved: list[Moved]) -> str:
