@@ -9,6 +9,7 @@ In a document, between ``<!-- COMMAND -->`` and ``<!-- end -->``, stands what CO
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import subprocess
@@ -59,11 +60,14 @@ def write(path: Path, command: str, output: str) -> None:
 
 def main() -> None:
     """See the top of this file."""
-    wanted = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("word", nargs="*", help="run the commands with one of these in them")
+    parser.add_argument("--all", action="store_true", help="run all of them")
+    arguments = parser.parse_args()
     for path, command in commands():
-        if not wanted:
+        if not arguments.word and not arguments.all:
             print(f"{path.relative_to(ROOT)}: {command}")
-        elif wanted == ["--all"] or any(word in command for word in wanted):
+        elif arguments.all or any(word in command for word in arguments.word):
             print(f"{command} ...", file=sys.stderr)
             write(path, command, output_of(command))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 from dist_lora.plan.presets import SHIPPED, presets
 from dist_lora.text import GIB
 
@@ -22,4 +24,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

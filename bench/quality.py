@@ -6,6 +6,7 @@ python -m bench.quality      # about 5 minutes per base on 2 cores
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -50,4 +51,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

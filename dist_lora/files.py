@@ -13,13 +13,14 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dist_lora.text import first_few
 
 MAX_JSON_BYTES = 100_000_000
+_TEMPORARY = ".partial"
 _WAIT_S = 0.1  # between two attempts to take a lock that another process holds
 
 
@@ -29,18 +30,44 @@ _WAIT_S = 0.1  # between two attempts to take a lock that another process holds
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a temporary file, fsync it and rename it into place: a reader sees the old or the new content, complete.
 
+    Several processes may write one file. A temporary file whose writer was killed is removed by the next write.
+
     Raises:
         OSError: the write failed; no temporary file is left, and the old file is unchanged.
     """
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}.partial")  # two processes may write one status
+    _remove_abandoned(path)
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}{_TEMPORARY}")
     try:
-        with new_file(temporary) as append:
-            append(data)
-        os.replace(temporary, path)
+        with _locked_file(temporary) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file, locked while it is open, so that ``_remove_abandoned`` of another process leaves it alone."""
+    while True:
+        with path.open("xb") as file:
+            with suppress(OSError):  # a file system without locks, where nothing is removed either
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if path.exists():  # else it was removed before it was locked
+                yield file
+                return
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary files of ``path`` that nobody has locked: their writers are gone."""
+    for temporary in path.parent.iterdir():
+        if temporary.name.startswith(f".{path.name}-") and temporary.suffix == _TEMPORARY:
+            with suppress(OSError), temporary.open("r+b") as file:  # locked, or removed by another process
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                temporary.unlink()
 
 
 @contextmanager

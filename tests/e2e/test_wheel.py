@@ -75,7 +75,7 @@ def test_what_needs_no_model_answers(installed, tmp_path) -> None:
     assert plan.returncode == 0, plan.stderr
     assert json.loads(plan.stdout)["machines"] == "1 x rtx4090-24gb"
     explained = installed("-m", "dist_lora", "explain", config)
-    assert explained.returncode == 0 and "8,030,261,248 frozen" in explained.stdout, explained.stderr
+    assert explained.returncode == 0 and "frozen 8,030,261,248" in explained.stdout, explained.stderr
     schema = installed("-m", "dist_lora.config.load")
     assert json.loads(schema.stdout) == json.loads((ROOT / "configs/schema.json").read_text())
     script = installed("-m", "dist_lora", "slurm", config)
