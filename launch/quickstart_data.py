@@ -193,7 +193,7 @@ def make_samples(num_samples: int, *, held_out: bool, seed: int) -> list[Sample]
         held_out: whether to use the values kept for the evaluation.
         seed: another seed gives other requests.
 
-    Exits with a message if the pools don't have so many distinct requests.
+    Exits with a message if the pools don't have that many distinct requests.
     """
     # A string as seed: Python hashes it with SHA-512, the same on every machine and in every process.
     rng = random.Random(f"{seed}/{'eval' if held_out else 'train'}")

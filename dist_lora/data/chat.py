@@ -78,7 +78,7 @@ def load_tokenizer(folder: Path, *, chat_template: str | None) -> PreTrainedToke
     Reads local files only and runs no code from the folder.
 
     Args:
-        folder: a folder with ``tokenizer.json`` and its like.
+        folder: a folder with ``tokenizer.json`` and the other tokenizer files.
         chat_template: None for the tokenizer's own, "llama3" or "chatml" for ours, or a Jinja file.
 
     Raises:

@@ -163,7 +163,7 @@ def _refusal(faults: list[str]) -> str:
     return (
         f"data.train needs special tokens that this base was never trained on:{listed}\n"
         "Embedding and head stay frozen, so no adapter can teach the model to read them or to end an answer with them. "
-        "Use the model's Instruct version (model.name: 3.1-8b-instruct and its like); or train on plain text, which "
+        "Use the model's Instruct version (like model.name: 3.1-8b-instruct); or train on plain text, which "
         "ends in <|end_of_text|> (data.format: text or prompt-completion); or set a data.chat_template without these "
         "tokens. To train anyway: data.untrained_tokens: allow"
     )

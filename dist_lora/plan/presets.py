@@ -29,7 +29,7 @@ SCHEMA_LINE = "# yaml-language-server: $schema=schema.json\n"
 
 @dataclass(frozen=True)
 class Machine:
-    """A number of nodes with a number of GPUs each, and the usual ``global_batch`` for so many GPUs."""
+    """A number of nodes with a number of GPUs each, and the usual ``global_batch`` for that number of GPUs."""
 
     name: str
     num_nodes: int

@@ -50,7 +50,7 @@ class TrainStep:
 
         Args:
             step: its number, from 1.
-            is_asked: whether this rank is asked to stop, or will be within so many seconds.
+            is_asked: whether this rank is asked to stop, or will be within the given number of seconds.
             interrupt: called on all ranks with ``step`` if any is asked within a long step, of which nothing is kept.
             longest_s: the longest step so far, with all that is done before the next one.
 

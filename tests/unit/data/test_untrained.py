@@ -92,7 +92,7 @@ def test_rows_of_zeros_are_named_with_the_ways_out(base, value, dtype, shard_siz
         f"  <|eot_id|> (260): its row of {EMBEDDING} is zero\n"
         f"  <|eot_id|> (260): its row of {HEAD} is zero\n"
         "Embedding and head stay frozen, so no adapter can teach the model to read them or to end an answer with them. "
-        "Use the model's Instruct version (model.name: 3.1-8b-instruct and its like); or train on plain text, which "
+        "Use the model's Instruct version (like model.name: 3.1-8b-instruct); or train on plain text, which "
         "ends in <|end_of_text|> (data.format: text or prompt-completion); or set a data.chat_template without these "
         "tokens. To train anyway: data.untrained_tokens: allow"
     )
