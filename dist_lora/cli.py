@@ -145,7 +145,7 @@ def plan(
     if timeline is not None and not is_simulated:
         raise ConfigError("--timeline: it shows a simulated step; add --simulate")
     loaded = _load(config, overrides)
-    request = MachineRequest.of(loaded.machine, nodes, gpus_per_node, gpu, gpu_gib, host_gib, measured)
+    request = MachineRequest.of(loaded, nodes, gpus_per_node, gpu, gpu_gib, host_gib, measured)
     if is_simulated:
         from dist_lora.simulation.command import simulate_plan
 
@@ -283,8 +283,9 @@ def merge(
     ] = None,
 ) -> None:
     """Merge an adapter into its base weights: a model that runs at the base's speed. Streams from file to file."""
-    from dist_lora.lora.find_base import find_base, origin_of
+    from dist_lora.lora.find_base import find_base
     from dist_lora.lora.merge import merge_adapter
+    from dist_lora.lora.origin import origin_of
 
     trained_quant = origin_of(adapter).quant
     report = merge_adapter(

@@ -1,6 +1,6 @@
 """Atomic writes, locks and bounded reads: a file is written completely and fsynced, or not at all. Needs no torch.
 
-Reads are limited in size and don't follow links out of the folder they are asked for.
+Reads are limited in size; ``links_out`` finds the links that lead out of a folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Several processes may write one file. A temporary file whose writer was killed is removed by the next write.
 
     Raises:
-        OSError: the write failed; no temporary file is left, and the old file is unchanged.
+        OSError: the write failed, and the old file is unchanged; or the folder couldn't be fsynced, and the new file is
+            in place. No temporary file is left.
     """
     data = content.encode() if isinstance(content, str) else content
     _remove_abandoned(path)
@@ -47,6 +48,18 @@ def write_whole(path: Path, content: str | bytes) -> None:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_output(path: Path, content: str) -> None:
+    """``write_whole`` for a path that a user has named: a link's target is written, and so is a device or a pipe.
+
+    Raises:
+        OSError: see ``write_whole``.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(content, encoding="utf-8")
+    else:
+        write_whole(path.resolve(), content)
 
 
 @contextmanager

@@ -39,11 +39,11 @@ class FrozenLinear(nn.Module):
             self.register_parameter(part.name, nn.Parameter(values, requires_grad=False))
         self.adapter: nn.Module | None = None
         # An engine that frees a weight by giving its parameter other data sets this to ``product_from_parts``.
-        self.product = self.product_by_view if "weight" in self._parameters else self.product_from_parts
+        self.product = FrozenLinear.product_by_view if "weight" in self._parameters else FrozenLinear.product_from_parts
 
     def forward(self, x: Tensor) -> Tensor:
         """``(T, D_out)`` of ``x`` ``(T, D_in)``."""
-        y = self.product(x)
+        y = self.product(self, x)
         return y if self.adapter is None else self.adapter(x, y)
 
     def product_by_view(self, x: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.evaluation.generate import stop_ids_of
 from dist_lora.lora.adapter_reader import open_adapter
-from dist_lora.lora.find_base import base_name, origin_of
+from dist_lora.lora.find_base import base_name
+from dist_lora.lora.origin import origin_of
 from dist_lora.train.build import Trainee, build, check_adapter, load_adapter, open_base
 from dist_lora.world.world import World
 

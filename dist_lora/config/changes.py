@@ -19,7 +19,8 @@ class Rule:
 
 
 RULES = (
-    Rule(("run", "runs_dir", "log", "checkpoint", "machine", "data.cache_dir"), "free", "locations and logging"),
+    Rule(("run", "runs_dir", "log", "checkpoint", "data.cache_dir"), "free", "locations and logging"),
+    Rule(("machine",), "free", "describes the machines; training doesn't use it"),
     Rule(
         ("parallel", "train.micro_batch", "train.activation_checkpointing", "model.attention"),
         "free",

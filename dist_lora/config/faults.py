@@ -166,7 +166,7 @@ def _found_and_expected(path: SettingPath, *, found: Any) -> str:
     section = _section_of(field.annotation)
     if section is not None:
         inner = ", ".join(section.model_fields)
-        return f"found {show(found)}, expected settings, as {path[-1]}: {{...}} with {inner}"
+        return f"found {show(found)}, expected settings, like {path[-1]}: {{...}} with {inner}"
     expected = _expected(field.annotation, field.metadata)
     return f"found {show(found)}, expected {expected}{_hint(field.annotation, found=found, expected=expected)}"
 

@@ -158,7 +158,7 @@ def _read(path: Path) -> tuple[_Source, list[str]]:
             raise ConfigError(f"{path}: is longer than {_MAX_BYTES:,} bytes; expected a YAML file of settings")
         text = content.decode("utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. Give the path of a YAML file, as configs/quickstart.yaml") from None
+        raise ConfigError(f"{path}: no such file. Give the path of a YAML file, like configs/quickstart.yaml") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not text in UTF-8 (byte {error.start}); expected a YAML file") from None
     except (OSError, ValueError) as error:
@@ -171,7 +171,7 @@ def _read(path: Path) -> tuple[_Source, list[str]]:
         raise ConfigError(f"{path}: has no settings; expected at least run, model.name and data.train")
     if not isinstance(value, dict):
         raise ConfigError(
-            f"{path}: found {show(value)}, expected settings with names, as\n"
+            f"{path}: found {show(value)}, expected settings with names, like\n"
             "  run: my-run\n  model: {name: 3.1-8b-instruct}\n  data: {train: train.jsonl}"
         )
     twice = [f"{path}:{line}: {name}: set twice (first in line {first})" for name, line, first in _repeated(root)]
@@ -268,7 +268,7 @@ def _apply(overrides: Sequence[str], *, source: _Source) -> Iterator[str]:
         name, equals, written = text.partition("=")
         parts = name.strip().split(".")
         if not equals or not all(parts) or name.startswith("-"):
-            yield f"{text} (argument): expected setting=value, as train.steps=10"
+            yield f"{text} (argument): expected setting=value, like train.steps=10"
             continue
         try:
             value, root = _parse(written, complain=lambda line, what: f"not YAML: {what}")

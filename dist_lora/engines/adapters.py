@@ -69,7 +69,7 @@ class Adapters(ABC):
 
     @abstractmethod
     def reduce(self, scalars: Tensor) -> None:
-        """Sum the gradients and ``scalars`` (fp32) over all ranks, in place, where the backward hasn't already."""
+        """Sum the gradients and ``scalars`` (fp32) over all ranks, in place, unless the backward has summed them."""
 
     @abstractmethod
     def without_gradient(self, attribute: str) -> list[str]:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_lora.base.llama import Block, Llama
+from dist_lora.base.llama import Block, FrozenLinear, Llama
 from dist_lora.base.stream import Slot
 from dist_lora.config.schema import OptimSection
 from dist_lora.engines.adapters import Adapters, FlatAdapters, Part
@@ -34,7 +34,7 @@ from dist_lora.world.world import World
 
 NEEDED = "0.19.8"
 MIN_REDUCED = 2**22  # weights: 16 MiB of gradients per reduction at least
-KEPT = -1  # an id among those of the modules that use a parameter, which keeps it gathered
+KEPT = -1  # no module's id: while it is among a parameter's users, DeepSpeed keeps the parameter gathered
 
 
 class Zero3(Engine):
@@ -54,7 +54,7 @@ class Zero3(Engine):
         """See ``Engine.shard``. Call it while the parameters are on meta."""
         self._model, self._settings = model, self._settings_for(model)
         for linear in model.linears().values():
-            linear.product = linear.product_from_parts  # a view would keep what DeepSpeed frees after the forward
+            linear.product = FrozenLinear.product_from_parts  # a view would keep what DeepSpeed frees after the forward
         self._gather_by_block(model)
         converted: dict[int, nn.Parameter] = {}
         init = self._deepspeed.zero.Init(config_dict_or_path=self._settings)

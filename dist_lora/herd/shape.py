@@ -1,6 +1,6 @@
 """A Llama's sizes: read from its config.json, with what follows from them.
 
-Source: the config.json and generation_config.json of the hub's meta-llama, and transformers' ``LlamaConfig``.
+Source: the config.json of the hub's meta-llama, and transformers' ``LlamaConfig``.
 """
 
 from __future__ import annotations

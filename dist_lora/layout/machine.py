@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 from dist_lora.text import GIB
 
+_WORD = re.compile(r"[a-z0-9]+")
 TOLERANCE = 0.12  # of the memory in a name: drivers reserve some, and vendors round
 
 
@@ -14,4 +16,12 @@ def is_called(gpu: str, device_name: str, num_bytes: int) -> bool:
     kind, _, size = gpu.lower().rpartition("-")
     memory = re.fullmatch(r"(\d+)gb", size)
     is_as_large = memory is not None and abs(num_bytes / GIB / int(memory[1]) - 1) <= TOLERANCE
-    return bool(kind) and kind in re.sub(r"[^a-z0-9]", "", device_name.lower()) and is_as_large
+    return is_as_large and _is_in(_WORD.findall(kind), _WORD.findall(device_name.lower()))
+
+
+def _is_in(kind: list[str], words: list[str]) -> bool:
+    """Whether successive words of a device's name, written together, are those of the type: rtx4090 is RTX 4090."""
+    spelled = "".join(kind)
+    return bool(spelled) and any(
+        "".join(words[first:last]) == spelled for first, last in itertools.combinations(range(len(words) + 1), 2)
+    )

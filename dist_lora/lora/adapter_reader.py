@@ -206,7 +206,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def _checksum_on_disk(tensors: Sequence[TensorOnDisk]) -> str:
-    """``_checksum_of`` the tensors of one file, read a slice at a time."""
+    """``adapter_writer._checksum_of`` the tensors of one file, read a slice at a time."""
     digest, reader = xxhash.xxh3_128(), SliceReader()
     by_name = sorted(tensors, key=lambda tensor: tensor.name)
     with open_weights(by_name[0].file) as descriptor:
@@ -233,7 +233,7 @@ def faults_of(
     expected = _expected_modules(modules, targets=targets, layers=layers)
     halves = {f"{module}.lora_{half}" for module in modules | expected for half in "AB"}
     kinds = (
-        ("unexpected, not of a linear of Llama", [names(key) for key in sorted(set(shapes) - set(known))]),
+        ("unexpected, on none of Llama's linears", [names(key) for key in sorted(set(shapes) - set(known))]),
         (_NOT_GATHERED, [f"{names(key)} has shape {known[key]}" for key in sorted(set(known) - set(whole))]),
         (
             "wrong rank",
@@ -250,7 +250,7 @@ def faults_of(
 
 
 def _linear_of(key: str) -> tuple[int, str] | None:
-    """Layer and linear of ``<module>.lora_A`` or ``.lora_B``; None if it is not of a linear of Llama."""
+    """Layer and linear of ``<module>.lora_A`` or ``.lora_B``; None if it is on none of Llama's linears."""
     module, _, half = key.rpartition(".")
     match = _MODULE.fullmatch(module)
     if match is None or half not in ("lora_A", "lora_B"):

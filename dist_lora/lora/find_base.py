@@ -2,43 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-
-import yaml
 
 from dist_lora.base.hub import fetch_model
 from dist_lora.errors import ConfigError
 from dist_lora.herd.models import resolve_model
 from dist_lora.lora.adapter_reader import open_adapter
-
-
-@dataclass(frozen=True)
-class RunOrigin:
-    """What the config of an adapter's run says of it; empty where the adapter isn't in a run's folder."""
-
-    model: str | None = None
-    quant: str | None = None
-    chat_template: str | None = None
-    is_plain: bool = False
-
-
-def origin_of(adapter: Path) -> RunOrigin:
-    """The origin of an adapter, by the ``config.yaml`` next to its folder."""
-    path = adapter.resolve().parent / "config.yaml"
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        model, data = settings["model"], settings["data"]
-        is_plain = data.get("format") in ("text", "prompt-completion")
-        template = data.get("chat_template")
-        return RunOrigin(
-            model=str(model["name"]),
-            quant=str(model.get("quant", "none")),
-            chat_template=template if isinstance(template, str) else None,
-            is_plain=is_plain,
-        )
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError, RecursionError):
-        return RunOrigin()  # there is none, or not a run's: an adapter may be in any folder
+from dist_lora.lora.origin import origin_of
 
 
 def base_name(adapter: Path, base: str | None) -> str:

@@ -26,7 +26,7 @@ class LoraAdapter(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """``(T, D_out)``: the frozen linear's ``y`` and this adapter's product of ``x`` ``(T, D_in)``, summed."""
+        """``(T, D_out)``: the frozen linear's ``y`` plus the adapter's output for ``x`` ``(T, D_in)``."""
         if self.dropout:
             x = F.dropout(x, self.dropout, training=self.training)
         low = F.linear(x, self.lora_A.to(x.dtype))

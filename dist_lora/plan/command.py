@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_lora.config.schema import Config, MachineSection
+from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, PlanError
 from dist_lora.plan.hardware import DEFAULT_GPU, Gpu, find_gpu, gpu_of_memory, gpus_here, measured_gpu
 from dist_lora.plan.measured import Measured, read_measured
@@ -16,6 +16,11 @@ from dist_lora.plan.table import lines_of, sweep_lines
 from dist_lora.text import GIB
 
 DEFAULT_GPUS_PER_NODE = 8
+
+
+def default_gpus_per_node(config: Config) -> int:
+    """GPUs per node of a run for which nobody has said it."""
+    return 1 if config.parallel.engine == "none" else DEFAULT_GPUS_PER_NODE
 
 
 @dataclass(frozen=True)
@@ -31,10 +36,11 @@ class MachineRequest:
     measured_in: Path | None = None  # that file
     here: Gpu | None = None  # this machine's GPU, if no other is given
     assumed: str = ""
+    gpu_setting: str = "--gpu"  # what names the GPUs
 
     @staticmethod
     def of(
-        section: MachineSection,
+        config: Config,
         num_nodes: Sequence[int] | None,
         gpus_per_node: int | None,
         gpus: Sequence[str] | None,
@@ -53,26 +59,29 @@ class MachineRequest:
             return MachineRequest(
                 num_nodes or [machine.num_nodes], per_node, gpus or [], gpu_gib, host_gib, machine, measured
             )
+        section, default = config.machine, default_gpus_per_node(config)
         size = section.gpus_per_node if gpus_per_node is None else gpus_per_node
+        gpu_setting = "--gpu"
         if not gpus and gpu_gib is None and section.gpu is not None:
-            gpus = [section.gpu]
+            gpus, gpu_setting = [section.gpu], "machine.gpu"
         here, assumed = None, ""
         if not gpus and gpu_gib is None:
             local_gpus = gpus_here()
             here = min(local_gpus, key=lambda gpu: gpu.memory_bytes, default=None)
             size = len(local_gpus) or None if size is None else size
             if here is None:
-                assumed = f"assuming {DEFAULT_GPUS_PER_NODE if size is None else size} x {DEFAULT_GPU}"
+                assumed = f"assuming {default if size is None else size} x {DEFAULT_GPU}"
         elif size is None:
-            assumed = f"assuming {DEFAULT_GPUS_PER_NODE} GPUs per node"
+            assumed = f"assuming {default} {'GPU' if default == 1 else 'GPUs'} per node"
         return MachineRequest(
             num_nodes or [section.nodes or 1],
-            DEFAULT_GPUS_PER_NODE if size is None else size,
+            default if size is None else size,
             gpus or [],
             gpu_gib,
             host_gib,
             here=here,
             assumed=assumed,
+            gpu_setting=gpu_setting,
         )
 
     def machines(self) -> list[Machines]:
@@ -110,7 +119,7 @@ class MachineRequest:
         """
         machines = self.machines()
         if len(machines) > 1:
-            raise ConfigError("--gpu and --nodes: several values need --sweep")
+            raise ConfigError("--gpu, --nodes: several values are for --sweep only")
         return machines[0]
 
     def _measured_machines(self, measured: Measured) -> Machines:
@@ -130,7 +139,7 @@ class MachineRequest:
             return [gpu_of_memory(self.gpu_gib, name=f"GPU of {self.gpu_gib:g} GiB")]
         if not self.gpus:
             return [self.here or find_gpu(DEFAULT_GPU)]
-        return [find_gpu(name) for name in self.gpus]
+        return [find_gpu(name, given_by=self.gpu_setting) for name in self.gpus]
 
 
 def plan(config: Config, request: MachineRequest, *, is_sweep: bool, as_json: bool) -> None:
@@ -149,7 +158,7 @@ def plan(config: Config, request: MachineRequest, *, is_sweep: bool, as_json: bo
             print("\n".join(sweep_lines(plans)))
         if not plans:
             raise PlanError(
-                f"{config.model.name} doesn't fit on {' or '.join(map(str, machines))} in any way that was tried"
+                f"{config.model.name} doesn't fit on {' or '.join(map(str, machines))} with any of the settings tried"
             )
         return
     planned = make_plan(config, request.single())

@@ -12,7 +12,7 @@ from dist_lora.config.schema import Config
 from dist_lora.herd.models import KnownModel, known_model
 from dist_lora.layout.choices import BYTES_PER_TRAINED_WEIGHT, ITEM_BYTES, choose_dtype
 from dist_lora.layout.storage import FP32, base_parts
-from dist_lora.plan.command import DEFAULT_GPUS_PER_NODE
+from dist_lora.plan.command import default_gpus_per_node
 from dist_lora.plan.hardware import find_gpu
 from dist_lora.plan.plan import Machines, make_plan
 from dist_lora.text import GIB, in_columns
@@ -76,7 +76,9 @@ def _on_its_machine(config: Config, model: KnownModel) -> Iterator[str]:
     if config.machine.gpu is None:
         return
     machines = Machines(
-        config.machine.nodes or 1, config.machine.gpus_per_node or DEFAULT_GPUS_PER_NODE, find_gpu(config.machine.gpu)
+        config.machine.nodes or 1,
+        config.machine.gpus_per_node or default_gpus_per_node(config),
+        find_gpu(config.machine.gpu, given_by="machine.gpu"),
     )
     plan = make_plan(config, machines, shape=model.shape)
     result = "fits" if plan.fits else "doesn't fit; see `dist-lora plan` for what would"
@@ -105,7 +107,7 @@ def _what_is_trained(config: Config, model: KnownModel) -> Iterator[str]:
         sizes = f"({out}, {in_})", f"({out}, {r})", f"({r}, {in_})"
         rows.append((" ".join(names), *sizes, f"{frozen:,}", f"{trained:,}, {_ratio(trained, frozen)}"))
     yield from in_columns(rows, indent="  ")
-    yield "Per token an adapter takes as many multiplications as it has weights: O(r d), against O(d^2) of its matrix."
+    yield "An adapter takes as many multiplications per token as it has weights: O(r d), where its matrix takes O(d^2)."
     trained = shape.adapter_parameters(lora.target_names(), layers, r)
     total = shape.num_parameters()
     yield (
@@ -134,8 +136,7 @@ def _costs(config: Config, model: KnownModel) -> Iterator[str]:
         "for adapters 4 + 4 + 4 + 4, all in fp32."
     )
     yield (
-        f"Bytes per frozen weight: 2, and {_bytes_per_frozen_weight(config, model):.3g} with these adapters. Activations come on top of "
-        "all of these."
+        f"Bytes per frozen weight: 2, under LoRA {_bytes_per_frozen_weight(config, model):.3g}. Activations come on top."
     )
 
 

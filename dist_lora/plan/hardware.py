@@ -136,8 +136,8 @@ def gpu_of_memory(gib: float, *, name: str) -> Gpu:
     return replace(GPUS[DEFAULT_GPU], name=name, memory_gb=gib / 0.985)
 
 
-def find_gpu(name: str) -> Gpu:
-    """A GPU by its name.
+def find_gpu(name: str, *, given_by: str = "--gpu") -> Gpu:
+    """A GPU by its name; ``given_by`` is the option or the setting that has it.
 
     Raises:
         ConfigError: no GPU has that name; with the nearest names.
@@ -146,4 +146,6 @@ def find_gpu(name: str) -> Gpu:
     if gpu is not None:
         return gpu
     hint = nearest_few(name.lower(), GPUS, cutoff=0.3, otherwise=f"known: {', '.join(GPUS)}")
-    raise ConfigError(f"--gpu: no GPU called {name} is known ({hint}). Give another, or its memory: --gpu-gib 80")
+    raise ConfigError(
+        f"{given_by}: no GPU called {name} is known ({hint}). `dist-lora plan` also takes its memory: --gpu-gib 80"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from dist_lora.config.schema import QUANTIZED
 from dist_lora.errors import ConfigError, SaveError
-from dist_lora.files import write_whole
+from dist_lora.files import write_output
 
 FORMAT = 1
 Range = tuple[float, float]  # from slow to fast, per second
@@ -107,8 +108,11 @@ def _nearest(products: Iterable[Product], sizes: tuple[int, int, int]) -> Produc
 
 def check_out(out: Path) -> None:
     """Raise ``ConfigError`` if the file can't be written, before minutes are spent on measuring."""
-    if out.is_dir() or not out.absolute().parent.is_dir():
+    folder = out.absolute().parent
+    if out.is_dir() or not folder.is_dir():
         raise ConfigError(f"--out: {out} is a folder, or its folder doesn't exist. Name a file in an existing folder.")
+    if not os.access(out if out.exists() and not out.is_file() else folder, os.W_OK):
+        raise ConfigError(f"--out: {out} can't be written: permission denied. Name a file in a writable folder.")
 
 
 def write_measured(measured: Measured, path: Path) -> None:
@@ -118,7 +122,7 @@ def write_measured(measured: Measured, path: Path) -> None:
         SaveError: the file can't be written.
     """
     try:
-        write_whole(path, json.dumps(measured.to_json(), indent=1) + "\n")
+        write_output(path, json.dumps(measured.to_json(), indent=1) + "\n")
     except OSError as error:
         raise SaveError(
             f"--out: {path} can't be written: {error.strerror or error}. Name a file in a writable folder."
@@ -134,7 +138,7 @@ def read_measured(path: Path) -> Measured:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         if tree.pop("format") != FORMAT:
-            raise ValueError("its format is of another version")
+            raise ValueError("it was written by another version")
         links = {
             axis: {kind: Link(_at_sizes(link["by_size"]), _above_0(link["latency_s"])) for kind, link in kinds.items()}
             for axis, kinds in tree["links"].items()

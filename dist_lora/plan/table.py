@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from dist_lora.plan.plan import Plan
+from dist_lora.plan.plan import Machines, Plan
 from dist_lora.plan.speed import flops_per_token
 from dist_lora.plan.traffic import received_bytes
 from dist_lora.text import GIB
@@ -20,13 +20,13 @@ def lines_of(plan: Plan) -> Iterator[str]:
     note = "" if shape.given_parameters is None else " (as given; computed as a Llama of these sizes)"
     yield f"  {shape.num_parameters():,} frozen weights{note}, {setup.trained_weights:,} trained"
     if machines.assumed:
-        yield f"  machines  {machines.assumed}: set the config's machine section, or --gpu and --gpus-per-node"
+        yield f"  {_assumed(machines)}"
     for reason in setup.choices.reasons:
         yield f"  {reason}"
     for note in plan.notes:
         yield f"  note      {note}"
     yield (
-        f"  batch     {train.micro_batch} x {train.sequence_length:,} tokens per GPU and micro-batch, "
+        f"  batch     {train.micro_batch} x {train.sequence_length:,} tokens per micro-batch on each GPU, "
         f"{setup.accumulation_steps} accumulation step{'s' * (setup.accumulation_steps > 1)}"
     )
     yield ""
@@ -80,6 +80,8 @@ def _of_speed(plan: Plan) -> Iterator[str]:
 
 def sweep_lines(plans: Sequence[Plan]) -> Iterator[str]:
     """One line per plan, from the smallest memory to the largest."""
+    if plans[0].machines.assumed:
+        yield _assumed(plans[0].machines)
     yield f"{'GiB per GPU':>11}  {'step, s':>14}  {'tokens/s':>20}  with"
     for plan in plans:
         (low, high), (slow, fast) = plan.speed.step_s, plan.speed.tokens_per_s
@@ -90,3 +92,7 @@ def sweep_lines(plans: Sequence[Plan]) -> Iterator[str]:
         )
         steps, tokens = f"{low:.3g}-{high:.3g}", f"{slow:,.0f}-{fast:,.0f}"
         yield f"{plan.device_bytes / GIB:11.1f}  {steps:>14}  {tokens:>20}  {options}"
+
+
+def _assumed(machines: Machines) -> str:
+    return f"machines  {machines.assumed}: set the config's machine section, or --gpu and --gpus-per-node"

@@ -16,7 +16,7 @@ from dist_lora.checkpoint.folders import step_folders
 from dist_lora.config.load import load_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, SaveError
-from dist_lora.files import write_whole
+from dist_lora.files import write_output
 from dist_lora.run_folder.records import EVALUATIONS_FILE, METRICS_FILE, read_lines
 from dist_lora.run_folder.status import describe_status
 from dist_lora.text import GIB
@@ -68,7 +68,7 @@ def write_report(folder: Path, *, out: Path | None = None) -> Path:
     page = _page(folder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, page)
+        write_output(path, page)
     except OSError as error:
         raise SaveError(
             f"{path}: can't be written: {error.strerror or error}. Name another file with --out."

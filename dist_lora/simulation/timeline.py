@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dist_lora.errors import ConfigError, SaveError
-from dist_lora.files import write_whole
+from dist_lora.files import write_output
 from dist_lora.simulation.simulate import MAX_MICRO_BATCHES, Simulation, as_json
 from dist_lora.simulation.tracker import KINDS, Kind, Moment, Phase
 from dist_lora.text import GIB
@@ -85,7 +85,7 @@ def write_timeline(simulation: Simulation, path: Path, *, title: str, limit: Lim
     numbers = path.with_suffix(".json")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(numbers, json.dumps(as_json(simulation)) + "\n")
+        write_output(numbers, json.dumps(as_json(simulation)) + "\n")
         _draw(simulation, path, title=title, limit=limit)
     except OSError as error:
         raise SaveError(f"{path}: can't be written: {error.strerror or error}. Choose another path.") from error

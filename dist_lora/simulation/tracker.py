@@ -61,7 +61,6 @@ class Memory:
 
     peak: Moment
     timeline: tuple[Moment, ...]
-    num_events: int
 
     @property
     def composition(self) -> dict[Kind, int]:
@@ -303,7 +302,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         bounds = np.linspace(0, num_events, num_moments - 1).astype(int)
         highest = {int(a + total[a:b].argmax()) for a, b in zip(bounds, bounds[1:], strict=False) if b > a}
         shown = sorted(highest | {0, num_events - 1})
-        return Memory(moment(int(total.argmax())), tuple(map(moment, shown)), num_events)
+        return Memory(moment(int(total.argmax())), tuple(map(moment, shown)))
 
 
 def register_run(tracker: Tracker, model: Llama, engine: Engine, adapters: FlatAdapters) -> None:

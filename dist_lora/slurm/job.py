@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dist_lora.config.load import load_config
-from dist_lora.config.schema import Config, MachineSection
+from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, PlanError
-from dist_lora.plan.command import DEFAULT_GPUS_PER_NODE, check_fits
+from dist_lora.plan.command import check_fits, default_gpus_per_node
 from dist_lora.plan.hardware import DEFAULT_GPU, Gpu, find_gpu
 from dist_lora.plan.plan import Machines, Plan, make_plan
 from dist_lora.text import GIB
@@ -122,7 +122,7 @@ def needs_of(request: Request, runs: list[Config]) -> Needs:
         PlanError: a run doesn't fit the machines.
         ConfigError: its settings contradict the machines.
     """
-    machines = _machines(request, [config.machine for config in runs])
+    machines = _machines(request, runs)
     plans: dict[str, Plan] = {}
     lines = []
     for config in runs:
@@ -147,12 +147,13 @@ def needs_of(request: Request, runs: list[Config]) -> Needs:
     )
 
 
-def _machines(request: Request, sections: Sequence[MachineSection]) -> Machines:
+def _machines(request: Request, runs: Sequence[Config]) -> Machines:
     """The machines of a job: as typed, else from its configs.
 
     Raises:
         ConfigError: the number of nodes is missing, the configs name different machines, or the GPU is unknown.
     """
+    sections = [config.machine for config in runs]
     named: dict[str, tuple[str, object, set[Any]]] = {
         "--nodes": ("machine.nodes", request.num_nodes, {section.nodes for section in sections}),
         "--gpus-per-node": (
@@ -171,8 +172,8 @@ def _machines(request: Request, sections: Sequence[MachineSection]) -> Machines:
         raise ConfigError("--nodes: not given, and machine.nodes of the config isn't set; expected the number of nodes")
     return Machines(
         num_nodes,
-        request.gpus_per_node or sections[0].gpus_per_node or DEFAULT_GPUS_PER_NODE,
-        request.gpu or find_gpu(sections[0].gpu or DEFAULT_GPU),
+        request.gpus_per_node or sections[0].gpus_per_node or default_gpus_per_node(runs[0]),
+        request.gpu or find_gpu(sections[0].gpu or DEFAULT_GPU, given_by="machine.gpu"),
     )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,28 +105,34 @@ def open_base(config: Config, world: World) -> Base:
         refuse_shape(config.model)
         return resolve_model(config.model.name)
 
-    resolved = world.agree_on(stage, resolve)
-    folder = folder_of(resolved, world)
-    # One rank per node reads the files' headers, and shares them with the others.
-    index = world.once_per_node(stage, lambda: open_index(folder, allow_bytes=True).to_json())
+    def read_sizes() -> Shape:  # before the weights: a model that isn't supported is no damaged one
+        shape = read_shape(folder)
+        config.lora.layer_indices(shape.num_layers)
+        return shape
 
-    def open_files() -> tuple[Shape, BaseOnDisk, Any]:
+    def open_files() -> tuple[BaseOnDisk, Any]:
+        on_disk = open_base_on_disk(folder, quant=config.model.quant, index=WeightIndex.from_json(folder, index))
+        on_disk.index.expect(shape.tensor_shapes())
         try:
-            shape = read_shape(folder)
-            config.lora.layer_indices(shape.num_layers)
-            on_disk = open_base_on_disk(folder, quant=config.model.quant, index=WeightIndex.from_json(folder, index))
-            on_disk.index.expect(shape.tensor_shapes())
-            return shape, on_disk, load_tokenizer(folder, chat_template=config.data.chat_template)
-        except DistLoraError:
-            raise
-        except (OSError, ValueError) as caught:
+            return on_disk, load_tokenizer(folder, chat_template=config.data.chat_template)
+        except ValueError as caught:
             raise WeightsError(f"{config.model.name}: can't be opened: {caught}") from caught
 
-    shape, on_disk, tokenizer = world.agree_on(stage, open_files)
-    return Base(folder, shape, on_disk, tokenizer, _identity(resolved, folder, world))
+    def os_error(caught: OSError) -> WeightsError:
+        return WeightsError(f"{config.model.name}: can't be opened: {caught}")
+
+    resolved = world.agree_on(stage, resolve, os_error=os_error)
+    folder = folder_of(resolved, world)
+    shape = world.agree_on(stage, read_sizes, os_error=os_error)
+    # One rank per node reads the files' headers, and shares them with the others.
+    index = world.once_per_node(stage, lambda: open_index(folder, allow_bytes=True).to_json(), os_error=os_error)
+    on_disk, tokenizer = world.agree_on(stage, open_files, os_error=os_error)
+    return Base(folder, shape, on_disk, tokenizer, _identity(resolved, folder, world, os_error))
 
 
-def _identity(resolved: ResolvedModel, folder: Path, world: World) -> BaseIdentity:
+def _identity(
+    resolved: ResolvedModel, folder: Path, world: World, os_error: Callable[[OSError], DistLoraError]
+) -> BaseIdentity:
     """What the adapter will record of its base: computed by one rank per node, since it reads a part of each tensor.
 
     Raises:
@@ -136,7 +144,7 @@ def _identity(resolved: ResolvedModel, folder: Path, world: World) -> BaseIdenti
         return json.dumps(dataclasses.asdict(identify_base(folder, name=resolved.hub_id, revision=revision))).encode()
 
     stage = "the base on every node"
-    here = BaseIdentity(**json.loads(world.once_per_node(stage, identify)))
+    here = BaseIdentity(**json.loads(world.once_per_node(stage, identify, os_error=os_error)))
     first = BaseIdentity(**json.loads(world.once(stage, lambda: json.dumps(dataclasses.asdict(here)).encode())))
 
     def compare() -> None:
@@ -152,17 +160,19 @@ def _identity(resolved: ResolvedModel, folder: Path, world: World) -> BaseIdenti
 
 
 def folder_of(resolved: ResolvedModel, world: World) -> Path:
-    """Where the model's files are: its own folder, or the hub's copy, fetched once per node. All ranks call it."""
-    if resolved.folder is not None:
-        return resolved.folder
-    hub_id = resolved.hub_id
-    assert hub_id is not None
+    """Where the model's files are: its own folder, or the hub's copy, fetched once per node. All ranks call it.
 
-    def fetch() -> bytes:
-        with world.progress.phase(f"fetching {hub_id}", kind="unseen"):
-            return str(fetch_model(hub_id)).encode()
+    A name may be a folder on one node and a hub id on another: both take the same steps together.
+    """
 
-    return Path(world.once_per_node(f"fetching {hub_id}", fetch).decode())
+    def find() -> bytes:
+        if resolved.folder is not None:
+            return os.fsencode(resolved.folder)
+        assert resolved.hub_id is not None
+        with world.progress.phase(f"fetching {resolved.hub_id}", kind="unseen"):
+            return os.fsencode(fetch_model(resolved.hub_id))
+
+    return Path(os.fsdecode(world.once_per_node("finding the base's folder", find)))
 
 
 @dataclass(frozen=True)

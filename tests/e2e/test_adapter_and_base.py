@@ -52,15 +52,15 @@ DAMAGES = {
     "a key dropped": (lambda t: {k: v for k, v in t.items() if k != KEY}, f"missing: {KEY}"),
     "a key added": (
         lambda t: t | {"base_model.model.lm_head.lora_A.weight": t[KEY].clone()},
-        "unexpected, not of a linear of Llama: base_model.model.lm_head.lora_A.weight",
+        "unexpected, on none of Llama's linears: base_model.model.lm_head.lora_A.weight",
     ),
     "a prefix renamed": (
         lambda t: {k.replace("base_model.model", "base_model"): v for k, v in t.items()},
-        "unexpected, not of a linear of Llama: base_model.model.layers.0.mlp.down_proj.lora_A.weight",
+        "unexpected, on none of Llama's linears: base_model.model.layers.0.mlp.down_proj.lora_A.weight",
     ),
     "an adapter's name left in": (
         lambda t: {k.replace("lora_B.weight", "lora_B.default.weight"): v for k, v in t.items()},
-        "unexpected, not of a linear of Llama: base_model.model.model.layers.0.mlp.down_proj.lora_B.default.weight",
+        "unexpected, on none of Llama's linears: base_model.model.model.layers.0.mlp.down_proj.lora_B.default.weight",
     ),
     "another rank in the config": (None, "wrong rank: base_model.model.model.layers.0.mlp.down_proj.lora_A.weight has rank 16"),
 }  # fmt: skip

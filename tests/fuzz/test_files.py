@@ -202,7 +202,7 @@ CASES = {
     "a factor beyond floats": ("model_config", of("model_config", rope_parameters=ROPE), "rope factor: found 1000"),
     "a nested config.json": ("model_config", b"[" * 100_000, "not JSON (maximum recursion depth exceeded"),
     "a config.json of a megabyte": ("model_config", b" " * (2**20 + 1), "longer than 1,048,576 bytes"),
-    "an adapter on a far layer": ("adapter_header", header("adapter_header", LAYER), f"unexpected, not of a linear of Llama: {LAYER}"),
+    "an adapter on a far layer": ("adapter_header", header("adapter_header", LAYER), f"unexpected, on none of Llama's linears: {LAYER}"),
     "a size of 4,000 digits": ("adapter_header", header("adapter_header", shape=[int("9" * 4000)] * 3), "in its header is invalid"),
     "a base's size of 4,000 digits": ("base_header", header("base_header", shape=[int("9" * 4000)] * 3), "in its header is invalid"),
     "more dims than torch has": ("base_header", header("base_header", shape=[1] * 65), "in its header is invalid"),

@@ -168,8 +168,13 @@ BY_ZERO3 = {
 }
 
 
-@pytest.mark.turn(of=3)
-@pytest.mark.parametrize("case", BY_ZERO3.values(), ids=BY_ZERO3)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=pytest.mark.slow if name == "tied" else pytest.mark.turn(of=3))
+        for name, case in BY_ZERO3.items()
+    ],
+)
 def test_the_plan_of_zero3_is_the_simulated_step(case: Case) -> None:
     """It sends as many bytes in other pieces; how it puts the gradient's norm together differs by some."""
     setup, simulated = planned_and_simulated(case, num_layers=6)

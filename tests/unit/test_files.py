@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_lora.files import write_whole
+from dist_lora.files import write_output, write_whole
 
 KILLED_IN_FSYNC = """
 import os, signal, sys
@@ -73,3 +73,17 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path,
     with pytest.raises(OSError, match="No space left"):
         write_whole(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["status"]
+
+
+def test_what_a_user_names_may_be_a_link_or_a_device(tmp_path: Path) -> None:
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_output(link, "new")
+    assert link.is_symlink() and target.read_text() == "new"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True) as reader:
+        write_output(pipe, "through it")
+        assert reader.communicate()[0] == "through it" and pipe.is_fifo()
+    write_output(Path("/dev/null"), "nowhere")
+    assert Path("/dev/null").is_char_device()

@@ -245,7 +245,7 @@ def claim_pieces(place: Path) -> None:
 CLAIMS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "ten to the 15 elements": (claim_elements, "base", "and its header describes 4,000,000,000,000,0"),
     "ten to the 15 layers": (claim_layers, "config", "num_hidden_layers: found 1000000000000000, expected at most 1,000"),
-    "an adapter on layer ten to the 12": (claim_a_far_layer, "adapter", "unexpected, not of a linear of Llama: base_model.model.model.layers.1000"),
+    "an adapter on layer ten to the 12": (claim_a_far_layer, "adapter", "unexpected, on none of Llama's linears: base_model.model.model.layers.1000"),
     "tensors of terabytes": (claim_pieces, "checkpoint", "bytes, 120000000001000 were written"),
 }  # fmt: skip
 

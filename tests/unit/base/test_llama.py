@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from dist_lora.base import llama
 from dist_lora.base.attention import Documents
-from dist_lora.base.llama import LOGITS_AT_ONCE, SumOfCrossEntropy
+from dist_lora.base.llama import LOGITS_AT_ONCE, FrozenLinear, SumOfCrossEntropy
+from dist_lora.base.quant.formats import Plain
 from dist_lora.data.loader import Loader
 from dist_lora.train.build import Trainee
 from dist_lora.train.held_out import loss_of
@@ -235,3 +238,14 @@ def test_an_evaluation_takes_no_more_memory_than_a_training_pass(tiny_llama, pac
     train_a_pass()  # whatever is made once is there
     evaluation = peak_bytes(lambda: loss_of(trainee, tokens, config=config, world=World.alone()))
     assert evaluation <= peak_bytes(train_a_pass)
+
+
+def test_a_linear_frees_its_weight_with_its_last_name() -> None:
+    linear = FrozenLinear(4, 3, Plain(torch.float32))
+    weight = weakref.ref(linear._parameters["weight"])
+    gc.disable()
+    try:
+        del linear
+        assert weight() is None, "a cycle keeps it until the collector comes"
+    finally:
+        gc.enable()

@@ -215,7 +215,7 @@ def test_a_section_that_is_no_mapping_says_what_belongs_there(tmp_path: Path) ->
     text = complaint(tmp_path, SHORTEST + "lora: 16\n", "lora.rank=8")
     assert text.split("\n")[1] == "  lora.rank=8 (argument): no such setting: lora is not a section"
     assert text.split("\n")[2] == (
-        "  c.yaml:4: lora: found 16, expected settings, as lora: {...} with rank, alpha, dropout, targets, "
+        "  c.yaml:4: lora: found 16, expected settings, like lora: {...} with rank, alpha, dropout, targets, "
         "layers, start_from"
     )
 
@@ -231,8 +231,8 @@ def test_keys_that_yaml_reads_as_something_else_are_unknown_settings(tmp_path: P
     [
         ("", "c.yaml: has no settings; expected at least run, model.name and data.train"),
         ("# nothing\n", "c.yaml: has no settings; expected at least run, model.name and data.train"),
-        ("- a\n- b\n", "c.yaml: found ['a', 'b'], expected settings with names, as"),
-        ("just words\n", "c.yaml: found 'just words', expected settings with names, as"),
+        ("- a\n- b\n", "c.yaml: found ['a', 'b'], expected settings with names, like"),
+        ("just words\n", "c.yaml: found 'just words', expected settings with names, like"),
         ("run: a\nlora: [1\n", "c.yaml:3: not YAML: while parsing a flow sequence"),
         ("run: a\n\tlora: 1\n", "c.yaml:2: not YAML: "),
         ("run: a\n---\nrun: b\n", "c.yaml:2: not YAML: expected a single document"),
@@ -309,7 +309,7 @@ def test_steps_as_an_argument_take_the_place_of_the_files_epochs(tmp_path: Path,
 @pytest.mark.parametrize("argument", ["--train.steps=1", "train.steps", "=1", "train..steps=1"])
 def test_an_argument_of_another_form_says_the_form(tmp_path: Path, argument: str) -> None:
     text = complaint(tmp_path, SHORTEST, argument)
-    assert text.split("\n")[1] == f"  {argument} (argument): expected setting=value, as train.steps=10"
+    assert text.split("\n")[1] == f"  {argument} (argument): expected setting=value, like train.steps=10"
 
 
 def test_an_argument_that_is_not_yaml_is_told_with_the_others(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from dist_lora.data.chat import encode_sample
 from dist_lora.data.token_cache import TokenRules, prepare_tokens
 from dist_lora.data.token_set import split_eval
 from dist_lora.errors import DataError, RankError, SaveError
+from dist_lora.files import new_file
 from dist_lora.world.world import World
 from tests import ROOT
 
@@ -396,8 +398,13 @@ def test_a_disk_that_fills_is_told_at_every_stage(stage, tmp_path, monkeypatch):
     def full(*args, **settings):
         raise OSError(28, "No space left on device")
 
+    @contextmanager
+    def filling(path):
+        with new_file(path):
+            yield full
+
     name = write(tmp_path / "d.jsonl", [conversation("q", "a")])
-    monkeypatch.setattr(f"dist_lora.data.token_cache.{stage}", full)
+    monkeypatch.setattr(f"dist_lora.data.token_cache.{stage}", filling if stage == "new_file" else full)
     with pytest.raises(SaveError, match=r"data\.cache_dir: .*No space left on device"):
         prepare(name, tmp_path / "cache")
 

@@ -263,7 +263,7 @@ def commands_in_comments() -> Iterator[Any]:
 
 
 def test_files_that_the_documents_name_are_there() -> None:
-    text = (ROOT / "docs/start.md").read_text()
+    text = "".join(path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
     assert all((ROOT / name).exists() for name in re.findall(r"launch/[\w./]*\w", text))
 
 

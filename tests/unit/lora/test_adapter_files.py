@@ -230,8 +230,8 @@ KEY = "model.layers.0.self_attn.k_proj.lora_B"
         ({KEY: torch.ones(32, 2)}, f"wrong rank: {KEY} has rank 2"),
         ({KEY: None}, f"missing: {KEY}"),
         ({KEY: None, KEY[:-1] + "A": None}, f"missing: {KEY[:-1]}A, {KEY}"),
-        ({"_orig_mod." + KEY: torch.ones(32, 4)}, f"unexpected, not of a linear of Llama: _orig_mod.{KEY}"),
-        ({"lm_head.lora_A": torch.ones(4, 64)}, "unexpected, not of a linear of Llama: lm_head.lora_A"),
+        ({"_orig_mod." + KEY: torch.ones(32, 4)}, f"unexpected, on none of Llama's linears: _orig_mod.{KEY}"),
+        ({"lm_head.lora_A": torch.ones(4, 64)}, "unexpected, on none of Llama's linears: lm_head.lora_A"),
     ],
 )  # fmt: skip
 def test_the_writer_refuses_what_is_not_a_whole_adapter_and_leaves_nothing(tmp_path, change, expected):
@@ -354,14 +354,14 @@ PEFT_KEY = f"base_model.model.{KEY}.weight"
             lambda t: {k: v for k, v in t.items() if "layers.0.mlp.up_proj" not in k},
             ["missing: base_model.model.model.layers.0.mlp.up_proj.lora_A.weight, base_model"],
         ),
-        (lambda t: {**t, "base_model.model.lm_head.lora_A.weight": torch.ones(4, 64)}, ["unexpected, not of a linear of Llama: base_model.model.lm_head.lora_A.weight"]),
+        (lambda t: {**t, "base_model.model.lm_head.lora_A.weight": torch.ones(4, 64)}, ["unexpected, on none of Llama's linears: base_model.model.lm_head.lora_A.weight"]),
         (
             lambda t: {k.replace("base_model.model.model", "model") if k == PEFT_KEY else k: v for k, v in t.items()},
-            [f"unexpected, not of a linear of Llama: {KEY}.weight", f"missing: {PEFT_KEY}"],
+            [f"unexpected, on none of Llama's linears: {KEY}.weight", f"missing: {PEFT_KEY}"],
         ),
         (
             lambda t: {k.replace(".weight", ".default.weight") if k == PEFT_KEY else k: v for k, v in t.items()},
-            [f"unexpected, not of a linear of Llama: {PEFT_KEY[:-7]}.default.weight", f"missing: {PEFT_KEY}"],
+            [f"unexpected, on none of Llama's linears: {PEFT_KEY[:-7]}.default.weight", f"missing: {PEFT_KEY}"],
         ),
         (lambda t: {**t, PEFT_KEY: torch.zeros(0)}, [f"not gathered: a process holds only its shard of a tensor: {PEFT_KEY}"]),
         (lambda t: {**t, PEFT_KEY: torch.ones(32, 3)}, [f"wrong rank: {PEFT_KEY} has rank 3"]),

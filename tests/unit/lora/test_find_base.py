@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_lora.lora.find_base import RunOrigin, origin_of
+from dist_lora.lora.origin import RunOrigin, origin_of
 
 CONFIG = "model: {name: org/x}\ndata: {train: a, format: FORMAT, chat_template: TEMPLATE}\n"
 

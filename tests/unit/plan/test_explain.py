@@ -172,7 +172,7 @@ def test_a_shape_that_is_no_mapping_is_told_what_it_holds(tmp_path: Path, writte
     path.write_text(f"run: a\nmodel:\n  name: mine\n  shape: {written}\ndata: {{train: a}}\n")
     with pytest.raises(
         ConfigError,
-        match=r"a\.yaml:4: model\.shape: found .*, expected settings, as shape: \{\.\.\.\} with hidden_size,",
+        match=r"a\.yaml:4: model\.shape: found .*, expected settings, like shape: \{\.\.\.\} with hidden_size,",
     ):
         load_config(path)
 

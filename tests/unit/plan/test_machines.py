@@ -26,8 +26,9 @@ def no_gpus(monkeypatch) -> None:
     monkeypatch.setattr(command, "gpus_here", list)
 
 
-def machines(section: MachineSection, *, nodes=None, size=None, gpu=None, gib=None) -> Machines:
-    return MachineRequest.of(section, nodes, size, gpu, gib, None, None).single()
+def machines(section: MachineSection, *, nodes=None, size=None, gpu=None, gib=None, engine="auto") -> Machines:
+    config = config_of(machine=section.model_dump(), parallel={"engine": engine})
+    return MachineRequest.of(config, nodes, size, gpu, gib, None, None).single()
 
 
 def config_of(**sections: Any) -> Config:
@@ -58,6 +59,8 @@ def test_what_is_assumed_is_said() -> None:
     assert machines(MachineSection(), size=2).assumed == "assuming 2 x h100-80gb"
     assert machines(MachineSection(gpu="h200-141gb")).assumed == "assuming 8 GPUs per node"
     assert machines(MachineSection(), gib=16, size=1).assumed == ""
+    assert machines(MachineSection(), engine="none").assumed == "assuming 1 x h100-80gb", "one process, one GPU"
+    assert machines(MachineSection(gpu="h200-141gb"), engine="none").assumed == "assuming 1 GPU per node"
     plan = make_plan(config_of(), found)
     assert plan.to_json()["assumed"] == "assuming 8 x h100-80gb"
     assert "  machines  assuming 8 x h100-80gb: set the config's machine section" in "\n".join(lines_of(plan))
@@ -65,7 +68,7 @@ def test_what_is_assumed_is_said() -> None:
 
 
 def test_a_gpu_that_is_not_known_is_told_from_a_config_too() -> None:
-    with pytest.raises(ConfigError, match=r"no GPU called rtx4091-24gb is known \(nearest: rtx4090-24gb"):
+    with pytest.raises(ConfigError, match=r"^machine.gpu: no GPU called rtx4091-24gb is known \(nearest: rtx4090-24gb"):
         machines(MachineSection(gpu="rtx4091-24gb"))
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from dist_lora.config.schema import MachineSection
 from dist_lora.errors import ConfigError, SaveError
 from dist_lora.herd.members import MEMBERS
 from dist_lora.plan.command import MachineRequest
@@ -157,7 +156,7 @@ def test_a_measured_machine_comes_back_from_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"format": 0}, "its format is of another version"),
+        ({"format": 0}, "it was written by another version"),
         ({"call_s": 0}, "0 is not a number above 0"),
         ({"num_nodes": True}, "True is not a whole number of at least 1"),
         ({"products": []}, "a table has no rows"),
@@ -193,18 +192,18 @@ def test_no_file_and_no_json_are_told(tmp_path: Path) -> None:
 def test_the_measured_machine_is_the_default_and_no_other_is_taken_for_it(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
     write_measured(replace(INSTANT, ranks_per_node=2), path)
-    machines = MachineRequest.of(MachineSection(), None, None, None, None, None, path).single()
+    machines = MachineRequest.of(config_of(), None, None, None, None, None, path).single()
     assert (machines.num_nodes, machines.gpus_per_node, machines.host_bytes) == (1, 2, 64 * GIB)
     assert machines.gpu.name == "CPU, 1 thread a rank, measured"
     for asked, told in (((None, 4), "1 x 4 were requested"), (([2], None), "2 x 2 were requested")):
         with pytest.raises(
             ConfigError, match=f"was measured on 1 x 2 ranks .nodes x ranks per node., and {told}. Measure with as many"
         ):
-            MachineRequest.of(MachineSection(), *asked, None, None, None, path).machines()
+            MachineRequest.of(config_of(), *asked, None, None, None, path).machines()
     with pytest.raises(
         ConfigError, match="--measured and --gpu or --gpu-gib: both set the type of GPU; give one of them"
     ):
-        MachineRequest.of(MachineSection(), None, None, ["h100-80gb"], None, None, path).machines()
+        MachineRequest.of(config_of(), None, None, ["h100-80gb"], None, None, path).machines()
 
 
 def test_plan_says_that_the_machine_was_measured(tmp_path: Path) -> None:

@@ -309,7 +309,7 @@ def test_what_does_not_fit_ends_with_3_and_tells_both_numbers(config_file) -> No
         (["--gpus-per-node", 0], "--gpus-per-node: found 0, expected 1 or more"),
         (["--gpu-gib", -1], "--gpu-gib: found -1, expected GiB above 0"),
         (["--gpu", "h100-80gb", "--gpu-gib", 80], "both set the memory of a GPU"),
-        (["--nodes", 1, "--nodes", 2], "several values need --sweep"),
+        (["--nodes", 1, "--nodes", 2], "several values are for --sweep only"),
         (["--timeline", "a.png"], "--timeline: it shows a simulated step; add --simulate"),
         (["model.name=no-such-folder"], "expected a herd member, an existing folder or a hub id"),
         (["--gpu", "zzz"], f"no GPU called zzz is known (known: {', '.join(GPUS)})"),
@@ -325,7 +325,7 @@ def test_what_does_not_fit_ends_with_3_and_tells_both_numbers(config_file) -> No
         (["parallel.node_size=3"], "parallel.node_size: 8 processes are not a multiple of 3; every node must have"),
         (["parallel.node_size=16"], "parallel.node_size: 8 processes are not a multiple of 16"),
         (["lora.layers=[32]"], "lora.layers: found 32, expected 0-31 (the model has 32 layers)"),
-        (["parallel.engine=none"], "parallel.engine: none runs one process and 8 were started"),
+        (["parallel.engine=none", "--gpus-per-node", 8], "parallel.engine: none runs one process and 8 were started"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )

@@ -68,9 +68,7 @@ def test_a_config_as_it_is_printed_loads(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_plan_without_options_is_for_the_machine_in_the_name(name: str) -> None:
     preset = PRESETS[name]
-    found = make_plan(
-        preset.config, MachineRequest.of(preset.config.machine, None, None, None, None, None, None).single()
-    )
+    found = make_plan(preset.config, MachineRequest.of(preset.config, None, None, None, None, None, None).single())
     assert found.machines == preset.plan.machines and found.device_bytes == preset.plan.device_bytes and found.fits
 
 
