@@ -4,7 +4,7 @@
     python -m bench.evidence bench.step      # run those with this in them, and write what they print into README.md and docs/
     python -m bench.evidence --all           # all of them: hours
 
-In a document, between ``<!-- COMMAND -->`` and ``<!-- end -->``, stands what COMMAND printed; nobody writes there by hand.
+In a document, between ``<!-- COMMAND -->`` and ``<!-- end -->``, stands the output of COMMAND; nobody writes there by hand.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def output_of(command: str) -> str:
     """What a command prints, as Markdown: tables as they are, other text as a block.
 
     Raises:
-        SystemExit: it fails otherwise than a plan that does not fit.
+        SystemExit: it fails, except for a plan that doesn't fit.
     """
     words = shlex.split(command)
     words = [sys.executable, *words[1:]] if words[0] == "python" else [sys.executable, "-m", "dist_lora", *words[1:]]

@@ -165,7 +165,8 @@ def slurm(
     ],
     nodes: Annotated[int | None, typer.Option(help="Nodes; default: machine.nodes of the config.")] = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option(help="GPUs per node; default: machine.gpus_per_node, or 8.")
+        int | None,
+        typer.Option(help="GPUs per node; default: machine.gpus_per_node, or 8 (1 with parallel.engine=none)."),
     ] = None,
     gpu: Annotated[
         str | None, typer.Option(help="Type of GPU, for the plan; default: machine.gpu, or h100-80gb.")
@@ -431,19 +432,20 @@ def _joined(
         launched = launched_rank(os.environ)
         if launched is not None and nproc not in (None, launched.local_size):
             raise ConfigError(
-                f"--nproc: found {nproc}, and the launcher started {launched.local_size} of the {launched.world_size} processes "
-                "on each node. Leave --nproc out under a launcher, which says how many there are."
+                f"--nproc: found {nproc}, and the launcher started {launched.local_size} processes on each node "
+                f"({launched.world_size} in total). Leave --nproc out under a launcher, which says how many there are."
             )
         if launched is not None and launched.world_rank > 0:
             logging.getLogger("dist_lora").setLevel(logging.ERROR)  # the first rank reports on behalf of all
         if launched is None:
             _start_ranks(nproc or (_num_gpus() if needs_all else 1))
         from dist_lora.supervision.run_rank import joined
-    except StopNow as error:  # before there was a rank that could report it
+
+        with joined(launched, config, report=report) as world:
+            yield world
+    except StopNow as error:  # before there was a rank that could report it, or while one reported another error
         report(error)
         sys.exit(error.exit_code)
-    with joined(launched, config, report=report) as world:
-        yield world
 
 
 def _start_ranks(num_ranks: int) -> None:

@@ -204,7 +204,7 @@ def make_samples(num_samples: int, *, held_out: bool, seed: int) -> list[Sample]
             if request not in samples:
                 break
         else:
-            sys.exit(f"quickstart_data: {len(samples)} distinct requests are all that exist; ask for fewer")
+            sys.exit(f"quickstart_data: {len(samples)} distinct requests exist; ask for fewer")
         samples[request] = _sample(request, call)
     return list(samples.values())
 

@@ -328,7 +328,7 @@ def _disagreements(weight_map: Mapping[str, str], tensors_of: Mapping[str, Seque
         if len(files) > 1
     ]
     lacking = [
-        f"{file} lacks {name}, which the index places there. {_INCOMPLETE}"
+        f"{file} lacks {name}, which the index lists in this file. {_INCOMPLETE}"
         for name, file in weight_map.items()
         if file not in holders.get(name, [])
     ]

@@ -88,8 +88,8 @@ def verify_checkpoints(path: Path, *, report: Callable[[str], None]) -> None:
         except CheckpointError as error:
             num_damaged += 1
             message = str(error)
-            is_complete = message.startswith(f"{folder} is damaged: ")
-            report(message if is_complete else f"{folder} is damaged: {message}")
+            names_folder = message.startswith(f"{folder} is damaged: ")
+            report(message if names_folder else f"{folder} is damaged: {message}")
         else:
             num_bytes = sum(entry.num_bytes for entry in manifest.files)
             report(f"{folder} is intact: step {manifest.step}, {len(manifest.files)} ranks' files, {num_bytes:,} bytes")

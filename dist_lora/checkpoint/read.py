@@ -232,7 +232,7 @@ def _slice_of(file: Any, held: Piece, path: Path) -> Any:
     except SafetensorError as error:
         raise CheckpointError(
             f"{path} lacks {held.kind} of {held.name}, elements {held.start}-{held.stop}, "
-            "which the manifest places there"
+            "which the manifest lists in this file"
         ) from error
     if stored.get_dtype() != "F32" or stored.get_shape() != [held.num_elements]:
         raise CheckpointError(

@@ -196,7 +196,7 @@ def _begin(folders: _SaveFolders) -> None:
 
 
 _WHAT_TO_DO = (
-    "Nothing of it was kept and the former checkpoints are as they were: "
+    "No part of it was kept, and the former checkpoints are as they were: "
     "free disk space (or set runs_dir elsewhere), and the same command resumes from the newest."
 )
 

@@ -398,7 +398,7 @@ def _local_path(name: str, which: str) -> Path | None:
     if not path.parent.is_dir():
         raise DataError(f"data.{which}: {name} doesn't exist, nor does its folder {path.parent}")
     near = nearest(path.name, sorted(os.listdir(path.parent)), cutoff=0.5)
-    raise DataError(f"data.{which}: {name} doesn't exist" + (f" (nearest there: {near})" if near else ""))
+    raise DataError(f"data.{which}: {name} doesn't exist" + (f" (nearest: {near})" if near else ""))
 
 
 def _format_of(source: Source, fmt: Format | None) -> Format:

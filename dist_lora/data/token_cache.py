@@ -203,21 +203,23 @@ def _agree_on_key(
 
 
 def _group_of(cache: Path, *, which: Which, world: World) -> _Group:
-    """The ranks that share the cache: every node checks for a file that the first rank writes."""
+    """The ranks that share the cache: every rank looks for a file that the first one writes."""
     everyone = _Group(first=0, index=world.world_rank, size=world.world_size)
     if world.local_size == world.world_size:
         return everyone
 
+    left = contextlib.ExitStack()
+
     def write_probe() -> bytes:
         name = f"probe-{uuid.uuid4().hex}"
         (cache / name).touch()
+        left.callback((cache / name).unlink, missing_ok=True)
         return name.encode()
 
     stage = f"finding the ranks that share the cache of data.{which}"
-    probe = cache / world.once(stage, write_probe, os_error=lambda error: _unwritable(cache, error)).decode()
-    is_seen_by_all = world.min(world.fresh_key("tokens/probe"), int(probe.exists())) == 1
-    if world.is_first:
-        probe.unlink()
+    with left:
+        probe = cache / world.once(stage, write_probe, os_error=lambda error: _unwritable(cache, error)).decode()
+        is_seen_by_all = world.min(world.fresh_key("tokens/probe"), int(probe.exists())) == 1
     if is_seen_by_all:
         return everyone
     return _Group(first=world.world_rank - world.local_rank, index=world.local_rank, size=world.local_size)

@@ -39,7 +39,7 @@ class Answer:
 
     def add(self, severity: Severity, about: str, text: str, todo: str = "") -> None:
         """Add a finding."""
-        assert severity == "ok" or todo or severity == "note", f"{text}: without what to do"
+        assert severity == "ok" or todo or severity == "note", f"{text}: has no advice"
         self.findings.append(Finding(severity, about, text, todo))
 
     def extend(self, other: Answer) -> None:

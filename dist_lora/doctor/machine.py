@@ -193,7 +193,9 @@ def compare_with_config(driver: Sequence[GpuFacts], section: MachineSection, *, 
     """Whether a host has the GPUs of the config's section ``machine``; no findings where it sets none."""
     answer = Answer()
     other = [gpu for gpu in driver if section.gpu is not None and not is_called(section.gpu, gpu.name, gpu.total_bytes)]
-    if other or (section.gpu is not None and not driver):
+    if section.gpu is not None and not driver and num_seen:  # a container without nvidia-smi, or ROCm
+        answer.add("note", "machine", f"machine.gpu: {section.gpu} can't be compared: the driver's tool is not here")
+    elif other or (section.gpu is not None and not driver):
         own = f"{other[0].name} of {gib(other[0].total_bytes)}" if other else "no GPU"
         answer.add(
             "warning",

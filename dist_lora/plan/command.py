@@ -19,7 +19,7 @@ DEFAULT_GPUS_PER_NODE = 8
 
 
 def default_gpus_per_node(config: Config) -> int:
-    """GPUs per node of a run for which nobody has said it."""
+    """GPUs per node where neither config nor options set it."""
     return 1 if config.parallel.engine == "none" else DEFAULT_GPUS_PER_NODE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -38,7 +39,7 @@ def open_run_folder(config: Config, world: World) -> Path:
 
     def refused(error: OSError) -> SaveError:
         return SaveError(
-            f"{folder}: the run's folder can't be written: {error.strerror or error}. Set runs_dir to a folder that can."
+            f"{folder}: the run's folder can't be written: {error.strerror or error}. Set runs_dir to a writable folder."
         )
 
     world.on_first("the run's folder", take, os_error=refused)
@@ -51,17 +52,18 @@ def _check_shared(folder: Path, world: World) -> None:
     if world.num_nodes == 1:
         return
 
+    left = contextlib.ExitStack()
+
     def leave_probe() -> bytes:
         name = f".probe-{uuid.uuid4().hex}"
         (folder / name).touch()
+        left.callback((folder / name).unlink, missing_ok=True)
         return name.encode()
 
     def refused(error: OSError) -> SaveError:
         return SaveError(f"{folder}: the run's folder can't be written: {error.strerror or error}")
 
-    probe = folder / world.once("the run's folder", leave_probe, os_error=refused).decode()
-
-    def look() -> None:
+    def look(probe: Path) -> None:
         deadline = time.monotonic() + SEEN_S
         while world.local_rank == 0 and not probe.exists():
             if time.monotonic() > deadline:
@@ -72,11 +74,9 @@ def _check_shared(folder: Path, world: World) -> None:
                 )
             time.sleep(0.1)
 
-    try:
-        world.agree_on("the run's folder on every node", look)
-    finally:
-        if world.is_first:
-            probe.unlink(missing_ok=True)
+    with left:
+        probe = folder / world.once("the run's folder", leave_probe, os_error=refused).decode()
+        world.agree_on("the run's folder on every node", lambda: look(probe))
 
 
 _locks: list[TextIO] = []  # open for as long as the process lives: closing a lock's file releases it

@@ -159,7 +159,7 @@ def _machines(request: Request, runs: Sequence[Config]) -> Machines:
         "--gpus-per-node": (
             "machine.gpus_per_node",
             request.gpus_per_node,
-            {section.gpus_per_node for section in sections},
+            {config.machine.gpus_per_node or default_gpus_per_node(config) for config in runs},
         ),
         "--gpu": ("machine.gpu", request.gpu, {section.gpu for section in sections}),
     }
@@ -200,7 +200,7 @@ def _check_fits(plan: Plan) -> None:
 
 def _line(plan: Plan) -> str:
     low, high = plan.speed.step_s
-    steps = "steps by the size of the data" if plan.steps is None else f"{plan.steps:,} steps"
+    steps = "number of steps depends on the data" if plan.steps is None else f"{plan.steps:,} steps"
     return (
         f"{plan.config.run}: {plan.config.model.name}, {plan.device_bytes / GIB:.1f} of "
         f"{plan.machines.gpu.memory_bytes / GIB:.1f} GiB per GPU, {low:.3g} to {high:.3g} s per step, {steps}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -192,13 +193,14 @@ def _train(run: Run, folder: Path, world: World, stop: StopRequest) -> None:
             num_steps=run.num_steps,
         )
 
-    meter = world.on_first("the meter", open_meter, os_error=lambda e: SaveError(f"{folder}: can't be written: {e}"))
-    try:
+    with contextlib.ExitStack() as opened:
+        meter = world.on_first(
+            "the meter",
+            lambda: opened.enter_context(contextlib.closing(open_meter())),  # closed also where another rank fails here
+            os_error=lambda error: SaveError(f"{folder}: can't be written: {error}"),
+        )
         with stop.deferred(folder if world.is_first else None):
             run.train(meter, stop)
-    finally:
-        if meter is not None:
-            meter.close()
 
 
 def _check_base(trainee: Trainee, world: World) -> None:

@@ -51,7 +51,7 @@ class StopRequest:
         if is_first and not self._is_deferred:
             raise StopNow(
                 f"interrupted by {self._signal_name} outside of a training step: nothing is lost, "
-                "and the same command resumes."
+                "and the same command resumes the run."
             )
 
     @contextmanager

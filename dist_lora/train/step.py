@@ -107,7 +107,7 @@ class TrainStep:
             self._saver.wait()
             raise TrainingError(
                 f"step {step}: the adapters are not the same on all ranks that hold them: a rank has other weights, "
-                "other data or a faulty device. Nothing of this step was saved: the same command resumes from the last "
+                "other data or a faulty device. This step was not saved: the same command resumes from the last "
                 "checkpoint."
             )
 
@@ -151,7 +151,7 @@ class TrainStep:
             for sample in micro.sample_ids
         ]
         saved = f"The last checkpoint is {self._saver.last}." if self._saver.last else "Nothing was saved yet."
-        tail = f"Nothing of this step was kept. {saved}"
+        tail = f"This step was not kept. {saved}"
         error = None
         if mine:
             error = TrainingError(f"step {step}: the loss of {_samples(mine)} is not finite. {tail}")

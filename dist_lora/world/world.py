@@ -301,10 +301,14 @@ class World:
             dist.all_reduce(is_any, op=dist.ReduceOp.MAX)
         return bool(is_any)
 
-    def leave(self) -> None:
-        """End this rank cleanly; the other ranks may still be running."""
+    def stop_watches(self) -> None:
+        """Stop watching the other ranks: this one ends by itself."""
         for watch in self.watches:
             watch.leave()
+
+    def leave(self) -> None:
+        """End this rank cleanly; the other ranks may still be running."""
+        self.stop_watches()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -387,11 +391,11 @@ def join(
             # One that ended while another still connects would look to it like one that crashed.
             world.agree("joining", None)
     except RankError:
-        world.leave()
+        world.stop_watches()
         raise
     except (dist.DistError, RuntimeError) as error:
-        world.leave()
-        refused = JoinError(f"the ranks can't connect to each other for collectives: {error}")
+        world.stop_watches()
+        refused = JoinError(f"the ranks can't connect to each other: {error}")
         if watches_failures and not world.fail(refused):
             raise RankError(str(refused)) from error
         raise refused from error

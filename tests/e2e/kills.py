@@ -361,7 +361,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=("fsdp2", "zero3"), default="fsdp2")
     parser.add_argument("--exec", action="store_true", help="start each process as a user does")
     wanted = parser.parse_args()
-    print(f"seed {wanted.seed}", flush=True)
+    print(f"seed {wanted.seed}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
         folder = Path(name)
         (folder / "base").mkdir()

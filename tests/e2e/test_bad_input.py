@@ -86,7 +86,7 @@ CASES = [
     Case("a number of processes that can't be", ("--nproc", "0"), 2, ("--nproc",)),
     # data
     Case("a data file that is missing", ("data.train={bad}/colums.jsonl",), 2,
-         ("data.train: {bad}/colums.jsonl doesn't exist (nearest there: columns.jsonl)",)),
+         ("data.train: {bad}/colums.jsonl doesn't exist (nearest: columns.jsonl)",)),
     Case("a data file that is empty", ("data.train={bad}/empty.jsonl",), 2,
          ("{bad}/empty.jsonl: no records; at least one is expected",)),
     Case("a line that is not JSON", ("data.train={bad}/line7.jsonl",), 2,

@@ -212,7 +212,7 @@ def test_a_request_to_one_rank_that_loads_ends_all_with_75(config, whole) -> Non
     fault = "request_to_rank_1_while_the_other_loads"
     codes, done = run_each_rank("train", config, "run=asked-early", fault=fault)
     assert codes == [75, 75], done.stderr
-    told = "interrupted by SIGUSR1 outside of a training step: nothing is lost, and the same command resumes.\n"
+    told = "interrupted by SIGUSR1 outside of a training step: nothing is lost, and the same command resumes the run.\n"
     assert done.stderr.count(told) == done.stderr.count("interrupted") == 1, done.stderr
     assert "error" not in done.stderr
     assert_ended_in_time(done)

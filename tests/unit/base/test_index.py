@@ -214,7 +214,7 @@ def test_bytes_pass_where_they_are_asked_for(tmp_path):
 def test_a_tensor_missing_from_its_shard(sharded):
     save_file({"other": torch.ones(1)}, sharded / "model-00003-of-00003.safetensors")
     text = message(sharded)
-    assert f"model-00003-of-00003.safetensors lacks {NAMES[2]}, which the index places there." in text
+    assert f"model-00003-of-00003.safetensors lacks {NAMES[2]}, which the index lists in this file." in text
     assert "model-00003-of-00003.safetensors holds other, which model.safetensors.index.json doesn't name" in text
 
 

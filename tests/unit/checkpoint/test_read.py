@@ -276,7 +276,7 @@ def test_a_moment_that_its_file_lacks_is_named(root: Path) -> None:
     edit_header(folder / RANK_0, key, key.replace(b"exp_avg", b"exp_abc"))
     with pytest.raises(CheckpointError) as caught:
         load_pieces(folder, read_manifest(folder), list(whole_state(0)))
-    assert f"{RANK_0} lacks exp_avg of {SPECS[1].name}, elements 0-15, which the manifest places" in str(caught.value)
+    assert f"{RANK_0} lacks exp_avg of {SPECS[1].name}, elements 0-15, which the manifest lists" in str(caught.value)
 
 
 def test_a_moment_of_another_type_is_named(root: Path) -> None:

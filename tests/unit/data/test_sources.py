@@ -255,7 +255,7 @@ def test_sources_follow_one_another_each_with_its_format(tmp_path):
 
 def test_a_missing_file_names_the_nearest(tmp_path):
     (tmp_path / "train.jsonl").write_text(GOOD)
-    with pytest.raises(DataError, match=r"data\.train: .*tain\.jsonl doesn't exist \(nearest there: train\.jsonl\)"):
+    with pytest.raises(DataError, match=r"data\.train: .*tain\.jsonl doesn't exist \(nearest: train\.jsonl\)"):
         read_records(str(tmp_path / "tain.jsonl"), fmt=None, which="train")
     with pytest.raises(DataError, match=r"doesn't exist, nor does its folder .*nowhere"):
         read_records(str(tmp_path / "nowhere/x.jsonl"), fmt=None, which="train")

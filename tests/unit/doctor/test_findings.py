@@ -467,5 +467,7 @@ def test_gpus_that_are_not_those_of_the_config_are_a_warning() -> None:
         ("warning", "machine.gpu: the config names rtx4090-24gb, but this host has NVIDIA H100 80GB HBM3 of 80.00 GiB"),
         ("warning", "machine.gpus_per_node: the config names 8, but torch sees 2"),
     ]
+    (unknown,) = compare_with_config([], MachineSection(gpu="h100-80gb"), num_seen=8).findings
+    assert unknown.severity == "note" and "can't be compared" in unknown.text, "torch sees GPUs without nvidia-smi"
     (only,) = compare_with_config([], MachineSection(gpu="h100-80gb"), num_seen=0).findings
     assert only.severity == "warning" and only.text.endswith("this host has no GPU") and only.todo

@@ -284,5 +284,5 @@ def test_a_number_of_processes_that_contradicts_the_launcher_is_refused(tmp_path
     result = CliRunner().invoke(app, ["train", str(config), "--nproc", "4"])
     assert isinstance(result.exception, ConfigError)
     assert str(result.exception).startswith(
-        "--nproc: found 4, and the launcher started 2 of the 4 processes on each node."
+        "--nproc: found 4, and the launcher started 2 processes on each node (4 in total)."
     )

@@ -84,13 +84,9 @@ def test_a_rank_that_can_not_connect_ends_one_that_is_connected_and_no_watch_is_
     monkeypatch.setattr(dist, "init_process_group", connect)
     with ThreadPoolExecutor(2) as threads:
         first, second = threads.submit(come, 0), threads.submit(come, 1)
-        with pytest.raises(
-            JoinError, match=r"^the ranks can't connect to each other for collectives: no route to host$"
-        ):
+        with pytest.raises(JoinError, match=r"^the ranks can't connect to each other: no route to host$"):
             first.result(30)
-        with pytest.raises(
-            RankError, match="rank 0 failed: the ranks can't connect to each other for collectives: no route to host"
-        ):
+        with pytest.raises(RankError, match="rank 0 failed: the ranks can't connect to each other: no route to host"):
             second.result(30)
     for watch in watches():
         watch.join(30)
@@ -107,9 +103,7 @@ def test_a_store_that_goes_while_ranks_connect_is_told_as_such(come, monkeypatch
         found = [threads.submit(come, rank).exception for rank in (0, 1)]
         errors = [exception(30) for exception in found]
     assert {type(error) for error in errors} == {JoinError, RankError}  # one of them tells
-    assert {str(error) for error in errors} == {
-        "the ranks can't connect to each other for collectives: Connection reset by peer"
-    }
+    assert {str(error) for error in errors} == {"the ranks can't connect to each other: Connection reset by peer"}
 
 
 # What one rank does for others
