@@ -21,6 +21,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
