@@ -206,7 +206,7 @@ def test_a_lost_host_leaves_a_run_that_goes_on_with_fewer(two: Runs) -> None:
             agent.wait()
     told = files[0].read_text()
     assert code == 0, told
-    assert "on 2 ranks" in told and "on 1 ranks" in told, told
+    assert ": 2 ranks x micro_batch" in told and ": 1 rank x micro_batch" in told, told
     ours, theirs = (
         [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (metrics.parent, whole)
