@@ -115,6 +115,8 @@ def open_base(config: Config, world: World) -> Base:
         on_disk.index.expect(shape.tensor_shapes())
         try:
             return on_disk, load_tokenizer(folder, chat_template=config.data.chat_template)
+        except DistLoraError:  # some are ValueErrors as well
+            raise
         except ValueError as caught:
             raise WeightsError(f"{config.model.name}: can't be opened: {caught}") from caught
 
