@@ -208,17 +208,8 @@ def _group_of(cache: Path, *, which: Which, world: World) -> _Group:
     if world.local_size == world.world_size:
         return everyone
 
-    left = contextlib.ExitStack()
-
-    def write_probe() -> bytes:
-        name = f"probe-{uuid.uuid4().hex}"
-        (cache / name).touch()
-        left.callback((cache / name).unlink, missing_ok=True)
-        return name.encode()
-
     stage = f"finding the ranks that share the cache of data.{which}"
-    with left:
-        probe = cache / world.once(stage, write_probe, os_error=lambda error: _unwritable(cache, error)).decode()
+    with world.probe(cache, stage, os_error=lambda error: _unwritable(cache, error)) as probe:
         is_seen_by_all = world.min(world.fresh_key("tokens/probe"), int(probe.exists())) == 1
     if is_seen_by_all:
         return everyone

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import time
-import uuid
 from pathlib import Path
 from typing import TextIO
 
@@ -52,14 +50,6 @@ def _check_shared(folder: Path, world: World) -> None:
     if world.num_nodes == 1:
         return
 
-    left = contextlib.ExitStack()
-
-    def leave_probe() -> bytes:
-        name = f".probe-{uuid.uuid4().hex}"
-        (folder / name).touch()
-        left.callback((folder / name).unlink, missing_ok=True)
-        return name.encode()
-
     def refused(error: OSError) -> SaveError:
         return SaveError(f"{folder}: the run's folder can't be written: {error.strerror or error}")
 
@@ -74,8 +64,7 @@ def _check_shared(folder: Path, world: World) -> None:
                 )
             time.sleep(0.1)
 
-    with left:
-        probe = folder / world.once("the run's folder", leave_probe, os_error=refused).decode()
+    with world.probe(folder, "the run's folder", os_error=refused) as probe:
         world.agree_on("the run's folder on every node", lambda: look(probe))
 
 

@@ -13,7 +13,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -220,6 +221,22 @@ class World:
 
         own = self.agree_on(stage, act, os_error=os_error)
         return own if self.world_rank == owner else self.fetch(key)
+
+    @contextlib.contextmanager
+    def probe(self, folder: Path, stage: str, *, os_error: Callable[[OSError], DistLoraError]) -> Iterator[Path]:
+        """A file that rank 0 creates in ``folder``, to learn which ranks see it; it is removed at the end of the ``with``.
+
+        All ranks call it; see ``agree_on``.
+        """
+        with contextlib.ExitStack() as created:
+
+            def create() -> bytes:
+                file = folder / f".probe-{uuid.uuid4().hex}"
+                file.touch()
+                created.callback(file.unlink, missing_ok=True)
+                return file.name.encode()
+
+            yield folder / self.once(stage, create, os_error=os_error).decode()
 
     def fresh_key(self, what: str) -> str:
         """A new key of the store for ``what``: all ranks ask for it equally often and get the same."""
