@@ -80,7 +80,7 @@ def _of_speed(plan: Plan) -> Iterator[str]:
 
 def sweep_lines(plans: Sequence[Plan]) -> Iterator[str]:
     """One line per plan, from the smallest memory to the largest."""
-    if plans[0].machines.assumed:
+    if plans and plans[0].machines.assumed:
         yield _assumed(plans[0].machines)
     yield f"{'GiB per GPU':>11}  {'step, s':>14}  {'tokens/s':>20}  with"
     for plan in plans:

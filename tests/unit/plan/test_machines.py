@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from dist_lora.config.schema import Config, MachineSection
-from dist_lora.errors import ConfigError
+from dist_lora.errors import ConfigError, PlanError
 from dist_lora.plan import command
 from dist_lora.plan.command import MachineRequest
 from dist_lora.plan.explain import explain
 from dist_lora.plan.hardware import GPUS, gpus_here
-from dist_lora.plan.plan import Machines, make_plan
-from dist_lora.plan.table import lines_of
+from dist_lora.plan.plan import Machines, make_plan, sweep
+from dist_lora.plan.table import lines_of, sweep_lines
 
 NAMED = MachineSection(gpu="rtx4090-24gb", gpus_per_node=2, nodes=3)
 H100 = GPUS["h100-80gb"]
@@ -65,6 +65,13 @@ def test_what_is_assumed_is_said() -> None:
     assert plan.to_json()["assumed"] == "assuming 8 x h100-80gb"
     assert "  machines  assuming 8 x h100-80gb: set the config's machine section" in "\n".join(lines_of(plan))
     assert "assuming" not in "\n".join(lines_of(make_plan(config_of(), machines(NAMED))))
+
+
+def test_a_sweep_says_what_is_assumed_and_where_nothing_fits() -> None:
+    assert next(sweep_lines(sweep(config_of(), [machines(MachineSection())]))).startswith("machines  assuming 8 x h100")
+    request = MachineRequest.of(config_of(), None, 1, None, 0.5, None, None)
+    with pytest.raises(PlanError, match=r"3\.2-1b doesn't fit on .* with any of the settings tried"):
+        command.plan(config_of(), request, is_sweep=True, as_json=False)
 
 
 def test_a_gpu_that_is_not_known_is_told_from_a_config_too() -> None:
