@@ -31,8 +31,9 @@ class Documents:
     """Attention within each document of a flat stream.
 
     ``bounds`` are the documents' first tokens and, last, the number of tokens: ``(0, 5, 12)`` is two documents
-    of 5 and 7 tokens. Backends: ``sdpa`` computes document by document; ``varlen`` all at once by a flash
-    kernel (CUDA, 16 bits); ``eager`` materializes the ``(T, T)`` matrix and is for comparison only.
+    of 5 and 7 tokens. Backends: ``sdpa`` computes document by document, and so does ``sdpa-repeated``, which gives each
+    query head its own copy of key and value; ``varlen`` all at once by a flash kernel (CUDA, 16 bits); ``eager``
+    materializes the ``(T, T)`` matrix and is for comparison only.
     """
 
     bounds: tuple[int, ...]
@@ -45,6 +46,8 @@ class Documents:
         if self.backend == "eager":
             return self._eager(query, key, value)
         pairs = zip(self.bounds, self.bounds[1:], strict=False)
+        if self.backend == "sdpa-repeated":
+            key, value = _repeated(key, query), _repeated(value, query)
         parts = [causal_attention(query[a:b], key[a:b], value[a:b]) for a, b in pairs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -64,11 +67,16 @@ class Documents:
         tokens = torch.arange(self.bounds[-1], device=query.device)
         document = torch.searchsorted(starts, tokens, right=True)
         is_attended = (document[:, None] == document[None, :]) & (tokens[:, None] >= tokens[None, :])
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        key, value = _repeated(key, query), _repeated(value, query)
         scores = torch.einsum("qhe,khe->hqk", query, key) / math.sqrt(query.shape[-1])
         weights = scores.masked_fill(~is_attended, -math.inf).float().softmax(dim=-1).to(value.dtype)
         return torch.einsum("hqk,khe->qhe", weights, value)
+
+
+def _repeated(heads: Tensor, query: Tensor) -> Tensor:
+    """Keys or values ``(T, H, E)``, one head per head of ``query``, of ``(T, G, E)``."""
+    groups = query.shape[1] // heads.shape[1]
+    return heads if groups == 1 else heads.repeat_interleave(groups, dim=1)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

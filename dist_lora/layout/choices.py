@@ -14,7 +14,7 @@ from dist_lora.text import size
 
 EngineName = Literal["none", "fsdp2", "zero3"]
 DtypeName = Literal["bf16", "fp32"]
-AttentionName = Literal["sdpa", "varlen", "eager"]
+AttentionName = Literal["sdpa", "sdpa-repeated", "varlen", "eager"]
 ITEM_BYTES: Mapping[DtypeName, int] = {"bf16": 2, "fp32": 4}
 
 BYTES_PER_TRAINED_WEIGHT = 16  # fp32: the weight, its gradient and AdamW's two moments
@@ -102,11 +102,14 @@ def choose_attention(
     wanted: Literal["auto", "sdpa", "varlen", "eager"], *, dtype: DtypeName, on_gpu: bool
 ) -> tuple[AttentionName, str]:
     """``model.attention`` resolved, with the reason."""
+    if on_gpu and dtype == "fp32" and wanted in ("auto", "sdpa"):
+        # In fp32 only the memory-efficient kernel doesn't store all scores, and it has no grouped heads (torch 2.13).
+        return "sdpa-repeated", "the memory-efficient kernel, on repeated key and value heads: flash needs 16 bits"
     if wanted != "auto":
         return wanted, "as set"
-    if on_gpu and dtype == "bf16":
+    if on_gpu:
         return "varlen", "flash attention over all documents of a micro-batch at once"
-    return "sdpa", "flash attention needs 16 bits" if on_gpu else "flash attention needs a GPU"
+    return "sdpa", "flash attention needs a GPU"
 
 
 def choose_layout(

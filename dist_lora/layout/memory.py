@@ -38,6 +38,7 @@ class Setup:
     micro_tokens: int
     accumulation_steps: int
     joins_documents: bool
+    has_dropout: bool
     num_ranks: int
     local_size: int
 
@@ -112,6 +113,7 @@ def setup_of(
         micro_tokens=train.micro_batch * train.sequence_length,
         accumulation_steps=math.ceil(math.ceil(train.global_batch / num_ranks) / train.micro_batch),
         joins_documents=train.micro_batch > 1 and choices.attention != "varlen",
+        has_dropout=config.lora.dropout > 0,
         num_ranks=num_ranks,
         local_size=local_size,
     )
@@ -146,7 +148,8 @@ def saved_bytes_of_layer(setup: Setup, layer: int) -> int:
     In the letters of this file, per token in c bytes: queries, attention output, keys and values (2 H E + 2 G E), gate, up
     and silu (3 F); with adapters their inputs: of q k v (D), of gate and up (D), of down (F), and R numbers for each. In
     fp32: the inputs of both norms (2 D), a log-sum-exp per head and two norm scales. In 16 bits A and B are cast, and the
-    casts are saved. Before the first adapter there is no graph, and nothing is saved.
+    casts are saved. With dropout each adapter has its own copy of its input, and a mask of a byte per number. Before the first
+    adapter there is no graph, and nothing is saved.
     """
     first = min(setup.layers)
     if layer < first:
@@ -160,24 +163,30 @@ def saved_bytes_of_layer(setup: Setup, layer: int) -> int:
     numbers = fp32_numbers = 0
     if begin < 0:
         fp32_numbers += shape.hidden + 1  # the first norm
-    if targets & groups[0]:
+    if targets & groups[0] and not setup.has_dropout:
         numbers += shape.hidden
     if begin <= 0:
-        numbers += 2 * heads + 2 * shape.num_kv_heads * shape.head_dim
+        is_repeated = setup.choices.attention == "sdpa-repeated"
+        numbers += 2 * heads + 2 * (heads if is_repeated else shape.num_kv_heads * shape.head_dim)
         fp32_numbers += shape.num_heads
-        numbers += heads * (setup.joins_documents and "o_proj" in targets)  # concatenated, and in parts
+        # Concatenated, and in parts.
+        numbers += heads * (setup.joins_documents and "o_proj" in targets and not setup.has_dropout)
     elif begin == 1:
         numbers += heads
     if begin <= 1:
         fp32_numbers += shape.hidden + 1  # the second norm
-    if targets & groups[2]:
+    if targets & groups[2] and not setup.has_dropout:
         numbers += shape.hidden
     if begin <= 1:
         numbers += 3 * shape.ffn
     elif begin == 2:  # silu saves gate; the product saves what the other factor's gradient needs
         numbers += shape.ffn * (2 * ("gate_proj" in targets) + ("up_proj" in targets))
-    if "down_proj" in targets:
+    if "down_proj" in targets and not setup.has_dropout:
         numbers += shape.ffn
+    masks = 0
+    if setup.has_dropout:  # each target's own input, after dropout
+        masks = sum(shape.linear_shapes()[name][1] for name in targets)
+        numbers += masks
     numbers += setup.lora_rank * len(targets)
     casts = 0
     if c != FP32:
@@ -185,7 +194,7 @@ def saved_bytes_of_layer(setup: Setup, layer: int) -> int:
             out, width = shape.linear_shapes()[name]
             has_input_gradient = begin < 0 or name not in groups[begin]
             casts += c * setup.lora_rank * (out + width * has_input_gradient)
-    return setup.micro_tokens * (c * numbers + FP32 * fp32_numbers) + casts
+    return setup.micro_tokens * (c * numbers + FP32 * fp32_numbers + masks) + casts
 
 
 def logit_rows(setup: Setup) -> int:

@@ -27,8 +27,9 @@ class LoraAdapter(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """``(T, D_out)``: the frozen linear's ``y`` plus the adapter's output for ``x`` ``(T, D_in)``."""
-        if self.dropout:
-            x = F.dropout(x, self.dropout, training=self.training)
+        if self.dropout and self.training:
+            # F.dropout calls it on a GPU only: elsewhere its mask would have x's dtype instead of a byte per number.
+            x = torch.native_dropout(x, self.dropout, True)[0]
         low = F.linear(x, self.lora_A.to(x.dtype))
         return torch.addmm(y, low, self.lora_B.to(x.dtype).t(), alpha=self.scale)
 

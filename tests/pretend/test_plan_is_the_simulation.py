@@ -74,6 +74,11 @@ CASES = {
     ),
     "nodes by setting": Case("3.1-8b", {"parallel": {"node_size": 4, "base_shard": "node", "adapters": "shard"}}),
     "nodes of one GPU": Case("3.1-8b", {"parallel": {"base_shard": "node"}}, num_nodes=2, gpus_per_node=1),
+    "dropout, kept": Case("3.1-8b", {"lora": {"dropout": 0.1}, "train": {"activation_checkpointing": False}}),
+    "dropout in two targets, recomputed": Case("3.1-8b", {"lora": {"dropout": 0.1, "targets": ["q_proj", "down_proj"]}}),
+    "fp32 on GPUs, kept": Case(
+        "3.1-8b", {"model": {"dtype": "fp32"}, "lora": {"dropout": 0.1}, "train": {"activation_checkpointing": False}}
+    ),
     "high rank": Case("3.1-8b", {"lora": {"rank": 256}, "train": {"sequence_length": 256}}),
 }
 
@@ -92,7 +97,7 @@ def planned_and_simulated(case: Case, *, num_layers: int = 3) -> tuple[Setup, Si
 
 # In every suite those of which each has something of its own; the others are two of these at once, or another size.
 IN_EVERY_SUITE = ("plain", "kept activations", "nf4", "int8", "tied", "one GPU", "nodes, sharded adapters", "world", "405B on 128",
-                  "upper layers", "a small second slice of logits", "fp32 on CPUs", "offload", "rows that don't divide")  # fmt: skip
+                  "upper layers", "dropout, kept", "a small second slice of logits", "fp32 on CPUs", "offload", "rows that don't divide")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -135,6 +140,7 @@ def drawn(seed: int) -> Case:
         },
     }
     device: Literal["gpu", "cpu"] = draw(["gpu", "gpu", "cpu"])
+    settings["lora"]["dropout"] = draw([0.0, 0.0, 0.1])
     return Case(draw(["3.2-1b", "3.1-8b", "3.1-70b", "3.1-405b"]), settings, num_nodes, gpus_per_node, device)
 
 

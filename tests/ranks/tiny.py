@@ -55,11 +55,12 @@ def trainee_of(config: Config, world: World) -> Trainee:
 def accumulate(trainee: Trainee, batch: StepBatch) -> float:
     """The loss of a step, a target token's mean over all ranks; its gradients are summed and wait for the update."""
     trainee.adapters.begin_step()
-    total = torch.zeros(1)
+    losses = []
     for i, micro in enumerate(batch.micro_batches):
         loss = trainee.run(micro)
         trainee.adapters.backward(loss / batch.target_tokens, is_last=i == len(batch.micro_batches) - 1)
-        total += loss.detach()
+        losses.append(loss.detach())
+    total = torch.stack(losses).sum()[None]
     trainee.adapters.reduce(total)
     return float(total) / batch.target_tokens
 

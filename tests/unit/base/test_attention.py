@@ -19,7 +19,7 @@ def heads(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return query, key, value
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("backend", ["sdpa", "sdpa-repeated", "eager"])
 def test_a_document_among_others_attends_as_it_does_alone(backend) -> None:
     query, key, value = heads(0)
     together = Documents(BOUNDS, backend)(0, query, key, value)
@@ -30,7 +30,7 @@ def test_a_document_among_others_attends_as_it_does_alone(backend) -> None:
         torch.testing.assert_close(together[a:b], alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("backend", ["sdpa", "sdpa-repeated", "eager"])
 def test_a_change_in_one_document_leaves_every_other_bit_where_it_was(backend) -> None:
     query, key, value = heads(0)
     before = Documents(BOUNDS, backend)(0, query, key, value)
@@ -51,7 +51,7 @@ def values_and_gradients(backend: AttentionName, dtype: torch.dtype) -> list[tor
 
 def test_both_backends_agree_on_values_and_gradients() -> None:
     exact_values, *exact_gradients = values_and_gradients("sdpa", torch.float64)
-    for backend in ("sdpa", "eager"):
+    for backend in ("sdpa", "sdpa-repeated", "eager"):
         values, *gradients = values_and_gradients(backend, torch.float32)
         torch.testing.assert_close(values, exact_values, atol=1e-5, rtol=0)
         for found, exact in zip(gradients, exact_gradients, strict=True):

@@ -93,7 +93,9 @@ def test_auto_is_bf16_on_a_gpu_and_fp32_on_a_cpu() -> None:
 
 def test_auto_takes_flash_on_a_gpu_in_16_bits_and_sdpa_elsewhere() -> None:
     assert choose_attention("auto", dtype="bf16", on_gpu=True)[0] == "varlen"
-    assert choose_attention("auto", dtype="fp32", on_gpu=True)[0] == "sdpa"
+    assert choose_attention("auto", dtype="fp32", on_gpu=True)[0] == "sdpa-repeated"
+    assert choose_attention("sdpa", dtype="fp32", on_gpu=True)[0] == "sdpa-repeated"
+    assert choose_attention("sdpa", dtype="bf16", on_gpu=True)[0] == "sdpa"
     assert choose_attention("auto", dtype="fp32", on_gpu=False)[0] == "sdpa"
     assert choose_attention("eager", dtype="bf16", on_gpu=True) == ("eager", "as set")
 
