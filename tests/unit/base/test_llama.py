@@ -161,19 +161,19 @@ def test_loss_and_gradient_in_slices_of_logits_are_those_of_plain_cross_entropy(
 
 
 def test_no_gradient_is_off_by_a_factor_that_was_rounded_to_16_bits() -> None:
-    """1 / 510 in bf16 is off by 0.39 %; of the roundings of the products, some up and some down, a tenth of that is left."""
+    """1 / 300 in bf16 is off by 0.21 %; of the roundings of the products, some up and some down, a tenth of that is left."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(4096, 64, generator=generator) * 0.5).bfloat16()
-    hidden = torch.randn(510, 64, generator=generator).bfloat16()
-    labels = torch.randint(0, 4096, (510,), generator=generator)
+    hidden = torch.randn(300, 64, generator=generator).bfloat16()
+    labels = torch.randint(0, 4096, (300,), generator=generator)
     gradients = []
-    for factor in (1.0, 1 / 510):
+    for factor in (1.0, 1 / 300):
         ours = hidden.clone().requires_grad_()
         (SumOfCrossEntropy.apply(ours, weight, labels) * factor).backward()
         assert ours.grad is not None
         gradients.append(ours.grad.double())
     whole, scaled = gradients
-    assert float((whole * scaled).sum() / (whole * whole).sum()) == pytest.approx(1 / 510, rel=4e-4)
+    assert float((whole * scaled).sum() / (whole * whole).sum()) == pytest.approx(1 / 300, rel=4e-4)
 
 
 def big_vocabulary(tiny_llama: Callable[..., Any]) -> tuple[Trainee, Any]:
