@@ -287,6 +287,10 @@ class TrainSection(Section):
         default="auto", description="Recompute activations in the backward pass: less memory, more time."
     )
     seed: int = Field(default=0, ge=0, description="Seed of the adapters, dropout and the order of the samples.")
+    deterministic: bool = Field(
+        default=False,
+        description="On GPUs, use kernels that give the same bytes each time, as CPUs do anyway: slower, mostly in attention.",
+    )
 
     @model_validator(mode="before")
     @classmethod

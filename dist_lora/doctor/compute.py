@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ CALLS = 200
 SLOW_TIMES = 1.5  # a rank that is slower than the others by this factor is named
 
 REPEATS = 7
+SHORT_S, MAX_CALLS = 2e-3, 200  # of a repeat on a GPU, and the most calls in it
 # Of the whole budget, the share for the repeats of one size, and the longest share of a single one: sizes that would take
 # longer are skipped.
 ENOUGH, TOO_LONG = 1 / 200, 1 / 100
@@ -206,20 +208,44 @@ def _call_s(device: torch.device, dtype: torch.dtype, budget_s: float) -> float:
 
 
 def _times(work: Callable[[], object], device: torch.device, budget_s: float) -> list[float]:
-    """Seconds of each repeat, after a warm-up: at least three, more while the budget allows."""
-    times: list[float] = []
+    """Seconds of each repeat, after a warm-up: at least three, more while the budget allows.
+
+    On a GPU a repeat is as many calls in a row as take ``SHORT_S``: one alone would be timed with its launch and its end.
+    """
+    timed = _seconds_on_gpu if device.type == "cuda" else _seconds_on_host
     started_s = time.perf_counter()
-    for turn in range(REPEATS + 1):
-        began_s = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        now_s = time.perf_counter()
-        if turn:
-            times.append(now_s - began_s)
-        if len(times) >= 3 and now_s - started_s > ENOUGH * budget_s:
+    first_s = timed(work, 1)
+    calls = calls_of(timed(work, 1)) if device.type == "cuda" else 1
+    times: list[float] = []
+    while len(times) < REPEATS:
+        times.append(timed(work, calls))
+        if len(times) >= 3 and time.perf_counter() - started_s > ENOUGH * budget_s + first_s:
             break
     return times
+
+
+def calls_of(call_s: float) -> int:
+    """How many calls of ``call_s`` seconds are timed in a row on a GPU."""
+    return max(1, min(MAX_CALLS, math.ceil(SHORT_S / max(call_s, 1e-7))))
+
+
+def _seconds_on_host(work: Callable[[], object], calls: int) -> float:
+    """Seconds per call."""
+    began_s = time.perf_counter()
+    for _ in range(calls):
+        work()
+    return (time.perf_counter() - began_s) / calls
+
+
+def _seconds_on_gpu(work: Callable[[], object], calls: int) -> float:
+    """Seconds per call between two events on the GPU; the host waits once, for the last."""
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    first.record()
+    for _ in range(calls):
+        work()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1e3 / calls
 
 
 def _rate(amount: float, times: list[float]) -> list[float]:

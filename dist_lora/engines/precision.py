@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,19 @@ from dist_lora.text import first_few
 
 TORCH_TYPES: Mapping[DtypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TRAINED = torch.float32  # adapters, the sum of their gradients, AdamW's moments
+
+
+def set_products(*, is_deterministic: bool) -> None:
+    """Have this process sum products in fp32 and, if asked, repeat them bit for bit; call it before the GPU is used.
+
+    cuBLAS may otherwise add up parts of a bf16 product in bf16 (torch 2.13): the head's second one has a term per token of
+    the vocabulary. Deterministic kernels (``train.deterministic``) are slower: flash attention's backward adds without atomics.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    if is_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all of it is written
+    torch.use_deterministic_algorithms(is_deterministic)
 
 
 @dataclass(frozen=True)

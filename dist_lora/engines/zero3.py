@@ -329,8 +329,10 @@ def _load_deepspeed(world: World) -> Any:
     _quieten(deepspeed, world)
     # The groups that it caches may be those of an earlier run in this process.
     importlib.import_module("deepspeed.utils.groups")._release_process_group_references()
-    # Its shared-memory helper for inference would be compiled now (g++, ninja, a minute), and is never used here.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if world.device.type == "cpu":
+        # Its shared-memory helper for inference would be compiled now (g++, ninja, a minute), and is never used here. On a
+        # GPU there is none, and touching this table tries out all of DeepSpeed's operators, with lines on stdout (0.19.8).
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     return deepspeed
 

@@ -164,12 +164,14 @@ def describe_hang(
     silent: Collection[int],
     judge: Heartbeat,
     stacks: Path,
+    on_gpu: bool = False,
 ) -> str:
     """The message of a hang.
 
     Args:
         heartbeats: the last of each rank; a silent rank's may be older than what it hangs in.
         judge: the current one of the rank that found the hang.
+        on_gpu: collectives are NCCL's, which count as started once they are enqueued: a rank may be behind unseen.
     """
     named = [_describe_rank(heartbeats[rank], len(heartbeats), is_silent=rank in silent) for rank in sorted(hanging)]
     shown = "; ".join(named[:4]) + (f"; and {len(named) - 4} more" if len(named) > 4 else "")
@@ -179,6 +181,11 @@ def describe_hang(
         if silent and judge.text:
             others += f" (rank {judge.world_rank} in {judge.text})"
         others += ". "
+    elif len(heartbeats) > 1 and on_gpu:
+        others = (
+            "All have enqueued the same collectives, so which GPU or link the others wait for isn't known here: look for Xid "
+            "errors in dmesg, and start again with NCCL_DEBUG=INFO. "
+        )
     elif len(heartbeats) > 1:
         others = "No rank is ahead of the others: check the network between them. "
     return (
@@ -351,7 +358,14 @@ class HangWatch(threading.Thread):
         last = [self._heartbeats.get(r, Heartbeat(r, unknown, 0, 0)) for r in range(self._world.world_size)]
         report = HangReport(
             judge_rank=self._world.world_rank,
-            message=describe_hang(last, hanging, silent=silent, judge=self._heartbeat, stacks=stacks),
+            message=describe_hang(
+                last,
+                hanging,
+                silent=silent,
+                judge=self._heartbeat,
+                stacks=stacks,
+                on_gpu=self._world.device.type == "cuda",
+            ),
             stacks=str(stacks),
             num_responding=sum(not heartbeat.is_done for heartbeat in last) - len(silent),
             has_silent=bool(silent),

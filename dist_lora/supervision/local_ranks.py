@@ -108,10 +108,22 @@ def _supervise(ranks: list[subprocess.Popen[bytes]], folder: Path, passed_on: Se
             name = signal.Signals(passed_on[0]).name
             _print(f"interrupted by {name}: nothing is lost, and the same command resumes the run.")
         return EXIT_STOPPED
-    # A rank that only noticed another's end knows less than the one that ended.
-    cause = next((i for i, code in failed.items() if code != EXIT_LOST_PEER), next(iter(failed)))
+    cause = cause_of(failed)
     stuck = [i for i, rank in enumerate(ranks) if rank.poll() is None]
     return _report(cause, failed[cause], folder, stuck, memory, peaks.num_bytes)
+
+
+def cause_of(failed: Mapping[int, int]) -> int:
+    """The rank that ended the run, of those that failed, in the order in which they did, with their exit codes.
+
+    A rank that only noticed another's end knows less than the one that ended, and NCCL's watchdog aborts the process of a
+    rank whose collective another has left.
+    """
+    for consequences in ((EXIT_LOST_PEER, -signal.SIGABRT), (EXIT_LOST_PEER,)):
+        causes = [rank for rank, code in failed.items() if code not in consequences]
+        if causes:
+            return causes[0]
+    return next(iter(failed))
 
 
 def note_lost_peer(environment: Mapping[str, str], world_rank: int, text: str) -> bool:

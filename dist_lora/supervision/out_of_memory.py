@@ -10,7 +10,8 @@ import errno
 import re
 import resource
 import sys
-from collections.abc import Collection, Sequence
+import traceback
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from dist_lora.world.world import World
 
 NO_LIMIT_BYTES = 2**60  # cgroups v1 write a number of this size for no limit
+FRAGMENTED = 0.03  # of a GPU's memory: free pieces within what is reserved that are worth a word
 REQUESTED = re.compile(r"(?:tried|unable) to allocate ([\d.,]+ ?\w+)", re.IGNORECASE)
 
 Where = Literal["device", "host"]
@@ -54,6 +56,8 @@ def _where(error: BaseException) -> Where | None:
     text = str(error)
     if isinstance(error, DistLoraError):
         return None
+    if isinstance(error, RuntimeError) and "out of memory" in text and _is_pinning(error):
+        return "host"
     if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "out of memory" in text):
         return "device"
     is_host = (
@@ -64,6 +68,12 @@ def _where(error: BaseException) -> Where | None:
     return "host" if is_host else None
 
 
+def _is_pinning(error: BaseException) -> bool:
+    """Whether the host refused pinned memory, which CUDA reports in the words of a GPU's: the innermost line asked for it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and re.search(r"pin_memory|is_pinned|\.pin\(", frames[-1].line or "") is not None
+
+
 def _held_on_device(world: World) -> list[str]:
     import torch
 
@@ -71,9 +81,26 @@ def _held_on_device(world: World) -> list[str]:
         return []
     free, total = torch.cuda.mem_get_info(world.device)
     return [
-        f"this rank's tensors take {gib(torch.cuda.memory_allocated(world.device))} of {gib(total)} on {world.device} "
-        f"({gib(torch.cuda.memory_reserved(world.device))} are reserved for them, {gib(free)} are free)"
+        describe_device(
+            torch.cuda.memory_stats(world.device), free_bytes=free, total_bytes=total, name=str(world.device)
+        )
     ]
+
+
+def describe_device(stats: Mapping[str, int], *, free_bytes: int, total_bytes: int, name: str) -> str:
+    """What PyTorch's allocator holds on a GPU, by ``torch.cuda.memory_stats``, and what of it lies in pieces."""
+    allocated, reserved = stats["allocated_bytes.all.current"], stats["reserved_bytes.all.current"]
+    text = (
+        f"this rank's tensors take {gib(allocated)} of {gib(total_bytes)} on {name} ({gib(reserved)} are reserved for them, "
+        f"{gib(free_bytes)} are free)"
+    )
+    pieces = stats.get("inactive_split_bytes.all.current", 0)
+    if pieces > FRAGMENTED * total_bytes:
+        text += (
+            f"; {gib(pieces)} of what is reserved are free in pieces between tensors, after "
+            f"{stats.get('num_alloc_retries', 0)} retries: PYTORCH_ALLOC_CONF=expandable_segments:True may join them"
+        )
+    return text
 
 
 def held_on_host() -> list[str]:

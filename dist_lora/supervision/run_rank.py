@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from dist_lora.config.changes import flat
 from dist_lora.config.schema import Config
+from dist_lora.engines.precision import set_products
 from dist_lora.errors import EXIT_FAILED, DistLoraError, OutOfMemory, RankError, StopNow, StoppedOnRequest
 from dist_lora.supervision.hang import HangWatch, collective_timeout_s
 from dist_lora.supervision.local_ranks import EXIT_LOST_PEER, note_lost_peer
@@ -75,6 +76,7 @@ def joined(
 def _enter(launched: LaunchedRank | None, config: Config) -> World:
     """The world of this rank; a single process has a process group only where its engine needs one."""
     section = config.parallel
+    set_products(is_deterministic=config.train.deterministic)
     if launched is None or launched.world_size == 1:
         if section.engine not in ("fsdp2", "zero3") and section.offload not in ("base", "all"):
             return World.alone()

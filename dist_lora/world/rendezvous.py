@@ -44,6 +44,7 @@ class RankInfo:
     local_size: int
     versions: Mapping[str, str]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    gpu: str = ""  # what tells its GPU from all others; empty on a CPU
 
 
 @functools.cache
@@ -181,7 +182,8 @@ class _Rendezvous:
                 self._publish("missing", "", infos, num_others=len(present) - 1)
                 raise JoinError(missing_text(present, self._launched, self._timeout_s))
             pause_s = _rest(pause_s)
-        differences = differences_of([RankInfo(**infos[rank]["info"]) for rank in ranks])
+        all_infos = [RankInfo(**infos[rank]["info"]) for rank in ranks]
+        differences = differences_of(all_infos) or shared_gpus(all_infos)
         self._publish("refused" if differences else "begun", name, infos, num_others=len(ranks) - 1)
         if differences:
             raise ConfigError(differences)
@@ -311,6 +313,23 @@ def differences_of(infos: Sequence[RankInfo]) -> str:
         f"the processes of this run don't match. Different from {first.host} (rank 0):\n"
         + "\n".join(lines)
         + "\nGive every node the same installation, config and arguments, and the same number of processes."
+    )
+
+
+def shared_gpus(infos: Sequence[RankInfo]) -> str:
+    """Which ranks have the same GPU; empty where each has its own."""
+    ranks_by_gpu: dict[str, list[int]] = {}
+    for rank, info in enumerate(infos):
+        if info.gpu:
+            ranks_by_gpu.setdefault(info.gpu, []).append(rank)
+    shared = {gpu: ranks for gpu, ranks in ranks_by_gpu.items() if len(ranks) > 1}
+    if not shared:
+        return ""
+    lines = [f"  {_ranks(ranks)} on {infos[ranks[0]].host}: {gpu}" for gpu, ranks in shared.items()]
+    return (
+        "several ranks have the same GPU, and each needs one of its own:\n"
+        + "\n".join(lines)
+        + "\nStart one rank per GPU, and see that each sees its own (CUDA_VISIBLE_DEVICES, srun --gpus-per-task=1)."
     )
 
 

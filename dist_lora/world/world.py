@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 import sys
@@ -339,10 +340,20 @@ def _describe(error: BaseException, world_rank: int) -> str:
 
 
 def default_device(local_rank: int) -> torch.device:
-    """The GPU of this local rank, or the CPU where there is none."""
+    """The GPU of this local rank, or the CPU where there is none; where two ranks get the same, ``rendezvous`` refuses."""
     if torch.cuda.is_available():
+        # A single visible GPU may be each rank's own, as srun --gpus-per-task=1 gives them.
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def name_of_gpu(device: torch.device, environment: Mapping[str, str]) -> str:
+    """What tells a GPU from all others, on any host; empty on a CPU."""
+    if device.type != "cuda":
+        return ""
+    # A MIG slice has its GPU's uuid: ranks on several slices see them by different names.
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    return f"{torch.cuda.get_device_properties(device).uuid} ({device}{f' of {visible}' if visible else ''})"
 
 
 def device_bytes(world: World) -> int:
@@ -381,7 +392,12 @@ def join(
         torch.cuda.set_device(device)
     store = open_store(launched, environment, timeout_s=join_timeout_s)
     info = RankInfo(
-        socket.gethostname(), launched.world_size, launched.local_size, versions_of_this_process(), dict(settings)
+        socket.gethostname(),
+        launched.world_size,
+        launched.local_size,
+        versions_of_this_process(),
+        dict(settings),
+        name_of_gpu(device, environment),
     )
     store = dist.PrefixStore(rendezvous(store, launched, info, timeout_s=join_timeout_s), store)
     store.set_timeout(timedelta(seconds=collective_timeout_s))  # from here on ranks wait for each other's work
@@ -397,13 +413,8 @@ def join(
         world.watches.append(watch)
         watch.start()
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore("collectives", store),
-            rank=launched.world_rank,
-            world_size=launched.world_size,
-            timeout=timedelta(seconds=collective_timeout_s),
-        )
+        with _Connecting(world, join_timeout_s):
+            _connect(world, timeout_s=collective_timeout_s)
         if watches_failures:
             # One that ended while another still connects would look to it like one that crashed.
             world.agree("joining", None)
@@ -417,6 +428,52 @@ def join(
             raise RankError(str(refused)) from error
         raise refused from error
     return world
+
+
+def _connect(world: World, *, timeout_s: float) -> None:
+    """Start the process group; NCCL connects the GPUs now, not in the first collective, so that a dead link is seen here."""
+    is_on_gpu = world.device.type == "cuda"
+    if is_on_gpu:
+        # NCCL's own monitor ends a process after 480 s (torch 2.13), before a hang is found and its rank named.
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(math.ceil(timeout_s) + 60))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if is_on_gpu else "gloo",
+        store=dist.PrefixStore("collectives", world.store),
+        rank=world.world_rank,
+        world_size=world.world_size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=world.device if is_on_gpu else None,
+    )
+
+
+class _Connecting(threading.Thread):
+    """Ends this process if the ranks aren't connected in time: NCCL waits for a link or a port without a limit."""
+
+    def __init__(self, world: World, timeout_s: float, *, end: Callable[[int], None] = os._exit) -> None:
+        super().__init__(name="connecting", daemon=True)
+        self._world, self._timeout_s, self._end = world, timeout_s, end
+        self._is_connected = threading.Event()
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *raised: object) -> None:
+        self._is_connected.set()
+
+    def run(self) -> None:
+        """See the class."""
+        if self._is_connected.wait(self._timeout_s):
+            return
+        world = self._world
+        error = JoinError(
+            f"rank {world.world_rank} of {world.world_size} on {socket.gethostname()} has joined, and isn't connected to "
+            f"the others after {self._timeout_s:g} s: a firewall between the nodes, a wrong network interface or a dead link. "
+            "Start again with NCCL_DEBUG=INFO, which names the interfaces; NCCL_SOCKET_IFNAME chooses one. "
+            "dist-lora doctor under the same launcher measures each link. If connecting takes longer, raise parallel.join_timeout."
+        )
+        if world.fail(error):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        self._end(EXIT_FAILED)
 
 
 def _check_node_size(launched: LaunchedRank, local_size: int) -> None:

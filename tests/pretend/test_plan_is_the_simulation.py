@@ -75,7 +75,9 @@ CASES = {
     "nodes by setting": Case("3.1-8b", {"parallel": {"node_size": 4, "base_shard": "node", "adapters": "shard"}}),
     "nodes of one GPU": Case("3.1-8b", {"parallel": {"base_shard": "node"}}, num_nodes=2, gpus_per_node=1),
     "dropout, kept": Case("3.1-8b", {"lora": {"dropout": 0.1}, "train": {"activation_checkpointing": False}}),
-    "dropout in two targets, recomputed": Case("3.1-8b", {"lora": {"dropout": 0.1, "targets": ["q_proj", "down_proj"]}}),
+    "dropout in two targets, recomputed": Case(
+        "3.1-8b", {"lora": {"dropout": 0.1, "targets": ["q_proj", "down_proj"]}}
+    ),
     "fp32 on GPUs, kept": Case(
         "3.1-8b", {"model": {"dtype": "fp32"}, "lora": {"dropout": 0.1}, "train": {"activation_checkpointing": False}}
     ),

@@ -19,7 +19,7 @@ from dist_lora.config.schema import Config, MachineSection
 from dist_lora.doctor import disk, hub, network, versions
 from dist_lora.doctor.clocks import Offset
 from dist_lora.doctor.command import Examination, Report, Request
-from dist_lora.doctor.compute import judge_compute, measure_compute
+from dist_lora.doctor.compute import MAX_CALLS, calls_of, judge_compute, measure_compute
 from dist_lora.doctor.disk import examine_disk
 from dist_lora.doctor.findings import Answer, Examiner, Finding, merge_hosts, worst
 from dist_lora.doctor.links import AxisRate, PairRate
@@ -471,3 +471,8 @@ def test_gpus_that_are_not_those_of_the_config_are_a_warning() -> None:
     assert unknown.severity == "note" and "can't be compared" in unknown.text, "torch sees GPUs without nvidia-smi"
     (only,) = compare_with_config([], MachineSection(gpu="h100-80gb"), num_seen=0).findings
     assert only.severity == "warning" and only.text.endswith("this host has no GPU") and only.todo
+
+
+def test_short_work_on_a_gpu_is_timed_many_times_in_a_row_and_long_work_once() -> None:
+    """A single call is timed with its launch and the wait for its end: 20 to 40 us, more than a thin product takes."""
+    assert [calls_of(call_s) for call_s in (1.0, 2e-3, 1.1e-3, 2e-5, 1e-7, 0.0)] == [1, 1, 2, 100, MAX_CALLS, MAX_CALLS]

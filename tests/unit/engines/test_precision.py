@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from dist_lora.base.llama import Llama, build_on_meta
 from dist_lora.base.quant.formats import Int8, Nf4, Plain
 from dist_lora.config.schema import LoraSection
 from dist_lora.engines.adapters import Adapters, ReplicatedAdapters
-from dist_lora.engines.precision import Precision
+from dist_lora.engines.precision import Precision, set_products
 from dist_lora.errors import TrainingError
 from dist_lora.herd.shape import Shape
 from dist_lora.lora.attach import attach_adapters
@@ -39,6 +41,21 @@ def test_the_line_says_what_is_quantized_and_what_is_not() -> None:
     assert Precision(Plain(torch.float32), torch.float32).line() == (
         "dtypes: base fp32 (not quantized), compute fp32, adapters and AdamW fp32"
     )
+
+
+def test_products_are_summed_in_fp32_and_repeated_bit_for_bit_where_asked(monkeypatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    try:
+        set_products(is_deterministic=True)
+        assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is False
+        assert (
+            torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+        )
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        set_products(is_deterministic=False)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_scales_that_were_cast_and_gradients_of_the_base_are_named() -> None:

@@ -197,6 +197,8 @@ def test_a_hang_is_described_by_rank_host_phase_and_where_the_stacks_are() -> No
     )
     text = describe_hang(heartbeats(still, still), [0, 1], silent=(), judge=AT_WORK, stacks=Path("run/stacks"))
     assert "for 12 s. No rank is ahead of the others: check the network between them. The run ends;" in text
+    text = describe_hang(heartbeats(still, still), [0, 1], silent=(), judge=AT_WORK, stacks=Path("s"), on_gpu=True)
+    assert "ahead" not in text and "which GPU or link the others wait for isn't known here: look for Xid" in text
     text = describe_hang(heartbeats(*[still] * 9), range(6), silent=(), judge=AT_WORK, stacks=Path("run/stacks"))
     assert text.count("rank ") == 4 and "; and 2 more. The other ranks wait." in text
     text = describe_hang(heartbeats(still), [0], silent=(), judge=AT_WORK, stacks=Path("run/stacks"))

@@ -20,6 +20,7 @@ from dist_lora.world.rendezvous import (
     missing_text,
     open_store,
     rendezvous,
+    shared_gpus,
     versions_of_this_process,
 )
 
@@ -159,6 +160,18 @@ def test_ranks_that_differ_begin_nothing(file) -> None:
     found = outcomes(file, range(4), infos=other)
     assert isinstance(found[0], ConfigError) and "n2 (ranks 2, 3): lora.rank is 8, not 16" in str(found[0])
     assert all(isinstance(error, RankError) and error.exit_code == 2 for error in found[1:])
+
+
+def test_ranks_with_one_gpu_begin_nothing_and_are_named(file) -> None:
+    gpus = ["GPU-1 (cuda:0)", "GPU-2 (cuda:1)", "GPU-1 (cuda:0)", "GPU-1 (cuda:0 of MIG-7)"]
+    found = outcomes(file, range(4), infos={rank: info_of(rank, gpu=gpu) for rank, gpu in enumerate(gpus)})
+    assert isinstance(found[0], ConfigError)
+    assert (
+        "several ranks have the same GPU, and each needs one of its own:\n  ranks 0, 2 on n1: GPU-1 (cuda:0)\nStart"
+        in str(found[0])
+    )
+    assert all(isinstance(error, RankError) and error.exit_code == 2 for error in found[1:])
+    assert shared_gpus([info_of(0), info_of(1)]) == ""  # on CPUs
 
 
 def test_what_is_installed_here_is_compared_by_version_and_source() -> None:

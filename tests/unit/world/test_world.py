@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from dist_lora.errors import ConfigError, DistLoraError, JoinError, RankError, SaveError
+from dist_lora.supervision.hang import collective_timeout_s
 from dist_lora.world.launcher import LaunchedRank
-from dist_lora.world.world import World, join
+from dist_lora.world.world import World, _connect, _Connecting, join
 
 
 class SlowReader:
@@ -91,6 +93,33 @@ def test_a_rank_that_can_not_connect_ends_one_that_is_connected_and_no_watch_is_
     for watch in watches():
         watch.join(30)
     assert watches() == []
+
+
+def test_a_rank_that_is_never_connected_is_named_and_ends_in_time(come, monkeypatch, capsys) -> None:
+    """NCCL waits without a limit for a link that is dead or a port that is closed."""
+    world = World(1, 2, 1, 2, torch.device("cpu"), dist.HashStore())
+    codes: list[int] = []
+    connecting = _Connecting(world, 0.01, end=codes.append)
+    with connecting:
+        connecting.join(30)
+    assert codes == [1]
+    assert "error: rank 1 of 2 on " in (shown := capsys.readouterr().err)
+    assert "has joined, and isn't connected to the others after 0.01 s" in shown and "NCCL_DEBUG=INFO" in shown
+    with _Connecting(world, 30, end=codes.append) as in_time:
+        pass
+    assert in_time is None and codes == [1]
+
+
+def test_on_gpus_nccl_connects_at_once_and_its_monitor_leaves_time_to_name_a_hang(monkeypatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: asked.update(options, backend=backend))
+    monkeypatch.delenv("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", raising=False)
+    gpu = torch.device("cuda", 1)
+    _connect(World(1, 2, 1, 2, gpu, dist.HashStore()), timeout_s=collective_timeout_s(600))
+    assert asked["backend"] == "cpu:gloo,cuda:nccl" and asked["device_id"] == gpu
+    assert int(os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"]) > collective_timeout_s(600) > 600
+    _connect(World(1, 2, 1, 2, torch.device("cpu"), dist.HashStore()), timeout_s=9)
+    assert asked["backend"] == "gloo" and asked["device_id"] is None
 
 
 def test_a_store_that_goes_while_ranks_connect_is_told_as_such(come, monkeypatch) -> None:
