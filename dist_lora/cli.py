@@ -391,8 +391,12 @@ def doctor(
 
 def _load(config: Path, overrides: list[str] | None) -> Config:
     from dist_lora.config.load import load_config
+    from dist_lora.world.allocator import allocator_settings
 
-    return load_config(config, overrides=overrides or ())
+    loaded = load_config(config, overrides=overrides or ())
+    if loaded.parallel.offload != "none":
+        os.environ.update(allocator_settings(os.environ))  # torch, which reads them, isn't imported yet
+    return loaded
 
 
 def _as_table(result: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from dist_lora.world.world import World
 # B answers of a batch, T tokens of all prompts, L the longest answer with its prompt
 # H query heads, G key and value heads, E width of a head
 
+# Tokens between two reads of the ids: a GPU runs ahead of the host, and each read is a wait for it.
+TOKENS_AT_ONCE: Mapping[str, int] = {"cuda": 8, "cpu": 1}
 END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>")
 
 
@@ -76,14 +78,13 @@ def generate(
     """The most likely continuation of each prompt, without the id that ended it.
 
     All ranks call it, each with its own prompts (possibly none): they run the same number of forward passes, since a
-    sharded base is gathered by all. Cost: one forward pass per token, for all prompts at once.
+    sharded base is gathered by all. Cost: one forward pass per token, for all prompts at once, and on a GPU
+    a few more at the end, since ids are read ``TOKENS_AT_ONCE`` (each at once with ``on_token``).
 
     Args:
         prompts: token ids of each; not empty.
         on_token: called with each id of the first answer as it is generated.
     """
-    answers: list[list[int]] = [[] for _ in prompts]
-    is_open = [True] * len(prompts)
     rows = [list(prompt) for prompt in prompts] or [[0]]
     bounds = [0]
     for row in rows:
@@ -93,22 +94,48 @@ def generate(
     ids = torch.tensor([i for row in rows for i in row], device=device)
     positions = torch.cat([torch.arange(len(row), device=device) for row in rows])
     last = torch.tensor(bounds[1:], device=device) - 1
-    for _ in range(max_new_tokens):
+    answers = _Answers(len(prompts), stop_ids=stop_ids, on_token=on_token)
+    at_once = 1 if on_token is not None else TOKENS_AT_ONCE[device.type]
+    drawn: list[Tensor] = []  # (B,) ids on the device, which the host hasn't read yet
+    for number in range(1, max_new_tokens + 1):
         logits = model(ids, positions=positions, attention=cache, rows=last)
         cache.advance()
         world.progress.advance()
         ids = logits.argmax(dim=-1)
-        for i, token in enumerate(ids.tolist()[: len(prompts)]):
-            is_open[i] = is_open[i] and token not in stop_ids
-            if is_open[i]:
-                answers[i].append(token)
-                if i == 0 and on_token is not None:
-                    on_token(token)
+        drawn.append(ids)
         positions = cache.lengths.clone()
         last = torch.arange(len(rows), device=device)
-        if not float(world.sum(torch.tensor([float(any(is_open))], device=device))):
+        if number % at_once and number < max_new_tokens:
+            continue
+        answers.add(torch.stack(drawn).tolist())
+        drawn.clear()
+        if not float(world.sum(torch.tensor([float(answers.are_open)], device=device))):
             break
-    return answers
+    return answers.ids
+
+
+class _Answers:
+    """The ids of each answer so far, and which answers haven't ended."""
+
+    def __init__(self, count: int, *, stop_ids: frozenset[int], on_token: Callable[[int], None] | None) -> None:
+        self.ids: list[list[int]] = [[] for _ in range(count)]
+        self._is_open = [True] * count
+        self._stop_ids, self._on_token = stop_ids, on_token
+
+    @property
+    def are_open(self) -> bool:
+        """Whether any hasn't ended."""
+        return any(self._is_open)
+
+    def add(self, drawn: Sequence[Sequence[int]]) -> None:
+        """Add the ids of some passes, each with an id of every answer; those after an answer's end are dropped."""
+        for of_pass in drawn:
+            for i, token in enumerate(of_pass[: len(self.ids)]):
+                self._is_open[i] = self._is_open[i] and token not in self._stop_ids
+                if self._is_open[i]:
+                    self.ids[i].append(token)
+                    if i == 0 and self._on_token is not None:
+                        self._on_token(token)
 
 
 def stop_ids_of(folder: Path, tokenizer: Any) -> frozenset[int]:

@@ -25,10 +25,11 @@ from dist_lora.errors import ConfigError, SaveError
 from dist_lora.files import write_whole
 from dist_lora.layout.machine import is_called
 from dist_lora.run_folder.folder import open_run_folder, write_config
+from dist_lora.text import gib
 from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
 from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.loop import Run
-from dist_lora.train.meter import Meter, check_trackers, peak_bytes
+from dist_lora.train.meter import Meter, check_trackers, peak_bytes, reset_peak
 from dist_lora.train.resume import VerifiedCheckpoint, check_same_run, find_checkpoint, warn_of_other_lr
 from dist_lora.train.signals import StopRequest
 from dist_lora.world.world import World, device_bytes
@@ -139,6 +140,11 @@ def train(config: Config, world: World, stop: StopRequest, *, is_dry: bool = Fal
     trainee = build(config, base, world)
     if world.is_first:
         log.info(trainee.precision.line())
+        if world.device.type == "cuda":
+            log.info(
+                f"loading held at most {gib(peak_bytes(world.device))} on {world.device}; from here on peaks are the steps'"
+            )
+    reset_peak(world.device)
     run = Run(config, trainee, loader=loader, held_out=held_out, num_steps=num_steps, folder=folder, world=world)
     if checkpoint is not None:
         run.resume(checkpoint)

@@ -38,6 +38,26 @@ def peak_bytes(device: torch.device) -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
+def device_memory(device: torch.device) -> dict[str, int]:
+    """What PyTorch's allocator reserved beyond the tensors of ``peak_bytes``, in bytes, and how often it had to start anew.
+
+    Retries, and reserved memory far above the peak, are signs of fragmentation. Empty on a CPU.
+    """
+    if device.type != "cuda":
+        return {}
+    stats = torch.cuda.memory_stats(device)
+    return {
+        "peak_reserved_bytes": int(stats["reserved_bytes.all.peak"]),
+        "alloc_retries": int(stats["num_alloc_retries"]),
+    }
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin ``peak_bytes`` anew, where that can be: on a GPU. Loading isn't counted among the steps then."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def check_trackers(names: Sequence[str]) -> None:
     """Raise ``ConfigError`` naming the trackers whose packages are not installed, before minutes of loading."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]  # each is named like its package

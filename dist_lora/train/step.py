@@ -18,7 +18,7 @@ from dist_lora.errors import TrainingError
 from dist_lora.lora.attach import layers_of
 from dist_lora.text import first_few
 from dist_lora.train.build import Trainee
-from dist_lora.train.meter import peak_bytes
+from dist_lora.train.meter import device_memory, peak_bytes
 from dist_lora.train.schedule import lr_at
 from dist_lora.world.world import World
 
@@ -97,6 +97,7 @@ class TrainStep:
             "tokens_per_s": batch.tokens / step_s,
             "step_s": step_s,
             "peak_bytes": peak_bytes(self._world.device),
+            **device_memory(self._world.device),
             **self._saver.take_times(),
         }
         return line, bool(num_asked)

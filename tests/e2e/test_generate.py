@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import yaml
 from dist_lora.chat.chat import ChatModel
 from dist_lora.chat.command import open_for_answers
 from dist_lora.data.chat import encode_prompt
-from dist_lora.evaluation.generate import generate, stop_ids_of
+from dist_lora.evaluation.generate import TOKENS_AT_ONCE, generate, stop_ids_of
 from dist_lora.world.world import World
 from tests.e2e.conftest import learn
 from tests.e2e.runs import ROOT, command, run
@@ -54,7 +55,10 @@ def trainee(adapter):
     return open_for_answers(adapter, base=None, world=World.alone(torch.device("cpu")))
 
 
-def test_all_learnt_answers_end_by_themselves(trainee) -> None:
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_all_learnt_answers_end_by_themselves(trainee, monkeypatch, at_once: int) -> None:
+    """Also where ids are read eight at a time, as on a GPU: what is computed after an answer's end is dropped."""
+    monkeypatch.setitem(cast(dict[str, int], TOKENS_AT_ONCE), "cpu", at_once)
     tokenizer = trainee.base.tokenizer
     stop_ids = stop_ids_of(trainee.base.folder, tokenizer)
     assert stop_ids == {257, 260, 261}  # <|end_of_text|>, <|eot_id|>, <|eom_id|>

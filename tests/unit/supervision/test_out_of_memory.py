@@ -6,6 +6,7 @@ import errno
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from dist_lora.config.schema import Config
 from dist_lora.errors import EXIT_FAILED, OutOfMemory, PlanError
 from dist_lora.supervision.out_of_memory import (
     Counters,
+    describe_device,
     describe_kill,
     out_of_memory,
     read_counters,
@@ -59,6 +61,40 @@ def test_a_host_out_of_memory_is_reported_with_what_was_requested_and_what_is_he
     assert found is not None
     assert str(found).startswith("out of memory on the host: 400000000000000 bytes were requested; this process holds ")
     assert " GiB of the host's " in str(found) and " GiB are available" in str(found)
+
+
+def test_pinned_memory_that_the_host_refuses_is_the_hosts_though_cuda_says_it_in_a_gpus_words(monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    refusals = []
+    for ask in (
+        lambda: refuse(3, pin_memory=True),
+        lambda: SimpleNamespace(pin_memory=refuse).pin_memory(),
+        lambda: refuse(3),
+    ):
+        with pytest.raises(RuntimeError) as refused:
+            ask()
+        # The innermost line of Python: torch's own allocation is in C++.
+        refused.value.__traceback__ = refused.value.__traceback__.tb_next  # type: ignore[union-attr]
+        last = refused.value.__traceback__
+        assert last is not None and last.tb_next is not None
+        last.tb_next = None
+        refusals.append(str(reported(refused.value)).partition(":")[0])
+    assert refusals == ["out of memory on the host", "out of memory on the host", "out of memory on the GPU"]
+
+
+def test_pieces_of_a_gpus_memory_are_named_where_they_are_much() -> None:
+    stats = {"allocated_bytes.all.current": 60 * GIB, "reserved_bytes.all.current": 78 * GIB, "num_alloc_retries": 3}
+    whole = describe_device(stats, free_bytes=GIB, total_bytes=80 * GIB, name="cuda:0")
+    assert whole == (
+        "this rank's tensors take 60.00 GiB of 80.00 GiB on cuda:0 (78.00 GiB are reserved for them, 1.00 GiB are free)"
+    )
+    stats["inactive_split_bytes.all.current"] = 17 * GIB
+    assert describe_device(stats, free_bytes=GIB, total_bytes=80 * GIB, name="cuda:0") == (
+        f"{whole}; 17.00 GiB of what is reserved are free in pieces between tensors, after 3 retries: "
+        "PYTORCH_ALLOC_CONF=expandable_segments:True may join them"
+    )
 
 
 def test_every_kind_of_refusal_is_recognised_and_other_errors_are_not() -> None:
