@@ -19,6 +19,7 @@ from dist_lora.checkpoint.manifest import TensorSpec, read_manifest
 from dist_lora.checkpoint.read import load_pieces
 from dist_lora.checkpoint.write import save_checkpoint
 from dist_lora.data.loader import EvalBatches, Loader
+from dist_lora.engines.zero3 import _load_deepspeed
 from dist_lora.errors import ConfigError
 from dist_lora.evaluation.evaluate import held_out_loss
 from dist_lora.evaluation.generate import base_fits_whole, generate
@@ -175,6 +176,50 @@ def test_any_number_of_ranks_trains_the_adapters_of_one_process(ranks, plain, si
     assert min(wanted["norms"]) > 0.05, "clipping is to bite"
     settings = CLIPPED | ZERO3 | recompute | {"model": {"quant": quant}}
     assert_same_run(ranks(size).run(run_train, wanted["folder"], settings, {}), wanted)
+
+
+@pytest.mark.parametrize("recompute", [{}, RECOMPUTED], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_in_bf16_as_in_fp32_any_number_of_ranks_trains_the_adapters_of_one_process(
+    ranks, tiny_llama, quant, recompute
+) -> None:
+    folder = str(tiny_llama("llama31"))
+    settings = CLIPPED | {"model": {"quant": quant, "dtype": "bf16"}}
+    wanted = train(World.alone(), folder, settings)
+    results = ranks(2).run(run_train, folder, settings | ZERO3 | recompute, {})
+    for found in results:
+        # A loss is summed in fp32 over sequences whose products are the same; the adapters, updated in fp32, differ by
+        # the order of that sum, and seldom so much that one of them is rounded to another number of 8 bits.
+        assert found["losses"] == pytest.approx(wanted["losses"], rel=2e-3)
+        assert found["losses"][0] == pytest.approx(wanted["losses"][0], rel=1e-6)
+        assert found["norms"] == pytest.approx(wanted["norms"], rel=2e-2)
+    assert distance(whole(results), whole([wanted])) < 2e-2
+
+
+class Untouched(dict):
+    """DeepSpeed's table of operators, which tries them all out when one is written."""
+
+    def __setitem__(self, name: str, value: object) -> None:
+        raise AssertionError(f"{name} was written")
+
+
+def load_beside_gpus(world: World) -> str:
+    """Load DeepSpeed as a rank with a GPU does, its table of operators being one that nobody may write."""
+    import deepspeed
+
+    table = deepspeed.ops.__compatible_ops__
+    deepspeed.ops.__compatible_ops__ = Untouched()
+    try:
+        _load_deepspeed(dataclasses.replace(world, device=torch.device("cuda", 0)))
+        with pytest.raises(AssertionError, match="deepspeed_shm_comm was written"):
+            _load_deepspeed(world)
+    finally:
+        deepspeed.ops.__compatible_ops__ = table
+    return "loaded"
+
+
+def test_on_a_gpu_no_operator_of_deepspeed_is_tried_out(ranks) -> None:
+    assert ranks(2).run(load_beside_gpus) == ["loaded", "loaded"]
 
 
 def counted(world: World, folder: str, free_bytes: int) -> tuple[dict[str, int], bool]:
