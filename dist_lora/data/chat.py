@@ -17,16 +17,17 @@ Guarantees:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import xxhash
 
-from dist_lora.data.records import Chat, Continuation, Format, Instruction, Turn, read_sample
+from dist_lora.data.left_out import LeftOutError, left_out_of
+from dist_lora.data.records import Chat, Continuation, Format, Instruction, read_sample, unused_columns
+from dist_lora.data.template import Renderer, Span, first_line, special_ids, special_pattern, template_source
+from dist_lora.data.turns import Turn
 from dist_lora.errors import DataError, WeightsError
 
 if TYPE_CHECKING:
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["assistant", "last", "all"]
-
-TEMPLATE_DATE = "26 Jul 2024"
-"""The date that Llama 3.1's own template falls back to."""
 
 _BUNDLED: Mapping[str, tuple[str, ...]] = {
     "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -58,18 +56,11 @@ _MAX_TEMPLATE_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Encoded:
-    """A document: its ids and, for each, whether it is a target (part of the loss)."""
+    """A document: its ids and, for each, whether it is a target (part of the loss); ``reported``: what it leaves out."""
 
     ids: list[int]
     is_target: list[bool]
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Characters ``start`` to ``end`` of a rendered text."""
-
-    start: int
-    end: int
+    reported: tuple[str, ...] = ()
 
 
 def load_tokenizer(folder: Path, *, chat_template: str | None) -> PreTrainedTokenizerBase:
@@ -98,7 +89,7 @@ def load_tokenizer(folder: Path, *, chat_template: str | None) -> PreTrainedToke
         present = sorted(name for name in _TOKENIZER_FILES if (folder / name).exists())
         raise WeightsError(
             f"{folder}: the tokenizer can't be loaded "
-            f"(files found: {', '.join(present) or 'none'}): {_first_line(error)}. "
+            f"(files found: {', '.join(present) or 'none'}): {first_line(error)}. "
             "Fetch tokenizer.json and tokenizer_config.json of the model"
         ) from error
     if chat_template is not None:
@@ -116,10 +107,6 @@ def load_tokenizer(folder: Path, *, chat_template: str | None) -> PreTrainedToke
 def is_panic(error: BaseException) -> bool:
     """Whether an error is a panic of a library in Rust, which isn't an ``Exception``."""
     return type(error).__module__ == "pyo3_runtime" and type(error).__name__ == "PanicException"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:500]
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -148,19 +135,13 @@ def hash_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     return digest.hexdigest()
 
 
-@lru_cache(maxsize=8)
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
-    """Name and id of each special token, which only a template may write."""
-    return {token.content: int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-
 def encode_sample(
     record: Mapping[str, Any], *, tokenizer: PreTrainedTokenizerBase, fmt: Format, train_on: TrainOn
 ) -> Encoded:
     """Ids and targets of one record, not truncated.
 
     ``train_on`` chooses the targets of a chat: every assistant turn, the last one, or all tokens but
-    the first. Turns with ``weight: 0`` or ``train: false`` are never targets. In plain text
+    the first. Turns that the record leaves out (``turns.TRAIN_FLAGS``) are never targets. In plain text
     everything after a prompt is a target; with ``all`` the prompt is too.
 
     Raises:
@@ -171,8 +152,11 @@ def encode_sample(
     if isinstance(sample, Instruction):
         sample = _instruction_as(sample, has_template=tokenizer.chat_template is not None)
     if isinstance(sample, Chat):
-        return _encode_chat(sample, tokenizer=tokenizer, train_on=train_on)
-    return _encode_continuation(sample, tokenizer=tokenizer, train_on=train_on)
+        encoded = _encode_chat(sample, tokenizer=tokenizer, train_on=train_on)
+    else:
+        encoded = _encode_continuation(sample, tokenizer=tokenizer, train_on=train_on)
+    unused = tuple(f"column {name!r} is not used" for name in unused_columns(record, fmt=fmt))
+    return replace(encoded, reported=unused + encoded.reported) if unused else encoded
 
 
 def encode_prompt(messages: Sequence[Mapping[str, Any]], *, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -182,9 +166,15 @@ def encode_prompt(messages: Sequence[Mapping[str, Any]], *, tokenizer: PreTraine
         DataError: the tokenizer has no chat template, or the template refuses the turns.
     """
     answered = [*messages, {"role": "assistant", "content": "-"}]
-    encoded = encode_sample({"messages": answered}, tokenizer=tokenizer, fmt="messages", train_on="last")
+    no_answer = DataError(f"the chat template ({template_source(tokenizer)}) doesn't write an assistant's answer")
+    try:
+        encoded = encode_sample({"messages": answered}, tokenizer=tokenizer, fmt="messages", train_on="last")
+    except LeftOutError as error:
+        if f"the text of the assistant turn {len(messages)}" in error.refused:
+            raise no_answer from None
+        raise
     if True not in encoded.is_target:
-        raise DataError(f"the chat template ({_template_source(tokenizer)}) doesn't write an assistant's answer")
+        raise no_answer
     return encoded.ids[: encoded.is_target.index(True)]
 
 
@@ -278,7 +268,16 @@ def _instruction_as(sample: Instruction, *, has_template: bool) -> Chat | Contin
     """A user's turn and its answer, or without a chat template Stanford Alpaca's own plain text."""
     if has_template:
         question = f"{sample.instruction}\n\n{sample.input}" if sample.input else sample.instruction
-        return Chat(turns=(Turn("user", question), Turn("assistant", sample.output)))
+        turns = [Turn("system", sample.system)] if sample.system else []
+        for asked, answered in sample.history:
+            turns += [Turn("user", asked), Turn("assistant", answered)]
+        return Chat((*turns, Turn("user", question), Turn("assistant", sample.output)), sample.tools)
+    beside = [name for name in ("system", "history", "tools") if getattr(sample, name)]
+    if beside:
+        raise DataError(
+            f"{', '.join(beside)}: lost, since the model's tokenizer has no chat template, and an instruction in plain text has "
+            "no place for it. Use the model's Instruct version, or set data.chat_template: llama3 | chatml | FILE"
+        )
     context = ", paired with an input that provides further context" if sample.input else ""
     extra = f"### Input:\n{sample.input}\n\n" if sample.input else ""
     prompt = (
@@ -304,10 +303,16 @@ def _encode_continuation(sample: Continuation, *, tokenizer: PreTrainedTokenizer
 def _encode_chat(chat: Chat, *, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn) -> Encoded:
     """A conversation: rendered once whole, and once or twice for each turn whose span is needed."""
     check_template(tokenizer, formats=("messages",))
+    left_out = left_out_of(chat, tokenizer=tokenizer)
+    if not left_out.asks_for_null:
+        turns = tuple(replace(turn, content="") if turn.content is None else turn for turn in chat.turns)
+        chat = replace(chat, turns=turns)
     chat, mark = _without_special_tokens(chat, tokenizer)
-    render = _Renderer(chat=chat, tokenizer=tokenizer)
+    render = Renderer(chat=chat, tokenizer=tokenizer)
     whole = render.upto(len(chat.turns))
-    spans = [render.span(index, whole) for index in _turns_to_mark(chat, train_on)]
+    spans = _spans(render, whole, train_on=train_on)
+    if left_out.refused:
+        raise LeftOutError(left_out.refused, source=template_source(tokenizer))
     ids: list[int] = []
     is_target: list[bool] = []
     for token, start in _encode_rendered(whole, tokenizer=tokenizer, mark=mark):
@@ -317,127 +322,41 @@ def _encode_chat(chat: Chat, *, tokenizer: PreTrainedTokenizerBase, train_on: Tr
     if bos_id is not None and ids[:1] != [bos_id]:
         ids, is_target = [bos_id, *ids], [False, *is_target]
     is_target[:1] = [False]
-    return Encoded(ids=ids, is_target=is_target)
+    return Encoded(ids, is_target, tuple(f"the chat template leaves out {what}" for what in left_out.reported))
+
+
+def _spans(render: Renderer, whole: str, *, train_on: TrainOn) -> list[Span]:
+    """The spans whose tokens are targets; for "all" those whose tokens are not."""
+    chosen = _turns_to_mark(render.chat, train_on)
+    marked = None if train_on == "all" else render.marked()
+    if marked is None:
+        return [render.span(index, whole) for index in chosen]
+    answers = [index for index, turn in enumerate(render.chat.turns) if turn.role == "assistant"]
+    if chosen == answers:
+        return marked
+    if len(marked) != len(answers):
+        raise DataError(
+            f"the chat template ({template_source(render.tokenizer)}) marks {len(marked)} spans as generated, and there are "
+            f"{len(answers)} assistant turns: it can't be said which of them are to be left out. Set data.train_on: all, "
+            "remove the flags of the turns, or set data.chat_template to another"
+        )
+    return [marked[answers.index(index)] for index in chosen]
 
 
 def _turns_to_mark(chat: Chat, train_on: TrainOn) -> list[int]:
     """The turns whose tokens are targets; for "all" those whose tokens are not."""
     if train_on == "all":
         return [index for index, turn in enumerate(chat.turns) if not turn.is_trained]
+    asked = [index for index, turn in enumerate(chat.turns) if turn.is_asked and turn.role != "assistant"]
+    if asked:
+        raise DataError(
+            f"turn {asked[0]} is to be trained on by its flag, and its role is {chat.turns[asked[0]].role}: only an assistant's "
+            "turns are trained on. Remove the flag, or set data.train_on: all"
+        )
     answers = [index for index, turn in enumerate(chat.turns) if turn.role == "assistant"]
     if train_on == "last":
         answers = answers[-1:]
     return [index for index in answers if chat.turns[index].is_trained]
-
-
-@dataclass(frozen=True)
-class _Renderer:
-    """The chat template applied to the first turns of a conversation."""
-
-    chat: Chat
-    tokenizer: PreTrainedTokenizerBase
-
-    def upto(self, num_turns: int, *, has_prompt: bool = False) -> str:
-        """The text of the first turns, and with ``has_prompt`` the generation prompt."""
-        return self._render([turn.as_message() for turn in self.chat.turns[:num_turns]], has_prompt=has_prompt)
-
-    def span(self, index: int, whole: str) -> _Span:
-        """The characters of ``whole`` that belong to a turn; an assistant's begin after its prompt.
-
-        Raises:
-            DataError: the template renders the turns up to this one differently when more follow.
-        """
-        is_answer = self.chat.turns[index].role == "assistant"
-        before = self.upto(index, has_prompt=is_answer) if index else self._before_first(is_answer=is_answer)
-        through = self.upto(index + 1)
-        for text in (before, through):
-            if not whole.startswith(text):
-                same = _common_prefix(text, whole)
-                raise DataError(
-                    f"the chat template renders the turns up to number {index} differently when more follow "
-                    f"(from character {same}: {text[same : same + 30]!r}, "
-                    f"then {whole[same : same + 30]!r}), so its targets can't be determined. "
-                    "Set data.train_on: last, or data.chat_template to another template"
-                )
-        if is_answer:
-            through = _through_end_token(through, _special_pattern(self.tokenizer))
-        return _Span(start=len(before), end=max(len(through), len(before)))
-
-    def _before_first(self, *, is_answer: bool) -> str:
-        """What comes before a first turn's content; most templates refuse to render no turn at all."""
-        if not is_answer:
-            return ""
-        first = self.chat.turns[0]
-        one, other = (self._render([Turn(first.role, text).as_message()], has_prompt=False) for text in ("0", "1"))
-        return one[: _common_prefix(one, other)]
-
-    def _render(self, messages: list[dict[str, Any]], *, has_prompt: bool) -> str:
-        from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
-
-        tools: list[Any] | None = list(self.chat.tools) or None
-        try:
-            template = self.tokenizer.get_chat_template(tools=tools)
-        except ValueError as error:
-            raise DataError(f"{_template_source(self.tokenizer)}: {_first_line(error)}") from None
-        if any("tool_calls" in message for message in messages) and "tool_calls" not in template:
-            raise DataError(
-                "an assistant's tool_calls are lost: the chat template doesn't render them. " + _TEMPLATE_REMEDY
-            )
-        if tools and not re.search(r"\btools\b", template):
-            raise DataError("the record's tools are lost: the chat template doesn't render them. " + _TEMPLATE_REMEDY)
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    tools=tools,
-                    chat_template=_FIXED_DATE + template,
-                    tokenize=False,
-                    add_generation_prompt=has_prompt,
-                    date_string=TEMPLATE_DATE,
-                )
-            )
-        except Exception as error:  # a template is a program: it may fail in any way
-            source = _template_source(self.tokenizer)
-            if type(error) in (TemplateError, TypeError, UndefinedError):
-                roles = " ".join(str(message["role"]) for message in messages)
-                raise DataError(f"the chat template ({source}) refuses the turns '{roles}': {error}") from None
-            line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
-            raise DataError(
-                f"the chat template ({source}{line}) can't be used: {type(error).__name__}: {_first_line(error)}. Set "
-                "data.chat_template to another: llama3, chatml or a FILE"
-            ) from None
-
-
-def _template_source(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Where the template in use comes from: the setting, or the model's folder."""
-    return str(getattr(tokenizer, "template_source", "") or tokenizer.name_or_path)
-
-
-_TEMPLATE_REMEDY = "Set data.chat_template to one that does (llama3, chatml or a FILE), or write them into the content"
-# A macro shadows the global of the same name, so that no template gets the current day.
-_FIXED_DATE = "{%- macro strftime_now(format) -%}" + TEMPLATE_DATE + "{%- endmacro -%}"
-
-
-def _common_prefix(one: str, other: str) -> int:
-    """The length of the longest common prefix."""
-    pairs = zip(one, other, strict=False)
-    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
-def _through_end_token(text: str, special: re.Pattern[str]) -> str:
-    """The text without what follows a turn's end token: a model that stops there never writes it."""
-    bare = text.rstrip()
-    ends = [match.end() for match in special.finditer(bare)]
-    return bare if ends and ends[-1] == len(bare) else text
-
-
-@lru_cache(maxsize=8)
-def _pattern_of(names: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)")
-
-
-def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    return _pattern_of(tuple(name for name in special_ids(tokenizer) if len(name) > 1))
 
 
 def _without_special_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[Chat, str | None]:
@@ -446,7 +365,7 @@ def _without_special_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> t
     The mark is one character that the chat doesn't contain. It goes after the name's first character,
     so that a template's own trimming and joining work as on the text itself.
     """
-    special = _special_pattern(tokenizer)
+    special = special_pattern(tokenizer)
     strings = list(_strings([turn.as_message() for turn in chat.turns])) + list(_strings(chat.tools))
     if not any(special.search(text) for text in strings):
         return chat, None
@@ -465,7 +384,10 @@ def _without_special_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> t
         return [broken(item) for item in value] if isinstance(value, list | tuple) else value
 
     turns = tuple(
-        Turn(turn.role, broken(turn.content), tuple(broken(turn.tool_calls)), turn.is_trained) for turn in chat.turns
+        replace(
+            turn, content=broken(turn.content), tool_calls=tuple(broken(turn.tool_calls)), extras=broken(turn.extras)
+        )
+        for turn in chat.turns
     )
     return Chat(turns=turns, tools=tuple(broken(chat.tools))), mark
 
@@ -493,7 +415,7 @@ def _encode_rendered(text: str, *, tokenizer: PreTrainedTokenizerBase, mark: str
         return
     ids_by_name = special_ids(tokenizer)
     position = 0
-    for match in [*_special_pattern(tokenizer).finditer(text), None]:
+    for match in [*special_pattern(tokenizer).finditer(text), None]:
         piece = text[position : match.start() if match else len(text)]
         positions = [position + index for index, character in enumerate(piece) if character != mark]
         for token, start in _encode_plain(piece.replace(mark, ""), tokenizer):
@@ -530,7 +452,7 @@ def _with_starts(text: str, *, tokenizer: PreTrainedTokenizerBase, is_plain: boo
     except BaseException as error:
         if not isinstance(error, Exception) and not is_panic(error):
             raise
-        raise DataError(f"the tokenizer ({tokenizer.name_or_path}) can't encode it: {_first_line(error)}") from error
+        raise DataError(f"the tokenizer ({tokenizer.name_or_path}) can't encode it: {first_line(error)}") from error
     end_before = 0
     for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         yield token, min(start, end_before)

@@ -3,75 +3,73 @@
 ==================  =====================================  ==============================================
 format              columns                                becomes
 ==================  =====================================  ==============================================
-messages            messages | conversations [tools]       Chat (OpenAI's or sharegpt's spelling)
-alpaca              instruction, output [input]            Instruction
-prompt-completion   prompt, completion                     Continuation, or Chat for lists of messages
+messages            messages | conversations               Chat (OpenAI's or ShareGPT's spelling)
+                    [system, tools]
+alpaca              instruction, output                    Instruction, or Chat with a system or history
+                    [input, system, history]
+                    prompt, completion, system             the same
+prompt-completion   prompt, completion [tools]             Continuation, or Chat for lists of messages
 text                text                                   Continuation with an empty prompt
 ==================  =====================================  ==============================================
 
-Nothing here knows files or tokenizers. Errors say what is wrong with one record; the caller, which
-knows its file and line, prepends them.
+Other columns are named by ``unused_columns``. Nothing here knows files or tokenizers. Errors say what is wrong with one record;
+the caller, which knows its file and line, prepends them.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+from dist_lora.data.turns import EXAMPLE, MAX_DEPTH, Turn, decoded, depth, read_tools, read_turns, shown, text_of
 from dist_lora.errors import DataError
 
 Format = Literal["messages", "alpaca", "prompt-completion", "text"]
-Role = Literal["system", "user", "assistant", "tool", "ipython"]
 
 REQUIRED_COLUMNS: Mapping[Format, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages",), ("conversations",)),
-    "alpaca": (("instruction", "output"),),
+    "alpaca": (("instruction", "output"), ("prompt", "completion", "system")),
     "prompt-completion": (("prompt", "completion"),),
     "text": (("text",),),
 }
 """For each format the sets of columns, one of which must be complete."""
 
 EXAMPLES: Mapping[Format, str] = {
-    "messages": '{"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}',
+    "messages": EXAMPLE,
     "alpaca": '{"instruction": "Translate to French", "input": "cat", "output": "chat"}',
     "prompt-completion": '{"prompt": "2 + 2 =", "completion": " 4"}',
     "text": '{"text": "Once upon a time"}',
 }
 """One record of each format, as an error shows it."""
 
-MAX_DEPTH = 100
-"""Templates, and all that walks a record, recurse once per level."""
-
-_ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool", "ipython")
-_SHAREGPT_ROLES: Mapping[str, Role] = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
+USED_COLUMNS: Mapping[Format, tuple[str, ...]] = {
+    "messages": ("messages", "conversations", "system", "system_prompt", "tools", "functions"),
+    "alpaca": (
+        "instruction",
+        "input",
+        "output",
+        "system",
+        "system_prompt",
+        "history",
+        "prompt",
+        "completion",
+        "tools",
+        "functions",
+    ),
+    "prompt-completion": ("prompt", "completion", "tools", "functions"),
+    "text": ("text",),
 }
+"""What is read of a record of each format; other columns are reported."""
 
-
-@dataclass(frozen=True)
-class Turn:
-    """One message. ``is_trained`` is false where the record says ``weight: 0`` or ``train: false``."""
-
-    role: Role
-    content: str
-    tool_calls: tuple[dict[str, Any], ...] = ()
-    is_trained: bool = True
-
-    def as_message(self) -> dict[str, Any]:
-        """The message as a chat template reads it: without empty keys (templates test with ``in``)."""
-        message: dict[str, Any] = {"role": self.role, "content": self.content}
-        if self.tool_calls:
-            message["tool_calls"] = [dict(call) for call in self.tool_calls]
-        return message
+_TEXT_BESIDE = ("tools", "functions", "system", "system_prompt", "history", "reasoning_content")
+# Columns that would change what is trained, and can't be honoured.
+_REFUSED_COLUMNS: Mapping[str, str] = {
+    **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), "a preference pair"),
+    **dict.fromkeys(("images", "videos", "audios"), "other media than text"),
+    **dict.fromkeys(("documents", "chat_template_kwargs"), "arguments of the chat template"),
+    **dict.fromkeys(_TEXT_BESIDE, "a part of what is trained on"),
+}
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,9 @@ class Instruction:
     instruction: str
     input: str
     output: str
+    system: str = ""
+    history: tuple[tuple[str, str], ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,35 +130,42 @@ def read_sample(record: Mapping[str, Any], *, fmt: Format) -> Sample:
     for every key that any row has).
 
     Raises:
-        DataError: the first thing wrong with the record, by its path inside it.
+        DataError: the first thing wrong with the record, by its path inside it; also a column that would change what is
+            trained and can't be honoured in this format.
     """
-    if _depth(record) > MAX_DEPTH:
+    if depth(record) > MAX_DEPTH:
         raise DataError(f"the record is nested deeper than {MAX_DEPTH} levels")
     columns = [key for key, value in record.items() if value is not None]
     if record and not columns:
         raise DataError(f"{_listed(record)}: all values are null")
     check_columns(columns, fmt)
+    _refuse_columns(record, fmt)
     if fmt == "messages":
         return _read_chat(record)
+    if fmt == "alpaca" and not isinstance(record.get("prompt"), list):
+        return _read_instruction(record)
     if fmt == "alpaca":
-        return Instruction(
-            instruction=_text(record["instruction"], "instruction"),
-            input=_text(record.get("input") or "", "input"),
-            output=_text(record["output"], "output"),
-        )
+        return _read_prompt_completion(record)
     if fmt == "prompt-completion":
         return _read_prompt_completion(record)
-    return Continuation(prompt="", completion=_text(record["text"], "text"))
+    return Continuation(prompt="", completion=text_of(record["text"], "text"))
 
 
-def _depth(value: object) -> int:
-    """The depth of nested containers, counted no further than just above ``MAX_DEPTH``."""
-    deepest, inside = 0, [value]
-    while inside and deepest <= MAX_DEPTH:
-        deepest += 1
-        containers = [value for value in inside if isinstance(value, dict | list | tuple)]
-        inside = [part for value in containers for part in (value.values() if isinstance(value, dict) else value)]
-    return deepest
+def unused_columns(record: Mapping[str, Any], *, fmt: Format) -> list[str]:
+    """The columns of a record that are not read in its format, and aren't empty."""
+    used = USED_COLUMNS[fmt]
+    return [key for key, value in record.items() if key not in used and value not in (None, "", [], {})]
+
+
+def _refuse_columns(record: Mapping[str, Any], fmt: Format) -> None:
+    for name in unused_columns(record, fmt=fmt):
+        if name in _REFUSED_COLUMNS:
+            remedy = (
+                f"Write the record as messages, e.g. {EXAMPLES['messages']}" if name in _TEXT_BESIDE else "Remove it"
+            )
+            raise DataError(
+                f"{name} is {_REFUSED_COLUMNS[name]}, which format {fmt} can't take: it would be lost. {remedy}"
+            )
 
 
 def _has_columns(columns: Collection[str], fmt: Format) -> bool:
@@ -172,139 +180,54 @@ def _listed(columns: Collection[str]) -> str:
     return ", ".join(repr(column) for column in columns) or "(none)"
 
 
-def _shown(value: object) -> str:
-    """A value as messages show it, shortened."""
-    if value is None:
-        return "null"
-    try:
-        text = json.dumps(value, ensure_ascii=False, default=str)
-    except (TypeError, ValueError, RecursionError):  # keys or a depth that JSON can't have
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where} is {_shown(value)}; a string is expected")
-    return value
-
-
-def _decoded(value: object, where: str) -> object:
-    """The value of a JSON string, as CSV and parquet store nested columns."""
-    if not isinstance(value, str):
-        return value
-    try:
-        decoded = json.loads(value)
-    except (ValueError, RecursionError):
-        raise DataError(f"{where} is the string {_shown(value)}, which is not JSON") from None
-    if _depth(decoded) > MAX_DEPTH:
-        raise DataError(f"{where} is nested deeper than {MAX_DEPTH} levels")
-    return decoded
-
-
 def _read_chat(record: Mapping[str, Any]) -> Chat:
     column = "messages" if record.get("messages") is not None else "conversations"
-    turns = _read_turns(record[column], column)
-    system = record.get("system")
-    if isinstance(system, str) and system and all(turn.role != "system" for turn in turns):
+    turns = read_turns(record[column], column)
+    system = _system_of(record)
+    own = [turn.content for turn in turns if turn.role == "system"]
+    if system and not own:
         turns = (Turn("system", system), *turns)
+    elif system and own != [system]:
+        raise DataError(f"system is {shown(system)}, and {column} has a system turn: {shown(own[0])}; one is expected")
     systems = [index for index, turn in enumerate(turns) if turn.role == "system"]
     if len(systems) > 1:
         raise DataError(f"{column} has system turns at {systems}; one, at the start, is expected")
     if systems and systems != [0]:
         raise DataError(f"{column}[{systems[0]}] is a system turn; it is expected at the start")
-    return Chat(turns=turns, tools=_read_tools(record.get("tools")))
+    return Chat(turns=turns, tools=read_tools(record))
 
 
-def _read_turns(value: object, where: str) -> tuple[Turn, ...]:
-    items = _decoded(value, where)
-    if not isinstance(items, list):
-        raise DataError(f"{where} is {_shown(items)}; a list of messages is expected, e.g. {EXAMPLES['messages']}")
-    if not items:
-        raise DataError(f"{where} is an empty list; at least one message is expected")
-    return tuple(_read_turn(item, f"{where}[{index}]") for index, item in enumerate(items))
+def _system_of(record: Mapping[str, Any]) -> str:
+    """The system message that stands beside the turns, in ``system`` or ``system_prompt``; empty if there is none."""
+    given = {name: text_of(record[name], name) for name in ("system", "system_prompt") if record.get(name) is not None}
+    texts = {text for text in given.values() if text}
+    if len(texts) > 1:
+        raise DataError("the record has system and system_prompt, and they differ; one of them is expected")
+    return next(iter(texts), "")
 
 
-def _read_turn(item: object, where: str) -> Turn:
-    if not isinstance(item, dict):
-        raise DataError(f"{where} is {_shown(item)}; an object with role and content is expected")
-    message = {key: value for key, value in item.items() if value is not None}
-    if "role" not in message and "from" in message:
-        return _read_sharegpt_turn(message, where)
-    role = message.get("role")
-    if role not in _ROLES:
-        raise DataError(f"{where}.role is {_shown(role)}; one of {', '.join(_ROLES)} is expected")
-    calls = _read_tool_calls(message.get("tool_calls") or [], f"{where}.tool_calls")
-    if calls and role != "assistant":
-        raise DataError(f"{where} has tool_calls and role {role}; only an assistant calls tools")
-    content = "" if calls and "content" not in message else _content(message.get("content"), f"{where}.content")
-    return Turn(role=role, content=content, tool_calls=calls, is_trained=_is_trained(message, where))
+def _read_instruction(record: Mapping[str, Any]) -> Instruction:
+    names = ("instruction", "output") if _is_given(record, "instruction", "output") else ("prompt", "completion")
+    history = decoded(record.get("history") or [], "history")
+    if not isinstance(history, list):
+        raise DataError(f"history is {shown(history)}; a list of [question, answer] is expected")
+    pairs: list[tuple[str, str]] = []
+    for index, pair in enumerate(history):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise DataError(f"history[{index}] is {shown(pair)}; [question, answer] is expected")
+        pairs.append((text_of(pair[0], f"history[{index}][0]"), text_of(pair[1], f"history[{index}][1]")))
+    return Instruction(
+        instruction=text_of(record[names[0]], names[0]),
+        input=text_of(record.get("input") or "", "input"),
+        output=text_of(record[names[1]], names[1]),
+        system=_system_of(record),
+        history=tuple(pairs),
+        tools=read_tools(record),
+    )
 
 
-def _read_sharegpt_turn(message: Mapping[str, Any], where: str) -> Turn:
-    speaker = message["from"]
-    if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
-        raise DataError(f"{where}.from is {_shown(speaker)}; one of {', '.join(_SHAREGPT_ROLES)} is expected")
-    is_trained = _is_trained(message, where)
-    content = _content(message.get("value"), f"{where}.value")
-    if speaker != "function_call":
-        return Turn(role=_SHAREGPT_ROLES[speaker], content=content, is_trained=is_trained)
-    called = _decoded(content, f"{where}.value")
-    calls = _read_tool_calls(called if isinstance(called, list) else [called], f"{where}.value")
-    return Turn(role="assistant", content="", tool_calls=calls, is_trained=is_trained)
-
-
-def _content(value: object, where: str) -> str:
-    """A string, or OpenAI's list of parts if all of them are text."""
-    if not isinstance(value, list):
-        return _text(value, where)
-    for index, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise DataError(
-                f'{where}[{index}] is {_shown(part)}; only parts {{"type": "text", "text": ...}} are supported'
-            )
-    return "".join(_text(part.get("text"), f"{where}[{index}].text") for index, part in enumerate(value))
-
-
-def _is_trained(message: Mapping[str, Any], where: str) -> bool:
-    if "train" in message and not isinstance(message["train"], bool):
-        raise DataError(f"{where}.train is {_shown(message['train'])}; true or false is expected")
-    if "weight" in message and message["weight"] not in (0, 1):
-        raise DataError(f"{where}.weight is {_shown(message['weight'])}; 0 or 1 is expected")
-    return bool(message.get("train", True)) and bool(message.get("weight", 1))
-
-
-def _read_tool_calls(value: object, where: str) -> tuple[dict[str, Any], ...]:
-    items = _decoded(value, where)
-    if not isinstance(items, list):
-        raise DataError(f"{where} is {_shown(items)}; a list of calls is expected")
-    return tuple(_read_tool_call(item, f"{where}[{index}]") for index, item in enumerate(items))
-
-
-def _read_tool_call(item: object, where: str) -> dict[str, Any]:
-    """OpenAI's ``{"function": {"name", "arguments"}}``, or the inner object alone; arguments as an object."""
-    function = item.get("function", item) if isinstance(item, dict) else item
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f'{where} is {_shown(item)}; {{"name": ..., "arguments": {{...}}}} is expected')
-    arguments = _decoded(function.get("arguments", function.get("parameters")) or {}, f"{where}.arguments")
-    if not isinstance(arguments, dict):
-        raise DataError(f"{where}.arguments is {_shown(arguments)}; an object is expected")
-    call: dict[str, Any] = {
-        "type": "function",
-        "function": {"name": function["name"], "arguments": arguments},
-    }
-    call_id = cast(dict[str, Any], item).get("id")
-    return call if call_id is None else {"id": call_id, **call}
-
-
-def _read_tools(value: object) -> tuple[dict[str, Any], ...]:
-    items = _decoded(value or [], "tools")
-    if not isinstance(items, list):
-        raise DataError(f"tools is {_shown(items)}; a list of JSON schemas is expected")
-    for index, item in enumerate(items):
-        if not isinstance(item, dict):
-            raise DataError(f"tools[{index}] is {_shown(item)}; a JSON schema (an object) is expected")
-    return tuple(items)
+def _is_given(record: Mapping[str, Any], *names: str) -> bool:
+    return all(record.get(name) is not None for name in names)
 
 
 def _read_prompt_completion(record: Mapping[str, Any]) -> Sample:
@@ -312,9 +235,12 @@ def _read_prompt_completion(record: Mapping[str, Any]) -> Sample:
     if isinstance(prompt, str) and isinstance(completion, str):
         return Continuation(prompt=prompt, completion=completion)
     if isinstance(prompt, list) and isinstance(completion, list):
-        context = tuple(replace(turn, is_trained=False) for turn in _read_turns(prompt, "prompt"))
-        return Chat(turns=context + _read_turns(completion, "completion"), tools=_read_tools(record.get("tools")))
+        context = tuple(replace(turn, is_trained=False, is_asked=False) for turn in read_turns(prompt, "prompt"))
+        system = _system_of(record)
+        if system:
+            context = (Turn("system", system, is_trained=False), *context)
+        return Chat(turns=context + read_turns(completion, "completion"), tools=read_tools(record))
     raise DataError(
-        f"prompt is {_shown(prompt)} and completion is {_shown(completion)}; "
+        f"prompt is {shown(prompt)} and completion is {shown(completion)}; "
         "both as strings, or both as lists of messages, are expected"
     )

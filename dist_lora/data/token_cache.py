@@ -39,10 +39,11 @@ if TYPE_CHECKING:
 
 Which = Literal["train", "eval"]
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Part of every key: raise it whenever the same record may become other ids."""
 
 REPORT_EVERY_S = 10.0
+MAX_REPORTED = 50  # kinds of what isn't used, of one data set
 
 log = logging.getLogger("dist_lora")
 _ARRAYS = {
@@ -116,6 +117,8 @@ def prepare_tokens(
     if world.is_first:
         how = "from the cache" if building is None else f"tokenized in {time.monotonic() - started:.1f} s"
         log.info(f"data.{which}: {_summary_line(cache / key, token_set, rules)}, {how}")
+        for line in _reported(cache / key):
+            log.warning(f"data.{which}: {line}")
     return token_set
 
 
@@ -142,6 +145,7 @@ class _Counts:
     broken: Faults = field(default_factory=Faults)
     too_long: Faults = field(default_factory=Faults)
     no_target: Faults = field(default_factory=Faults)
+    reported: dict[str, int] = field(default_factory=dict)  # what records have and training doesn't use: samples
 
     def extend(self, other: _Counts) -> None:
         self.num_samples += other.num_samples
@@ -150,6 +154,12 @@ class _Counts:
         self.broken.extend(other.broken)
         self.too_long.extend(other.too_long)
         self.no_target.extend(other.no_target)
+        for what, number in other.reported.items():
+            self.report(what, number)
+
+    def report(self, what: str, number: int = 1) -> None:
+        if what in self.reported or len(self.reported) < MAX_REPORTED:
+            self.reported[what] = self.reported.get(what, 0) + number
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -164,6 +174,7 @@ class _Counts:
             broken=Faults(**raw["broken"]),
             too_long=Faults(**raw["too_long"]),
             no_target=Faults(**raw["no_target"]),
+            reported=dict(raw["reported"]),
         )
 
 
@@ -365,6 +376,8 @@ def _encode_one(
     except DataError as error:
         counts.broken.add(f"{records.where(index)}: {error}")
         return None
+    for what in document.reported:
+        counts.report(what)
     num_tokens, limit = len(document.ids), rules.sequence_length
     if num_tokens > limit:
         if rules.on_too_long != "truncate":
@@ -452,9 +465,20 @@ def _open_published(folder: Path) -> TokenSet | None:
     )
 
 
+def _counts_of(folder: Path) -> _Counts:
+    return _Counts.from_json(json.dumps(json.loads((folder / "summary.json").read_text())["counts"]).encode())
+
+
+def _reported(folder: Path) -> list[str]:
+    """What records have and training doesn't use, with the number of its samples; the most frequent first."""
+    counts = _counts_of(folder)
+    listed = sorted(counts.reported.items(), key=lambda item: -item[1])
+    return [f"{what} (in {number:,} of {counts.num_samples:,} samples)" for what, number in listed]
+
+
 def _summary_line(folder: Path, token_set: TokenSet, rules: TokenRules) -> str:
     """Samples, tokens and what was dropped or truncated, as one line."""
-    counts = _Counts.from_json(json.dumps(json.loads((folder / "summary.json").read_text())["counts"]).encode())
+    counts = _counts_of(folder)
     line = f"{len(token_set):,} samples, {token_set.num_tokens:,} tokens, {token_set.num_target_tokens:,} trained on"
     for faults, why in ((counts.too_long, "too long"), (counts.no_target, "without target tokens")):
         if faults.count:

@@ -20,7 +20,7 @@ import torch
 
 from dist_lora.base.index import WeightIndex, open_weights
 from dist_lora.base.stream import SliceReader
-from dist_lora.data.chat import special_ids
+from dist_lora.data.template import special_ids
 from dist_lora.data.token_set import TokenSet
 from dist_lora.errors import DataError
 from dist_lora.text import first_few

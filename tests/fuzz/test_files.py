@@ -222,7 +222,7 @@ CASES = {
     "a list of huge numbers": ("data_file", b"\1[" + b"9" * 5000 + b"]", ":1: not JSON: Exceeds the limit"),
     "a list of nested lists": ("data_file", b"\1[" + b"[" * 100_000, ":1: the JSON is nested too deeply"),
     "a template that is no UTF-8": ("chat_template", b"\xff", "template.jinja: not text in UTF-8 (byte 0)"),
-    "a template that writes no answer": ("chat_template", b"{{ 1 }}", "doesn't write an assistant's answer"),
+    "a template that writes no answer": ("chat_template", b"{{ 1 }}", "the text of the user turn 0, the text of the assistant turn 1: lost"),
 }  # fmt: skip
 
 

@@ -300,9 +300,9 @@ REFUSED = [
     (
         "{{ messages[0].content }}",
         {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}]},
-        "tool_calls are lost",
+        "the name of the assistant turn 0, call 0: lost",
     ),
-    ("{{ messages[0].content }}", {**turns(("assistant", "a")), "tools": [{"name": "f"}]}, "tools are lost"),
+    ("{{ messages[0].content }}", {**turns(("assistant", "a")), "tools": [{"name": "f"}]}, "tool 0: lost"),
 ]
 
 

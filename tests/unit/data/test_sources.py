@@ -385,7 +385,7 @@ def test_unknown_columns_name_what_each_format_needs(tmp_path):
         read_records(str(tmp_path / "d.jsonl"), fmt=None, which="train")
     assert str(caught.value) == (
         f"{tmp_path / 'd.jsonl'}:1: columns 'question', 'answer' match no known format: "
-        "messages needs messages or conversations; alpaca needs instruction and output; "
+        "messages needs messages or conversations; alpaca needs instruction and output or prompt and completion and system; "
         "prompt-completion needs prompt and completion; "
         "text needs text"
     )
