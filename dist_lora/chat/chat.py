@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_lora.base.llama import Llama
-from dist_lora.data.chat import encode_prompt, encode_text
+from dist_lora.data.chat import encode_instruction, encode_prompt, encode_text
 from dist_lora.evaluation.generate import generate
 from dist_lora.world.world import World
 
@@ -26,9 +26,10 @@ class ChatModel:
         """The assistant's next turn; ``show`` is called with each piece of it as it is generated."""
         return self._write(encode_prompt(messages, tokenizer=self.tokenizer), show=show)
 
-    def complete(self, text: str, *, show: Callable[[str], None]) -> str:
-        """The continuation of a text; ``show`` is called with each piece of it as it is generated."""
-        return self._write(encode_text(text, tokenizer=self.tokenizer), show=show)
+    def complete(self, text: str, *, is_instruction: bool, show: Callable[[str], None]) -> str:
+        """The continuation of a text, or the response to an instruction; ``show`` is called with each piece of it."""
+        encode = encode_instruction if is_instruction else encode_text
+        return self._write(encode(text, tokenizer=self.tokenizer), show=show)
 
     def _write(self, prompt: list[int], *, show: Callable[[str], None]) -> str:
         ids: list[int] = []
@@ -54,10 +55,10 @@ class ChatModel:
         return str(self.tokenizer.decode(answers[0]))
 
 
-def continue_text(model: ChatModel, *, prompt: str | None) -> None:
+def continue_text(model: ChatModel, *, prompt: str | None, is_instruction: bool = False) -> None:
     """Continue ``prompt`` on stdout, or one text after another from the terminal, until it is closed (Ctrl-D)."""
     while (text := prompt if prompt is not None else _ask()) is not None:
-        model.complete(text, show=_write)
+        model.complete(text, is_instruction=is_instruction, show=_write)
         print(flush=True)
         if prompt is not None:
             return

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from dist_lora.chat.chat import ChatModel, chat, continue_text
 from dist_lora.config.schema import Config
+from dist_lora.data.chat import SampleKind
 from dist_lora.errors import ConfigError
 from dist_lora.evaluation.generate import stop_ids_of
 from dist_lora.lora.adapter_reader import open_adapter
@@ -14,24 +16,27 @@ from dist_lora.lora.origin import origin_of
 from dist_lora.train.build import Trainee, build, check_adapter, load_adapter, open_base
 from dist_lora.world.world import World
 
+log = logging.getLogger("dist_lora")
+
 
 def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Trainee:
-    """The whole base in this process, with the adapter loaded."""
+    """The whole base in this process, quantized as in the adapter's run and with its chat template, and the adapter loaded."""
     headers = open_adapter(adapter)  # the tensors are read once, below
+    origin = origin_of(adapter)
     config = Config.model_validate(
         {
             "run": "generate",
-            "model": {"name": base_name(adapter, base)},
+            "model": {"name": base_name(adapter, base), "quant": origin.quant or "none"},
             "lora": {
                 "rank": headers.rank,
                 "alpha": headers.scale * headers.rank,  # of rsLoRA too
                 "targets": list(headers.targets),
                 "layers": "all" if headers.layers is None else list(headers.layers),
             },
-            "data": {"train": "-", "chat_template": origin_of(adapter).chat_template},
+            "data": {"train": "-"},
         }
     )
-    base_on_disk = open_base(config, world)
+    base_on_disk = open_base(config, world, template=origin.chat_template)
     check_adapter(adapter, config=config, base=base_on_disk, world=world)
     trainee = build(config, base_on_disk, world)
     load_adapter(trainee.adapters, adapter, world=world)
@@ -44,8 +49,8 @@ def answer(
 ) -> None:
     """``dist-lora generate``: answer ``prompt`` on stdout, or hold a chat on the terminal.
 
-    The prompt is continued as plain text, without a chat template, if ``is_plain`` is set, the adapter was trained on
-    plain text, or the model has no chat template.
+    The prompt is written as in the adapter's run: by the chat template, as it is, or as Stanford Alpaca's instruction. It is
+    continued as it is also if ``is_plain`` is set, or the model has no chat template.
 
     Raises:
         ConfigError: the prompt is empty, or a system message is given for plain text.
@@ -56,9 +61,32 @@ def answer(
     trainee = open_for_answers(adapter, base=base, world=World.alone())
     tokenizer = trainee.base.tokenizer
     model = ChatModel(trainee.model, tokenizer, stop_ids_of(trainee.base.folder, tokenizer), max_new_tokens)
-    if not (is_plain or origin_of(adapter).is_plain or tokenizer.chat_template is None):
+    kind = "text" if is_plain else prompt_kind(adapter, has_template=tokenizer.chat_template is not None)
+    if kind == "chat":
         chat(model, prompt=prompt, system=system)
     elif system is not None:
         raise ConfigError("--system: plain text is continued here, which has no system message; leave the option out")
     else:
-        continue_text(model, prompt=prompt)
+        continue_text(model, prompt=prompt, is_instruction=kind == "instruction")
+
+
+def prompt_kind(adapter: Path, *, has_template: bool) -> SampleKind:
+    """How a prompt is written for an adapter: as in its run, of whose kinds the first here is taken where it had several."""
+    kinds = origin_of(adapter).kinds
+    if not kinds:
+        log.info(
+            f"{adapter} doesn't say how its prompts were written: {'a chat' if has_template else 'plain text'} is assumed"
+        )
+        return "chat" if has_template else "text"
+    order: tuple[SampleKind, ...] = ("chat", "instruction", "text")
+    kind = next((kind for kind in order if kind in kinds), None)
+    if kind is None:
+        raise ConfigError(
+            f"{adapter} was trained on {', '.join(kinds)}, which this version doesn't know. Update dist-lora"
+        )
+    if len(kinds) > 1:
+        log.warning(
+            f"{adapter} was trained on prompts of several kinds ({', '.join(kinds)}): this one is written as {kind}; --plain "
+            "continues it as it is"
+        )
+    return kind

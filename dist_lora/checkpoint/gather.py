@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,16 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
+from dist_lora.base.tokenizer_files import hash_tokenizer_files
 from dist_lora.checkpoint.folders import step_folders, step_of
 from dist_lora.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from dist_lora.checkpoint.read import load_pieces, newest_intact_here, verify
 from dist_lora.errors import CheckpointError
 from dist_lora.lora.adapter_writer import write_adapter
-from dist_lora.lora.origin import BaseIdentity
+from dist_lora.lora.origin import BaseIdentity, RunOrigin
 from dist_lora.lora.state import Piece
+
+log = logging.getLogger("dist_lora")
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ _FACTS = TypeAdapter(_AdapterFacts)
 _BASE = TypeAdapter(BaseIdentity)
 
 
-def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True) -> Path:
+def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True, tokenizer: Path | None = None) -> Path:
     """The folder ``out`` with the adapter of a checkpoint, as PEFT and vLLM load it; returns ``out``.
 
     Reads the adapter's bytes only (and with ``verify`` every byte once, for the checksums). Local: one process.
@@ -46,6 +50,7 @@ def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True) -> Path:
     Args:
         checkpoint: a folder ``step-########``; or a run's folder or its ``checkpoints``, of which the newest intact
             checkpoint is taken, verified in any case.
+        tokenizer: the base's folder; None takes the one that the run recorded, if it is here and its tokenizer unchanged.
 
     Raises:
         CheckpointError: there is none, or it is damaged; names the file.
@@ -54,6 +59,7 @@ def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True) -> Path:
     folder = _checkpoint_folder(checkpoint, verify)
     manifest = read_manifest(folder)
     facts, base = _facts(folder, manifest)
+    run = RunOrigin.of_json(manifest.progress.get("origin"), where=f"{folder / MANIFEST_FILE}: progress.origin")
     write_adapter(
         out,
         tensors=_whole_tensors(folder, manifest),
@@ -63,8 +69,24 @@ def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True) -> Path:
         targets=facts.targets,
         layers=None if set(facts.layers) == set(range(facts.num_layers)) else facts.layers,
         base=base,
+        run=run,
+        tokenizer=tokenizer or _tokenizer_of(run, out),
     )
     return out
+
+
+def _tokenizer_of(run: RunOrigin, out: Path) -> Path | None:
+    """The folder that the tokenizer is copied from, if it is here; else a warning says what lacks."""
+    if run.model is None:
+        return None  # of a version that didn't record it
+    folder = Path(run.model)
+    if folder.is_absolute() and folder.is_dir() and hash_tokenizer_files(folder) == run.tokenizer:
+        return folder
+    log.warning(
+        f"{out} is written without its tokenizer: the base's ({run.model}) is not in a folder here, or has changed. The "
+        "commands of dist-lora take it from the base; for others copy the base's tokenizer files beside the adapter"
+    )
+    return None
 
 
 def verify_checkpoints(path: Path, *, report: Callable[[str], None]) -> None:

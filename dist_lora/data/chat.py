@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import xxhash
 
+from dist_lora.base.tokenizer_files import TOKENIZER_FILES, hash_tokenizer_files
 from dist_lora.data.left_out import LeftOutError, left_out_of
 from dist_lora.data.records import Chat, Continuation, Format, Instruction, read_sample, unused_columns
 from dist_lora.data.template import Renderer, Span, first_line, special_ids, special_pattern, template_source
@@ -35,35 +36,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["assistant", "last", "all"]
+SampleKind = Literal["chat", "instruction", "text"]
 
 _BUNDLED: Mapping[str, tuple[str, ...]] = {
     "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
 }
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
-
 
 _MAX_TEMPLATE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A document: its ids and, for each, whether it is a target (part of the loss); ``reported``: what it leaves out."""
+    """A document: its ids and, for each, whether it is a target (part of the loss); ``reported``: what it leaves out.
+
+    ``kind`` says how its prompt is written: by the chat template, as Stanford Alpaca's plain text, or as it is.
+    """
 
     ids: list[int]
     is_target: list[bool]
     reported: tuple[str, ...] = ()
+    kind: SampleKind = "chat"
 
 
-def load_tokenizer(folder: Path, *, chat_template: str | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, *, chat_template: str | None, text: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder, with the chat template that the run sets.
 
     Reads local files only and runs no code from the folder.
@@ -71,6 +67,7 @@ def load_tokenizer(folder: Path, *, chat_template: str | None) -> PreTrainedToke
     Args:
         folder: a folder with ``tokenizer.json`` and the other tokenizer files.
         chat_template: None for the tokenizer's own, "llama3" or "chatml" for ours, or a Jinja file.
+        text: a template's text, in place of the tokenizer's own.
 
     Raises:
         WeightsError: the folder holds no readable tokenizer.
@@ -86,12 +83,15 @@ def load_tokenizer(folder: Path, *, chat_template: str | None) -> PreTrainedToke
     except BaseException as error:
         if not isinstance(error, Exception) and not is_panic(error):
             raise
-        present = sorted(name for name in _TOKENIZER_FILES if (folder / name).exists())
+        present = sorted(name for name in TOKENIZER_FILES if (folder / name).exists())
         raise WeightsError(
             f"{folder}: the tokenizer can't be loaded "
             f"(files found: {', '.join(present) or 'none'}): {first_line(error)}. "
             "Fetch tokenizer.json and tokenizer_config.json of the model"
         ) from error
+    if text is not None and chat_template is None:
+        tokenizer.chat_template = text
+        tokenizer.template_source = "the one that the adapter was trained with"
     if chat_template is not None:
         tokenizer.chat_template = _template_text(chat_template)
         tokenizer.template_source = f"data.chat_template: {chat_template}"
@@ -125,12 +125,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def hash_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     """xxh3_128 over the tokenizer's files and the chat template in use."""
-    digest = xxhash.xxh3_128()
-    for name in _TOKENIZER_FILES:
-        path = folder / name
-        if path.exists():
-            digest.update(f"{name}\0{path.stat().st_size}\0".encode())
-            digest.update(path.read_bytes())
+    digest = xxhash.xxh3_128(hash_tokenizer_files(folder).encode())
     digest.update(repr(tokenizer.chat_template).encode())
     return digest.hexdigest()
 
@@ -149,12 +144,14 @@ def encode_sample(
             include where the record is.
     """
     sample = read_sample(record, fmt=fmt)
+    kind: SampleKind = "text"
     if isinstance(sample, Instruction):
+        kind = "instruction"
         sample = _instruction_as(sample, has_template=tokenizer.chat_template is not None)
     if isinstance(sample, Chat):
         encoded = _encode_chat(sample, tokenizer=tokenizer, train_on=train_on)
     else:
-        encoded = _encode_continuation(sample, tokenizer=tokenizer, train_on=train_on)
+        encoded = replace(_encode_continuation(sample, tokenizer=tokenizer, train_on=train_on), kind=kind)
     unused = tuple(f"column {name!r} is not used" for name in unused_columns(record, fmt=fmt))
     return replace(encoded, reported=unused + encoded.reported) if unused else encoded
 
@@ -182,6 +179,13 @@ def encode_text(text: str, *, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of a text to continue, as training saw the prompt of a completion."""
     sample = Continuation(prompt=text, completion="")
     return _encode_continuation(sample, tokenizer=tokenizer, train_on="assistant").ids[:-1]
+
+
+def encode_instruction(text: str, *, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of an instruction in Stanford Alpaca's plain text, as training saw it without a chat template."""
+    sample = _instruction_as(Instruction(text, "", ""), has_template=False)
+    assert isinstance(sample, Continuation)
+    return encode_text(sample.prompt, tokenizer=tokenizer)
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, *, formats: Sequence[Format]) -> None:

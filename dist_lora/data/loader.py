@@ -97,6 +97,11 @@ class Loader:
         """Epoch and step within it, both from 0, of a step counted from 0 over the run."""
         return divmod(step, self.steps_in_epoch(0))
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """How the prompts of its documents are written; see ``Encoded.kind``."""
+        return self._token_set.kinds
+
     def batch(self, step: int) -> StepBatch:
         """The batch of a step, counted from 0 over the run. The first one of an epoch computes its plan."""
         epoch, index = self.locate(step)

@@ -18,7 +18,7 @@ import time
 import uuid
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
@@ -145,6 +145,7 @@ class _Counts:
     broken: Faults = field(default_factory=Faults)
     too_long: Faults = field(default_factory=Faults)
     no_target: Faults = field(default_factory=Faults)
+    kinds: list[str] = field(default_factory=list)
     reported: dict[str, int] = field(default_factory=dict)  # what records have and training doesn't use: samples
 
     def extend(self, other: _Counts) -> None:
@@ -154,6 +155,7 @@ class _Counts:
         self.broken.extend(other.broken)
         self.too_long.extend(other.too_long)
         self.no_target.extend(other.no_target)
+        self.kinds = sorted({*self.kinds, *other.kinds})
         for what, number in other.reported.items():
             self.report(what, number)
 
@@ -174,6 +176,7 @@ class _Counts:
             broken=Faults(**raw["broken"]),
             too_long=Faults(**raw["too_long"]),
             no_target=Faults(**raw["no_target"]),
+            kinds=list(raw["kinds"]),
             reported=dict(raw["reported"]),
         )
 
@@ -385,7 +388,7 @@ def _encode_one(
             return None
         counts.num_truncated += 1
     had_targets = any(document.is_target[1:])
-    document = Encoded(ids=document.ids[:limit], is_target=document.is_target[:limit])
+    document = replace(document, ids=document.ids[:limit], is_target=document.is_target[:limit])
     if not any(document.is_target[1:]):
         reason = (
             f"its {num_tokens:,} tokens are truncated to train.sequence_length = {limit:,}, before the first target"
@@ -395,6 +398,8 @@ def _encode_one(
         counts.no_target.add(f"{records.where(index)}: {reason}")
         return None
     counts.num_documents += 1
+    if document.kind not in counts.kinds:
+        counts.kinds.append(document.kind)
     return document
 
 
@@ -448,7 +453,8 @@ def _error_of(counts: _Counts, *, which: Which, rules: TokenRules) -> DataError 
 def _open_published(folder: Path) -> TokenSet | None:
     """The tokens of a published folder; None if there is none, or its files aren't as written."""
     try:
-        sizes = json.loads((folder / "summary.json").read_text())["sizes"]
+        summary = json.loads((folder / "summary.json").read_text())
+        sizes, kinds = summary["sizes"], tuple(sorted(summary["counts"]["kinds"]))
         if any((folder / name).stat().st_size != sizes[name] for name in _ARRAYS):
             return None
         arrays = {name: np.memmap(folder / name, dtype, "r") for name, dtype in _ARRAYS.items()}
@@ -462,6 +468,7 @@ def _open_published(folder: Path) -> TokenSet | None:
         lengths=lengths,
         num_targets=np.array(arrays["num_targets"]),
         sample_ids=np.array(arrays["sample_ids"]),
+        kinds=kinds,
     )
 
 

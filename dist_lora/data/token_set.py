@@ -23,6 +23,7 @@ class TokenSet:
     lengths: np.ndarray  # int64 (N,), at most the sequence length
     num_targets: np.ndarray  # int64 (N,), at least 1: its targets but the first token, which isn't predicted
     sample_ids: np.ndarray  # int64 (N,): the document's row in the source, from 0
+    kinds: tuple[str, ...] = ()  # of ``Encoded.kind``, those that there are
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -61,6 +62,7 @@ class TokenSet:
             lengths=self.lengths[documents],
             num_targets=self.num_targets[documents],
             sample_ids=self.sample_ids[documents],
+            kinds=self.kinds,
         )
 
 

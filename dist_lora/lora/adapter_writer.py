@@ -17,10 +17,19 @@ from torch import Tensor
 
 import dist_lora
 from dist_lora.base.safetensors import TYPE_NAMES, bytes_of, write_safetensors
+from dist_lora.base.tokenizer_files import copy_tokenizer
 from dist_lora.errors import AdapterError, ConfigError, SaveError
 from dist_lora.files import swap_in, sync_folder
 from dist_lora.lora.adapter_reader import SEAL, SEALED, faults_of, peft_key
-from dist_lora.lora.origin import CONFIG_FILE, FORMAT, ORIGIN_FILE, WEIGHTS_FILE, BaseIdentity, own_checksum
+from dist_lora.lora.origin import (
+    CONFIG_FILE,
+    FORMAT,
+    ORIGIN_FILE,
+    WEIGHTS_FILE,
+    BaseIdentity,
+    RunOrigin,
+    own_checksum,
+)
 from dist_lora.text import first_few
 
 
@@ -34,6 +43,8 @@ def write_adapter(
     targets: Sequence[str],
     base: BaseIdentity,
     layers: Sequence[int] | None = None,
+    run: RunOrigin | None = None,
+    tokenizer: Path | None = None,
 ) -> None:
     """Writes the adapter folder, whole or not at all, replacing an adapter that is there.
 
@@ -43,7 +54,9 @@ def write_adapter(
     Args:
         tensors: ``<module>.lora_A`` ``(R, D_in)`` and ``<module>.lora_B`` ``(D_out, R)``, any float type and device.
         layers: the layers that are adapted; None means all of the model.
-        base: a path in its name is reduced to its last component, so that no file reveals this machine's folders.
+        base: a path in its name is reduced to its last component: where the base lies is in ``run``.
+        run: what its run decided, and a folder with it needs nothing else to be answered as it was trained.
+        tokenizer: the base's folder, from which the tokenizer is copied, with the run's chat template.
 
     Raises:
         AdapterError: a tensor is not whole ("not gathered"), not finite, unexpected or lacks its other
@@ -57,6 +70,7 @@ def write_adapter(
         raise ConfigError(f"{folder} exists and isn't an adapter (it has no {CONFIG_FILE}). Choose another folder.")
     partial = folder.with_name(f".{folder.name}.partial")
     base = BaseIdentity(_public_name(base.name), base.revision, base.content_hash, base.config_hash)
+    run = run or RunOrigin()
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -64,7 +78,7 @@ def write_adapter(
             peft_key(key): tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()
         }
         checksum = _checksum_of(content)
-        config = _peft_config(rank, alpha, dropout, targets=targets, layers=chosen, base=base)
+        config = _peft_config(rank, alpha, dropout, targets=targets, layers=chosen, base=base, run=run)
         seal = {"checksum": checksum, "config": {key: config[key] for key in SEALED}}
         write_safetensors(
             partial / WEIGHTS_FILE,
@@ -73,7 +87,11 @@ def write_adapter(
         )
         _write_json(partial / CONFIG_FILE, config)
         origin = {"format": FORMAT, "base": asdict(base), "software": _versions(), "weights": checksum}
+        if run != RunOrigin():
+            origin["run"] = {**asdict(run), "kinds": list(run.kinds)}
         _write_json(partial / ORIGIN_FILE, origin | {"checksum": own_checksum(origin)})
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, partial, chat_template=run.chat_template)
         (partial / "README.md").write_text(_card(base, rank=rank, alpha=alpha, targets=targets))
         sync_folder(partial)
         swap_in(partial, folder, former=folder.with_name(f".{folder.name}.replaced"))
@@ -112,13 +130,14 @@ def _peft_config(
     targets: Sequence[str],
     layers: tuple[int, ...] | None,
     base: BaseIdentity,
+    run: RunOrigin,
 ) -> dict[str, Any]:
     # Only settings that PEFT has had since 0.9 and vLLM reads: an older PEFT refuses names that it doesn't know,
     # and leaving out the newer ones means "off".
     return {
         "alpha_pattern": {},
         "auto_mapping": None,
-        "base_model_name_or_path": base.name,
+        "base_model_name_or_path": run.model or base.name,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -131,7 +150,7 @@ def _peft_config(
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {},
-        "revision": base.revision,
+        "revision": run.revision if run.model else base.revision,
         "target_modules": sorted(targets),
         "task_type": "CAUSAL_LM",
         "use_dora": False,

@@ -12,10 +12,20 @@ from dist_lora.lora.origin import origin_of
 
 
 def base_name(adapter: Path, base: str | None) -> str:
-    """The base to load with ``adapter``: ``base``, that of its run's config, or the one that the adapter names."""
-    name = base or origin_of(adapter).model or open_adapter(adapter).base.name
+    """The base to load with ``adapter``: ``base``, the one that its run recorded, or the one that its files name.
+
+    Raises:
+        ConfigError: the adapter names none, or a folder that isn't here.
+    """
+    if base is not None:
+        return base
+    name = origin_of(adapter).model or open_adapter(adapter).base.name
     if name is None:
         raise ConfigError(f"{adapter} doesn't say which model it was trained on; name it: --base MODEL")
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise ConfigError(
+            f"{adapter} was trained on the model in {name}, which isn't here; name where it is now: --base MODEL"
+        )
     return name
 
 

@@ -35,11 +35,12 @@ from dist_lora.base.index import (
 from dist_lora.base.quant.formats import format_of
 from dist_lora.base.safetensors import Entry, bytes_of, header_of, new_safetensors
 from dist_lora.base.stream import TORCH_DTYPES, SliceReader
+from dist_lora.base.tokenizer_files import set_template
 from dist_lora.config.schema import LINEARS, Quant
 from dist_lora.errors import AdapterError, ConfigError, DistLoraError, SaveError
 from dist_lora.files import lock, sync, sync_folder
 from dist_lora.lora.adapter_reader import AdapterOnDisk, open_adapter
-from dist_lora.lora.origin import CONFIG_FILE, ORIGIN_FILE, BaseIdentity
+from dist_lora.lora.origin import CONFIG_FILE, ORIGIN_FILE, BaseIdentity, origin_of
 from dist_lora.text import first_few, gib
 
 _SLICE_BYTES = 16 * 2**20  # in memory: as read, in fp32, and cast: for bf16 64 MiB
@@ -106,7 +107,7 @@ def merge_adapter(
             _check_space(index, partial=partial, dtype=dtype)
             merger = _Merger(opened, index=index, dtype=dtype, quant=quant, on_progress=on_progress)
             merger.write(partial)
-            _write_companions(index, partial=partial, dtype=dtype)
+            _write_companions(index, partial=partial, dtype=dtype, chat_template=origin_of(adapter).chat_template)
             sync_folder(partial)
             os.rename(partial, out)
             sync(out.parent)
@@ -315,17 +316,22 @@ def _companions(folder: Path) -> list[Path]:
     )
 
 
-def _write_companions(index: WeightIndex, *, partial: Path, dtype: str | None) -> None:
-    """Writes all files but the weights; config.json last, since nothing loads a folder without it."""
+def _write_companions(index: WeightIndex, *, partial: Path, dtype: str | None, chat_template: str | None) -> None:
+    """Writes all files but the weights; config.json last, since nothing loads a folder without it.
+
+    ``chat_template`` is that of the adapter's run: the merged model is prompted as it was trained.
+    """
     folder = index.folder
     for path in _companions(folder):
         target = partial / path.relative_to(folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
+    if chat_template is not None:
+        set_template(partial, chat_template)
     if not (folder / SINGLE_FILE).exists():
         _write_index(index, partial=partial, dtype=dtype)
     config = read_model_json(folder / "config.json")
-    generation = _generation_config(folder, config)
+    generation = _generation_config(folder, config, templates=partial)
     if generation is not None:
         _write_json(partial / "generation_config.json", generation)
     if dtype is not None:
@@ -342,7 +348,7 @@ def _write_index(index: WeightIndex, *, partial: Path, dtype: str | None) -> Non
     _write_json(partial / INDEX_FILE, {"metadata": {**metadata, "total_size": total}, "weight_map": weight_map})
 
 
-def _generation_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def _generation_config(folder: Path, config: Mapping[str, Any], *, templates: Path) -> dict[str, Any] | None:
     """The content of generation_config.json with all tokens that end an answer; None if the base needs none.
 
     A chat model of Llama 3 ends a turn with ``<|eot_id|>`` or ``<|eom_id|>``, and some published configs list only
@@ -350,7 +356,7 @@ def _generation_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any
     """
     file = folder / "generation_config.json"
     content = read_model_json(file) if file.exists() else None
-    turn_ends = _turn_ends(folder)
+    turn_ends = _turn_ends(templates)
     if content is None and not turn_ends:
         return None
     listed = (content or {}).get("eos_token_id")

@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import xxhash
-import yaml
 
 from dist_lora.base.index import hash_config, open_index, read_model_json
+from dist_lora.config.schema import Quant
 from dist_lora.errors import AdapterError
 from dist_lora.files import file_exists, read_json
 
@@ -122,27 +122,58 @@ def read_adapter_json(file: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunOrigin:
-    """What the config of an adapter's run says of it; empty where the adapter isn't in a run's folder."""
+    """What an adapter's run had decided: recorded in the adapter's folder, so that it is answered as it was trained.
+
+    Empty for an adapter of PEFT, or of a version that didn't record it.
+
+    Args:
+        model: the base's absolute folder, or its hub id with ``revision``.
+        quant: ``model.quant``.
+        kinds: how prompts were written: by the chat template ("chat"), as Stanford Alpaca's text ("instruction"), as they are.
+        chat_template: the template's text; None where the tokenizer had none, or several.
+        tokenizer: ``hash_tokenizer_files`` of the base's tokenizer.
+    """
 
     model: str | None = None
+    revision: str | None = None
     quant: str | None = None
+    kinds: tuple[str, ...] = ()
     chat_template: str | None = None
-    is_plain: bool = False
+    tokenizer: str | None = None
+
+    @staticmethod
+    def of_json(recorded: object, *, where: str) -> RunOrigin:
+        """The origin that a file recorded; an empty one for None.
+
+        Raises:
+            AdapterError: the file is damaged.
+        """
+        if recorded is None:
+            return RunOrigin()
+        names = [field.name for field in fields(RunOrigin)]
+        values = {name: recorded.get(name) for name in names} if isinstance(recorded, dict) else {}
+        kinds = values.pop("kinds", None)
+        if (
+            not isinstance(kinds, list | tuple)
+            or not all(isinstance(kind, str) for kind in kinds)
+            or not all(value is None or isinstance(value, str) for value in values.values())
+            or values["quant"] not in (None, *get_args(Quant))
+        ):
+            raise AdapterError(f"{where}: found {recorded!r}, expected {', '.join(names)}. The file is damaged.")
+        return RunOrigin(kinds=tuple(kinds), **values)
 
 
 def origin_of(adapter: Path) -> RunOrigin:
-    """The origin of an adapter, by the ``config.yaml`` next to its folder."""
-    path = adapter.resolve().parent / "config.yaml"
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        model, data = settings["model"], settings["data"]
-        is_plain = data.get("format") in ("text", "prompt-completion")
-        template = data.get("chat_template")
-        return RunOrigin(
-            model=str(model["name"]),
-            quant=str(model.get("quant", "none")),
-            chat_template=template if isinstance(template, str) else None,
-            is_plain=is_plain,
-        )
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError, RecursionError):
-        return RunOrigin()  # there is none, or not a run's: an adapter may be in any folder
+    """The origin that an adapter's own ``dist_lora.json`` records; no file beside its folder is read.
+
+    Raises:
+        AdapterError: that file is damaged.
+    """
+    file = adapter / ORIGIN_FILE
+    if not file_exists(file):
+        return RunOrigin()
+    origin = read_adapter_json(file)
+    own = origin.pop("checksum", None)
+    if own is not None and own != own_checksum(origin):
+        raise AdapterError(f"{file} doesn't match its own checksum: it is damaged, or was edited by hand.")
+    return RunOrigin.of_json(origin.get("run"), where=f"{file}: run")

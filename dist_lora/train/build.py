@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from dist_lora.base.quant.formats import format_of
 from dist_lora.base.quant.published import BaseOnDisk, open_base_on_disk
 from dist_lora.base.rope import check_frequencies
 from dist_lora.base.stream import fill_slots
+from dist_lora.base.tokenizer_files import hash_tokenizer_files
 from dist_lora.config.schema import Config
 from dist_lora.data.chat import load_tokenizer
 from dist_lora.data.loader import MicroBatch
@@ -38,7 +39,7 @@ from dist_lora.layout.choices import AttentionName, Choices, check_section, choo
 from dist_lora.lora.adapter_reader import open_adapter, read_adapter
 from dist_lora.lora.attach import AdapterTensor, attach_adapters
 from dist_lora.lora.fit import check_fit
-from dist_lora.lora.origin import BaseIdentity, identify_base
+from dist_lora.lora.origin import BaseIdentity, RunOrigin, identify_base
 from dist_lora.world.world import World, device_bytes
 
 log = logging.getLogger("dist_lora")
@@ -89,8 +90,11 @@ class Trainee:
         check_untouched(self.checksums, checksums(self.engine.frozen_shards(self.model)))
 
 
-def open_base(config: Config, world: World) -> Base:
+def open_base(config: Config, world: World, *, template: str | None = None) -> Base:
     """Find the base and check everything about it that can be checked without reading weights. All ranks call it.
+
+    Args:
+        template: the text of a chat template that replaces the tokenizer's, as an adapter's run recorded it.
 
     Raises:
         ConfigError: an engine that can't run here; no such model, or only its sizes; a layer that the model lacks; a
@@ -114,7 +118,7 @@ def open_base(config: Config, world: World) -> Base:
         on_disk = open_base_on_disk(folder, quant=config.model.quant, index=WeightIndex.from_json(folder, index))
         on_disk.index.expect(shape.tensor_shapes())
         try:
-            return on_disk, load_tokenizer(folder, chat_template=config.data.chat_template)
+            return on_disk, load_tokenizer(folder, chat_template=config.data.chat_template, text=template)
         except DistLoraError:  # some are ValueErrors as well
             raise
         except ValueError as caught:
@@ -331,6 +335,20 @@ def load_adapter(adapters: Adapters, folder: Path, *, world: World) -> None:
         AdapterError: a value is NaN or infinite, or the folder has changed since.
     """
     world.agree_on(f"loading {folder}", lambda: adapters.load(read_adapter(folder).tensors.items()))
+
+
+def run_origin(config: Config, base: Base, kinds: Sequence[str]) -> RunOrigin:
+    """What an adapter records of its run; ``kinds``: see ``Encoded.kind``."""
+    template = getattr(base.tokenizer, "chat_template", None)
+    is_of_hub = base.identity.revision is not None
+    return RunOrigin(
+        model=base.identity.name if is_of_hub else str(base.folder.resolve()),
+        revision=base.identity.revision,
+        quant=config.model.quant,
+        kinds=tuple(kinds),
+        chat_template=template if isinstance(template, str) else None,
+        tokenizer=hash_tokenizer_files(base.folder),
+    )
 
 
 def describe_trained(trainee: Trainee) -> dict[str, int]:

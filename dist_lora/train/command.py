@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dist_lora.base.tokenizer_files import TEMPLATE_FILE
 from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.config.changes import flat
 from dist_lora.config.schema import Config, MachineSection
@@ -24,6 +25,7 @@ from dist_lora.data.untrained import check_special_tokens
 from dist_lora.errors import ConfigError, SaveError
 from dist_lora.files import write_whole
 from dist_lora.layout.machine import is_called
+from dist_lora.lora.origin import origin_of
 from dist_lora.run_folder.folder import open_run_folder, write_config
 from dist_lora.text import gib
 from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
@@ -222,7 +224,7 @@ def _finish(run: Run, folder: Path, world: World, *, seconds: float) -> None:
     world.share(f"finish/peak/{world.world_rank}", str(peak_bytes(world.device)).encode())
 
     def finish() -> None:
-        gather_adapter(run.checkpoints.of_adapter(run.progress), out=out)
+        gather_adapter(run.checkpoints.of_adapter(run.progress), out=out, tokenizer=run.trainee.base.folder)
         peaks = [peak_bytes(world.device)]
         peaks += [int(world.fetch(f"finish/peak/{rank}")) for rank in range(1, world.world_size)]
         summary = _summary(run, folder, out, seconds=seconds) | {"peak_bytes": peaks}
@@ -301,6 +303,8 @@ def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str,
     base = open_base(config, world)
     if adapter is not None:
         check_adapter(adapter, config=config, base=base, world=world)
+        if world.is_first:
+            _warn_of_origin(adapter, config, base)
     held_out = held_out_of(config, base, world)
     trainee = build(
         config.model_copy(update={"lora": config.lora.model_copy(update={"start_from": None})}), base, world
@@ -318,6 +322,21 @@ def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str,
         match = exact_match_of(trainee, held_out, config=config, world=world)
         result["exact_match"] = {"correct": match.correct, "total": match.total}
     return result | {"seconds": round(time.monotonic() - started_s, 1)}
+
+
+def _warn_of_origin(adapter: Path, config: Config, base: Base) -> None:
+    """Say where an adapter is evaluated otherwise than it was trained."""
+    origin = origin_of(adapter)
+    if origin.quant not in (None, config.model.quant):
+        log.warning(
+            f"{adapter} was trained on its base in {origin.quant}, and is evaluated on it in {config.model.quant}: "
+            f"model.quant={origin.quant} is the model that was trained"
+        )
+    if origin.chat_template is not None and origin.chat_template != base.tokenizer.chat_template:
+        log.warning(
+            f"{adapter} was trained with another chat template than this config's: data.chat_template={adapter}/{TEMPLATE_FILE} "
+            "is its own"
+        )
 
 
 def _loss(config: Config, trainee: Trainee, held_out: TokenSet, world: World) -> dict[str, Any]:

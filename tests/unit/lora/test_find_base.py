@@ -1,33 +1,67 @@
-"""What the config of an adapter's run says of it, whatever lies there in its place."""
+"""What an adapter's own folder says of its run, and the base that is loaded with it: nothing beside the folder is believed."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from dist_lora.lora.origin import RunOrigin, origin_of
+from dist_lora.errors import AdapterError, ConfigError
+from dist_lora.lora.adapter_writer import write_adapter
+from dist_lora.lora.find_base import base_name
+from dist_lora.lora.origin import BaseIdentity, RunOrigin, origin_of, own_checksum
 
-CONFIG = "model: {name: org/x}\ndata: {train: a, format: FORMAT, chat_template: TEMPLATE}\n"
+RUN = RunOrigin("/models/x", None, "nf4", ("chat",), "{{ messages }}", "xxh3_128:0")
+
+
+def written(folder: Path, run: RunOrigin | None, *, base: str | None = "org/x") -> Path:
+    module = "model.layers.0.mlp.up_proj"
+    tensors = {f"{module}.lora_A": torch.ones(2, 4), f"{module}.lora_B": torch.ones(4, 2)}
+    write_adapter(
+        folder, tensors=tensors, rank=2, alpha=4, dropout=0.0, targets=["up_proj"], base=BaseIdentity(base), run=run
+    )
+    return folder
+
+
+def test_what_its_run_decided_is_in_the_folder_and_a_config_beside_it_is_not_believed(tmp_path) -> None:
+    (tmp_path / "config.yaml").write_text("model: {name: org/other, quant: int8}\ndata: {train: a, format: text}\n")
+    assert origin_of(written(tmp_path / "a", RUN)) == RUN
+    assert origin_of(written(tmp_path / "b", None)) == origin_of(tmp_path / "none") == RunOrigin()
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("/models/x", None)
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (CONFIG.replace("FORMAT", "text").replace("TEMPLATE", "llama3"), RunOrigin("org/x", "none", "llama3", True)),
-        (CONFIG.replace("FORMAT", "messages").replace("TEMPLATE", "null"), RunOrigin("org/x", "none", None, False)),
-        (CONFIG.replace("FORMAT", "messages").replace("TEMPLATE", "7"), RunOrigin("org/x", "none", None, False)),
-        ("model: " + "[" * 5000, RunOrigin()),
-        ("a: [", RunOrigin()),
-        ("7", RunOrigin()),
-        ("model: 7\ndata: {}", RunOrigin()),
-        ("!!python/object/apply:os.getcwd []", RunOrigin()),
-    ],
+    "change", [{"quant": "int3"}, {"kinds": "chat"}, {"kinds": [1]}, {"model": 7}, {"chat_template": ["a"]}], ids=str
 )
-def test_a_config_beside_an_adapter_is_used_where_it_is_one(tmp_path: Path, text: str, expected: RunOrigin) -> None:
-    (tmp_path / "config.yaml").write_text(text)
-    assert origin_of(tmp_path / "adapter") == expected
+def test_a_damaged_origin_is_refused(tmp_path, change: dict[str, Any]) -> None:
+    file = written(tmp_path / "a", RUN) / "dist_lora.json"
+    origin = json.loads(file.read_text())
+    origin.pop("checksum")
+    origin["run"] |= change
+    file.write_text(json.dumps(origin | {"checksum": own_checksum(origin)}))
+    with pytest.raises(
+        AdapterError, match="expected model, revision, quant, kinds, chat_template, tokenizer. The file is damaged"
+    ):
+        origin_of(tmp_path / "a")
+    file.write_text(json.dumps(origin | {"checksum": "xxh3_128:0"}))
+    with pytest.raises(AdapterError, match="doesn't match its own checksum"):
+        origin_of(tmp_path / "a")
 
 
-def test_an_adapter_without_a_run_has_no_origin(tmp_path: Path) -> None:
-    assert origin_of(tmp_path / "adapter") == RunOrigin()
+def test_the_base_is_the_one_that_is_named_else_the_runs_else_the_identitys(tmp_path) -> None:
+    here = tmp_path / "model"
+    here.mkdir()
+    adapter = written(tmp_path / "a", RunOrigin(str(here)))
+    assert base_name(adapter, "org/y") == "org/y" and base_name(adapter, None) == str(here)
+    here.rmdir()
+    with pytest.raises(
+        ConfigError, match=f"was trained on the model in {here}, which isn't here; name where it is now"
+    ):
+        base_name(adapter, None)
+    assert base_name(written(tmp_path / "b", None), None) == "org/x"
+    with pytest.raises(ConfigError, match="doesn't say which model it was trained on"):
+        base_name(written(tmp_path / "c", None, base=None), None)
