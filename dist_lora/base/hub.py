@@ -10,10 +10,13 @@ WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 UNWANTED = ("original/*",)  # the same weights in Meta's own format
 
 
-def fetch_model(hub_id: str) -> Path:
+def fetch_model(hub_id: str, *, revision: str | None = None) -> Path:
     """The folder of a model in the hub's cache: downloaded, updated, or, without a network, as it is.
 
     Call it on one process of each node: the hub refuses hundreds of requests at once.
+
+    Args:
+        revision: the commit to take; None for the newest.
 
     Raises:
         ConfigError: it is gated or doesn't exist for this user, or there is neither a network nor a complete copy.
@@ -22,7 +25,9 @@ def fetch_model(hub_id: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED))
+        )
     except Exception as error:  # the hub's own errors, the HTTP library's and the disk's
         if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
             reason = (
@@ -40,7 +45,8 @@ def fetch_model(hub_id: str) -> Path:
                 f"incomplete in the local cache, and can't be downloaded ({_hub_message(error)}). Download it on a "
                 "machine with a network, and set model.name to the folder."
             )
-        raise ConfigError(f"model.name: {hub_id}: {reason}") from error
+        commit = "" if revision is None else f" (revision {revision})"
+        raise ConfigError(f"model.name: {hub_id}{commit}: {reason}") from error
 
 
 def _status(error: BaseException | None) -> int | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from dist_lora.base.index import read_model_json
 from dist_lora.chat.chat import ChatModel, chat, continue_text
 from dist_lora.config.schema import Config
 from dist_lora.data.chat import SampleKind
 from dist_lora.errors import ConfigError
 from dist_lora.evaluation.generate import stop_ids_of
 from dist_lora.lora.adapter_reader import open_adapter
-from dist_lora.lora.find_base import base_name
+from dist_lora.lora.find_base import find_base
 from dist_lora.lora.origin import origin_of
 from dist_lora.train.build import Trainee, build, check_adapter, load_adapter, open_base
 from dist_lora.world.world import World
@@ -22,11 +23,11 @@ log = logging.getLogger("dist_lora")
 def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Trainee:
     """The whole base in this process, quantized as in the adapter's run and with its chat template, and the adapter loaded."""
     headers = open_adapter(adapter)  # the tensors are read once, below
-    origin = origin_of(adapter)
+    origin, folder = origin_of(adapter), find_base(adapter, base)
     config = Config.model_validate(
         {
             "run": "generate",
-            "model": {"name": base_name(adapter, base), "quant": origin.quant or "none"},
+            "model": {"name": str(folder), "quant": quant_of(folder, origin.quant)},
             "lora": {
                 "rank": headers.rank,
                 "alpha": headers.scale * headers.rank,  # of rsLoRA too
@@ -42,6 +43,11 @@ def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Traine
     load_adapter(trainee.adapters, adapter, world=world)
     trainee.model.eval()
     return trainee
+
+
+def quant_of(base: Path, trained: str | None) -> str:
+    """The quantization to load ``base`` in: the run's; a base that is published in NF4 can be nothing else."""
+    return "nf4" if "quantization_config" in read_model_json(base / "config.json") else trained or "none"
 
 
 def answer(

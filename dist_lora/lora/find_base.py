@@ -39,4 +39,5 @@ def find_base(adapter: Path, base: str | None) -> Path:
     if resolved.folder is not None:
         return resolved.folder
     assert resolved.hub_id is not None
-    return fetch_model(resolved.hub_id)
+    origin = origin_of(adapter)
+    return fetch_model(resolved.hub_id, revision=origin.revision if base is None and origin.model else None)

@@ -8,10 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dist_lora.base.attention import Documents
 from dist_lora.base.index import hash_config, open_index
+from dist_lora.chat.command import open_for_answers
+from dist_lora.data.chat import encode_prompt, load_tokenizer
+from dist_lora.lora.origin import origin_of
+from dist_lora.world.world import World
 from tests.e2e.conftest import learn
 
 RECORDS = [{"prompt": f"{i}", "completion": f"{i}"} for i in range(8)]
@@ -135,7 +141,9 @@ def test_an_adapter_of_fewer_layers_is_told_what_it_lacks(here, trained, base, a
     assert "and 9 more" in err
 
 
-def test_the_adapter_tells_which_base_it_is_of_and_nothing_of_this_machine(trained, base, adapter) -> None:
+def test_the_adapter_tells_which_base_it_is_of_and_where_that_lies_and_nothing_else_of_this_machine(
+    trained, base, adapter
+) -> None:
     origin = json.loads((adapter / "dist_lora.json").read_text())
     assert origin["base"] == {
         "name": base.name,
@@ -143,10 +151,66 @@ def test_the_adapter_tells_which_base_it_is_of_and_nothing_of_this_machine(train
         "content_hash": open_index(base).content_hash(),
         "config_hash": hash_config(base),
     }
-    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == base.name
+    assert origin["run"]["model"] == str(base.resolve()) and origin["run"]["quant"] == "none"
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base.resolve())
     for file in adapter.iterdir():
-        content = file.read_bytes()
-        assert str(base.parent).encode() not in content and str(trained).encode() not in content
+        assert str(trained).encode() not in file.read_bytes()
+
+
+def test_a_copied_adapter_is_answered_as_it_was_trained_though_its_format_was_found_by_itself(here, adapter) -> None:
+    """Its data were prompts and completions, which ``data.format: auto`` found; beside it lies nothing of its run."""
+    assert origin_of(adapter).kinds == ("text",)
+    (adapter.parent / "config.yaml").write_text(
+        "model: {name: org/other, quant: nf4}\ndata: {train: a, format: messages}\n"
+    )
+    asked = ["generate", adapter, "--prompt", "3 + ", "--max-new-tokens", 8]
+    code, answer, err, _ = here(*asked)
+    assert code == 0, err
+    assert answer == here(*asked, "--plain")[1]
+    code, _, err, _ = here(*asked, "--system", "Be brief.")
+    assert code == 2 and "plain text is continued here" in err
+
+
+def test_peft_and_transformers_load_the_folder_alone_with_our_logits(adapter, tmp_path, monkeypatch) -> None:
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    monkeypatch.chdir(tmp_path)
+    theirs = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
+    ours = open_for_answers(adapter, base=None, world=World.alone(torch.device("cpu")))
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    assert tokenizer.get_vocab() == ours.base.tokenizer.get_vocab()
+    assert tokenizer.chat_template == ours.base.tokenizer.chat_template is not None
+    ids = torch.tensor(tokenizer.encode("3 + 4 = 7"))
+    with torch.no_grad():
+        logits = ours.model(
+            ids, positions=torch.arange(len(ids)), attention=Documents((0, len(ids))), rows=torch.arange(len(ids))
+        )
+        torch.testing.assert_close(theirs(ids[None]).logits[0], logits, atol=1e-4, rtol=1e-4)
+
+
+def test_template_tokenizer_and_quantization_of_the_run_go_with_the_adapter_and_the_merge(here, base, tmp_path) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}<|eot_id|>{% endfor %}[assistant]")
+    chats = [
+        {"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": f"{i}"}]} for i in range(8)
+    ]
+    run = learn(tmp_path, base, chats, "train.steps=2", "model.quant=nf4", f"data.chat_template={template}")
+    adapter = Path(shutil.copytree(run / "adapter", tmp_path / "elsewhere"))
+    gathered = tmp_path / "gathered"
+    assert here("gather", run, "--out", gathered)[0] == 0
+    template.unlink()
+    shutil.rmtree(run)
+    for folder in (adapter, gathered):
+        trainee = open_for_answers(folder, base=None, world=World.alone(torch.device("cpu")))
+        assert trainee.precision.fmt.name == "nf4"
+        asked = encode_prompt([{"role": "user", "content": "1"}], tokenizer=trainee.base.tokenizer)
+        assert trainee.base.tokenizer.decode(asked) == "<|begin_of_text|>[user]1<|eot_id|>[assistant]"
+        assert origin_of(folder) == origin_of(adapter)
+    code, _, err, _ = here("merge", adapter, "--out", tmp_path / "merged", "--quant", "nf4")
+    assert code == 0, err
+    merged = load_tokenizer(tmp_path / "merged", chat_template=None)
+    assert merged.chat_template == trainee.base.tokenizer.chat_template
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "generate"])

@@ -44,7 +44,7 @@ def test_a_damaged_origin_is_refused(tmp_path, change: dict[str, Any]) -> None:
     origin["run"] |= change
     file.write_text(json.dumps(origin | {"checksum": own_checksum(origin)}))
     with pytest.raises(
-        AdapterError, match="expected model, revision, quant, kinds, chat_template, tokenizer. The file is damaged"
+        AdapterError, match=r"expected model, revision, quant, kinds, chat_template, tokenizer. The file is damaged"
     ):
         origin_of(tmp_path / "a")
     file.write_text(json.dumps(origin | {"checksum": "xxh3_128:0"}))
