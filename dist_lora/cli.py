@@ -115,8 +115,15 @@ def plan(
     overrides: Overrides = None,
     nodes: Annotated[list[int] | None, typer.Option("--nodes", help="Nodes (several with --sweep).")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="GPUs per node.")] = None,
-    gpu: Annotated[list[str] | None, typer.Option(help="Type of GPU, like h100-80gb (several with --sweep).")] = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(help="Type of GPU: h100, a100-80gb, or its name in nvidia-smi (several with --sweep)."),
+    ] = None,
     gpu_gib: Annotated[float | None, typer.Option(help="Memory in GiB of a GPU that --gpu doesn't know.")] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(help="With --gpu-gib: its dense TFLOPS (bf16, or the dtype of the run), for a speed."),
+    ] = None,
     host_gib: Annotated[float | None, typer.Option(help="Host memory per node, in GiB.")] = None,
     measured: Annotated[
         Path | None, typer.Option(help="Machines measured by `doctor --out`, instead of --gpu.")
@@ -145,7 +152,7 @@ def plan(
     if timeline is not None and not is_simulated:
         raise ConfigError("--timeline: it shows a simulated step; add --simulate")
     loaded = _load(config, overrides)
-    request = MachineRequest.of(loaded, nodes, gpus_per_node, gpu, gpu_gib, host_gib, measured)
+    request = MachineRequest.of(loaded, nodes, gpus_per_node, gpu, gpu_gib, host_gib, measured, tflops)
     if is_simulated:
         from dist_lora.simulation.command import simulate_plan
 

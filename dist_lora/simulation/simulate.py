@@ -78,6 +78,7 @@ def simulate(
     gpus_per_node: int,
     device_bytes: int,
     device: Literal["gpu", "cpu"] = "gpu",
+    has_bf16: bool = True,
     document_tokens: int | None = None,
 ) -> Simulation:
     """One optimizer step of a config on simulated machines; takes 5 to 10 s for 8B and 40 to 60 s for 405B on one core.
@@ -88,6 +89,7 @@ def simulate(
     Args:
         device_bytes: memory of a GPU, by which ``parallel``'s ``auto`` is resolved.
         device: for which ``auto`` is resolved for dtype, attention and recomputation.
+        has_bf16: whether those GPUs compute in bf16.
         document_tokens: length of every document; None is ``train.sequence_length``. A sequence holds as many as fit, or one
             without ``train.packing``.
 
@@ -108,7 +110,13 @@ def simulate(
         # FSDP2's meshes need real tensors; DeepSpeed creates parameters while it shards, which must be fake.
         with fake if config.parallel.engine == "zero3" else nullcontext():
             sharded = shard_model(
-                config, shape, world, name=config.model.name, memory_bytes=device_bytes, on_gpu=device == "gpu"
+                config,
+                shape,
+                world,
+                name=config.model.name,
+                memory_bytes=device_bytes,
+                on_gpu=device == "gpu",
+                has_bf16=has_bf16,
             )
         memory, sent, host_bytes = _step(
             config, shape, sharded, world, loader, fake, num_micro_batches=len(micro_batches)

@@ -15,7 +15,7 @@ from dist_lora.errors import ConfigError, PlanError
 from dist_lora.plan.command import check_fits, default_gpus_per_node
 from dist_lora.plan.hardware import DEFAULT_GPU, Gpu, find_gpu
 from dist_lora.plan.plan import Machines, Plan, make_plan
-from dist_lora.text import GIB
+from dist_lora.text import GIB, count, time_range
 
 Launcher = Literal["srun", "torchrun"]
 
@@ -199,17 +199,23 @@ def _check_fits(plan: Plan) -> None:
 
 
 def _line(plan: Plan) -> str:
-    low, high = plan.speed.step_s
-    steps = "number of steps depends on the data" if plan.steps is None else f"{plan.steps:,} steps"
+    steps = "number of steps depends on the data" if plan.steps is None else count(plan.steps, "step")
+    tight = " (tight)" * plan.is_tight
     return (
         f"{plan.config.run}: {plan.config.model.name}, {plan.device_bytes / GIB:.1f} of "
-        f"{plan.machines.gpu.memory_bytes / GIB:.1f} GiB per GPU, {low:.3g} to {high:.3g} s per step, {steps}"
+        f"{plan.machines.gpu.memory_bytes / GIB:.1f} GiB per {plan.machines.gpu.name}{tight}, "
+        f"{time_range(*_step_s(plan))} per step, {steps}"
     )
+
+
+def _step_s(plan: Plan) -> tuple[float, float]:
+    assert plan.speed is not None, f"{plan.machines.gpu.name} is in the table, with its speed"
+    return plan.speed.step_s
 
 
 def _minutes(plans: Mapping[str, Plan]) -> int | None:
     """Minutes that the slowest run takes at worst, rounded up to a quarter of an hour; None if unknown."""
-    seconds = [plan.steps * plan.speed.step_s[1] for plan in plans.values() if plan.steps is not None]
+    seconds = [plan.steps * _step_s(plan)[1] for plan in plans.values() if plan.steps is not None]
     if len(seconds) < len(plans):
         return None
     return 15 * math.ceil((max(seconds) + LOADING_S) / 900)
@@ -217,5 +223,5 @@ def _minutes(plans: Mapping[str, Plan]) -> int | None:
 
 def _notice_s(plan: Plan) -> int:
     """Twice the time of a step and a save, and Slurm's tolerance, rounded up to ten seconds."""
-    needed_s = 2 * (plan.speed.step_s[1] + plan.memory.disk / SAVE_BYTES_PER_S) + MIN_NOTICE_S
+    needed_s = 2 * (_step_s(plan)[1] + plan.memory.disk / SAVE_BYTES_PER_S) + MIN_NOTICE_S
     return min(MAX_NOTICE_S, 10 * math.ceil(needed_s / 10))

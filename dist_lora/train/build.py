@@ -39,7 +39,7 @@ from dist_lora.lora.adapter_reader import open_adapter, read_adapter
 from dist_lora.lora.attach import AdapterTensor, attach_adapters
 from dist_lora.lora.fit import check_fit
 from dist_lora.lora.origin import BaseIdentity, identify_base
-from dist_lora.world.world import World, device_bytes
+from dist_lora.world.world import World, computes_bf16, device_bytes
 
 log = logging.getLogger("dist_lora")
 
@@ -197,6 +197,7 @@ def shard_model(
     name: str | None,
     memory_bytes: int | None = None,
     on_gpu: bool | None = None,
+    has_bf16: bool | None = None,
 ) -> ShardedModel:
     """The model of a config on the meta device, with adapters, sharded by its engine. All ranks call it.
 
@@ -204,9 +205,10 @@ def shard_model(
         name: the model's, for errors.
         memory_bytes: of each rank's device; None queries it.
         on_gpu: whether the choices are those of a run on GPUs; None takes the world's device.
+        has_bf16: whether those GPUs compute in bf16; None asks all ranks' devices.
 
     Raises:
-        ConfigError: the settings of ``parallel`` contradict each other, or the shapes can't be quantized.
+        ConfigError: a GPU has no bf16, as set; the settings of ``parallel`` contradict each other, or the shapes can't be quantized.
     """
     choices = choose(
         config,
@@ -216,6 +218,7 @@ def shard_model(
         local_size=world.local_size,
         device_bytes=memory_bytes or world.min("layout/device_bytes", device_bytes(world)),
         on_gpu=world.device.type == "cuda" if on_gpu is None else on_gpu,
+        has_bf16=bool(world.min("layout/has_bf16", int(computes_bf16(world.device)))) if has_bf16 is None else has_bf16,
     )
     if world.is_first:
         for reason in choices.reasons:
