@@ -263,10 +263,12 @@ def _adapters(
             "shard",
             f"adapters  {_over_all(world_size, footprint, f'{footprint}, {size(total / world_size)}')}: by ZeRO-3",
         )
-    if engine == "none":
-        return "replicate", f"adapters  {footprint}"
-    if wanted == "auto":
-        fits = local_size == 1 or total <= device_bytes * ADAPTERS_SHARE
+    if world_size == 1:
+        return "replicate" if wanted == "auto" else wanted, f"adapters  {footprint}"
+    if wanted == "auto" and local_size == 1:
+        wanted, because = "replicate", "one rank per node"
+    elif wanted == "auto":
+        fits = total <= device_bytes * ADAPTERS_SHARE
         wanted = "replicate" if fits else "shard"
         because = f"{'within' if fits else 'more than'} {ADAPTERS_SHARE:.0%} of a device"
     else:

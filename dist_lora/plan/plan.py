@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,7 +44,7 @@ class Machines:
     gpu: Gpu
     host_bytes: int | None = None
     assumed: str = ""
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         nodes = f"{self.num_nodes} nodes x " if self.num_nodes > 1 else ""

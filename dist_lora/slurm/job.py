@@ -203,7 +203,7 @@ def _line(plan: Plan) -> str:
     tight = " (tight)" * plan.is_tight
     return (
         f"{plan.config.run}: {plan.config.model.name}, {plan.device_bytes / GIB:.1f} of "
-        f"{plan.machines.gpu.memory_bytes / GIB:.1f} GiB per {plan.machines.gpu.name}{tight}, "
+        f"{plan.machines.gpu.memory_bytes / GIB:.1f} GiB per GPU{tight}, "
         f"{time_range(*_step_s(plan))} per step, {steps}"
     )
 

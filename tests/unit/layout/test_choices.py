@@ -89,6 +89,10 @@ def test_auto_is_bf16_on_a_gpu_and_fp32_on_a_cpu() -> None:
     assert choose_dtype("auto", on_gpu=True) == ("bf16", "on a GPU")
     assert choose_dtype("auto", on_gpu=False) == ("fp32", "on a CPU")
     assert choose_dtype("bf16", on_gpu=False) == ("bf16", "as set")
+    assert choose_dtype("auto", on_gpu=True, has_bf16=False)[0] == "fp32"
+    assert choose_dtype("fp32", on_gpu=True, has_bf16=False) == ("fp32", "as set")
+    with pytest.raises(ConfigError, match=r"model.dtype: bf16 needs GPUs of compute capability 8.0 or newer"):
+        choose_dtype("bf16", on_gpu=True, has_bf16=False)
 
 
 def test_auto_takes_flash_on_a_gpu_in_16_bits_and_sdpa_elsewhere() -> None:
