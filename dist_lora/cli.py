@@ -187,11 +187,23 @@ def slurm(
         str | None, typer.Option(help="Image to run in: a .sif file (apptainer), or a name (pyxis).")
     ] = None,
     env: Annotated[list[str] | None, typer.Option(help="Variable to set, NAME=VALUE; may be repeated.")] = None,
+    bind: Annotated[
+        list[Path] | None,
+        typer.Option(help="Path that the container needs besides those that the config names; may be repeated."),
+    ] = None,
     setup: Annotated[
-        list[str] | None, typer.Option(help="Line of bash to run first, like 'module load cuda'; may be repeated.")
+        list[str] | None, typer.Option(help="Command of bash to run first, like 'module load cuda'; may be repeated.")
+    ] = None,
+    gpu_type: Annotated[
+        str | None, typer.Option(help="The GPU's name in this Slurm, like h100 of gpu:h100:8 in `sinfo -o %G`.")
+    ] = None,
+    exclusive: Annotated[
+        bool | None,
+        typer.Option(help="Whole nodes with all their memory; default: if the GPUs are all that a usual node has."),
     ] = None,
     sbatch: Annotated[
-        list[str] | None, typer.Option(help="Further option of sbatch, like --qos=high; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Option of sbatch, like --qos=high, in place of this script's own; may be repeated."),
     ] = None,
     cpus_per_gpu: Annotated[int, typer.Option(help="CPU cores per GPU.")] = 8,
     max_stalled: Annotated[
@@ -206,7 +218,7 @@ def slurm(
 ) -> None:
     """Print a batch script for Slurm that saves, stops and requeues itself, filled in from the config's plan."""
     from dist_lora.plan.hardware import find_gpu
-    from dist_lora.slurm.command import make_script, submit
+    from dist_lora.slurm.command import make_job, submit
     from dist_lora.slurm.job import Request
 
     request = Request(
@@ -215,10 +227,11 @@ def slurm(
         num_nodes=nodes, gpus_per_node=gpus_per_node, gpu=find_gpu(gpu) if gpu else None, launcher=launcher.value,
         python=python or ("python" if container else sys.executable), time=time, partition=partition, account=account,
         mail=mail, container=container, environment=tuple(env or ()), setup=tuple(setup or ()), extra=tuple(sbatch or ()),
-        cpus_per_gpu=cpus_per_gpu, max_stalled=max_stalled,
+        cpus_per_gpu=cpus_per_gpu, max_stalled=max_stalled, gpu_type=gpu_type, is_exclusive=exclusive,
+        binds=tuple(bind or ()),
     )  # fmt: skip
-    script = make_script(request)
-    print(submit(script) if is_submitted else script, end="\n" if is_submitted else "")
+    job = make_job(request)
+    print(submit(job) if is_submitted else job.script, end="\n" if is_submitted else "")
 
 
 @app.command(name="eval")
