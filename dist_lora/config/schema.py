@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from dist_lora.errors import ConfigError
-from dist_lora.text import nearest
+from dist_lora.text import count, nearest
 
 LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LINEARS: tuple[LinearName, ...] = (
@@ -228,7 +228,7 @@ class LoraSection(Section):
 
 
 def _no_such_layers(found: str, num_layers: int) -> str:
-    return f"lora.layers: found {found}, expected 0-{num_layers - 1} (the model has {num_layers} layers)"
+    return f"lora.layers: found {found}, expected 0-{num_layers - 1} (the model has {count(num_layers, 'layer')})"
 
 
 class DataSection(Section):

@@ -33,6 +33,7 @@ from dist_lora.lora.origin import BaseIdentity
 from dist_lora.simulation.collectives import Sent, Traffic, traffic
 from dist_lora.simulation.tracker import KINDS, Kind, Memory, Moment, Tracker, register_run
 from dist_lora.simulation.world import simulated_world
+from dist_lora.text import count
 from dist_lora.train.build import Base, ShardedModel, Trainee, shard_model
 from dist_lora.train.command import loader_of
 from dist_lora.train.step import TrainStep
@@ -99,7 +100,7 @@ def simulate(
     started_s = time.monotonic()
     if num_nodes < 1 or gpus_per_node < 1:
         raise ConfigError(
-            f"machines: found {num_nodes} nodes of {gpus_per_node} GPUs, expected at least one of each (--nodes, --gpus-per-node)"
+            f"machines: found {count(num_nodes, 'node')} of {count(gpus_per_node, 'GPU')}, expected at least one of each (--nodes, --gpus-per-node)"
         )
     num_ranks, local_size = num_nodes * gpus_per_node, config.parallel.node_size or gpus_per_node
     check_node_size(world_size=num_ranks, local_size=local_size)
