@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
@@ -127,3 +128,17 @@ def test_what_nf4_can_not_store_is_refused_where_the_choices_are_made() -> None:
         ConfigError, match=r"model.quant: nf4 can't store x: down_proj: nf4 splits each row into blocks of 64"
     ):
         choose(config, shape, name="x", world_size=1, local_size=1, device_bytes=2**35, on_gpu=False)
+
+
+@pytest.mark.parametrize(
+    "section", [{"engine": "fsdp2"}, {"engine": "fsdp2", "adapters": "shard"}, {"engine": "zero3"}], ids=str
+)
+@pytest.mark.parametrize(("world_size", "local_size"), [(1, 1), (2, 1), (4, 2)])
+def test_one_rank_is_written_as_one(section: dict[str, str], world_size: int, local_size: int) -> None:
+    layout = choose_layout(
+        ParallelSection.model_validate(section), world_size=world_size, local_size=local_size, base_bytes=10 * GIB,
+        trained_weights=10**7, device_bytes=80 * GIB,
+    )  # fmt: skip
+    text = "\n".join(layout.reasons)
+    assert not re.search(r"\b1 (ranks|processes|nodes|GPUs)\b|\bover the 1\b|\bover all 1\b", text), text
+    assert ("on the only rank" in text) is (local_size == 1 and (world_size == 1 or section["engine"] != "zero3"))
