@@ -61,6 +61,17 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change:
 NumRanks = Annotated[
     int | None, typer.Option("--nproc", min=1, help="Local ranks to start; default: one per GPU, or one.")
 ]
+Binds = Annotated[
+    list[Path] | None,
+    typer.Option(help="Path that the container needs besides those that the config names; may be repeated."),
+]
+GpuType = Annotated[
+    str | None, typer.Option(help="The GPU's name in this Slurm, like h100 of gpu:h100:8 in `sinfo -o %G`.")
+]
+Exclusive = Annotated[
+    bool | None,
+    typer.Option(help="Whole nodes with all their memory; default: if the GPUs are all that a usual node has."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -187,20 +198,12 @@ def slurm(
         str | None, typer.Option(help="Image to run in: a .sif file (apptainer), or a name (pyxis).")
     ] = None,
     env: Annotated[list[str] | None, typer.Option(help="Variable to set, NAME=VALUE; may be repeated.")] = None,
-    bind: Annotated[
-        list[Path] | None,
-        typer.Option(help="Path that the container needs besides those that the config names; may be repeated."),
-    ] = None,
+    bind: Binds = None,
     setup: Annotated[
         list[str] | None, typer.Option(help="Command of bash to run first, like 'module load cuda'; may be repeated.")
     ] = None,
-    gpu_type: Annotated[
-        str | None, typer.Option(help="The GPU's name in this Slurm, like h100 of gpu:h100:8 in `sinfo -o %G`.")
-    ] = None,
-    exclusive: Annotated[
-        bool | None,
-        typer.Option(help="Whole nodes with all their memory; default: if the GPUs are all that a usual node has."),
-    ] = None,
+    gpu_type: GpuType = None,
+    exclusive: Exclusive = None,
     sbatch: Annotated[
         list[str] | None,
         typer.Option(help="Option of sbatch, like --qos=high, in place of this script's own; may be repeated."),

@@ -365,7 +365,7 @@ class ParallelSection(Section):
 class MachineSection(Section):
     """The machines the run is meant for: used by plan, slurm, explain and doctor; train runs wherever it is started."""
 
-    gpu: str | None = Field(default=None, description="Type of GPU by name and memory, like h100-80gb or rtx4090-24gb.")
+    gpu: str | None = Field(default=None, description="Type of GPU: h100-80gb, rtx4090, or its name in nvidia-smi.")
     gpus_per_node: int | None = Field(default=None, ge=1, description="GPUs per node.")
     nodes: int | None = Field(default=None, ge=1, description="Number of nodes.")
     price_per_gpu_hour: float | None = Field(

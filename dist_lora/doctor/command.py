@@ -132,7 +132,7 @@ class Examination:
             self._record("disk", examine("disk", lambda: examine_disk(self.request.runs_dir), todo=_DISK))
         num_nodes = launched.world_size // self.local_size
         if self.is_first_of_host:
-            fabric = examine("adapters", lambda: examine_fabric(os.environ, num_nodes=num_nodes), todo=_FABRIC)
+            fabric = examine("fabric", lambda: examine_fabric(os.environ, num_nodes=num_nodes), todo=_FABRIC)
             self._record("fabric", fabric)
         names = examine(
             "interfaces",

@@ -14,7 +14,7 @@ from dist_lora.doctor.findings import Answer, Severity
 from dist_lora.text import count, first_few, gib
 
 ADAPTERS = Path("sys/class/infiniband")
-ABOUT = "adapters"
+ABOUT = "fabric"  # adapters alone are LoRA's
 ENOUGH_LOCKED_BYTES = 2**34  # sites that limit it at all leave 64 KiB to 8 MiB
 # Where AWS's installers put the plugin by which NCCL uses EFA, and where the loader looks anyway.
 PLUGIN_FOLDERS = ("opt/amazon/ofi-nccl/lib", "opt/amazon/ofi-nccl/lib64", "opt/amazon/ofi-nccl/lib/x86_64-linux-gnu",

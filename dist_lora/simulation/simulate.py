@@ -111,14 +111,9 @@ def simulate(
         # FSDP2's meshes need real tensors; DeepSpeed creates parameters while it shards, which must be fake.
         with fake if config.parallel.engine == "zero3" else nullcontext():
             sharded = shard_model(
-                config,
-                shape,
-                world,
-                name=config.model.name,
-                memory_bytes=device_bytes,
-                on_gpu=device == "gpu",
+                config, shape, world, name=config.model.name, memory_bytes=device_bytes, on_gpu=device == "gpu",
                 has_bf16=has_bf16,
-            )
+            )  # fmt: skip
         memory, sent, host_bytes = _step(
             config, shape, sharded, world, loader, fake, num_micro_batches=len(micro_batches)
         )

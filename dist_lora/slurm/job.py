@@ -104,7 +104,13 @@ class Request:
             )
         if self.binds and self.container is None:
             faults.append("--bind: there is no --container to bind it in")
-        typed = {
+        faults += [*faults_of(self.extra, self._typed()), *_unreadable(self.setup)]
+        if faults:
+            raise ConfigError("\n".join(faults))
+
+    def _typed(self) -> dict[str, str | None]:
+        """By the name of the option of sbatch that it sets: the option that was typed, or None."""
+        return {
             "time": "--time" if self.time else None,
             "partition": "--partition" if self.partition else None,
             "account": "--account" if self.account else None,
@@ -116,9 +122,6 @@ class Request:
             if self.is_exclusive
             else "--no-exclusive",
         }
-        faults += [*faults_of(self.extra, typed), *_unreadable(self.setup)]
-        if faults:
-            raise ConfigError("\n".join(faults))
 
 
 def _unreadable(setup: Sequence[str]) -> Iterator[str]:

@@ -152,7 +152,7 @@ def _start(request: Request, runs: Sequence[Config], needs: Needs) -> Iterator[s
     """The command that starts all ranks, in the background."""
     if len(runs) > 1 and log_folders(request, runs):
         # The log of a task lies beside those of the others, since Slurm knows no name of a run.
-        name = f"slurm-{_job_name(runs)}-${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID.out"
+        name = f"slurm-${{SLURM_JOB_NAME:-{_job_name(runs)}}}-${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID.out"
         yield f'mkdir -p "$run_dir" && ln -sf "$(realpath {shlex.quote(str(_log_folder(runs)))})/{name}" "$run_dir/"\n'
     if request.launcher == "torchrun":
         yield _HEAD

@@ -440,7 +440,7 @@ def test_the_log_of_an_arrays_task_is_linked_in_its_runs_folder(stubs: Stubs) ->
     stubs.python("exit 9")
     script = make_script(request(stubs.folder, config(stubs.folder), other))
     assert f'--output="{stubs.folder}/all runs/slurm-%x-%A_%a.out"' in lines_of(script)
-    stubs.run(script, SLURM_ARRAY_JOB_ID="70", SLURM_ARRAY_TASK_ID="1")
+    stubs.run(script, SLURM_ARRAY_JOB_ID="70", SLURM_ARRAY_TASK_ID="1", SLURM_JOB_NAME="dist-lora")
     link = stubs.folder / "all runs" / "other" / "slurm-dist-lora-70_1.out"
     assert link.readlink() == (stubs.folder / "all runs" / "slurm-dist-lora-70_1.out").resolve()
 
