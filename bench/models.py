@@ -5,21 +5,22 @@ from __future__ import annotations
 import argparse
 
 from dist_lora.plan.presets import SHIPPED, presets
-from dist_lora.text import GIB
+from dist_lora.text import GIB, time_range
 
 TOKENS = 10_000_000
 
 
 def main() -> None:
     """Print a line for each config."""
-    print("| config | GPUs | GiB per GPU | tokens/s | hours for 10 million tokens |\n|---|---|---|---|---|")
+    print("| config | GPUs | GiB per GPU | tokens/s | 10 million tokens take |\n|---|---|---|---|---|")
     for name in SHIPPED:
         preset = presets()[name]
         plan, gpu = preset.plan, preset.machine.gpu
+        assert plan.speed is not None, f"{gpu.name} is in the table, with its speed"
         slow, fast = plan.speed.tokens_per_s
         print(
             f"| `{name}` | {plan.machines} | {plan.device_bytes / GIB:.1f} of {gpu.memory_bytes / GIB:.1f} | "
-            f"{slow:,.0f} to {fast:,.0f} | {TOKENS / fast / 3600:.2g} to {TOKENS / slow / 3600:.2g} |"
+            f"{slow:,.0f} to {fast:,.0f} | {time_range(TOKENS / fast, TOKENS / slow)} |"
         )
 
 

@@ -61,6 +61,17 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change:
 NumRanks = Annotated[
     int | None, typer.Option("--nproc", min=1, help="Local ranks to start; default: one per GPU, or one.")
 ]
+Binds = Annotated[
+    list[Path] | None,
+    typer.Option(help="Path that the container needs besides those that the config names; may be repeated."),
+]
+GpuType = Annotated[
+    str | None, typer.Option(help="The GPU's name in this Slurm, like h100 of gpu:h100:8 in `sinfo -o %G`.")
+]
+Exclusive = Annotated[
+    bool | None,
+    typer.Option(help="Whole nodes with all their memory; default: if the GPUs are all that a usual node has."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -115,8 +126,15 @@ def plan(
     overrides: Overrides = None,
     nodes: Annotated[list[int] | None, typer.Option("--nodes", help="Nodes (several with --sweep).")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="GPUs per node.")] = None,
-    gpu: Annotated[list[str] | None, typer.Option(help="Type of GPU, like h100-80gb (several with --sweep).")] = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(help="Type of GPU: h100, a100-80gb, or its name in nvidia-smi (several with --sweep)."),
+    ] = None,
     gpu_gib: Annotated[float | None, typer.Option(help="Memory in GiB of a GPU that --gpu doesn't know.")] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(help="With --gpu-gib: its dense TFLOPS (bf16, or the dtype of the run), for a speed."),
+    ] = None,
     host_gib: Annotated[float | None, typer.Option(help="Host memory per node, in GiB.")] = None,
     measured: Annotated[
         Path | None, typer.Option(help="Machines measured by `doctor --out`, instead of --gpu.")
@@ -145,7 +163,7 @@ def plan(
     if timeline is not None and not is_simulated:
         raise ConfigError("--timeline: it shows a simulated step; add --simulate")
     loaded = _load(config, overrides)
-    request = MachineRequest.of(loaded, nodes, gpus_per_node, gpu, gpu_gib, host_gib, measured)
+    request = MachineRequest.of(loaded, nodes, gpus_per_node, gpu, gpu_gib, host_gib, measured, tflops)
     if is_simulated:
         from dist_lora.simulation.command import simulate_plan
 
@@ -180,11 +198,15 @@ def slurm(
         str | None, typer.Option(help="Image to run in: a .sif file (apptainer), or a name (pyxis).")
     ] = None,
     env: Annotated[list[str] | None, typer.Option(help="Variable to set, NAME=VALUE; may be repeated.")] = None,
+    bind: Binds = None,
     setup: Annotated[
-        list[str] | None, typer.Option(help="Line of bash to run first, like 'module load cuda'; may be repeated.")
+        list[str] | None, typer.Option(help="Command of bash to run first, like 'module load cuda'; may be repeated.")
     ] = None,
+    gpu_type: GpuType = None,
+    exclusive: Exclusive = None,
     sbatch: Annotated[
-        list[str] | None, typer.Option(help="Further option of sbatch, like --qos=high; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Option of sbatch, like --qos=high, in place of this script's own; may be repeated."),
     ] = None,
     cpus_per_gpu: Annotated[int, typer.Option(help="CPU cores per GPU.")] = 8,
     max_stalled: Annotated[
@@ -199,7 +221,7 @@ def slurm(
 ) -> None:
     """Print a batch script for Slurm that saves, stops and requeues itself, filled in from the config's plan."""
     from dist_lora.plan.hardware import find_gpu
-    from dist_lora.slurm.command import make_script, submit
+    from dist_lora.slurm.command import make_job, submit
     from dist_lora.slurm.job import Request
 
     request = Request(
@@ -208,10 +230,11 @@ def slurm(
         num_nodes=nodes, gpus_per_node=gpus_per_node, gpu=find_gpu(gpu) if gpu else None, launcher=launcher.value,
         python=python or ("python" if container else sys.executable), time=time, partition=partition, account=account,
         mail=mail, container=container, environment=tuple(env or ()), setup=tuple(setup or ()), extra=tuple(sbatch or ()),
-        cpus_per_gpu=cpus_per_gpu, max_stalled=max_stalled,
+        cpus_per_gpu=cpus_per_gpu, max_stalled=max_stalled, gpu_type=gpu_type, is_exclusive=exclusive,
+        binds=tuple(bind or ()),
     )  # fmt: skip
-    script = make_script(request)
-    print(submit(script) if is_submitted else script, end="\n" if is_submitted else "")
+    job = make_job(request)
+    print(submit(job) if is_submitted else job.script, end="\n" if is_submitted else "")
 
 
 @app.command(name="eval")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 GIB = 2**30
@@ -17,6 +19,39 @@ def gib(num_bytes: float) -> str:
 def size(num_bytes: float) -> str:
     """``12.34 GiB``, or ``12.3 MiB`` where it is less than one GiB."""
     return gib(num_bytes) if num_bytes >= GIB else f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def count(number: float, noun: str, nouns: str | None = None) -> str:
+    """``1 rank``, ``8 ranks``; ``nouns`` is the plural, if it is not ``noun`` with an s."""
+    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
+
+
+def figure(number: float) -> str:
+    """Three significant digits, never with an exponent: ``5,340``, ``89``, ``1.25``, ``0.0042``."""
+    if number == 0 or not math.isfinite(number):
+        return f"{number:.3g}"
+    num_decimals = 2 - math.floor(math.log10(abs(float(f"{number:.2e}"))))
+    rounded = round(number, num_decimals)
+    text = f"{rounded:,.{max(0, num_decimals)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def duration(seconds: float) -> str:
+    """Time as a person writes it, in two units: ``0.42 s``, ``1 min 50 s``, ``1 h 29 min``, ``3 d 4 h``."""
+    if seconds < 59.95:
+        return f"{figure(seconds)} s"
+    for (large, larger), (small, smaller) in itertools.pairwise((("d", 86400), ("h", 3600), ("min", 60), ("s", 1))):
+        whole, rest = divmod(round(seconds / smaller), larger // smaller)
+        if whole:
+            return f"{whole:,} {large} {rest} {small}" if rest else f"{whole:,} {large}"
+    raise AssertionError(f"{seconds} s have no unit")
+
+
+def time_range(low_s: float, high_s: float) -> str:
+    """``1.25 to 3.58 s``, or ``22 min 30 s to 1 h 29 min``."""
+    low, high = duration(low_s), duration(high_s)
+    units = low.split()[1:], high.split()[1:]
+    return f"{low.split()[0]} to {high}" if units == (["s"], ["s"]) else f"{low} to {high}"
 
 
 def first_few(names: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ import xxhash
 
 from dist_lora.errors import WeightsError
 from dist_lora.files import file_exists, links_out, parse_json, read_at_most, read_json
-from dist_lora.text import MAX_NAMED, first_few
+from dist_lora.text import MAX_NAMED, count, first_few
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -101,11 +101,11 @@ class WeightIndex:
             if name in self.tensors and self.tensors[name].shape != tuple(shape)
         ]
         faults = [("missing", missing), ("of another shape", differing), ("unexpected", unexpected)]
-        lines = [f"  {len(names):,} tensors {kind}: {first_few(names)}" for kind, names in faults if names]
+        lines = [f"  {count(len(names), 'tensor')} {kind}: {first_few(names)}" for kind, names in faults if names]
         if lines:
             raise WeightsError(
                 f"The weights in {self.folder} are not those of the model that its config.json describes "
-                f"({len(shapes):,} tensors):\n"
+                f"({count(len(shapes), 'tensor')}):\n"
                 + "\n".join(lines)
                 + "\nFetch config.json and the weights again from the same model."
             )
@@ -182,7 +182,7 @@ def open_index(folder: Path, *, allow_bytes: bool = False) -> WeightIndex:
     missing = [file for file in files if not file_exists(folder / file)]
     if missing:
         raise WeightsError(
-            f"{folder} lacks {len(missing):,} of the {len(files):,} files that {INDEX_FILE} names: "
+            f"{folder} lacks {len(missing):,} of the {count(len(files), 'file')} that {INDEX_FILE} names: "
             f"{first_few(missing)}. The download is incomplete; fetch them."
         )
     refuse_links(folder, files)
@@ -276,7 +276,7 @@ def check_types(tensors: Iterable[TensorOnDisk], *, where: Path, allowed: Sequen
     foreign = [tensor for tensor in tensors if tensor.dtype not in allowed]
     if foreign:
         raise WeightsError(
-            f"{where} holds {len(foreign):,} tensors of a dtype other than BF16, F16 and F32: "
+            f"{where} holds {count(len(foreign), 'tensor')} of a dtype other than BF16, F16 and F32: "
             f"{first_few([f'{tensor.name} ({tensor.dtype})' for tensor in foreign])}. 8-bit dtypes "
             "mean that the model is quantized already: use the unquantized one."
         )

@@ -22,6 +22,7 @@ from dist_lora.base.index import ITEM_BYTES, TensorOnDisk, WeightIndex, by_file,
 from dist_lora.base.quant.finite import NotFiniteError
 from dist_lora.base.quant.formats import Format
 from dist_lora.errors import WeightsError
+from dist_lora.text import count
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 SLICE_BYTES = 64 * 2**20
@@ -262,7 +263,7 @@ def _check_slots(slots: Sequence[Slot], *, index: WeightIndex, formats: Mapping[
             faults.append(f"{slot.name}: {actual} on disk, {slot.shape} of its {slot.part} expected")
     if faults:
         raise WeightsError(
-            f"{len(faults):,} tensors of {index.folder} are not what the model needs. Use weights and "
+            f"{count(len(faults), 'tensor')} of {index.folder} {'is' if len(faults) == 1 else 'are'} not what the model needs. Use weights and "
             "config.json of the same model.\n  " + "\n  ".join(faults[:5])
         )
     names = [(slot.name, slot.part) for slot in slots]

@@ -20,6 +20,7 @@ from dist_lora.errors import CheckpointError
 from dist_lora.lora.adapter_writer import write_adapter
 from dist_lora.lora.origin import BaseIdentity, RunOrigin
 from dist_lora.lora.state import Piece
+from dist_lora.text import count
 
 log = logging.getLogger("dist_lora")
 
@@ -114,9 +115,12 @@ def verify_checkpoints(path: Path, *, report: Callable[[str], None]) -> None:
             report(message if names_folder else f"{folder} is damaged: {message}")
         else:
             num_bytes = sum(entry.num_bytes for entry in manifest.files)
-            report(f"{folder} is intact: step {manifest.step}, {len(manifest.files)} ranks' files, {num_bytes:,} bytes")
+            num_files = count(len(manifest.files), "rank's file", "ranks' files")
+            report(f"{folder} is intact: step {manifest.step}, {num_files}, {num_bytes:,} bytes")
     if num_damaged:
-        raise CheckpointError(f"{path}: {num_damaged} of {len(folders)} checkpoints are damaged, see the lines above")
+        raise CheckpointError(
+            f"{path}: {num_damaged} of {count(len(folders), 'checkpoint')} {'is' if num_damaged == 1 else 'are'} damaged, see the lines above"
+        )
 
 
 def _checkpoint_folder(path: Path, has_checksums: bool) -> Path:

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from dist_lora.errors import ConfigError
-from dist_lora.text import nearest
+from dist_lora.text import count, nearest
 
 LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LINEARS: tuple[LinearName, ...] = (
@@ -228,7 +228,7 @@ class LoraSection(Section):
 
 
 def _no_such_layers(found: str, num_layers: int) -> str:
-    return f"lora.layers: found {found}, expected 0-{num_layers - 1} (the model has {num_layers} layers)"
+    return f"lora.layers: found {found}, expected 0-{num_layers - 1} (the model has {count(num_layers, 'layer')})"
 
 
 class DataSection(Section):
@@ -369,7 +369,7 @@ class ParallelSection(Section):
 class MachineSection(Section):
     """The machines the run is meant for: used by plan, slurm, explain and doctor; train runs wherever it is started."""
 
-    gpu: str | None = Field(default=None, description="Type of GPU by name and memory, like h100-80gb or rtx4090-24gb.")
+    gpu: str | None = Field(default=None, description="Type of GPU: h100-80gb, rtx4090, or its name in nvidia-smi.")
     gpus_per_node: int | None = Field(default=None, ge=1, description="GPUs per node.")
     nodes: int | None = Field(default=None, ge=1, description="Number of nodes.")
     price_per_gpu_hour: float | None = Field(

@@ -31,6 +31,7 @@ from dist_lora.data.sources import Faults, Records, hash_sources, read_records
 from dist_lora.data.token_set import TokenSet
 from dist_lora.errors import DataError, SaveError
 from dist_lora.files import lock, new_file, sync
+from dist_lora.text import count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -486,10 +487,10 @@ def _reported(folder: Path) -> list[str]:
 def _summary_line(folder: Path, token_set: TokenSet, rules: TokenRules) -> str:
     """Samples, tokens and what was dropped or truncated, as one line."""
     counts = _counts_of(folder)
-    line = f"{len(token_set):,} samples, {token_set.num_tokens:,} tokens, {token_set.num_target_tokens:,} trained on"
+    line = f"{count(len(token_set), 'sample')}, {count(token_set.num_tokens, 'token')}, {token_set.num_target_tokens:,} trained on"
     for faults, why in ((counts.too_long, "too long"), (counts.no_target, "without target tokens")):
         if faults.count:
             line += f"; dropped {faults.count:,} of {counts.num_samples:,} {why}"
     if counts.num_truncated:
-        line += f"; truncated {counts.num_truncated:,} samples to sequence_length={rules.sequence_length}"
+        line += f"; truncated {count(counts.num_truncated, 'sample')} to sequence_length={rules.sequence_length}"
     return line

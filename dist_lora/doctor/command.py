@@ -21,6 +21,7 @@ from dist_lora.config.schema import Config
 from dist_lora.doctor.clocks import clock_offsets
 from dist_lora.doctor.compute import examine_compute, judge_compute, memory_of_device, name_of
 from dist_lora.doctor.disk import examine_disk
+from dist_lora.doctor.fabric import examine_fabric
 from dist_lora.doctor.findings import Answer, Examiner, Finding, merge_hosts, worst
 from dist_lora.doctor.hub import examine_hub
 from dist_lora.doctor.links import AxisRate, measure_links
@@ -28,6 +29,7 @@ from dist_lora.doctor.machine import (
     ask_driver,
     compare_gpus,
     compare_with_config,
+    examine_capabilities,
     examine_gpus,
     examine_host,
     read_host,
@@ -39,8 +41,9 @@ from dist_lora.engines.precision import TORCH_TYPES
 from dist_lora.errors import EXIT_DONE, EXIT_FAILED, DistLoraError, SaveError
 from dist_lora.layout.choices import choose_dtype
 from dist_lora.plan.measured import AtSize, Link, Measured, Product, slowest_of, write_measured
+from dist_lora.text import count
 from dist_lora.world.launcher import LaunchedRank
-from dist_lora.world.world import World, default_device, join
+from dist_lora.world.world import World, computes_bf16, default_device, join
 
 LEAVE_S = 5.0  # how long rank 0, which may host the store, waits for the others to read the exit code
 EARLIER_S = 0.8  # of a deadline: the limit of a wait for another rank, so that it ends before the step that waits
@@ -63,7 +66,10 @@ class Request:
     def dtype(self, device: torch.device) -> torch.dtype:
         """The compute dtype of a run."""
         wanted = "auto" if self.config is None else self.config.model.dtype
-        return TORCH_TYPES[choose_dtype(wanted, on_gpu=device.type == "cuda")[0]]
+        has_bf16 = computes_bf16(device)
+        if not has_bf16 and wanted == "bf16":  # which is a finding of its own
+            wanted = "auto"
+        return TORCH_TYPES[choose_dtype(wanted, on_gpu=device.type == "cuda", has_bf16=has_bf16)[0]]
 
 
 def diagnose(launched: LaunchedRank | None, request: Request) -> int:
@@ -125,6 +131,9 @@ class Examination:
             )
             self._record("disk", examine("disk", lambda: examine_disk(self.request.runs_dir), todo=_DISK))
         num_nodes = launched.world_size // self.local_size
+        if self.is_first_of_host:
+            fabric = examine("fabric", lambda: examine_fabric(os.environ, num_nodes=num_nodes), todo=_FABRIC)
+            self._record("fabric", fabric)
         names = examine(
             "interfaces",
             lambda: examine_names(os.environ, up=interfaces(), num_nodes=num_nodes, host=self.host),
@@ -347,7 +356,7 @@ class Report:
         Of ``ok`` findings that differ from host to host, only the first host's are shown.
         """
         size = self.examination.launched.world_size
-        yield f"{size} rank{'s' if size > 1 else ''} on {', '.join(self.hosts)}"
+        yield f"{count(size, 'rank')} on {', '.join(self.hosts)}"
         num_hidden = 0
         for finding in self.findings:
             if finding.severity == "ok" and finding.hosts and self.hosts[0] not in finding.hosts:
@@ -360,8 +369,7 @@ class Report:
         if num_hidden:
             yield f"{'ok':8} {num_hidden} more on the other hosts, see --json"
         severities = [finding.severity for finding in self.findings]
-        count = {kind: severities.count(kind) for kind in ("fault", "warning", "note")}
-        yield ", ".join(f"{number} {kind}{'s' if number != 1 else ''}" for kind, number in count.items())
+        yield ", ".join(count(severities.count(kind), kind) for kind in ("fault", "warning", "note"))
 
 
 def _examine_gpus(config: Config | None) -> Answer:
@@ -369,6 +377,9 @@ def _examine_gpus(config: Config | None) -> Answer:
     num_seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     driver = ask_driver()
     answer = examine_gpus(driver, num_seen=num_seen, build=torch_build())
+    capabilities = [torch.cuda.get_device_capability(i) for i in range(num_seen)] if torch.version.hip is None else []
+    wanted = "auto" if config is None else config.model.dtype
+    answer.extend(examine_capabilities(capabilities, dtype=wanted))
     if config is not None:
         answer.extend(compare_with_config(driver or (), config.machine, num_seen=num_seen))
     return answer
@@ -423,6 +434,7 @@ def _slowest_sizes(ranks: Sequence[Sequence[dict[str, Any]]]) -> tuple[AtSize, .
 
 
 _HOST = "Check what runs on this host: it doesn't report its cores and memory."
+_FABRIC = "Check the adapters with ibstat or fi_info: their driver doesn't answer."
 _DISK = "The file system doesn't answer in time: set runs_dir to another, or check its server."
 _HUB = "Set HF_HUB_OFFLINE=1 if all files are local, so that no run waits for it."
 _COMPUTE = "Check what else runs here (top, nvidia-smi), or allow more time: --deadline 300."

@@ -18,7 +18,7 @@ from dist_lora.config.schema import MachineSection
 from dist_lora.doctor.findings import Answer, hosts_by
 from dist_lora.layout.machine import is_called
 from dist_lora.supervision.out_of_memory import read_counters
-from dist_lora.text import gib
+from dist_lora.text import count, gib
 
 SHM = Path("/dev/shm")
 LEAST_SHM_BYTES = 2**30  # NCCL's buffers between GPUs of a node without a direct link
@@ -80,13 +80,17 @@ def examine_host(facts: HostFacts, *, ranks: int) -> Answer:
     """CPUs, memory and shared memory, for ``ranks`` processes of a run on this host."""
     answer = Answer(facts=asdict(facts))
     limit = "" if facts.limit_bytes is None else f", its cgroup is limited to {gib(facts.limit_bytes)}"
-    answer.add("ok", "processors", f"{facts.usable_cores:g} of {facts.cores} cores are usable ({platform.machine()})")
+    answer.add(
+        "ok",
+        "processors",
+        f"{facts.usable_cores:g} of {count(facts.cores, 'core')} {'is' if facts.usable_cores == 1 else 'are'} usable ({platform.machine()})",
+    )
     answer.add("ok", "host memory", f"{gib(facts.total_bytes)}, {gib(facts.available_bytes)} of it available{limit}")
     if facts.usable_cores < ranks:
         answer.add(
             "warning",
             "processors",
-            f"{ranks} ranks share {facts.usable_cores:g} cores",
+            f"{count(ranks, 'rank shares', 'ranks share')} {facts.usable_cores:g} core{'' if facts.usable_cores == 1 else 's'}",
             "Give the job at least one core per rank (Slurm: --cpus-per-task), or start fewer ranks.",
         )
     usable = min(facts.available_bytes, facts.limit_bytes or facts.available_bytes)
@@ -94,7 +98,7 @@ def examine_host(facts: HostFacts, *, ranks: int) -> Answer:
         answer.add(
             "warning",
             "host memory",
-            f"{gib(usable)} are available to {ranks} ranks, and each needs {gib(LEAST_HOST_BYTES_PER_RANK)} to load",
+            f"{gib(usable)} are available to {count(ranks, 'rank')}, and each needs {gib(LEAST_HOST_BYTES_PER_RANK)} to load",
             "Request more memory (Slurm: --mem), end what else runs here, or start fewer ranks.",
         )
     if facts.shm_bytes is None:
@@ -173,7 +177,7 @@ def _compare_with_torch(answer: Answer, driver: Sequence[GpuFacts], *, num_seen:
         answer.add(
             "fault",
             "GPUs",
-            f"the driver reports {len(driver)} GPUs but torch sees none: {why}",
+            f"the driver reports {count(len(driver), 'GPU')} but torch sees none: {why}",
             "Unset CUDA_VISIBLE_DEVICES."
             if visible is not None
             else "Install torch's build for CUDA (pip install torch from download.pytorch.org/whl/cuXXX) that the driver supports.",
@@ -182,11 +186,24 @@ def _compare_with_torch(answer: Answer, driver: Sequence[GpuFacts], *, num_seen:
         answer.add(
             "warning",
             "GPUs",
-            f"the driver reports {len(driver)} GPUs but torch sees {num_seen}",
+            f"the driver reports {count(len(driver), 'GPU')} but torch sees {num_seen}",
             "Check the kernel's log (dmesg | grep -i xid): a GPU may have fallen off the bus.",
         )
     else:
         answer.add("ok", "GPUs", f"torch sees {num_seen} of {len(driver)} ({toolkit})")
+
+
+def examine_capabilities(capabilities: Sequence[tuple[int, int]], *, dtype: str) -> Answer:
+    """Whether all of a host's GPUs compute in bf16; ``dtype`` is the config's, or ``auto``."""
+    answer = Answer()
+    older = [f"{major}.{minor}" for major, minor in capabilities if (major, minor) < (8, 0)]
+    if older:
+        text = f"{count(len(older), 'GPU is', 'GPUs are')} of compute capability {' and '.join(sorted(set(older)))}: no bf16"
+        if dtype == "bf16":
+            answer.add("fault", "GPUs", f"{text}, which model.dtype asks for", "Set model.dtype=fp32 (or auto).")
+        else:
+            answer.add("note", "GPUs", f"{text}; runs compute in fp32")
+    return answer
 
 
 def compare_with_config(driver: Sequence[GpuFacts], section: MachineSection, *, num_seen: int) -> Answer:

@@ -13,6 +13,7 @@ import psutil
 from dist_lora.doctor.clocks import Offset
 from dist_lora.doctor.findings import Answer
 from dist_lora.doctor.links import AxisRate, PairRate
+from dist_lora.text import count
 
 MOST_OFFSET_S = 1.0
 SLOW_TIMES = 3.0  # a link that is slower than the others by this factor is named
@@ -144,7 +145,7 @@ def judge_links(rates: Sequence[AxisRate], pairs: Sequence[PairRate], *, has_gpu
         answer.add(
             "ok",
             "network",
-            f"{rate.kind} {rate.axis}, {rate.num_ranks} ranks: {slow / 1e9:.3g} to {fast / 1e9:.3g} GB/s received per rank, "
+            f"{rate.kind} {rate.axis}, {count(rate.num_ranks, 'rank')}: {slow / 1e9:.3g} to {fast / 1e9:.3g} GB/s received per rank, "
             f"latency {rate.latency_s * 1e6:,.0f} µs",
         )
     for axis in dict.fromkeys(pair.axis for pair in pairs):

@@ -20,6 +20,7 @@ from dist_lora.engines.engine import Engine
 from dist_lora.layout.choices import Layout
 from dist_lora.lora.attach import AdapterTensor
 from dist_lora.lora.layer import LoraAdapter
+from dist_lora.text import count
 from dist_lora.world.world import World
 
 
@@ -58,7 +59,7 @@ class Fsdp2(Engine):
                 end.set_unshard_in_backward(False)  # type: ignore[operator]
         # The root holds the last norm and, where the head is tied, the embedding that input and head share.
         fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=trained, offload_policy=policy)
-        return f"the base is sharded by rows over {mesh.shape[-1]} ranks (FSDP2)"
+        return f"the base is sharded by rows over {count(mesh.shape[-1], 'rank')} (FSDP2)"
 
     def _mesh(self, over: str) -> DeviceMesh:
         if over not in self._meshes:

@@ -13,7 +13,7 @@ from dist_lora.base.quant.formats import Format
 from dist_lora.engines.adapters import Adapters
 from dist_lora.errors import TrainingError
 from dist_lora.layout.choices import DtypeName
-from dist_lora.text import first_few
+from dist_lora.text import count, first_few
 
 TORCH_TYPES: Mapping[DtypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TRAINED = torch.float32  # adapters, the sum of their gradients, AdamW's moments
@@ -72,7 +72,7 @@ class Precision:
         ]
         if wrong:
             raise TrainingError(
-                f"{len(wrong):,} tensors don't have the dtypes that this run declares: {first_few(wrong)}. A library "
+                f"{count(len(wrong), 'tensor does', 'tensors do')}n't have the dtypes that this run declares: {first_few(wrong)}. A library "
                 "has cast them; nothing is saved from here on. Compare its version with constraints.txt."
             )
 

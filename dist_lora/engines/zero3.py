@@ -28,6 +28,7 @@ from dist_lora.errors import ConfigError
 from dist_lora.layout.choices import Layout
 from dist_lora.lora.attach import AdapterTensor
 from dist_lora.lora.state import Kind, Piece
+from dist_lora.text import count
 from dist_lora.world.world import World
 
 # N elements of a parameter
@@ -64,7 +65,7 @@ class Zero3(Engine):
                     if id(parameter) not in converted:
                         converted[id(parameter)] = self._converted(parameter, init)
                     module._parameters[name] = converted[id(parameter)]
-        return f"the base is sharded flat over {self.world.world_size} ranks (ZeRO-3)"
+        return f"the base is sharded flat over {count(self.world.world_size, 'rank')} (ZeRO-3)"
 
     def _gather_by_block(self, model: Llama) -> None:
         """One all-gather for a block's forward and one for its backward, including the recomputation.

@@ -10,7 +10,7 @@ from dist_lora.config.schema import Config, ParallelSection
 from dist_lora.errors import ConfigError
 from dist_lora.herd.shape import Shape
 from dist_lora.layout.storage import base_parts, check_quant
-from dist_lora.text import size
+from dist_lora.text import count, size
 
 EngineName = Literal["none", "fsdp2", "zero3"]
 DtypeName = Literal["bf16", "fp32"]
@@ -52,7 +52,15 @@ class Choices:
 
 
 def choose(
-    config: Config, shape: Shape, *, name: str | None, world_size: int, local_size: int, device_bytes: int, on_gpu: bool
+    config: Config,
+    shape: Shape,
+    *,
+    name: str | None,
+    world_size: int,
+    local_size: int,
+    device_bytes: int,
+    on_gpu: bool,
+    has_bf16: bool = True,
 ) -> Choices:
     """The choices of a config for a model on ``world_size`` ranks.
 
@@ -61,13 +69,14 @@ def choose(
         local_size: ranks per node.
         device_bytes: memory of one rank's device; on a CPU its share of the host's.
         on_gpu: whether ranks compute on GPUs.
+        has_bf16: whether all of these GPUs compute in bf16 (compute capability 8.0 or newer).
 
     Raises:
-        ConfigError: settings of ``parallel`` contradict each other or the world; the model lacks a layer; its linears can't
+        ConfigError: ``model.dtype`` is bf16 and a GPU has none; settings of ``parallel`` contradict each other or the world; the model lacks a layer; its linears can't
             be quantized with ``model.quant``.
     """
     check_quant(shape, config.model.quant, name)
-    dtype, why_dtype = choose_dtype(config.model.dtype, on_gpu=on_gpu)
+    dtype, why_dtype = choose_dtype(config.model.dtype, on_gpu=on_gpu, has_bf16=has_bf16)
     attention, why_attention = choose_attention(config.model.attention, dtype=dtype, on_gpu=on_gpu)
     wanted = config.train.activation_checkpointing
     recompute = on_gpu if wanted == "auto" else wanted
@@ -91,17 +100,39 @@ def choose(
     return Choices(dtype, attention, recompute, layout, reasons)
 
 
-def choose_dtype(wanted: Literal["auto", "bf16", "fp32"], *, on_gpu: bool) -> tuple[DtypeName, str]:
-    """``model.dtype`` resolved, with the reason."""
+def choose_dtype(
+    wanted: Literal["auto", "bf16", "fp32"], *, on_gpu: bool, has_bf16: bool = True
+) -> tuple[DtypeName, str]:
+    """``model.dtype`` resolved, with the reason.
+
+    Raises:
+        ConfigError: it is bf16, and a GPU has none.
+    """
+    if wanted == "bf16" and on_gpu and not has_bf16:
+        raise ConfigError(
+            "model.dtype: bf16 needs GPUs of compute capability 8.0 or newer (A100, RTX 3090 and later), and these are older, "
+            "like V100 and T4. Set model.dtype=fp32 (or auto): 4 bytes per number, and slower."
+        )
     if wanted != "auto":
         return wanted, "as set"
+    if on_gpu and not has_bf16:
+        return "fp32", "on a GPU without bf16 (compute capability below 8.0)"
     return ("bf16", "on a GPU") if on_gpu else ("fp32", "on a CPU")
 
 
 def choose_attention(
     wanted: Literal["auto", "sdpa", "varlen", "eager"], *, dtype: DtypeName, on_gpu: bool
 ) -> tuple[AttentionName, str]:
-    """``model.attention`` resolved, with the reason."""
+    """``model.attention`` resolved, with the reason.
+
+    Raises:
+        ConfigError: it is varlen, and the device or the dtype has no such kernel.
+    """
+    if wanted == "varlen" and not (on_gpu and dtype == "bf16"):
+        raise ConfigError(
+            f"model.attention: varlen is a flash kernel for bf16 on GPUs, and this run computes in {dtype} on "
+            f"{'GPUs' if on_gpu else 'CPUs'}. Set model.attention=auto"
+        )
     if on_gpu and dtype == "fp32" and wanted in ("auto", "sdpa"):
         # In fp32 only the memory-efficient kernel doesn't store all scores, and it has no grouped heads (torch 2.13).
         return "sdpa-repeated", "the memory-efficient kernel, on repeated key and value heads: flash needs 16 bits"
@@ -144,7 +175,7 @@ def check_node_size(*, world_size: int, local_size: int) -> None:
     """Raise ``ConfigError`` if the world isn't a multiple of ``local_size`` ranks."""
     if world_size % local_size:
         raise ConfigError(
-            f"parallel.node_size: {world_size} processes are not a multiple of {local_size}; "
+            f"parallel.node_size: {count(world_size, 'process is', 'processes are')} not a multiple of {local_size}; "
             "every node must have the same number"
         )
 
@@ -209,9 +240,9 @@ def _base_shard(
     if engine == "none":
         return "node", f"base      not sharded: {size(base_bytes)}"
     if engine == "zero3":
-        return "world", f"base      sharded over all {world_size} ranks, {size(by_world)} each: ZeRO-3 ignores nodes"
+        return "world", f"base      {_over_all(world_size, size(base_bytes), size(by_world))}: ZeRO-3 ignores nodes"
     if num_nodes == 1:
-        return "node", f"base      sharded over {local_size} ranks of one node, {size(by_node)} each"
+        return "node", f"base      {_over_node(local_size, size(base_bytes), size(by_node), 'one node')}"
     crossing = f"each receives {size(by_world * (world_size - local_size))} over the network, twice per micro-batch"
     if wanted == "auto":
         room = device_bytes * BASE_SHARE
@@ -222,10 +253,10 @@ def _base_shard(
         because = "as set"
     if wanted == "node":
         return "node", (
-            f"base      sharded over the {local_size} ranks of each node, {size(by_node)} each, none of it crosses the "
+            f"base      {_over_node(local_size, size(base_bytes), size(by_node), 'each node')}, none of it crosses the "
             f"network: {because}"
         )
-    return "world", f"base      sharded over all {world_size} ranks, {size(by_world)} each; {crossing}: {because}"
+    return "world", f"base      {_over_all(world_size, size(base_bytes), size(by_world))}; {crossing}: {because}"
 
 
 def _adapters(
@@ -242,18 +273,29 @@ def _adapters(
     if engine == "zero3":
         return (
             "shard",
-            f"adapters  sharded over all {world_size} ranks by ZeRO-3: {footprint}, {size(total / world_size)} each",
+            f"adapters  {_over_all(world_size, footprint, f'{footprint}, {size(total / world_size)}')}: by ZeRO-3",
         )
-    if engine == "none":
-        return "replicate", f"adapters  {footprint}"
-    if wanted == "auto":
-        fits = local_size == 1 or total <= device_bytes * ADAPTERS_SHARE
+    if world_size == 1:
+        return "replicate" if wanted == "auto" else wanted, f"adapters  {footprint}"
+    if wanted == "auto" and local_size == 1:
+        wanted, because = "replicate", "one rank per node"
+    elif wanted == "auto":
+        fits = total <= device_bytes * ADAPTERS_SHARE
         wanted = "replicate" if fits else "shard"
         because = f"{'within' if fits else 'more than'} {ADAPTERS_SHARE:.0%} of a device"
     else:
         because = "as set"
     if wanted == "replicate":
         return "replicate", f"adapters  replicated, {footprint}: {because}"
-    return "shard", (
-        f"adapters  sharded over the {local_size} ranks of each node, {footprint}, {size(total / local_size)} each: {because}"
-    )
+    each = f"{footprint}, {size(total / local_size)}"
+    return "shard", f"adapters  {_over_node(local_size, footprint, each, 'each node')}: {because}"
+
+
+def _over_all(world_size: int, whole: str, each: str) -> str:
+    return f"sharded over all {world_size} ranks, {each} each" if world_size > 1 else f"on the only rank: {whole}"
+
+
+def _over_node(local_size: int, whole: str, each: str, node: str) -> str:
+    if local_size == 1:
+        return f"whole on the only rank of {node}: {whole}"
+    return f"sharded over {'the ' * (node != 'one node')}{local_size} ranks of {node}, {each} each"

@@ -82,13 +82,20 @@ class Setup:
 
 
 def setup_of(
-    config: Config, shape: Shape, *, num_nodes: int, gpus_per_node: int, device_bytes: int, on_gpu: bool = True
+    config: Config,
+    shape: Shape,
+    *,
+    num_nodes: int,
+    gpus_per_node: int,
+    device_bytes: int,
+    on_gpu: bool = True,
+    has_bf16: bool = True,
 ) -> Setup:
     """The setup of a config on ``num_nodes`` nodes, with ``auto`` resolved as in a run.
 
     Raises:
-        ConfigError: settings of ``parallel`` contradict each other or the world; the model lacks a layer; its linears can't
-            be quantized with ``model.quant``.
+        ConfigError: a GPU has no bf16, as set; settings of ``parallel`` contradict each other or the world; the model lacks a
+            layer; its linears can't be quantized with ``model.quant``.
     """
     num_ranks = num_nodes * gpus_per_node
     local_size = config.parallel.node_size or gpus_per_node
@@ -101,6 +108,7 @@ def setup_of(
         local_size=local_size,
         device_bytes=device_bytes,
         on_gpu=on_gpu,
+        has_bf16=has_bf16,
     )
     train = config.train
     return Setup(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, PlanError
-from dist_lora.plan.hardware import DEFAULT_GPU, Gpu, find_gpu, gpu_of_memory, gpus_here, measured_gpu
+from dist_lora.plan.hardware import DEFAULT_GPU, GPUS, Gpu, find_gpu, gpu_of_memory, gpus_here, measured_gpu
 from dist_lora.plan.measured import Measured, read_measured
 from dist_lora.plan.plan import Machines, Plan, make_plan, sweep
 from dist_lora.plan.table import lines_of, sweep_lines
-from dist_lora.text import GIB
+from dist_lora.text import GIB, count
 
 DEFAULT_GPUS_PER_NODE = 8
 
@@ -37,6 +37,7 @@ class MachineRequest:
     here: Gpu | None = None  # this machine's GPU, if no other is given
     assumed: str = ""
     gpu_setting: str = "--gpu"  # what names the GPUs
+    tflops: float | None = None  # of a GPU of which nothing but the memory is known
 
     @staticmethod
     def of(
@@ -47,6 +48,7 @@ class MachineRequest:
         gpu_gib: float | None,
         host_gib: float | None,
         measured: Path | None,
+        tflops: float | None = None,
     ) -> MachineRequest:
         """What the user left out is taken from the measured machines, else the config, else this machine, else assumed.
 
@@ -57,7 +59,14 @@ class MachineRequest:
             machine = read_measured(measured)
             per_node = machine.ranks_per_node if gpus_per_node is None else gpus_per_node
             return MachineRequest(
-                num_nodes or [machine.num_nodes], per_node, gpus or [], gpu_gib, host_gib, machine, measured
+                num_nodes or [machine.num_nodes],
+                per_node,
+                gpus or [],
+                gpu_gib,
+                host_gib,
+                machine,
+                measured,
+                tflops=tflops,
             )
         section, default = config.machine, default_gpus_per_node(config)
         size = section.gpus_per_node if gpus_per_node is None else gpus_per_node
@@ -72,7 +81,7 @@ class MachineRequest:
             if here is None:
                 assumed = f"assuming {default if size is None else size} x {DEFAULT_GPU}"
         elif size is None:
-            assumed = f"assuming {default} {'GPU' if default == 1 else 'GPUs'} per node"
+            assumed = f"assuming {count(default, 'GPU')} per node"
         return MachineRequest(
             num_nodes or [section.nodes or 1],
             default if size is None else size,
@@ -82,6 +91,7 @@ class MachineRequest:
             here=here,
             assumed=assumed,
             gpu_setting=gpu_setting,
+            tflops=tflops,
         )
 
     def machines(self) -> list[Machines]:
@@ -98,6 +108,13 @@ class MachineRequest:
                 faults.append(f"{name}: found {gib:g}, expected GiB above 0")
         if self.gpus and self.gpu_gib is not None:
             faults.append("--gpu and --gpu-gib: both set the memory of a GPU; give one of them")
+        if self.tflops is not None and not 0 < self.tflops < 1e6:
+            faults.append(f"--tflops: found {self.tflops:g}, expected TFLOPS above 0")
+        knows_speed = self.gpu_gib is None and (self.here is None or self.here.tflops is not None)
+        if self.tflops is not None and knows_speed:
+            faults.append(
+                "--tflops: the speed of this type of GPU is known; give it with --gpu-gib, for one that --gpu doesn't know"
+            )
         if self.measured is not None and (self.gpus or self.gpu_gib is not None):
             faults.append("--measured and --gpu or --gpu-gib: both set the type of GPU; give one of them")
         if faults:
@@ -106,10 +123,24 @@ class MachineRequest:
             return [self._measured_machines(self.measured)]
         host_bytes = None if self.host_gib is None else int(self.host_gib * GIB)
         return [
-            Machines(n, self.gpus_per_node, gpu, host_bytes, self.assumed)
+            Machines(n, self.gpus_per_node, gpu, host_bytes, self.assumed, self._options(gpu, n))
             for gpu in self._gpus()
             for n in self.num_nodes
         ]
+
+    def _options(self, gpu: Gpu, num_nodes: int) -> tuple[str, ...]:
+        """The options of ``dist-lora plan`` that name these machines alone."""
+        named: dict[str, object] = {"--nodes": num_nodes, "--gpus-per-node": self.gpus_per_node}
+        if self.measured is not None:
+            named["--measured"] = self.measured_in
+        elif self.gpu_gib is not None:
+            named["--gpu-gib"] = f"{self.gpu_gib:g}"
+        elif gpu.name in GPUS:  # else it is what this machine has
+            named["--gpu"] = gpu.name
+        for option, value in (("--tflops", self.tflops), ("--host-gib", self.host_gib)):
+            if value is not None:
+                named[option] = f"{value:g}"
+        return tuple(str(part) for pair in named.items() for part in pair)
 
     def single(self) -> Machines:
         """The machines, if only one type and number was asked for.
@@ -132,13 +163,16 @@ class MachineRequest:
                 "launcher that starts the run"
             )
         host_bytes = measured.host_bytes if self.host_gib is None else int(self.host_gib * GIB)
-        return Machines(measured.num_nodes, measured.ranks_per_node, measured_gpu(measured), host_bytes)
+        gpu = measured_gpu(measured)
+        options = self._options(gpu, measured.num_nodes)
+        return Machines(measured.num_nodes, measured.ranks_per_node, gpu, host_bytes, options=options)
 
     def _gpus(self) -> list[Gpu]:
         if self.gpu_gib is not None:
-            return [gpu_of_memory(self.gpu_gib, name=f"GPU of {self.gpu_gib:g} GiB")]
+            return [gpu_of_memory(self.gpu_gib, name=f"GPU of {self.gpu_gib:g} GiB", tflops=self.tflops)]
         if not self.gpus:
-            return [self.here or find_gpu(DEFAULT_GPU)]
+            here = self.here or find_gpu(DEFAULT_GPU)
+            return [here if self.tflops is None else replace(here, tflops=self.tflops)]
         return [find_gpu(name, given_by=self.gpu_setting) for name in self.gpus]
 
 

@@ -15,7 +15,7 @@ from dist_lora.layout.storage import FP32, base_parts
 from dist_lora.plan.command import default_gpus_per_node
 from dist_lora.plan.hardware import find_gpu
 from dist_lora.plan.plan import Machines, make_plan
-from dist_lora.text import GIB, in_columns
+from dist_lora.text import GIB, figure, in_columns
 
 # AdamW in 16 bits with fp32 master weights, as usual for full fine-tuning: the weight and its gradient (2 + 2), the master and
 # two moments (4 + 4 + 4). With gradients in fp32 too it is 18. Source: ZeRO, arXiv 1910.02054, section 3.1.
@@ -81,7 +81,7 @@ def _on_its_machine(config: Config, model: KnownModel) -> Iterator[str]:
         find_gpu(config.machine.gpu, given_by="machine.gpu"),
     )
     plan = make_plan(config, machines, shape=model.shape)
-    result = "fits" if plan.fits else "doesn't fit; see `dist-lora plan` for what would"
+    result = plan.result if plan.fits else "doesn't fit; see `dist-lora plan` for what would"
     yield (
         f"On {machines} each GPU needs {plan.device_bytes / GIB:.1f} of {machines.gpu.memory_bytes / GIB:.1f} GiB: {result}."
     )
@@ -91,10 +91,8 @@ def _what_is_trained(config: Config, model: KnownModel) -> Iterator[str]:
     shape, lora = model.shape, config.lora
     r, layers = lora.rank, lora.layer_indices(shape.num_layers)
     of_all = "all" if len(layers) == shape.num_layers else f"{len(layers)} of"
-    yield (
-        f"{model.title}: in {of_all} {shape.num_layers} layers W becomes W + (alpha / r) B A, "
-        f"with r = {r} and alpha / r = {lora.alpha / r:g}"
-    )
+    of_all = "the only layer" if shape.num_layers == 1 else f"{of_all} {shape.num_layers} layers"
+    yield (f"{model.title}: in {of_all} W becomes W + (alpha / r) B A, with r = {r} and alpha / r = {lora.alpha / r:g}")
     linears = shape.linear_shapes()
     alike: dict[tuple[int, int], list[str]] = {}
     for name in lora.target_names():
@@ -111,8 +109,8 @@ def _what_is_trained(config: Config, model: KnownModel) -> Iterator[str]:
     trained = shape.adapter_parameters(lora.target_names(), layers, r)
     total = shape.num_parameters()
     yield (
-        f"trained {trained:,}, frozen {total:,}: {trained / total:.3%}, as many weights as "
-        f"{trained / shape.weights_of_a_layer():.2g} layers have; {2 * trained / 1e6:,.1f} MB in 16 bits"
+        f"trained {trained:,}, frozen {total:,}: {trained / total:.3%}, {figure(trained / shape.weights_of_a_layer())} times "
+        f"the weights of a layer; {2 * trained / 1e6:,.1f} MB in 16 bits"
     )
     if model.is_by_hand:
         source = (

@@ -20,7 +20,7 @@ from dist_lora.layout.memory import base_bytes_per_rank
 from dist_lora.layout.storage import FP32, base_parts
 from dist_lora.plan.hardware import Gpu, find_gpu
 from dist_lora.plan.plan import Machines, Plan, make_plan
-from dist_lora.text import GIB, nearest_few
+from dist_lora.text import GIB, count, nearest_few
 
 Method = Literal["lora", "qlora"]
 WIDTH = 112  # of a comment
@@ -48,8 +48,8 @@ class Machine:
         return find_gpu(self.gpu_name)
 
     def __str__(self) -> str:
-        gpus = f"{self.gpus_per_node} GPU{'s' * (self.gpus_per_node > 1)} of {self.gpu.memory_gb:.0f} GB"
-        return gpus if self.num_nodes == 1 else f"{self.num_nodes} nodes of {gpus}"
+        gpus = f"{count(self.gpus_per_node, 'GPU')} of {self.gpu.memory_gb:.0f} GB"
+        return gpus if self.num_nodes == 1 else f"{count(self.num_nodes, 'node')} of {gpus}"
 
 
 MACHINES = {
@@ -168,8 +168,8 @@ def settings_of(preset: Preset) -> Iterator[tuple[str, str, Any, str]]:
     batch = min(machine.global_batch, 32) if preset.size == "405b" else machine.global_batch
     micro = 2 if machine.gpu.memory_gb >= 80 and not big else 1
     accumulation_steps = batch // (gpus * micro)
-    product = f"{gpus} GPU{'s' * (gpus > 1)} x {micro}" + (
-        f" x {accumulation_steps} accumulation steps" if accumulation_steps > 1 else ""
+    product = f"{count(gpus, 'GPU')} x {micro}" + (
+        f" x {count(accumulation_steps, 'accumulation step')}" if accumulation_steps > 1 else ""
     )
     yield "train", "global_batch", batch, "sequences per step, over all GPUs"
     yield "train", "micro_batch", micro, f"sequences per GPU at once: {product} = {batch}"
@@ -295,6 +295,7 @@ def costs_of(preset: Preset) -> Iterator[str]:
         yield "  " + line.replace("\0", " ")
     if setup.layout.base_on_host:
         yield f"  and {plan.host_bytes / GIB:.1f} GiB of host memory per node"
+    assert speed is not None, f"{gpu.name} is in the table, with its speed"
     low, high = speed.tokens_per_s
     yield (
         f"A step on {gpu.name}: {_seconds(speed.step_s[0])} to {_seconds(speed.step_s[1])} s, "

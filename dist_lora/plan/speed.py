@@ -10,6 +10,8 @@ from dist_lora.plan.hardware import REACHED_COMPUTE, REACHED_LINK, REACHED_MEMOR
 from dist_lora.plan.measured import Measured, Range
 from dist_lora.plan.traffic import Collective, collectives_of, received_bytes
 
+LINKS, NETWORK, HOST_LINK = "the links within a node", "the network between nodes", "the link to host memory"
+
 
 def flops_per_token(setup: Setup, *, context: int) -> float:
     """Floating-point operations per token, forward and backward.
@@ -31,6 +33,8 @@ def flops_per_token(setup: Setup, *, context: int) -> float:
 class Speed:
     """Seconds per step at best and at worst, by resource; ``bound_by`` is the bottleneck at best.
 
+    ``uncounted`` names the resources of unknown rate, whose time isn't in it.
+
     ``compute_s``: matmuls; ``dequantize_s``: GPU memory traffic of dequantizing; ``intra_node_s``: links within a node;
     ``inter_node_s``: the network; ``host_s``: fetching an offloaded base.
     """
@@ -43,6 +47,7 @@ class Speed:
     step_s: tuple[float, float]
     bound_by: str
     tokens_per_step: int
+    uncounted: tuple[str, ...] = ()
 
     @property
     def tokens_per_s(self) -> tuple[float, float]:
@@ -50,28 +55,43 @@ class Speed:
         return self.tokens_per_step / self.step_s[1], self.tokens_per_step / self.step_s[0]
 
 
-def speed_of(setup: Setup, gpu: Gpu, *, context: int) -> Speed:
-    """A step's time on ``gpu``: at best all communication overlaps with the matmuls, at worst none does."""
+def speed_of(setup: Setup, gpu: Gpu, *, context: int) -> Speed | None:
+    """A step's time on ``gpu``: at best all communication overlaps with the matmuls, at worst none does.
+
+    None where the rate of its matmuls isn't known.
+    """
     if gpu.measured is not None:
         return measured_speed(setup, gpu, gpu.measured, context=context)
+    if gpu.products_flops_per_s is None:
+        return None
     tokens = setup.micro_tokens * setup.accumulation_steps
     flops = flops_per_token(setup, context=context) * tokens
     inside, between = received_bytes(setup)
     compute = _range(flops, gpu.products_flops_per_s, REACHED_COMPUTE)
-    dequantize = _range(_dequantize_traffic(setup), gpu.memory_gb_s * 1e9, REACHED_MEMORY)
-    links = _range(inside, gpu.link_gb_s * 1e9, REACHED_LINK)
-    network = _range(between, gpu.network_gb_s * 1e9, REACHED_LINK)
+    dequantized = _dequantize_traffic(setup)
+    dequantize = _at_gb_s(dequantized, gpu.memory_gb_s, REACHED_MEMORY)
+    links = _at_gb_s(inside, gpu.link_gb_s, REACHED_LINK)
+    network = _at_gb_s(between, gpu.network_gb_s, REACHED_LINK)
     fetched = 2 * setup.accumulation_steps * base_bytes_per_rank(setup) if setup.layout.base_on_host else 0
-    host = _range(fetched, gpu.host_gb_s * 1e9, REACHED_LINK)
+    host = _at_gb_s(fetched, gpu.host_gb_s, REACHED_LINK)
+    needs = {
+        "dequantizing": (dequantized, gpu.memory_gb_s),
+        LINKS: (inside, gpu.link_gb_s),
+        NETWORK: (between, gpu.network_gb_s),
+        HOST_LINK: (fetched, gpu.host_gb_s),
+    }
     bottlenecks = {
         compute[0] + dequantize[0]: "compute",
-        links[0]: "the links within a node",
-        network[0]: "the network between nodes",
-        host[0]: "the link to host memory",
+        links[0]: LINKS,
+        network[0]: NETWORK,
+        host[0]: HOST_LINK,
     }
     best = max(bottlenecks)
     worst = compute[1] + dequantize[1] + links[1] + network[1] + host[1]
-    return Speed(compute, dequantize, links, network, host, (best, worst), bottlenecks[best], tokens * setup.num_ranks)
+    return Speed(
+        compute, dequantize, links, network, host, (best, worst), bottlenecks[best], tokens * setup.num_ranks,
+        uncounted=tuple(name for name, (num_bytes, gb_s) in needs.items() if num_bytes and gb_s is None),
+    )  # fmt: skip
 
 
 def _dequantize_traffic(setup: Setup) -> float:
@@ -137,15 +157,15 @@ def measured_speed(setup: Setup, gpu: Gpu, measured: Measured, *, context: int) 
     dequantize = _dequantize(setup, measured) * (times * layers * micro_batches)
     inside, between = _communication(setup, measured)
     fetched = 2 * setup.accumulation_steps * base_bytes_per_rank(setup) if setup.layout.base_on_host else 0
-    host = _Seconds(*_range(fetched, gpu.host_gb_s * 1e9, REACHED_LINK))
+    host = _Seconds(*_at_gb_s(fetched, gpu.host_gb_s, REACHED_LINK))
     work = compute + dequantize
     communication = inside + between + host
     best = max(work.best, inside.best, between.best, host.best) if measured.is_gpu else (work + communication).best
     bottlenecks = {
         work.best: "compute",
-        inside.best: "the links within a node",
-        between.best: "the network between nodes",
-        host.best: "the link to host memory",
+        inside.best: LINKS,
+        between.best: NETWORK,
+        host.best: HOST_LINK,
     }
     worst = (work + communication).worst * (1 + UNMODELLED)
     tokens = setup.micro_tokens * setup.accumulation_steps * setup.num_ranks
@@ -246,6 +266,11 @@ def _axis_of(sent: Collective, setup: Setup) -> str:
         return "within a node"
     is_between = sent.num_ranks == setup.num_ranks // setup.local_size
     return "between nodes" if is_between else "over all ranks"
+
+
+def _at_gb_s(num_bytes: float, gb_s: float | None, reached: tuple[float, float]) -> tuple[float, float]:
+    """As ``_range``; nothing where the rate isn't known."""
+    return (0.0, 0.0) if gb_s is None else _range(num_bytes, gb_s * 1e9, reached)
 
 
 def _range(amount: float, per_s: float, reached: tuple[float, float]) -> tuple[float, float]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections.abc import Iterator, Sequence
 
-from dist_lora.plan.plan import Machines, Plan
+from dist_lora.plan.plan import Machines, Plan, settings_of
 from dist_lora.plan.speed import flops_per_token
 from dist_lora.plan.traffic import received_bytes
-from dist_lora.text import GIB
+from dist_lora.text import GIB, count, figure, in_columns, time_range
 
 
 def lines_of(plan: Plan) -> Iterator[str]:
@@ -27,7 +29,7 @@ def lines_of(plan: Plan) -> Iterator[str]:
         yield f"  note      {note}"
     yield (
         f"  batch     {train.micro_batch} x {train.sequence_length:,} tokens per micro-batch on each GPU, "
-        f"{setup.accumulation_steps} accumulation step{'s' * (setup.accumulation_steps > 1)}"
+        f"{count(setup.accumulation_steps, 'accumulation step')}"
     )
     yield ""
     yield f"Peak memory of the fullest GPU, {memory.when}:"
@@ -43,11 +45,12 @@ def lines_of(plan: Plan) -> Iterator[str]:
     for name, num_bytes in parts.items():
         if num_bytes:
             yield f"  {name:30} {num_bytes / GIB:8.2f} GiB"
-    result = "fits" if plan.fits else "doesn't fit"
-    yield f"  {'total':30} {plan.device_bytes / GIB:8.2f} GiB of {machines.gpu.memory_bytes / GIB:.1f}: {result}"
+    yield f"  {'total':30} {plan.device_bytes / GIB:8.2f} GiB of {machines.gpu.memory_bytes / GIB:.1f}: {plan.result}"
     host = f" of {machines.host_bytes / GIB:.0f}" if machines.host_bytes is not None else ""
     yield f"  {'host memory per node':30} {plan.host_bytes / GIB:8.2f} GiB{host}"
     yield f"  {'checkpoints':30} {plan.disk_bytes / GIB:8.2f} GiB, {memory.disk / GIB:.2f} each"
+    if plan.fits:
+        yield f"  {'the largest that fits':30} {_largest(plan)}"
     yield ""
     yield from _of_speed(plan)
     if not plan.fits:
@@ -56,42 +59,68 @@ def lines_of(plan: Plan) -> Iterator[str]:
         yield from (f"  {change}" for change in plan.changes)
 
 
+def _largest(plan: Plan) -> str:
+    train, largest = plan.config.train, plan.largest
+    share = math.ceil(train.global_batch / plan.setup.num_ranks)
+    micro, length = largest.micro_batch, largest.sequence_length
+    assert micro is not None and length is not None, "the plan fits"
+    why_micro = ", a rank's share of a step" if micro >= share else ""
+    why_length = ", the model's context" if length >= plan.setup.shape.context else ""
+    return (
+        f"micro_batch {micro:,} (at this sequence_length{why_micro}), "
+        f"sequence_length {length:,} (at this micro_batch{why_length})"
+    )
+
+
 def _of_speed(plan: Plan) -> Iterator[str]:
     speed, setup = plan.speed, plan.setup
     inside, between = received_bytes(setup)
-    low, high = speed.step_s
-    slow, fast = speed.tokens_per_s
     flops = flops_per_token(setup, context=plan.config.train.sequence_length)
-    yield f"A step of {speed.tokens_per_step:,} tokens ({flops / 1e9:,.0f} GFLOP per token) takes {low:.3g} to {high:.3g} s:"
-    yield f"  {slow:,.0f} to {fast:,.0f} tokens/s over all GPUs; bound by {speed.bound_by}"
+    tokens = setup.micro_tokens * setup.accumulation_steps * setup.num_ranks
+    step = f"A step of {tokens:,} tokens ({flops / 1e9:,.0f} GFLOP per token)"
+    if speed is None:
+        yield f"{step} takes a time that isn't known, since the speed of this GPU isn't:"
+        yield "  give the TFLOPS of its dense matmuls in its data sheet (without sparsity), like --tflops 150"
+    else:
+        slow, fast = speed.tokens_per_s
+        yield f"{step} takes {time_range(*speed.step_s)}:"
+        yield f"  {figure(slow)} to {figure(fast)} tokens/s over all GPUs; bound by {speed.bound_by}"
+        if speed.uncounted:
+            yield f"  not counted, since this GPU's aren't known: {', '.join(speed.uncounted)}"
     yield f"  each GPU receives {inside / 1e9:,.2f} GB within its node and {between / 1e9:,.3f} GB from other nodes per step"
-    hours, gpus = plan.hours, setup.num_ranks
+    yield from _of_all_steps(plan)
+
+
+def _of_all_steps(plan: Plan) -> Iterator[str]:
+    hours, gpus = plan.hours, plan.setup.num_ranks
     if hours is not None:
         yield (
-            f"  {plan.steps:,} steps: {hours[0]:,.2g} to {hours[1]:,.2g} hours, "
-            f"{hours[0] * gpus:,.3g} to {hours[1] * gpus:,.3g} GPU hours"
+            f"  {count(plan.steps or 0, 'step')}: {time_range(3600 * hours[0], 3600 * hours[1])}, "
+            f"{figure(hours[0] * gpus)} to {figure(hours[1] * gpus)} GPU hours"
         )
     price = plan.config.machine.price_per_gpu_hour
     if plan.cost is not None:
         yield f"  cost: {plan.cost[0]:,.2f} to {plan.cost[1]:,.2f}, at {price:g} per GPU hour (machine.price_per_gpu_hour)"
+    elif price is not None and plan.speed is None:
+        yield "  cost: unknown, since the GPU's speed is unknown"
     elif price is not None:
         yield "  cost: unknown, since the number of steps is unknown: set train.steps, or data.train to a local file"
 
 
 def sweep_lines(plans: Sequence[Plan]) -> Iterator[str]:
-    """One line per plan, from the smallest memory to the largest."""
+    """One line per plan, from the smallest memory to the largest, each ending with what to add to a command."""
     if plans and plans[0].machines.assumed:
         yield _assumed(plans[0].machines)
-    yield f"{'GiB per GPU':>11}  {'step, s':>14}  {'tokens/s':>20}  with"
+    rows = [("GiB per GPU", "step", "tokens/s", "dist-lora plan CONFIG ...")]
     for plan in plans:
-        (low, high), (slow, fast) = plan.speed.step_s, plan.speed.tokens_per_s
-        setup, layout = plan.setup, plan.setup.layout
-        options = (
-            f"{plan.machines}: quant {setup.quant}, {layout.engine}, base_shard {layout.base_shard}, "
-            f"micro_batch {plan.config.train.micro_batch}, recompute {str(setup.recompute).lower()}"
-        )
-        steps, tokens = f"{low:.3g}-{high:.3g}", f"{slow:,.0f}-{fast:,.0f}"
-        yield f"{plan.device_bytes / GIB:11.1f}  {steps:>14}  {tokens:>20}  {options}"
+        step, tokens = "unknown", "unknown"
+        if plan.speed is not None:
+            slow, fast = plan.speed.tokens_per_s
+            step, tokens = time_range(*plan.speed.step_s), f"{figure(slow)} to {figure(fast)}"
+        options = shlex.join([*settings_of(plan), *plan.machines.options])
+        rows.append((f"{plan.device_bytes / GIB:.1f}{' (tight)' * plan.is_tight}", step, tokens, options))
+    if plans:
+        yield from in_columns(rows)
 
 
 def _assumed(machines: Machines) -> str:

@@ -13,7 +13,7 @@ from dist_lora.plan.plan import Plan, make_plan
 from dist_lora.plan.table import lines_of
 from dist_lora.simulation.simulate import Simulation, as_json, simulate
 from dist_lora.simulation.timeline import Limit, check_picture, write_timeline
-from dist_lora.text import GIB
+from dist_lora.text import GIB, count, duration
 
 log = logging.getLogger("dist_lora")
 
@@ -37,6 +37,7 @@ def simulate_plan(config: Config, request: MachineRequest, *, timeline: Path | N
         gpus_per_node=machines.gpus_per_node,
         device_bytes=machines.gpu.memory_bytes,
         device="gpu" if machines.gpu.is_gpu else "cpu",
+        has_bf16=machines.gpu.has_bf16,
     )
     written = []
     if timeline is not None:
@@ -54,13 +55,13 @@ def simulate_plan(config: Config, request: MachineRequest, *, timeline: Path | N
 
 def _lines_of(simulated: Simulation, planned: Plan) -> Iterator[str]:
     difference = planned.memory.device / simulated.peak_bytes - 1
-    yield f"The simulated step ({simulated.seconds:.0f} s) peaks at {simulated.peak_bytes / GIB:.2f} GiB (the plan: {difference:+.1%}):"
+    yield f"The simulated step ({duration(round(simulated.seconds))}) peaks at {simulated.peak_bytes / GIB:.2f} GiB (the plan: {difference:+.1%}):"
     for kind, num_bytes in simulated.composition.items():
         if num_bytes:
             yield f"  {kind:30} {num_bytes / GIB:8.2f} GiB"
     yield "Its collectives, in bytes of whole tensors:"
     for sent in simulated.traffic:
         name = sent.kind.strip("_").removesuffix("_base")
-        yield f"  {sent.count:,} x {name} over {sent.ranks} ranks ({sent.axis}): {sent.num_bytes / 1e9:,.3f} GB"
+        yield f"  {sent.count:,} x {name} over {count(sent.ranks, 'rank')} ({sent.axis}): {sent.num_bytes / 1e9:,.3f} GB"
     for assumption in simulated.assumptions:
         yield f"  assumed: {assumption}"

@@ -33,6 +33,7 @@ from dist_lora.lora.origin import BaseIdentity
 from dist_lora.simulation.collectives import Sent, Traffic, traffic
 from dist_lora.simulation.tracker import KINDS, Kind, Memory, Moment, Tracker, register_run
 from dist_lora.simulation.world import simulated_world
+from dist_lora.text import count
 from dist_lora.train.build import Base, ShardedModel, Trainee, shard_model
 from dist_lora.train.command import loader_of
 from dist_lora.train.step import TrainStep
@@ -78,6 +79,7 @@ def simulate(
     gpus_per_node: int,
     device_bytes: int,
     device: Literal["gpu", "cpu"] = "gpu",
+    has_bf16: bool = True,
     document_tokens: int | None = None,
 ) -> Simulation:
     """One optimizer step of a config on simulated machines; takes 5 to 10 s for 8B and 40 to 60 s for 405B on one core.
@@ -88,6 +90,7 @@ def simulate(
     Args:
         device_bytes: memory of a GPU, by which ``parallel``'s ``auto`` is resolved.
         device: for which ``auto`` is resolved for dtype, attention and recomputation.
+        has_bf16: whether those GPUs compute in bf16.
         document_tokens: length of every document; None is ``train.sequence_length``. A sequence holds as many as fit, or one
             without ``train.packing``.
 
@@ -97,7 +100,7 @@ def simulate(
     started_s = time.monotonic()
     if num_nodes < 1 or gpus_per_node < 1:
         raise ConfigError(
-            f"machines: found {num_nodes} nodes of {gpus_per_node} GPUs, expected at least one of each (--nodes, --gpus-per-node)"
+            f"machines: found {count(num_nodes, 'node')} of {count(gpus_per_node, 'GPU')}, expected at least one of each (--nodes, --gpus-per-node)"
         )
     num_ranks, local_size = num_nodes * gpus_per_node, config.parallel.node_size or gpus_per_node
     check_node_size(world_size=num_ranks, local_size=local_size)
@@ -108,8 +111,9 @@ def simulate(
         # FSDP2's meshes need real tensors; DeepSpeed creates parameters while it shards, which must be fake.
         with fake if config.parallel.engine == "zero3" else nullcontext():
             sharded = shard_model(
-                config, shape, world, name=config.model.name, memory_bytes=device_bytes, on_gpu=device == "gpu"
-            )
+                config, shape, world, name=config.model.name, memory_bytes=device_bytes, on_gpu=device == "gpu",
+                has_bf16=has_bf16,
+            )  # fmt: skip
         memory, sent, host_bytes = _step(
             config, shape, sharded, world, loader, fake, num_micro_batches=len(micro_batches)
         )

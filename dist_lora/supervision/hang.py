@@ -35,6 +35,7 @@ from dist_lora.errors import EXIT_FAILED, HangError
 from dist_lora.supervision.local_ranks import note_hang
 from dist_lora.supervision.out_of_memory import counted_kills, read_counters
 from dist_lora.supervision.store_watch import MAX_TICK_S, TICK_S, StoreWatch
+from dist_lora.text import count
 from dist_lora.world.progress import Kind, Note
 from dist_lora.world.world import World
 
@@ -529,7 +530,7 @@ def stacks_of_this_process(heartbeat: Heartbeat, world_size: int) -> str:
     lines = [
         f"rank {heartbeat.world_rank} of {world_size} on {heartbeat.host}, process {heartbeat.process}, "
         f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {heartbeat.text or 'starting'}, without progress for "
-        f"{heartbeat.still_s:.0f} s, {heartbeat.collectives} collectives started"
+        f"{heartbeat.still_s:.0f} s, {count(heartbeat.collectives, 'collective')} started"
         f"{', waits for another rank' if heartbeat.waits else ''}\n"
     ]
     for ident, frame in sorted(frames.items(), key=lambda item: item[0] != main):

@@ -35,12 +35,19 @@ from dist_lora.engines.precision import TORCH_TYPES, Precision
 from dist_lora.errors import ConfigError, DistLoraError, WeightsError
 from dist_lora.herd.models import ResolvedModel, refuse_shape, resolve_model
 from dist_lora.herd.shape import Shape, read_shape
-from dist_lora.layout.choices import AttentionName, Choices, check_section, choose
+from dist_lora.layout.choices import (
+    AttentionName,
+    Choices,
+    check_section,
+    choose,
+    choose_attention,
+    choose_dtype,
+)
 from dist_lora.lora.adapter_reader import open_adapter, read_adapter
 from dist_lora.lora.attach import AdapterTensor, attach_adapters
 from dist_lora.lora.fit import check_fit
 from dist_lora.lora.origin import BaseIdentity, RunOrigin, identify_base
-from dist_lora.world.world import World, device_bytes
+from dist_lora.world.world import World, computes_bf16, device_bytes
 
 log = logging.getLogger("dist_lora")
 
@@ -107,6 +114,9 @@ def open_base(config: Config, world: World, *, template: str | None = None) -> B
     def resolve() -> ResolvedModel:
         check_section(config.parallel, world_size=world.world_size, local_size=world.local_size)
         refuse_shape(config.model)
+        is_on_gpu = world.device.type == "cuda"
+        dtype, _ = choose_dtype(config.model.dtype, on_gpu=is_on_gpu, has_bf16=computes_bf16(world.device))
+        choose_attention(config.model.attention, dtype=dtype, on_gpu=is_on_gpu)
         return resolve_model(config.model.name)
 
     def read_sizes() -> Shape:  # before the weights: a model that isn't supported is no damaged one
@@ -201,6 +211,7 @@ def shard_model(
     name: str | None,
     memory_bytes: int | None = None,
     on_gpu: bool | None = None,
+    has_bf16: bool | None = None,
 ) -> ShardedModel:
     """The model of a config on the meta device, with adapters, sharded by its engine. All ranks call it.
 
@@ -208,9 +219,10 @@ def shard_model(
         name: the model's, for errors.
         memory_bytes: of each rank's device; None queries it.
         on_gpu: whether the choices are those of a run on GPUs; None takes the world's device.
+        has_bf16: whether those GPUs compute in bf16; None asks all ranks' devices.
 
     Raises:
-        ConfigError: the settings of ``parallel`` contradict each other, or the shapes can't be quantized.
+        ConfigError: a GPU has no bf16, as set; the settings of ``parallel`` contradict each other, or the shapes can't be quantized.
     """
     choices = choose(
         config,
@@ -220,6 +232,7 @@ def shard_model(
         local_size=world.local_size,
         device_bytes=memory_bytes or world.min("layout/device_bytes", device_bytes(world)),
         on_gpu=world.device.type == "cuda" if on_gpu is None else on_gpu,
+        has_bf16=bool(world.min("layout/has_bf16", int(computes_bf16(world.device)))) if has_bf16 is None else has_bf16,
     )
     if world.is_first:
         for reason in choices.reasons:

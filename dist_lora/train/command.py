@@ -27,7 +27,7 @@ from dist_lora.files import write_whole
 from dist_lora.layout.machine import is_called
 from dist_lora.lora.origin import origin_of
 from dist_lora.run_folder.folder import open_run_folder, write_config
-from dist_lora.text import gib
+from dist_lora.text import count, gib
 from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
 from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.loop import Run
@@ -170,7 +170,7 @@ def _prepare_folder(
         check_same_run(checkpoint, base=base.identity, data=loader.fingerprint if world.is_first else "", world=world)
         if checkpoint.manifest.step > num_steps:
             raise ConfigError(
-                f"{checkpoint.path}: the run has done {checkpoint.manifest.step} steps and train.steps is {num_steps}. "
+                f"{checkpoint.path}: the run has done {count(checkpoint.manifest.step, 'step')} and train.steps is {num_steps}. "
                 "Raise train.steps, or choose a new name: run=NAME"
             )
 
@@ -229,7 +229,7 @@ def _finish(run: Run, folder: Path, world: World, *, seconds: float) -> None:
         peaks += [int(world.fetch(f"finish/peak/{rank}")) for rank in range(1, world.world_size)]
         summary = _summary(run, folder, out, seconds=seconds) | {"peak_bytes": peaks}
         write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        log.info(f"done: {run.num_steps} steps in {seconds:.0f} s; adapter: {out}")
+        log.info(f"done: {count(run.num_steps, 'step')} in {seconds:.0f} s; adapter: {out}")
 
     world.on_first("the adapter", finish, os_error=lambda e: SaveError(f"{folder}: the adapter can't be written: {e}"))
 
@@ -256,20 +256,16 @@ def plan_lines(
     accumulation = math.ceil(math.ceil(train.global_batch / world.world_size) / train.micro_batch)
     linears = len(lora.target_names()) * len(layers)
     return [
-        f"model     {base.identity.name}: {frozen:,} frozen weights, {shape.num_layers} layers",
-        f"adapters  rank {lora.rank}, alpha {lora.alpha:g}, on {linears} linear layers: {trained:,} trained weights "
+        f"model     {base.identity.name}: {frozen:,} frozen weights, {count(shape.num_layers, 'layer')}",
+        f"adapters  rank {lora.rank}, alpha {lora.alpha:g}, on {count(linears, 'linear layer')}: {trained:,} trained weights "
         f"({trained / frozen:.2%}), {trained * 4 / 2**20:,.1f} MiB in fp32",
-        f"data      {len(tokens):,} samples, {tokens.num_tokens:,} tokens, {tokens.num_target_tokens:,} trained on"
+        f"data      {count(len(tokens), 'sample')}, {count(tokens.num_tokens, 'token')}, {tokens.num_target_tokens:,} trained on"
         + (f"; {len(held_out):,} held out" if held_out is not None else ""),
-        f"training  {_count(num_steps, 'step')} of {train.global_batch} sequences"
+        f"training  {count(num_steps, 'step')} of {count(train.global_batch, 'sequence')}"
         + (f" (packed to {train.sequence_length} tokens)" if train.packing else "")
-        + f": {_count(world.world_size, 'rank')} x micro_batch {train.micro_batch} x {_count(accumulation, 'accumulation step')}",
+        + f": {count(world.world_size, 'rank')} x micro_batch {train.micro_batch} x {count(accumulation, 'accumulation step')}",
         *machine_lines(config.machine, world),
     ]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def machine_lines(section: MachineSection, world: World) -> list[str]:
@@ -281,7 +277,7 @@ def machine_lines(section: MachineSection, world: World) -> list[str]:
     if not is_other and section.gpus_per_node in (None, world.local_size) and section.nodes in (None, world.num_nodes):
         return []
     named = f"{section.nodes or 1} x {section.gpus_per_node or 'any number of'} x {section.gpu or 'any GPU'}"
-    here = f"{world.num_nodes} x {world.local_size} ranks, {device if is_other else section.gpu or device}"
+    here = f"{world.num_nodes} x {count(world.local_size, 'rank')}, {device if is_other else section.gpu or device}"
     return [
         f"machine   the config names {named} (nodes x GPUs x type), and this run has {here}: its plan doesn't apply here"
     ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dist_lora.errors import ConfigError
+from dist_lora.text import count
 from dist_lora.world.slurm import is_step, rendezvous_of, tasks_per_node
 
 
@@ -42,7 +43,7 @@ def launched_rank(environment: Mapping[str, str]) -> LaunchedRank | None:
         task = _task_rank(environment)
         if task is not None and variables.get("WORLD_SIZE", str(task.world_size)) != str(task.world_size):
             raise ConfigError(
-                f"WORLD_SIZE: found {variables['WORLD_SIZE']}, but srun started {task.world_size} tasks; unset it"
+                f"WORLD_SIZE: found {variables['WORLD_SIZE']}, but srun started {count(task.world_size, 'task')}; unset it"
             )
         if task is not None or not variables:
             return task

@@ -27,6 +27,7 @@ import xxhash
 
 import dist_lora
 from dist_lora.errors import EXIT_FAILED, EXIT_USER, ConfigError, JoinError, RankError, StopNow
+from dist_lora.text import count
 from dist_lora.world.launcher import LaunchedRank
 
 POLL_S = 0.1
@@ -267,7 +268,7 @@ def missing_text(hosts: Mapping[int, str], launched: LaunchedRank, timeout_s: fl
     num_joined = (
         f"{num_nodes - len(absent)} of {num_nodes} nodes"
         if absent and num_nodes > 1
-        else f"{len(hosts)} of {size} processes"
+        else f"{len(hosts)} of {count(size, 'process', 'processes')}"
     )
     of_nodes = ""
     if absent and len(absent) == len(nodes) and num_nodes > 1:
@@ -336,9 +337,9 @@ def shared_gpus(infos: Sequence[RankInfo]) -> str:
 def _differences(other: RankInfo, first: RankInfo) -> list[str]:
     lines = []
     if other.world_size != first.world_size:
-        lines.append(f"expects {other.world_size} processes, not {first.world_size}")
+        lines.append(f"expects {count(other.world_size, 'process', 'processes')}, not {first.world_size}")
     if other.local_size != first.local_size:
-        lines.append(f"{other.local_size} processes on this node, not {first.local_size}")
+        lines.append(f"{count(other.local_size, 'process', 'processes')} on this node, not {first.local_size}")
     for own, wanted in ((other.versions, first.versions), (other.settings, first.settings)):
         for name in sorted(own.keys() | wanted.keys()):
             if own.get(name) != wanted.get(name):

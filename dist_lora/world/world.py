@@ -365,6 +365,11 @@ def device_bytes(world: World) -> int:
     return int(psutil.virtual_memory().total) // world.local_size
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bf16: NVIDIA's GPUs do from compute capability 8.0 on; CPUs and AMD's Instincts do."""
+    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def join(
     launched: LaunchedRank,
     environment: Mapping[str, str],

@@ -150,7 +150,7 @@ def test_gather_verify_tells_of_each_checkpoint_in_a_line_and_makes_nothing(chec
     first, second = done.stdout.splitlines()
     assert first == lines[0]
     assert second.startswith(f"{checkpoints / steps[1]} is damaged: {RANK_1} has the checksum xxh3_128:")
-    assert done.stderr == f"error: {checkpoints.parent}: 1 of 2 checkpoints are damaged, see the lines above\n"
+    assert done.stderr == f"error: {checkpoints.parent}: 1 of 2 checkpoints is damaged, see the lines above\n"
     assert sorted(checkpoints.parent.rglob("*")) == before
     assert not (checkpoints.parent.parent / "adapter").exists()
 

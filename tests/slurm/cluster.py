@@ -185,7 +185,9 @@ class Cluster:
         self._slurmds[node].wait()
 
     def submit(self, script: str, folder: Path) -> int:
-        """``sbatch`` in a folder; the job's number."""
+        """``sbatch`` in a folder, after making the folder of the job's log; the job's number."""
+        for log in re.findall(r'^#SBATCH --output="?([^"\n]+)', script, re.MULTILINE):
+            (folder / log).parent.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(
             ["sbatch", "--parsable"],
             input=script,

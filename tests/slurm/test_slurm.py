@@ -78,13 +78,12 @@ class Jobs:
     def adapter(self, name: str) -> bytes:
         return (self.run(name) / "adapter" / "adapter_model.safetensors").read_bytes()
 
-    def told(self, job: int | str) -> str:
-        return (
-            (self.folder / f"slurm-{job}.out").read_text() if (self.folder / f"slurm-{job}.out").exists() else "nothing"
-        )
-
     def output(self, run: str, job: int) -> str:
-        return (self.folder / f"slurm-{run}-{job}.out").read_text()
+        return (self.run(run) / f"slurm-{job}.out").read_text()
+
+    def output_of_task(self, run: str, task: str) -> str:
+        """The log of an array's task, by its link in the run's folder."""
+        return (self.run(run) / f"slurm-dist-lora-{task}.out").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +95,9 @@ def jobs(tiny_llama, tmp_path_factory) -> Jobs:
 
 @pytest.fixture(scope="module")
 def straight(slurm: Cluster, jobs: Jobs) -> Jobs:
-    """A run on two nodes that nothing interrupts, by the script as it is printed."""
-    job = slurm.submit(jobs.script(jobs.config("straight"), "--nodes", 2, "--time", "10"), jobs.folder)
+    """A run on two nodes that nothing interrupts, by the script as it is printed, after what a site's .bashrc does."""
+    setup = ("--setup", "false; echo $NOT_SET | grep nothing || true; export IS_SET_UP=1")
+    job = slurm.submit(jobs.script(jobs.config("straight"), "--nodes", 2, "--time", "10", *setup), jobs.folder)
     found = slurm.wait(job, timeout_s=TIMEOUT_S)
     assert found["JobState"] == "COMPLETED", jobs.output("straight", job)
     assert "exit code 0" in jobs.output("straight", job)
@@ -160,6 +160,15 @@ def test_a_mistake_is_not_started_again(slurm: Cluster, jobs: Jobs, launcher: st
     assert "no-such-file.jsonl" in told and told.count("error:") >= 1
 
 
+def test_a_set_up_that_fails_ends_the_job_before_anything_is_started(slurm: Cluster, jobs: Jobs) -> None:
+    setup = ("--setup", "module load cuda/0.1")
+    job = slurm.submit(jobs.script(jobs.config("no-module"), "--nodes", 2, "--time", "10", *setup), jobs.folder)
+    found = slurm.wait(job, timeout_s=TIMEOUT_S)
+    told = jobs.output("no-module", job)
+    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "2:0", "0"), told
+    assert "error: --setup: exit code 127 from: module load cuda/0.1" in told and "start 0 of job" not in told
+
+
 def test_a_config_that_became_wrong_is_not_started_again(slurm: Cluster, jobs: Jobs) -> None:
     config = jobs.config("typo")
     printed = jobs.script(config, "--nodes", 2, "--time", "10")
@@ -211,10 +220,10 @@ def test_an_array_trains_a_config_in_each_task(slurm: Cluster, jobs: Jobs) -> No
     configs = [jobs.config("array-a", train={"seed": 1}), jobs.config("array-b", data={"train": "none.jsonl"}),
                jobs.config("array-c", train={"seed": 2})]  # fmt: skip
     job = slurm.submit(jobs.script(*configs, "--nodes", 1, "--time", "10"), jobs.folder)
-    jobs.wait_for_step("array-c", 30, lambda: jobs.output("dist-lora", f"{job}_2"))  # whose number is the array's
+    jobs.wait_for_step("array-c", 30, lambda: jobs.output_of_task("array-c", f"{job}_2"))  # whose number is the array's
     slurm.signal(f"{job}_2", "--signal=USR1")
     ends = [slurm.wait(f"{job}_{i}", timeout_s=TIMEOUT_S) for i in range(3)]
-    told = [jobs.output("dist-lora", f"{job}_{i}") for i in range(3)]
+    told = [jobs.output_of_task(f"array-{run}", f"{job}_{i}") for i, run in enumerate("abc")]
     assert [(end["JobState"], end["ExitCode"], end["Restarts"]) for end in ends] == [
         ("COMPLETED", "0:0", "0"), ("FAILED", "2:0", "0"), ("COMPLETED", "0:0", "1")], told  # fmt: skip
     assert jobs.steps_done("array-a") == jobs.steps_done("array-c") == NUM_STEPS

@@ -196,7 +196,7 @@ def test_overlapping_tensors_are_refused(tmp_path):
 def test_a_quantized_model_is_refused_with_its_types(tmp_path):
     save_file({"a": torch.zeros(3, dtype=torch.uint8), "b": torch.zeros(2)}, tmp_path / "model.safetensors")
     text = message(tmp_path)
-    assert "holds 1 tensors of a dtype other than BF16, F16 and F32: a (U8)" in text
+    assert "holds 1 tensor of a dtype other than BF16, F16 and F32: a (U8)" in text
     assert "quantized already: use the unquantized one" in text
     save_file({"a": torch.zeros(3).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     assert "a (F8_E4M3)" in message(tmp_path)
@@ -295,8 +295,8 @@ def test_expect_names_what_is_missing_left_over_and_of_another_shape(sharded):
         index.expect(wrong)
     text = str(raised.value)
     assert "7 tensors missing: model.layers.0.w, model.layers.1.w, model.layers.2.w" in text and "and 2 more" in text
-    assert f"1 tensors of another shape: {NAMES[1]} (found (4, 4), expected (8, 4))" in text
-    assert f"1 tensors unexpected: {NAMES[2]}" in text
+    assert f"1 tensor of another shape: {NAMES[1]} (found (4, 4), expected (8, 4))" in text
+    assert f"1 tensor unexpected: {NAMES[2]}" in text
     assert "Fetch config.json and the weights again from the same model." in text
 
 
@@ -312,7 +312,7 @@ def test_a_repeated_head_and_old_rotary_buffers_are_allowed(tmp_path):
 
 def test_an_untied_model_without_its_head_is_refused(sharded):
     shapes = {name: tuple(tensor.shape) for name, tensor in tiny_tensors().items()}
-    with pytest.raises(WeightsError, match=r"1 tensors missing: lm_head\.weight"):
+    with pytest.raises(WeightsError, match=r"1 tensor missing: lm_head\.weight"):
         open_index(sharded).expect({**shapes, "lm_head.weight": (9, 4)})
 
 

@@ -209,7 +209,7 @@ def test_each_checkpoint_of_a_run_is_told_in_one_line_newest_first(tmp_path: Pat
     before = sorted(tmp_path.rglob("*"))
     lines, error = told_of(run)
     assert lines[0].startswith(f"{newer} is damaged: {file.name} has the checksum xxh3_128:") and lines[1] == whole
-    assert error == f"{run}: 1 of 2 checkpoints are damaged, see the lines above"
+    assert error == f"{run}: 1 of 2 checkpoints is damaged, see the lines above"
     (newer / "manifest.json").unlink()
     lines, error = told_of(newer)
     assert lines == [f"{newer} is damaged: {newer}/manifest.json is missing: {newer} is not a complete checkpoint"]

@@ -288,7 +288,7 @@ def test_a_long_sample_is_cut_from_the_right_and_its_targets_counted_after(tmp_p
     token_set = prepare(name, tmp_path, rules=replace(RULES, sequence_length=10))
     assert token_set.lengths.tolist() == [10, 5]
     assert token_set.num_targets.tolist() == [7, 2]
-    assert "2 samples, 15 tokens, 9 trained on; truncated 1 samples to sequence_length=10, tokenized in" in caplog.text
+    assert "2 samples, 15 tokens, 9 trained on; truncated 1 sample to sequence_length=10, tokenized in" in caplog.text
 
 
 def no_targets(tmp_path):

@@ -29,6 +29,7 @@ from dist_lora.doctor.machine import (
     ask_driver,
     compare_gpus,
     compare_with_config,
+    examine_capabilities,
     examine_gpus,
     examine_host,
     read_host,
@@ -173,10 +174,19 @@ def test_unlike_used_and_unseen_gpus_are_reported(monkeypatch: pytest.MonkeyPatc
     assert lost == ["the driver reports 2 GPUs but torch sees 1"]
     no_cuda = {"torch": "2.13.0+cpu", "cuda": None, "nccl": None}
     (unseen,) = texts(examine_gpus([gpu(0)], num_seen=0, build=no_cuda), "fault")
-    assert unseen.startswith("the driver reports 1 GPUs but torch sees none: torch 2.13.0+cpu, CUDA -")
+    assert unseen.startswith("the driver reports 1 GPU but torch sees none: torch 2.13.0+cpu, CUDA -")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (hidden,) = texts(examine_gpus([gpu(0)], num_seen=0, build=BUILD), "fault")
     assert hidden.endswith("CUDA_VISIBLE_DEVICES is ''")
+
+
+def test_gpus_without_bf16_are_a_fault_only_where_it_is_asked_for() -> None:
+    assert examine_capabilities([(8, 0), (9, 0)], dtype="bf16").findings == []
+    (text,) = texts(examine_capabilities([(7, 5), (8, 6)], dtype="bf16"), "fault")
+    assert text == "1 GPU is of compute capability 7.5: no bf16, which model.dtype asks for"
+    assert texts(examine_capabilities([(7, 0), (7, 0)], dtype="auto"), "note") == [
+        "2 GPUs are of compute capability 7.0: no bf16; runs compute in fp32"
+    ]
 
 
 def test_nodes_with_different_gpus_are_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
@@ -89,6 +90,10 @@ def test_auto_is_bf16_on_a_gpu_and_fp32_on_a_cpu() -> None:
     assert choose_dtype("auto", on_gpu=True) == ("bf16", "on a GPU")
     assert choose_dtype("auto", on_gpu=False) == ("fp32", "on a CPU")
     assert choose_dtype("bf16", on_gpu=False) == ("bf16", "as set")
+    assert choose_dtype("auto", on_gpu=True, has_bf16=False)[0] == "fp32"
+    assert choose_dtype("fp32", on_gpu=True, has_bf16=False) == ("fp32", "as set")
+    with pytest.raises(ConfigError, match=r"model.dtype: bf16 needs GPUs of compute capability 8.0 or newer"):
+        choose_dtype("bf16", on_gpu=True, has_bf16=False)
 
 
 def test_auto_takes_flash_on_a_gpu_in_16_bits_and_sdpa_elsewhere() -> None:
@@ -98,6 +103,9 @@ def test_auto_takes_flash_on_a_gpu_in_16_bits_and_sdpa_elsewhere() -> None:
     assert choose_attention("sdpa", dtype="bf16", on_gpu=True)[0] == "sdpa"
     assert choose_attention("auto", dtype="fp32", on_gpu=False)[0] == "sdpa"
     assert choose_attention("eager", dtype="bf16", on_gpu=True) == ("eager", "as set")
+    for dtype, on_gpu, found in (("fp32", True, "fp32 on GPUs"), ("bf16", False, "bf16 on CPUs")):
+        with pytest.raises(ConfigError, match=f"model.attention: varlen .* and this run computes in {found}. Set"):
+            choose_attention("varlen", dtype=dtype, on_gpu=on_gpu)
 
 
 @pytest.mark.parametrize(("setting", "on_gpu", "expected"), [
@@ -125,3 +133,17 @@ def test_what_nf4_can_not_store_is_refused_where_the_choices_are_made() -> None:
         ConfigError, match=r"model.quant: nf4 can't store x: down_proj: nf4 splits each row into blocks of 64"
     ):
         choose(config, shape, name="x", world_size=1, local_size=1, device_bytes=2**35, on_gpu=False)
+
+
+@pytest.mark.parametrize(
+    "section", [{"engine": "fsdp2"}, {"engine": "fsdp2", "adapters": "shard"}, {"engine": "zero3"}], ids=str
+)
+@pytest.mark.parametrize(("world_size", "local_size"), [(1, 1), (2, 1), (4, 2)])
+def test_one_rank_is_written_as_one(section: dict[str, str], world_size: int, local_size: int) -> None:
+    layout = choose_layout(
+        ParallelSection.model_validate(section), world_size=world_size, local_size=local_size, base_bytes=10 * GIB,
+        trained_weights=10**7, device_bytes=80 * GIB,
+    )  # fmt: skip
+    text = "\n".join(layout.reasons)
+    assert not re.search(r"\b1 (ranks|processes|nodes|GPUs)\b|\bover the 1\b|\bover all 1\b", text), text
+    assert ("on the only rank" in text) is (local_size == 1 and (world_size == 1 or section["engine"] != "zero3"))

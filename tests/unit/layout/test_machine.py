@@ -28,7 +28,21 @@ MIB = 2**20
         ("l40-48gb", "NVIDIA L40S", 46068, False),
         ("h100-80gb", "no GPU", 0, False),
         ("80gb", "NVIDIA H100 80GB HBM3", 81559, False),
-        ("h100", "NVIDIA H100 80GB HBM3", 81559, False),
+        ("h100", "NVIDIA H100 80GB HBM3", 81559, True),
+        ("a100", "NVIDIA A100-SXM4-40GB", 40960, True),
+        ("NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 4090", 24564, True),
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3", 81559, True),
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H200", 143771, False),
+        ("rtx6000-pro-96gb", "NVIDIA RTX PRO 6000 Blackwell Server Edition", 97887, True),
+        ("rtx6000-pro-96gb", "NVIDIA RTX 6000 Ada Generation", 49140, False),
+        ("gb200-186gb", "NVIDIA GB200", 189471, True),
+        ("h20-96gb", "NVIDIA H200", 143771, False),
+        ("t4-16gb", "Tesla T4", 15360, True),
+        ("v100-32gb", "Tesla V100-SXM2-32GB", 32768, True),
+        ("h100-80gb", "NVIDIA H100 PCIe", 81559, False),  # slower, and without NVLink's switches
+        ("h100-pcie-80gb", "NVIDIA H100 PCIe", 81559, True),
+        ("rtx4090-24gb", "NVIDIA GeForce RTX 4090 D", 24564, False),
+        ("rtx3090-24gb", "NVIDIA GeForce RTX 3090 Ti", 24564, False),
     ],
 )
 def test_a_device_is_known_by_its_kind_and_memory(gpu: str, device: str, mib: int, expected: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from dist_lora.errors import ConfigError, PlanError
 from dist_lora.plan import command
 from dist_lora.plan.command import MachineRequest
 from dist_lora.plan.explain import explain
-from dist_lora.plan.hardware import GPUS, gpus_here
+from dist_lora.plan.hardware import GPUS, gpu_of_memory, gpus_here
 from dist_lora.plan.plan import Machines, make_plan, sweep
 from dist_lora.plan.table import lines_of, sweep_lines
 
@@ -92,6 +93,17 @@ def test_the_driver_says_what_is_here(tmp_path: Path) -> None:
     assert found[1].name == "NVIDIA GeForce RTX 5080" and found[1].memory_bytes == pytest.approx(
         16303 * 2**20, rel=1e-6
     )
+    assert found[1].tflops is None, "no other GPU's speed"
+    assert gpus_here(fake_driver(tmp_path, "NVIDIA L40S, 46068\n")) == [GPUS["l40s-48gb"]]
+    assert GPUS["l40s-48gb"].memory_bytes == pytest.approx(46068 * 2**20, rel=1e-3), "a sixteenth is ECC's"
+
+
+def test_tflops_give_the_unknown_gpu_that_is_here_a_speed(monkeypatch) -> None:
+    unknown = gpu_of_memory(16, name="NVIDIA GeForce RTX 5080")
+    monkeypatch.setattr(command, "gpus_here", lambda: [unknown])
+    request = MachineRequest.of(config_of(), None, None, None, None, None, None, 112)
+    assert request.single().gpu == dataclasses.replace(unknown, tflops=112)
+    assert request.single().options == ("--nodes", "1", "--gpus-per-node", "1", "--tflops", "112")
 
 
 def test_without_a_driver_nothing_is_here(tmp_path: Path) -> None:

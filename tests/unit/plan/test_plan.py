@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from dist_lora.base.attention import Documents
 from dist_lora.base.llama import build_on_meta, materialize
 from dist_lora.base.quant.formats import format_of
 from dist_lora.base.rope import rotation
+from dist_lora.cli import app
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.members import MEMBERS
@@ -24,7 +28,7 @@ from dist_lora.herd.shape import Shape
 from dist_lora.layout.memory import Setup, saved_bytes_of_layer, setup_of
 from dist_lora.layout.storage import base_parts
 from dist_lora.lora.attach import attach_adapters
-from dist_lora.plan.hardware import GPUS, find_gpu
+from dist_lora.plan.hardware import GPUS, find_gpu, gpu_of_memory
 from dist_lora.plan.plan import Machines, make_plan, sweep
 from dist_lora.plan.speed import flops_per_token
 from dist_lora.plan.table import lines_of
@@ -182,7 +186,7 @@ def test_a_count_that_is_a_llamas_own_changes_no_plan() -> None:
 def test_changes_that_are_offered_do_fit_and_the_plan_without_them_does_not() -> None:
     config = config_of(model={"name": "3.1-70b"}, train={"micro_batch": 8, "sequence_length": 8192, "global_batch": 64})
     plan = make_plan(config, Machines(1, 8, GPUS["a100-40gb"]))
-    assert not plan.fits and len(plan.changes) == 3
+    assert not plan.fits and len(plan.changes) == 2
     for change in plan.changes:
         tree = config.model_dump(mode="json")
         for setting in change.settings:
@@ -194,6 +198,155 @@ def test_changes_that_are_offered_do_fit_and_the_plan_without_them_does_not() ->
         again = make_plan(Config.model_validate(tree), Machines(change.num_nodes, 8, GPUS["a100-40gb"]))
         assert again.fits and again.device_bytes == change.device_bytes
     assert plan.changes[0].settings == ("train.micro_batch=1",)
+    (length,) = plan.changes[1].settings
+    assert re.fullmatch(r"train.sequence_length=\d+", length), "searched, with nothing else changed"
+    more = config.model_copy(
+        update={"train": config.train.model_copy(update={"sequence_length": 64 + int(length.rpartition("=")[2])})}
+    )
+    assert not make_plan(more, Machines(1, 8, GPUS["a100-40gb"])).fits
+
+
+def test_the_largest_micro_batch_and_sequence_that_fit_are_searched_and_shown() -> None:
+    config, machines = (
+        config_of(train={"global_batch": 512, "sequence_length": 4096}),
+        Machines(1, 8, GPUS["a100-40gb"]),
+    )
+    plan = make_plan(config, machines)
+    micro, length = plan.largest.micro_batch, plan.largest.sequence_length
+    assert micro and length and 1 < micro < 64 and 4096 < length < plan.setup.shape.context and length % 64 == 0
+
+    def fits(**changed: int) -> bool:
+        train = config.train.model_copy(update=changed)
+        return make_plan(config.model_copy(update={"train": train}), machines).fits
+
+    assert fits(micro_batch=micro) and not fits(micro_batch=micro + 1)
+    assert fits(sequence_length=length) and not fits(sequence_length=length + 64)
+    assert plan.to_json()["largest"] == {"micro_batch": micro, "sequence_length": length}
+    (line,) = [line for line in lines_of(plan) if "the largest that fits" in line]
+    assert f"micro_batch {micro} (at this sequence_length), sequence_length {length:,} (at this micro_batch)" in line
+
+
+def test_the_largest_is_no_more_than_a_step_or_the_context_can_use() -> None:
+    plan = make_plan(
+        config_of(model={"name": "3.2-1b"}, train={"global_batch": 24, "sequence_length": 100}), Machines(1, 8, H100)
+    )
+    assert (plan.largest.micro_batch, plan.largest.sequence_length) == (3, 131_072)
+    (line,) = [line for line in lines_of(plan) if "the largest that fits" in line]
+    assert "a rank's share of a step" in line and "the model's context" in line
+
+
+def test_nine_tenths_of_a_device_are_called_tight() -> None:
+    config = config_of(parallel={"adapters": "replicate"})
+    needed = make_plan(config, Machines(1, 8, H100)).device_bytes
+    for part, told in ((0.89, "fits"), (0.92, "fits, but is tight: 92% of it"), (1.01, "doesn't fit")):
+        gpu = dataclasses.replace(H100, memory_gb=needed / part / GIB / H100.usable)
+        plan = make_plan(config, Machines(1, 8, gpu))
+        assert plan.result == told and plan.is_tight is plan.to_json()["tight"] is ("tight" in told)
+        assert any(line.endswith(f": {told}") for line in lines_of(plan))
+
+
+# Machines of which not everything is known
+
+
+def test_a_gpu_of_which_only_the_memory_is_known_gets_no_speed() -> None:
+    config = config_of(train={"steps": 10}, machine={"price_per_gpu_hour": 2})
+    plan = make_plan(config, Machines(1, 8, gpu_of_memory(96, name="GPU of 96 GiB")))
+    text = "\n".join(lines_of(plan))
+    assert plan.speed is plan.hours is plan.cost is plan.to_json()["step_s"] is None
+    assert "a time that isn't known" in text and "--tflops 150" in text and "tokens/s" not in text
+    assert "cost: unknown, since the GPU's speed is unknown" in text
+    too_small = make_plan(config, Machines(1, 1, gpu_of_memory(12, name="GPU of 12 GiB")))
+    assert too_small.changes and all(" per step" not in str(change) for change in too_small.changes)
+
+
+def test_tflops_give_such_a_gpu_the_time_of_its_products_and_name_what_is_left_out() -> None:
+    config = config_of(model={"quant": "nf4"}, train={"sequence_length": 2048})
+    plan = make_plan(config, Machines(1, 8, gpu_of_memory(96, name="it", tflops=150)))
+    flops = flops_per_token(plan.setup, context=2048) * plan.setup.micro_tokens * plan.setup.accumulation_steps
+    assert plan.speed is not None
+    assert plan.speed.step_s == pytest.approx((flops / (0.8 * 0.85 * 150e12), flops / (0.3 * 0.85 * 150e12)))
+    assert plan.speed.uncounted == ("dequantizing", "the links within a node")
+    assert "not counted, since this GPU's aren't known: dequantizing, the links within a node" in "\n".join(
+        lines_of(plan)
+    )
+    assert "not counted" not in "\n".join(lines_of(make_plan(config, Machines(1, 8, H100))))
+
+
+@pytest.mark.parametrize("gpu", ["t4-16gb", "v100-32gb"])
+def test_a_gpu_without_bf16_computes_in_fp32_and_refuses_what_it_cannot(gpu: str) -> None:
+    plan = make_plan(config_of(model={"name": "3.2-1b"}), Machines(1, 2, GPUS[gpu]))
+    assert (plan.setup.choices.dtype, plan.setup.choices.attention) == ("fp32", "sdpa")
+    assert "  dtype     fp32: on a GPU without bf16 (compute capability below 8.0)" in list(lines_of(plan))
+    with pytest.raises(
+        ConfigError, match=r"^model.dtype: bf16 needs GPUs of compute capability 8.0 or newer .* V100 and T4"
+    ):
+        make_plan(config_of(model={"name": "3.2-1b", "dtype": "bf16"}), Machines(1, 2, GPUS[gpu]))
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("h100", "h100-80gb"),
+        ("B200", "b200-180gb"),
+        ("rtx4090", "rtx4090-24gb"),
+        ("h100-nvl", "h100-nvl-94gb"),
+        ("rtx6000-pro", "rtx6000-pro-96gb"),
+        ("l4", "l4-24gb"),
+        ("l40s", "l40s-48gb"),
+        ("h20", "h20-96gb"),
+        ("gb300", "gb300-279gb"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090-24gb"),
+        ("NVIDIA H100 80GB HBM3", "h100-80gb"),
+        ("NVIDIA H100 PCIe", "h100-pcie-80gb"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie-80gb"),
+        ("Tesla V100-SXM2-32GB", "v100-32gb"),
+        ("Tesla T4", "t4-16gb"),
+        ("NVIDIA L4", "l4-24gb"),
+        ("NVIDIA L40S", "l40s-48gb"),
+        ("NVIDIA GB200", "gb200-186gb"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "rtx6000-pro-96gb"),
+        ("AMD Instinct MI300X", "mi300x-192gb"),
+    ],
+)
+def test_a_gpu_is_found_by_parts_of_its_name_and_by_its_drivers(name: str, expected: str) -> None:
+    assert find_gpu(name).name == expected
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("a100", r"2 GPUs are called a100: a100-40gb, a100-80gb\. Give one of these names"),
+        ("V100", r"2 GPUs are called V100: v100-16gb, v100-32gb\."),
+        ("a100-pcie", r"2 GPUs are called a100-pcie: a100-pcie-40gb, a100-pcie-80gb\."),
+        ("h10", r"no GPU called h10 is known \(nearest: h100-80gb"),
+        ("80gb", "no GPU called 80gb is known"),
+        (
+            "NVIDIA GeForce RTX 4090 Laptop GPU",
+            r"no GPU called NVIDIA GeForce RTX 4090 Laptop GPU is known \(nearest: rtx4090",
+        ),
+        ("NVIDIA RTX 6000 Ada Generation", "no GPU called NVIDIA RTX 6000 Ada Generation is known"),
+        ("NVIDIA GH200 480GB", "no GPU called NVIDIA GH200 480GB is known"),
+        ("NVIDIA H100 40GB", "no GPU called NVIDIA H100 40GB is known"),
+    ],
+)
+def test_a_name_that_several_gpus_or_none_have_is_told(name: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--gpu: {told}"):
+        find_gpu(name)
+
+
+# What a person reads
+
+
+def test_a_plan_on_one_rank_for_hours_reads_as_a_person_writes_it() -> None:
+    config = config_of(
+        model={"name": "3.1-70b", "quant": "nf4"}, train={"global_batch": 512}, parallel={"offload": "base"}
+    )
+    text = "\n".join(lines_of(make_plan(config, Machines(1, 1, GPUS["rtx4090-24gb"]))))
+    assert re.search(r"takes \d+ min \d+ s to \d+ h \d+ min:", text), text
+    assert re.search(r"  adapters  \d\.\d+ GiB with gradients and AdamW's moments\n", text)
+    assert "base      whole on the only rank of one node: " in text
+    assert not re.search(r"\b1 (ranks|GPUs|nodes|steps)\b|\de\+\d", text)
 
 
 def test_an_offloaded_base_lies_in_host_memory_and_comes_over_its_link() -> None:
@@ -304,7 +457,12 @@ def test_what_does_not_fit_ends_with_3_and_tells_both_numbers(config_file) -> No
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["--gpu", "h100"], "no GPU called h100 is known (nearest: h100-80gb"),
+        (["--gpu", "a100"], "--gpu: 2 GPUs are called a100: a100-40gb, a100-80gb. Give one of these names"),
+        (
+            ["--gpu", "h100", "--tflops", 100],
+            "--tflops: the speed of this type of GPU is known; give it with --gpu-gib",
+        ),
+        (["--gpu-gib", 24, "--tflops", 0], "--tflops: found 0, expected TFLOPS above 0"),
         (["--nodes", 0], "--nodes: found 0, expected 1 or more"),
         (["--gpus-per-node", 0], "--gpus-per-node: found 0, expected 1 or more"),
         (["--gpu-gib", -1], "--gpu-gib: found -1, expected GiB above 0"),
@@ -337,6 +495,24 @@ def test_bad_input_is_told_once_and_ends_with_2(config_file, tmp_path, arguments
     done = plan_command(config_file, *(str(argument).format_map(folders) for argument in arguments))
     assert done.returncode == 2 and done.stderr.count("error:") == 1
     assert told in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize("machine", [["--gpu", "h200"], ["--gpu-gib", 96], ["--gpu-gib", 40, "--tflops", 150]], ids=str)
+def test_what_a_sweep_prints_can_be_pasted(config_file, machine: list[object]) -> None:
+    swept = CliRunner().invoke(
+        app, ["plan", str(config_file), "--sweep", "--nodes", "2", "--gpus-per-node", "8", *map(str, machine)]
+    )
+    header, *lines = swept.stdout.splitlines()
+    assert header.startswith("GiB per GPU") and header.endswith("dist-lora plan CONFIG ...") and len(lines) >= 2
+    for line in lines[:2] + lines[-2:]:
+        added = shlex.split(line[line.index("model.quant=") :])
+        pasted = CliRunner().invoke(app, ["plan", str(config_file), *added, "--json"])
+        assert pasted.exit_code == 0, pasted.output
+        told = json.loads(pasted.stdout)
+        assert line.startswith(f"{told['gpu_bytes']['needed'] / GIB:.1f} ") and told["machines"].startswith(
+            "2 nodes x 8 x "
+        )
+        assert (told["step_s"] is None) is (machine == ["--gpu-gib", 96])
 
 
 def test_a_plan_imports_no_torch(config_file) -> None:

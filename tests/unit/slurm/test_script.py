@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 from dist_lora.cli import app
 from dist_lora.errors import ConfigError, DistLoraError, PlanError
 from dist_lora.plan.hardware import find_gpu
-from dist_lora.slurm.command import make_script, submit
+from dist_lora.slurm.command import Job, make_job, make_script, submit
 from dist_lora.slurm.job import Request, _within
 from dist_lora.slurm.templates import FOLDER, TEMPLATES, text_of
 from dist_lora.world.slurm import hosts_of, rendezvous_of
@@ -259,9 +260,195 @@ def test_what_is_asked_for_stands_in_the_script(tmp_path: Path) -> None:
     for line in ("#SBATCH --partition=big", "#SBATCH --account=lab", "#SBATCH --mail-user=me@lab", "#SBATCH --time=2-12:00:00",
                  "#SBATCH --qos=high", "export A='b c'", "export D='$E'", "module load cuda", "#SBATCH --requeue"):  # fmt: skip
         assert f"\n{line}\n" in script
-    assert 'apptainer exec --nv --bind "$PWD" image.sif' in script
+    assert 'apptainer exec --nv --bind "${mounts:1}" --pwd "$PWD" image.sif' in script
     pyxis = make_script(request(tmp_path, container="nvcr.io/x:1"))
-    assert '--container-image=nvcr.io/x:1 --container-mounts="$PWD:$PWD" --container-workdir="$PWD"' in pyxis
+    assert '--container-image=nvcr.io/x:1 --container-mounts="${mounts:1}" --container-workdir="$PWD"' in pyxis
+
+
+# What runs before the ranks
+
+
+def test_set_up_may_read_variables_that_are_not_set_and_fail_inside(stubs: Stubs) -> None:
+    """As conda's activation and most a .bashrc do; what follows has bash's checks again."""
+    stubs.python('echo "$FOUND ${config-}" >> "$CALLS"; ' + leaves("0 final 1 0 $ATTEMPT done", 0))
+    bashrc = stubs.folder / "bashrc"
+    bashrc.write_text(
+        "[[ -z $PS1 ]] || echo interactive\nfalse | true\nset -e\nconfig=theirs\nexport FOUND=it$NOT_SET\n"
+    )
+    script = make_script(request(stubs.folder, setup=(f"source {bashrc} # of the user", "false || FOUND+=!")))
+    code, told = stubs.run(script)
+    assert code == 0, told
+    assert "it! " in stubs.called and f"train {stubs.folder}/it config.yaml" in stubs.called
+    after = script[script.index("set +e -uo pipefail") :]
+    assert after.index("config=") > 0, "no set-up changes the script's own variables"
+
+
+def test_a_set_up_that_fails_ends_the_job_and_says_which(stubs: Stubs) -> None:
+    stubs.python(leaves("0 final 1 0 $ATTEMPT done", 0))
+    code, told = stubs.run(make_script(request(stubs.folder, setup=("true", "module load 'cuda 13'", "true"))))
+    assert (code, stubs.called) == (2, "")
+    assert told.splitlines()[-1] == "error: --setup: exit code 127 from: module load 'cuda 13'"
+
+
+# What a container sees
+
+
+def seen_in(stubs: Stubs, script: str, **environment: str) -> list[str]:
+    """The mounts, by a stand-in for apptainer."""
+    stubs.write(stubs.bin / "apptainer", 'echo apptainer "$@" >> "$CALLS"')
+    stubs.run(script, HOME=str(stubs.folder / "home"), **environment)
+    mounts, folder = re.findall(r"^apptainer exec --nv --bind (.*) --pwd (.*) image.sif ", stubs.called, re.MULTILINE)[
+        -1
+    ]
+    pairs = [mount.split(":") for mount in mounts.split(",")]
+    assert all(outside == inside for outside, inside in pairs) and folder == str(stubs.folder)
+    assert "--kill-on-bad-exit=1" in stubs.called
+    return [outside for outside, _ in pairs]
+
+
+def test_a_container_sees_all_that_the_config_names(stubs: Stubs, tmp_path_factory, tiny_llama, monkeypatch) -> None:
+    """Also the ends of links: a data file in the submit folder that lies elsewhere, a downloaded model's blobs."""
+    away = tmp_path_factory.mktemp("elsewhere")
+    for name in ("snapshots/1", "blobs", "data", "lake", "here", "cache", "more"):
+        (away / name).mkdir(parents=True)
+    for file in tiny_llama("llama31").iterdir():
+        (away / "blobs" / file.name).write_bytes(file.read_bytes())
+        (away / "snapshots" / "1" / file.name).symlink_to(away / "blobs" / file.name)
+    (away / "data" / "train.jsonl").touch()
+    (away / "lake" / "eval.jsonl").touch()
+    monkeypatch.chdir(stubs.folder)
+    (stubs.folder / "eval.jsonl").symlink_to(away / "lake" / "eval.jsonl")
+    path = config(
+        stubs.folder,
+        model={"name": str(away / "snapshots" / "1")},
+        data={
+            "train": [str(away / "data" / "train.jsonl"), "org/on-the-hub"],
+            "eval": "eval.jsonl",
+            "cache_dir": str(away / "cache" / "new"),
+        },
+        runs_dir=str(away / "runs"),
+    )
+    script = make_script(request(stubs.folder, path, container="image.sif", binds=(away / "more",)))
+    named = {str(away / name) for name in ("snapshots/1", "blobs", "data", "lake", "runs", "cache/new", "more")}
+    caches = {str(stubs.folder / "home" / ".cache" / name) for name in ("huggingface", "dist_lora")}
+    assert set(seen_in(stubs, script)) == {str(stubs.folder)} | named | caches
+    assert all(Path(mount).is_dir() for mount in named | caches), "apptainer refuses what isn't there"
+    elsewhere = {"HF_HUB_CACHE": str(away / "hub"), "HF_HOME": str(away / "hf")}
+    assert set(elsewhere.values()) <= set(seen_in(stubs, script, **elsewhere))
+
+
+def test_a_container_that_cannot_see_a_path_is_refused(tmp_path: Path, tmp_path_factory) -> None:
+    odd = tmp_path_factory.mktemp("a,b")
+    with pytest.raises(ConfigError, match=r"--container: '.*a,b.*' can't be bound: its name has a comma or a colon"):
+        make_script(request(tmp_path, config(tmp_path, runs_dir=str(odd)), container="image.sif"))
+    with pytest.raises(ConfigError, match=r"--bind: /not/there doesn't exist"):
+        make_script(request(tmp_path, container="image.sif", binds=(Path("/not/there"),)))
+    with pytest.raises(ConfigError, match=r"--bind: there is no --container to bind it in"):
+        make_script(request(tmp_path, binds=(tmp_path,)))
+
+
+@pytest.mark.parametrize("container", ["image.sif", "nvcr.io/x:1"])
+def test_shellcheck_finds_nothing_in_a_script_with_everything(tmp_path: Path, container: str) -> None:
+    asked = request(tmp_path, config(tmp_path), config(tmp_path, "other"), container=container, setup=("module load cuda",),
+                    launcher="torchrun", environment=("A=b",))  # fmt: skip
+    done = subprocess.run([Path(sys.executable).parent / "shellcheck", "-"], input=make_script(asked), capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+# What is asked of Slurm
+
+
+def lines_of(script: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_whole"),
+    [
+        ({"gpus_per_node": 2}, False),
+        ({"gpus_per_node": 8}, True),
+        ({"gpus_per_node": 4, "gpu": find_gpu("gb200")}, True),
+        ({"gpus_per_node": 2, "is_exclusive": True}, True),
+        ({"gpus_per_node": 8, "is_exclusive": False}, False),
+    ],
+    ids=str,
+)
+def test_whole_nodes_are_taken_with_all_their_memory(tmp_path: Path, changes: dict[str, Any], is_whole: bool) -> None:
+    script = make_script(request(tmp_path, **changes))
+    assert ("--exclusive" in lines_of(script), "--mem=0" in lines_of(script)) == (is_whole, is_whole)
+    assert ("--no-exclusive if yours have more" in script) is (is_whole and "is_exclusive" not in changes)
+
+
+def test_the_type_of_gpu_is_asked_for_by_slurms_name(tmp_path: Path) -> None:
+    assert "--gpus-per-node=nvidia_h100:2" in lines_of(make_script(request(tmp_path, gpu_type="nvidia_h100")))
+
+
+@pytest.mark.parametrize(
+    ("typed", "without"),
+    [
+        ("--gres=gpu:h100:2", "--gpus-per-node"),
+        ("-G 6", "--gpus-per-node"),
+        ("--gpus-per-node h100:2", "--gpus-per-node=2"),
+        ("--mem=500G", "--mem="),
+        ("--mem-per-gpu=60G", "--mem="),
+        ("-t 1:00:00", "--time="),
+        ("-pbig", "##SBATCH --partition"),
+        ("--partition big", "##SBATCH --partition"),
+        ("-A lab", "##SBATCH --account"),
+        ("--output=log-%j.txt", "slurm-%j.out"),
+        ("-J mine", "--job-name"),
+        ("--no-requeue", "--requeue"),
+        ("--signal=B:USR1@300", "--signal=USR1"),
+        ("--oversubscribe", "--exclusive"),
+    ],
+)
+def test_nothing_is_said_twice(tmp_path: Path, typed: str, without: str) -> None:
+    plain = make_script(request(tmp_path, is_exclusive="oversub" in typed or None))
+    found = make_script(
+        request(tmp_path, is_exclusive=None, extra=(typed,), gpus_per_node=8 if "oversub" in typed else 2)
+    )
+    head, others = (script.partition("\nset -")[0] for script in (plain, found.replace(f"#SBATCH {typed}\n", "")))
+    assert without in head and without not in others and others != found
+    assert ("mkdir -p" in found) is ("output" not in typed)
+
+
+def test_an_option_that_says_something_else_stands_beside_ours(tmp_path: Path) -> None:
+    lines = lines_of(make_script(request(tmp_path, extra=("--gres=nvme:1", "-q high", "--exclude=gpu7"))))
+    assert lines[-3:] == ["--gres=nvme:1", "-q high", "--exclude=gpu7"] and "--gpus-per-node=2" in lines
+
+
+def test_a_time_limit_of_sbatch_shortens_the_notice_as_ours_does(tmp_path: Path) -> None:
+    assert "--signal=USR1@30" in lines_of(make_script(request(tmp_path, extra=("--time=1",))))
+    assert "--signal=USR1@30" in lines_of(make_script(request(tmp_path, time="1")))
+
+
+def test_the_log_lies_in_the_runs_folder_which_submitting_makes(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{stubs.bin}:/usr/bin:/bin")
+    stubs.write(stubs.bin / "sbatch", f'[[ -d "{stubs.folder}/new runs/it" ]] && echo 88')
+    job = make_job(request(stubs.folder, config(stubs.folder, runs_dir=str(stubs.folder / "new runs"))))
+    assert f'--output="{stubs.folder}/new runs/it/slurm-%j.out"' in lines_of(job.script)
+    assert f"mkdir -p '{stubs.folder}/new runs/it'" in job.script
+    assert submit(job) == "88"
+    (stubs.folder / "file").touch()
+    with pytest.raises(ConfigError, match=r"--submit: .*file/it, for the job's log, can't be made: Not a directory"):
+        submit(make_job(request(stubs.folder, config(stubs.folder, runs_dir=str(stubs.folder / "file")))))
+
+
+def test_the_log_of_an_arrays_task_is_linked_in_its_runs_folder(stubs: Stubs) -> None:
+    other = config(stubs.folder, "other")
+    stubs.python("exit 9")
+    script = make_script(request(stubs.folder, config(stubs.folder), other))
+    assert f'--output="{stubs.folder}/all runs/slurm-%x-%A_%a.out"' in lines_of(script)
+    stubs.run(script, SLURM_ARRAY_JOB_ID="70", SLURM_ARRAY_TASK_ID="1", SLURM_JOB_NAME="dist-lora")
+    link = stubs.folder / "all runs" / "other" / "slurm-dist-lora-70_1.out"
+    assert link.readlink() == (stubs.folder / "all runs" / "slurm-dist-lora-70_1.out").resolve()
+
+
+def test_a_gpu_that_nobody_named_is_said_to_be_assumed(tmp_path: Path) -> None:
+    assumed = make_script(request(tmp_path, gpu=None))
+    assert "# Planned for 3 nodes x 2 x h100-80gb, a type of GPU that nobody named: give --gpu" in assumed
+    assert "nobody named" not in make_script(request(tmp_path))
 
 
 def test_memory_time_and_notice_are_the_plans(tmp_path: Path) -> None:
@@ -309,6 +496,19 @@ def test_a_notice_is_a_quarter_of_a_short_job_at_most(time_limit: str | None, no
         ({"environment": ("a b=x",)}, "--env: found 'a b=x'"),
         ({"partition": "a\n#SBATCH --x"}, "--partition: found .* expected one line"),
         ({"configs": ()}, "no config is given"),
+        ({"gpu_type": "h100 80"}, "--gpu-type: found 'h100 80', expected a type as in sinfo's gres"),
+        (
+            {"setup": ("if true; then",)},
+            "--setup: found 'if true; then', expected a whole command of bash, which says: ",
+        ),
+        ({"extra": ("qos=high",)}, "--sbatch: found 'qos=high', expected an option of sbatch, like --qos=high"),
+        ({"extra": ("--nodes=3",)}, "--sbatch: --nodes=3 would contradict the script: use --nodes"),
+        ({"extra": ("-n 3",)}, "--sbatch: -n 3 would contradict the script: it follows from --launcher"),
+        ({"extra": ("-q a", "--qos=b")}, "--sbatch: --qos is given 2 times; give it once"),
+        ({"extra": ("-t 5",), "time": "6"}, "--time and --sbatch -t 5: both set it; give one of them"),
+        ({"extra": ("--gres=gpu:2",), "gpu_type": "h100"}, "--gpu-type and --sbatch --gres=gpu:2: both set it"),
+        ({"extra": ("--time=tomorrow",)}, "--time: found 'tomorrow', expected minutes"),
+        ({"python": "a\nb", "partition": 'x"y'}, "a line of #SBATCH can't hold 'x\"y'"),
     ],
 )
 def test_what_cannot_be_asked_for_is_told(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
@@ -353,14 +553,14 @@ def test_a_model_of_unknown_size_gets_a_script_without_a_plan(tmp_path: Path) ->
 def test_submitting_hands_the_script_over(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(stubs.bin))
     with pytest.raises(ConfigError, match="no sbatch on the PATH"):
-        submit("text")
+        submit(Job("text", ()))
     monkeypatch.setenv("PATH", f"{stubs.bin}:/usr/bin:/bin")
     stubs.write(stubs.bin / "sbatch", f'cat > "{stubs.folder}/got"; echo "88;cluster"')
-    assert submit("text") == "88"
+    assert submit(Job("text", ())) == "88"
     assert (stubs.folder / "got").read_text() == "text"
     stubs.write(stubs.bin / "sbatch", 'echo "sbatch: error: invalid account" >&2; exit 1')
     with pytest.raises(DistLoraError, match="sbatch rejected the job: sbatch: error: invalid account"):
-        submit("text")
+        submit(Job("text", ()))
 
 
 def test_the_command_tells_configs_from_settings(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from dist_lora.errors import ConfigError, DistLoraError, JoinError, RankError, SaveError
 from dist_lora.supervision.hang import collective_timeout_s
 from dist_lora.world.launcher import LaunchedRank
-from dist_lora.world.world import World, _connect, _Connecting, join
+from dist_lora.world.world import World, _connect, _Connecting, computes_bf16, join
 
 
 class SlowReader:
@@ -205,3 +205,15 @@ def test_alone_one_does_it_all() -> None:
     world = World.alone(torch.device("cpu"))
     assert world.once("it", lambda: b"x") == b"x" == world.once_per_node("it", lambda: b"x")
     assert world.on_first("it", lambda: 3) == 3 == world.agree_on("it", lambda: 3)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((12, 0), True)]
+)
+def test_a_gpu_computes_in_bf16_from_capability_8_on(monkeypatch, capability: tuple[int, int], expected: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert computes_bf16(torch.device("cuda", 0)) is expected
+    assert computes_bf16(torch.device("cpu"))
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # whose capabilities count otherwise
+    assert computes_bf16(torch.device("cuda", 0))

@@ -309,11 +309,9 @@ def test_a_scale_that_is_not_finite_is_named_by_its_row(tmp_path):
 
 def test_bytes_that_belong_to_no_weight_are_refused(tmp_path):
     tensors = {**as_published(random_weight(), is_nested=True), "model.odd": torch.zeros(3, dtype=torch.uint8)}
-    assert "holds 1 tensors of a dtype other than BF16, F16 and F32: model.odd (U8)" in message(
-        write(tmp_path, tensors)
-    )
+    assert "holds 1 tensor of a dtype other than BF16, F16 and F32: model.odd (U8)" in message(write(tmp_path, tensors))
     only = write(tmp_path, {"model.odd": torch.zeros(3, dtype=torch.uint8)})
-    assert "holds 1 tensors of a dtype other than BF16, F16 and F32: model.odd (U8)" in message(only)
+    assert "holds 1 tensor of a dtype other than BF16, F16 and F32: model.odd (U8)" in message(only)
 
 
 def test_a_file_that_became_shorter_is_told_by_name(tmp_path, is_nested):
