@@ -179,7 +179,7 @@ def saved_bytes_of_layer(setup: Setup, layer: int) -> int:
         fp32_numbers += shape.num_heads
         # Concatenated, and in parts.
         numbers += heads * (setup.joins_documents and "o_proj" in targets and not setup.has_dropout)
-    elif begin == 1:
+    elif begin == 1 and not setup.has_dropout:
         numbers += heads
     if begin <= 1:
         fp32_numbers += shape.hidden + 1  # the second norm
@@ -193,8 +193,9 @@ def saved_bytes_of_layer(setup: Setup, layer: int) -> int:
         numbers += shape.ffn
     masks = 0
     if setup.has_dropout:  # each target's own input, after dropout
-        masks = sum(shape.linear_shapes()[name][1] for name in targets)
-        numbers += masks
+        widths = {name: shape.linear_shapes()[name][1] for name in targets}
+        numbers += sum(widths.values())
+        masks = sum(width for name, width in widths.items() if begin < 0 or name not in groups[begin])
     numbers += setup.lora_rank * len(targets)
     casts = 0
     if c != FP32:
