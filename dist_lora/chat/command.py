@@ -8,7 +8,6 @@ from dist_lora.chat.chat import ChatModel, chat, continue_text
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.evaluation.generate import stop_ids_of
-from dist_lora.lora.adapter_reader import open_adapter
 from dist_lora.lora.find_base import base_name
 from dist_lora.lora.origin import origin_of
 from dist_lora.train.build import Trainee, build, check_adapter, load_adapter, open_base
@@ -17,22 +16,15 @@ from dist_lora.world.world import World
 
 def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Trainee:
     """The whole base in this process, with the adapter loaded."""
-    headers = open_adapter(adapter)  # the tensors are read once, below
     config = Config.model_validate(
         {
             "run": "generate",
             "model": {"name": base_name(adapter, base)},
-            "lora": {
-                "rank": headers.rank,
-                "alpha": headers.scale * headers.rank,  # of rsLoRA too
-                "targets": list(headers.targets),
-                "layers": "all" if headers.layers is None else list(headers.layers),
-            },
             "data": {"train": "-", "chat_template": origin_of(adapter).chat_template},
         }
     )
     base_on_disk = open_base(config, world)
-    check_adapter(adapter, config=config, base=base_on_disk, world=world)
+    config = check_adapter(adapter, config=config, base=base_on_disk, world=world)
     trainee = build(config, base_on_disk, world)
     load_adapter(trainee.adapters, adapter, world=world)
     trainee.model.eval()

@@ -14,6 +14,7 @@ from torch import Tensor
 from dist_lora.checkpoint.folders import step_folders, step_of
 from dist_lora.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from dist_lora.checkpoint.read import load_pieces, newest_intact_here, verify
+from dist_lora.config.schema import ModuleAdapter
 from dist_lora.errors import CheckpointError
 from dist_lora.lora.adapter_writer import write_adapter
 from dist_lora.lora.origin import BaseIdentity
@@ -32,6 +33,7 @@ class _AdapterFacts:
     targets: tuple[str, ...]
     layers: tuple[int, ...]
     num_layers: int
+    modules: tuple[ModuleAdapter, ...] | None = None  # where ranks, alphas or targets differ by layer
 
 
 _FACTS = TypeAdapter(_AdapterFacts)
@@ -63,6 +65,7 @@ def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True) -> Path:
         targets=facts.targets,
         layers=None if set(facts.layers) == set(range(facts.num_layers)) else facts.layers,
         base=base,
+        modules=facts.modules,
     )
     return out
 

@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dist_lora.data.untrained import check_special_tokens
 from dist_lora.errors import ConfigError, SaveError
 from dist_lora.files import write_whole
 from dist_lora.layout.machine import is_called
+from dist_lora.lora.attach import adapters_of
 from dist_lora.run_folder.folder import open_run_folder, write_config
 from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
 from dist_lora.train.held_out import exact_match_of, loss_of
@@ -112,7 +114,7 @@ def train(config: Config, world: World, stop: StopRequest, *, is_dry: bool = Fal
     _check_trackers(config, world)
     base = open_base(config, world)
     if config.lora.start_from is not None:
-        check_adapter(config.lora.start_from, config=config, base=base, world=world)
+        config = check_adapter(config.lora.start_from, config=config, base=base, world=world)
     folder = None if is_dry else open_run_folder(config, world)
     checkpoint = None if folder is None else find_checkpoint(config, folder, world)
     tokens, held_out = tokens_of(config, base, world)
@@ -242,14 +244,14 @@ def plan_lines(
 ) -> list[str]:
     """A few lines about what a run is going to do: model, trained weights, data, steps."""
     shape, lora, train = base.shape, config.lora, config.train
-    layers = lora.layer_indices(shape.num_layers)
-    trained = shape.adapter_parameters(lora.target_names(), layers, lora.rank)
+    trained = shape.trained_weights(lora)
     frozen = shape.num_parameters()
     accumulation = math.ceil(math.ceil(train.global_batch / world.world_size) / train.micro_batch)
-    linears = len(lora.target_names()) * len(layers)
+    adapters = adapters_of(lora, num_layers=shape.num_layers).values()
     return [
         f"model     {base.identity.name}: {frozen:,} frozen weights, {shape.num_layers} layers",
-        f"adapters  rank {lora.rank}, alpha {lora.alpha:g}, on {linears} linear layers: {trained:,} trained weights "
+        f"adapters  rank {_span(m.rank for m in adapters)}, alpha {_span(m.alpha for m in adapters)}, on {len(adapters)} "
+        f"linear layers: {trained:,} trained weights "
         f"({trained / frozen:.2%}), {trained * 4 / 2**20:,.1f} MiB in fp32",
         f"data      {len(tokens):,} samples, {tokens.num_tokens:,} tokens, {tokens.num_target_tokens:,} trained on"
         + (f"; {len(held_out):,} held out" if held_out is not None else ""),
@@ -258,6 +260,12 @@ def plan_lines(
         + f": {_count(world.world_size, 'rank')} x micro_batch {train.micro_batch} x {_count(accumulation, 'accumulation step')}",
         *machine_lines(config.machine, world),
     ]
+
+
+def _span(numbers: Iterable[float]) -> str:
+    """The number, or the smallest and the largest: ``4-16``."""
+    values = list(numbers)
+    return "-".join(f"{number:g}" for number in sorted({min(values), max(values)}))
 
 
 def _count(number: int, noun: str) -> str:
@@ -294,7 +302,7 @@ def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str,
     started_s = time.monotonic()
     base = open_base(config, world)
     if adapter is not None:
-        check_adapter(adapter, config=config, base=base, world=world)
+        config = check_adapter(adapter, config=config, base=base, world=world)
     held_out = held_out_of(config, base, world)
     trainee = build(
         config.model_copy(update={"lora": config.lora.model_copy(update={"start_from": None})}), base, world
