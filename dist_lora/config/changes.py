@@ -59,10 +59,11 @@ class Change:
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.name}: {_short(self.before)} -> {_short(self.now)}"
+        return f"{self.name}: {short(self.before)} -> {short(self.now)}"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as it is written in a message."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."
 

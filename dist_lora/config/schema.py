@@ -299,9 +299,18 @@ class LoraSection(Section):
             raise ConfigError(_no_such_layers(outside, num_layers))
         return tuple(named)
 
-    def largest_rank(self) -> int:
-        """The largest rank of an adapter."""
-        return self.rank if self.modules is None else max(module.rank for module in self.modules)
+    def ranks(self) -> tuple[int, ...]:
+        """All ranks that an adapter has, ascending."""
+        return tuple(sorted({self.rank} if self.modules is None else {module.rank for module in self.modules}))
+
+    def alphas(self) -> tuple[float, ...]:
+        """All alphas that an adapter has, ascending."""
+        return tuple(sorted({self.alpha} if self.modules is None else {module.alpha for module in self.modules}))
+
+    def scales(self) -> tuple[float, ...]:
+        """All alpha / rank that an adapter has, ascending."""
+        own = {self.alpha / self.rank} if self.modules is None else {module.scale for module in self.modules}
+        return tuple(sorted(own))
 
 
 def _layers_named(layers: str | list[int]) -> Sequence[int]:

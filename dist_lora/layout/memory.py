@@ -104,7 +104,7 @@ def setup_of(
         shape=shape,
         quant=config.model.quant,
         choices=choices,
-        lora_rank=config.lora.largest_rank(),
+        lora_rank=max(config.lora.ranks()),
         trained_weights=shape.trained_weights(config.lora),
         targets=config.lora.target_names(),
         layers=config.lora.layer_indices(shape.num_layers),

@@ -8,7 +8,6 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from dist_lora.files import write_whole
 from dist_lora.layout.machine import is_called
 from dist_lora.lora.attach import adapters_of
 from dist_lora.run_folder.folder import open_run_folder, write_config
+from dist_lora.text import span
 from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
 from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.loop import Run
@@ -247,10 +247,10 @@ def plan_lines(
     trained = shape.trained_weights(lora)
     frozen = shape.num_parameters()
     accumulation = math.ceil(math.ceil(train.global_batch / world.world_size) / train.micro_batch)
-    adapters = adapters_of(lora, num_layers=shape.num_layers).values()
+    linears = len(adapters_of(lora, num_layers=shape.num_layers))
     return [
         f"model     {base.identity.name}: {frozen:,} frozen weights, {shape.num_layers} layers",
-        f"adapters  rank {_span(m.rank for m in adapters)}, alpha {_span(m.alpha for m in adapters)}, on {len(adapters)} "
+        f"adapters  rank {span(lora.ranks())}, alpha {span(lora.alphas())}, on {linears} "
         f"linear layers: {trained:,} trained weights "
         f"({trained / frozen:.2%}), {trained * 4 / 2**20:,.1f} MiB in fp32",
         f"data      {len(tokens):,} samples, {tokens.num_tokens:,} tokens, {tokens.num_target_tokens:,} trained on"
@@ -260,12 +260,6 @@ def plan_lines(
         + f": {_count(world.world_size, 'rank')} x micro_batch {train.micro_batch} x {_count(accumulation, 'accumulation step')}",
         *machine_lines(config.machine, world),
     ]
-
-
-def _span(numbers: Iterable[float]) -> str:
-    """The number, or the smallest and the largest: ``4-16``."""
-    values = list(numbers)
-    return "-".join(f"{number:g}" for number in sorted({min(values), max(values)}))
 
 
 def _count(number: int, noun: str) -> str:
