@@ -241,7 +241,7 @@ class LoraSection(Section):
         Expected("a list of linears like {name: model.layers.0.self_attn.q_proj, rank: 8, alpha: 16}, or null"),
     ] = Field(
         default=None,
-        description="Each adapted linear by its full name, with its own rank and alpha, where they differ; taken from an adapter that has such.",
+        description="Each adapted linear by its full name, with its own rank and alpha, instead of the four settings above; where they differ by layer.",
     )
     start_from: FilePath | None = Field(
         default=None,
@@ -254,15 +254,13 @@ class LoraSection(Section):
             return self
         faults: list[tuple[tuple[str, ...], str]] = []
         linears = {module.linear for module in self.modules}
-        if "targets" in self.model_fields_set and linears != (
-            set(LINEARS) if self.targets == "all" else {*self.targets}
-        ):
+        if self.targets != "all" and linears != {*self.targets}:
             named = ", ".join(name for name in LINEARS if name in linears)
             faults.append(
                 (("targets", "modules"), f"lora.modules names {named}: leave lora.targets out, or name the same")
             )
         layers = sorted({module.layer for module in self.modules})
-        if "layers" in self.model_fields_set and self.layers != "all":
+        if self.layers != "all":
             chosen = _layers_named(self.layers)
             if len(chosen) != len(layers) or [*chosen] != layers:
                 message = f"lora.modules names layers {ranges(layers)}: leave lora.layers out, or name the same"

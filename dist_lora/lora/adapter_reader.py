@@ -187,7 +187,8 @@ def _pairs(
     linears = [linear for key in by_key if (linear := _linear_of(key))]
     expected = config.modules(range(1 + max((layer for layer, _ in linears), default=-1)))
     refuse_other_models(config, covered=expected, folder=folder)
-    if not linears and any(_PEFT_KEY.fullmatch(tensor.name) for tensor in by_key.values()):
+    is_llamas = any(re.match(r"model\.layers\.[0-9]+\.(self_attn|mlp)\.", key) for key in by_key)
+    if not is_llamas and any(_PEFT_KEY.fullmatch(tensor.name) for tensor in by_key.values()):
         raise ConfigError(
             f"{folder / WEIGHTS_FILE} holds {first_few(sorted(tensor.name for tensor in by_key.values()))}, on none of the "
             f"linears of a Llama (model.layers.N.self_attn.q_proj and so on): it is another model's adapter."

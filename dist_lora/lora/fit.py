@@ -77,15 +77,15 @@ def _faults_on_model(adapter: AdapterOnDisk, shape: Shape) -> Iterator[str]:
 
 def _contradictions(adapter: AdapterOnDisk, section: LoraSection, shape: Shape) -> Iterator[str]:
     """Each setting that ``section`` was given and that says something else than the adapter, with both values."""
+    if section.modules is not None:
+        yield from _differing_modules(adapters_of(section, num_layers=shape.num_layers), adapter)
+        return
     given, own = section.model_fields_set, LoraSection.model_construct(**settings_of(adapter))
     if "rank" in given and section.rank != own.rank:
         yield f"lora.rank: {section.rank} in the config, {own.rank} in the adapter"
     if "alpha" in given and not math.isclose(section.alpha, own.alpha, rel_tol=1e-6):
         why = f" (lora_alpha {adapter.alpha:g} with rsLoRA, a scale of {adapter.scale:g})" * adapter.config.has_rslora
         yield f"lora.alpha: {section.alpha:g} in the config, {own.alpha:g} in the adapter{why}"
-    if section.modules is not None:
-        yield from _differing_modules(adapters_of(section, num_layers=shape.num_layers), adapter)
-        return
     targets, own_targets = section.target_names(), own.target_names()
     if "targets" in given and targets != own_targets:
         yield f"lora.targets: {' '.join(targets)} in the config, {' '.join(own_targets)} in the adapter"

@@ -131,5 +131,5 @@ def test_other_ranks_than_those_that_the_run_began_with_are_refused(alone, setti
     ):
         train_command(World.alone(), config)
     config["lora"]["start_from"] = None
-    with pytest.raises(ConfigError, match=r"lora\.modules: \[\{'name'"):
+    with pytest.raises(ConfigError, match=r"lora\.modules: the run has \[\{'name'"):
         train_command(World.alone(), config)

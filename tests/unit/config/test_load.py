@@ -382,6 +382,34 @@ def test_targets_are_in_canonical_order_and_layers_ascend() -> None:
     assert len(LoraSection().target_names()) == 7
 
 
+def module(name: str = "model.layers.1.self_attn.q_proj", **changes: object) -> dict[str, object]:
+    return {"name": name, "rank": 4, "alpha": 8.0, **changes}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"modules": []}, "the list is empty, expected at least one linear, or null"),
+        ({"modules": [module(), module()]}, "model.layers.1.self_attn.q_proj: named more than once"),
+        ({"modules": [module("q_proj")]}, "expected a list of linears like {name: model.layers.0.self_attn.q_proj, rank: 8, alpha: 16}, or null"),
+        ({"modules": [module(rank=0)]}, "expected a list of linears like {name:"),
+        ({"modules": [{"name": "model.layers.1.self_attn.q_proj"}]}, "expected a list of linears like {name:"),
+        ({"modules": [module()], "targets": ["v_proj"]}, "lora.modules names q_proj: leave lora.targets out, or name the same"),
+        ({"modules": [module()], "layers": "1-9999999999"}, "lora.modules names layers 1: leave lora.layers out, or name the same"),
+    ],
+)  # fmt: skip
+def test_modules_that_cannot_be_are_told(tmp_path: Path, settings: dict[str, object], told: str) -> None:
+    assert told in complaint_about(tmp_path, "lora", **settings)
+
+
+def test_modules_stand_for_targets_layers_and_ranks() -> None:
+    section = LoraSection.model_validate({"modules": [module(), module("model.layers.3.mlp.up_proj", rank=2)]})
+    assert (section.target_names(), section.layer_indices(4)) == (("q_proj", "up_proj"), (1, 3))
+    assert (section.ranks(), section.alphas(), section.scales()) == ((2, 4), (8,), (2, 4))
+    with pytest.raises(ConfigError, match=r"lora\.layers: found layer 3 in lora\.modules, expected 0-2"):
+        section.layer_indices(3)
+
+
 @pytest.mark.parametrize(("layers", "found"), [([0, 99], "99"), ("8-16", "8-16"), ([16, 17], "16, 17")])
 def test_layers_that_the_model_lacks_are_named_with_the_range(layers: object, found: str) -> None:
     section = LoraSection.model_validate({"layers": layers})
