@@ -348,7 +348,7 @@ def _headers(folder: Path) -> dict[str, TensorOnDisk]:
     if not file_exists(file) and file_exists(folder / "adapter_model.bin"):
         raise ConfigError(
             f"{folder} holds adapter_model.bin: pickled weights are never read because they can run code. "
-            "Save the adapter again with a PEFT that writes safetensors (0.8 and later: model.save_pretrained(FOLDER))."
+            "Save the adapter again with a PEFT that writes safetensors (model.save_pretrained(FOLDER, safe_serialization=True))."
         )
     try:
         return {tensor.name: tensor for tensor in read_header(file)}
