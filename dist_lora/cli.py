@@ -157,12 +157,13 @@ def plan(
 
     Options that are left out are taken from the config's section machine, else from this machine.
     """
+    from dist_lora.lora.planned import with_adapter
     from dist_lora.plan.command import MachineRequest
     from dist_lora.plan.command import plan as plan_here
 
     if timeline is not None and not is_simulated:
         raise ConfigError("--timeline: it shows a simulated step; add --simulate")
-    loaded = _load(config, overrides)
+    loaded = with_adapter(_load(config, overrides))
     request = MachineRequest.of(loaded, nodes, gpus_per_node, gpu, gpu_gib, host_gib, measured, tflops)
     if is_simulated:
         from dist_lora.simulation.command import simulate_plan
@@ -346,9 +347,10 @@ def generate(
 @app.command()
 def explain(config: ConfigFile, overrides: Overrides = None) -> None:
     """Explain what LoRA does to the config's model: which linear layers, how many weights, what that saves."""
+    from dist_lora.lora.planned import with_adapter
     from dist_lora.plan.explain import explain as explained
 
-    print(explained(_load(config, overrides)))
+    print(explained(with_adapter(_load(config, overrides))))
 
 
 @app.command()

@@ -71,6 +71,12 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
+def span(numbers: Iterable[float]) -> str:
+    """The number that all are, or the smallest and the largest: ``4-16``."""
+    values = list(numbers)
+    return "-".join(f"{number:g}" for number in sorted({min(values), max(values)}))
+
+
 def nearest(name: str, names: Iterable[str], *, cutoff: float = 0.6) -> str | None:
     """The one of ``names`` that a typo most likely meant, or None; ``cutoff`` from 0 (any matches) to 1 (exact only)."""
     matches = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)

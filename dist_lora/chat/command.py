@@ -11,7 +11,6 @@ from dist_lora.config.schema import Config
 from dist_lora.data.chat import SampleKind
 from dist_lora.errors import ConfigError
 from dist_lora.evaluation.generate import stop_ids_of
-from dist_lora.lora.adapter_reader import open_adapter
 from dist_lora.lora.find_base import find_base
 from dist_lora.lora.origin import origin_of
 from dist_lora.train.build import Trainee, build, check_adapter, load_adapter, open_base
@@ -22,23 +21,16 @@ log = logging.getLogger("dist_lora")
 
 def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Trainee:
     """The whole base in this process, quantized as in the adapter's run and with its chat template, and the adapter loaded."""
-    headers = open_adapter(adapter)  # the tensors are read once, below
     origin, folder = origin_of(adapter), find_base(adapter, base)
     config = Config.model_validate(
         {
             "run": "generate",
             "model": {"name": str(folder), "quant": quant_of(folder, origin.quant)},
-            "lora": {
-                "rank": headers.rank,
-                "alpha": headers.scale * headers.rank,  # of rsLoRA too
-                "targets": list(headers.targets),
-                "layers": "all" if headers.layers is None else list(headers.layers),
-            },
             "data": {"train": "-"},
         }
     )
     base_on_disk = open_base(config, world, template=origin.chat_template)
-    check_adapter(adapter, config=config, base=base_on_disk, world=world)
+    config = check_adapter(adapter, config=config, base=base_on_disk, world=world)
     trainee = build(config, base_on_disk, world)
     load_adapter(trainee.adapters, adapter, world=world)
     trainee.model.eval()

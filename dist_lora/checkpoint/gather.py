@@ -16,6 +16,7 @@ from dist_lora.base.tokenizer_files import hash_tokenizer_files
 from dist_lora.checkpoint.folders import step_folders, step_of
 from dist_lora.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from dist_lora.checkpoint.read import load_pieces, newest_intact_here, verify
+from dist_lora.config.schema import ModuleAdapter
 from dist_lora.errors import CheckpointError
 from dist_lora.lora.adapter_writer import write_adapter
 from dist_lora.lora.origin import BaseIdentity, RunOrigin
@@ -37,6 +38,7 @@ class _AdapterFacts:
     targets: tuple[str, ...]
     layers: tuple[int, ...]
     num_layers: int
+    modules: tuple[ModuleAdapter, ...] | None = None  # where ranks, alphas or targets differ by layer
 
 
 _FACTS = TypeAdapter(_AdapterFacts)
@@ -72,6 +74,7 @@ def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True, tokenize
         base=base,
         run=run,
         tokenizer=tokenizer or _tokenizer_of(run, out),
+        modules=facts.modules,
     )
     return out
 

@@ -38,7 +38,7 @@ RULES = (
     Rule(("lora.dropout",), "logged", "other masks from here on"),
     Rule(("model.shape", "model.quant", "model.dtype"), "refused", "training would continue on another base"),
     Rule(
-        ("lora.rank", "lora.alpha", "lora.targets", "lora.layers"),
+        ("lora.rank", "lora.alpha", "lora.targets", "lora.layers", "lora.modules"),
         "refused",
         "they set the shape and the scale of the adapters",
     ),
@@ -59,7 +59,13 @@ class Change:
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.before!r} -> {self.now!r}"
+        return f"{self.name}: {short(self.before)} -> {short(self.now)}"
+
+
+def short(value: Any) -> str:
+    """A value as it is written in a message."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

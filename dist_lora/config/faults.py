@@ -83,7 +83,7 @@ def _translate(error: ValidationError, *, settings: Mapping[str, Any]) -> Iterat
                 yield from _from_schema(details, settings=settings)
         elif group[0]["type"] == "extra_forbidden":
             yield Fault(path, unknown_setting(path))
-        elif group[0]["type"] == "missing":
+        elif group[0]["type"] == "missing" and len(group[0]["loc"]) == len(path):  # not a part of the setting's value
             yield from _missing(path)
         else:
             yield Fault(path, _found_and_expected(path, found=_value_at(settings, path)))

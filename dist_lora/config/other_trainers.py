@@ -271,6 +271,8 @@ ABSENT: dict[str, str] = {
     "context_parallel_size": "sequences are not split over GPUs here",
     "use_dora": "only plain LoRA is trained here",
     "use_rslora": "only plain LoRA is trained here: set lora.alpha to alpha x sqrt(rank) for the same scale",
+    "rank_pattern": "name each linear in lora.modules with its own rank and alpha; lora.start_from reads PEFT's patterns",
+    "alpha_pattern": "name each linear in lora.modules with its own rank and alpha; lora.start_from reads PEFT's patterns",
     "modules_to_save": "only the seven linears of a layer are adapted; nothing else is trained",
     "additional_target": "only the seven linears of a layer are adapted; nothing else is trained",
     "lora_modules_to_save": "only the seven linears of a layer are adapted; nothing else is trained",

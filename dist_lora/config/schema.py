@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -23,7 +24,7 @@ from pydantic import (
 )
 
 from dist_lora.errors import ConfigError
-from dist_lora.text import count, nearest
+from dist_lora.text import count, nearest, ranges
 
 LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LINEARS: tuple[LinearName, ...] = (
@@ -36,6 +37,8 @@ LINEARS: tuple[LinearName, ...] = (
     "down_proj",
 )
 """The seven linears of a Llama layer, in the canonical order."""
+
+_MODULE_NAME = r"^model\.layers\.(0|[1-9][0-9]{0,2})\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)$"
 
 # What other trainers adapt or train besides the linears.
 _NOT_ADAPTED = ("lm_head", "embed_tokens")
@@ -99,6 +102,14 @@ def _refuse_twice(values: Any) -> Any:
         if twice:
             raise ValueError(f"{', '.join(twice)}: named more than once")
     return values
+
+
+def _check_modules(modules: Any) -> Any:
+    if modules is not None:
+        if not modules:
+            raise ValueError("the list is empty, expected at least one linear, or null")
+        _refuse_twice([module.name for module in modules])
+    return modules
 
 
 def _check_range(layers: str) -> str:
@@ -185,6 +196,31 @@ class ModelSection(Section):
     )
 
 
+class ModuleAdapter(Section):
+    """The adapter on one linear."""
+
+    name: Annotated[str, Field(pattern=_MODULE_NAME)] = Field(
+        description="Full name of the linear, like model.layers.0.self_attn.q_proj."
+    )
+    rank: int = Field(ge=1, description="Rank r of this adapter.")
+    alpha: float = Field(gt=0, description="This adapter's output is scaled by alpha / rank.")
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / self.rank
+
+    @property
+    def layer(self) -> int:
+        """The layer of its linear."""
+        return int(self.name.split(".")[2])
+
+    @property
+    def linear(self) -> LinearName:
+        """The last part of its linear's name."""
+        return next(name for name in LINEARS if name == self.name.rpartition(".")[2])
+
+
 class LoraSection(Section):
     """The adapters that are trained on the frozen base."""
 
@@ -199,13 +235,45 @@ class LoraSection(Section):
         default="all",
         description="Layers that get adapters: all, a list like [0, 1], or a range like 8-15 (both ends included).",
     )
+    modules: Annotated[
+        list[ModuleAdapter] | None,
+        AfterValidator(_check_modules),
+        Expected("a list of linears like {name: model.layers.0.self_attn.q_proj, rank: 8, alpha: 16}, or null"),
+    ] = Field(
+        default=None,
+        description="Each adapted linear by its full name, with its own rank and alpha, instead of the four settings above; where they differ by layer.",
+    )
     start_from: FilePath | None = Field(
         default=None,
-        description="Folder of an adapter to start from (its weights only, not a resume).",
+        description="Folder of an adapter to start from (its weights only, not a resume); settings left out here are taken from it.",
     )
+
+    @model_validator(mode="after")
+    def _check_conflicts(self) -> LoraSection:
+        if self.modules is None:
+            return self
+        faults: list[tuple[tuple[str, ...], str]] = []
+        linears = {module.linear for module in self.modules}
+        if self.targets != "all" and linears != {*self.targets}:
+            named = ", ".join(name for name in LINEARS if name in linears)
+            faults.append(
+                (("targets", "modules"), f"lora.modules names {named}: leave lora.targets out, or name the same")
+            )
+        layers = sorted({module.layer for module in self.modules})
+        if self.layers != "all":
+            chosen = _layers_named(self.layers)
+            if len(chosen) != len(layers) or [*chosen] != layers:
+                message = f"lora.modules names layers {ranges(layers)}: leave lora.layers out, or name the same"
+                faults.append((("layers", "modules"), message))
+        if faults:
+            raise SettingFaults(faults)
+        return self
 
     def target_names(self) -> tuple[LinearName, ...]:
         """The adapted linears in canonical order (q k v o gate up down), not in the file's order."""
+        if self.modules is not None:
+            named = {module.linear for module in self.modules}
+            return tuple(name for name in LINEARS if name in named)
         return LINEARS if self.targets == "all" else tuple(name for name in LINEARS if name in self.targets)
 
     def layer_indices(self, num_layers: int) -> tuple[int, ...]:
@@ -214,17 +282,41 @@ class LoraSection(Section):
         Raises:
             ConfigError: ``lora.layers`` names a layer that the model doesn't have.
         """
+        if self.modules is not None:
+            adapted = sorted({module.layer for module in self.modules})
+            if adapted[-1] >= num_layers:
+                raise ConfigError(_no_such_layers(f"layer {adapted[-1]} in lora.modules", num_layers))
+            return tuple(adapted)
         if self.layers == "all":
             return tuple(range(num_layers))
-        if isinstance(self.layers, str):
-            first, last = (int(end) for end in self.layers.split("-"))
-            if last >= num_layers:
-                raise ConfigError(_no_such_layers(self.layers, num_layers))
-            return tuple(range(first, last + 1))
-        outside = [index for index in self.layers if index >= num_layers]
-        if outside:
-            raise ConfigError(_no_such_layers(", ".join(map(str, outside)), num_layers))
-        return tuple(sorted(self.layers))
+        named = _layers_named(self.layers)
+        if named[-1] >= num_layers:
+            outside = (
+                self.layers if isinstance(self.layers, str) else ", ".join(str(n) for n in named if n >= num_layers)
+            )
+            raise ConfigError(_no_such_layers(outside, num_layers))
+        return tuple(named)
+
+    def ranks(self) -> tuple[int, ...]:
+        """All ranks that an adapter has, ascending."""
+        return tuple(sorted({self.rank} if self.modules is None else {module.rank for module in self.modules}))
+
+    def alphas(self) -> tuple[float, ...]:
+        """All alphas that an adapter has, ascending."""
+        return tuple(sorted({self.alpha} if self.modules is None else {module.alpha for module in self.modules}))
+
+    def scales(self) -> tuple[float, ...]:
+        """All alpha / rank that an adapter has, ascending."""
+        own = {self.alpha / self.rank} if self.modules is None else {module.scale for module in self.modules}
+        return tuple(sorted(own))
+
+
+def _layers_named(layers: str | list[int]) -> Sequence[int]:
+    """The layers of a range or a list, ascending; no list of a range, which may be of any length."""
+    if isinstance(layers, list):
+        return sorted(layers)
+    first, last = (int(end) for end in layers.split("-"))
+    return range(first, last + 1)
 
 
 def _no_such_layers(found: str, num_layers: int) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_lora.config.schema import LoraSection
 from dist_lora.errors import ConfigError, WeightsError
 
 
@@ -130,6 +131,18 @@ class Shape:
         if not self.tied:
             shapes["lm_head.weight"] = (self.vocab, self.hidden)
         return shapes
+
+    def trained_weights(self, section: LoraSection) -> int:
+        """Weights of all adapters that a config attaches.
+
+        Raises:
+            ConfigError: ``lora.layers`` or ``lora.modules`` names a layer that the model doesn't have.
+        """
+        layers = section.layer_indices(self.num_layers)
+        if section.modules is None:
+            return self.adapter_parameters(section.target_names(), layers, section.rank)
+        shapes = self.linear_shapes()
+        return sum(module.rank * sum(shapes[module.linear]) for module in section.modules)
 
     def adapter_parameters(self, targets: Iterable[str], layers: Iterable[int], rank: int) -> int:
         """Trainable parameters: r (in + out) for each adapted linear of each adapted layer."""

@@ -81,14 +81,13 @@ def choose(
     wanted = config.train.activation_checkpointing
     recompute = on_gpu if wanted == "auto" else wanted
     because = "as set" if wanted != "auto" else "saves memory on a GPU" if on_gpu else "saves time on a CPU"
-    targets, layers = config.lora.target_names(), config.lora.layer_indices(shape.num_layers)
     parts = base_parts(shape, quant=config.model.quant, item_bytes=ITEM_BYTES[dtype])
     layout = choose_layout(
         config.parallel,
         world_size=world_size,
         local_size=local_size,
         base_bytes=sum(part.num_bytes for part in parts),
-        trained_weights=shape.adapter_parameters(targets, layers, config.lora.rank),
+        trained_weights=shape.trained_weights(config.lora),
         device_bytes=device_bytes,
     )
     reasons = (

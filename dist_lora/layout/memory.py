@@ -25,6 +25,8 @@ class Setup:
     Args:
         choices: every ``auto`` of the config, resolved.
         accumulation_steps: micro-batches per rank in one step.
+        lora_rank: of the adapters, the largest where they differ: what depends on each layer's adapters is an upper bound then.
+        trained_weights: all A and B.
         joins_documents: attention is computed per document of a micro-batch, and the outputs are concatenated.
         num_ranks: ranks of the world; ``local_size``: ranks per node.
     """
@@ -33,6 +35,7 @@ class Setup:
     quant: Quant
     choices: Choices
     lora_rank: int
+    trained_weights: int
     targets: tuple[str, ...]
     layers: tuple[int, ...]
     micro_tokens: int
@@ -75,11 +78,6 @@ class Setup:
         """Whether all-gathering a layer's sharded adapters frees the buffer of the layer's own all-gather."""
         return self.layout.engine == "fsdp2" and self.layout.adapters == "shard" and layer in self.layers
 
-    @property
-    def trained_weights(self) -> int:
-        """Number of trained weights: all A and B."""
-        return self.shape.adapter_parameters(self.targets, self.layers, self.lora_rank)
-
 
 def setup_of(
     config: Config,
@@ -115,7 +113,8 @@ def setup_of(
         shape=shape,
         quant=config.model.quant,
         choices=choices,
-        lora_rank=config.lora.rank,
+        lora_rank=max(config.lora.ranks()),
+        trained_weights=shape.trained_weights(config.lora),
         targets=config.lora.target_names(),
         layers=config.lora.layer_indices(shape.num_layers),
         micro_tokens=train.micro_batch * train.sequence_length,

@@ -11,7 +11,6 @@ detected. In memory the keys are ``<module>.lora_A`` and ``<module>.lora_B``, wi
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -25,11 +24,11 @@ from torch import Tensor
 from dist_lora.base.index import TensorOnDisk, open_weights, read_header, read_metadata
 from dist_lora.base.safetensors import bytes_of
 from dist_lora.base.stream import SliceReader, read_tensor
-from dist_lora.config.schema import LINEARS
-from dist_lora.errors import AdapterError, WeightsError
+from dist_lora.config.schema import LINEARS, LinearName, ModuleAdapter
+from dist_lora.errors import AdapterError, ConfigError, WeightsError
 from dist_lora.files import file_exists, links_out
-from dist_lora.herd.shape import module_path
 from dist_lora.lora.origin import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE, BaseIdentity, read_adapter_json, read_origin
+from dist_lora.lora.peft_config import PeftConfig, read_peft_config, refuse_other_models
 from dist_lora.text import first_few
 
 # At most three digits of layers: every key up to the highest layer is checked.
@@ -38,44 +37,48 @@ _PEFT_KEY = re.compile(r"base_model\.model\.(.+\.lora_[AB])\.weight")
 _NOT_GATHERED = "not gathered: a process holds only its shard of a tensor"
 SEAL = "dist_lora"  # its key in the metadata of the weights' file
 # The settings that the tensors depend on; all others may be edited.
-SEALED = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "layers_to_transform")
-# Settings that make an adapter more than B A on a linear (LoraConfig of PEFT 0.21.2), and what they are.
-_REFUSED = {
-    "use_dora": "DoRA",
-    "modules_to_save": "fully trained modules",
-    "rank_pattern": "ranks that differ by layer",
-    "alpha_pattern": "alphas that differ by layer",
-    "lora_bias": "biases",
-    "fan_in_fan_out": "transposed weights",
-    "trainable_token_indices": "trained token embeddings",
-    "layer_replication": "repeated layers",
-    "target_parameters": "adapters on bare parameters",
-    "use_qalora": "QA-LoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "alora_invocation_tokens": "activated LoRA",
-    "arrow_config": "Arrow routing",
-    "kasa_config": "KaSA",
-    "velora_config": "VeLoRA",
-    "monteclora_config": "MonteCLoRA",
-}
-# These change the base's weights too; PEFT writes `true` where it has converted the adapter back.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+SEALED = (
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora", "target_modules", "layers_to_transform",
+)  # fmt: skip
+# What is not in the seal of a file from an earlier version, which wrote no patterns.
+_UNSEALED: Mapping[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
+# Keys of tensors that are no plain LoRA on a linear, and what they are; as PEFT 0.21 names them.
+_REFUSED_KEYS = (
+    (
+        r".+\.lora_[AB]\.(?!weight$)[^.]+\.weight",
+        "keys with the adapter's name in them, from model.state_dict(), which PEFT doesn't find either: save the adapter by "
+        "PEFT's model.save_pretrained(FOLDER), or leave the name out ('.lora_A.default.weight' is '.lora_A.weight')",
+    ),
+    (r".+\.lora_magnitude_vector.*", "DoRA"),
+    (
+        r".+\.lora_embedding_[AB].*|.+\.embed_tokens\.lora_.+|.+\.lm_head\.lora_.+",
+        "adapters on the embeddings or the head",
+    ),
+    (
+        r".+\.(embed_tokens|lm_head)\.(?!lora_).*",
+        "whole embeddings or a whole head (save them without: save_embedding_layers=False, if they were not trained)",
+    ),
+    (r".+\.bias", "biases"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFacts:
     """An adapter's settings and base, from its JSON files.
 
-    ``targets`` are linears in the model's order, ``layers`` the layers that are adapted or None for all, and
-    ``scale`` is what B A is multiplied by: alpha / R, or alpha / sqrt(R) for rsLoRA.
+    ``modules`` are the adapted linears by full name, in the model's order, each with its own rank and with the alpha that
+    gives its scale (of rsLoRA too). ``rank`` and ``alpha`` are the file's, which hold where no pattern says otherwise, and
+    ``scale`` is what B A is multiplied by then. ``targets`` are the linears that occur in ``modules``, ``layers`` their
+    layers, or None if the adapter is for as many as a model has.
     """
 
     rank: int
     alpha: float
     dropout: float
-    targets: tuple[str, ...]
+    targets: tuple[LinearName, ...]
     layers: tuple[int, ...] | None
     scale: float
+    modules: Mapping[str, ModuleAdapter]
     base: BaseIdentity
 
 
@@ -91,6 +94,7 @@ class AdapterOnDisk(AdapterFacts):
     """An adapter with checked headers, whose tensors are read one pair at a time; see ``Adapter``."""
 
     folder: Path
+    config: PeftConfig
     pairs: dict[str, tuple[TensorOnDisk, TensorOnDisk]]
     checksum: str | None
 
@@ -113,6 +117,10 @@ class AdapterOnDisk(AdapterFacts):
                 f"{self.folder / WEIGHTS_FILE} is damaged: its tensors have checksum {actual}, and {self.checksum} was "
                 "written. Copy it again, or recreate it: dist-lora gather CHECKPOINT --out DIR"
             )
+
+    def lacking(self, num_layers: int) -> list[str]:
+        """The linears of a model of so many layers that the adapter's config names, and the file has no tensors for."""
+        return [module for module in self.config.modules(range(num_layers)) if module not in self.pairs]
 
     def read_pair(self, module: str) -> tuple[Tensor, Tensor]:
         """A ``(R, D_in)`` and B ``(D_out, R)`` of a module, fp32, in host memory.
@@ -140,55 +148,98 @@ def open_adapter(folder: Path) -> AdapterOnDisk:
     """The adapter in ``folder``, ours or PEFT's, with everything checked that its JSON files and header allow.
 
     Raises:
-        AdapterError: the folder is damaged, or isn't plain LoRA on a Llama's seven linears with one rank and one
-            alpha. Names the keys: the missing half of a pair, an unexpected key, a wrong rank, a zero-size or 1-D
-            tensor.
+        ConfigError: it isn't plain LoRA on a Llama's seven linears, or its weights are pickled; names what it is.
+        AdapterError: the folder is damaged. Names the keys: the missing half of a pair, an unexpected key, a wrong rank, a
+            zero-size or 1-D tensor.
     """
     _refuse_links(folder)
-    config = read_adapter_json(folder / CONFIG_FILE)
-    _refuse_kinds(config, folder=folder)
-    rank, alpha, dropout = _numbers(config, folder=folder)
+    settings = read_adapter_json(folder / CONFIG_FILE)
+    config = read_peft_config(settings, folder=folder)
     headers = _headers(folder)
     keys = {name: match[1] if (match := _PEFT_KEY.fullmatch(name)) else name for name in headers}
-    names_in_file = {key: name for name, key in keys.items()}
-    shapes = {keys[name]: tensor.shape for name, tensor in headers.items()}
-    targets, layers = _coverage(config, shapes, folder=folder)
+    _refuse_keys(headers, folder=folder)
+    by_key = {keys[name]: tensor for name, tensor in headers.items()}
+    pairs = _pairs(by_key, config, folder=folder)
+    seal = _read_seal(folder)
+    base = read_origin(folder, settings, checksum=seal.get("checksum"))
+    _check_seal(seal, settings, folder=folder)
+    modules = {module: config.adapter_of(module) for module in pairs}
+    return AdapterOnDisk(
+        folder=folder,
+        config=config,
+        pairs=pairs,
+        checksum=seal.get("checksum"),
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        targets=tuple(linear for linear in LINEARS if linear in {module.linear for module in modules.values()}),
+        layers=_layers_of(modules, config),
+        scale=config.scale,
+        modules=modules,
+        base=base,
+    )
+
+
+def _pairs(
+    by_key: Mapping[str, TensorOnDisk], config: PeftConfig, *, folder: Path
+) -> dict[str, tuple[TensorOnDisk, TensorOnDisk]]:
+    """A and B of each linear that the config covers, in the model's order; the file has all of them and nothing else."""
+    linears = [linear for key in by_key if (linear := _linear_of(key))]
+    expected = config.modules(range(1 + max((layer for layer, _ in linears), default=-1)))
+    refuse_other_models(config, covered=expected, folder=folder)
+    is_llamas = any(re.match(r"model\.layers\.[0-9]+\.(self_attn|mlp)\.", key) for key in by_key)
+    if not is_llamas and any(_PEFT_KEY.fullmatch(tensor.name) for tensor in by_key.values()):
+        raise ConfigError(
+            f"{folder / WEIGHTS_FILE} holds {first_few(sorted(tensor.name for tensor in by_key.values()))}, on none of the "
+            f"linears of a Llama (model.layers.N.self_attn.q_proj and so on): it is another model's adapter."
+        )
     faults = faults_of(
-        shapes, rank=rank, targets=targets, layers=layers, names=lambda key: names_in_file.get(key) or peft_key(key)
+        {key: tensor.shape for key, tensor in by_key.items()},
+        ranks={module: config.adapter_of(module).rank for module in expected},
+        names=lambda key: by_key[key].name if key in by_key else peft_key(key),
     )
     if faults:
         raise AdapterError(
-            f"{folder / WEIGHTS_FILE} doesn't hold the adapter of its {CONFIG_FILE} (r = {rank}):\n  "
+            f"{folder / WEIGHTS_FILE} doesn't hold the adapter of its {CONFIG_FILE} (r = {config.rank}):\n  "
             + "\n  ".join(faults)
         )
-    by_key = {keys[name]: tensor for name, tensor in headers.items()}
-    modules = sorted({key.rpartition(".")[0] for key in by_key}, key=_module_order)
-    pairs = {module: (by_key[f"{module}.lora_A"], by_key[f"{module}.lora_B"]) for module in modules}
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    seal = _read_seal(folder)
-    base = read_origin(folder, config, checksum=seal.get("checksum"))
+    return {module: (by_key[f"{module}.lora_A"], by_key[f"{module}.lora_B"]) for module in expected}
+
+
+def _layers_of(modules: Mapping[str, ModuleAdapter], config: PeftConfig) -> tuple[int, ...] | None:
+    """The adapted layers; None if the config covers the linears of as many layers as a model has."""
+    layers = sorted({module.layer for module in modules.values()})
+    following = config.modules([layers[-1] + 1])
+    goes_on = {name.rpartition(".")[2] for name in following} == {module.linear for module in modules.values()}
+    return None if goes_on and layers == list(range(len(layers))) else tuple(layers)
+
+
+def _check_seal(seal: Mapping[str, Any], settings: Mapping[str, Any], *, folder: Path) -> None:
+    """Raise ``AdapterError`` if a setting that the tensors depend on isn't the one that they were written with."""
+    sealed = {**_UNSEALED, **seal["config"]} if seal else {}
     changed = [
-        f"{key} is {config.get(key)!r}, and was {sealed!r}"
-        for key, sealed in seal.get("config", {}).items()
-        if config.get(key) != sealed or type(config.get(key)) is not type(sealed)
+        f"{key} is {settings.get(key)!r}, and was {value!r}"
+        for key, value in sealed.items()
+        if settings.get(key) != value or type(settings.get(key)) is not type(value)
     ]
     if changed:
         raise AdapterError(
             f"{folder / CONFIG_FILE} has changed since {WEIGHTS_FILE} was written: {'; '.join(changed)}. It is "
             "damaged, of another adapter, or was edited by hand: restore the former values."
         )
-    return AdapterOnDisk(
-        folder=folder,
-        pairs=pairs,
-        checksum=seal.get("checksum"),
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        targets=targets,
-        layers=layers,
-        scale=scale,
-        base=base,
-    )
+
+
+def _refuse_keys(names: Iterable[str], *, folder: Path) -> None:
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        what = next((what for pattern, what in _REFUSED_KEYS if re.fullmatch(pattern, name)), None)
+        if what is not None:
+            kinds.setdefault(what, []).append(name)
+    if kinds:
+        raise ConfigError(
+            f"{folder / WEIGHTS_FILE} holds more than plain LoRA on Llama's seven linears, which isn't supported:\n  "
+            + "\n  ".join(f"{first_few(keys)}: {what}" for what, keys in kinds.items())
+        )
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -218,30 +269,26 @@ def _checksum_on_disk(tensors: Sequence[TensorOnDisk]) -> str:
 
 
 def faults_of(
-    shapes: Mapping[str, tuple[int, ...]],
-    *,
-    rank: int,
-    targets: Sequence[str],
-    layers: tuple[int, ...] | None,
-    names: Callable[[str], str],
+    shapes: Mapping[str, tuple[int, ...]], *, ranks: Mapping[str, int], names: Callable[[str], str]
 ) -> list[str]:
-    """A line for each kind of fault among keys ``<module>.lora_A`` and ``.lora_B``, named by ``names``."""
+    """A line for each kind of fault among keys ``<module>.lora_A`` and ``.lora_B``, named by ``names``.
+
+    Args:
+        ranks: the rank of each module that has an adapter.
+    """
     known = {key: shape for key, shape in shapes.items() if _linear_of(key)}
     whole = {key: shape for key, shape in known.items() if len(shape) == 2 and min(shape) > 0}
-    ranks = {key: shape[0 if key.endswith("A") else 1] for key, shape in whole.items()}
-    modules = {key.rpartition(".")[0] for key in known}
-    expected = _expected_modules(modules, targets=targets, layers=layers)
-    halves = {f"{module}.lora_{half}" for module in modules | expected for half in "AB"}
+    actual = {key: shape[0 if key.endswith("A") else 1] for key, shape in whole.items()}
+    modules = {key: key.rpartition(".")[0] for key in known}
+    halves = {f"{module}.lora_{half}" for module in {*modules.values(), *ranks} for half in "AB"}
+    differing = {key: rank for key, rank in sorted(actual.items()) if rank != ranks.get(modules[key], rank)}
     kinds = (
         ("unexpected, on none of Llama's linears", [names(key) for key in sorted(set(shapes) - set(known))]),
         (_NOT_GATHERED, [f"{names(key)} has shape {known[key]}" for key in sorted(set(known) - set(whole))]),
-        (
-            "wrong rank",
-            [f"{names(key)} has rank {actual}" for key, actual in sorted(ranks.items()) if actual != rank],
-        ),
+        ("wrong rank", [f"{names(key)} has rank {rank}" for key, rank in differing.items()]),
         (
             "not among the named targets and layers",
-            [names(key) for key in sorted(known) if expected and key.rpartition(".")[0] not in expected],
+            [names(key) for key in sorted(known) if modules[key] not in ranks],
         ),
         ("missing", [names(key) for key in sorted(halves - set(known))]),
     )
@@ -258,59 +305,15 @@ def _linear_of(key: str) -> tuple[int, str] | None:
     return int(match[1]), match[2] or match[3]
 
 
-def _expected_modules(modules: Iterable[str], *, targets: Sequence[str], layers: tuple[int, ...] | None) -> set[str]:
-    """All modules that targets and layers name; without layers: those from 0 to the highest one present."""
-    if layers is None:
-        layers = tuple(range(1 + max((_module_order(module)[0] for module in modules), default=-1)))
-    return {module_path(target, layer=layer) for layer in layers for target in targets}
-
-
-def _module_order(module: str) -> tuple[int, int]:
-    layer, linear = _linear_of(f"{module}.lora_A") or (0, LINEARS[0])
-    return layer, LINEARS.index(linear)
+def layer_of(key: str) -> int | None:
+    """The layer in the name of a trained tensor; None if it is on none of Llama's linears."""
+    linear = _linear_of(key)
+    return None if linear is None else linear[0]
 
 
 def peft_key(key: str) -> str:
     """The name of ``<module>.lora_A`` or ``.lora_B`` in PEFT's file."""
     return f"base_model.model.{key}.weight"
-
-
-def _refuse_kinds(config: Mapping[str, Any], *, folder: Path) -> None:
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(
-            f"{folder / CONFIG_FILE} describes an adapter of type {config.get('peft_type')!r}; only LORA is supported."
-        )
-    unsupported = [f"{key} ({what})" for key, what in _REFUSED.items() if config.get(key)]
-    if config.get("bias", "none") != "none":
-        unsupported.append(f"bias: {config['bias']} (trained biases)")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
-        unsupported.append(f"init_lora_weights: {start} (changes the base; let PEFT convert it when saving)")
-    if unsupported:
-        raise AdapterError(
-            f"{folder / CONFIG_FILE} asks for more than plain LoRA on the seven linears: {', '.join(unsupported)}. "
-            "Such an adapter isn't supported."
-        )
-
-
-def _numbers(config: Mapping[str, Any], *, folder: Path) -> tuple[int, float, float]:
-    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
-    # Bounds from both sides: Python's JSON has NaN and infinity.
-    if not (
-        type(rank) is int
-        and 1 <= rank < 2**31
-        and isinstance(alpha, int | float)
-        and not isinstance(alpha, bool)
-        and 0 < alpha < 2**63
-        and isinstance(dropout, int | float)
-        and not isinstance(dropout, bool)
-        and 0 <= dropout <= 1
-    ):
-        raise AdapterError(
-            f"{folder / CONFIG_FILE} has r = {rank!r}, lora_alpha = {alpha!r}, lora_dropout = {dropout!r}; "
-            "a whole number from 1, a number above 0 and one from 0 to 1 were expected. The file is damaged."
-        )
-    return rank, float(alpha), float(dropout)
 
 
 def _refuse_links(folder: Path) -> None:
@@ -343,38 +346,11 @@ def _read_seal(folder: Path) -> dict[str, Any]:
 def _headers(folder: Path) -> dict[str, TensorOnDisk]:
     file = folder / WEIGHTS_FILE
     if not file_exists(file) and file_exists(folder / "adapter_model.bin"):
-        raise AdapterError(
+        raise ConfigError(
             f"{folder} holds adapter_model.bin: pickled weights are never read because they can run code. "
-            "Save the adapter again with a PEFT that writes safetensors."
+            "Save the adapter again with a PEFT that writes safetensors (model.save_pretrained(FOLDER, safe_serialization=True))."
         )
     try:
         return {tensor.name: tensor for tensor in read_header(file)}
     except WeightsError as error:
         raise AdapterError(str(error)) from error
-
-
-def _coverage(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, folder: Path
-) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
-    """The expected linears and layers: from the config, or from the keys if it has a pattern."""
-    named, layers = config.get("target_modules"), config.get("layers_to_transform")
-    if isinstance(named, str) or config.get("exclude_modules"):
-        present = [linear for key in shapes if (linear := _linear_of(key))]
-        in_file = {linear for _, linear in present}
-        return tuple(linear for linear in LINEARS if linear in in_file), tuple(sorted({n for n, _ in present}))
-    last_parts = [str(name).rpartition(".")[2] for name in named] if isinstance(named, list) else []
-    unknown = [name for name in last_parts if name not in LINEARS]
-    if unknown or not last_parts:
-        raise AdapterError(
-            f"{folder / CONFIG_FILE} names target_modules {first_few(unknown) or 'none'}; a list of Llama's "
-            f"linears ({' '.join(LINEARS)}) was expected."
-        )
-    targets = tuple(linear for linear in LINEARS if linear in last_parts)
-    if type(layers) is int:
-        layers = [layers]
-    if layers and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
-        raise AdapterError(
-            f"{folder / CONFIG_FILE} has layers_to_transform = {layers!r}; a list of layer numbers was expected. The "
-            "file is damaged."
-        )
-    return targets, tuple(sorted(layers)) if layers else None

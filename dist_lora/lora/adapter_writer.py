@@ -18,9 +18,11 @@ from torch import Tensor
 import dist_lora
 from dist_lora.base.safetensors import TYPE_NAMES, bytes_of, write_safetensors
 from dist_lora.base.tokenizer_files import copy_tokenizer
+from dist_lora.config.schema import ModuleAdapter
 from dist_lora.errors import AdapterError, ConfigError, SaveError
 from dist_lora.files import swap_in, sync_folder
-from dist_lora.lora.adapter_reader import SEAL, SEALED, faults_of, peft_key
+from dist_lora.herd.shape import module_path
+from dist_lora.lora.adapter_reader import SEAL, SEALED, faults_of, layer_of, peft_key
 from dist_lora.lora.origin import (
     CONFIG_FILE,
     FORMAT,
@@ -45,6 +47,7 @@ def write_adapter(
     layers: Sequence[int] | None = None,
     run: RunOrigin | None = None,
     tokenizer: Path | None = None,
+    modules: Sequence[ModuleAdapter] | None = None,
 ) -> None:
     """Writes the adapter folder, whole or not at all, replacing an adapter that is there.
 
@@ -57,6 +60,7 @@ def write_adapter(
         base: a path in its name is reduced to its last component: where the base lies is in ``run``.
         run: what its run decided, and a folder with it needs nothing else to be answered as it was trained.
         tokenizer: the base's folder, from which the tokenizer is copied, with the run's chat template.
+        modules: the adapted linears where ``targets`` in ``layers`` don't say all, each with its own rank and alpha.
 
     Raises:
         AdapterError: a tensor is not whole ("not gathered"), not finite, unexpected or lacks its other
@@ -65,7 +69,7 @@ def write_adapter(
         SaveError: the system refuses to write.
     """
     chosen = None if layers is None else tuple(sorted(layers))
-    _refuse_tensors(tensors, rank=rank, targets=targets, layers=chosen)
+    _refuse_tensors(tensors, rank=rank, targets=targets, layers=chosen, modules=modules)
     if folder.exists() and not (folder / CONFIG_FILE).exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and isn't an adapter (it has no {CONFIG_FILE}). Choose another folder.")
     partial = folder.with_name(f".{folder.name}.partial")
@@ -79,6 +83,8 @@ def write_adapter(
         }
         checksum = _checksum_of(content)
         config = _peft_config(rank, alpha, dropout, targets=targets, layers=chosen, base=base, run=run)
+        if modules is not None:
+            config |= _patterns(modules, rank=rank, alpha=alpha)
         seal = {"checksum": checksum, "config": {key: config[key] for key in SEALED}}
         write_safetensors(
             partial / WEIGHTS_FILE,
@@ -102,15 +108,41 @@ def write_adapter(
 
 
 def _refuse_tensors(
-    tensors: Mapping[str, Tensor], *, rank: int, targets: Sequence[str], layers: tuple[int, ...] | None
+    tensors: Mapping[str, Tensor],
+    *,
+    rank: int,
+    targets: Sequence[str],
+    layers: tuple[int, ...] | None,
+    modules: Sequence[ModuleAdapter] | None,
 ) -> None:
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    faults = faults_of(shapes, rank=rank, targets=targets, layers=layers, names=str)
+    if layers is None:
+        layers = tuple(range(1 + max((layer for key in shapes if (layer := layer_of(key)) is not None), default=-1)))
+    ranks = {module_path(target, layer=layer): rank for layer in layers for target in targets}
+    if modules is not None:
+        ranks = {module.name: module.rank for module in modules}
+    faults = faults_of(shapes, ranks=ranks, names=str)
     infinite = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.detach()).all()]
     if infinite:
         faults.append(f"NaN or infinity in {first_few(infinite)}")
     if faults:
         raise AdapterError(f"The adapter can't be written (rank {rank}):\n  " + "\n  ".join(faults))
+
+
+def _patterns(modules: Sequence[ModuleAdapter], *, rank: int, alpha: float) -> dict[str, Any]:
+    """PEFT's settings for adapters that differ by linear: each linear by its full name."""
+    return {
+        "alpha_pattern": {module.name: _whole(module.alpha) for module in modules if module.alpha != alpha},
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "rank_pattern": {module.name: module.rank for module in modules if module.rank != rank},
+        "target_modules": sorted(module.name for module in modules),
+    }
+
+
+def _whole(number: float) -> float:
+    """As a whole number where it is one: vLLM's PEFTHelper says int."""
+    return int(number) if float(number).is_integer() else number
 
 
 def _checksum_of(tensors: Mapping[str, Tensor]) -> str:
@@ -144,7 +176,7 @@ def _peft_config(
         "init_lora_weights": True,
         "layers_pattern": None if layers is None else "layers",
         "layers_to_transform": None if layers is None else list(layers),
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_alpha": _whole(alpha),
         "lora_dropout": dropout,
         "modules_to_save": None,
         "peft_type": "LORA",

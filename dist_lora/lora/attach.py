@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dist_lora.base.llama import Llama
-from dist_lora.config.schema import LoraSection
+from dist_lora.config.schema import LoraSection, ModuleAdapter
+from dist_lora.herd.shape import module_path
 from dist_lora.lora.layer import LoraAdapter
 from dist_lora.text import ranges
 
@@ -34,6 +35,20 @@ class AdapterTensor:
         return parameter
 
 
+def adapters_of(section: LoraSection, *, num_layers: int) -> dict[str, ModuleAdapter]:
+    """The adapters of a config on a model, by the full name of the linear, in the model's order.
+
+    Raises:
+        ConfigError: ``lora.layers`` or ``lora.modules`` names a layer that the model doesn't have.
+    """
+    layers, targets = section.layer_indices(num_layers), section.target_names()
+    names = [module_path(target, layer=layer) for layer in layers for target in targets]
+    if section.modules is None:
+        return {name: ModuleAdapter(name=name, rank=section.rank, alpha=section.alpha) for name in names}
+    by_name = {module.name: module for module in section.modules}
+    return {name: by_name[name] for name in names if name in by_name}
+
+
 def attach_adapters(model: Llama, section: LoraSection) -> list[AdapterTensor]:
     """Attach an adapter, on the meta device, to every linear that the config names.
 
@@ -43,19 +58,17 @@ def attach_adapters(model: Llama, section: LoraSection) -> list[AdapterTensor]:
     Raises:
         ConfigError: ``lora.layers`` names a layer that the model doesn't have.
     """
-    layers = set(section.layer_indices(model.shape.num_layers))
-    targets = set(section.target_names())
+    settings = adapters_of(section, num_layers=model.shape.num_layers)
     attached = []
     for name, linear in model.linears().items():
-        layer = int(name.split(".")[2])
-        if layer not in layers or name.rsplit(".", 1)[-1] not in targets:
+        if name not in settings:
             continue
         with torch.device("meta"):
             adapter = LoraAdapter(
                 linear.in_features,
                 linear.out_features,
-                rank=section.rank,
-                alpha=section.alpha,
+                rank=settings[name].rank,
+                alpha=settings[name].alpha,
                 dropout=section.dropout,
             )
         linear.adapter = adapter

@@ -1,52 +1,113 @@
-"""Whether an adapter on disk is the one that a config attaches to a model: checked by its headers alone."""
+"""Whether an adapter on disk is the one that a config attaches to a model: by its headers, and settings taken from it."""
 
 from __future__ import annotations
 
-from dist_lora.config.schema import LoraSection
-from dist_lora.errors import AdapterError
-from dist_lora.herd.shape import Shape, module_path
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dist_lora.config.schema import LINEARS, LoraSection, ModuleAdapter
+from dist_lora.errors import AdapterError, ConfigError
+from dist_lora.herd.shape import Shape
 from dist_lora.lora.adapter_reader import AdapterOnDisk
-from dist_lora.text import first_few
+from dist_lora.lora.attach import adapters_of
+from dist_lora.text import first_few, ranges
+
+
+def settings_of(adapter: AdapterOnDisk) -> dict[str, Any]:
+    """The settings of ``lora`` that attach this adapter. ``modules`` is None where rank, alpha, targets and layers say all."""
+    modules = list(adapter.modules.values())
+    layers = sorted({module.layer for module in modules})
+    is_alike = len({(module.rank, module.alpha) for module in modules}) == 1
+    is_plain = is_alike and len(modules) == len(layers) * len(adapter.targets)
+    return {
+        "rank": modules[0].rank if is_alike else adapter.rank,
+        "alpha": modules[0].alpha if is_alike else adapter.scale * adapter.rank,
+        "dropout": adapter.dropout,
+        "targets": "all" if adapter.targets == LINEARS else list(adapter.targets),
+        "layers": "all" if adapter.layers is None else list(adapter.layers),
+        "modules": None if is_plain else modules,
+    }
+
+
+def with_settings_of(section: LoraSection, adapter: AdapterOnDisk) -> LoraSection:
+    """The section with each setting that it leaves out as the adapter has it; ``check_fit`` has compared the others."""
+    settings = settings_of(adapter)
+    given = section.model_fields_set - ({"modules"} if section.modules is None else set())
+    return section.model_copy(update={name: value for name, value in settings.items() if name not in given})
 
 
 def check_fit(adapter: AdapterOnDisk, *, section: LoraSection, shape: Shape) -> None:
-    """Raise ``AdapterError`` unless the adapter's tensors and scale are exactly those that ``section`` attaches.
+    """Check that the adapter belongs on a model of this shape, and is what ``section`` attaches to it.
 
-    The error names the tensors that are missing, unexpected, or of another shape.
+    Raises:
+        ConfigError: its linears have other widths or layers than the model's, or a setting of ``lora`` contradicts it.
+        AdapterError: it lacks linears that its own config names.
     """
-    expected = _shapes(section, shape)
-    shapes = {
-        f"{module}.lora_{half}": tensor.shape
-        for module, pair in adapter.pairs.items()
-        for half, tensor in zip("AB", pair, strict=True)
-    }
-    differing = [
-        f"{name} (found {shapes[name]}, expected {expected[name]})"
-        for name in expected
-        if name in shapes and shapes[name] != expected[name]
-    ]
-    kinds = (
-        ("missing", [name for name in expected if name not in shapes]),
-        ("unexpected", [name for name in shapes if name not in expected]),
-        ("of another shape", differing),
-    )
-    faults = [f"{kind}: {first_few(names)}" for kind, names in kinds if names]
-    scale = section.alpha / section.rank
-    if not faults and adapter.scale != scale:
-        faults = [f"its B A is scaled by {adapter.scale:g}, the config's alpha / rank is {scale:g}"]
+    faults = list(_faults_on_model(adapter, shape))
     if faults:
+        raise ConfigError(f"{adapter.folder} doesn't fit this model: {'; '.join(faults)}. Name its own base.")
+    lacking = adapter.lacking(shape.num_layers)
+    if lacking:
         raise AdapterError(
-            f"{adapter.folder} is not the adapter that lora.targets, lora.layers, lora.rank and lora.alpha define:\n  "
+            f"{adapter.folder} is incomplete: its config names {len(lacking):,} linears that it has no tensors for, "
+            f"{first_few(lacking)}. Copy it again; or it belongs to a model of fewer layers than {shape.num_layers}."
+        )
+    faults = list(_contradictions(adapter, section, shape))
+    if faults:
+        raise ConfigError(
+            f"{adapter.folder} is not the adapter that the config defines:\n  "
             + "\n  ".join(faults)
+            + "\nLeave these settings out, and they are taken from the adapter."
         )
 
 
-def _shapes(section: LoraSection, shape: Shape) -> dict[str, tuple[int, int]]:
-    shapes = {}
-    for layer in section.layer_indices(shape.num_layers):
-        for target in section.target_names():
-            rows, columns = shape.linear_shapes()[target]
-            name = module_path(target, layer=layer)
-            shapes[f"{name}.lora_A"] = (section.rank, columns)
-            shapes[f"{name}.lora_B"] = (rows, section.rank)
-    return shapes
+def _faults_on_model(adapter: AdapterOnDisk, shape: Shape) -> Iterator[str]:
+    outside = [module.layer for module in adapter.modules.values() if module.layer >= shape.num_layers]
+    if outside:
+        yield f"it has layers {ranges(outside)}, and the model has 0-{shape.num_layers - 1}"
+    differing = []
+    for name, (first, second) in adapter.pairs.items():
+        expected = shape.linear_shapes()[adapter.modules[name].linear]
+        if (second.shape[0], first.shape[1]) != expected:
+            differing.append(f"{name} is {expected[0]} x {expected[1]}, its B A {second.shape[0]} x {first.shape[1]}")
+    if differing:
+        yield first_few(differing)
+
+
+def _contradictions(adapter: AdapterOnDisk, section: LoraSection, shape: Shape) -> Iterator[str]:
+    """Each setting that ``section`` was given and that says something else than the adapter, with both values."""
+    if section.modules is not None:
+        yield from _differing_modules(adapters_of(section, num_layers=shape.num_layers), adapter)
+        return
+    given, own = section.model_fields_set, LoraSection.model_construct(**settings_of(adapter))
+    if "rank" in given and section.rank != own.rank:
+        yield f"lora.rank: {section.rank} in the config, {own.rank} in the adapter"
+    if "alpha" in given and not math.isclose(section.alpha, own.alpha, rel_tol=1e-6):
+        why = f" (lora_alpha {adapter.alpha:g} with rsLoRA, a scale of {adapter.scale:g})" * adapter.config.has_rslora
+        yield f"lora.alpha: {section.alpha:g} in the config, {own.alpha:g} in the adapter{why}"
+    targets, own_targets = section.target_names(), own.target_names()
+    if "targets" in given and targets != own_targets:
+        yield f"lora.targets: {' '.join(targets)} in the config, {' '.join(own_targets)} in the adapter"
+    layers, own_layers = section.layer_indices(shape.num_layers), own.layer_indices(shape.num_layers)
+    if "layers" in given and layers != own_layers:
+        yield f"lora.layers: {ranges(layers)} in the config, {ranges(own_layers)} in the adapter"
+
+
+def _differing_modules(config: Mapping[str, ModuleAdapter], adapter: AdapterOnDisk) -> Iterator[str]:
+    names = sorted({*config, *adapter.modules})
+    differing = [name for name in names if not _is_same(config.get(name), adapter.modules.get(name))]
+    if differing:
+        config_has, adapter_has = (_in_words(where.get(differing[0])) for where in (config, adapter.modules))
+        rest = f" (and {len(differing) - 1:,} more)" if len(differing) > 1 else ""
+        yield f"lora.modules: {differing[0]} has {config_has} in the config, {adapter_has} in the adapter{rest}"
+
+
+def _is_same(first: ModuleAdapter | None, second: ModuleAdapter | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return first.rank == second.rank and math.isclose(first.alpha, second.alpha, rel_tol=1e-6)
+
+
+def _in_words(module: ModuleAdapter | None) -> str:
+    return "no adapter" if module is None else f"rank {module.rank} and alpha {module.alpha:g}"

@@ -86,8 +86,8 @@ def merge_adapter(
         on_progress: called after each slice with (bytes written, total bytes of weights).
 
     Raises:
-        ConfigError: ``out`` exists or is being written, or the adapter belongs to another base.
-        AdapterError: the adapter is damaged, doesn't fit the base, or would leave a weight unchanged.
+        ConfigError: ``out`` exists or is being written, or the adapter belongs to another base or isn't plain LoRA.
+        AdapterError: the adapter is damaged, or would leave a weight unchanged.
         WeightsError: the base is damaged.
         SaveError: not enough space, or the system refuses to write.
     """
@@ -155,7 +155,9 @@ class _Merger:
 
     def _write_tensor(self, tensor: TensorOnDisk, *, descriptor: int, write: Callable[[memoryview], None]) -> None:
         module = tensor.name.removesuffix(".weight")
-        pair = self._adapter.read_pair(module) if module in self._adapter.pairs else None
+        pair = None
+        if module in self._adapter.pairs:
+            pair = (*self._adapter.read_pair(module), self._adapter.modules[module].scale)
         dtype = TORCH_DTYPES[_DTYPES[self._dtype] if self._dtype else tensor.dtype]
         is_changed = False
         fmt = self._fmt if module.rpartition(".")[2] in LINEARS else None
@@ -174,13 +176,15 @@ class _Merger:
         if pair is not None and not is_changed:
             self._unchanged.append(tensor.name)
 
-    def _merged(self, rows: Tensor, pair: tuple[Tensor, Tensor] | None, *, row: int, dtype: torch.dtype) -> Tensor:
+    def _merged(
+        self, rows: Tensor, pair: tuple[Tensor, Tensor, float] | None, *, row: int, dtype: torch.dtype
+    ) -> Tensor:
         """These rows of W + s B A, summed in fp32 and cast once; without a pair, of W. Valid until the next call."""
         if pair is None:
             return rows if rows.dtype == dtype else self._buffer(rows, dtype).copy_(rows)
-        first, second = pair  # A (R, D_in) and B (D_out, R), whole
+        first, second, scale = pair  # A (R, D_in) and B (D_out, R), whole
         total = self._buffer(rows, torch.float32).copy_(rows)
-        total.addmm_(second[row : row + len(rows)], first, alpha=self._adapter.scale)
+        total.addmm_(second[row : row + len(rows)], first, alpha=scale)
         return total if dtype == torch.float32 else self._buffer(rows, dtype).copy_(total)
 
     def _buffer(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -231,12 +235,16 @@ def _check_fit(adapter: AdapterOnDisk, *, index: WeightIndex) -> None:
             unknown.append(first.name)
         elif weight.shape != expected:
             differing.append(f"{module}.weight is {weight.shape} and the adapter's B A {expected}")
-    lacking = _modules_lacking(adapter, index) if adapter.layers is None else []
     lines = [f"  no such weight in the base: {first_few(unknown)}"] if unknown else []
     lines += [f"  of another shape: {first_few(differing)}"] if differing else []
-    lines += [f"  the adapter is for all layers and lacks: {first_few(lacking)}"] if lacking else []
     if lines:
-        raise AdapterError(f"{adapter.folder} doesn't fit {index.folder}:\n" + "\n".join(lines))
+        raise ConfigError(f"{adapter.folder} doesn't fit {index.folder}:\n" + "\n".join(lines))
+    lacking = _modules_lacking(adapter, index)
+    if lacking:
+        raise AdapterError(
+            f"{adapter.folder} is incomplete for {index.folder}: its config names {len(lacking):,} linears that it has no "
+            f"tensors for: {first_few(lacking)}. Copy it again, or name its own base."
+        )
 
 
 def _check_quant(index: WeightIndex, quant: Quant) -> None:
@@ -248,7 +256,8 @@ def _check_quant(index: WeightIndex, quant: Quant) -> None:
 
 def _modules_lacking(adapter: AdapterOnDisk, index: WeightIndex) -> list[str]:
     modules = [name.removesuffix(".weight") for name in index.tensors if name.startswith("model.layers.")]
-    return [name for name in modules if name.rpartition(".")[2] in adapter.targets and name not in adapter.pairs]
+    linears = [name for name in modules if name.rpartition(".")[2] in LINEARS and name not in adapter.pairs]
+    return [name for name in linears if adapter.config.covers(name)]
 
 
 def _check_effect(adapter: AdapterOnDisk) -> None:

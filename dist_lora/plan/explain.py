@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dist_lora.config.schema import Config
+from dist_lora.config.schema import LINEARS, Config, LoraSection
 from dist_lora.herd.models import KnownModel, known_model
 from dist_lora.layout.choices import BYTES_PER_TRAINED_WEIGHT, ITEM_BYTES, choose_dtype
 from dist_lora.layout.storage import FP32, base_parts
 from dist_lora.plan.command import default_gpus_per_node
 from dist_lora.plan.hardware import find_gpu
 from dist_lora.plan.plan import Machines, make_plan
-from dist_lora.text import GIB, figure, in_columns
+from dist_lora.text import GIB, figure, in_columns, span
 
 # AdamW in 16 bits with fp32 master weights, as usual for full fine-tuning: the weight and its gradient (2 + 2), the master and
 # two moments (4 + 4 + 4). With gradients in fp32 too it is 18. Source: ZeRO, arXiv 1910.02054, section 3.1.
@@ -39,9 +39,7 @@ class Way:
 def ways_of(config: Config, model: KnownModel) -> list[Way]:
     """LoRA as in the config, compared with training all weights or only the last layers."""
     shape, total = model.shape, model.shape.num_parameters()
-    adapters = shape.adapter_parameters(
-        config.lora.target_names(), config.lora.layer_indices(shape.num_layers), config.lora.rank
-    )
+    adapters = shape.trained_weights(config.lora)
     frozen = total * _bytes_per_frozen_weight(config, model)
     layer = shape.weights_of_a_layer()
     ways = [Way("all weights", total, BYTES_OF_FULL_TRAINING * total, 2 * total)]
@@ -89,24 +87,27 @@ def _on_its_machine(config: Config, model: KnownModel) -> Iterator[str]:
 
 def _what_is_trained(config: Config, model: KnownModel) -> Iterator[str]:
     shape, lora = model.shape, config.lora
-    r, layers = lora.rank, lora.layer_indices(shape.num_layers)
+    layers = lora.layer_indices(shape.num_layers)
     of_all = "all" if len(layers) == shape.num_layers else f"{len(layers)} of"
     of_all = "the only layer" if shape.num_layers == 1 else f"{of_all} {shape.num_layers} layers"
-    yield (f"{model.title}: in {of_all} W becomes W + (alpha / r) B A, with r = {r} and alpha / r = {lora.alpha / r:g}")
+    yield (
+        f"{model.title}: in {of_all} W becomes W + (alpha / r) B A, with r = {span(lora.ranks())} and alpha / r = "
+        f"{span(lora.scales())}"
+    )
     linears = shape.linear_shapes()
-    alike: dict[tuple[int, int], list[str]] = {}
-    for name in lora.target_names():
-        alike.setdefault(linears[name], []).append(name)
+    alike: dict[tuple[int, int, int], list[str]] = {}
+    for name, r in _ranks_of(lora):
+        alike.setdefault((*linears[name], r), []).append(name)
     rows = [
         ("matrices", "W (d_out, d_in)", "B (d_out, r)", "A (r, d_in)", "frozen d_out d_in", "trained r (d_out + d_in)")
     ]
-    for (out, in_), names in alike.items():
+    for (out, in_, r), names in alike.items():
         trained, frozen = r * (out + in_), out * in_
         sizes = f"({out}, {in_})", f"({out}, {r})", f"({r}, {in_})"
         rows.append((" ".join(names), *sizes, f"{frozen:,}", f"{trained:,}, {_ratio(trained, frozen)}"))
     yield from in_columns(rows, indent="  ")
     yield "An adapter takes as many multiplications per token as it has weights: O(r d), where its matrix takes O(d^2)."
-    trained = shape.adapter_parameters(lora.target_names(), layers, r)
+    trained = shape.trained_weights(lora)
     total = shape.num_parameters()
     yield (
         f"trained {trained:,}, frozen {total:,}: {trained / total:.3%}, {figure(trained / shape.weights_of_a_layer())} times "
@@ -119,6 +120,14 @@ def _what_is_trained(config: Config, model: KnownModel) -> Iterator[str]:
             else "that of a Llama of these sizes (three matrices after attention)"
         )
         yield f"The frozen count is {source}; the trained count follows from the shapes of the adapted matrices."
+
+
+def _ranks_of(lora: LoraSection) -> list[tuple[str, int]]:
+    """Each adapted linear with each rank that it has in some layer."""
+    if lora.modules is None:
+        return [(name, lora.rank) for name in lora.target_names()]
+    ranks = {(module.linear, module.rank) for module in lora.modules}
+    return sorted(ranks, key=lambda pair: (LINEARS.index(pair[0]), pair[1]))
 
 
 def _costs(config: Config, model: KnownModel) -> Iterator[str]:

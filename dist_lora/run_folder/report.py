@@ -19,7 +19,7 @@ from dist_lora.errors import ConfigError, SaveError
 from dist_lora.files import write_output
 from dist_lora.run_folder.records import EVALUATIONS_FILE, METRICS_FILE, read_lines
 from dist_lora.run_folder.status import describe_status
-from dist_lora.text import GIB
+from dist_lora.text import GIB, span
 
 REPORT_FILE = "report.html"
 TEMPLATE = "report.html.jinja"
@@ -132,7 +132,7 @@ def _facts(
     yield "model", f"{config.model.name} ({'unquantized' if config.model.quant == 'none' else config.model.quant})"
     yield (
         "adapters",
-        f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, on {', '.join(config.lora.target_names())}",
+        f"rank {span(config.lora.ranks())}, alpha {span(config.lora.alphas())}, on {', '.join(config.lora.target_names())}",
     )
     if {"trainable", "frozen"} <= summary.keys():
         trained, frozen = int(summary["trainable"]), int(summary["frozen"])

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from dist_lora.config.load import load_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, PlanError
+from dist_lora.lora.planned import with_adapter
 from dist_lora.plan.command import check_fits, default_gpus_per_node
 from dist_lora.plan.hardware import DEFAULT_GPU, Gpu, find_gpu
 from dist_lora.plan.plan import Machines, Plan, make_plan
@@ -181,7 +182,7 @@ def needs_of(request: Request, runs: list[Config]) -> Needs:
     lines = [f"Planned for {machines}{'' if not machines.assumed else f', {machines.assumed}'}"]
     for config in runs:
         try:
-            plan = make_plan(config, machines)
+            plan = make_plan(with_adapter(config), machines)
         except ConfigError as error:
             if config.model.shape is not None or "its sizes are on the hub" not in str(error):
                 raise

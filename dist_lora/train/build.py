@@ -25,7 +25,7 @@ from dist_lora.base.quant.published import BaseOnDisk, open_base_on_disk
 from dist_lora.base.rope import check_frequencies
 from dist_lora.base.stream import fill_slots
 from dist_lora.base.tokenizer_files import hash_tokenizer_files
-from dist_lora.config.schema import Config
+from dist_lora.config.schema import Config, LoraSection
 from dist_lora.data.chat import load_tokenizer
 from dist_lora.data.loader import MicroBatch
 from dist_lora.engines.adapters import Adapters
@@ -45,7 +45,7 @@ from dist_lora.layout.choices import (
 )
 from dist_lora.lora.adapter_reader import open_adapter, read_adapter
 from dist_lora.lora.attach import AdapterTensor, attach_adapters
-from dist_lora.lora.fit import check_fit
+from dist_lora.lora.fit import check_fit, with_settings_of
 from dist_lora.lora.origin import BaseIdentity, RunOrigin, identify_base
 from dist_lora.world.world import World, computes_bf16, device_bytes
 
@@ -314,8 +314,10 @@ def _load(base: Base, model: Llama, engine: Engine, world: World, description: s
         )
 
 
-def check_adapter(folder: Path, *, config: Config, base: Base, world: World) -> None:
-    """Check that ``folder`` holds an intact adapter that fits the config. All ranks call it, before ``build``.
+def check_adapter(folder: Path, *, config: Config, base: Base, world: World) -> Config:
+    """The config with the settings of ``lora`` that it leaves out as the adapter in ``folder`` has them.
+
+    Checks that the adapter is intact and fits base and config. All ranks call it, before ``build``.
 
     Every rank checks the headers, the first one all bytes.
 
@@ -323,22 +325,27 @@ def check_adapter(folder: Path, *, config: Config, base: Base, world: World) -> 
     hashes too, and whoever names both may know better.
 
     Raises:
-        AdapterError: it is damaged; its tensors are not exactly those that the config attaches, or its scale differs.
+        AdapterError: it is damaged or incomplete.
+        ConfigError: it isn't plain LoRA, has other widths or layers than the base, or a setting of ``lora`` contradicts it.
     """
 
-    def check() -> None:
+    def check() -> LoraSection:
         adapter = open_adapter(folder)
         check_fit(adapter, section=config.lora, shape=base.shape)
         if world.is_first:
             adapter.verify()
+            for pattern in adapter.config.unmatched_patterns(adapter.modules):
+                log.warning(f"{folder}: {pattern}: matches none of its linears, and has no effect")
         differences = adapter.base.differences(base.identity)
         if differences and world.is_first:
             log.warning(
                 f"{folder} was trained on {adapter.base.name or 'another model'}, and {base.folder} "
                 f"({base.identity.name}) differs from it: {'; '.join(differences)}. Its answers may be meaningless here."
             )
+        return with_settings_of(config.lora, adapter)
 
-    world.agree_on(f"opening {folder}", check)
+    section = world.agree_on(f"opening {folder}", check)
+    return config.model_copy(update={"lora": section})
 
 
 def load_adapter(adapters: Adapters, folder: Path, *, world: World) -> None:

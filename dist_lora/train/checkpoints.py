@@ -140,7 +140,8 @@ class RunCheckpoints:
                 "targets": list(lora.target_names()),
                 "layers": list(lora.layer_indices(shape.num_layers)),
                 "num_layers": shape.num_layers,
-            },
+            }
+            | ({} if lora.modules is None else {"modules": [module.model_dump() for module in lora.modules]}),
         }
 
     def _best(self, progress: RunProgress) -> int | None:

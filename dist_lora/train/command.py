@@ -25,9 +25,10 @@ from dist_lora.data.untrained import check_special_tokens
 from dist_lora.errors import ConfigError, SaveError
 from dist_lora.files import write_whole
 from dist_lora.layout.machine import is_called
+from dist_lora.lora.attach import adapters_of
 from dist_lora.lora.origin import origin_of
 from dist_lora.run_folder.folder import open_run_folder, write_config
-from dist_lora.text import count, gib
+from dist_lora.text import count, gib, span
 from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
 from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.loop import Run
@@ -115,7 +116,7 @@ def train(config: Config, world: World, stop: StopRequest, *, is_dry: bool = Fal
     _check_trackers(config, world)
     base = open_base(config, world)
     if config.lora.start_from is not None:
-        check_adapter(config.lora.start_from, config=config, base=base, world=world)
+        config = check_adapter(config.lora.start_from, config=config, base=base, world=world)
     folder = None if is_dry else open_run_folder(config, world)
     checkpoint = None if folder is None else find_checkpoint(config, folder, world)
     tokens, held_out = tokens_of(config, base, world)
@@ -250,14 +251,13 @@ def plan_lines(
 ) -> list[str]:
     """A few lines about what a run is going to do: model, trained weights, data, steps."""
     shape, lora, train = base.shape, config.lora, config.train
-    layers = lora.layer_indices(shape.num_layers)
-    trained = shape.adapter_parameters(lora.target_names(), layers, lora.rank)
+    trained = shape.trained_weights(lora)
     frozen = shape.num_parameters()
     accumulation = math.ceil(math.ceil(train.global_batch / world.world_size) / train.micro_batch)
-    linears = len(lora.target_names()) * len(layers)
+    linears = len(adapters_of(lora, num_layers=shape.num_layers))
     return [
         f"model     {base.identity.name}: {frozen:,} frozen weights, {count(shape.num_layers, 'layer')}",
-        f"adapters  rank {lora.rank}, alpha {lora.alpha:g}, on {count(linears, 'linear layer')}: {trained:,} trained weights "
+        f"adapters  rank {span(lora.ranks())}, alpha {span(lora.alphas())}, on {count(linears, 'linear layer')}: {trained:,} trained weights "
         f"({trained / frozen:.2%}), {trained * 4 / 2**20:,.1f} MiB in fp32",
         f"data      {count(len(tokens), 'sample')}, {count(tokens.num_tokens, 'token')}, {tokens.num_target_tokens:,} trained on"
         + (f"; {len(held_out):,} held out" if held_out is not None else ""),
@@ -298,7 +298,7 @@ def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str,
     started_s = time.monotonic()
     base = open_base(config, world)
     if adapter is not None:
-        check_adapter(adapter, config=config, base=base, world=world)
+        config = check_adapter(adapter, config=config, base=base, world=world)
         if world.is_first:
             _warn_of_origin(adapter, config, base)
     held_out = held_out_of(config, base, world)

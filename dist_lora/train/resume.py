@@ -13,7 +13,7 @@ import yaml
 from dist_lora.checkpoint.manifest import Manifest, read_manifest
 from dist_lora.checkpoint.read import newest_intact, verify
 from dist_lora.checkpoint.write import versions_here
-from dist_lora.config.changes import Change, changes, rule_of
+from dist_lora.config.changes import Change, changes, rule_of, short
 from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config, OptimSection
 from dist_lora.errors import CheckpointError, ConfigError
@@ -114,7 +114,7 @@ def _check_changes(config: Config, checkpoint: VerifiedCheckpoint, *, is_to_log:
         by_effect[rule.effect if rule else "refused"].append(change)
     if by_effect["refused"]:
         lines = "".join(
-            f"\n  {c.name}: the run has {c.before!r}, the config says {c.now!r}" for c in by_effect["refused"]
+            f"\n  {c.name}: the run has {short(c.before)}, the config says {short(c.now)}" for c in by_effect["refused"]
         )
         raise ConfigError(f"{checkpoint.path} is of a run with other settings:{lines}\n{_WHAT_TO_DO}")
     if by_effect["logged"] and is_to_log:

@@ -216,7 +216,7 @@ def test_a_section_that_is_no_mapping_says_what_belongs_there(tmp_path: Path) ->
     assert text.split("\n")[1] == "  lora.rank=8 (argument): no such setting: lora is not a section"
     assert text.split("\n")[2] == (
         "  c.yaml:4: lora: found 16, expected settings, like lora: {...} with rank, alpha, dropout, targets, "
-        "layers, start_from"
+        "layers, modules, start_from"
     )
 
 
@@ -380,6 +380,34 @@ def test_targets_are_in_canonical_order_and_layers_ascend() -> None:
     assert LoraSection(layers="1-3").layer_indices(4) == (1, 2, 3)
     assert LoraSection().layer_indices(3) == (0, 1, 2)
     assert len(LoraSection().target_names()) == 7
+
+
+def module(name: str = "model.layers.1.self_attn.q_proj", **changes: object) -> dict[str, object]:
+    return {"name": name, "rank": 4, "alpha": 8.0, **changes}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"modules": []}, "the list is empty, expected at least one linear, or null"),
+        ({"modules": [module(), module()]}, "model.layers.1.self_attn.q_proj: named more than once"),
+        ({"modules": [module("q_proj")]}, "expected a list of linears like {name: model.layers.0.self_attn.q_proj, rank: 8, alpha: 16}, or null"),
+        ({"modules": [module(rank=0)]}, "expected a list of linears like {name:"),
+        ({"modules": [{"name": "model.layers.1.self_attn.q_proj"}]}, "expected a list of linears like {name:"),
+        ({"modules": [module()], "targets": ["v_proj"]}, "lora.modules names q_proj: leave lora.targets out, or name the same"),
+        ({"modules": [module()], "layers": "1-9999999999"}, "lora.modules names layers 1: leave lora.layers out, or name the same"),
+    ],
+)  # fmt: skip
+def test_modules_that_cannot_be_are_told(tmp_path: Path, settings: dict[str, object], told: str) -> None:
+    assert told in complaint_about(tmp_path, "lora", **settings)
+
+
+def test_modules_stand_for_targets_layers_and_ranks() -> None:
+    section = LoraSection.model_validate({"modules": [module(), module("model.layers.3.mlp.up_proj", rank=2)]})
+    assert (section.target_names(), section.layer_indices(4)) == (("q_proj", "up_proj"), (1, 3))
+    assert (section.ranks(), section.alphas(), section.scales()) == ((2, 4), (8,), (2, 4))
+    with pytest.raises(ConfigError, match=r"lora\.layers: found layer 3 in lora\.modules, expected 0-2"):
+        section.layer_indices(3)
 
 
 @pytest.mark.parametrize(("layers", "found"), [([0, 99], "99"), ("8-16", "8-16"), ([16, 17], "16, 17")])
