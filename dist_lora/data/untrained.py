@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from dist_lora.base.index import WeightIndex, open_weights
+from dist_lora.base.stored_shape import EMBEDDING, HEAD
 from dist_lora.base.stream import SliceReader
 from dist_lora.data.chat import special_ids
 from dist_lora.data.token_set import TokenSet
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
     from dist_lora.world.world import World
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 NEAR_ZERO = 1e-16
 """A row whose weights are all smaller was never trained: weight decay reduces the initial values to this."""
 

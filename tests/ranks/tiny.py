@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dist_lora.base.quant.published import open_base_on_disk
+from dist_lora.base.stored_shape import has_own_head, stored_base
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import StepBatch
 from dist_lora.data.token_set import TokenSet
@@ -46,9 +47,12 @@ def trainee_of(config: Config, world: World) -> Trainee:
     import json
 
     folder = Path(config.model.name)
-    shape = Shape.from_config(json.loads((folder / "config.json").read_text()), where=str(folder))
+    settings = json.loads((folder / "config.json").read_text())
+    on_disk = open_base_on_disk(folder, quant=config.model.quant)
+    own_head = has_own_head(on_disk.index)
+    shape, on_disk = stored_base(Shape.from_config(settings, where=str(folder)), on_disk, own_head=own_head)
     identity = BaseIdentity(name=folder.name, revision=None, content_hash=None, config_hash=None)
-    base = Base(folder, shape, open_base_on_disk(folder, quant=config.model.quant), None, identity)
+    base = Base(folder, settings, shape, on_disk, None, identity)
     return build(config, base, world)
 
 

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dist_lora.errors import ConfigError, WeightsError
 from dist_lora.herd.members import MEMBERS, Member
 from dist_lora.herd.models import resolve_model
-from dist_lora.herd.shape import RopeScaling, Shape, module_path, read_shape
+from dist_lora.herd.rope import RopeScaling
+from dist_lora.herd.shape import Shape, module_path, read_shape
 
 SCALING = {
     "rope_type": "llama3",
@@ -253,7 +254,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes_for_it() -> None:
             "rope_scaling.rope_type: found 'linear', expected 'default' or 'llama3'",
         ),
         (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            {"rope_scaling": None, "rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
             "rope_parameters.rope_type: found 'yarn', expected 'default' or 'llama3'",
         ),
         ({"rope_scaling": "llama3"}, "rope_scaling: found 'llama3', expected settings with rope_type"),
