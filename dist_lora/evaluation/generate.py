@@ -78,8 +78,10 @@ def generate(
     All ranks call it, each with its own prompts (possibly none): they run the same number of forward passes, since a
     sharded base is gathered by all. Cost: one forward pass per token, for all prompts at once.
 
+    An answer ends at the model's context too: no position beyond ``max_position_embeddings`` is computed.
+
     Args:
-        prompts: token ids of each; not empty.
+        prompts: token ids of each; not empty, and shorter than the context.
         on_token: called with each id of the first answer as it is generated.
     """
     answers: list[list[int]] = [[] for _ in prompts]
@@ -102,6 +104,7 @@ def generate(
             is_open[i] = is_open[i] and token not in stop_ids
             if is_open[i]:
                 answers[i].append(token)
+                is_open[i] = len(rows[i]) + len(answers[i]) < model.shape.context
                 if i == 0 and on_token is not None:
                     on_token(token)
         positions = cache.lengths.clone()

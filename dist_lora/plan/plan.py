@@ -104,7 +104,7 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """Warnings about idle ranks."""
+        """Warnings about idle ranks, and about a sequence length that no single sample may have."""
         notes, setup, batch = [], self.setup, self.config.train.global_batch
         ranks = setup.base_ranks
         parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
@@ -116,6 +116,11 @@ class Plan:
         if setup.num_ranks > batch:
             idle = setup.num_ranks - batch
             notes.append(f"a step has {batch} sequences: {idle:,} of {setup.num_ranks:,} ranks are idle")
+        length, context = self.config.train.sequence_length, setup.shape.context
+        if length > context and self.config.model.shape is None:
+            notes.append(
+                f"train.sequence_length is {length:,} and the model's context {context:,} tokens: a sample may not be longer"
+            )
         return notes
 
     @property

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dist_lora.base.index import open_index
+from dist_lora.base.stored_shape import EMBEDDING, HEAD
 from dist_lora.data import untrained
 from dist_lora.data.chat import load_tokenizer
 from dist_lora.data.token_cache import TokenRules, prepare_tokens
 from dist_lora.data.token_set import TokenSet
-from dist_lora.base.stored_shape import EMBEDDING, HEAD
 from dist_lora.data.untrained import check_special_tokens, tokens_in_use
 from dist_lora.errors import DataError, WeightsError
 from dist_lora.herd.shape import read_shape
