@@ -82,17 +82,12 @@ def stored_base(shape: Shape, on_disk: BaseOnDisk, *, own_head: bool) -> tuple[S
 
 
 def stored_remarks(config: Mapping[str, Any], stated: Shape, stored: Shape, on_disk: BaseOnDisk) -> list[str]:
-    """A sentence on each statement of config.json that the files contradict, and on linears left unquantized."""
+    """A sentence on each statement of config.json that the files contradict."""
     remarks = []
     if stated.tied and not stored.tied:
         remarks.append(
             "tie_word_embeddings is true, and lm_head.weight in the files differs from the embedding: the head is not "
             "tied, as in transformers. Set tie_word_embeddings to false"
-        )
-    if stored.unquantized:
-        remarks.append(
-            f"{len(stored.unquantized):,} of {len(stored.unquantized) + len(on_disk.nf4):,} linears were published "
-            f"unquantized and stay so: {first_few(sorted(stored.unquantized))}"
         )
     if on_disk.nf4 and not config.get("quantization_config"):
         remarks.append(f"quantization_config is missing, and the files hold {len(on_disk.nf4):,} linears in NF4")
@@ -100,6 +95,14 @@ def stored_remarks(config: Mapping[str, Any], stated: Shape, stored: Shape, on_d
     if listed:
         remarks.append(f"llm_int8_skip_modules lists {len(listed):,} linears that are in NF4: {first_few(listed)}")
     return remarks
+
+
+def unquantized_line(shape: Shape) -> str:
+    """How many linears were published unquantized, for the log."""
+    names = sorted(shape.unquantized)
+    return (
+        f"{len(names):,} of {7 * shape.num_layers:,} linears were published unquantized and stay so: {first_few(names)}"
+    )
 
 
 def refuse_unquantized(config: Mapping[str, Any], on_disk: BaseOnDisk) -> None:

@@ -29,6 +29,7 @@ from dist_lora.base.stored_shape import (
     refuse_unquantized,
     stored_base,
     stored_remarks,
+    unquantized_line,
 )
 from dist_lora.base.stream import fill_slots
 from dist_lora.config.schema import Config
@@ -150,6 +151,8 @@ def open_base(config: Config, world: World) -> Base:
     if world.is_first:
         for remark in (*remarks_on(settings), *stored_remarks(settings, shape, stored, on_disk)):
             log.warning(f"{folder / 'config.json'}: {remark}")
+        if stored.unquantized:
+            log.info(f"{folder}: {unquantized_line(stored)}")
     return Base(folder, settings, stored, on_disk, tokenizer, _identity(resolved, folder, world, os_error))
 
 
