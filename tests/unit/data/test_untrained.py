@@ -157,15 +157,6 @@ def test_the_opt_in_trains_and_says_so(base, caplog) -> None:
     ]
 
 
-def test_ids_that_the_model_has_no_row_for_are_told() -> None:
-    ids = np.array([0, 7, 12, 3], np.uint32)
-    tokens = TokenSet(ids, ids > 0, np.array([0]), np.array([4]), np.array([3]), np.array([0]))
-    assert tokens_in_use(tokens, ids=[7], vocab=13).read == (7,)
-    with pytest.raises(DataError) as raised:
-        tokens_in_use(tokens, ids=[7], vocab=12)
-    assert "data.train: the tokenizer writes id 12 and the model has 12 rows (ids 0 to 11)" in str(raised.value)
-
-
 def test_a_file_that_became_shorter_is_told_as_damage(base) -> None:
     folder = base(END_OF_TURN, value=0.0)
     tokens, index = tokens_of(CHATS, folder), open_index(folder)

@@ -357,6 +357,22 @@ def test_a_folder_without_config_json_says_what_it_is_instead(tmp_path: Path, fi
             ask()
 
 
+def test_an_adapter_inside_a_models_folder_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, "config.json", json.dumps(config_of()))
+    read_shape(folder)
+    folder_with(tmp_path, "adapter_config.json", "{}")
+    for ask in (lambda: resolve_model(str(folder)), lambda: read_shape(folder)):
+        with pytest.raises(ConfigError) as raised:
+            ask()
+        assert str(raised.value) == (
+            f"model.name: the folder {folder} holds both a model (config.json) and an adapter (adapter_config.json), and "
+            "transformers would use them together. Move adapter_config.json and adapter_model.safetensors to a folder of "
+            "their own. This folder is then the base alone; to start from the adapter set lora.start_from to the other "
+            "folder, and to make one model of both: dist-lora merge"
+        )
+        assert raised.value.exit_code == 2
+
+
 @pytest.mark.parametrize("written", ["3.1-8b-instruct", "3.1-8B-Instruct"])
 def test_a_member_is_found_in_any_case(written: str) -> None:
     resolved = resolve_model(written)
