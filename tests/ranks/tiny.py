@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +77,20 @@ def gathered_base(trainee: Trainee) -> dict[str, torch.Tensor]:
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in trainee.model.base_parameters().items()
     }
+
+
+def publish_nf4(source: Path, folder: Path, *, skipped: Sequence[str] = (), shard_size: str | None = None) -> Path:
+    """A model's folder as transformers quantizes it to NF4 and saves it, all but the modules of ``skipped``."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["lm_head", *skipped],
+    )
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(folder, **({"max_shard_size": shard_size} if shard_size else {}))
+    for file in [*source.glob("tokenizer*"), *source.glob("*.jinja")]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder

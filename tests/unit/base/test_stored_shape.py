@@ -30,7 +30,7 @@ from dist_lora.herd.shape import Shape, read_config, read_shape
 from dist_lora.layout.storage import base_parts
 from dist_lora.train.build import Trainee, open_base
 from dist_lora.world.world import World
-from tests.ranks.tiny import config_of, trainee_of
+from tests.ranks.tiny import config_of, publish_nf4, trainee_of
 
 IDS = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(0))
 
@@ -127,25 +127,8 @@ def test_a_head_of_its_own_is_named_and_one_that_is_missing_is_damage(tiny_llama
 @pytest.fixture(scope="module")
 def published(tiny_llama, tmp_path_factory) -> Callable[..., Path]:
     """Makes a folder that transformers quantized and saved, all but the modules of a list."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
     source = tiny_llama()
-
-    def make(*skipped: str) -> Path:
-        folder = tmp_path_factory.mktemp("published")
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.float32,
-            llm_int8_skip_modules=["lm_head", *skipped],
-        )
-        model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.float32)
-        model.save_pretrained(folder)
-        for file in source.glob("tokenizer*"):
-            os.link(file, folder / file.name)
-        return folder
-
-    return make
+    return lambda *skipped: publish_nf4(source, tmp_path_factory.mktemp("published"), skipped=skipped)
 
 
 SKIPPED = ("k_proj", "model.layers.1.mlp")
