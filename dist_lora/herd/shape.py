@@ -241,7 +241,7 @@ def _contradictions(config: Mapping[str, Any]) -> list[str]:
     faults = []
     if heads % kv_heads:
         faults.append(f"num_key_value_heads: found {kv_heads}, which doesn't divide the {heads} heads")
-    if not config.get("head_dim") and hidden % heads:
+    if hidden % heads:  # transformers refuses it even where head_dim is given
         faults.append(f"num_attention_heads: found {heads}, which doesn't divide hidden_size {hidden}")
     elif head_dim % 2:
         faults.append(f"head_dim: found {head_dim}, expected an even number: RoPE rotates pairs")

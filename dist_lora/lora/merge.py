@@ -99,15 +99,10 @@ def merge_adapter(
     begin = time.perf_counter()
     _refuse_existing(out)
     opened, whole = open_adapter(adapter), open_index(base, allow_bytes=True)
-    on_disk = open_base_on_disk(base, quant="nf4", index=whole)
-    if on_disk.nf4:
-        quant = _quant_of_published(on_disk, quant)
-    index = _dequantized(on_disk)
+    on_disk, index, quant = _open_base(whole, quant)
     config_hash = hash_config(base)
     if not force:
         _check_identity(opened, index=whole, config_hash=config_hash)
-    if not on_disk.nf4:
-        _check_quant(index, quant)
     _check_fit(opened, index=index)
     refuse_links(base, [str(path.relative_to(base)) for path in _companions(base)])
     opened.verify()
@@ -228,19 +223,22 @@ class _Merger:
             )
 
 
-def _quant_of_published(on_disk: BaseOnDisk, quant: Quant) -> Quant:
+def _open_base(whole: WeightIndex, quant: Quant) -> tuple[BaseOnDisk, WeightIndex, Quant]:
+    """The base, the index of the result, and the quantization whose values it gets: nf4 if the base was published so."""
+    on_disk = open_base_on_disk(whole.folder, quant="nf4", index=whole)
+    if not on_disk.nf4:
+        _check_quant(on_disk.index, quant)
+        return on_disk, on_disk.index, quant
     if quant == "int8":
         raise ConfigError(
-            f"--quant int8: {on_disk.index.folder} was published in NF4, and a run on it has its values in NF4. Leave the "
-            "option out, or name the base that the adapter was trained on: --base MODEL"
+            f"--quant int8: {whole.folder} was published in NF4, and a run on it has its values in NF4. Leave the option "
+            "out, or name the base that the adapter was trained on: --base MODEL"
         )
-    return "nf4"
+    return on_disk, _dequantized(on_disk), "nf4"
 
 
 def _dequantized(on_disk: BaseOnDisk) -> WeightIndex:
     """The index of the result: what is NF4 on disk has the dtype of the model's config, else bf16."""
-    if not on_disk.nf4:
-        return on_disk.index
     config = read_model_json(on_disk.index.folder / "config.json")
     stated = str(config.get("dtype") or config.get("torch_dtype"))
     dtype = {"float32": "F32", "float16": "F16"}.get(stated, "BF16")

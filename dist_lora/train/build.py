@@ -115,9 +115,8 @@ def open_base(config: Config, world: World) -> Base:
         refuse_shape(config.model)
         return resolve_model(config.model.name)
 
-    def read_sizes() -> tuple[
-        dict[str, Any], Shape
-    ]:  # before the weights: a model that isn't supported is no damaged one
+    def read_sizes() -> tuple[dict[str, Any], Shape]:
+        # Before the weights: a model that isn't supported is no damaged one.
         settings = read_config(folder)
         shape = Shape.from_config(settings, where=str(folder / "config.json"))
         config.lora.layer_indices(shape.num_layers)
