@@ -321,9 +321,9 @@ def merge(
         dtype=dtype.value if dtype else None,
         quant=quant.value,
     )
-    if trained_quant not in (None, quant.value):
+    if trained_quant not in (None, report.quant):
         logging.getLogger("dist_lora").warning(
-            f"{adapter} was trained on its base in {trained_quant}, and is merged into it in {quant.value}: "
+            f"{adapter} was trained on its base in {trained_quant}, and is merged into it in {report.quant}: "
             f"--quant {trained_quant} gives exactly the model that was trained"
         )
     print(f"{out}: {report.changed_tensors} of the base's matrices changed, in {report.seconds:.1f} s")

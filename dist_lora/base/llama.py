@@ -6,6 +6,7 @@ Parameters have the names they have in a Hugging Face checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from dist_lora.base.attention import Attention
 from dist_lora.base.quant.formats import Format, Plain
 from dist_lora.base.rope import inverse_frequencies, rotate, rotation
-from dist_lora.herd.shape import Shape
+from dist_lora.herd.shape import Shape, module_path
 from dist_lora.layout.memory import LOGITS_AT_ONCE
 
 # T tokens of a micro-batch, D model width, F feed-forward width, V vocabulary, K rows whose next token is predicted
@@ -99,14 +100,14 @@ class RMSNorm(nn.Module):
 class SelfAttention(nn.Module):
     """Self-attention: query and key rotated by their positions (RoPE), attended, and projected back."""
 
-    def __init__(self, shape: Shape, layer: int, fmt: Format) -> None:
+    def __init__(self, shape: Shape, layer: int, formats: Mapping[str, Format]) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = shape.head_dim
-        self.q_proj = FrozenLinear(shape.hidden, shape.num_heads * shape.head_dim, fmt)
-        self.k_proj = FrozenLinear(shape.hidden, shape.num_kv_heads * shape.head_dim, fmt)
-        self.v_proj = FrozenLinear(shape.hidden, shape.num_kv_heads * shape.head_dim, fmt)
-        self.o_proj = FrozenLinear(shape.num_heads * shape.head_dim, shape.hidden, fmt)
+        self.q_proj = FrozenLinear(shape.hidden, shape.num_heads * shape.head_dim, formats["q_proj"])
+        self.k_proj = FrozenLinear(shape.hidden, shape.num_kv_heads * shape.head_dim, formats["k_proj"])
+        self.v_proj = FrozenLinear(shape.hidden, shape.num_kv_heads * shape.head_dim, formats["v_proj"])
+        self.o_proj = FrozenLinear(shape.num_heads * shape.head_dim, shape.hidden, formats["o_proj"])
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         """``(T, D)`` of ``x`` ``(T, D)``."""
@@ -120,11 +121,11 @@ class SelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """Llama's gated feed-forward: ``down(silu(gate(x)) * up(x))``."""
 
-    def __init__(self, shape: Shape, fmt: Format) -> None:
+    def __init__(self, shape: Shape, formats: Mapping[str, Format]) -> None:
         super().__init__()
-        self.gate_proj = FrozenLinear(shape.hidden, shape.ffn, fmt)
-        self.up_proj = FrozenLinear(shape.hidden, shape.ffn, fmt)
-        self.down_proj = FrozenLinear(shape.ffn, shape.hidden, fmt)
+        self.gate_proj = FrozenLinear(shape.hidden, shape.ffn, formats["gate_proj"])
+        self.up_proj = FrozenLinear(shape.hidden, shape.ffn, formats["up_proj"])
+        self.down_proj = FrozenLinear(shape.ffn, shape.hidden, formats["down_proj"])
 
     def forward(self, x: Tensor) -> Tensor:
         """``(T, D)`` of ``x`` ``(T, D)``."""
@@ -137,8 +138,12 @@ class Block(nn.Module):
 
     def __init__(self, shape: Shape, layer: int, *, fmt: Format, dtype: torch.dtype) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(shape, layer, fmt)
-        self.mlp = FeedForward(shape, fmt)
+        formats = {
+            linear: Plain(dtype) if module_path(linear, layer=layer) in shape.unquantized else fmt
+            for linear in shape.linear_shapes()
+        }
+        self.self_attn = SelfAttention(shape, layer, formats)
+        self.mlp = FeedForward(shape, formats)
         self.input_layernorm = RMSNorm(shape.hidden, shape.norm_eps, dtype)
         self.post_attention_layernorm = RMSNorm(shape.hidden, shape.norm_eps, dtype)
         self.recompute = False
@@ -300,7 +305,8 @@ def build_on_meta(shape: Shape, *, dtype: torch.dtype, fmt: Format | None = None
 
     Args:
         dtype: of the embeddings, the norms and the head.
-        fmt: how the linears of the layers are stored; None is unquantized, in ``dtype``.
+        fmt: how the linears of the layers are stored; None is unquantized, in ``dtype``, as those of
+            ``shape.unquantized`` are whatever it is.
     """
     with torch.device("meta"):
         return Llama(shape, fmt=fmt or Plain(dtype), dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +10,11 @@ from typing import Any
 
 from dist_lora.base.llama import Llama
 from dist_lora.data.chat import encode_instruction, encode_prompt, encode_text
+from dist_lora.errors import ConfigError
 from dist_lora.evaluation.generate import generate
 from dist_lora.world.world import World
+
+log = logging.getLogger("dist_lora")
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,12 @@ class ChatModel:
         return self._write(encode(text, tokenizer=self.tokenizer), show=show)
 
     def _write(self, prompt: list[int], *, show: Callable[[str], None]) -> str:
+        context = self.model.shape.context
+        if len(prompt) >= context:
+            raise ConfigError(
+                f"the prompt has {len(prompt):,} tokens, and the model's context is {context:,} (max_position_embeddings "
+                "in its config.json): no answer fits. Shorten the prompt, or begin a new chat"
+            )
         ids: list[int] = []
         shown = ""
 
@@ -52,6 +62,8 @@ class ChatModel:
             world=World.alone(self.model.inv_freq.device),
             on_token=on_token,
         )
+        if len(prompt) + len(answers[0]) >= context and len(answers[0]) < self.max_new_tokens:
+            log.warning(f"the answer was ended at {len(answers[0]):,} tokens: the model's context is {context:,}")
         return str(self.tokenizer.decode(answers[0]))
 
 

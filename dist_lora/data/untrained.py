@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from dist_lora.base.index import WeightIndex, open_weights
+from dist_lora.base.stored_shape import EMBEDDING, HEAD
 from dist_lora.base.stream import SliceReader
 from dist_lora.data.template import special_ids
 from dist_lora.data.token_set import TokenSet
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
     from dist_lora.world.world import World
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 NEAR_ZERO = 1e-16
 """A row whose weights are all smaller was never trained: weight decay reduces the initial values to this."""
 
@@ -65,7 +64,7 @@ def check_special_tokens(
         on_untrained: the setting ``data.untrained_tokens``.
 
     Raises:
-        DataError: there are such tokens, all named; or the data hold ids that the model has no row for.
+        DataError: there are such tokens, all named.
         WeightsError: the base's file can't be read.
     """
 
@@ -84,10 +83,8 @@ def check_special_tokens(
 def tokens_in_use(token_set: TokenSet, *, ids: Sequence[int], vocab: int) -> TokensInUse:
     """Which of the tokens ``ids`` the documents use, and how. Reads the data once, in order.
 
-    The last token of a document is not read, since nothing follows it. The first one is not written.
-
-    Raises:
-        DataError: an id is not below ``vocab``.
+    The last token of a document is not read, since nothing follows it. The first one is not written. Every id is below
+    ``vocab`` (``model_limits.check_limits``).
     """
     is_wanted = np.zeros(vocab, bool)
     is_wanted[[number for number in ids if number < vocab]] = True
@@ -98,11 +95,6 @@ def tokens_in_use(token_set: TokenSet, *, ids: Sequence[int], vocab: int) -> Tok
     all_ids, is_target = np.asarray(token_set.ids), np.asarray(token_set.is_target)
     for begin in range(0, len(all_ids), _TOKENS_AT_ONCE):
         some = all_ids[begin : begin + _TOKENS_AT_ONCE]
-        if int(some.max()) >= vocab:
-            raise DataError(
-                f"data.train: the tokenizer writes id {int(some.max())} and the model has {vocab:,} rows (ids 0 to "
-                f"{vocab - 1}). They don't belong together, or tokens were added; use the model's own tokenizer"
-            )
         positions = begin + np.flatnonzero(is_wanted[some])
         document = np.searchsorted(starts, positions, side="right") - 1
         inside = (document >= 0) & (positions < ends[document])

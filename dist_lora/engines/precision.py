@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dist_lora.base.llama import Llama
-from dist_lora.base.quant.formats import Format
+from dist_lora.base.quant.formats import Format, Plain
 from dist_lora.engines.adapters import Adapters
 from dist_lora.errors import TrainingError
 from dist_lora.layout.choices import DtypeName
@@ -36,28 +36,33 @@ def set_products(*, is_deterministic: bool) -> None:
 class Precision:
     """The dtypes of a run: ``fmt`` of the layers' linears, ``dtype`` of all else in the base.
 
+    The linears of ``unquantized`` are in ``dtype`` too, as they were published.
+
     Products and activations are computed in ``dtype``; the loss, the norms' statistics, the adapters, their gradients
     over all ranks and AdamW's moments are fp32 whatever the base is.
     """
 
     fmt: Format
     dtype: torch.dtype
+    unquantized: frozenset[str] = frozenset()
 
     def line(self) -> str:
         """The dtypes of all parts, as logged at the start."""
         dtype = _short(self.dtype)
         base = f"{dtype} (not quantized)"
         if self.fmt.name != "none":
+            also = f"{len(self.unquantized):,} linears, " if self.unquantized else ""
             parts = ", ".join(f"{part.name} {_short(part.dtype)}" for part in self.fmt.parts(64, 64))
-            base = f"{self.fmt.name} ({parts}; embeddings, norms and head {dtype})"
+            base = f"{self.fmt.name} ({parts}; {also}embeddings, norms and head {dtype})"
         return f"dtypes: base {base}, compute {dtype}, adapters and AdamW {_short(TRAINED)}"
 
     def check(self, model: Llama, adapters: Adapters) -> None:
         """Raise ``TrainingError``, naming them, where tensors have another dtype than declared."""
+        plain = Plain(self.dtype)
         expected = {
             f"{name}.{part.name}": part.dtype
             for name, linear in model.linears().items()
-            for part in self.fmt.parts(linear.out_features, linear.in_features)
+            for part in (plain if name in self.unquantized else self.fmt).parts(linear.out_features, linear.in_features)
         }
         wrong = [
             f"{name} is {_short(parameter.dtype)}, not {_short(expected.get(name, self.dtype))}"

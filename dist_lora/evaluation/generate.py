@@ -81,8 +81,10 @@ def generate(
     sharded base is gathered by all. Cost: one forward pass per token, for all prompts at once, and on a GPU
     a few more at the end, since ids are read ``TOKENS_AT_ONCE`` (each at once with ``on_token``).
 
+    An answer ends at the model's context too: no position beyond ``max_position_embeddings`` is computed.
+
     Args:
-        prompts: token ids of each; not empty.
+        prompts: token ids of each; not empty, and shorter than the context.
         on_token: called with each id of the first answer as it is generated.
     """
     rows = [list(prompt) for prompt in prompts] or [[0]]
@@ -94,7 +96,8 @@ def generate(
     ids = torch.tensor([i for row in rows for i in row], device=device)
     positions = torch.cat([torch.arange(len(row), device=device) for row in rows])
     last = torch.tensor(bounds[1:], device=device) - 1
-    answers = _Answers(len(prompts), stop_ids=stop_ids, on_token=on_token)
+    rooms = [model.shape.context - len(prompt) for prompt in prompts]
+    answers = _Answers(rooms, stop_ids=stop_ids, on_token=on_token)
     at_once = 1 if on_token is not None else TOKENS_AT_ONCE[device.type]
     drawn: list[Tensor] = []  # (B,) ids on the device, which the host hasn't read yet
     for number in range(1, max_new_tokens + 1):
@@ -117,9 +120,12 @@ def generate(
 class _Answers:
     """The ids of each answer so far, and which answers haven't ended."""
 
-    def __init__(self, count: int, *, stop_ids: frozenset[int], on_token: Callable[[int], None] | None) -> None:
-        self.ids: list[list[int]] = [[] for _ in range(count)]
-        self._is_open = [True] * count
+    def __init__(
+        self, rooms: Sequence[int], *, stop_ids: frozenset[int], on_token: Callable[[int], None] | None
+    ) -> None:
+        self.ids: list[list[int]] = [[] for _ in rooms]
+        self._rooms = rooms  # tokens that each may have within the context
+        self._is_open = [True] * len(rooms)
         self._stop_ids, self._on_token = stop_ids, on_token
 
     @property
@@ -134,6 +140,7 @@ class _Answers:
                 self._is_open[i] = self._is_open[i] and token not in self._stop_ids
                 if self._is_open[i]:
                     self.ids[i].append(token)
+                    self._is_open[i] = len(self.ids[i]) < self._rooms[i]
                     if i == 0 and self._on_token is not None:
                         self._on_token(token)
 

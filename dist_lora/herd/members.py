@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from dist_lora.herd.shape import RopeScaling, Shape
+from dist_lora.herd.rope import RopeScaling
+from dist_lora.herd.shape import Shape
 
 
 @dataclass(frozen=True)

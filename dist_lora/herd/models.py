@@ -9,7 +9,7 @@ from pathlib import Path
 from dist_lora.config.schema import ModelSection
 from dist_lora.errors import ConfigError, WeightsError
 from dist_lora.herd.members import MEMBERS, Member
-from dist_lora.herd.shape import Shape, no_config, read_shape
+from dist_lora.herd.shape import Shape, no_config, read_shape, refuse_adapter_inside
 from dist_lora.text import nearest_few
 
 
@@ -30,7 +30,8 @@ def resolve_model(name: str) -> ResolvedModel:
     for a member.
 
     Raises:
-        ConfigError: it is none of the three (with the nearest members), or a folder without config.json.
+        ConfigError: it is none of the three (with the nearest members), or a folder without config.json, or with an
+            adapter beside it.
     """
     member = MEMBERS.get(name.lower())
     if member is not None:
@@ -39,6 +40,7 @@ def resolve_model(name: str) -> ResolvedModel:
     if folder is not None:
         if not (folder / "config.json").is_file():
             raise ConfigError(no_config(folder))
+        refuse_adapter_inside(folder)
         return ResolvedModel(name=name, folder=folder, hub_id=None, member=None)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         known = {_plain_hub_id(member.hub_id): member for member in MEMBERS.values()}

@@ -6,23 +6,16 @@ Source: the config.json of the hub's meta-llama, and transformers' ``LlamaConfig
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dist_lora.config.schema import LoraSection
 from dist_lora.errors import ConfigError, WeightsError
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How Llama 3.1 and 3.2 scale RoPE's wavelengths (``rope_type: llama3``); contexts in tokens."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_context: int
+from dist_lora.herd.config_keys import unsupported_keys
+from dist_lora.herd.rope import CONTEXT, SCALING, RopeScaling, rope_of, rope_type, scaling_of, unsupported_rope
+from dist_lora.herd.skipped import skipped_linears
 
 
 @dataclass(frozen=True)
@@ -31,6 +24,8 @@ class Shape:
 
     ``context`` is in tokens; ``tied``: the head shares the embedding's matrix (no ``lm_head.weight`` on disk).
     ``given_parameters`` is the number of parameters given by hand, for a model that has the sizes of a Llama but isn't one.
+    ``unquantized``: linears, by full name, that stay unquantized whatever ``model.quant`` is, since whoever published the
+    model in 4 bits left them so.
     """
 
     hidden: int
@@ -46,13 +41,13 @@ class Shape:
     norm_eps: float
     tied: bool
     given_parameters: int | None = None
+    unquantized: frozenset[str] = frozenset()
 
     @staticmethod
     def from_config(config: Mapping[str, Any], *, where: str) -> Shape:
         """The shape in a model's config.json, under Hugging Face's names.
 
-        Both spellings of RoPE are read: ``rope_theta`` with ``rope_scaling`` (transformers 4) and ``rope_parameters``
-        (transformers 5). Missing entries have transformers' defaults.
+        Both spellings of RoPE are read, as transformers does (``herd.rope``). Missing entries have transformers' defaults.
 
         Args:
             where: the file, for errors.
@@ -68,8 +63,8 @@ class Shape:
         if damage:
             raise WeightsError(f"{where} is damaged:" + _listed(damage) + "\n  Fetch that file again.")
         heads = config["num_attention_heads"]
-        rope = _rope_of(config)
-        return Shape(
+        rope = rope_of(config)
+        shape = Shape(
             hidden=config["hidden_size"],
             ffn=config["intermediate_size"],
             num_layers=config["num_hidden_layers"],
@@ -77,12 +72,19 @@ class Shape:
             num_kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             vocab=config["vocab_size"],
-            rope_theta=float(rope.get("rope_theta", _ROPE_THETA)),
-            rope_scaling=_scaling_of(rope),
-            context=config.get("max_position_embeddings") or _CONTEXT,
+            rope_theta=float(rope["rope_theta"]),
+            rope_scaling=scaling_of(rope),
+            context=config.get("max_position_embeddings") or CONTEXT,
             norm_eps=float(config.get("rms_norm_eps", _NORM_EPS)),
             tied=config.get("tie_word_embeddings", False),
         )
+        return replace(shape, unquantized=skipped_linears(config, shape.linear_names()))
+
+    def linear_names(self) -> Iterator[str]:
+        """Full name of every linear, first layer first."""
+        for layer in range(self.num_layers):
+            for linear in self.linear_shapes():
+                yield module_path(linear, layer=layer)
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of the seven linears of a layer, in canonical order."""
@@ -157,8 +159,6 @@ def module_path(linear: str, *, layer: int) -> str:
 
 
 # transformers' defaults for a Llama (4.x and 5.23 alike).
-_ROPE_THETA = 10_000.0
-_CONTEXT = 2048
 _NORM_EPS = 1e-6
 
 _REQUIRED_SIZES = (
@@ -173,34 +173,10 @@ _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 _MAX_LAYERS = 1000
 _MAX_SIZE = 2**31
 _MAX_CONFIG_BYTES = 2**20
-_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def _listed(faults: Iterable[str]) -> str:
     return "".join(f"\n  {fault}" for fault in faults)
-
-
-def _rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """RoPE's settings in one mapping, as written by transformers 4 or 5."""
-    newer = config.get("rope_parameters")
-    if newer:
-        return {"rope_theta": config.get("rope_theta", _ROPE_THETA), **newer}
-    return {"rope_theta": config.get("rope_theta", _ROPE_THETA), **(config.get("rope_scaling") or {})}
-
-
-def _rope_type(rope: Mapping[str, Any]) -> Any:
-    return rope.get("rope_type", rope.get("type", "default"))  # "type" before transformers 4.43
-
-
-def _scaling_of(rope: Mapping[str, Any]) -> RopeScaling | None:
-    if _rope_type(rope) == "default":
-        return None
-    return RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_context=int(rope["original_max_position_embeddings"]),
-    )
 
 
 def _unsupported_parts(config: Mapping[str, Any]) -> list[str]:
@@ -211,19 +187,14 @@ def _unsupported_parts(config: Mapping[str, Any]) -> list[str]:
     architectures = config.get("architectures")
     if architectures and not (isinstance(architectures, list) and "LlamaForCausalLM" in architectures):
         faults.append(f"architectures: found {architectures}, expected ['LlamaForCausalLM']")
-    if config.get("hidden_act", "silu") != "silu":
-        faults.append(f"hidden_act: found {config['hidden_act']!r}, expected 'silu'")
-    for bias in ("attention_bias", "mlp_bias"):
-        if config.get(bias):
-            faults.append(f"{bias}: found true, expected false: the herd's linears have no bias")
+    faults += unsupported_keys(config)
     quantization = config.get("quantization_config")
     if quantization and not _is_nf4(quantization):
         faults.append(
             f"quantization_config: found weights quantized by {_quantizer(quantization)}, expected none, or bitsandbytes "
             "with load_in_4bit and bnb_4bit_quant_type 'nf4': use the unquantized model"
         )
-    faults += _unsupported_rope(config)
-    return faults
+    return faults + unsupported_rope(config)
 
 
 def _is_nf4(quantization: Any) -> bool:
@@ -247,20 +218,6 @@ def _quantizer(quantization: Any) -> str:
     return "bitsandbytes in 8 bits" if quantization.get("load_in_8bit") else f"bitsandbytes with {dict(quantization)}"
 
 
-def _unsupported_rope(config: Mapping[str, Any]) -> list[str]:
-    name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    if not isinstance(config.get(name) or {}, Mapping):
-        return [f"{name}: found {config[name]!r}, expected settings with rope_type"]
-    rope = _rope_of(config)
-    faults = []
-    if _rope_type(rope) not in ("default", "llama3"):
-        faults.append(f"{name}.rope_type: found {_rope_type(rope)!r}, expected 'default' or 'llama3'")
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        faults.append(f"partial_rotary_factor: found {partial}, expected 1.0")
-    return faults
-
-
 def _damaged_sizes(config: Mapping[str, Any]) -> list[str]:
     """Sizes that are missing or invalid."""
     faults = []
@@ -274,13 +231,13 @@ def _damaged_sizes(config: Mapping[str, Any]) -> list[str]:
             faults.append(f"{name}: found {value!r}, expected a whole number above 0")
         elif value > (largest := _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE):
             faults.append(f"{name}: found {value}, expected at most {largest:,}")
-    rope = _rope_of(config)
+    rope = rope_of(config)
     numbers: dict[str, Any] = {
         "rope_theta": rope["rope_theta"],
         "rms_norm_eps": config.get("rms_norm_eps", _NORM_EPS),
     }
-    if _rope_type(rope) == "llama3":
-        numbers |= {f"rope {name}": rope.get(name) for name in _SCALING}
+    if rope_type(rope) == "llama3":
+        numbers |= {f"rope {name}": rope.get(name) for name in SCALING}
     for name, value in numbers.items():
         if type(value) not in (int, float) or not 0 < value < _MAX_SIZE:
             faults.append(f"{name}: found {value!r}, expected a number above 0")
@@ -297,7 +254,7 @@ def _contradictions(config: Mapping[str, Any]) -> list[str]:
     faults = []
     if heads % kv_heads:
         faults.append(f"num_key_value_heads: found {kv_heads}, which doesn't divide the {heads} heads")
-    if not config.get("head_dim") and hidden % heads:
+    if hidden % heads:  # transformers refuses it even where head_dim is given
         faults.append(f"num_attention_heads: found {heads}, which doesn't divide hidden_size {hidden}")
     elif head_dim % 2:
         faults.append(f"head_dim: found {head_dim}, expected an even number: RoPE rotates pairs")
@@ -308,12 +265,23 @@ def read_shape(folder: Path) -> Shape:
     """The shape in a model folder's config.json.
 
     Raises:
-        ConfigError: the folder has no config.json, or its model can't be trained here.
+        ConfigError: see ``read_config``; or its model can't be trained here.
+        WeightsError: config.json is damaged.
+    """
+    return Shape.from_config(read_config(folder), where=str(folder / "config.json"))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings in a model folder's config.json.
+
+    Raises:
+        ConfigError: the folder has no config.json, or also holds an adapter.
         WeightsError: config.json is damaged.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(no_config(folder))
+    refuse_adapter_inside(folder)
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_CONFIG_BYTES + 1)
@@ -328,7 +296,22 @@ def read_shape(folder: Path) -> Shape:
         raise WeightsError(f"{path} can't be read: {error.strerror or error}.") from error
     if not isinstance(config, dict):
         raise WeightsError(f"{path} is damaged: expected settings in {{...}}. Fetch that file again.")
-    return Shape.from_config(config, where=str(path))
+    return config
+
+
+def refuse_adapter_inside(folder: Path) -> None:
+    """Raise ``ConfigError`` where a model's folder also holds an adapter.
+
+    transformers would load the base that the adapter names, and the adapter on it; the folder's own weights alone are
+    another model.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise ConfigError(
+            f"model.name: the folder {folder} holds both a model (config.json) and an adapter (adapter_config.json), and "
+            "transformers would use them together. Move adapter_config.json and adapter_model.safetensors to a folder of "
+            "their own. This folder is then the base alone; to start from the adapter set lora.start_from to the other "
+            "folder, and to make one model of both: dist-lora merge"
+        )
 
 
 def no_config(folder: Path) -> str:

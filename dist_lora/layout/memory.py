@@ -8,12 +8,13 @@ L layers; c bytes per number in the compute dtype.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from dist_lora.config.schema import Config, Quant
 from dist_lora.herd.shape import Shape
 from dist_lora.layout.choices import ITEM_BYTES, Choices, Layout, check_node_size, choose
-from dist_lora.layout.storage import FP32, base_parts
+from dist_lora.layout.storage import FP32, base_parts, quantized_linears
 
 LOGITS_AT_ONCE = 2**25  # elements of the largest slice of logits: 128 MiB in fp32, 261 rows at V = 128256
 
@@ -136,9 +137,12 @@ def base_bytes_per_rank(setup: Setup) -> int:
 
 
 def block_bytes(setup: Setup) -> int:
-    """One whole layer of the base."""
-    parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
-    return sum(part.num_bytes for part in parts if part.block == 0)
+    """One whole layer of the base: the largest, where some have linears that were left unquantized."""
+    by_layer = Counter[int]()
+    for part in base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes):
+        if part.block is not None:
+            by_layer[part.block] += part.num_bytes
+    return max(by_layer.values())
 
 
 def embedding_bytes(setup: Setup) -> int:
@@ -223,7 +227,7 @@ def dequantized_bytes(setup: Setup) -> int:
     """The largest linear, dequantized for a product; 0 if the base is not quantized."""
     if setup.quant == "none":
         return 0
-    return setup.item_bytes * max(out * width for out, width in setup.shape.linear_shapes().values())
+    return setup.item_bytes * max((out * width for out, width in quantized_linears(setup.shape).values()), default=0)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import assert_never
 
 from dist_lora.config.schema import Quant
 from dist_lora.errors import ConfigError
-from dist_lora.herd.shape import Shape
+from dist_lora.herd.shape import Shape, module_path
 
 FP32 = 4  # bytes per number
 NF4_BLOCK = 64  # weights that share a scale
@@ -27,10 +27,28 @@ def nf4_refusal(out: int, width: int) -> str | None:
 
 def check_quant(shape: Shape, quant: Quant, model_name: str | None) -> None:
     """Raise ``ConfigError`` if a linear of the model can't be quantized to ``quant``."""
-    for linear, sizes in shape.linear_shapes().items() if quant == "nf4" else ():
+    for linear, sizes in quantized_linears(shape).items() if quant == "nf4" else ():
         why = nf4_refusal(*sizes)
         if why is not None:
             raise ConfigError(f"model.quant: nf4 can't store {model_name}: {linear}: {why}")
+
+
+def quantized_linears(shape: Shape) -> dict[str, tuple[int, int]]:
+    """(out, in) of the linears that a quantized base quantizes in some layer: all but those of ``shape.unquantized``."""
+    shapes = shape.linear_shapes()
+    if not shape.unquantized:
+        return shapes
+    chosen = {name.rpartition(".")[2] for name in shape.linear_names() if name not in shape.unquantized}
+    return {linear: sizes for linear, sizes in shapes.items() if linear in chosen}
+
+
+def quantized_share(shape: Shape) -> float:
+    """The part of the linears' weights that a quantized base quantizes: 1, unless a publisher left some unquantized."""
+    if not shape.unquantized:
+        return 1.0
+    sizes = {linear: out * width for linear, (out, width) in shape.linear_shapes().items()}
+    left = sum(sizes[name.rpartition(".")[2]] for name in shape.unquantized)
+    return 1 - left / (shape.num_layers * shape.weights_of_linears())
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,8 @@ class BasePart:
 def base_parts(shape: Shape, *, quant: Quant, item_bytes: int) -> list[BasePart]:
     """Every frozen parameter as a run stores it: the layers' linears quantized, everything else in ``item_bytes``.
 
+    So are the linears of ``shape.unquantized``.
+
     With ``shape.given_parameters`` a layer is one part, of as many rows of the hidden size as its weights fill, rounded up.
     """
     parts = [BasePart("embed_tokens", shape.vocab, shape.hidden * item_bytes, None)]
@@ -64,8 +84,9 @@ def base_parts(shape: Shape, *, quant: Quant, item_bytes: int) -> list[BasePart]
             parts.append(BasePart("weights", math.ceil(shape.weights_of_a_layer() / shape.hidden), row_bytes, layer))
             continue
         for name, (out, width) in shape.linear_shapes().items():
+            kept = "none" if module_path(name, layer=layer) in shape.unquantized else quant
             parts += [
-                BasePart(f"{name}.{part}", out, size, layer) for part, size in _row_bytes(quant, width, item_bytes)
+                BasePart(f"{name}.{part}", out, size, layer) for part, size in _row_bytes(kept, width, item_bytes)
             ]
         parts += [BasePart(f"norm{i}", shape.hidden, item_bytes, layer) for i in (1, 2)]
     if shape.given_parameters is None:

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,8 @@ from dist_lora.base.index import (
     read_model_json,
     refuse_links,
 )
-from dist_lora.base.quant.formats import format_of
+from dist_lora.base.quant.formats import Nf4, format_of
+from dist_lora.base.quant.published import NF4_ON_DISK, BaseOnDisk, open_base_on_disk
 from dist_lora.base.safetensors import Entry, bytes_of, header_of, new_safetensors
 from dist_lora.base.stream import TORCH_DTYPES, SliceReader
 from dist_lora.base.tokenizer_files import set_template
@@ -55,11 +56,15 @@ _OF_ADAPTERS = (CONFIG_FILE, ORIGIN_FILE)  # transformers would load an adapter 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What ``merge_adapter`` did: tensors that changed, bytes of weights written, seconds."""
+    """What ``merge_adapter`` did: tensors that changed, bytes of weights written, seconds.
+
+    ``quant``: the base's values that were merged into; ``nf4`` for a base that was published so.
+    """
 
     changed_tensors: int
     bytes_written: int
     seconds: float
+    quant: Quant
 
 
 def merge_adapter(
@@ -82,7 +87,8 @@ def merge_adapter(
         force: merge even if the adapter says that it was trained on other weights than those of ``base``.
         dtype: type of all tensors of the result; without it each keeps its type on disk.
         quant: the ``model.quant`` that the adapter was trained on: the linears of the layers get the values that
-            they have in it, so that the result is the trained model, up to one rounding.
+            they have in it, so that the result is the trained model, up to one rounding. A base that was published in
+            NF4 has these values anyway: each of its linears is dequantized, and those left unquantized stay as they are.
         on_progress: called after each slice with (bytes written, total bytes of weights).
 
     Raises:
@@ -93,11 +99,11 @@ def merge_adapter(
     """
     begin = time.perf_counter()
     _refuse_existing(out)
-    opened, index = open_adapter(adapter), open_index(base)
+    opened, whole = open_adapter(adapter), open_index(base, allow_bytes=True)
+    on_disk, index, quant = _open_base(whole, quant)
     config_hash = hash_config(base)
     if not force:
-        _check_identity(opened, index=index, config_hash=config_hash)
-    _check_quant(index, quant)
+        _check_identity(opened, index=whole, config_hash=config_hash)
     _check_fit(opened, index=index)
     refuse_links(base, [str(path.relative_to(base)) for path in _companions(base)])
     opened.verify()
@@ -105,7 +111,7 @@ def merge_adapter(
     try:
         with _partial_of(out) as partial:
             _check_space(index, partial=partial, dtype=dtype)
-            merger = _Merger(opened, index=index, dtype=dtype, quant=quant, on_progress=on_progress)
+            merger = _Merger(opened, index=index, on_disk=on_disk, dtype=dtype, quant=quant, on_progress=on_progress)
             merger.write(partial)
             _write_companions(index, partial=partial, dtype=dtype, chat_template=origin_of(adapter).chat_template)
             sync_folder(partial)
@@ -115,7 +121,7 @@ def merge_adapter(
         if isinstance(error, DistLoraError):
             raise
         raise SaveError(f"The merged model can't be written to {out}: {error.strerror or error}.") from error
-    return MergeReport(len(opened.pairs), merger.bytes_written, time.perf_counter() - begin)
+    return MergeReport(len(opened.pairs), merger.bytes_written, time.perf_counter() - begin, quant)
 
 
 class _Merger:
@@ -126,6 +132,7 @@ class _Merger:
         adapter: AdapterOnDisk,
         *,
         index: WeightIndex,
+        on_disk: BaseOnDisk,
         dtype: str | None,
         quant: Quant,
         on_progress: Callable[[int, int], None] | None,
@@ -133,7 +140,8 @@ class _Merger:
         self._adapter = adapter
         self._index = index
         self._dtype = dtype
-        self._fmt = None if quant == "none" else format_of(quant, torch.float32)
+        self._nf4 = on_disk.nf4
+        self._fmt = None if quant == "none" or self._nf4 else format_of(quant, torch.float32)
         self._on_progress = on_progress
         self._reader = SliceReader(_SLICE_BYTES)
         self._buffers: dict[torch.dtype, Tensor] = {}
@@ -161,7 +169,7 @@ class _Merger:
         dtype = TORCH_DTYPES[_DTYPES[self._dtype] if self._dtype else tensor.dtype]
         is_changed = False
         fmt = self._fmt if module.rpartition(".")[2] in LINEARS else None
-        for row, stored in self._reader.slices(tensor, descriptor=descriptor):
+        for row, stored in self._slices(tensor, descriptor=descriptor):
             rows = stored if fmt is None else fmt.dequantize(fmt.quantize_rows(stored), torch.float32)
             result = self._merged(rows, pair, row=row, dtype=dtype)
             if pair is not None:
@@ -175,6 +183,18 @@ class _Merger:
                 self._on_progress(self.bytes_written, self._bytes_total)
         if pair is not None and not is_changed:
             self._unchanged.append(tensor.name)
+
+    def _slices(self, tensor: TensorOnDisk, *, descriptor: int) -> Iterator[tuple[int, Tensor]]:
+        """Pairs (first row, rows) of a tensor; of one that was published in NF4 its values in fp32."""
+        published = self._nf4.get(tensor.name)
+        if published is None:
+            yield from self._reader.slices(tensor, descriptor=descriptor)
+            return
+        num_rows, width = published.shape
+        count = max(1, _SLICE_BYTES // (4 * width))
+        for row in range(0, num_rows, count):
+            parts = published.read_rows(row, min(count, num_rows - row))
+            yield row, Nf4().dequantize(parts, torch.float32)
 
     def _merged(
         self, rows: Tensor, pair: tuple[Tensor, Tensor, float] | None, *, row: int, dtype: torch.dtype
@@ -206,6 +226,32 @@ class _Merger:
                 f"weights that it targets: {first_few(self._unchanged)}. Its update is lost in rounding; merge to "
                 "fp32 (--dtype fp32), or serve it as an adapter."
             )
+
+
+def _open_base(whole: WeightIndex, quant: Quant) -> tuple[BaseOnDisk, WeightIndex, Quant]:
+    """The base, the index of the result, and the quantization whose values it gets: nf4 if the base was published so."""
+    on_disk = open_base_on_disk(whole.folder, quant="nf4", index=whole)
+    if not on_disk.nf4:
+        _check_quant(on_disk.index, quant)
+        return on_disk, on_disk.index, quant
+    if quant == "int8":
+        raise ConfigError(
+            f"--quant int8: {whole.folder} was published in NF4, and a run on it has its values in NF4. Leave the option "
+            "out, or name the base that the adapter was trained on: --base MODEL"
+        )
+    return on_disk, _dequantized(on_disk), "nf4"
+
+
+def _dequantized(on_disk: BaseOnDisk) -> WeightIndex:
+    """The index of the result: what is NF4 on disk has the dtype of the model's config, else bf16."""
+    config = read_model_json(on_disk.index.folder / "config.json")
+    stated = str(config.get("dtype") or config.get("torch_dtype"))
+    dtype = {"float32": "F32", "float16": "F16"}.get(stated, "BF16")
+    tensors = {
+        name: replace(tensor, dtype=dtype) if tensor.dtype == NF4_ON_DISK else tensor
+        for name, tensor in on_disk.index.tensors.items()
+    }
+    return replace(on_disk.index, tensors=tensors)
 
 
 def _entries(tensors: Sequence[TensorOnDisk], dtype: str | None) -> list[Entry]:
@@ -343,6 +389,7 @@ def _write_companions(index: WeightIndex, *, partial: Path, dtype: str | None, c
     generation = _generation_config(folder, config, templates=partial)
     if generation is not None:
         _write_json(partial / "generation_config.json", generation)
+    config.pop("quantization_config", None)  # all weights are written as numbers
     if dtype is not None:
         key = "dtype" if "dtype" in config else "torch_dtype"
         config[key] = _CONFIG_DTYPES[dtype]

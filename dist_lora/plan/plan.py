@@ -140,7 +140,7 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """Warnings about idle ranks."""
+        """Warnings about idle ranks, and about a sequence length that no single sample may have."""
         notes, setup, batch = [], self.setup, self.config.train.global_batch
         ranks = setup.base_ranks
         parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
@@ -152,6 +152,11 @@ class Plan:
             idle = setup.num_ranks - batch
             verb = "is" if idle == 1 else "are"
             notes.append(f"a step has {count(batch, 'sequence')}: {idle:,} of {setup.num_ranks:,} ranks {verb} idle")
+        length, context = self.config.train.sequence_length, setup.shape.context
+        if length > context and self.config.model.shape is None:
+            notes.append(
+                f"train.sequence_length is {length:,} and the model's context {context:,} tokens: a sample may not be longer"
+            )
         return notes
 
     @property

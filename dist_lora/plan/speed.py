@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dist_lora.layout.memory import Setup, base_bytes_per_rank, block_bytes, logit_rows
-from dist_lora.layout.storage import FP32
+from dist_lora.layout.storage import FP32, quantized_share
 from dist_lora.plan.hardware import REACHED_COMPUTE, REACHED_LINK, REACHED_MEMORY, Gpu
 from dist_lora.plan.measured import Measured, Range
 from dist_lora.plan.traffic import Collective, collectives_of, received_bytes
@@ -104,7 +104,8 @@ def _dequantize_traffic(setup: Setup) -> float:
     shape, c = setup.shape, setup.item_bytes
     weights = shape.weights_of_linears()
     stored = block_bytes(setup)
-    return setup.accumulation_steps * (3 if setup.recompute else 2) * shape.num_layers * (stored + 2 * c * weights)
+    times = setup.accumulation_steps * (3 if setup.recompute else 2) * shape.num_layers
+    return times * quantized_share(shape) * (stored + 2 * c * weights)
 
 
 # On a measured machine
@@ -241,7 +242,9 @@ def _dequantize(setup: Setup, measured: Measured) -> _Seconds:
     """Dequantizing a layer's weights once."""
     if setup.quant == "none":
         return _Seconds()
-    return _at(setup.shape.weights_of_linears(), measured.dense_weights_per_s[setup.quant])
+    return _at(
+        quantized_share(setup.shape) * setup.shape.weights_of_linears(), measured.dense_weights_per_s[setup.quant]
+    )
 
 
 def _communication(setup: Setup, measured: Measured) -> tuple[_Seconds, _Seconds]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -48,15 +49,20 @@ def _of_base(setup: Setup) -> Iterator[Collective]:
 
     if ranks == 1:
         return
-    block = padded([part for part in parts if part.block == 0])
     ends = [part for part in parts if part.name in ("embed_tokens", "lm_head") and not setup.shape.tied]
     root = [part for part in parts if part.block is None and part not in ends]
     # The backward ends at the first adapted layer; FSDP2 prefetches one layer more than it needs.
-    num_layers, first = setup.shape.num_layers, min(setup.layers)
-    all_gathers = num_layers + min(num_layers, num_layers - first + 1)
-    yield Collective(
-        "all-gather", "layers, forward and backward", ranks, crosses, block, all_gathers * setup.accumulation_steps
-    )
+    first = min(setup.layers)
+    blocks, all_gathers = Counter[int](), Counter[int]()
+    for part in parts:
+        if part.block is not None:
+            blocks[part.block] += padded([part])
+    for layer, block in blocks.items():  # by size: layers differ where a publisher left linears unquantized
+        all_gathers[block] += 1 + (layer >= first - 1)
+    for block, count in all_gathers.items():
+        yield Collective(
+            "all-gather", "layers, forward and backward", ranks, crosses, block, count * setup.accumulation_steps
+        )
     for end in ends:
         yield Collective("all-gather", end.name, ranks, crosses, padded([end]), setup.accumulation_steps)
     yield Collective(

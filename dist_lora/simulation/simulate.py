@@ -177,7 +177,7 @@ def _step(
         adapters = engine.adapters(sharded.tensors)
         assert isinstance(adapters, FlatAdapters)
         identity = BaseIdentity(config.model.name, None, None, None)
-        base = Base(Path(), shape, BaseOnDisk(WeightIndex(Path(), {}), {}), None, identity)
+        base = Base(Path(), {}, shape, BaseOnDisk(WeightIndex(Path(), {}), {}), None, identity)
         trainee = Trainee(base, model, engine, adapters, sharded.choices.attention, sharded.precision, {})
         adapters.start_training(config.optim)
         step = TrainStep(config, trainee, loader=loader, num_steps=STEP, saver=Saver(world), world=world)

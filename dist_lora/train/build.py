@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,14 @@ from dist_lora.base.llama import Llama, build_on_meta
 from dist_lora.base.quant.formats import format_of
 from dist_lora.base.quant.published import BaseOnDisk, open_base_on_disk
 from dist_lora.base.rope import check_frequencies
+from dist_lora.base.stored_shape import (
+    dtype_remarks,
+    has_own_head,
+    refuse_unquantized,
+    stored_base,
+    stored_remarks,
+    unquantized_line,
+)
 from dist_lora.base.stream import fill_slots
 from dist_lora.base.tokenizer_files import hash_tokenizer_files
 from dist_lora.config.schema import Config, LoraSection
@@ -33,8 +41,9 @@ from dist_lora.engines.choose import make_engine
 from dist_lora.engines.engine import Engine
 from dist_lora.engines.precision import TORCH_TYPES, Precision
 from dist_lora.errors import ConfigError, DistLoraError, WeightsError
+from dist_lora.herd.config_keys import remarks_on
 from dist_lora.herd.models import ResolvedModel, refuse_shape, resolve_model
-from dist_lora.herd.shape import Shape, read_shape
+from dist_lora.herd.shape import Shape, read_config
 from dist_lora.layout.choices import (
     AttentionName,
     Choices,
@@ -54,9 +63,10 @@ log = logging.getLogger("dist_lora")
 
 @dataclass(frozen=True)
 class Base:
-    """The base on disk: none of its weights are read yet."""
+    """The base on disk: none of its weights are read yet. ``settings`` are those of its config.json."""
 
     folder: Path
+    settings: Mapping[str, Any]
     shape: Shape
     on_disk: BaseOnDisk
     tokenizer: Any
@@ -119,16 +129,23 @@ def open_base(config: Config, world: World, *, template: str | None = None) -> B
         choose_attention(config.model.attention, dtype=dtype, on_gpu=is_on_gpu)
         return resolve_model(config.model.name)
 
-    def read_sizes() -> Shape:  # before the weights: a model that isn't supported is no damaged one
-        shape = read_shape(folder)
+    def read_sizes() -> tuple[dict[str, Any], Shape]:
+        # Before the weights: a model that isn't supported is no damaged one.
+        settings = read_config(folder)
+        shape = Shape.from_config(settings, where=str(folder / "config.json"))
         config.lora.layer_indices(shape.num_layers)
-        return shape
+        return settings, shape
 
-    def open_files() -> tuple[BaseOnDisk, Any]:
+    def compare_head() -> bytes:
+        return b"own" if shape.tied and has_own_head(WeightIndex.from_json(folder, index)) else b""
+
+    def open_files() -> tuple[Shape, BaseOnDisk, Any]:
         on_disk = open_base_on_disk(folder, quant=config.model.quant, index=WeightIndex.from_json(folder, index))
-        on_disk.index.expect(shape.tensor_shapes())
+        refuse_unquantized(settings, on_disk)
+        stored, on_disk = stored_base(shape, on_disk, own_head=bool(own_head))
+        on_disk.index.expect(stored.tensor_shapes())
         try:
-            return on_disk, load_tokenizer(folder, chat_template=config.data.chat_template, text=template)
+            return stored, on_disk, load_tokenizer(folder, chat_template=config.data.chat_template, text=template)
         except DistLoraError:  # some are ValueErrors as well
             raise
         except ValueError as caught:
@@ -139,11 +156,17 @@ def open_base(config: Config, world: World, *, template: str | None = None) -> B
 
     resolved = world.agree_on(stage, resolve, os_error=os_error)
     folder = folder_of(resolved, world)
-    shape = world.agree_on(stage, read_sizes, os_error=os_error)
+    settings, shape = world.agree_on(stage, read_sizes, os_error=os_error)
     # One rank per node reads the files' headers, and shares them with the others.
     index = world.once_per_node(stage, lambda: open_index(folder, allow_bytes=True).to_json(), os_error=os_error)
-    on_disk, tokenizer = world.agree_on(stage, open_files, os_error=os_error)
-    return Base(folder, shape, on_disk, tokenizer, _identity(resolved, folder, world, os_error))
+    own_head = world.once_per_node(stage, compare_head, os_error=os_error)
+    stored, on_disk, tokenizer = world.agree_on(stage, open_files, os_error=os_error)
+    if world.is_first:
+        for remark in (*remarks_on(settings), *stored_remarks(settings, shape, stored, on_disk)):
+            log.warning(f"{folder / 'config.json'}: {remark}")
+        if stored.unquantized:
+            log.info(f"{folder}: {unquantized_line(stored)}")
+    return Base(folder, settings, stored, on_disk, tokenizer, _identity(resolved, folder, world, os_error))
 
 
 def _identity(
@@ -245,7 +268,8 @@ def shard_model(
         block.recompute = choices.recompute
     world.progress.now("sharding the base", kind="unseen")  # may compile (DeepSpeed's kernels) and open a GPU
     engine = make_engine(choices.layout, world)
-    return ShardedModel(model, tensors, engine, Precision(fmt, dtype), choices, engine.shard(model))
+    precision = Precision(fmt, dtype, shape.unquantized if fmt.name != "none" else frozenset())
+    return ShardedModel(model, tensors, engine, precision, choices, engine.shard(model))
 
 
 def build(config: Config, base: Base, world: World) -> Trainee:
@@ -257,6 +281,9 @@ def build(config: Config, base: Base, world: World) -> Trainee:
     """
     sharded = shard_model(config, base.shape, world, name=base.identity.name)
     model, engine = sharded.model, sharded.engine
+    if world.is_first:
+        for remark in dtype_remarks(base.settings, base.on_disk, dtype=sharded.choices.dtype):
+            log.info(f"{base.folder}: {remark}")
     engine.materialize(model)
     _load(base, model, engine, world, sharded.description)
     check_frequencies(model.inv_freq, base.shape)

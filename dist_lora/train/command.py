@@ -19,6 +19,7 @@ from dist_lora.config.changes import flat
 from dist_lora.config.schema import Config, MachineSection
 from dist_lora.data.chat import hash_tokenizer, render_sample
 from dist_lora.data.loader import Loader
+from dist_lora.data.model_limits import check_limits, warn_of_context
 from dist_lora.data.token_cache import TokenRules, Which, prepare_tokens
 from dist_lora.data.token_set import TokenSet, split_eval
 from dist_lora.data.untrained import check_special_tokens
@@ -41,7 +42,12 @@ log = logging.getLogger("dist_lora")
 
 
 def tokens_of(config: Config, base: Base, world: World) -> tuple[TokenSet, TokenSet | None]:
-    """The training set and the held-out one, tokenized (by all ranks) or read from the cache."""
+    """The training set and the held-out one, tokenized (by all ranks) or read from the cache.
+
+    Raises:
+        ConfigError: a sample is longer than the model's context.
+        DataError: see ``prepare_tokens`` and ``check_limits``.
+    """
     if isinstance(config.data.eval, float):
         return split_eval(_prepare(config, base, world, "train"), fraction=config.data.eval, seed=config.train.seed)
     return _prepare(config, base, world, "train"), _prepare(config, base, world, "eval") if config.data.eval else None
@@ -66,7 +72,7 @@ def _prepare(config: Config, base: Base, world: World, which: Which) -> TokenSet
     section = config.data
     names = section.train if which == "train" else section.eval
     assert names is not None and not isinstance(names, float)
-    return prepare_tokens(
+    token_set = prepare_tokens(
         names,
         which=which,
         rules=TokenRules(
@@ -81,6 +87,8 @@ def _prepare(config: Config, base: Base, world: World, which: Which) -> TokenSet
         cache_dir=section.cache_dir,
         world=world,
     )
+    check_limits(token_set, which=which, context=base.shape.context, vocab=base.shape.vocab, world=world)
+    return token_set
 
 
 def loader_of(config: Config, tokens: TokenSet, world: World, kind: type[Loader] = Loader) -> Loader:
@@ -115,6 +123,7 @@ def train(config: Config, world: World, stop: StopRequest, *, is_dry: bool = Fal
     started_s = time.monotonic()
     _check_trackers(config, world)
     base = open_base(config, world)
+    warn_of_context(sequence_length=config.train.sequence_length, context=base.shape.context, world=world)
     if config.lora.start_from is not None:
         config = check_adapter(config.lora.start_from, config=config, base=base, world=world)
     folder = None if is_dry else open_run_folder(config, world)

@@ -115,6 +115,24 @@ def test_the_plan_is_the_simulated_step(case: Case) -> None:
     assert planned_traffic(setup) == simulated_traffic(simulated)
 
 
+@pytest.mark.parametrize(("engine", "gpus_per_node"), [("fsdp2", 2), ("none", 1)])
+def test_a_base_of_two_formats_is_planned_with_its_largest_layer(engine: str, gpus_per_node: int) -> None:
+    tree = {
+        "run": "it",
+        "model": {"name": "3.1-8b", "quant": "nf4"},
+        "data": {"train": "x"},
+        "train": {"steps": 9, "global_batch": 4 * gpus_per_node},
+        "parallel": {"engine": engine},
+    }
+    left = frozenset({"model.layers.1.mlp.up_proj", *(f"model.layers.{layer}.self_attn.k_proj" for layer in range(3))})
+    shape = dataclasses.replace(MEMBERS["3.1-8b"].shape, num_layers=3, unquantized=left)
+    machines = {"num_nodes": 1, "gpus_per_node": gpus_per_node, "device_bytes": DEVICE_BYTES}
+    setup = setup_of(Config.model_validate(tree), shape, **machines)
+    simulated = simulate(Config.model_validate(tree), shape, **machines)
+    assert simulated.peak_bytes * 0.99 <= memory_of(setup).device <= simulated.peak_bytes * 1.1
+    assert planned_traffic(setup) == simulated_traffic(simulated)
+
+
 def drawn(seed: int) -> Case:
     """Settings and machines by chance."""
     draw = random.Random(seed).choice

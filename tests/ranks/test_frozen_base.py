@@ -211,21 +211,22 @@ def test_after_steps_and_an_evaluation_the_shards_are_the_bytes_of_the_whole(
         assert together.tobytes() == wanted[key].numpy().tobytes(), key
 
 
-@pytest.mark.parametrize("size, engine", [(2, "fsdp2"), (3, "fsdp2"), (2, "zero3")])
-@pytest.mark.parametrize("is_nested", [False, True])
-def test_a_base_published_in_nf4_keeps_its_codes_on_every_rank(
-    ranks, tiny_llama, tmp_path, size, engine, is_nested
-) -> None:
+# What a publisher of 4-bit models may leave unquantized: a linear of every layer, and most of one layer.
+LEFT = ("k_proj", "layers.1.mlp")
+
+
+def publish(source: Path, folder: Path, *, is_nested: bool) -> dict[tuple[str, str], bytes]:
+    """Writes a model as bitsandbytes quantizes it, all but LEFT; returns the parts that a base should have of it."""
     from bitsandbytes import functional
 
-    source = tiny_llama("llama31")
     for file in source.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+        (folder / file.name).write_bytes(file.read_bytes())
     tensors: dict[str, torch.Tensor] = {}
     wanted: dict[tuple[str, str], bytes] = {}
     for name, tensor in load_file(source / "model.safetensors").items():
-        if "proj" not in name:
+        if "proj" not in name or any(left in name for left in LEFT):
             tensors[name] = tensor
+            wanted[name, "weight"] = tensor.numpy().tobytes()
             continue
         codes, state = functional.quantize_4bit(tensor, quant_type="nf4", compress_statistics=is_nested)
         tensors |= {name: codes} | {f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}
@@ -233,7 +234,16 @@ def test_a_base_published_in_nf4_keeps_its_codes_on_every_rank(
             functional.dequantize_blockwise(state.absmax, state.state2) + state.offset if is_nested else state.absmax
         )
         wanted |= {(name, "codes"): codes.numpy().tobytes(), (name, "absmax"): absmax.numpy().tobytes()}
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return wanted
+
+
+@pytest.mark.parametrize("size, engine", [(2, "fsdp2"), (3, "fsdp2"), (2, "zero3")])
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_base_published_in_nf4_keeps_its_codes_and_what_was_left_unquantized_on_every_rank(
+    ranks, tiny_llama, tmp_path, size, engine, is_nested
+) -> None:
+    wanted = publish(tiny_llama("llama31"), tmp_path, is_nested=is_nested)
     found: dict[tuple[str, str], list] = {}
     for share in ranks(size).run(shares_after_training, str(tmp_path), "nf4", engine):
         for name, part, first, values in share:
@@ -241,6 +251,20 @@ def test_a_base_published_in_nf4_keeps_its_codes_on_every_rank(
     for key, content in wanted.items():
         shares = [values for _, values in sorted(found[key], key=lambda share: share[0])]
         assert np.concatenate(shares).tobytes() == content, key
+
+
+def losses_of(world: World, folder: str, engine: str) -> list[float]:
+    config = config_of(folder, model={"quant": "nf4"}, parallel={"engine": engine})
+    step = step_of(trainee_of(config, world), world, micro_batches=4 // world.world_size)
+    return [step() for _ in range(3)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_base_of_two_formats_has_the_losses_of_one_process(ranks, tiny_llama, tmp_path, engine) -> None:
+    publish(tiny_llama("llama31"), tmp_path, is_nested=True)
+    alone = losses_of(World.alone(), str(tmp_path), "none")
+    for losses in ranks(2).run(losses_of, str(tmp_path), engine):
+        assert losses == pytest.approx(alone, rel=1e-5)
 
 
 def change_a_byte(world: World, folder: str, quant: str) -> str:

@@ -68,7 +68,7 @@ def test_an_unsupported_model_is_told_as_such_before_its_files_are_read(ranks, t
 def open_where_some_nodes_refuse(world: World, settings: dict) -> tuple[int, object]:
     """The base's folder can't be looked at by the second node."""
     refused = PermissionError(13, "Permission denied", "/models")
-    with mock.patch.object(build, "read_shape", side_effect=refused) if world.world_rank == 2 else nullcontext():
+    with mock.patch.object(build, "read_config", side_effect=refused) if world.world_rank == 2 else nullcontext():
         return open_counting(world, settings)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from dist_lora.base.quant.published import open_base_on_disk
+from dist_lora.base.stored_shape import has_own_head, stored_base
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import StepBatch
 from dist_lora.data.token_set import TokenSet
@@ -46,9 +48,12 @@ def trainee_of(config: Config, world: World) -> Trainee:
     import json
 
     folder = Path(config.model.name)
-    shape = Shape.from_config(json.loads((folder / "config.json").read_text()), where=str(folder))
+    settings = json.loads((folder / "config.json").read_text())
+    on_disk = open_base_on_disk(folder, quant=config.model.quant)
+    own_head = has_own_head(on_disk.index)
+    shape, on_disk = stored_base(Shape.from_config(settings, where=str(folder)), on_disk, own_head=own_head)
     identity = BaseIdentity(name=folder.name, revision=None, content_hash=None, config_hash=None)
-    base = Base(folder, shape, open_base_on_disk(folder, quant=config.model.quant), None, identity)
+    base = Base(folder, settings, shape, on_disk, None, identity)
     return build(config, base, world)
 
 
@@ -73,3 +78,20 @@ def gathered_base(trainee: Trainee) -> dict[str, torch.Tensor]:
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in trainee.model.base_parameters().items()
     }
+
+
+def publish_nf4(source: Path, folder: Path, *, skipped: Sequence[str] = (), shard_size: str | None = None) -> Path:
+    """A model's folder as transformers quantizes it to NF4 and saves it, all but the modules of ``skipped``."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["lm_head", *skipped],
+    )
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(folder, **({"max_shard_size": shard_size} if shard_size else {}))
+    for file in [*source.glob("tokenizer*"), *source.glob("*.jinja")]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder

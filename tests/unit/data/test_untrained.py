@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dist_lora.base.index import open_index
+from dist_lora.base.stored_shape import EMBEDDING, HEAD
 from dist_lora.data import untrained
 from dist_lora.data.chat import load_tokenizer
 from dist_lora.data.token_cache import TokenRules, prepare_tokens
 from dist_lora.data.token_set import TokenSet
-from dist_lora.data.untrained import EMBEDDING, HEAD, check_special_tokens, tokens_in_use
+from dist_lora.data.untrained import check_special_tokens, tokens_in_use
 from dist_lora.errors import DataError, WeightsError
 from dist_lora.herd.shape import read_shape
 from dist_lora.world.world import World
@@ -154,15 +155,6 @@ def test_the_opt_in_trains_and_says_so(base, caplog) -> None:
         f"data.untrained_tokens: allow: training although <|eot_id|> (260): its row of {tensor} is zero"
         for tensor in (EMBEDDING, HEAD)
     ]
-
-
-def test_ids_that_the_model_has_no_row_for_are_told() -> None:
-    ids = np.array([0, 7, 12, 3], np.uint32)
-    tokens = TokenSet(ids, ids > 0, np.array([0]), np.array([4]), np.array([3]), np.array([0]))
-    assert tokens_in_use(tokens, ids=[7], vocab=13).read == (7,)
-    with pytest.raises(DataError) as raised:
-        tokens_in_use(tokens, ids=[7], vocab=12)
-    assert "data.train: the tokenizer writes id 12 and the model has 12 rows (ids 0 to 11)" in str(raised.value)
 
 
 def test_a_file_that_became_shorter_is_told_as_damage(base) -> None:

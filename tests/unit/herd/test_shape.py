@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dist_lora.errors import ConfigError, WeightsError
 from dist_lora.herd.members import MEMBERS, Member
 from dist_lora.herd.models import resolve_model
-from dist_lora.herd.shape import RopeScaling, Shape, module_path, read_shape
+from dist_lora.herd.rope import RopeScaling
+from dist_lora.herd.shape import Shape, module_path, read_shape
 
 SCALING = {
     "rope_type": "llama3",
@@ -253,7 +254,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes_for_it() -> None:
             "rope_scaling.rope_type: found 'linear', expected 'default' or 'llama3'",
         ),
         (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            {"rope_scaling": None, "rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
             "rope_parameters.rope_type: found 'yarn', expected 'default' or 'llama3'",
         ),
         ({"rope_scaling": "llama3"}, "rope_scaling: found 'llama3', expected settings with rope_type"),
@@ -354,6 +355,22 @@ def test_a_folder_without_config_json_says_what_it_is_instead(tmp_path: Path, fi
     for ask in (lambda: resolve_model(str(folder)), lambda: read_shape(folder)):
         with pytest.raises(ConfigError, match=rf"model\.name: the folder .* has no config\.json: {advice}"):
             ask()
+
+
+def test_an_adapter_inside_a_models_folder_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, "config.json", json.dumps(config_of()))
+    read_shape(folder)
+    folder_with(tmp_path, "adapter_config.json", "{}")
+    for ask in (lambda: resolve_model(str(folder)), lambda: read_shape(folder)):
+        with pytest.raises(ConfigError) as raised:
+            ask()
+        assert str(raised.value) == (
+            f"model.name: the folder {folder} holds both a model (config.json) and an adapter (adapter_config.json), and "
+            "transformers would use them together. Move adapter_config.json and adapter_model.safetensors to a folder of "
+            "their own. This folder is then the base alone; to start from the adapter set lora.start_from to the other "
+            "folder, and to make one model of both: dist-lora merge"
+        )
+        assert raised.value.exit_code == 2
 
 
 @pytest.mark.parametrize("written", ["3.1-8b-instruct", "3.1-8B-Instruct"])

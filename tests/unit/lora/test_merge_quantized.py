@@ -20,6 +20,7 @@ from dist_lora.lora.merge import merge_adapter
 from dist_lora.train.build import build, load_adapter, open_base
 from dist_lora.world.world import World
 from tests.ranks.runs import train_command
+from tests.ranks.tiny import publish_nf4
 
 IDS = torch.randint(0, 512, (256,), generator=torch.Generator().manual_seed(0))
 
@@ -27,14 +28,18 @@ IDS = torch.randint(0, 512, (256,), generator=torch.Generator().manual_seed(0))
 @pytest.fixture(scope="module", params=["nf4", "int8"])
 def trained(request, tiny_llama, tmp_path_factory) -> tuple[dict[str, Any], Path]:
     """The settings of a run beside a quantized base, and its adapter."""
-    folder = tmp_path_factory.mktemp(request.param)
+    return run_on(tiny_llama("llama31"), tmp_path_factory.mktemp(request.param), quant=request.param)
+
+
+def run_on(base: Path, folder: Path, *, quant: str) -> tuple[dict[str, Any], Path]:
+    """The settings of a run of some steps, and its adapter."""
     chats = [[("user", f"say {i}"), ("assistant", f"{i} {i}")] for i in range(8)]
     lines = [json.dumps({"messages": [{"role": r, "content": c} for r, c in chat]}) for chat in chats]
     (folder / "train.jsonl").write_text("\n".join(lines))
     settings = {
         "run": "it",
         "runs_dir": str(folder),
-        "model": {"name": str(tiny_llama("llama31")), "dtype": "fp32", "quant": request.param},
+        "model": {"name": str(base), "dtype": "fp32", "quant": quant},
         "lora": {"rank": 4, "targets": ["q_proj", "v_proj", "down_proj"]},
         "data": {"train": str(folder / "train.jsonl"), "cache_dir": str(folder / "cache")},
         "train": {"steps": 6, "global_batch": 4, "sequence_length": 64},
@@ -99,3 +104,23 @@ def test_rows_that_can_not_be_cut_into_blocks_are_told_before_anything_is_writte
         merge_adapter(adapter, base=odd, out=tmp_path / "merged", quant="nf4", force=True)
     assert "can't have been the base of a run in nf4" in str(raised.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("shard_size", [None, "20KB"])
+def test_a_base_published_in_nf4_with_linears_left_unquantized_is_merged_into_the_trained_model(
+    tiny_llama, tmp_path, shard_size
+) -> None:
+    base = publish_nf4(tiny_llama(), tmp_path / "base", skipped=["k_proj", "model.layers.1.mlp"], shard_size=shard_size)
+    assert (len(list(base.glob("*.safetensors"))) > 1) == (shard_size is not None)
+    settings, adapter = run_on(base, tmp_path, quant="nf4")
+    report = merge_adapter(adapter, base=base, out=tmp_path / "merged")
+    assert report.quant == "nf4"
+    merged = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in merged and merged["dtype"] == "float32"
+    torch.testing.assert_close(
+        logits_of(tmp_path / "merged"), logits_as_trained(settings, adapter), rtol=1e-3, atol=1e-4
+    )
+    with pytest.raises(
+        ConfigError, match=r"--quant int8: .* was published in NF4, and a run on it has its values in NF4"
+    ):
+        merge_adapter(adapter, base=base, out=tmp_path / "int8", quant="int8")

@@ -395,6 +395,13 @@ def test_more_ranks_than_rows_or_sequences_or_layers_are_planned_and_said_to_be(
         math.ceil(shape[0] / 4096) * math.prod(shape[1:]) for shape in plan.setup.shape.tensor_shapes().values()
     )
     assert make_plan(config_of(train={"global_batch": 64}), Machines(1, 64, H100)).notes == []
+    short = dataclasses.replace(MEMBERS["3.1-8b"].shape, context=1000)
+    found = make_plan(
+        config_of(train={"global_batch": 64, "sequence_length": 4096}), Machines(1, 64, H100), shape=short
+    )
+    assert found.notes == [
+        "train.sequence_length is 4,096 and the model's context 1,000 tokens: a sample may not be longer"
+    ]
 
 
 def test_what_a_run_would_refuse_a_plan_refuses_with_the_same_words() -> None:
