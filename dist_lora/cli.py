@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from dist_lora.errors import EXIT_FAILED, ConfigError, DistLoraError, StopNow, StoppedOnRequest
+from dist_lora.errors import EXIT_FAILED, ConfigError, DistLoraError, StopNow, StoppedOnRequest, exit_code_of
 
 if TYPE_CHECKING:
     from dist_lora.config.schema import Config
@@ -226,6 +226,10 @@ def evaluate(
 ) -> None:
     """Held-out loss, perplexity, and exact match of generated answers if eval.exact_match is set."""
     loaded = _load(config, overrides)
+    if adapter is not None:
+        from dist_lora.lora.adapter_folder import check_adapter_folder
+
+        check_adapter_folder(adapter)
 
     with _joined(loaded, nproc) as world:
         from dist_lora.train.command import evaluate as evaluate_here
@@ -284,10 +288,12 @@ def merge(
     ] = None,
 ) -> None:
     """Merge an adapter into its base weights: a model that runs at the base's speed. Streams from file to file."""
+    from dist_lora.lora.adapter_folder import check_adapter_folder
     from dist_lora.lora.find_base import find_base
     from dist_lora.lora.merge import merge_adapter
     from dist_lora.lora.origin import origin_of
 
+    check_adapter_folder(adapter)  # before a base is looked for, and perhaps downloaded
     trained_quant = origin_of(adapter).quant
     report = merge_adapter(
         adapter,
@@ -498,5 +504,5 @@ def main() -> NoReturn:
 
         if is_first_of_node(os.environ):  # the other ranks of this node have the same error
             report_error(error)
-        sys.exit(error.exit_code)
+        sys.exit(exit_code_of(error))
     sys.exit(0)

@@ -29,7 +29,7 @@ from dist_lora.data.chat import Encoded, TrainOn, check_template, encode_sample
 from dist_lora.data.records import Format
 from dist_lora.data.sources import Faults, Records, hash_sources, read_records
 from dist_lora.data.token_set import TokenSet
-from dist_lora.errors import DataError, SaveError
+from dist_lora.errors import ConfigError, DataError, SaveError, cannot_write
 from dist_lora.files import lock, new_file, sync
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def prepare_tokens(
     """
     started = time.monotonic()
     world.progress.now(f"reading data.{which}", kind="long")
-    cache = (cache_dir or default_cache_dir()).expanduser() / "tokens"
+    cache = _cache_folder(cache_dir)
     key = _agree_on_key(names, which=which, rules=rules, tokenizer_hash=tokenizer_hash, cache=cache, world=world)
     group = _group_of(cache, which=which, world=world)
     with contextlib.ExitStack() as held:
@@ -117,6 +117,13 @@ def prepare_tokens(
         how = "from the cache" if building is None else f"tokenized in {time.monotonic() - started:.1f} s"
         log.info(f"data.{which}: {_summary_line(cache / key, token_set, rules)}, {how}")
     return token_set
+
+
+def _cache_folder(cache_dir: Path | None) -> Path:
+    try:
+        return (cache_dir or default_cache_dir()).expanduser() / "tokens"
+    except RuntimeError as error:  # of pathlib: there is no home, or no such user
+        raise ConfigError(f"data.cache_dir: {cache_dir or '~/.cache'}: {error}. Set it to a writable folder") from None
 
 
 @dataclass(frozen=True)
@@ -386,9 +393,10 @@ def _encode_one(
 
 
 def _unwritable(path: Path, error: OSError) -> SaveError:
-    return SaveError(
+    return cannot_write(
         f"data.cache_dir: {path} can't be written: {error.strerror or error}. "
-        "Set it to a writable folder with room for the tokens"
+        "Set it to a writable folder with room for the tokens",
+        error,
     )
 
 

@@ -29,6 +29,7 @@ from dist_lora.config.schema import LINEARS
 from dist_lora.errors import AdapterError, WeightsError
 from dist_lora.files import file_exists, links_out
 from dist_lora.herd.shape import module_path
+from dist_lora.lora.adapter_folder import check_adapter_folder
 from dist_lora.lora.origin import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE, BaseIdentity, read_adapter_json, read_origin
 from dist_lora.text import first_few
 
@@ -140,10 +141,12 @@ def open_adapter(folder: Path) -> AdapterOnDisk:
     """The adapter in ``folder``, ours or PEFT's, with everything checked that its JSON files and header allow.
 
     Raises:
+        ConfigError: it is no adapter's folder; see ``check_adapter_folder``.
         AdapterError: the folder is damaged, or isn't plain LoRA on a Llama's seven linears with one rank and one
             alpha. Names the keys: the missing half of a pair, an unexpected key, a wrong rank, a zero-size or 1-D
             tensor.
     """
+    check_adapter_folder(folder)
     _refuse_links(folder)
     config = read_adapter_json(folder / CONFIG_FILE)
     _refuse_kinds(config, folder=folder)

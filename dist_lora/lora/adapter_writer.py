@@ -17,7 +17,7 @@ from torch import Tensor
 
 import dist_lora
 from dist_lora.base.safetensors import TYPE_NAMES, bytes_of, write_safetensors
-from dist_lora.errors import AdapterError, ConfigError, SaveError
+from dist_lora.errors import AdapterError, ConfigError, cannot_write
 from dist_lora.files import swap_in, sync_folder
 from dist_lora.lora.adapter_reader import SEAL, SEALED, faults_of, peft_key
 from dist_lora.lora.origin import CONFIG_FILE, FORMAT, ORIGIN_FILE, WEIGHTS_FILE, BaseIdentity, own_checksum
@@ -78,7 +78,7 @@ def write_adapter(
         sync_folder(partial)
         swap_in(partial, folder, former=folder.with_name(f".{folder.name}.replaced"))
     except OSError as error:
-        raise SaveError(f"The adapter can't be written to {folder}: {error.strerror or error}.") from error
+        raise cannot_write(f"The adapter can't be written to {folder}: {error.strerror or error}.", error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_lora.config.schema import QUANTIZED
-from dist_lora.errors import ConfigError, SaveError
+from dist_lora.errors import ConfigError, cannot_write
 from dist_lora.files import write_output
 
 FORMAT = 1
@@ -124,8 +124,8 @@ def write_measured(measured: Measured, path: Path) -> None:
     try:
         write_output(path, json.dumps(measured.to_json(), indent=1) + "\n")
     except OSError as error:
-        raise SaveError(
-            f"--out: {path} can't be written: {error.strerror or error}. Name a file in a writable folder."
+        raise cannot_write(
+            f"--out: {path} can't be written: {error.strerror or error}. Name a file in a writable folder.", error
         ) from error
 
 

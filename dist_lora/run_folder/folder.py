@@ -10,7 +10,7 @@ from typing import TextIO
 
 from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
-from dist_lora.errors import ConfigError, RunInUse, SaveError
+from dist_lora.errors import ConfigError, RunInUse, SaveError, cannot_write
 from dist_lora.files import lock, write_whole
 from dist_lora.run_folder.status import StatusWriter
 from dist_lora.world.world import World
@@ -36,8 +36,9 @@ def open_run_folder(config: Config, world: World) -> Path:
         StatusWriter(folder).begin()
 
     def refused(error: OSError) -> SaveError:
-        return SaveError(
-            f"{folder}: the run's folder can't be written: {error.strerror or error}. Set runs_dir to a writable folder."
+        return cannot_write(
+            f"{folder}: the run's folder can't be written: {error.strerror or error}. Set runs_dir to a writable folder.",
+            error,
         )
 
     world.on_first("the run's folder", take, os_error=refused)
@@ -51,7 +52,7 @@ def _check_shared(folder: Path, world: World) -> None:
         return
 
     def refused(error: OSError) -> SaveError:
-        return SaveError(f"{folder}: the run's folder can't be written: {error.strerror or error}")
+        return cannot_write(f"{folder}: the run's folder can't be written: {error.strerror or error}", error)
 
     def look(probe: Path) -> None:
         deadline = time.monotonic() + SEEN_S
@@ -97,4 +98,6 @@ def write_config(folder: Path, config: Config) -> None:
     try:
         write_whole(path, dump_config(config))
     except OSError as error:
-        raise SaveError(f"{path}: can't be written: {error.strerror or error}. Set runs_dir elsewhere.") from error
+        raise cannot_write(
+            f"{path}: can't be written: {error.strerror or error}. Set runs_dir elsewhere.", error
+        ) from error

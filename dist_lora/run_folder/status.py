@@ -29,12 +29,12 @@ from dist_lora.errors import (
     EXIT_STOPPED,
     EXIT_USER,
     CheckpointError,
-    DistLoraError,
     OutOfMemory,
     RunInUse,
     StopNow,
     StoppedForGood,
     TrainingError,
+    exit_code_of,
 )
 from dist_lora.files import is_locked, write_whole
 
@@ -117,9 +117,7 @@ class StatusWriter:
         """Write how it ended: well (None) or with an error. Called by the rank that reports to the user."""
         if isinstance(error, RunInUse):
             return  # the status is that of the process that is running there
-        code = EXIT_DONE if error is None else EXIT_FAILED
-        if isinstance(error, DistLoraError | StopNow):
-            code = error.exit_code
+        code = EXIT_DONE if error is None else exit_code_of(error)
         before = self._before()
         if (
             isinstance(error, StopNow)

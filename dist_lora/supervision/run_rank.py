@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from dist_lora.config.changes import flat
 from dist_lora.config.schema import Config
-from dist_lora.errors import EXIT_FAILED, DistLoraError, OutOfMemory, RankError, StopNow, StoppedOnRequest
+from dist_lora.errors import EXIT_FAILED, DistLoraError, OutOfMemory, RankError, StoppedOnRequest, exit_code_of
 from dist_lora.supervision.hang import HangWatch, collective_timeout_s
 from dist_lora.supervision.local_ranks import EXIT_LOST_PEER, note_lost_peer
 from dist_lora.supervision.out_of_memory import out_of_memory
@@ -105,7 +105,7 @@ def _fail(
     report: Callable[[BaseException, str], None],
 ) -> int:
     """Report the error to the user or the other ranks, as is this rank's part; returns its exit code."""
-    code = error.exit_code if isinstance(error, DistLoraError | StopNow) else EXIT_FAILED
+    code = exit_code_of(error)
     if world is None:
         if not isinstance(error, RankError):
             report(error, _who(launched, ""))

@@ -21,7 +21,7 @@ from dist_lora.data.loader import Loader
 from dist_lora.data.token_cache import TokenRules, Which, prepare_tokens
 from dist_lora.data.token_set import TokenSet, split_eval
 from dist_lora.data.untrained import check_special_tokens
-from dist_lora.errors import ConfigError, SaveError
+from dist_lora.errors import ConfigError, SaveError, cannot_write
 from dist_lora.files import write_whole
 from dist_lora.layout.machine import is_called
 from dist_lora.run_folder.folder import open_run_folder, write_config
@@ -197,7 +197,7 @@ def _train(run: Run, folder: Path, world: World, stop: StopRequest) -> None:
         meter = world.on_first(
             "the meter",
             lambda: opened.enter_context(contextlib.closing(open_meter())),  # closed also where another rank fails here
-            os_error=lambda error: SaveError(f"{folder}: can't be written: {error}"),
+            os_error=lambda error: cannot_write(f"{folder}: can't be written: {error}", error),
         )
         with stop.deferred(folder if world.is_first else None):
             run.train(meter, stop)
