@@ -213,6 +213,15 @@ def no_folder(path: Path) -> str | None:
     return None
 
 
+def is_empty_folder(path: Path) -> bool:
+    """Whether a path is a folder that can be listed, and there is nothing in it."""
+    try:
+        with os.scandir(path) as entries:
+            return next(entries, None) is None
+    except (OSError, ValueError):
+        return False
+
+
 def links_out(folder: Path, names: Iterable[str]) -> list[str]:
     """``NAME (to TARGET)`` for each file of ``folder`` that links out of it: its author may have pointed it anywhere.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 GIB = 2**30
@@ -17,6 +18,15 @@ def gib(num_bytes: float) -> str:
 def size(num_bytes: float) -> str:
     """``12.34 GiB``, or ``12.3 MiB`` where it is less than one GiB."""
     return gib(num_bytes) if num_bytes >= GIB else f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """``2 h 5 min``, ``3 min 20 s`` or ``20 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def first_few(names: Sequence[str]) -> str:
@@ -34,6 +44,11 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+def without_cpp_stack(message: str) -> str:
+    """An error's message without the C++ stack that torch appends to it (``Exception raised from ... frame #0``)."""
+    return re.split(r"\s*(?:Exception raised from \S+ at |(?:^|\n)frame #0)", message, maxsplit=1)[0]
 
 
 def nearest(name: str, names: Iterable[str], *, cutoff: float = 0.6) -> str | None:

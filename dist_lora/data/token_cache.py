@@ -43,6 +43,7 @@ CACHE_VERSION = 1
 """Part of every key: raise it whenever the same record may become other ids."""
 
 REPORT_EVERY_S = 10.0
+FEW = 3  # truncated samples; more are a warning
 
 log = logging.getLogger("dist_lora")
 _ARRAYS = {
@@ -115,7 +116,10 @@ def prepare_tokens(
     assert token_set is not None, f"{cache / key} was published and can't be read"
     if world.is_first:
         how = "from the cache" if building is None else f"tokenized in {time.monotonic() - started:.1f} s"
-        log.info(f"data.{which}: {_summary_line(cache / key, token_set, rules)}, {how}")
+        counts = _published_counts(cache / key)
+        log.info(f"data.{which}: {_summary_line(counts, token_set, rules)}, {how}")
+        if counts.num_truncated > FEW:
+            log.warning(f"data.{which}: {_truncated_line(counts, rules)}")
     return token_set
 
 
@@ -146,6 +150,8 @@ class _Counts:
     num_samples: int = 0
     num_documents: int = 0
     num_truncated: int = 0
+    num_cut_answers: int = 0  # samples that were cut within a part that is trained on
+    num_lost_answers: int = 0  # samples whose whole parts that are trained on begin beyond the cut
     broken: Faults = field(default_factory=Faults)
     too_long: Faults = field(default_factory=Faults)
     no_target: Faults = field(default_factory=Faults)
@@ -154,6 +160,8 @@ class _Counts:
         self.num_samples += other.num_samples
         self.num_documents += other.num_documents
         self.num_truncated += other.num_truncated
+        self.num_cut_answers += other.num_cut_answers
+        self.num_lost_answers += other.num_lost_answers
         self.broken.extend(other.broken)
         self.too_long.extend(other.too_long)
         self.no_target.extend(other.no_target)
@@ -168,6 +176,8 @@ class _Counts:
             num_samples=raw["num_samples"],
             num_documents=raw["num_documents"],
             num_truncated=raw["num_truncated"],
+            num_cut_answers=raw.get("num_cut_answers", 0),  # a cache of an earlier version doesn't have them
+            num_lost_answers=raw.get("num_lost_answers", 0),
             broken=Faults(**raw["broken"]),
             too_long=Faults(**raw["too_long"]),
             no_target=Faults(**raw["no_target"]),
@@ -378,6 +388,9 @@ def _encode_one(
             counts.too_long.add(f"{records.where(index)}: {num_tokens:,} tokens")
             return None
         counts.num_truncated += 1
+        cut, lost = _what_is_lost(document.is_target, limit)
+        counts.num_cut_answers += cut
+        counts.num_lost_answers += lost
     had_targets = any(document.is_target[1:])
     document = Encoded(ids=document.ids[:limit], is_target=document.is_target[:limit])
     if not any(document.is_target[1:]):
@@ -390,6 +403,15 @@ def _encode_one(
         return None
     counts.num_documents += 1
     return document
+
+
+def _what_is_lost(is_target: Sequence[bool], limit: int) -> tuple[bool, bool]:
+    """Whether the cut is within a part that is trained on, and whether such a part lies wholly beyond it."""
+    is_within = bool(is_target[limit - 1] and is_target[limit])
+    start = limit
+    while is_within and start < len(is_target) and is_target[start]:
+        start += 1
+    return is_within, any(is_target[start:])
 
 
 def _unwritable(path: Path, error: OSError) -> SaveError:
@@ -460,13 +482,33 @@ def _open_published(folder: Path) -> TokenSet | None:
     )
 
 
-def _summary_line(folder: Path, token_set: TokenSet, rules: TokenRules) -> str:
+def _published_counts(folder: Path) -> _Counts:
+    return _Counts.from_json(json.dumps(json.loads((folder / "summary.json").read_text())["counts"]).encode())
+
+
+def _truncated_line(counts: _Counts, rules: TokenRules) -> str:
+    """What samples have lost by being truncated."""
+    lost = [
+        f"{number:,} lost {what}"
+        for number, what in (
+            (counts.num_cut_answers, "the end of an answer and its end token"),
+            (counts.num_lost_answers, "a whole answer"),
+        )
+        if number
+    ]
+    return (
+        f"{counts.num_truncated:,} of {counts.num_samples:,} samples were cut to sequence_length={rules.sequence_length}: "
+        f"{', '.join(lost) or 'they lost text that is not trained on'}. A longer train.sequence_length keeps it; "
+        "data.on_too_long: drop leaves them out"
+    )
+
+
+def _summary_line(counts: _Counts, token_set: TokenSet, rules: TokenRules) -> str:
     """Samples, tokens and what was dropped or truncated, as one line."""
-    counts = _Counts.from_json(json.dumps(json.loads((folder / "summary.json").read_text())["counts"]).encode())
     line = f"{len(token_set):,} samples, {token_set.num_tokens:,} tokens, {token_set.num_target_tokens:,} trained on"
     for faults, why in ((counts.too_long, "too long"), (counts.no_target, "without target tokens")):
         if faults.count:
             line += f"; dropped {faults.count:,} of {counts.num_samples:,} {why}"
-    if counts.num_truncated:
+    if 0 < counts.num_truncated <= FEW:
         line += f"; truncated {counts.num_truncated:,} samples to sequence_length={rules.sequence_length}"
     return line

@@ -18,7 +18,7 @@ from torch import Tensor
 import dist_lora
 from dist_lora.base.safetensors import TYPE_NAMES, bytes_of, write_safetensors
 from dist_lora.errors import AdapterError, ConfigError, cannot_write
-from dist_lora.files import swap_in, sync_folder
+from dist_lora.files import file_exists, is_empty_folder, swap_in, sync_folder
 from dist_lora.lora.adapter_reader import SEAL, SEALED, faults_of, peft_key
 from dist_lora.lora.origin import CONFIG_FILE, FORMAT, ORIGIN_FILE, WEIGHTS_FILE, BaseIdentity, own_checksum
 from dist_lora.text import first_few
@@ -53,7 +53,7 @@ def write_adapter(
     """
     chosen = None if layers is None else tuple(sorted(layers))
     _refuse_tensors(tensors, rank=rank, targets=targets, layers=chosen)
-    if folder.exists() and not (folder / CONFIG_FILE).exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if file_exists(folder) and not file_exists(folder / CONFIG_FILE) and not is_empty_folder(folder):
         raise ConfigError(f"{folder} exists and isn't an adapter (it has no {CONFIG_FILE}). Choose another folder.")
     partial = folder.with_name(f".{folder.name}.partial")
     base = BaseIdentity(_public_name(base.name), base.revision, base.content_hash, base.config_hash)

@@ -18,6 +18,7 @@ from dist_lora.errors import EXIT_FAILED, DistLoraError, OutOfMemory, RankError,
 from dist_lora.supervision.hang import HangWatch, collective_timeout_s
 from dist_lora.supervision.local_ranks import EXIT_LOST_PEER, note_lost_peer
 from dist_lora.supervision.out_of_memory import out_of_memory
+from dist_lora.text import without_cpp_stack
 from dist_lora.world.launcher import LaunchedRank
 from dist_lora.world.world import World, join
 
@@ -121,10 +122,11 @@ def _fail(
             if failure is not None:
                 return int(failure["exit_code"])
             time.sleep(0.05)
-        if note_lost_peer(os.environ, world.world_rank, str(error)):
+        cause = without_cpp_stack(str(error))
+        if note_lost_peer(os.environ, world.world_rank, cause):
             return EXIT_LOST_PEER  # our parent sees which rank ended, and reports it
         gone = watch.gone() if watch is not None else ""
-        error = RankError(f"rank {world.world_rank} lost another rank: {gone}{error}")
+        error = RankError(f"rank {world.world_rank} lost another rank: {gone}{cause}")
         phase = ""
     if world.fail(error):
         report(error, _who(launched, phase))
