@@ -100,11 +100,9 @@ def _page(folder: Path) -> str:
 def _config_of(folder: Path) -> Config:
     problem = no_folder(folder)
     if problem is None and not file_exists(folder / "config.yaml"):
-        problem = "a folder without config.yaml"
+        problem = "is a folder without config.yaml"
     if problem is not None:
-        raise ConfigError(
-            f"{folder}: found {problem}, expected a run's folder, as runs/NAME (dist-lora train makes it)"
-        )
+        raise ConfigError(f"{folder}: {problem}; expected a run's folder, as runs/NAME (dist-lora train makes it)")
     return load_config(folder / "config.yaml")
 
 

@@ -45,18 +45,18 @@ class Meter:
         folder: Path,
         *,
         trackers: Sequence[str],
-        options: Options,
         settings: Mapping[str, Any],
         every: int,
         first_step: int,
         num_steps: int,
+        options: Options | None = None,
     ) -> None:
         self._folder = folder
         self._files = {METRICS_FILE: (folder / METRICS_FILE).open("a")}
         self._every = every
         self._num_steps = num_steps
         self._trackers = {
-            name: start_tracker(name, folder, settings, options=options.get(name, {}), first_step=first_step)
+            name: start_tracker(name, folder, settings, options=(options or {}).get(name, {}), first_step=first_step)
             for name in trackers
         }
         self._started_s = time.monotonic()
