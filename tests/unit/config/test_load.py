@@ -451,4 +451,4 @@ def test_a_quantization_by_another_name_is_told_ours(tmp_path: Path, quant: str,
 )  # fmt: skip
 def test_options_of_trackers_are_checked(tmp_path: Path, options: object, told: str) -> None:
     complaint = complaint_about(tmp_path, "log", trackers=["wandb"], tracker_options=options)
-    assert "log.tracker_options: " in complaint and told in complaint
+    assert told in complaint

@@ -487,10 +487,11 @@ def test_many_samples_that_are_cut_are_a_warning_that_says_what_they_lose(tmp_pa
             [*within, *within],
             "6 of 6 samples were cut to sequence_length=20: 6 lost the end of an answer and its end token.",
         ),
-        ("m", two * 5, "5 of 5 samples were cut to sequence_length=20: 5 lost a whole answer."),
+        ("m", two * 5, "5 of 5 samples were cut to sequence_length=60: 5 lost a whole answer."),
     ):
         for _ in range(2):  # made, and from the cache
             caplog.clear()
+            rules = replace(RULES, sequence_length=20 if name == "d" else 60)
             prepare(write(tmp_path / f"{name}.jsonl", samples), tmp_path, rules=rules)
             (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
             assert f"data.train: {told} A longer train.sequence_length keeps it" in warning.getMessage()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     mlflow.log_params = lambda values: asked.append(("settings", values))
     mlflow.utils = SimpleNamespace(validation=SimpleNamespace(MAX_PARAM_VAL_LENGTH=500, MAX_PARAMS_TAGS_PER_BATCH=100))
     for module in (wandb, mlflow):
+        module.__spec__ = ModuleSpec(module.__name__, None)  # accelerate asks whether they are installed
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return asked
 
