@@ -18,17 +18,21 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from dist_lora.errors import EXIT_FAILED, ConfigError, DistLoraError, StopNow, StoppedOnRequest
+from dist_lora.errors import EXIT_FAILED, ConfigError, DistLoraError, RunInUse, StopNow, StoppedOnRequest, exit_code_of
+from dist_lora.text import without_cpp_stack
 
 if TYPE_CHECKING:
     from dist_lora.config.schema import Config
     from dist_lora.world.world import World
+
+_HELP = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
     name="dist-lora",
     help="LoRA fine-tuning of the Llama-3 herd on sharded GPUs.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings=_HELP,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -75,6 +79,23 @@ Exclusive = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from dist_lora.run_folder.log_file import software_version
+
+        print(f"dist-lora {software_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """LoRA fine-tuning of the Llama-3 herd on sharded GPUs."""
+
+
 @app.command()
 def train(
     config: ConfigFile,
@@ -84,6 +105,7 @@ def train(
 ) -> None:
     """Train adapters; the same command resumes from the last checkpoint."""
     loaded = _load(config, overrides)
+    from dist_lora.run_folder.log_file import append_to_log
     from dist_lora.run_folder.status import StatusWriter
     from dist_lora.train.signals import StopRequest
 
@@ -93,7 +115,12 @@ def train(
         print(f"not restarted, since it ended with exit code {before.code}: {before.reason}", file=sys.stderr)
         sys.exit(before.code)
 
-    end = (lambda error: None) if dry_run else status_writer.end
+    def end(error: BaseException | None) -> None:
+        if not dry_run:
+            if error is not None and not isinstance(error, RunInUse):
+                append_to_log(status_writer.folder, error_text(error))
+            status_writer.end(error)
+
     # Entered before the imports below, which take long on some file systems.
     with StopRequest() as stop, _joined(loaded, nproc, needs_all=not dry_run, end=end) as world:
         from dist_lora.train.command import train as train_here
@@ -250,6 +277,10 @@ def evaluate(
 ) -> None:
     """Held-out loss, perplexity, and exact match of generated answers if eval.exact_match is set."""
     loaded = _load(config, overrides)
+    if adapter is not None:
+        from dist_lora.lora.adapter_folder import check_adapter_folder
+
+        check_adapter_folder(adapter)
 
     with _joined(loaded, nproc) as world:
         from dist_lora.train.command import evaluate as evaluate_here
@@ -308,10 +339,12 @@ def merge(
     ] = None,
 ) -> None:
     """Merge an adapter into its base weights: a model that runs at the base's speed. Streams from file to file."""
+    from dist_lora.lora.adapter_folder import check_adapter_folder
     from dist_lora.lora.find_base import find_base
     from dist_lora.lora.merge import merge_adapter
     from dist_lora.lora.origin import origin_of
 
+    check_adapter_folder(adapter)  # before a base is looked for, and perhaps downloaded
     trained_quant = origin_of(adapter).quant
     report = merge_adapter(
         adapter,
@@ -362,7 +395,7 @@ def herd(as_json: AsJson = False) -> None:
     print(json.dumps({"members": herd_rows()}) if as_json else "\n".join(in_columns(herd_table())))
 
 
-configs = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+configs = typer.Typer(invoke_without_command=True, context_settings=_HELP, rich_markup_mode=None)
 app.add_typer(configs, name="configs")
 
 
@@ -494,29 +527,49 @@ def _num_gpus() -> int:
 
 
 def report_error(error: BaseException, who: str = "") -> None:
-    """Print an error: a user's error as one message, an internal error with its stack.
+    """Print an error; see ``error_text``. Under torchrun also leave it the text, which it shows last."""
+    text = error_text(error, who)
+    print(text, file=sys.stderr, flush=True)
+    from dist_lora.world.launcher import note_for_torchrun
+
+    note_for_torchrun(os.environ, text)
+
+
+def error_text(error: BaseException, who: str = "") -> str:
+    """An error as it is shown: a user's error as one message, an internal error with its stack.
 
     ``who`` is the rank that failed, where that is of use.
     """
     if isinstance(error, StoppedOnRequest | StopNow | KeyboardInterrupt):
-        print(str(error) or "interrupted", file=sys.stderr, flush=True)
-        return
-    message, stack = str(error), ""
+        return str(error) or "interrupted"
+    message, stack = without_cpp_stack(str(error)), ""
     if not isinstance(error, DistLoraError):
         formatted = traceback.TracebackException.from_exception(error)
         last = list(formatted.format_exception_only())
-        message = "".join(last).strip()
+        message = without_cpp_stack("".join(last).strip())
         stack = "\n" + "".join(list(formatted.format())[: -len(last)]).rstrip()
-    print(f"error: {who + ': ' if who else ''}{message}{stack}", file=sys.stderr, flush=True)
+    return f"error: {who + ': ' if who else ''}{message}{stack}"
+
+
+class _Lines(logging.Formatter):
+    """A line as it is; a warning is called one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's message."""
+        text = super().format(record)
+        is_unmarked = record.levelno == logging.WARNING and not text.lower().startswith("warning")
+        return f"warning: {text}" if is_unmarked else text
 
 
 def main() -> NoReturn:
     """Run a command; exits with the codes of ``errors``."""
+    # Before torch is imported: a lost peer makes its C++ parts (c10d, gloo) print stacks that bury our own sentence.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logger = logging.getLogger("dist_lora")
     logger.setLevel(logging.INFO)
     if not logger.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_Lines("%(message)s"))
         logger.addHandler(handler)
     try:
         app(standalone_mode=True)
@@ -527,5 +580,5 @@ def main() -> NoReturn:
 
         if is_first_of_node(os.environ):  # the other ranks of this node have the same error
             report_error(error)
-        sys.exit(error.exit_code)
+        sys.exit(exit_code_of(error))
     sys.exit(0)

@@ -4,6 +4,8 @@ Every error also inherits from a standard class, so that callers who don't know 
 where (the setting, file or tensor by its full name), what was found, what was expected, and what to do.
 """
 
+import errno
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER = 2
@@ -62,6 +64,33 @@ class SaveError(DistLoraError, OSError):
     """Something could not be written: disk full, no permission."""
 
 
+class UnwritablePath(SaveError):
+    """The place that a user has named can't be written at all: it doesn't exist, is no folder, or is another user's."""
+
+    exit_code = EXIT_USER
+
+
+_DENIED = frozenset((errno.EACCES, errno.EPERM))
+_WRONG_PLACE = _DENIED | {
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EROFS,
+}
+
+
+def cannot_write(message: str, error: OSError) -> SaveError:
+    """The error for a place that the system refuses to write, before anything is lost by it.
+
+    ``UnwritablePath`` where the place is wrong, so that the same command would fail again; ``SaveError`` where the disk
+    is full or faulty. What a run writes later is always a ``SaveError``: its place was writable when it began.
+    """
+    return (UnwritablePath if error.errno in _WRONG_PLACE else SaveError)(message)
+
+
 class TrainingError(DistLoraError, ArithmeticError):
     """Training diverged or can't work: NaN, infinity, an adapter without a gradient."""
 
@@ -103,3 +132,17 @@ class StopNow(BaseException):
     """
 
     exit_code = EXIT_STOPPED
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code of a command that ends with ``error``.
+
+    A file that this user may not read isn't damaged: that is the user's mistake, whichever kind of error reports it.
+    """
+    code = error.exit_code if isinstance(error, DistLoraError | StopNow) else EXIT_FAILED
+    cause: BaseException | None = error
+    while code == EXIT_DAMAGED and cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _DENIED:
+            return EXIT_USER
+        cause = cause.__cause__
+    return code

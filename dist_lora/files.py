@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from dist_lora.text import first_few
 
 MAX_JSON_BYTES = 100_000_000
+NO_SUCH_FOLDER = "no such folder"
 _TEMPORARY = ".partial"
 _WAIT_S = 0.1  # between two attempts to take a lock that another process holds
 
@@ -193,6 +194,30 @@ def file_exists(path: Path) -> bool:
     """Whether a file exists; False for a name that no file can have."""
     try:
         return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def no_folder(path: Path) -> str | None:
+    """What is wrong with a path that should be a folder, in words; None if it is one that can be listed."""
+    try:
+        os.scandir(path).close()
+    except FileNotFoundError:
+        return NO_SUCH_FOLDER
+    except NotADirectoryError:
+        return "is a file, not a folder" if file_exists(path) else "no such folder: a part of its path is a file"
+    except OSError as error:
+        return f"can't be opened: {error.strerror or error}"
+    except ValueError as error:  # a NUL
+        return f"can't be opened: {error}"
+    return None
+
+
+def is_empty_folder(path: Path) -> bool:
+    """Whether a path is a folder that can be listed, and there is nothing in it."""
+    try:
+        with os.scandir(path) as entries:
+            return next(entries, None) is None
     except (OSError, ValueError):
         return False
 

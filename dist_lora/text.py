@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 GIB = 2**30
@@ -75,6 +76,11 @@ def span(numbers: Iterable[float]) -> str:
     """The number that all are, or the smallest and the largest: ``4-16``."""
     values = list(numbers)
     return "-".join(f"{number:g}" for number in sorted({min(values), max(values)}))
+
+
+def without_cpp_stack(message: str) -> str:
+    """An error's message without the C++ stack that torch appends to it (``Exception raised from ... frame #0``)."""
+    return re.split(r"\s*(?:Exception raised from \S+ at |(?:^|\n)frame #0)", message, maxsplit=1)[0]
 
 
 def nearest(name: str, names: Iterable[str], *, cutoff: float = 0.6) -> str | None:

@@ -186,12 +186,12 @@ def open_index(folder: Path, *, allow_bytes: bool = False) -> WeightIndex:
             f"{first_few(missing)}. The download is incomplete; fetch them."
         )
     refuse_links(folder, files)
-    tensors_of, faults = _read_headers(folder, files, allow_bytes=allow_bytes)
-    if not faults:
-        faults = _disagreements(weight_map, tensors_of)
+    tensors_of, errors = _read_headers(folder, files, allow_bytes=allow_bytes)
+    faults = [str(error) for error in errors] or _disagreements(weight_map, tensors_of)
     if faults:
         heading = "" if len(faults) == 1 else f"{len(faults):,} faults in {folder}:\n  "
-        raise WeightsError(heading + "\n  ".join(faults[:MAX_NAMED]) + _and_more(faults))
+        # The cause tells files that this user may not read from damaged ones.
+        raise WeightsError(heading + "\n  ".join(faults[:MAX_NAMED]) + _and_more(faults)) from next(iter(errors), None)
     return WeightIndex(folder, {tensor.name: tensor for tensors in tensors_of.values() for tensor in tensors})
 
 
@@ -306,15 +306,15 @@ def _check_offsets(tensors: Sequence[TensorOnDisk], *, file: Path, data_start: i
 
 def _read_headers(
     folder: Path, files: Sequence[str], *, allow_bytes: bool
-) -> tuple[dict[str, tuple[TensorOnDisk, ...]], list[str]]:
+) -> tuple[dict[str, tuple[TensorOnDisk, ...]], list[WeightsError]]:
     tensors_of: dict[str, tuple[TensorOnDisk, ...]] = {}
-    faults: list[str] = []
+    errors: list[WeightsError] = []
     for file in files:
         try:
             tensors_of[file] = read_header(folder / file, allow_bytes=allow_bytes)
         except WeightsError as error:
-            faults.append(str(error))
-    return tensors_of, faults
+            errors.append(error)
+    return tensors_of, errors
 
 
 def _disagreements(weight_map: Mapping[str, str], tensors_of: Mapping[str, Sequence[TensorOnDisk]]) -> list[str]:

@@ -17,7 +17,8 @@ from dist_lora.checkpoint.folders import step_folders, step_of
 from dist_lora.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from dist_lora.checkpoint.read import load_pieces, newest_intact_here, verify
 from dist_lora.config.schema import ModuleAdapter
-from dist_lora.errors import CheckpointError
+from dist_lora.errors import CheckpointError, ConfigError
+from dist_lora.files import no_folder
 from dist_lora.lora.adapter_writer import write_adapter
 from dist_lora.lora.origin import BaseIdentity, RunOrigin
 from dist_lora.lora.state import Piece
@@ -56,7 +57,8 @@ def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True, tokenize
         tokenizer: the base's folder; None takes the one that the run recorded, if it is here and its tokenizer unchanged.
 
     Raises:
-        CheckpointError: there is none, or it is damaged; names the file.
+        ConfigError: there is none.
+        CheckpointError: it is damaged; names the file.
         AdapterError, SaveError: see ``write_adapter``.
     """
     folder = _checkpoint_folder(checkpoint, verify)
@@ -102,11 +104,13 @@ def verify_checkpoints(path: Path, *, report: Callable[[str], None]) -> None:
         path: what ``gather_adapter`` takes for ``checkpoint``.
 
     Raises:
-        CheckpointError: some are damaged: how many, after all are reported; or there is none.
+        ConfigError: there is none.
+        CheckpointError: some are damaged: how many, after all are reported.
     """
+    _refuse_missing(path)
     folders = [path] if _is_checkpoint(path) else list(step_folders(_root(path)).values())
     if not folders:
-        raise CheckpointError(_none_in(path))
+        raise ConfigError(_none_in(path))
     num_damaged = 0
     for folder in folders:
         try:
@@ -128,13 +132,20 @@ def verify_checkpoints(path: Path, *, report: Callable[[str], None]) -> None:
 
 def _checkpoint_folder(path: Path, has_checksums: bool) -> Path:
     """The checkpoint that a path stands for, verified."""
+    _refuse_missing(path)
     if _is_checkpoint(path):
         verify(path, checksums=has_checksums)
         return path
     newest = newest_intact_here(_root(path))
     if newest is None:
-        raise CheckpointError(_none_in(path))
+        raise ConfigError(_none_in(path))
     return newest
+
+
+def _refuse_missing(path: Path) -> None:
+    problem = no_folder(path)
+    if problem is not None:
+        raise ConfigError(f"{path}: {problem}. {_EXPECTED}")
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -147,7 +158,10 @@ def _root(path: Path) -> Path:
 
 
 def _none_in(path: Path) -> str:
-    return f"{path} holds no checkpoint. Give a run's folder, its checkpoints folder, or a folder step-######## in it"
+    return f"{path} holds no checkpoint. {_EXPECTED}"
+
+
+_EXPECTED = "Give a run's folder, its checkpoints folder, or a folder step-######## in it"
 
 
 def _facts(folder: Path, manifest: Manifest) -> tuple[_AdapterFacts, BaseIdentity]:

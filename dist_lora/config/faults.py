@@ -171,13 +171,23 @@ def _found_and_expected(path: SettingPath, *, found: Any) -> str:
     return f"found {show(found)}, expected {expected}{_hint(field.annotation, found=found, expected=expected)}"
 
 
+# What a choice is called elsewhere (bitsandbytes, transformers, axolotl): quantizations by their bits or method.
+_SYNONYMS = {
+    **dict.fromkeys(("int4", "fp4", "4bit", "4", "uint4", "qlora", "bnb4bit", "loadin4bit", "nf4dq", "bnb"), "nf4"),
+    **dict.fromkeys(("8bit", "8", "int8bit", "llmint8", "bnb8bit", "loadin8bit", "w8", "uint8"), "int8"),
+    **dict.fromkeys(("bfloat16", "half", "float16", "fp16"), "bf16"),
+    **dict.fromkeys(("float32", "float", "full"), "fp32"),
+}
+
+
 def _hint(annotation: Any, *, found: Any, expected: str) -> str:
     """What the user probably meant, in brackets; empty if there is no guess."""
     choices = [choice for choice in _choices(annotation) if isinstance(choice, str)]
     if isinstance(found, str):
         if found in choices:
             return f" (a list: [{found}])"
-        near = nearest(found, choices)
+        near = _SYNONYMS.get(found.lower().replace("-", "").replace("_", ""), nearest(found, choices))
+        near = near if near in choices else nearest(found, choices)
         return f" (nearest: {near})" if near else ""
     if expected.startswith("text") and "number" not in expected and isinstance(found, int | float | date):
         return ' (YAML doesn\'t read it as text: put it in quotes, "...")'

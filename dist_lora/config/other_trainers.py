@@ -197,7 +197,7 @@ RENAMED: dict[str, str] = {
     "metric_logger": "log.trackers",
     "use_wandb": "log.trackers",
     "wandb": "log.trackers",
-    "wandb_project": "log.trackers",
+    "wandb_project": "log.tracker_options",
     "logging_steps": "log.every",
     "log_every": "log.every",
     "log_every_n_steps": "log.every",

@@ -137,6 +137,35 @@ Quant = Literal["none", "nf4", "int8"]
 QUANTIZED: tuple[Quant, ...] = tuple(quant for quant in get_args(Quant) if quant != "none")
 # The trackers that accelerate knows by name.
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
+# The options that a tracker may be given, where they are known here: not those that this program sets, like a run's id.
+_TRACKER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "tensorboard": ("comment", "flush_secs", "max_queue", "filename_suffix"),
+    "wandb": ("project", "entity", "group", "tags", "name", "notes", "job_type", "mode", "dir", "save_code"),
+    "mlflow": ("experiment_name", "run_name", "tags", "description"),
+}
+
+
+def _check_tracker_options(options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Refuse options of no tracker, unknown ones, and values that have no place in a config."""
+    for tracker, section in options.items():
+        if tracker not in get_args(TrackerName):
+            near = nearest(tracker, get_args(TrackerName))
+            raise ValueError(f"{tracker!r} is not a tracker ({f'nearest: {near}' if near else 'see log.trackers'})")
+        known = _TRACKER_OPTIONS.get(tracker)
+        for name, value in section.items():
+            if known is not None and name not in known:
+                near = nearest(name, known)
+                hint = f" (nearest: {near})" if near else ""
+                raise ValueError(f"{tracker}.{name}: no such option{hint}; {tracker} takes {', '.join(known)}")
+            items = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
+            if not all(isinstance(item, str | int | float | bool | None) for item in items):
+                raise ValueError(f"{tracker}.{name}: expected a text, a number, true or false, or a list of them")
+            if name == "tags" and not isinstance(value, dict if tracker == "mlflow" else list):
+                what = "named values, like {team: nlp}" if tracker == "mlflow" else "a list, like [nlp, test]"
+                raise ValueError(f"{tracker}.tags: found {value!r}, expected {what}")
+    return options
+
+
 LayerRange = Annotated[
     str,
     Field(pattern=r"^[0-9]+-[0-9]+$"),
@@ -498,7 +527,31 @@ class LogSection(Section):
         default=["tensorboard"],
         description="Experiment trackers, in addition to metrics.jsonl: tensorboard, wandb, mlflow, ...; [] for none.",
     )
+    tracker_options: Annotated[
+        dict[str, dict[str, Any]],
+        AfterValidator(_check_tracker_options),
+        Expected("options by tracker, like {wandb: {project: llama, entity: my-team, group: a, tags: [b]}}"),
+    ] = Field(
+        default_factory=dict,
+        description="What trackers are started with, by their names: for wandb project, entity, group, tags, ...",
+    )
     every: int = Field(default=1, ge=1, description="Steps between two log lines.")
+
+    @model_validator(mode="after")
+    def _check_used(self) -> LogSection:
+        unused = [name for name in self.tracker_options if name not in self.trackers]
+        if unused:
+            listed = ", ".join([*self.trackers, *unused])
+            raise SettingFaults(
+                [
+                    (
+                        ("tracker_options", "trackers"),
+                        f"has options of {', '.join(unused)}, which log.trackers doesn't name; set log.trackers to "
+                        f"[{listed}], or remove them",
+                    )
+                ]
+            )
+        return self
 
 
 class EvalSection(Section):

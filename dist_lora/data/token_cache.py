@@ -29,7 +29,7 @@ from dist_lora.data.chat import Encoded, TrainOn, check_template, encode_sample
 from dist_lora.data.records import Format
 from dist_lora.data.sources import Faults, Records, hash_sources, read_records
 from dist_lora.data.token_set import TokenSet
-from dist_lora.errors import DataError, SaveError
+from dist_lora.errors import ConfigError, DataError, SaveError, cannot_write
 from dist_lora.files import lock, new_file, sync
 from dist_lora.text import count
 
@@ -45,6 +45,7 @@ CACHE_VERSION = 2
 
 REPORT_EVERY_S = 10.0
 MAX_REPORTED = 50  # kinds of what isn't used, of one data set
+FEW = 3  # truncated samples; more are a warning
 
 log = logging.getLogger("dist_lora")
 _ARRAYS = {
@@ -99,7 +100,7 @@ def prepare_tokens(
     """
     started = time.monotonic()
     world.progress.now(f"reading data.{which}", kind="long")
-    cache = (cache_dir or default_cache_dir()).expanduser() / "tokens"
+    cache = _cache_folder(cache_dir)
     key = _agree_on_key(names, which=which, rules=rules, tokenizer_hash=tokenizer_hash, cache=cache, world=world)
     group = _group_of(cache, which=which, world=world)
     with contextlib.ExitStack() as held:
@@ -117,10 +118,20 @@ def prepare_tokens(
     assert token_set is not None, f"{cache / key} was published and can't be read"
     if world.is_first:
         how = "from the cache" if building is None else f"tokenized in {time.monotonic() - started:.1f} s"
-        log.info(f"data.{which}: {_summary_line(cache / key, token_set, rules)}, {how}")
-        for line in _reported(cache / key):
+        counts = _counts_of(cache / key)
+        log.info(f"data.{which}: {_summary_line(counts, token_set, rules)}, {how}")
+        if counts.num_truncated > FEW:
+            log.warning(f"data.{which}: {_truncated_line(counts, rules)}")
+        for line in _reported(counts):
             log.warning(f"data.{which}: {line}")
     return token_set
+
+
+def _cache_folder(cache_dir: Path | None) -> Path:
+    try:
+        return (cache_dir or default_cache_dir()).expanduser() / "tokens"
+    except RuntimeError as error:  # of pathlib: there is no home, or no such user
+        raise ConfigError(f"data.cache_dir: {cache_dir or '~/.cache'}: {error}. Set it to a writable folder") from None
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,8 @@ class _Counts:
     num_samples: int = 0
     num_documents: int = 0
     num_truncated: int = 0
+    num_cut_answers: int = 0  # samples that were cut within a part that is trained on
+    num_lost_answers: int = 0  # samples whose whole parts that are trained on begin beyond the cut
     broken: Faults = field(default_factory=Faults)
     too_long: Faults = field(default_factory=Faults)
     no_target: Faults = field(default_factory=Faults)
@@ -153,6 +166,8 @@ class _Counts:
         self.num_samples += other.num_samples
         self.num_documents += other.num_documents
         self.num_truncated += other.num_truncated
+        self.num_cut_answers += other.num_cut_answers
+        self.num_lost_answers += other.num_lost_answers
         self.broken.extend(other.broken)
         self.too_long.extend(other.too_long)
         self.no_target.extend(other.no_target)
@@ -174,6 +189,8 @@ class _Counts:
             num_samples=raw["num_samples"],
             num_documents=raw["num_documents"],
             num_truncated=raw["num_truncated"],
+            num_cut_answers=raw.get("num_cut_answers", 0),  # a cache of an earlier version doesn't have them
+            num_lost_answers=raw.get("num_lost_answers", 0),
             broken=Faults(**raw["broken"]),
             too_long=Faults(**raw["too_long"]),
             no_target=Faults(**raw["no_target"]),
@@ -388,6 +405,9 @@ def _encode_one(
             counts.too_long.add(f"{records.where(index)}: {num_tokens:,} tokens")
             return None
         counts.num_truncated += 1
+        cut, lost = _what_is_lost(document.is_target, limit)
+        counts.num_cut_answers += cut
+        counts.num_lost_answers += lost
     had_targets = any(document.is_target[1:])
     document = replace(document, ids=document.ids[:limit], is_target=document.is_target[:limit])
     if not any(document.is_target[1:]):
@@ -404,10 +424,20 @@ def _encode_one(
     return document
 
 
+def _what_is_lost(is_target: Sequence[bool], limit: int) -> tuple[bool, bool]:
+    """Whether the cut is within a part that is trained on, and whether such a part lies wholly beyond it."""
+    is_within = bool(is_target[limit - 1] and is_target[limit])
+    start = limit
+    while is_within and start < len(is_target) and is_target[start]:
+        start += 1
+    return is_within, any(is_target[start:])
+
+
 def _unwritable(path: Path, error: OSError) -> SaveError:
-    return SaveError(
+    return cannot_write(
         f"data.cache_dir: {path} can't be written: {error.strerror or error}. "
-        "Set it to a writable folder with room for the tokens"
+        "Set it to a writable folder with room for the tokens",
+        error,
     )
 
 
@@ -477,20 +507,35 @@ def _counts_of(folder: Path) -> _Counts:
     return _Counts.from_json(json.dumps(json.loads((folder / "summary.json").read_text())["counts"]).encode())
 
 
-def _reported(folder: Path) -> list[str]:
+def _reported(counts: _Counts) -> list[str]:
     """What records have and training doesn't use, with the number of its samples; the most frequent first."""
-    counts = _counts_of(folder)
     listed = sorted(counts.reported.items(), key=lambda item: -item[1])
     return [f"{what} (in {number:,} of {counts.num_samples:,} samples)" for what, number in listed]
 
 
-def _summary_line(folder: Path, token_set: TokenSet, rules: TokenRules) -> str:
+def _truncated_line(counts: _Counts, rules: TokenRules) -> str:
+    """What samples have lost by being truncated."""
+    lost = [
+        f"{number:,} lost {what}"
+        for number, what in (
+            (counts.num_cut_answers, "the end of an answer and its end token"),
+            (counts.num_lost_answers, "a whole answer"),
+        )
+        if number
+    ]
+    return (
+        f"{counts.num_truncated:,} of {counts.num_samples:,} samples were cut to sequence_length={rules.sequence_length}: "
+        f"{', '.join(lost) or 'they lost text that is not trained on'}. A longer train.sequence_length keeps it; "
+        "data.on_too_long: drop leaves them out"
+    )
+
+
+def _summary_line(counts: _Counts, token_set: TokenSet, rules: TokenRules) -> str:
     """Samples, tokens and what was dropped or truncated, as one line."""
-    counts = _counts_of(folder)
     line = f"{count(len(token_set), 'sample')}, {count(token_set.num_tokens, 'token')}, {token_set.num_target_tokens:,} trained on"
     for faults, why in ((counts.too_long, "too long"), (counts.no_target, "without target tokens")):
         if faults.count:
             line += f"; dropped {faults.count:,} of {counts.num_samples:,} {why}"
-    if counts.num_truncated:
+    if 0 < counts.num_truncated <= FEW:
         line += f"; truncated {count(counts.num_truncated, 'sample')} to sequence_length={rules.sequence_length}"
     return line

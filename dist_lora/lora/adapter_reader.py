@@ -27,6 +27,7 @@ from dist_lora.base.stream import SliceReader, read_tensor
 from dist_lora.config.schema import LINEARS, LinearName, ModuleAdapter
 from dist_lora.errors import AdapterError, ConfigError, WeightsError
 from dist_lora.files import file_exists, links_out
+from dist_lora.lora.adapter_folder import check_adapter_folder
 from dist_lora.lora.origin import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE, BaseIdentity, read_adapter_json, read_origin
 from dist_lora.lora.peft_config import PeftConfig, read_peft_config, refuse_other_models
 from dist_lora.text import first_few
@@ -148,10 +149,12 @@ def open_adapter(folder: Path) -> AdapterOnDisk:
     """The adapter in ``folder``, ours or PEFT's, with everything checked that its JSON files and header allow.
 
     Raises:
-        ConfigError: it isn't plain LoRA on a Llama's seven linears, or its weights are pickled; names what it is.
+        ConfigError: it is no adapter's folder (see ``check_adapter_folder``), isn't plain LoRA on a Llama's seven linears, or
+            its weights are pickled; names what it is.
         AdapterError: the folder is damaged. Names the keys: the missing half of a pair, an unexpected key, a wrong rank, a
             zero-size or 1-D tensor.
     """
+    check_adapter_folder(folder)
     _refuse_links(folder)
     settings = read_adapter_json(folder / CONFIG_FILE)
     config = read_peft_config(settings, folder=folder)

@@ -19,8 +19,8 @@ import dist_lora
 from dist_lora.base.safetensors import TYPE_NAMES, bytes_of, write_safetensors
 from dist_lora.base.tokenizer_files import copy_tokenizer
 from dist_lora.config.schema import ModuleAdapter
-from dist_lora.errors import AdapterError, ConfigError, SaveError
-from dist_lora.files import swap_in, sync_folder
+from dist_lora.errors import AdapterError, ConfigError, cannot_write
+from dist_lora.files import file_exists, is_empty_folder, swap_in, sync_folder
 from dist_lora.herd.shape import module_path
 from dist_lora.lora.adapter_reader import SEAL, SEALED, faults_of, layer_of, peft_key
 from dist_lora.lora.origin import (
@@ -70,7 +70,7 @@ def write_adapter(
     """
     chosen = None if layers is None else tuple(sorted(layers))
     _refuse_tensors(tensors, rank=rank, targets=targets, layers=chosen, modules=modules)
-    if folder.exists() and not (folder / CONFIG_FILE).exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if file_exists(folder) and not file_exists(folder / CONFIG_FILE) and not is_empty_folder(folder):
         raise ConfigError(f"{folder} exists and isn't an adapter (it has no {CONFIG_FILE}). Choose another folder.")
     partial = folder.with_name(f".{folder.name}.partial")
     base = BaseIdentity(_public_name(base.name), base.revision, base.content_hash, base.config_hash)
@@ -102,7 +102,7 @@ def write_adapter(
         sync_folder(partial)
         swap_in(partial, folder, former=folder.with_name(f".{folder.name}.replaced"))
     except OSError as error:
-        raise SaveError(f"The adapter can't be written to {folder}: {error.strerror or error}.") from error
+        raise cannot_write(f"The adapter can't be written to {folder}: {error.strerror or error}.", error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

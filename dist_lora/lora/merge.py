@@ -38,8 +38,8 @@ from dist_lora.base.safetensors import Entry, bytes_of, header_of, new_safetenso
 from dist_lora.base.stream import TORCH_DTYPES, SliceReader
 from dist_lora.base.tokenizer_files import set_template
 from dist_lora.config.schema import LINEARS, Quant
-from dist_lora.errors import AdapterError, ConfigError, DistLoraError, SaveError
-from dist_lora.files import lock, sync, sync_folder
+from dist_lora.errors import AdapterError, ConfigError, DistLoraError, SaveError, cannot_write
+from dist_lora.files import file_exists, lock, sync, sync_folder
 from dist_lora.lora.adapter_reader import AdapterOnDisk, open_adapter
 from dist_lora.lora.origin import CONFIG_FILE, ORIGIN_FILE, BaseIdentity, origin_of
 from dist_lora.text import first_few, gib
@@ -120,7 +120,7 @@ def merge_adapter(
     except OSError as error:
         if isinstance(error, DistLoraError):
             raise
-        raise SaveError(f"The merged model can't be written to {out}: {error.strerror or error}.") from error
+        raise cannot_write(f"The merged model can't be written to {out}: {error.strerror or error}.", error) from error
     return MergeReport(len(opened.pairs), merger.bytes_written, time.perf_counter() - begin, quant)
 
 
@@ -317,7 +317,7 @@ def _check_effect(adapter: AdapterOnDisk) -> None:
 
 
 def _refuse_existing(out: Path) -> None:
-    if out.exists():
+    if file_exists(out):
         raise ConfigError(f"{out} exists already. Name a new folder for the merged model, or remove that one.")
 
 

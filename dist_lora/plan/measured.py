@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_lora.config.schema import QUANTIZED
-from dist_lora.errors import ConfigError, SaveError
-from dist_lora.files import write_output
+from dist_lora.errors import ConfigError, cannot_write
+from dist_lora.files import file_exists, no_folder, write_output
 
 FORMAT = 1
 Range = tuple[float, float]  # from slow to fast, per second
@@ -109,9 +109,11 @@ def _nearest(products: Iterable[Product], sizes: tuple[int, int, int]) -> Produc
 def check_out(out: Path) -> None:
     """Raise ``ConfigError`` if the file can't be written, before minutes are spent on measuring."""
     folder = out.absolute().parent
-    if out.is_dir() or not folder.is_dir():
-        raise ConfigError(f"--out: {out} is a folder, or its folder doesn't exist. Name a file in an existing folder.")
-    if not os.access(out if out.exists() and not out.is_file() else folder, os.W_OK):
+    if no_folder(out) is None or no_folder(folder) is not None:
+        raise ConfigError(
+            f"--out: {out} is a folder, or its folder doesn't exist or can't be opened. Name a file in an existing folder."
+        )
+    if not os.access(out if file_exists(out) and not out.is_file() else folder, os.W_OK):
         raise ConfigError(f"--out: {out} can't be written: permission denied. Name a file in a writable folder.")
 
 
@@ -124,8 +126,8 @@ def write_measured(measured: Measured, path: Path) -> None:
     try:
         write_output(path, json.dumps(measured.to_json(), indent=1) + "\n")
     except OSError as error:
-        raise SaveError(
-            f"--out: {path} can't be written: {error.strerror or error}. Name a file in a writable folder."
+        raise cannot_write(
+            f"--out: {path} can't be written: {error.strerror or error}. Name a file in a writable folder.", error
         ) from error
 
 

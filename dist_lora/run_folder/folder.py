@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
@@ -10,8 +11,9 @@ from typing import TextIO
 
 from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
-from dist_lora.errors import ConfigError, RunInUse, SaveError
+from dist_lora.errors import ConfigError, RunInUse, SaveError, cannot_write
 from dist_lora.files import lock, write_whole
+from dist_lora.run_folder.log_file import open_log
 from dist_lora.run_folder.status import StatusWriter
 from dist_lora.world.world import World
 
@@ -33,16 +35,25 @@ def open_run_folder(config: Config, world: World) -> Path:
     def take() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
+        _check_writable(folder / "checkpoints")
+        open_log(folder)
         StatusWriter(folder).begin()
 
     def refused(error: OSError) -> SaveError:
-        return SaveError(
-            f"{folder}: the run's folder can't be written: {error.strerror or error}. Set runs_dir to a writable folder."
+        return cannot_write(
+            f"{folder}: the run's folder can't be written: {error.strerror or error}. Set runs_dir to a writable folder.",
+            error,
         )
 
     world.on_first("the run's folder", take, os_error=refused)
     _check_shared(folder, world)
     return folder
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise ``OSError`` if a folder of an earlier attempt can't be written: better now than at the first save."""
+    if folder.exists() and not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def _check_shared(folder: Path, world: World) -> None:
@@ -51,7 +62,7 @@ def _check_shared(folder: Path, world: World) -> None:
         return
 
     def refused(error: OSError) -> SaveError:
-        return SaveError(f"{folder}: the run's folder can't be written: {error.strerror or error}")
+        return cannot_write(f"{folder}: the run's folder can't be written: {error.strerror or error}", error)
 
     def look(probe: Path) -> None:
         deadline = time.monotonic() + SEEN_S
@@ -97,4 +108,6 @@ def write_config(folder: Path, config: Config) -> None:
     try:
         write_whole(path, dump_config(config))
     except OSError as error:
-        raise SaveError(f"{path}: can't be written: {error.strerror or error}. Set runs_dir elsewhere.") from error
+        raise cannot_write(
+            f"{path}: can't be written: {error.strerror or error}. Set runs_dir elsewhere.", error
+        ) from error

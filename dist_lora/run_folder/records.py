@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import statistics
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dist_lora.errors import SaveError
 from dist_lora.files import sync, write_whole
+from dist_lora.run_folder.attempt import read_attempt
+from dist_lora.text import duration
 
 METRICS_FILE = "metrics.jsonl"  # one line per step
 EVALUATIONS_FILE = "evaluations.jsonl"  # one line per evaluation
+_TAIL_BYTES = 2**14
+_MEAN_OF = 20  # steps
 
 
 def truncate_metrics(folder: Path, *, last_step: int, last_evaluation: int) -> None:
@@ -35,7 +43,11 @@ def truncate_metrics(folder: Path, *, last_step: int, last_evaluation: int) -> N
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The complete lines of a file, in order; a line that was cut short, or isn't one of a step, is skipped."""
-    for text in path.read_text(errors="replace").splitlines():
+    yield from _lines_of(path.read_text(errors="replace"))
+
+
+def _lines_of(content: str) -> Iterator[dict[str, Any]]:
+    for text in content.splitlines():
         try:
             line = json.loads(text)
             is_whole = isinstance(line["step"], int) and 0 <= line["step"] < 2**63
@@ -43,6 +55,41 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if is_whole:
             yield line
+
+
+@dataclass(frozen=True)
+class LiveProgress:
+    """Where a run is: its last step, that step's loss, and the time that the remaining steps will take."""
+
+    step: int
+    num_steps: int
+    loss: float
+    left_s: float
+
+    def text(self) -> str:
+        """``step 57/300, loss 1.2345, about 12 min 5 s left``."""
+        return f"step {self.step:,}/{self.num_steps:,}, loss {self.loss:.4f}, about {duration(round(self.left_s))} left"
+
+
+def read_progress(folder: Path) -> LiveProgress | None:
+    """Where the run in a folder is by its metrics, of which only the end is read; None before its first step.
+
+    The time left is the mean of the last steps times those to come; evaluations and saves come on top.
+    """
+    attempt = read_attempt(folder)
+    try:
+        with (folder / METRICS_FILE).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = list(_lines_of(file.read().decode(errors="replace")))[-_MEAN_OF:]
+        if attempt is None or not lines:
+            return None
+        step, loss = int(lines[-1]["step"]), float(lines[-1]["loss"])
+        step_s = statistics.fmean(float(line["step_s"]) for line in lines)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not math.isfinite(step_s):
+        return None
+    return LiveProgress(step, attempt.num_steps, loss, step_s * max(0, attempt.num_steps - step))
 
 
 def sync_metrics(folder: Path) -> None:

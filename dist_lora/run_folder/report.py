@@ -15,8 +15,8 @@ from typing import Any
 from dist_lora.checkpoint.folders import step_folders
 from dist_lora.config.load import load_config
 from dist_lora.config.schema import Config
-from dist_lora.errors import ConfigError, SaveError
-from dist_lora.files import write_output
+from dist_lora.errors import ConfigError, cannot_write
+from dist_lora.files import file_exists, no_folder, write_output
 from dist_lora.run_folder.records import EVALUATIONS_FILE, METRICS_FILE, read_lines
 from dist_lora.run_folder.status import describe_status
 from dist_lora.text import GIB, span
@@ -70,8 +70,8 @@ def write_report(folder: Path, *, out: Path | None = None) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_output(path, page)
     except OSError as error:
-        raise SaveError(
-            f"{path}: can't be written: {error.strerror or error}. Name another file with --out."
+        raise cannot_write(
+            f"{path}: can't be written: {error.strerror or error}. Name another file with --out.", error
         ) from error
     return path
 
@@ -98,11 +98,11 @@ def _page(folder: Path) -> str:
 
 
 def _config_of(folder: Path) -> Config:
-    if not (folder / "config.yaml").is_file():
-        problem = "a folder without config.yaml" if folder.is_dir() else "no such folder"
-        raise ConfigError(
-            f"{folder}: found {problem}, expected a run's folder, as runs/NAME (dist-lora train makes it)"
-        )
+    problem = no_folder(folder)
+    if problem is None and not file_exists(folder / "config.yaml"):
+        problem = "is a folder without config.yaml"
+    if problem is not None:
+        raise ConfigError(f"{folder}: {problem}; expected a run's folder, as runs/NAME (dist-lora train makes it)")
     return load_config(folder / "config.yaml")
 
 

@@ -29,14 +29,15 @@ from dist_lora.errors import (
     EXIT_STOPPED,
     EXIT_USER,
     CheckpointError,
-    DistLoraError,
     OutOfMemory,
     RunInUse,
     StopNow,
     StoppedForGood,
     TrainingError,
+    exit_code_of,
 )
 from dist_lora.files import is_locked, write_whole
+from dist_lora.run_folder.records import LiveProgress, read_progress
 
 STATUS_FILE = "status"
 RUNNING = "running"
@@ -117,9 +118,7 @@ class StatusWriter:
         """Write how it ended: well (None) or with an error. Called by the rank that reports to the user."""
         if isinstance(error, RunInUse):
             return  # the status is that of the process that is running there
-        code = EXIT_DONE if error is None else EXIT_FAILED
-        if isinstance(error, DistLoraError | StopNow):
-            code = error.exit_code
+        code = EXIT_DONE if error is None else exit_code_of(error)
         before = self._before()
         if (
             isinstance(error, StopNow)
@@ -161,10 +160,13 @@ class RunStatus:
     text: str
     exit_code: int
     status: Status | None
+    progress: LiveProgress | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For scripts."""
         fields = {} if self.status is None else asdict(self.status)
+        if self.progress is not None:
+            fields["progress"] = asdict(self.progress)
         return {**fields, "text": self.text, "exit_code": self.exit_code}
 
 
@@ -181,7 +183,9 @@ def describe_status(folder: Path, *, since_s: float | None = None) -> RunStatus:
         return RunStatus(f"{folder}: not started", EXIT_DONE, None)
     at = f"{folder}: step {status.step} is saved; "
     if is_locked(folder / "lock"):
-        return RunStatus(f"{at}running {status.reason}", EXIT_DONE, status)
+        live = read_progress(folder)
+        now = "" if live is None else f"; {live.text()}"
+        return RunStatus(f"{at}running {status.reason}{now}", EXIT_DONE, status, live)
     if status.code is None:
         return RunStatus(f"{at}killed: it ran {status.reason}, and wrote no status at its end", EXIT_FAILED, status)
     return RunStatus(f"{at}exit code {status.code}: {status.reason}", status.code, status)

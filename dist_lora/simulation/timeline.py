@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_lora.errors import ConfigError, SaveError
+from dist_lora.errors import ConfigError, cannot_write
 from dist_lora.files import write_output
 from dist_lora.simulation.simulate import MAX_MICRO_BATCHES, Simulation, as_json
 from dist_lora.simulation.tracker import KINDS, Kind, Moment, Phase
@@ -88,7 +88,9 @@ def write_timeline(simulation: Simulation, path: Path, *, title: str, limit: Lim
         write_output(numbers, json.dumps(as_json(simulation)) + "\n")
         _draw(simulation, path, title=title, limit=limit)
     except OSError as error:
-        raise SaveError(f"{path}: can't be written: {error.strerror or error}. Choose another path.") from error
+        raise cannot_write(
+            f"{path}: can't be written: {error.strerror or error}. Choose another path.", error
+        ) from error
     return [path, numbers]
 
 

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from dist_lora.config.changes import flat
 from dist_lora.config.schema import Config
 from dist_lora.engines.precision import set_products
-from dist_lora.errors import EXIT_FAILED, DistLoraError, OutOfMemory, RankError, StopNow, StoppedOnRequest
+from dist_lora.errors import EXIT_FAILED, DistLoraError, OutOfMemory, RankError, StoppedOnRequest, exit_code_of
 from dist_lora.supervision.hang import HangWatch, collective_timeout_s
 from dist_lora.supervision.local_ranks import EXIT_LOST_PEER, note_lost_peer
 from dist_lora.supervision.out_of_memory import out_of_memory
+from dist_lora.text import without_cpp_stack
 from dist_lora.world.launcher import LaunchedRank
 from dist_lora.world.world import World, join
 
@@ -107,7 +108,7 @@ def _fail(
     report: Callable[[BaseException, str], None],
 ) -> int:
     """Report the error to the user or the other ranks, as is this rank's part; returns its exit code."""
-    code = error.exit_code if isinstance(error, DistLoraError | StopNow) else EXIT_FAILED
+    code = exit_code_of(error)
     if world is None:
         if not isinstance(error, RankError):
             report(error, _who(launched, ""))
@@ -123,10 +124,11 @@ def _fail(
             if failure is not None:
                 return int(failure["exit_code"])
             time.sleep(0.05)
-        if note_lost_peer(os.environ, world.world_rank, str(error)):
+        cause = without_cpp_stack(str(error))
+        if note_lost_peer(os.environ, world.world_rank, cause):
             return EXIT_LOST_PEER  # our parent sees which rank ended, and reports it
         gone = watch.gone() if watch is not None else ""
-        error = RankError(f"rank {world.world_rank} lost another rank: {gone}{error}")
+        error = RankError(f"rank {world.world_rank} lost another rank: {gone}{cause}")
         phase = ""
     if world.fail(error):
         report(error, _who(launched, phase))

@@ -23,19 +23,24 @@ from dist_lora.data.model_limits import check_limits, warn_of_context
 from dist_lora.data.token_cache import TokenRules, Which, prepare_tokens
 from dist_lora.data.token_set import TokenSet, split_eval
 from dist_lora.data.untrained import check_special_tokens
-from dist_lora.errors import ConfigError, SaveError
+from dist_lora.errors import ConfigError, SaveError, cannot_write
 from dist_lora.files import write_whole
 from dist_lora.layout.machine import is_called
 from dist_lora.lora.attach import adapters_of
 from dist_lora.lora.origin import origin_of
+from dist_lora.run_folder.attempt import SUMMARY_FILE, Attempt, begin_attempt
 from dist_lora.run_folder.folder import open_run_folder, write_config
+from dist_lora.run_folder.log_file import to_log_file
+from dist_lora.run_folder.records import EVALUATIONS_FILE, METRICS_FILE
 from dist_lora.text import count, gib, span
 from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
+from dist_lora.train.finished import describe_finished, finished_line
 from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.loop import Run
-from dist_lora.train.meter import Meter, check_trackers, peak_bytes, reset_peak
-from dist_lora.train.resume import VerifiedCheckpoint, check_same_run, find_checkpoint, warn_of_other_lr
+from dist_lora.train.meter import Meter, peak_bytes, reset_peak
+from dist_lora.train.resume import VerifiedCheckpoint, check_same_run, find_checkpoint, last_evaluated, warn_of_other_lr
 from dist_lora.train.signals import StopRequest
+from dist_lora.train.trackers import check_trackers
 from dist_lora.world.world import World, device_bytes
 
 log = logging.getLogger("dist_lora")
@@ -121,6 +126,8 @@ def num_steps_of(config: Config, loader: Loader) -> int:
 def train(config: Config, world: World, stop: StopRequest, *, is_dry: bool = False) -> None:
     """``dist-lora train``. All ranks call it."""
     started_s = time.monotonic()
+    if not is_dry and _is_finished(config, world):
+        return
     _check_trackers(config, world)
     base = open_base(config, world)
     warn_of_context(sequence_length=config.train.sequence_length, context=base.shape.context, world=world)
@@ -142,13 +149,17 @@ def train(config: Config, world: World, stop: StopRequest, *, is_dry: bool = Fal
     if world.is_first:
         for line in plan_lines(config, base, tokens, held_out, num_steps=num_steps, world=world):
             print(line, file=sys.stdout if is_dry else sys.stderr, flush=True)
+            to_log_file(line)
     if is_dry:
         if world.is_first:
             _print_sample(tokens, base)
         return
     assert folder is not None
     world.stacks = folder / "stacks"
-    _prepare_folder(checkpoint, config, base, loader, num_steps=num_steps, folder=folder, world=world)
+    _check_resume(checkpoint, base, loader, num_steps=num_steps, world=world)
+    if checkpoint is not None and _has_nothing_to_do(checkpoint, folder, held_out, num_steps=num_steps, world=world):
+        return
+    attempt = _prepare_folder(checkpoint, config, num_steps=num_steps, folder=folder, world=world)
     trainee = build(config, base, world)
     if world.is_first:
         log.info(trainee.precision.line())
@@ -162,20 +173,34 @@ def train(config: Config, world: World, stop: StopRequest, *, is_dry: bool = Fal
         run.resume(checkpoint)
     _train(run, folder, world, stop)
     _check_base(trainee, world)
-    _finish(run, folder, world, seconds=time.monotonic() - started_s)
+    _finish(run, folder, world, attempt, seconds=time.monotonic() - started_s)
 
 
-def _prepare_folder(
-    checkpoint: VerifiedCheckpoint | None,
-    config: Config,
-    base: Base,
-    loader: Loader,
-    *,
-    num_steps: int,
-    folder: Path,
-    world: World,
+def _is_finished(config: Config, world: World) -> bool:
+    """Whether the run is finished, which is then reported. All ranks call it."""
+    line = world.once("the run's folder", lambda: finished_line(config.runs_dir / config.run, config).encode()).decode()
+    if line and world.is_first:
+        log.info(line)
+    return bool(line)
+
+
+def _has_nothing_to_do(
+    checkpoint: VerifiedCheckpoint, folder: Path, held_out: TokenSet | None, *, num_steps: int, world: World
+) -> bool:
+    """Whether the run turns out to be finished once its steps are counted, which is then reported. All ranks call it."""
+    step = checkpoint.manifest.step
+    if step != num_steps or (held_out is not None and last_evaluated(checkpoint) != step):
+        return False
+    line = world.once("the run's end", lambda: describe_finished(folder, num_steps).encode()).decode()
+    if line and world.is_first:
+        log.info(line)
+    return bool(line)
+
+
+def _check_resume(
+    checkpoint: VerifiedCheckpoint | None, base: Base, loader: Loader, *, num_steps: int, world: World
 ) -> None:
-    """Raise on all ranks if the checkpoint is not one of this run; then write the config to the run's folder."""
+    """Raise on all ranks if the checkpoint is not one of this run, or has done more steps than it has."""
     if checkpoint is not None:
         check_same_run(checkpoint, base=base.identity, data=loader.fingerprint if world.is_first else "", world=world)
         if checkpoint.manifest.step > num_steps:
@@ -184,14 +209,24 @@ def _prepare_folder(
                 "Raise train.steps, or choose a new name: run=NAME"
             )
 
-    def begin() -> None:
+
+def _prepare_folder(
+    checkpoint: VerifiedCheckpoint | None, config: Config, *, num_steps: int, folder: Path, world: World
+) -> Attempt | None:
+    """Write the config and the attempt to the run's folder; returns the attempt on the first rank."""
+
+    def begin() -> Attempt:
         write_config(folder, config)
         if checkpoint is None:
-            (folder / "metrics.jsonl").unlink(missing_ok=True)
+            for name in (METRICS_FILE, EVALUATIONS_FILE):
+                (folder / name).unlink(missing_ok=True)
         else:
             warn_of_other_lr(checkpoint, config, num_steps=num_steps)
+        return begin_attempt(folder, num_steps=num_steps, is_new=checkpoint is None)
 
-    world.on_first("the run's config", begin)
+    return world.on_first(
+        "the run's config", begin, os_error=lambda error: cannot_write(f"{folder}: can't be written: {error}", error)
+    )
 
 
 def _check_trackers(config: Config, world: World) -> None:
@@ -205,6 +240,7 @@ def _train(run: Run, folder: Path, world: World, stop: StopRequest) -> None:
         return Meter(
             folder,
             trackers=run.config.log.trackers,
+            options=run.config.log.tracker_options,
             settings=flat(run.config.model_dump(mode="json")),
             every=run.config.log.every,
             first_step=run.progress.step + 1,
@@ -215,7 +251,7 @@ def _train(run: Run, folder: Path, world: World, stop: StopRequest) -> None:
         meter = world.on_first(
             "the meter",
             lambda: opened.enter_context(contextlib.closing(open_meter())),  # closed also where another rank fails here
-            os_error=lambda error: SaveError(f"{folder}: can't be written: {error}"),
+            os_error=lambda error: cannot_write(f"{folder}: can't be written: {error}", error),
         )
         with stop.deferred(folder if world.is_first else None):
             run.train(meter, stop)
@@ -227,7 +263,7 @@ def _check_base(trainee: Trainee, world: World) -> None:
     world.agree_on("the frozen base", trainee.check_base)
 
 
-def _finish(run: Run, folder: Path, world: World, *, seconds: float) -> None:
+def _finish(run: Run, folder: Path, world: World, attempt: Attempt | None, *, seconds: float) -> None:
     """Write the adapter in PEFT's format and a summary, on the first rank; the others wait outside collectives."""
     out = folder / "adapter"
     world.progress.now("writing the adapter", kind="long")
@@ -237,8 +273,10 @@ def _finish(run: Run, folder: Path, world: World, *, seconds: float) -> None:
         gather_adapter(run.checkpoints.of_adapter(run.progress), out=out, tokenizer=run.trainee.base.folder)
         peaks = [peak_bytes(world.device)]
         peaks += [int(world.fetch(f"finish/peak/{rank}")) for rank in range(1, world.world_size)]
-        summary = _summary(run, folder, out, seconds=seconds) | {"peak_bytes": peaks}
-        write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        assert attempt is not None  # this is the first rank
+        summary = _summary(run, folder, out, seconds=attempt.former_seconds + seconds)
+        summary["peak_bytes"] = attempt.peaks_with(peaks)
+        write_whole(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         log.info(f"done: {count(run.num_steps, 'step')} in {seconds:.0f} s; adapter: {out}")
 
     world.on_first("the adapter", finish, os_error=lambda e: SaveError(f"{folder}: the adapter can't be written: {e}"))

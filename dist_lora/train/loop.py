@@ -69,6 +69,7 @@ class Run:
             self.save()
 
         def interrupt(step: int) -> NoReturn:
+            stopping.begin()
             self.save()  # of the previous step: nothing of this one is kept
             stopping.stop(f"during step {step}/{self.num_steps} (it will be redone)")
 
@@ -90,6 +91,8 @@ class Run:
                 meter.step(line)
             if self._is_to_evaluate() and not is_asked:
                 is_asked = not self._evaluate(meter, stopping)
+            if is_asked:
+                stopping.begin()
             if is_to_save or is_asked:
                 self.save()
             longest_s = max(longest_s, time.monotonic() - started_s)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
-import os
 import resource
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +14,10 @@ from typing import Any
 
 import torch
 
-from dist_lora.errors import ConfigError, SaveError
+from dist_lora.errors import SaveError
+from dist_lora.run_folder.log_file import to_log_file
 from dist_lora.run_folder.records import EVALUATIONS_FILE, METRICS_FILE
+from dist_lora.train.trackers import Options, start_tracker
 
 log = logging.getLogger("dist_lora")
 
@@ -58,16 +57,6 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Raise ``ConfigError`` naming the trackers whose packages are not installed, before minutes of loading."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]  # each is named like its package
-    if missing:
-        raise ConfigError(
-            f"log.trackers: {', '.join(missing)}: not installed here. Install {'it' if len(missing) == 1 else 'them'} "
-            f"(pip install {' '.join(name.replace('_', '-') for name in missing)}), or leave it out: log.trackers=[]"
-        )
-
-
 class Meter:
     """Records steps and evaluations; only the first rank has one. Always ``close`` it, also after an error."""
 
@@ -80,12 +69,16 @@ class Meter:
         every: int,
         first_step: int,
         num_steps: int,
+        options: Options | None = None,
     ) -> None:
         self._folder = folder
         self._files = {METRICS_FILE: (folder / METRICS_FILE).open("a")}
         self._every = every
         self._num_steps = num_steps
-        self._trackers = {name: _tracker(name, folder, settings, first_step=first_step) for name in trackers}
+        self._trackers = {
+            name: start_tracker(name, folder, settings, options=(options or {}).get(name, {}), first_step=first_step)
+            for name in trackers
+        }
         self._started_s = time.monotonic()
         self._first_step = first_step
         self._bar = _progress_bar(first_step, num_steps) if sys.stderr.isatty() else None
@@ -103,10 +96,13 @@ class Meter:
         if self._bar is not None:
             progress, task = self._bar
             progress.update(task, completed=step, shown=shown)
-        elif step % self._every == 0 or step == self._num_steps:
+        if step % self._every == 0 or step == self._num_steps:
             done = step - self._first_step + 1
             left_s = (time.monotonic() - self._started_s) / done * (self._num_steps - step)
-            print(f"step {step}/{self._num_steps}  {shown}  {left_s:,.0f} s left", file=sys.stderr, flush=True)
+            text = f"step {step}/{self._num_steps}  {shown}  {left_s:,.0f} s left"
+            to_log_file(text)
+            if self._bar is None:
+                print(text, file=sys.stderr, flush=True)
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
         """Record an evaluation: in its file, in the trackers and on the terminal.
@@ -117,6 +113,7 @@ class Meter:
         self._write(EVALUATIONS_FILE, {"step": step, **values}, label="the evaluation at step")
         self._track(step, values)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        to_log_file(f"step {step}: {shown}")
         print(f"step {step}: {shown}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
@@ -166,49 +163,3 @@ def _progress_bar(first_step: int, num_steps: int) -> Any:
     progress = Progress(*columns, console=Console(stderr=True))
     progress.start()
     return progress, progress.add_task("train", total=num_steps, completed=first_step - 1, shown="")
-
-
-def _silence_writers() -> None:
-    """Keep TensorBoard's writing thread from printing the error that its next ``log`` raises too."""
-    before = threading.excepthook
-
-    def hook(uncaught: threading.ExceptHookArgs) -> None:
-        if not type(uncaught.thread).__module__.startswith("tensorboard."):
-            before(uncaught)
-
-    threading.excepthook = hook
-
-
-def _tracker(name: str, folder: Path, settings: Mapping[str, Any], *, first_step: int) -> Any:
-    """One of accelerate's trackers, by accelerate's name for it, started."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    _init_accelerate_alone()
-    kind = LOGGER_TYPE_TO_CLASS[name]
-    options = {"logging_dir": str(folder)} if kind.requires_logging_directory else {}
-    try:
-        if name == "tensorboard":
-            # Its own folder is RUN/tensorboard. What a killed process wrote of later steps is purged.
-            tracker = kind("tensorboard", purge_step=first_step, **options)
-            tracker.start()
-            _silence_writers()
-        else:
-            tracker = kind(folder.name, **options)
-            tracker.start()
-            tracker.store_init_configuration(dict(settings))
-    except Exception as error:  # each has its own exceptions: not logged in, no server, a missing package
-        raise ConfigError(
-            f"log.trackers: {name} couldn't be started: {type(error).__name__}: {error}. Fix that, or leave it out"
-        ) from error
-    return tracker
-
-
-def _init_accelerate_alone() -> None:
-    """Initialize accelerate's state without a launcher's variables, with which it would open a process group."""
-    from accelerate import PartialState
-
-    hidden = {name: os.environ.pop(name) for name in ("LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
-    try:
-        PartialState()
-    finally:
-        os.environ |= hidden

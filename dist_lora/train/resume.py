@@ -10,13 +10,15 @@ from pathlib import Path
 
 import yaml
 
-from dist_lora.checkpoint.manifest import Manifest, read_manifest
+from dist_lora.checkpoint.folders import step_of
+from dist_lora.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from dist_lora.checkpoint.read import newest_intact, verify
 from dist_lora.checkpoint.write import versions_here
 from dist_lora.config.changes import Change, changes, rule_of, short
 from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config, OptimSection
 from dist_lora.errors import CheckpointError, ConfigError
+from dist_lora.files import file_exists, no_folder
 from dist_lora.lora.origin import BaseIdentity
 from dist_lora.train.schedule import lr_at
 from dist_lora.world.world import World
@@ -39,7 +41,7 @@ def find_checkpoint(config: Config, folder: Path, world: World) -> VerifiedCheck
 
     Raises:
         CheckpointError: the named one is damaged, or none of the run's is intact.
-        ConfigError: the config changes settings that must not change (see ``config.changes``).
+        ConfigError: the named one doesn't exist, or the config changes settings that must not change (see ``config.changes``).
     """
     path = _path_of(config, folder, world)
     if path is None:
@@ -63,8 +65,26 @@ def _path_of(config: Config, folder: Path, world: World) -> Path | None:
         if leftover is not None:
             log.warning(f"checkpoint.resume: never: starting over, although {leftover} exists")
         return None
-    world.on_first("checkpoint.resume", lambda: verify(wanted))
+    world.on_first("checkpoint.resume", lambda: _verify_named(wanted))
     return wanted
+
+
+def _verify_named(path: Path) -> None:
+    """Verify the checkpoint that ``checkpoint.resume`` names.
+
+    Raises:
+        ConfigError: it isn't one.
+        CheckpointError: it is damaged.
+    """
+    problem = no_folder(path)
+    if problem is None and step_of(path) is None and not file_exists(path / MANIFEST_FILE):
+        problem = f"holds no {MANIFEST_FILE}"
+    if problem is not None:
+        raise ConfigError(
+            f"checkpoint.resume: {path}: {problem}; expected a checkpoint's folder, like "
+            "runs/NAME/checkpoints/step-00000200, or auto or never"
+        )
+    verify(path)
 
 
 def check_same_run(checkpoint: VerifiedCheckpoint, *, base: BaseIdentity, data: str, world: World) -> None:

@@ -25,13 +25,14 @@ MARGIN_S = 5.0  # on top of the longest step and save: for the other ranks, and 
 class StopRequest:
     """Whether this rank was asked to stop, within its ``with`` block.
 
-    Within ``deferred`` a request waits for the training loop, which saves; a second one changes nothing. Before and
+    Within ``deferred`` a request waits for the training loop, which saves (and is answered at once); a second one changes
+    nothing. Before and
     after, there is nothing to save: a signal raises ``StopNow`` wherever this rank is, until ``close``.
     """
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._signal_name = ""
-        self._is_deferred = self._is_closed = False
+        self._is_deferred = self._is_closed = self._is_to_say = False
         self._file: Path | None = None
         self._end_s = _end_of_job(environment)
 
@@ -48,6 +49,8 @@ class StopRequest:
         if self._is_closed:
             return
         is_first, self._signal_name = not self._signal_name, signal.Signals(number).name
+        if is_first and self._is_deferred and self._is_to_say:
+            self.say(self._signal_name)
         if is_first and not self._is_deferred:
             raise StopNow(
                 f"interrupted by {self._signal_name} outside of a training step: nothing is lost, "
@@ -57,7 +60,8 @@ class StopRequest:
     @contextmanager
     def deferred(self, folder: Path | None = None) -> Iterator[None]:
         """Only record requests: the loop asks for the ``reason``. ``folder``: where to look for a file STOP."""
-        self._is_deferred, self._file = True, folder / STOP_FILE if folder is not None else None
+        self._is_deferred, self._is_to_say = True, folder is not None
+        self._file = folder / STOP_FILE if folder is not None else None
         try:
             yield
         finally:
@@ -77,6 +81,16 @@ class StopRequest:
             end = time.strftime("%H:%M:%S", time.localtime(self._end_s))
             return f"the job's end at {end} ({END_VARIABLE})"
         return ""
+
+    def say(self, reason: str) -> None:
+        """Say, once and on the first rank alone, that the request was heard: a save may take minutes.
+
+        By one write to the file: a handler may have interrupted a print to the same stream.
+        """
+        if self._is_to_say:
+            self._is_to_say = False
+            with contextlib.suppress(OSError):
+                os.write(2, f"interrupted by {reason}: saving, then this run ends (no need to ask again)\n".encode())
 
     def close(self) -> None:
         """Ignore further requests: all is saved, or done, and this rank ends."""
@@ -113,6 +127,10 @@ class Stopping:
             self._own_reason = f"{reason}{who}"
             self._world.share(f"{self._key}/{self._world.world_rank}", self._own_reason.encode())
         return bool(reason)
+
+    def begin(self) -> None:
+        """Say that the run is about to save and stop, if its signal's handler hasn't. All ranks may call it."""
+        self._request.say(self._own_reason or "a request to another rank")
 
     def stop(self, where: str) -> NoReturn:
         """End the run after its save. All ranks call it; ``where`` is the step, in words.

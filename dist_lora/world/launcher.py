@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from dist_lora.errors import ConfigError
 from dist_lora.text import count
@@ -72,6 +76,20 @@ def is_first_of_node(environment: Mapping[str, str]) -> bool:
     if all(name in environment for name in _LAUNCHER_VARIABLES):
         return environment["LOCAL_RANK"] == "0"
     return not is_step(environment) or environment.get("SLURM_LOCALID", "0") == "0"
+
+
+def note_for_torchrun(environment: Mapping[str, str], text: str) -> None:
+    """Leave an error's text to the torchrun that started this process, which ends with a stack of its own.
+
+    In the format of ``torch.distributed.elastic.multiprocessing.errors`` (torch 2.13): torchrun then shows the text as
+    the root cause, below its stack, instead of naming a page about how to see it. Nothing without torchrun.
+    """
+    path = environment.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    facts = {"py_callstack": text, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": facts}}), encoding="utf-8")
 
 
 def _task_rank(environment: Mapping[str, str]) -> LaunchedRank | None:

@@ -25,7 +25,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from dist_lora.errors import EXIT_FAILED, EXIT_USER, ConfigError, DistLoraError, JoinError, RankError, StopNow
+from dist_lora.errors import EXIT_FAILED, EXIT_USER, ConfigError, DistLoraError, JoinError, RankError, exit_code_of
 from dist_lora.layout.choices import check_node_size
 from dist_lora.world.launcher import LaunchedRank
 from dist_lora.world.progress import Progress
@@ -332,7 +332,7 @@ class World:
 
 
 def _describe(error: BaseException, world_rank: int) -> str:
-    exit_code = error.exit_code if isinstance(error, DistLoraError | StopNow) else EXIT_FAILED
+    exit_code = exit_code_of(error)
     message = str(error) if isinstance(error, DistLoraError) else f"{type(error).__name__}: {error}"
     return json.dumps(
         {"world_rank": world_rank, "host": socket.gethostname(), "message": message, "exit_code": exit_code}

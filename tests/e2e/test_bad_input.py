@@ -107,7 +107,7 @@ CASES = [
          ("data.eval: {bad}/nowhere.jsonl doesn't exist",)),
     Case("a chat template that is missing", ("data.chat_template={bad}/nowhere.jinja",), 2,
          ("data.chat_template: {bad}/nowhere.jinja is neither a file nor one of llama3, chatml",)),
-    Case("a cache that can't be written", ("data.cache_dir={bad}/empty.jsonl/cache",), 1,
+    Case("a cache that can't be written", ("data.cache_dir={bad}/empty.jsonl/cache",), 2,
          ("data.cache_dir: {bad}/empty.jsonl/cache", "Not a directory")),
     # the model
     Case("no such model", ("model.name=llama-3.1-8b-instrct",), 2,
@@ -129,7 +129,7 @@ CASES = [
     Case("chats and no chat template", ("model.name={bad}/no_template",), 2,
          ("the model's tokenizer has no chat template", "data.chat_template: llama3 | chatml | FILE")),
     # the run
-    Case("runs that can't be written", ("runs_dir={bad}/empty.jsonl",), 1,
+    Case("runs that can't be written", ("runs_dir={bad}/empty.jsonl",), 2,
          ("the run's folder can't be written: Not a directory", "Set runs_dir")),
 ]  # fmt: skip
 
@@ -189,13 +189,18 @@ def test_a_file_that_is_no_config_is_told(file, told, bad, here) -> None:
     "arguments, code, told",
     [
         (("eval", "{config}"), 2, "data.eval: not set; give a file"),
-        (("eval", "{config}", "data.eval=0.2", "--adapter", "{bad}/nowhere"), 4, "{bad}/nowhere/adapter_config.json"),
-        (("gather", "{bad}/nowhere", "--out", "{bad}/out"), 4, "{bad}/nowhere holds no checkpoint"),
-        (("merge", "{bad}/nowhere", "--out", "{bad}/out"), 4, "{bad}/nowhere/adapter_config.json can't be read"),
-        (("generate", "{bad}/nowhere", "--prompt", "hello"), 4, "{bad}/nowhere/adapter_config.json can't be read"),
+        (("eval", "{config}", "data.eval=0.2", "--adapter", "{bad}/nowhere"), 2, "{bad}/nowhere: no such folder"),
+        (("gather", "{bad}/nowhere", "--out", "{bad}/out"), 2, "{bad}/nowhere: no such folder. Give a run"),
+        (("merge", "{bad}/nowhere", "--out", "{bad}/out"), 2, "{bad}/nowhere: no such folder"),
+        (("merge", "{bad}", "--out", "{bad}/out"), 2, "expected an adapter's folder, with adapter_config.json and"),
+        (("merge", "org/adapter", "--out", "{bad}/out"), 2, "hf download org/adapter --local-dir adapter"),
+        (("report", "{bad}/empty.jsonl"), 2, "{bad}/empty.jsonl: is a file, not a folder; expected a run's folder"),
+        (("train", "{config}", "run=bad-resume", "checkpoint.resume={bad}/nowhere"), 2,
+         "checkpoint.resume: {bad}/nowhere: no such folder; expected a checkpoint's folder"),
+        (("generate", "{bad}/nowhere", "--prompt", "hello"), 2, "{bad}/nowhere: no such folder"),
         (("generate", "{bad}/nowhere", "--prompt", " "), 2, "--prompt: is empty"),
-        (("train", "{config}", "run=bad-start", "lora.start_from={bad}/nowhere"), 4,
-         "{bad}/nowhere/adapter_config.json can't be read"),
+        (("train", "{config}", "run=bad-start", "lora.start_from={bad}/nowhere"), 2,
+         "{bad}/nowhere: no such folder"),
     ],
 )  # fmt: skip
 def test_other_commands_tell_it_once(arguments, code, told, config, bad, here) -> None:

@@ -160,3 +160,19 @@ def test_a_signal_where_there_is_nothing_to_save_ends_at_once() -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_request_is_answered_at_once_and_once_by_the_first_rank_alone(tmp_path, capfd) -> None:
+    for folder, count in ((tmp_path, 1), (None, 0)):
+        with StopRequest({}) as request:
+            with request.deferred(folder):
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(0)
+                request.say("a request to another rank")
+            request.close()
+        assert capfd.readouterr().err.count("interrupted by SIGTERM: saving, then this run ends") == count
+    with StopRequest({}) as request:
+        with request.deferred(tmp_path):
+            request.say("SIGINT on rank 1")
+        assert "interrupted by SIGINT on rank 1: saving" in capfd.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_lora.text import count, duration, figure, time_range
+from dist_lora.text import count, duration, figure, time_range, without_cpp_stack
 
 
 def test_one_of_a_thing_is_singular() -> None:
@@ -50,3 +50,18 @@ def test_a_range_of_seconds_names_its_unit_once() -> None:
 )
 def test_a_figure_has_three_digits_and_no_exponent(number: float, expected: str) -> None:
     assert figure(number) == expected
+
+
+@pytest.mark.parametrize(
+    "message, shown",
+    [
+        ("The client socket has timed out after 60000ms while trying to connect to (a, 1).\n"
+         "Exception raised from throwTimeoutError at ../torch/csrc/distributed/c10d/socket.cpp:1029 (most recent call "
+         "first):\nframe #0: c10::Error::Error(c10::SourceLocation) + 0x80 (0x7f in libc10.so)\nframe #1: x",
+         "The client socket has timed out after 60000ms while trying to connect to (a, 1)."),
+        ("NCCL error\nframe #0: c10::Error\nframe #1: main", "NCCL error"),
+        ("[pair.cc:534] Connection closed by peer [127.0.0.1]:1", "[pair.cc:534] Connection closed by peer [127.0.0.1]:1"),
+    ],
+)  # fmt: skip
+def test_a_stack_of_cpp_is_no_part_of_a_message(message: str, shown: str) -> None:
+    assert without_cpp_stack(message) == shown

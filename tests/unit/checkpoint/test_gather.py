@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from safetensors import safe_open
 
 from dist_lora.checkpoint.gather import gather_adapter, verify_checkpoints
 from dist_lora.checkpoint.manifest import Manifest, Piece, read_manifest, write_manifest
-from dist_lora.errors import CheckpointError
+from dist_lora.errors import CheckpointError, ConfigError
 from dist_lora.lora.adapter_reader import read_adapter
 from tests import ROOT
 from tests.unit.checkpoint.thread_ranks import ADAPTER, BASE, SPECS, saved, whole_state
@@ -94,9 +95,10 @@ def test_a_named_checkpoint_that_is_damaged_is_refused_and_nothing_is_written(tm
 @pytest.mark.parametrize("given", ["", "checkpoints", "absent"])
 def test_a_folder_without_a_checkpoint_is_told_what_is_expected(tmp_path: Path, given: str) -> None:
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(ConfigError) as caught:
         gather_adapter(tmp_path / given, out=tmp_path / "adapter")
-    assert f"{tmp_path / given} holds no checkpoint. Give a run's folder" in str(caught.value)
+    problem = ": no such folder" if given == "absent" else " holds no checkpoint"
+    assert f"{tmp_path / given}{problem}. Give a run's folder" in str(caught.value)
 
 
 def test_a_step_folder_without_its_manifest_is_named(tmp_path: Path) -> None:
@@ -217,5 +219,6 @@ def test_each_checkpoint_of_a_run_is_told_in_one_line_newest_first(tmp_path: Pat
 
 
 def test_a_folder_without_a_checkpoint_has_nothing_to_verify(tmp_path: Path) -> None:
-    assert told_of(tmp_path) == ([], f"{tmp_path} holds no checkpoint. Give a run's folder, its checkpoints folder, or a "
-                                     "folder step-######## in it")  # fmt: skip
+    expected = f"{tmp_path} holds no checkpoint. Give a run's folder, its checkpoints folder, or a folder step-########"
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        verify_checkpoints(tmp_path, report=print)

@@ -452,3 +452,31 @@ def test_reading_a_config_imports_neither_torch_nor_transformers() -> None:
 def test_a_config_with_a_text_that_no_file_can_hold_can_not_be_built(name: str) -> None:
     with pytest.raises(ValueError, match="contains NUL or an unpaired surrogate"):
         Config.model_validate({"run": "r", "model": {"name": name}, "data": {"train": "x"}})
+
+
+@pytest.mark.parametrize(
+    "quant, meant",
+    [("int4", "nf4"), ("INT4", "nf4"), ("4bit", "nf4"), ("4-bit", "nf4"), ("load_in_4bit", "nf4"), ("qlora", "nf4"),
+     ("8bit", "int8"), ("load_in_8bit", "int8"), ("llm.int8", "int8")],
+)  # fmt: skip
+def test_a_quantization_by_another_name_is_told_ours(tmp_path: Path, quant: str, meant: str) -> None:
+    assert complaint_about(tmp_path, "model", quant=quant).endswith(f"expected none, nf4 or int8 (nearest: {meant})")
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"wandb": {"team": "x"}}, "wandb.team: no such option; wandb takes project, entity, group, tags"),
+        ({"wandb": {"projct": "x"}}, "wandb.projct: no such option (nearest: project)"),
+        ({"wandb": {"id": "x"}}, "wandb.id: no such option"),
+        ({"wandb": {"tags": "x"}}, "wandb.tags: found 'x', expected a list, like [nlp, test]"),
+        ({"wandb": {"notes": [[1]]}}, "wandb.notes: expected a text, a number, true or false, or a list of them"),
+        ({"wanbd": {}}, "'wanbd' is not a tracker (nearest: wandb)"),
+        ({"mlflow": {"run_name": "x"}}, "has options of mlflow, which log.trackers doesn't name; set log.trackers to "
+                                        "[wandb, mlflow], or remove them"),
+        ({"wandb": "x"}, "expected options by tracker, like {wandb: {project: llama"),
+    ],
+)  # fmt: skip
+def test_options_of_trackers_are_checked(tmp_path: Path, options: object, told: str) -> None:
+    complaint = complaint_about(tmp_path, "log", trackers=["wandb"], tracker_options=options)
+    assert told in complaint

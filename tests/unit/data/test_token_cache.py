@@ -465,3 +465,47 @@ def test_held_out_documents_depend_on_content_and_seed_alone(tmp_path):
     assert len(split_eval(one, fraction=0.999, seed=7)[0]) == 1
     with pytest.raises(DataError, match=r"data\.eval: 0\.5 of 1 document can't be held out; name a file"):
         split_eval(one.select(np.array([3])), fraction=0.5, seed=0)
+
+
+def test_many_samples_that_are_cut_are_a_warning_that_says_what_they_lose(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="dist_lora")
+    within = [{"prompt": "ab", "completion": "c" * 50}] * 3
+    two = [
+        {
+            "messages": [
+                {"role": r, "content": c}
+                for r, c in (("user", "a"), ("assistant", "b"), ("user", "c" * 40), ("assistant", "d"))
+            ]
+        }
+    ]
+    rules = replace(RULES, sequence_length=20)
+    prepare(write(tmp_path / "w.jsonl", [*within, {"prompt": "a", "completion": "b"}]), tmp_path, rules=rules)
+    assert "truncated 3 samples to sequence_length=20" in caplog.text and "were cut" not in caplog.text
+    for name, samples, told in (
+        (
+            "d",
+            [*within, *within],
+            "6 of 6 samples were cut to sequence_length=20: 6 lost the end of an answer and its end token.",
+        ),
+        ("m", two * 5, "5 of 5 samples were cut to sequence_length=60: 5 lost a whole answer."),
+    ):
+        for _ in range(2):  # made, and from the cache
+            caplog.clear()
+            rules = replace(RULES, sequence_length=20 if name == "d" else 60)
+            prepare(write(tmp_path / f"{name}.jsonl", samples), tmp_path, rules=rules)
+            (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+            assert f"data.train: {told} A longer train.sequence_length keeps it" in warning.getMessage()
+
+
+@pytest.mark.parametrize(
+    "is_target, limit, expected",
+    [
+        ([0, 1, 1, 1], 2, (True, False)),  # within the only answer
+        ([0, 1, 0, 1], 2, (False, True)),  # between two
+        ([0, 1, 1, 0, 1], 2, (True, True)),  # within one, and another follows
+        ([0, 1, 0, 0], 2, (False, False)),  # what follows isn't trained on
+        ([0, 0, 1, 1], 2, (False, True)),  # just before one
+    ],
+)
+def test_what_a_cut_takes_away_is_counted_by_answers(is_target, limit, expected):
+    assert token_cache._what_is_lost([bool(target) for target in is_target], limit) == expected

@@ -172,10 +172,10 @@ def test_numbers_that_are_none_leave_gaps(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_not_there_or_has_no_step_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none: found no such folder, expected a run's folder, as runs/NAME"):
+    with pytest.raises(ConfigError, match=r"none: no such folder; expected a run's folder, as runs/NAME"):
         write_report(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"empty: found a folder without config.yaml, expected a run's folder"):
+    with pytest.raises(ConfigError, match=r"empty: is a folder without config.yaml; expected a run's folder"):
         write_report(tmp_path / "empty")
     run = run_of(tmp_path / "mine", num_steps=0)
     with pytest.raises(ConfigError, match=r"mine: metrics.jsonl has no step yet"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -22,6 +23,7 @@ from dist_lora.errors import (
     StoppedOnRequest,
     TrainingError,
 )
+from dist_lora.run_folder.attempt import begin_attempt
 from dist_lora.run_folder.folder import _lock
 from dist_lora.run_folder.status import Status, StatusWriter, attempt_of, describe_status, read_status
 
@@ -206,3 +208,17 @@ def test_what_was_left_before_a_start_counts_as_nothing(tmp_path: Path) -> None:
     assert describe_status(tmp_path).exit_code == 75
     told = describe_status(tmp_path, since_s=time.time())
     assert (told.exit_code, told.text) == (1, f"{tmp_path}: ended before it opened the run's folder")
+
+
+def test_a_run_at_work_is_told_with_its_step_its_loss_and_the_time_left(tmp_path: Path) -> None:
+    mark(tmp_path).begin()
+    _lock(tmp_path)
+    begin_attempt(tmp_path, num_steps=100, is_new=True)
+    assert describe_status(tmp_path).progress is None and "; step" not in describe_status(tmp_path).text
+    lines = [{"step": step, "loss": 2.0 - step / 100, "step_s": 1.0 if step < 41 else 3.0} for step in range(1, 61)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 61, "lo')
+    told = describe_status(tmp_path)
+    assert told.text.endswith("; step 60/100, loss 1.4000, about 2 min 0 s left"), "by the mean of the last 20"
+    assert told.to_json()["progress"] == {"step": 60, "num_steps": 100, "loss": 1.4, "left_s": 120.0}
+    (tmp_path / "attempt.json").unlink()  # a run of an earlier version
+    assert describe_status(tmp_path).progress is None

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from dist_lora.errors import ConfigError
-from dist_lora.world.launcher import LaunchedRank, is_first_of_node, launched_rank
+from dist_lora.world.launcher import LaunchedRank, is_first_of_node, launched_rank, note_for_torchrun
 from dist_lora.world.slurm import hosts_of, is_step, rendezvous_of, tasks_per_node
 from tests import ROOT
 
@@ -286,3 +286,15 @@ def test_a_number_of_processes_that_contradicts_the_launcher_is_refused(tmp_path
     assert str(result.exception).startswith(
         "--nproc: found 4, and the launcher started 2 processes on each node (4 in total)."
     )
+
+
+def test_torchrun_shows_our_sentence_as_the_root_cause(tmp_path, monkeypatch) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    file = tmp_path / "error.json"
+    note_for_torchrun({}, "nobody asks")
+    note_for_torchrun({"TORCHELASTIC_ERROR_FILE": str(tmp_path / "no" / "folder")}, "nowhere to write")
+    note_for_torchrun({"TORCHELASTIC_ERROR_FILE": str(file)}, "error: runs/a: the disk is full.\nFree some space.")
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(file))
+    shown = ChildFailedError("dist_lora", {0: failure}).format_msg()
+    assert "error: runs/a: the disk is full.\n  Free some space." in shown and "To enable traceback" not in shown

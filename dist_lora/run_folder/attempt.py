@@ -1,0 +1,71 @@
+"""What the present attempt at a run sets out to do, and what former ones have spent: one small file; needs no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_lora.files import read_json, write_whole
+
+ATTEMPT_FILE = "attempt.json"
+SUMMARY_FILE = "summary.json"  # written at the end of a run
+TRACKERS_FILE = "trackers.json"  # the ids that a run has in its trackers
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The steps of the whole run, and what its former attempts took, as far as they came to their end."""
+
+    num_steps: int
+    former_seconds: float = 0.0
+    former_peak_bytes: tuple[int, ...] = ()
+
+    def peaks_with(self, peak_bytes: list[int]) -> list[int]:
+        """The peaks of all attempts, rank by rank; those of this one alone if it has another number of ranks."""
+        if len(self.former_peak_bytes) != len(peak_bytes):
+            return peak_bytes
+        return [max(pair) for pair in zip(self.former_peak_bytes, peak_bytes, strict=True)]
+
+
+def begin_attempt(folder: Path, *, num_steps: int, is_new: bool) -> Attempt:
+    """Write what this attempt sets out to do. From here on the run isn't finished: a former summary is removed.
+
+    Args:
+        is_new: the run starts over, and nothing of former attempts counts.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    former = None if is_new else read_attempt(folder)
+    seconds, peaks = (0.0, ()) if former is None else (former.former_seconds, former.former_peak_bytes)
+    if not is_new and (summary := read_summary(folder)):
+        number, found = summary.get("seconds"), summary.get("peak_bytes")
+        seconds = float(number) if isinstance(number, int | float) else seconds
+        if isinstance(found, list) and all(isinstance(peak, int) for peak in found):
+            peaks = tuple(found)
+    attempt = Attempt(num_steps, seconds, peaks)
+    write_whole(folder / ATTEMPT_FILE, json.dumps(asdict(attempt)) + "\n")
+    (folder / SUMMARY_FILE).unlink(missing_ok=True)
+    if is_new:
+        (folder / TRACKERS_FILE).unlink(missing_ok=True)
+    return attempt
+
+
+def read_attempt(folder: Path) -> Attempt | None:
+    """What ``begin_attempt`` wrote; None if there is nothing that can be read, as in a run of an earlier version."""
+    try:
+        content = read_json(folder / ATTEMPT_FILE)
+        num_steps, peaks = int(content["num_steps"]), tuple(int(peak) for peak in content["former_peak_bytes"])
+        return Attempt(num_steps, float(content["former_seconds"]), peaks)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary that a run writes at its end; empty before, and where it can't be read."""
+    try:
+        return read_json(folder / SUMMARY_FILE)
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,64 @@
+"""Whether a run is finished, so that starting it again has nothing to do."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import yaml
+
+from dist_lora.config.changes import changes
+from dist_lora.config.load import dump_config
+from dist_lora.config.schema import Config
+from dist_lora.files import file_exists, is_locked
+from dist_lora.lora.origin import CONFIG_FILE, WEIGHTS_FILE
+from dist_lora.run_folder.attempt import SUMMARY_FILE, read_summary
+
+# Settings (or sections) that change neither the adapter nor what is reported about it.
+_WITHOUT_EFFECT = (
+    "run",
+    "runs_dir",
+    "log",
+    "checkpoint",
+    "machine",
+    "parallel",
+    "data.cache_dir",
+    "train.micro_batch",
+    "train.activation_checkpointing",
+    "model.attention",
+)
+
+
+def finished_line(folder: Path, config: Config) -> str:
+    """What to tell a user who starts a finished run again; "" if it isn't finished, or the config asks for something else.
+
+    Reads small files only: no data, no base, no checkpoint. Local: one rank calls it.
+    """
+    if config.checkpoint.resume != "auto" or is_locked(folder / "lock") or not _is_same(folder, config):
+        return ""
+    steps = read_summary(folder).get("steps")
+    return describe_finished(folder, steps) if steps == config.train.steps or config.train.steps is None else ""
+
+
+def describe_finished(folder: Path, num_steps: object) -> str:
+    """The message about a run that has done all of its ``num_steps`` and has written its adapter; else ""."""
+    adapter, steps = folder / "adapter", read_summary(folder).get("steps")
+    is_whole = all(file_exists(adapter / name) for name in (CONFIG_FILE, WEIGHTS_FILE))
+    if not isinstance(steps, int) or steps != num_steps or not is_whole:
+        return ""
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / SUMMARY_FILE).stat().st_mtime))
+    return (
+        f"{folder}: finished already, {steps:,} of {steps:,} steps, on {when}; adapter: {adapter}. Nothing is done. To train "
+        "on, raise train.steps (or train.epochs); for another run, set run=NAME; to start over, checkpoint.resume=never"
+    )
+
+
+def _is_same(folder: Path, config: Config) -> bool:
+    """Whether the run was made with this config, as far as that matters for its result."""
+    try:
+        before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        now = yaml.safe_load(dump_config(config))
+        names = [change.name for change in changes(before, now)]
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError):
+        return False
+    return all(name in _WITHOUT_EFFECT or name.startswith(tuple(f"{s}." for s in _WITHOUT_EFFECT)) for name in names)
