@@ -42,6 +42,12 @@ class Quantization(StrEnum):
     INT8 = "int8"
 
 
+class StoredQuantization(StrEnum):
+    """The formats that a base can be stored in."""
+
+    NF4 = "nf4"
+
+
 class MergedDtype(StrEnum):
     """The dtype of all tensors of a merged model."""
 
@@ -303,6 +309,28 @@ def merge(
             f"--quant {trained_quant} gives exactly the model that was trained"
         )
     print(f"{out}: {report.changed_tensors} of the base's matrices changed, in {report.seconds:.1f} s")
+
+
+@app.command()
+def fetch(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Fetch a config's model, tokenizer and data from the hub, so that `train` needs no network afterwards."""
+    loaded = _load(config, overrides)
+    from dist_lora.prepare.fetch import fetch_all
+
+    fetch_all(loaded, report=print)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A member's name, a folder or a hub id.")],
+    out: Annotated[Path, typer.Option(help="The folder to create.")],
+    quant: Annotated[StoredQuantization, typer.Option(help="The format to store it in.")] = StoredQuantization.NF4,
+) -> None:
+    """Store a model in the values that `train` gives it with model.quant, so that each start reads less."""
+    from dist_lora.prepare.quantize import quantize_model
+
+    assert quant is StoredQuantization.NF4
+    print(quantize_model(model, out=out))
 
 
 @app.command()
