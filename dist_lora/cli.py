@@ -227,6 +227,9 @@ def evaluate(
     adapter: Annotated[
         Path | None, typer.Option(help="The adapter's folder; without it the base is evaluated.")
     ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Write each sample's generated answer to this new file, as JSONL.")
+    ] = None,
     nproc: NumRanks = None,
     as_json: AsJson = False,
 ) -> None:
@@ -236,7 +239,7 @@ def evaluate(
     with _joined(loaded, nproc) as world:
         from dist_lora.train.command import evaluate as evaluate_here
 
-        result = evaluate_here(loaded, world, adapter=adapter)
+        result = evaluate_here(loaded, world, adapter=adapter, predictions_file=predictions)
         if world.is_first:
             print(json.dumps(result) if as_json else _as_table(result), flush=True)
 
@@ -337,14 +340,32 @@ def quantize(
 def generate(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
     prompt: Annotated[str | None, typer.Option(help="What to answer; without it a chat starts.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file of prompts: JSONL with prompt or messages, or a text a line.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="With --prompts: the file to create, JSONL with answers.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model: a member's name, a folder or a hub id.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Continue plain text, without a chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 256,
 ) -> None:
-    """Answer one prompt, or chat, with an adapter and its base on this machine."""
-    from dist_lora.chat.command import answer
+    """Answer one prompt, a file of them, or chat, with an adapter and its base on this machine."""
+    if (prompts is None) != (out is None) or (prompts is not None and prompt is not None):
+        raise ConfigError("generate: --prompts FILE and --out FILE belong together, and --prompt TEXT is without them")
+    from dist_lora.chat.command import answer, answer_file
 
+    if prompts is not None and out is not None:
+        count = answer_file(
+            adapter,
+            base=base,
+            prompts=prompts,
+            out=out,
+            system=system,
+            is_plain=plain,
+            max_new_tokens=max_new_tokens,
+        )
+        print(f"{out}: {count:,} answers")
+        return
     answer(adapter, base=base, prompt=prompt, system=system, is_plain=plain, max_new_tokens=max_new_tokens)
 
 
