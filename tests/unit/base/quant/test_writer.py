@@ -108,7 +108,7 @@ def test_a_quantized_model_and_an_existing_folder_are_refused(pair, tmp_path) ->
     base, out = pair
     with pytest.raises(ConfigError, match="is quantized already"):
         quantize_model(str(out), out=tmp_path / "twice")
-    with pytest.raises(ConfigError, match="exists already. Name a new folder for the quantized model"):
+    with pytest.raises(ConfigError, match=r"exists already\. Name a new folder for the quantized model"):
         quantize_model(str(base), out=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
