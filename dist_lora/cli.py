@@ -46,6 +46,12 @@ class Quantization(StrEnum):
     INT8 = "int8"
 
 
+class StoredQuantization(StrEnum):
+    """The formats that a base can be stored in."""
+
+    NF4 = "nf4"
+
+
 class MergedDtype(StrEnum):
     """The dtype of all tensors of a merged model."""
 
@@ -272,6 +278,9 @@ def evaluate(
     adapter: Annotated[
         Path | None, typer.Option(help="The adapter's folder; without it the base is evaluated.")
     ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Write each sample's generated answer to this new file, as JSONL.")
+    ] = None,
     nproc: NumRanks = None,
     as_json: AsJson = False,
 ) -> None:
@@ -285,7 +294,7 @@ def evaluate(
     with _joined(loaded, nproc) as world:
         from dist_lora.train.command import evaluate as evaluate_here
 
-        result = evaluate_here(loaded, world, adapter=adapter)
+        result = evaluate_here(loaded, world, adapter=adapter, predictions_file=predictions)
         if world.is_first:
             print(json.dumps(result) if as_json else _as_table(result), flush=True)
 
@@ -363,17 +372,57 @@ def merge(
 
 
 @app.command()
+def fetch(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Fetch a config's model, tokenizer and data from the hub, so that `train` needs no network afterwards."""
+    loaded = _load(config, overrides)
+    from dist_lora.prepare.fetch import fetch_all
+
+    fetch_all(loaded, report=print)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A member's name, a folder or a hub id.")],
+    out: Annotated[Path, typer.Option(help="The folder to create.")],
+    quant: Annotated[StoredQuantization, typer.Option(help="The format to store it in.")] = StoredQuantization.NF4,
+) -> None:
+    """Store a model in the values that `train` gives it with model.quant, so that each start reads less."""
+    from dist_lora.prepare.quantize import quantize_model
+
+    assert quant is StoredQuantization.NF4
+    print(quantize_model(model, out=out))
+
+
+@app.command()
 def generate(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
     prompt: Annotated[str | None, typer.Option(help="What to answer; without it a chat starts.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file of prompts: JSONL with prompt or messages, or a text a line.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="With --prompts: the file to create, JSONL with answers.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model: a member's name, a folder or a hub id.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Continue plain text, without a chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 256,
 ) -> None:
-    """Answer one prompt, or chat, with an adapter and its base on this machine."""
-    from dist_lora.chat.command import answer
+    """Answer one prompt, a file of them, or chat, with an adapter and its base on this machine."""
+    if (prompts is None) != (out is None) or (prompts is not None and prompt is not None):
+        raise ConfigError("generate: --prompts FILE and --out FILE belong together, and --prompt TEXT is without them")
+    from dist_lora.chat.command import answer, answer_file
 
+    if prompts is not None and out is not None:
+        count = answer_file(
+            adapter,
+            base=base,
+            prompts=prompts,
+            out=out,
+            system=system,
+            is_plain=plain,
+            max_new_tokens=max_new_tokens,
+        )
+        print(f"{out}: {count:,} answers")
+        return
     answer(adapter, base=base, prompt=prompt, system=system, is_plain=plain, max_new_tokens=max_new_tokens)
 
 

@@ -49,6 +49,21 @@ def fetch_model(hub_id: str, *, revision: str | None = None) -> Path:
         raise ConfigError(f"model.name: {hub_id}{commit}: {reason}") from error
 
 
+def missing_bytes(hub_id: str) -> tuple[int, Path]:
+    """Bytes of a model's files that ``fetch_model`` would download now, and the hub's cache, where they would go.
+
+    Zero where the hub can't be asked: ``fetch_model`` then says why, or does with what is there.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    try:
+        files = snapshot_download(hub_id, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED), dry_run=True)
+    except Exception:
+        return 0, Path(HF_HUB_CACHE)
+    return sum(file.file_size or 0 for file in files if file.will_download), Path(HF_HUB_CACHE)
+
+
 def _status(error: BaseException | None) -> int | None:
     """The HTTP status behind an error, if the hub answered at all: the library chains its errors."""
     while error is not None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from dist_lora.base.index import read_model_json
 from dist_lora.chat.chat import ChatModel, chat, continue_text
+from dist_lora.chat.prompts import encode_prompts, read_prompts, refuse_existing, write_answers
 from dist_lora.config.schema import Config
 from dist_lora.data.chat import SampleKind
 from dist_lora.errors import ConfigError
-from dist_lora.evaluation.generate import stop_ids_of
+from dist_lora.evaluation.generate import generate, stop_ids_of
 from dist_lora.lora.find_base import find_base
 from dist_lora.lora.origin import origin_of
 from dist_lora.train.build import Trainee, build, check_adapter, load_adapter, open_base
@@ -88,3 +90,43 @@ def prompt_kind(adapter: Path, *, has_template: bool) -> SampleKind:
             "continues it as it is"
         )
     return kind
+
+
+PROMPTS_AT_ONCE = 16
+
+
+def answer_file(
+    adapter: Path,
+    *,
+    base: str | None,
+    prompts: Path,
+    out: Path,
+    system: str | None,
+    is_plain: bool,
+    max_new_tokens: int,
+) -> int:
+    """``dist-lora generate --prompts``: writes each prompt with its answer to ``out``; returns their number.
+
+    Raises:
+        ConfigError: ``out`` exists, or ``prompts`` can't be read.
+        DataError: lines are no prompts, or the chat template refuses them.
+        AdapterError, WeightsError: the adapter or its base is damaged, or they don't belong together.
+        SaveError: ``out`` can't be written.
+    """
+    refuse_existing(out)
+    asked = read_prompts(prompts)
+    world = World.alone()
+    trainee = open_for_answers(adapter, base=base, world=world)
+    tokenizer = trainee.base.tokenizer
+    kind = "text" if is_plain else prompt_kind(adapter, has_template=tokenizer.chat_template is not None)
+    if kind != "chat" and system is not None:
+        raise ConfigError("--system: plain text is continued here, which has no system message; leave the option out")
+    encoded = encode_prompts(asked, tokenizer=tokenizer, kind=kind, system=system)
+    stop_ids = stop_ids_of(trainee.base.folder, tokenizer)
+
+    def answers_to(some: Sequence[list[int]]) -> list[str]:
+        ids = generate(trainee.model, some, stop_ids=stop_ids, max_new_tokens=max_new_tokens, world=world)
+        return [str(tokenizer.decode(answer)) for answer in ids]
+
+    write_answers(asked, encoded, out=out, batch=PROMPTS_AT_ONCE, answer=answers_to)
+    return len(asked)

@@ -305,6 +305,12 @@ class HubSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return dict(self._dataset[index])
 
+    @property
+    def folder(self) -> Path:
+        """The folder of ``datasets``' cache that holds it."""
+        files = self._dataset.cache_files
+        return Path(files[0]["filename"]).parent if files else Path(self.name)
+
     def chunks(self) -> Iterator[bytes]:
         """All rows as bytes, the same on any machine that has the same rows."""
         import pyarrow

@@ -15,6 +15,7 @@ from dist_lora.data.loader import MicroBatch
 from dist_lora.data.token_set import TokenSet
 from dist_lora.engines.engine import Engine
 from dist_lora.evaluation.generate import base_fits_whole, generate
+from dist_lora.evaluation.predictions import Prediction, Predictions
 from dist_lora.world.world import World
 
 
@@ -84,11 +85,12 @@ def exact_match(
     batch: int,
     world: World,
     check_stop: Callable[[], None] = never_stop,
+    predictions: Predictions | None = None,
 ) -> ExactMatch:
     """Generate the last answer of each sample from what comes before it, and compare. All ranks call it.
 
     Each rank takes every ``world_size``-th sample; if memory allows, the base stays gathered throughout. ``check_stop``
-    is called before each batch of answers, see ``held_out_loss``.
+    is called before each batch of answers, see ``held_out_loss``. ``predictions`` gets this rank's answers.
     """
     mine = [last_answer(*tokens.document(i)) for i in range(world.world_rank, len(tokens), world.world_size)]
     per_rank = math.ceil(len(tokens) / world.world_size)
@@ -108,8 +110,14 @@ def exact_match(
                 max_new_tokens=max_new_tokens,
                 world=world,
             )
-            for (_, expected), answer in zip(samples, answers, strict=True):
-                correct += tokenizer.decode(answer).strip() == tokenizer.decode(_until_stop(expected, stop_ids)).strip()
+            for i, ((prompt, expected), answer) in enumerate(zip(samples, answers, strict=True), first):
+                wanted, found = (tokenizer.decode(ids) for ids in (_until_stop(expected, stop_ids), answer))
+                is_correct = found.strip() == wanted.strip()
+                correct += is_correct
+                if predictions is not None:
+                    predictions.of_samples[world.world_rank + i * world.world_size] = Prediction(
+                        tokenizer.decode(prompt), wanted, found, is_correct
+                    )
     finally:
         engine.keep_gathered(model, False)
         model.train(was_training)

@@ -12,7 +12,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,26 +31,24 @@ from dist_lora.base.index import (
     read_model_json,
     refuse_links,
 )
+from dist_lora.base.model_folder import check_space, companions, partial_of, refuse_existing, write_json
 from dist_lora.base.quant.formats import Nf4, format_of
 from dist_lora.base.quant.published import NF4_ON_DISK, BaseOnDisk, open_base_on_disk
 from dist_lora.base.safetensors import Entry, bytes_of, header_of, new_safetensors
 from dist_lora.base.stream import TORCH_DTYPES, SliceReader
 from dist_lora.base.tokenizer_files import set_template
 from dist_lora.config.schema import LINEARS, Quant
-from dist_lora.errors import AdapterError, ConfigError, DistLoraError, SaveError, cannot_write
-from dist_lora.files import file_exists, lock, sync, sync_folder
+from dist_lora.errors import AdapterError, ConfigError, DistLoraError, cannot_write
+from dist_lora.files import sync, sync_folder
 from dist_lora.lora.adapter_reader import AdapterOnDisk, open_adapter
-from dist_lora.lora.origin import CONFIG_FILE, ORIGIN_FILE, BaseIdentity, origin_of
-from dist_lora.text import first_few, gib
+from dist_lora.lora.origin import BaseIdentity, origin_of, original_of
+from dist_lora.text import first_few
 
 _SLICE_BYTES = 16 * 2**20  # in memory: as read, in fp32, and cast: for bf16 64 MiB
 _DTYPES: Mapping[str, str] = {"bf16": "BF16", "fp32": "F32"}
 _CONFIG_DTYPES: Mapping[str, str] = {"bf16": "bfloat16", "fp32": "float32"}
 _END_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")  # Llama 3's, in the order of their ids
-_COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")
-_COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
-_WRITTEN_HERE = ("config.json", "generation_config.json")
-_OF_ADAPTERS = (CONFIG_FILE, ORIGIN_FILE)  # transformers would load an adapter with the weights
+_WHAT = "merged model"
 
 
 @dataclass(frozen=True)
@@ -98,18 +95,18 @@ def merge_adapter(
         SaveError: not enough space, or the system refuses to write.
     """
     begin = time.perf_counter()
-    _refuse_existing(out)
+    refuse_existing(out, what=_WHAT)
     opened, whole = open_adapter(adapter), open_index(base, allow_bytes=True)
     on_disk, index, quant = _open_base(whole, quant)
     config_hash = hash_config(base)
     if not force:
         _check_identity(opened, index=whole, config_hash=config_hash)
     _check_fit(opened, index=index)
-    refuse_links(base, [str(path.relative_to(base)) for path in _companions(base)])
+    refuse_links(base, [str(path.relative_to(base)) for path in companions(base)])
     opened.verify()
     _check_effect(opened)
     try:
-        with _partial_of(out) as partial:
+        with partial_of(out, what=_WHAT) as partial:
             _check_space(index, partial=partial, dtype=dtype)
             merger = _Merger(opened, index=index, on_disk=on_disk, dtype=dtype, quant=quant, on_progress=on_progress)
             merger.write(partial)
@@ -264,7 +261,8 @@ def _num_bytes(tensors: Iterable[TensorOnDisk], dtype: str | None) -> int:
 
 def _check_identity(adapter: AdapterOnDisk, *, index: WeightIndex, config_hash: str) -> None:
     trained_on = adapter.base
-    differing = trained_on.differences(BaseIdentity(None, None, index.content_hash(), config_hash))
+    here = original_of(index.folder) or BaseIdentity(None, None, index.content_hash(), config_hash)
+    differing = trained_on.differences(here)
     if differing:
         raise ConfigError(
             f"{adapter.folder} was trained on {trained_on.name or 'another model'}, and {index.folder} differs from it "
@@ -316,59 +314,12 @@ def _check_effect(adapter: AdapterOnDisk) -> None:
         )
 
 
-def _refuse_existing(out: Path) -> None:
-    if file_exists(out):
-        raise ConfigError(f"{out} exists already. Name a new folder for the merged model, or remove that one.")
-
-
-@contextmanager
-def _partial_of(out: Path) -> Iterator[Path]:
-    """An empty folder next to ``out`` that no other merge writes to; removed after any error."""
-    partial = out.with_name(f"{out.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY)
-    try:
-        # Not every network file system has locks; there, two merges into one folder go unnoticed.
-        with suppress(OSError):
-            try:
-                lock(descriptor)
-            except BlockingIOError as error:
-                raise ConfigError(f"{out} is being written by another merge. Wait for it, or stop it.") from error
-        _refuse_existing(out)  # the other merge may have just ended
-        for leftover in partial.iterdir():
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        try:
-            yield partial
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def _check_space(index: WeightIndex, *, partial: Path, dtype: str | None) -> None:
     weights = _num_bytes(index.tensors.values(), dtype)
     files = by_file(index.tensors.values())
     headers = sum(len(header_of(_entries(tensors, dtype), metadata={})) for _, tensors in files)
-    needed = weights + headers + sum(path.stat().st_size for path in _companions(index.folder)) + 2**20
-    free = shutil.disk_usage(partial).free
-    if free < needed:
-        raise SaveError(
-            f"The merged model needs {gib(needed)}, and {gib(free)} are free in "
-            f"{partial.parent}. Free some space, or choose another folder."
-        )
-
-
-def _companions(folder: Path) -> list[Path]:
-    """The files of a model folder that are copied as they are: tokenizer, templates, licence; never weights."""
-    candidates = [path for path in [*folder.iterdir(), *folder.glob("*/*.jinja")] if path.is_file()]
-    return sorted(
-        path
-        for path in candidates
-        if (path.suffix in _COPIED_SUFFIXES or path.name.startswith(_COPIED_NAMES))
-        and path.name not in (*_WRITTEN_HERE, *_OF_ADAPTERS)
-        and not path.name.endswith(".index.json")
-    )
+    beside = sum(path.stat().st_size for path in companions(index.folder))
+    check_space(partial, needed=weights + headers + beside + 2**20, what=_WHAT)
 
 
 def _write_companions(index: WeightIndex, *, partial: Path, dtype: str | None, chat_template: str | None) -> None:
@@ -377,7 +328,7 @@ def _write_companions(index: WeightIndex, *, partial: Path, dtype: str | None, c
     ``chat_template`` is that of the adapter's run: the merged model is prompted as it was trained.
     """
     folder = index.folder
-    for path in _companions(folder):
+    for path in companions(folder):
         target = partial / path.relative_to(folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
@@ -388,20 +339,20 @@ def _write_companions(index: WeightIndex, *, partial: Path, dtype: str | None, c
     config = read_model_json(folder / "config.json")
     generation = _generation_config(folder, config, templates=partial)
     if generation is not None:
-        _write_json(partial / "generation_config.json", generation)
+        write_json(partial / "generation_config.json", generation)
     config.pop("quantization_config", None)  # all weights are written as numbers
     if dtype is not None:
         key = "dtype" if "dtype" in config else "torch_dtype"
         config[key] = _CONFIG_DTYPES[dtype]
     sync_folder(partial)
-    _write_json(partial / "config.json", config)
+    write_json(partial / "config.json", config)
 
 
 def _write_index(index: WeightIndex, *, partial: Path, dtype: str | None) -> None:
     metadata = read_model_json(index.folder / INDEX_FILE).get("metadata") or {}
     total = _num_bytes(index.tensors.values(), dtype)
     weight_map = {name: str(tensor.file.relative_to(index.folder)) for name, tensor in sorted(index.tensors.items())}
-    _write_json(partial / INDEX_FILE, {"metadata": {**metadata, "total_size": total}, "weight_map": weight_map})
+    write_json(partial / INDEX_FILE, {"metadata": {**metadata, "total_size": total}, "weight_map": weight_map})
 
 
 def _generation_config(folder: Path, config: Mapping[str, Any], *, templates: Path) -> dict[str, Any] | None:
@@ -439,7 +390,3 @@ def _turn_ends(folder: Path) -> list[int]:
     ids = {token["content"]: int(number) for number, token in listed.items()}
     ids |= {token["content"]: int(token["id"]) for token in read["tokenizer.json"].get("added_tokens", [])}
     return [ids[token] for token in _END_TOKENS if token in ids]
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

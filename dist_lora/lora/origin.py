@@ -12,8 +12,9 @@ from typing import Any, get_args
 import xxhash
 
 from dist_lora.base.index import hash_config, open_index, read_model_json
+from dist_lora.base.model_folder import QUANTIZED_FROM_FILE
 from dist_lora.config.schema import Quant
-from dist_lora.errors import AdapterError
+from dist_lora.errors import AdapterError, WeightsError
 from dist_lora.files import file_exists, read_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -47,7 +48,7 @@ class BaseIdentity:
 
 
 def identify_base(folder: Path, *, name: str | None = None, revision: str | None = None) -> BaseIdentity:
-    """The identity of the base in ``folder``, with both hashes.
+    """The identity of the base in ``folder``, with both hashes; that of the original if ``quantize`` wrote the folder.
 
     Local, reads headers and a few bytes of each tensor; call it on one rank.
 
@@ -58,12 +59,40 @@ def identify_base(folder: Path, *, name: str | None = None, revision: str | None
     Raises:
         WeightsError: the folder is damaged.
     """
+    if (original := original_of(folder)) is not None:
+        return original
     config_hash = hash_config(folder)
     if name is None:
         recorded = read_model_json(folder / "config.json").get("_name_or_path")
         is_hub_id = isinstance(recorded, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", recorded)
         name = recorded if is_hub_id else folder.resolve().name
     return BaseIdentity(name, revision, open_index(folder, allow_bytes=True).content_hash(), config_hash)
+
+
+def original_of(folder: Path) -> BaseIdentity | None:
+    """The identity of the model of which ``folder`` is a copy in the values that training gives it, by ``quantize``.
+
+    None where the folder is no such copy. Local, reads headers and a few bytes of each tensor.
+
+    Raises:
+        WeightsError: the record is damaged, or the weights are not those that it was written with.
+    """
+    file = folder / QUANTIZED_FROM_FILE
+    if not file_exists(file):
+        return None
+    record = read_model_json(file)
+    base, own = record.get("base"), record.get("content_hash")
+    if record.get("format") != FORMAT or not isinstance(base, dict):
+        raise WeightsError(
+            f"{file} has format {record.get('format')!r}, and format {FORMAT} with a base was expected. Update dist-lora."
+        )
+    here = open_index(folder, allow_bytes=True).content_hash()
+    if own != here:
+        raise WeightsError(
+            f"{file} was written with other weights ({own}) than those beside it ({here}). Quantize the model again, or "
+            "remove that file if the folder is meant to be a model of its own."
+        )
+    return _identity(base, where=f"{file}: base")
 
 
 def own_checksum(content: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from dist_lora.base.checksum import check_untouched, checksums
 from dist_lora.base.hub import fetch_model
 from dist_lora.base.index import WeightIndex, open_index
 from dist_lora.base.llama import Llama, build_on_meta
+from dist_lora.base.model_folder import QUANTIZED_FROM_FILE
 from dist_lora.base.quant.formats import format_of
 from dist_lora.base.quant.published import BaseOnDisk, open_base_on_disk
 from dist_lora.base.rope import check_frequencies
@@ -41,6 +42,7 @@ from dist_lora.engines.choose import make_engine
 from dist_lora.engines.engine import Engine
 from dist_lora.engines.precision import TORCH_TYPES, Precision
 from dist_lora.errors import ConfigError, DistLoraError, WeightsError
+from dist_lora.files import file_exists
 from dist_lora.herd.config_keys import remarks_on
 from dist_lora.herd.models import ResolvedModel, refuse_shape, resolve_model
 from dist_lora.herd.shape import Shape, read_config
@@ -387,10 +389,11 @@ def load_adapter(adapters: Adapters, folder: Path, *, world: World) -> None:
 def run_origin(config: Config, base: Base, kinds: Sequence[str]) -> RunOrigin:
     """What an adapter records of its run; ``kinds``: see ``Encoded.kind``."""
     template = getattr(base.tokenizer, "chat_template", None)
-    is_of_hub = base.identity.revision is not None
+    # A quantized copy has its original's identity, and is the base all the same.
+    is_of_hub = base.identity.revision is not None and not file_exists(base.folder / QUANTIZED_FROM_FILE)
     return RunOrigin(
         model=base.identity.name if is_of_hub else str(base.folder.resolve()),
-        revision=base.identity.revision,
+        revision=base.identity.revision if is_of_hub else None,
         quant=config.model.quant,
         kinds=tuple(kinds),
         chat_template=template if isinstance(template, str) else None,

@@ -24,6 +24,7 @@ from dist_lora.data.token_cache import TokenRules, Which, prepare_tokens
 from dist_lora.data.token_set import TokenSet, split_eval
 from dist_lora.data.untrained import check_special_tokens
 from dist_lora.errors import ConfigError, SaveError, cannot_write
+from dist_lora.evaluation.predictions import Predictions
 from dist_lora.files import write_whole
 from dist_lora.layout.machine import is_called
 from dist_lora.lora.attach import adapters_of
@@ -340,9 +341,18 @@ def _print_sample(tokens: TokenSet, base: Base) -> None:
     console.print(render_sample(ids.tolist(), is_target.tolist(), tokenizer=base.tokenizer, has_colour=has_colour))
 
 
-def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str, Any]:
-    """``dist-lora eval``: the printed values, as a dict, the same on all ranks. All ranks call it."""
+def evaluate(
+    config: Config, world: World, *, adapter: Path | None, predictions_file: Path | None = None
+) -> dict[str, Any]:
+    """``dist-lora eval``: the printed values, as a dict, the same on all ranks. All ranks call it.
+
+    Args:
+        predictions_file: a new file for each sample's generated answer, whether or not ``eval.exact_match`` is set.
+    """
     started_s = time.monotonic()
+    predictions = None if predictions_file is None else Predictions(predictions_file)
+    if predictions is not None:
+        world.on_first("the predictions' file", predictions.refuse_existing)
     base = open_base(config, world)
     if adapter is not None:
         config = check_adapter(adapter, config=config, base=base, world=world)
@@ -361,9 +371,11 @@ def evaluate(config: Config, world: World, *, adapter: Path | None) -> dict[str,
         result |= _loss(config, trainee, held_out, world) | {"base_loss": loss_of_base["loss"]}
         if result["loss"] == result["base_loss"]:
             log.warning(f"{adapter}: the loss equals the base's, bit for bit: this adapter changes nothing")
-    if config.eval.exact_match:
-        match = exact_match_of(trainee, held_out, config=config, world=world)
+    if config.eval.exact_match or predictions is not None:
+        match = exact_match_of(trainee, held_out, config=config, world=world, predictions=predictions)
         result["exact_match"] = {"correct": match.correct, "total": match.total}
+    if predictions is not None:
+        predictions.write(world)
     return result | {"seconds": round(time.monotonic() - started_s, 1)}
 
 

@@ -9,6 +9,7 @@ from dist_lora.data.loader import EvalBatches
 from dist_lora.data.token_set import TokenSet
 from dist_lora.evaluation.evaluate import ExactMatch, HeldOut, exact_match, held_out_loss, never_stop
 from dist_lora.evaluation.generate import stop_ids_of
+from dist_lora.evaluation.predictions import Predictions
 from dist_lora.train.build import Trainee
 from dist_lora.world.world import World
 
@@ -31,9 +32,15 @@ def loss_of(
 
 
 def exact_match_of(
-    trainee: Trainee, tokens: TokenSet, *, config: Config, world: World, check_stop: Callable[[], None] = never_stop
+    trainee: Trainee,
+    tokens: TokenSet,
+    *,
+    config: Config,
+    world: World,
+    check_stop: Callable[[], None] = never_stop,
+    predictions: Predictions | None = None,
 ) -> ExactMatch:
-    """How many of the trainee's answers match exactly. All ranks call it. ``check_stop``: see ``held_out_loss``."""
+    """How many of the trainee's answers match exactly. All ranks call it. See ``evaluation.evaluate.exact_match``."""
     return exact_match(
         trainee.model,
         trainee.engine,
@@ -44,4 +51,5 @@ def exact_match_of(
         batch=config.eval.batch or ANSWERS_AT_ONCE,
         world=world,
         check_stop=check_stop,
+        predictions=predictions,
     )

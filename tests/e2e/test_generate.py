@@ -176,3 +176,30 @@ def test_an_adapter_is_asked_in_the_template_that_it_was_trained_in(here, make_b
     asked = ("--prompt", "the sea")
     assert here("generate", run_folder / "adapter", *asked)[:2] == (0, "deep and blue\n")
     assert here("generate", run_folder / "adapter", *asked, "--system", "be brief")[0] == 0
+
+
+def test_a_file_of_prompts_is_answered_as_each_of_them_alone(here, adapter, tmp_path) -> None:
+    asked, out = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl"
+    records = [{"id": i, "messages": chat[:-1]} for i, chat in enumerate(CHATS)] + [{"prompt": "bread"}]
+    asked.write_text("".join(json.dumps(record) + "\n" for record in records))
+    arguments = ("generate", adapter, "--prompts", asked, "--out", out, "--max-new-tokens", 40)
+    code, said, err, _ = here(*arguments)
+    assert (code, said) == (0, f"{out}: {len(records)} answers\n"), err
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    wanted = [chat[-1]["content"] for chat in CHATS] + ["warm"]
+    assert answers == [{**record, "generated": text} for record, text in zip(records, wanted, strict=True)]
+    assert here(*arguments)[0] == 2  # it is there already
+    assert here("generate", adapter, "--prompts", asked)[0] == 2
+
+
+def test_evals_predictions_are_all_samples_in_order_on_two_ranks(adapter, tmp_path) -> None:
+    out = tmp_path / "predictions.jsonl"
+    config = adapter.parent.parent.parent / "config.yaml"
+    data = adapter.parent.parent.parent / "data.jsonl"
+    done = run("eval", config, f"data.eval={data}", "--adapter", adapter, "--predictions", out, "--nproc", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["expected"] for line in lines] == [chat[-1]["content"] for chat in CHATS]
+    assert all(line["generated"] == line["expected"] and line["is_correct"] for line in lines)
+    assert all(chat[0]["content"] in line["prompt"] for chat, line in zip(CHATS, lines, strict=True))
+    assert json.loads(done.stdout)["exact_match"] == {"correct": len(CHATS), "total": len(CHATS)}

@@ -36,6 +36,7 @@ ROAD = (
     "run_folder",
     "train",
     "chat",
+    "prepare",
     "doctor",
     "simulation",
     "slurm",

@@ -296,7 +296,7 @@ def test_a_place_that_cannot_be_made(tmp_path, base, adapter):
 
 def test_two_merges_into_one_folder_do_not_mix(tmp_path, base, adapter):
     def second(done: int, total: int) -> None:
-        with pytest.raises(ConfigError, match=r"merged is being written by another merge. Wait for it, or stop it"):
+        with pytest.raises(ConfigError, match=r"merged is being written by another process. Wait for it, or stop it"):
             merge_adapter(adapter, base=base, out=tmp_path / "merged")
 
     merge_adapter(adapter, base=base, out=tmp_path / "merged", on_progress=second)

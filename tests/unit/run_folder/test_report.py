@@ -197,3 +197,9 @@ def test_the_command_prints_the_pages_name_and_imports_no_torch(tmp_path: Path) 
         [sys.executable, "-c", program, "report", str(run)], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, f"{run / 'report.html'}\n"), done.stderr
+
+
+def test_nothing_on_the_page_is_wider_than_a_phone() -> None:
+    style = (Path(write_report.__code__.co_filename).parent / "report.html.jinja").read_text().partition("</style>")[0]
+    assert not re.search(r"minmax\(\d|min-width", style)  # what can't shrink below a width of its own
+    assert "h1, p, td { overflow-wrap: anywhere }" in style and "div.wide { overflow-x: auto }" in style

@@ -1,0 +1,56 @@
+"""Each held-out sample with its generated answer, of all ranks, in the order of the samples."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from dist_lora.errors import ConfigError, SaveError
+from dist_lora.files import write_whole
+from dist_lora.world.world import World
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A sample's prompt with its special tokens, the expected answer and the generated one."""
+
+    prompt: str
+    expected: str
+    generated: str
+    is_correct: bool
+
+
+@dataclass
+class Predictions:
+    """This rank's predictions by the number of their sample, to be written to ``path`` by the first rank."""
+
+    path: Path
+    of_samples: dict[int, Prediction] = field(default_factory=dict)
+
+    def refuse_existing(self) -> None:
+        """Raise ``ConfigError`` if the file exists, or its folder doesn't."""
+        if self.path.exists():
+            raise ConfigError(f"--predictions: {self.path} exists already. Name a new file, or remove that one")
+        if not self.path.absolute().parent.is_dir():
+            raise ConfigError(f"--predictions: {self.path}: its folder doesn't exist. Make it first")
+
+    def write(self, world: World) -> None:
+        """Write all ranks' predictions, a line of JSON each. All ranks call it.
+
+        Raises:
+            SaveError: the file can't be written.
+        """
+        own = {index: asdict(prediction) for index, prediction in self.of_samples.items()}
+        world.share(f"predictions/{world.world_rank}", json.dumps(own).encode())
+
+        def write() -> None:
+            lines = {int(index): line for index, line in json.loads(json.dumps(own)).items()}
+            for rank in range(1, world.world_size):
+                lines |= {int(index): line for index, line in json.loads(world.fetch(f"predictions/{rank}")).items()}
+            text = "".join(json.dumps(lines[index], ensure_ascii=False) + "\n" for index in sorted(lines))
+            write_whole(self.path, text)
+
+        world.on_first(
+            "the predictions", write, os_error=lambda error: SaveError(f"{self.path}: can't be written: {error}")
+        )

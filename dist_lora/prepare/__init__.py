@@ -1,0 +1,1 @@
+"""What is done once before runs: fetching all that they need, and storing a base quantized."""

@@ -1,0 +1,69 @@
+"""A file of prompts: what each line asks, and every line that can't be asked with its number."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dist_lora.chat.prompts import encode_prompts, read_prompts, refuse_existing, write_answers
+from dist_lora.errors import ConfigError, DataError
+
+
+def test_a_text_a_line_and_objects_are_read_with_their_lines(tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("one\r\n\ntwo\n")
+    assert [(p.where.rpartition(":")[2], p.record) for p in read_prompts(tmp_path / "a.txt")] == [
+        ("1", {"prompt": "one"}),
+        ("3", {"prompt": "two"}),
+    ]
+    record = {"id": 7, "messages": [{"role": "user", "content": "one"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+    assert [p.record for p in read_prompts(tmp_path / "a.jsonl")] == [record]
+
+
+def test_every_line_that_is_no_prompt_is_told_with_its_number(tmp_path) -> None:
+    turn = {"role": "assistant", "content": "-"}
+    lines = ['{"prompt": "a"}', "{", '{"text": "a"}', '{"prompt": 3}', json.dumps({"messages": [turn]}),
+             '{"prompt": "a", "generated": "b"}']  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError) as raised:
+        read_prompts(tmp_path / "a.jsonl")
+    told = str(raised.value).splitlines()
+    assert told[0] == "--prompts: 5 lines can't be asked:" and raised.value.exit_code == 2
+    for number, line in zip(range(2, 7), told[1:], strict=True):
+        assert line.startswith(f"  {tmp_path}/a.jsonl:{number}: ")
+    assert "found text, expected either prompt (a text) or messages (a list)" in told[2]
+    assert "the last one is the assistant's" in told[4] and "it has 'generated' already" in told[5]
+
+
+def test_no_prompts_a_missing_file_and_an_existing_answer_are_the_users_mistakes(tmp_path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    for name, message in (("empty.txt", "has no prompts"), ("none.txt", "can't be read: No such file")):
+        with pytest.raises(ConfigError, match=message):
+            read_prompts(tmp_path / name)
+    with pytest.raises(ConfigError, match="exists already"):
+        refuse_existing(tmp_path / "empty.txt")
+    with pytest.raises(ConfigError, match="its folder doesn't exist"):
+        refuse_existing(tmp_path / "no" / "a.jsonl")
+
+
+def test_chats_are_refused_where_plain_text_is_continued(tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    prompts = read_prompts(tmp_path / "a.jsonl")
+    for kind, system, told in (("text", None, "plain text is continued"), ("chat", "b", "--system is for prompts")):
+        with pytest.raises(DataError, match=told):
+            encode_prompts(prompts, tokenizer=None, kind=kind, system=system)
+
+
+def test_answers_stand_in_the_order_of_the_prompts_each_in_its_record(tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("0\n1\n2\n3\n4\n")
+    prompts, batches = read_prompts(tmp_path / "a.txt"), []
+
+    def answer(ids):
+        batches.append(len(ids))
+        return [f"answer {first}" for (first,) in ids]
+
+    write_answers(prompts, [[i] for i in range(5)], out=tmp_path / "out.jsonl", batch=2, answer=answer)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert batches == [2, 2, 1]
+    assert lines == [{"prompt": str(i), "generated": f"answer {i}"} for i in range(5)]
