@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 Which = Literal["train", "eval"]
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Part of every key: raise it whenever the same record may become other ids."""
 
 REPORT_EVERY_S = 10.0
