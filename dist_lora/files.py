@@ -263,7 +263,7 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 def parse_json(content: bytes, *, what: str = "it") -> dict[str, Any]:
     """See ``read_json``; ``what`` is the subject of the message."""
     try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not JSON ({error})") from error
     if not isinstance(value, dict):
@@ -271,8 +271,14 @@ def parse_json(content: bytes, *, what: str = "it") -> dict[str, Any]:
     return value
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's pairs as a dict; for ``object_pairs_hook``, where Python would keep the last of two in silence.
+
+    Raises:
+        ValueError: a key stands twice.
+    """
+    values = dict(pairs)
+    if len(values) == len(pairs):
+        return values
     duplicates = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-    if duplicates:
-        raise ValueError(f"named twice: {first_few(duplicates)}")
-    return dict(pairs)
+    raise ValueError(f"named twice: {first_few(duplicates)}")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_lora.data.chat import SampleKind, encode_instruction, encode_prompt, encode_text
-from dist_lora.data.sources import Faults, JsonLines
+from dist_lora.data.sources import Faults
+from dist_lora.data.text_files import JsonLines
 from dist_lora.errors import ConfigError, DataError, SaveError
 from dist_lora.files import write_whole
 

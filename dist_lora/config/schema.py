@@ -356,7 +356,7 @@ class DataSection(Section):
     """Training data and held-out data."""
 
     train: Annotated[Text | list[Text], AfterValidator(_check_some)] = Field(
-        description="Training data: a file (jsonl, json, csv, parquet), a hub id, or a list of them."
+        description="Training data: a file (jsonl, json, csv, parquet, arrow), a folder of save_to_disk, a hub id, or a list."
     )
     eval: Annotated[Text | Fraction | None, Expected("a path, a fraction between 0 and 1, or null")] = Field(
         default=None,

@@ -1,17 +1,13 @@
-"""Records from JSONL, JSON, CSV and parquet files and from the hub, each with its file and line.
+"""Records of all sources of a run, each with its place: files of text, columnar files, saved folders and the hub.
 
-Local files are read here and not by ``datasets``, so that an error can name file and line and
-no column's type is guessed ("007" stays a string); the hub is read by ``datasets``.
+Local files are read by this package and not by ``datasets``, so that an error can name file and line and
+no column's type is guessed ("007" stays a string); the hub and folders of ``save_to_disk`` are read by ``datasets``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import itertools
-import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,20 +16,21 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
-from dist_lora.data.records import EXAMPLES, Format, check_columns, recognize_format
+from dist_lora.data.columnar import ColumnarFile, LoadedRows, is_saved, load_saved, splits_of
+from dist_lora.data.compressed import SUFFIXES as COMPRESSIONS
+from dist_lora.data.hub import HUB_ID, default_split, load_from_hub
+from dist_lora.data.records import Format, check_columns, recognize_format
+from dist_lora.data.text_files import EXAMPLE, CsvRows, JsonLines, open_json
 from dist_lora.errors import DataError
 from dist_lora.text import nearest
-
-MAX_RECORD_BYTES = 32 * 2**20
-"""A longer line isn't a record but a file without newlines."""
 
 NUM_EXAMPLES = 5
 """Faults listed individually; the rest are counted."""
 
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?(?:@(?P<split>[\w.-]+))?")
+_TEXT = (".jsonl", ".ndjson", ".json", ".csv")
+_COLUMNAR = (".parquet", ".arrow")
+_LISTED = f"{' '.join((*_TEXT, *_COLUMNAR))}, and text with {' '.join(COMPRESSIONS)}"
 _HASH_CHUNK_BYTES = 16 * 2**20
-_EXAMPLE = EXAMPLES["messages"]
 
 
 @dataclass
@@ -107,7 +104,8 @@ def read_records(names: str | Sequence[str], *, fmt: Format | None, which: str, 
     """Opens the sources and finds their formats; the records themselves are read later, one by one.
 
     Args:
-        names: files (``.jsonl .json .csv .parquet``) or hub ids ``ORG/NAME[:CONFIG][@SPLIT]``.
+        names: files (``.jsonl .json .csv .parquet .arrow``, text also compressed), folders of ``save_to_disk``
+            (``PATH[@SPLIT]``) or hub ids ``ORG/NAME[:CONFIG][@SPLIT]``.
         fmt: the format of all sources; None recognizes each by the columns of its first record.
         which: "train" or "eval": the setting that errors name, and the hub's split.
         is_fetched: ``hash_sources`` has read the same names on this node, so the hub isn't queried again.
@@ -118,7 +116,7 @@ def read_records(names: str | Sequence[str], *, fmt: Format | None, which: str, 
     listed = [names] if isinstance(names, str) else list(names)
     if not listed:
         raise DataError(f"data.{which} is an empty list; at least one file or hub id is expected")
-    sources = tuple(_open(name, which, is_fetched=is_fetched) for name in listed)
+    sources = tuple(_open(_place_of(name, which), which, is_fetched=is_fetched) for name in listed)
     formats = tuple(_format_of(source, fmt) for source in sources)
     starts = tuple(itertools.accumulate((len(source) for source in sources), initial=0))
     return Records(sources=sources, formats=formats, starts=starts)
@@ -131,257 +129,99 @@ def hash_sources(names: str | Sequence[str], *, which: str) -> str:
     """
     digest = xxhash.xxh3_128()
     for name in [names] if isinstance(names, str) else names:
-        path = _local_path(name, which)
-        digest.update(f"{path.suffix if path else 'hub'}\0".encode())
-        for chunk in _file_chunks(path) if path else HubSource(name, which).chunks():
+        place = _place_of(name, which)
+        digest.update(f"{place.kind}\0".encode())
+        for chunk in _chunks_of(place, which):
             digest.update(chunk)
         digest.update(b"\0end\0")
     return digest.hexdigest()
 
 
-class JsonLines:
-    """A file with one JSON object per line; empty lines, a byte order mark and CRLF are accepted."""
+@dataclass(frozen=True)
+class _Place:
+    """What a name of a source leads to: a file, a folder of ``save_to_disk``, or (``path`` is None) the hub."""
 
-    def __init__(self, path: Path) -> None:
-        self.name = str(path)
-        self._file = path.open("rb")
-        _refuse_utf16(self._file.read(4), self.name)
-        self._starts, self._lengths, self._lines = _index_lines(path)
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def where(self, index: int) -> str:
-        """File and line."""
-        return f"{self.name}:{self._lines[index]}"
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        num_bytes = int(self._lengths[index])
-        if num_bytes > MAX_RECORD_BYTES:
-            raise DataError(
-                f"a line of {num_bytes / 2**20:.1f} MiB; one record of at most {MAX_RECORD_BYTES // 2**20} MiB "
-                "is expected. Write one JSON object per line"
-            )
-        line = os.pread(self._file.fileno(), num_bytes, int(self._starts[index]))
-        try:
-            value = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            raise DataError(f"byte {error.start + 1} of the line, 0x{line[error.start]:02x}, is not UTF-8") from None
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"not JSON: {error.msg} at column {error.pos + 1}, {_near(error.doc, error.pos)}; "
-                f"one object per line is expected, e.g. {_EXAMPLE}"
-            ) from None
-        except RecursionError:
-            raise DataError("the JSON is nested too deeply") from None
-        except ValueError as error:
-            raise DataError(f"not JSON: {_first_line(str(error))}") from None  # a number of thousands of digits
-        return _as_object(value)
-
-
-class JsonArray:
-    """A file that is one JSON list of objects."""
-
-    def __init__(self, path: Path) -> None:
-        self.name = str(path)
-        head = path.read_bytes()
-        _refuse_utf16(head[:4], self.name)
-        try:
-            text = head.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            line = head.count(b"\n", 0, error.start) + 1
-            raise DataError(f"{self.name}:{line}: byte 0x{head[error.start]:02x} is not UTF-8") from None
-        self._records: list[Any] = []
-        self._lines: list[int] = []
-        for line, record in _elements(text, self.name):
-            self._lines.append(line)
-            self._records.append(record)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def where(self, index: int) -> str:
-        """File and the line on which the record begins."""
-        return f"{self.name}:{self._lines[index]}"
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return _as_object(self._records[index])
-
-
-class CsvRows:
-    """A CSV file with a header line; every value is a string."""
-
-    def __init__(self, path: Path) -> None:
-        self.name = str(path)
-        with path.open("rb") as file:
-            _refuse_utf16(file.read(4), self.name)
-        csv.field_size_limit(MAX_RECORD_BYTES)
-        self._rows: list[list[str]] = []
-        self._lines: list[int] = []
-        with path.open(encoding="utf-8-sig", newline="") as text:
-            reader = csv.reader(text, strict=True)
-            line = 1
-            try:
-                for row in reader:
-                    if row:
-                        self._rows.append(row)
-                        self._lines.append(line)
-                    line = reader.line_num + 1
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise DataError(f"{self.name}:{line}: not CSV in UTF-8: {error}") from None
-        self._header = self._rows.pop(0) if self._rows else []
-        self._lines = self._lines[1:]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def where(self, index: int) -> str:
-        """File and the line on which the row begins."""
-        return f"{self.name}:{self._lines[index]}"
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._rows[index]
-        if len(row) != len(self._header):
-            raise DataError(f"{len(row)} fields, and the header has {len(self._header)}: {', '.join(self._header)}")
-        return dict(zip(self._header, row, strict=True))
-
-
-class ParquetRows:
-    """A parquet file, mapped into memory."""
-
-    def __init__(self, path: Path) -> None:
-        import pyarrow
-        import pyarrow.parquet
-
-        self.name = str(path)
-        try:
-            self._table = pyarrow.parquet.read_table(path, memory_map=True)
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"{self.name}: not a complete parquet file: {error}") from None
-
-    def __len__(self) -> int:
-        return int(self._table.num_rows)
-
-    def where(self, index: int) -> str:
-        """File and row; a parquet file has no lines."""
-        return f"{self.name}: row {index + 1}"
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        import pyarrow
-
-        try:
-            return dict(self._table.slice(index, 1).to_pylist()[0])
-        except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # a string not in UTF-8, a year 300,000
-            raise DataError(f"the row can't be read: {_first_line(str(error))}") from None
-
-
-class HubSource:
-    """A data set of the hub, loaded by ``datasets``; once downloaded, from its cache alone."""
-
-    def __init__(self, name: str, which: str, *, is_fetched: bool = False) -> None:
-        import datasets
-
-        parts = _HUB_ID.fullmatch(name)
-        assert parts is not None, name
-        self.name = name
-        split = parts["split"] or ("train" if which == "train" else "validation")
-        if is_fetched:
-            # What can't be read back from the cache is requested again.
-            with contextlib.suppress(Exception), _without_network():
-                self._dataset = datasets.load_dataset(parts["name"], name=parts["config"], split=split)
-                return
-        try:
-            self._dataset = datasets.load_dataset(parts["name"], name=parts["config"], split=split)
-        except Exception as error:
-            raise DataError(_hub_error(name, parts["name"], split, which, error)) from error
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def where(self, index: int) -> str:
-        """Hub id and row."""
-        return f"{self.name}: row {index + 1}"
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return dict(self._dataset[index])
+    name: str
+    path: Path | None
 
     @property
-    def folder(self) -> Path:
-        """The folder of ``datasets``' cache that holds it."""
-        files = self._dataset.cache_files
-        return Path(files[0]["filename"]).parent if files else Path(self.name)
-
-    def chunks(self) -> Iterator[bytes]:
-        """All rows as bytes, the same on any machine that has the same rows."""
-        import pyarrow
-
-        for batch in self._dataset.with_format("arrow").iter(batch_size=1000):
-            sink = pyarrow.BufferOutputStream()
-            for plain in batch.replace_schema_metadata(None).combine_chunks().to_batches():
-                with pyarrow.ipc.new_stream(sink, plain.schema) as writer:
-                    writer.write_batch(plain)
-            yield sink.getvalue().to_pybytes()
+    def kind(self) -> str:
+        """What, besides the content, decides how it is read: ".jsonl.gz", "saved", "hub"."""
+        if self.path is None:
+            return "hub"
+        return "saved" if self.path.is_dir() else "".join(_suffixes_of(self.path))
 
 
-@contextlib.contextmanager
-def _without_network() -> Iterator[None]:
-    """``datasets`` reads its cache without requests: otherwise each load costs ten requests per rank."""
-    import datasets
-
-    was_offline, verbosity = datasets.config.HF_HUB_OFFLINE, datasets.logging.get_verbosity()
-    datasets.config.HF_HUB_OFFLINE = True
-    datasets.logging.set_verbosity_error()  # it would warn that the hub can't be reached
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = was_offline
-        datasets.logging.set_verbosity(verbosity)
-
-
-def _hub_error(name: str, repo: str, split: str, which: str, error: Exception) -> str:
-    """The message for a data set that can't be loaded; ``datasets`` has many exceptions for few causes."""
-    text = str(error)
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    if "GatedRepoError" in kinds or any(sign in text for sign in ("gated", "401", "403")):
-        return (
-            f"data.{which}: {repo} is gated or private on the hub ({_first_line(text)}). Request access on "
-            f"https://huggingface.co/datasets/{repo}, then log in: `hf auth login`, or set HF_TOKEN"
-        )
-    if "Config name is missing" in text or "BuilderConfig" in text:
-        return f"data.{which}: {repo} has several configs: {text.strip()}\nName one: data.{which}: {repo}:CONFIG"
-    if "split" in text.lower():
-        return f"data.{which}: {repo} has no split {split!r} ({_first_line(text)}). Name one: {repo}@SPLIT"
-    if "RepositoryNotFoundError" in kinds or "doesn't exist on the Hub" in text:
-        return f"data.{which}: {name!r} is neither a file nor a data set of the hub. Check the name"
-    return (
-        f"data.{which}: the hub's data set {name!r} can't be read: {type(error).__name__}: "
-        f"{_first_line(text)}. Without a network, name a local file (.jsonl .json .csv .parquet)"
-    )
-
-
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0] if text.strip() else "no reason given"
-
-
-def _open(name: str, which: str, *, is_fetched: bool) -> Source:
-    path = _local_path(name, which)
-    if path is None:
-        source: Source = HubSource(name, which, is_fetched=is_fetched)
-    elif path.suffix == ".csv":
+def _open(place: _Place, which: str, *, is_fetched: bool) -> Source:
+    path = place.path
+    suffix = _suffixes_of(path)[0] if path else ""
+    if path is None or path.is_dir():
+        source: Source = _load(place, which, is_fetched=is_fetched)
+    elif suffix == ".csv":
         source = CsvRows(path)
-    elif path.suffix == ".parquet":
-        source = ParquetRows(path)
-    elif path.suffix == ".json" and _begins_a_list(path):
-        source = JsonArray(path)
+    elif suffix in _COLUMNAR:
+        source = ColumnarFile(path)
+    elif suffix == ".json":
+        source = open_json(path)
     else:
         source = JsonLines(path)
     if len(source) == 0:
-        raise DataError(f"{name}: no records; at least one is expected, e.g. {_EXAMPLE}")
+        raise DataError(f"{place.name}: no records; at least one is expected, e.g. {EXAMPLE}")
     return source
 
 
-def _local_path(name: str, which: str) -> Path | None:
-    """The file of that name, or None for a hub id."""
+def _load(place: _Place, which: str, *, is_fetched: bool) -> LoadedRows:
+    if place.path is None:
+        return load_from_hub(place.name, which, suffixes=_LISTED, is_fetched=is_fetched)
+    return load_saved(place.name, place.path)
+
+
+def _chunks_of(place: _Place, which: str) -> Iterator[bytes]:
+    if place.path is not None and not place.path.is_dir():
+        return _file_chunks(place.path)
+    return _load(place, which, is_fetched=False).chunks()
+
+
+def _suffixes_of(path: Path) -> tuple[str, str]:
+    """The suffix that says what a file holds, and that of its compression or "": .jsonl and .gz."""
+    if path.suffix in COMPRESSIONS:
+        return path.with_suffix("").suffix, path.suffix
+    return path.suffix, ""
+
+
+def _is_supported(path: Path) -> bool:
+    suffix, compression = _suffixes_of(path)
+    return suffix in _TEXT or (suffix in _COLUMNAR and not compression)
+
+
+def _place_of(name: str, which: str) -> _Place:
+    """The file or folder of that name, or the hub.
+
+    Raises:
+        DataError: there is nothing of that name, or nothing that can be read.
+    """
+    path = _stat(name, which)
+    if path.is_dir():
+        return _Place(name, _saved_folder(name, path, None, which))
+    if path.exists():
+        if not _is_supported(path):
+            raise DataError(f"data.{which}: {name} has suffix {''.join(_suffixes_of(path))!r}; {_LISTED} are supported")
+        if not os.access(path, os.R_OK):
+            raise DataError(f"data.{which}: {name} can't be read by this user (mode {path.stat().st_mode & 0o777:o})")
+        return _Place(name, path)
+    before, at, split = name.rpartition("@")
+    if at and _stat(before, which).is_dir():
+        return _Place(name, _saved_folder(before, _stat(before, which), split, which))
+    if not _is_supported(path) and not name.startswith(("/", ".", "~")) and HUB_ID.fullmatch(name):
+        return _Place(name, None)
+    if not path.parent.is_dir():
+        raise DataError(f"data.{which}: {name} doesn't exist, nor does its folder {path.parent}")
+    near = nearest(path.name, sorted(os.listdir(path.parent)), cutoff=0.5)
+    raise DataError(f"data.{which}: {name} doesn't exist" + (f" (nearest: {near})" if near else ""))
+
+
+def _stat(name: str, which: str) -> Path:
+    """The path of a name, which may not exist but can be asked for."""
     try:
         path = Path(name).expanduser()
         path.stat()
@@ -390,21 +230,27 @@ def _local_path(name: str, which: str) -> Path | None:
     except (OSError, ValueError, RuntimeError) as error:  # too long, no permission, a NUL, an unknown home
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"data.{which}: {name[:200]} can't be opened: {reason}") from None
-    if path.is_dir():
-        inside = sorted(child.name for child in path.iterdir() if child.suffix in _SUFFIXES)[:NUM_EXAMPLES]
+    return path
+
+
+def _saved_folder(name: str, folder: Path, split: str | None, which: str) -> Path:
+    """The folder of one data set: the one that is named, or that of a split in it."""
+    if not is_saved(folder):
+        inside = sorted(child.name for child in folder.iterdir() if _is_supported(child))[:NUM_EXAMPLES]
         raise DataError(f"data.{which}: {name} is a folder; name its files: {', '.join(inside) or 'it has none'}")
-    if path.exists():
-        if path.suffix not in _SUFFIXES:
-            raise DataError(f"data.{which}: {name} has suffix {path.suffix!r}; {' '.join(_SUFFIXES)} are supported")
-        if not os.access(path, os.R_OK):
-            raise DataError(f"data.{which}: {name} can't be read by this user (mode {path.stat().st_mode & 0o777:o})")
-        return path
-    if path.suffix not in _SUFFIXES and not name.startswith(("/", ".", "~")) and _HUB_ID.fullmatch(name):
-        return None
-    if not path.parent.is_dir():
-        raise DataError(f"data.{which}: {name} doesn't exist, nor does its folder {path.parent}")
-    near = nearest(path.name, sorted(os.listdir(path.parent)), cutoff=0.5)
-    raise DataError(f"data.{which}: {name} doesn't exist" + (f" (nearest: {near})" if near else ""))
+    splits = splits_of(folder)
+    if splits is None:
+        if split is not None:
+            raise DataError(f"data.{which}: {name} is one data set without splits; name it without @{split}")
+        return folder
+    chosen = split or default_split(which)
+    if chosen not in splits:
+        raise DataError(
+            f"data.{which}: {name} has no split {chosen!r}; it has {', '.join(splits)}. Name one: {name}@SPLIT"
+        )
+    if not (folder / chosen).is_dir():
+        raise DataError(f"data.{which}: {folder / chosen}, a split that {name} lists, doesn't exist. Save it again")
+    return folder / chosen
 
 
 def _format_of(source: Source, fmt: Format | None) -> Format:
@@ -421,82 +267,19 @@ def _format_of(source: Source, fmt: Format | None) -> Format:
             check_columns(columns, fmt)
             return fmt
         except DataError as error:
-            raise DataError(f"{source.where(index)}: {error}") from None
+            raise DataError(f"{source.where(index)}: {error}{_wrapped_hint(source, record)}") from None
     return fmt or "messages"
 
 
-def _as_object(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        kind = {list: "a list", str: "a string", type(None): "null"}.get(type(value), f"{value!r}")
-        raise DataError(f"{kind} instead of an object; one object per record is expected, e.g. {_EXAMPLE}")
-    return value
-
-
-def _refuse_utf16(head: bytes, name: str) -> None:
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
-        raise DataError(
-            f"{name}:1: the file is UTF-16 or binary (it begins with {head.hex(' ')}); UTF-8 is expected: "
-            f"iconv -f UTF-16 -t UTF-8 {Path(name).name} > new{Path(name).suffix}"
-        )
-
-
-def _near(text: str, position: int) -> str:
-    piece = text[max(0, position - 15) : position + 15].strip()
-    return f"near {piece!r}" if piece else "at the end of the line"
-
-
-def _begins_a_list(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-
-
-def _elements(text: str, name: str) -> Iterator[tuple[int, Any]]:
-    """The elements of a JSON list with the line on which each begins."""
-    decoder = json.JSONDecoder()
-    skip = re.compile(r"[\s,]*")
-    position, line, counted = text.index("[") + 1, 1, 0
-    while True:
-        skipped = skip.match(text, position)
-        position = skipped.end() if skipped else position
-        line, counted = line + text.count("\n", counted, position), position
-        if text[position : position + 1] == "]":
-            return
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            line += text.count("\n", counted, error.pos)
-            raise DataError(
-                f"{name}:{line}: not JSON: {error.msg}, {_near(text, error.pos)}; "
-                f"a list of objects is expected, e.g. [{_EXAMPLE}]"
-            ) from None
-        except RecursionError:
-            raise DataError(f"{name}:{line}: the JSON is nested too deeply") from None
-        except ValueError as error:
-            raise DataError(f"{name}:{line}: not JSON: {_first_line(str(error))}") from None
-        yield line, value
-
-
-def _index_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Start, length in bytes and number (from 1) of each line that isn't empty."""
-    size = path.stat().st_size
-    if size == 0:
-        empty = np.zeros(0, np.int64)
-        return empty, empty, empty
-    data = np.memmap(path, np.uint8, "r")
-    ends = [
-        np.flatnonzero(data[at : at + _HASH_CHUNK_BYTES] == ord("\n")) + at for at in range(0, size, _HASH_CHUNK_BYTES)
-    ]
-    last = np.zeros(0, np.int64) if data[-1] == ord("\n") else np.array([size])
-    line_ends = np.concatenate([*ends, last]).astype(np.int64)
-    starts = np.concatenate([np.zeros(1, np.int64), line_ends[:-1] + 1])
-    if bytes(data[:3]) == b"\xef\xbb\xbf":
-        starts[0] = 3
-    lengths = line_ends - starts
-    is_empty = np.zeros(len(starts), bool)
-    for index in np.flatnonzero(lengths < 8):
-        is_empty[index] = not bytes(data[starts[index] : line_ends[index]]).strip()
-    kept = ~is_empty
-    return starts[kept], lengths[kept], np.arange(1, len(starts) + 1)[kept]
+def _wrapped_hint(source: Source, record: dict[str, Any]) -> str:
+    """What to do about a file that is one object around the list of records."""
+    lists = [key for key, value in record.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if len(source) > 1 or len(lists) != 1:
+        return ""
+    return (
+        f". Its {lists[0]!r} is a list of {len(record[lists[0]]):,} objects; if they are the records, write the list "
+        f"alone into the file: jq '.\"{lists[0]}\"' {Path(source.name).name} > records.json"
+    )
 
 
 def _file_chunks(path: Path) -> Iterator[bytes]:

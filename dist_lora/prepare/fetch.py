@@ -11,7 +11,8 @@ from dist_lora.base.hub import fetch_model, missing_bytes
 from dist_lora.base.index import open_index
 from dist_lora.config.schema import Config
 from dist_lora.data.chat import check_template, load_tokenizer
-from dist_lora.data.sources import HubSource, read_records
+from dist_lora.data.columnar import LoadedRows
+from dist_lora.data.sources import read_records
 from dist_lora.errors import SaveError
 from dist_lora.herd.models import refuse_shape, resolve_model
 from dist_lora.text import gib, size
@@ -41,7 +42,7 @@ def fetch_all(config: Config, *, report: Callable[[str], None]) -> None:
         records = read_records(names, fmt=fmt, which=which)
         check_template(tokenizer, formats=records.formats)
         for source, start, stop in zip(records.sources, records.starts, records.starts[1:], strict=False):
-            where = source.folder if isinstance(source, HubSource) else Path(source.name).absolute()
+            where = source.folder if isinstance(source, LoadedRows) else Path(source.name).absolute()
             report(f"data       data.{which}: {source.name}: {stop - start:,} records, in {where}")
     report(f"\nNo network is needed from now on, with the same caches:\nexport {' '.join(_environment())}")
 

@@ -288,7 +288,9 @@ def test_folders_and_unknown_endings_are_told(tmp_path):
     (tmp_path / "data.xlsx").touch()
     with pytest.raises(DataError, match=r"is a folder; name its files: train\.jsonl"):
         read_records(str(tmp_path), fmt=None, which="train")
-    with pytest.raises(DataError, match=r"has suffix '\.xlsx'; \.jsonl \.ndjson \.json \.csv \.parquet are supported"):
+    with pytest.raises(
+        DataError, match=r"has suffix '\.xlsx'; \.jsonl \.ndjson \.json \.csv \.parquet \.arrow, and text "
+    ):
         read_records(str(tmp_path / "data.xlsx"), fmt=None, which="train")
 
 
