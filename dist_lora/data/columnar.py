@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_lora.data.text_files import first_line, parse_json
+from dist_lora.data.json_text import parse_json
+from dist_lora.data.text_files import first_line
 from dist_lora.errors import DataError
 
 log = logging.getLogger("dist_lora")

@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dist_lora.data.compressed import MAGIC, open_plain
+from dist_lora.data.json_text import DECODER, parse_json
 from dist_lora.data.records import EXAMPLES
 from dist_lora.errors import DataError
-from dist_lora.files import without_duplicates
 
 MAX_RECORD_BYTES = 32 * 2**20
 """A longer line isn't a record but a file without newlines."""
@@ -159,11 +159,6 @@ def open_json(path: Path) -> JsonLines | JsonDocuments:
     return JsonLines(path, file)
 
 
-def parse_json(text: str) -> Any:
-    """The one value of a JSON text. Raises ValueError also where Python wouldn't: NaN, Infinity, a key twice."""
-    return _DECODER.decode(text)
-
-
 def first_line(text: str) -> str:
     """The first line of a library's message."""
     return text.strip().splitlines()[0] if text.strip() else "no reason given"
@@ -207,7 +202,7 @@ class _Documents:
 
     def _value(self) -> Any:
         try:
-            value, self._at = _DECODER.raw_decode(self._text, self._at)
+            value, self._at = DECODER.raw_decode(self._text, self._at)
         except json.JSONDecodeError as error:
             self._move(error.pos)
             raise self._error(error.msg) from None
@@ -232,13 +227,6 @@ class _Documents:
             f"{self._name}:{self._line}: not JSON: {reason}, {_near(self._text, self._at)}; "
             f"a list of objects is expected, e.g. [{EXAMPLE}]"
         )
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value; write a number, or null")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=without_duplicates, parse_constant=_refuse_constant)
 
 
 def _is_cut(error: json.JSONDecodeError) -> bool:
