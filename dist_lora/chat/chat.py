@@ -30,7 +30,7 @@ class ChatModel:
         """The assistant's next turn; ``show`` is called with each piece of it as it is generated."""
         return self._write(encode_prompt(messages, tokenizer=self.tokenizer), show=show)
 
-    def complete(self, text: str, *, is_instruction: bool, show: Callable[[str], None]) -> str:
+    def complete(self, text: str, *, is_instruction: bool = False, show: Callable[[str], None]) -> str:
         """The continuation of a text, or the response to an instruction; ``show`` is called with each piece of it."""
         encode = encode_instruction if is_instruction else encode_text
         return self._write(encode(text, tokenizer=self.tokenizer), show=show)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+from dist_lora.data.json_text import parse_json
 from dist_lora.errors import DataError
 
 Role = Literal["system", "user", "assistant", "tool", "ipython"]
@@ -103,7 +104,7 @@ def decoded(value: object, where: str) -> object:
     if not isinstance(value, str):
         return value
     try:
-        inner = json.loads(value)
+        inner = parse_json(value)
     except (ValueError, RecursionError):
         raise DataError(f"{where} is the string {shown(value)}, which is not JSON") from None
     if depth(inner) > MAX_DEPTH:

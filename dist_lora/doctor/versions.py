@@ -16,6 +16,7 @@ TESTED = {
     "deepspeed": "0.19.8",
     "accelerate": "1.15.0",
     "bitsandbytes": "0.50.2",
+    "zstandard": "0.25.0",
     "datasets": "5.2.0",
     "peft": "0.21.2",
     "safetensors": "0.8.0",

@@ -32,7 +32,7 @@ def alike(presets: Iterable[Preset]) -> list[list[Preset]]:
     for preset in presets:
         settings = preset.config.model_dump(mode="json", exclude=NAMES)
         given = [settings, dataclasses.asdict(sizes_of(preset.member.shape)), preset.machine.name]
-        groups.setdefault(json.dumps(given, sort_keys=True), []).append(preset)
+        groups.setdefault(json.dumps(given, sort_keys=True, default=sorted), []).append(preset)
     return list(groups.values())
 
 

@@ -117,7 +117,7 @@ def test_a_head_of_its_own_is_named_and_one_that_is_missing_is_damage(tiny_llama
         "embedding: the head is not tied, as in transformers. Set tie_word_embeddings to false"
     ]
     without = copy_of(tiny_llama("llama32"), tmp_path / "without", tie_word_embeddings=False)
-    with pytest.raises(WeightsError, match=r"1 tensors missing: lm_head\.weight"):
+    with pytest.raises(WeightsError, match=r"1 tensor missing: lm_head\.weight"):
         open_base(config_of(without), World.alone())
 
 

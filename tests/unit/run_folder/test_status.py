@@ -218,7 +218,7 @@ def test_a_run_at_work_is_told_with_its_step_its_loss_and_the_time_left(tmp_path
     lines = [{"step": step, "loss": 2.0 - step / 100, "step_s": 1.0 if step < 41 else 3.0} for step in range(1, 61)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 61, "lo')
     told = describe_status(tmp_path)
-    assert told.text.endswith("; step 60/100, loss 1.4000, about 2 min 0 s left"), "by the mean of the last 20"
+    assert told.text.endswith("; step 60/100, loss 1.4000, about 2 min left"), "by the mean of the last 20"
     assert told.to_json()["progress"] == {"step": 60, "num_steps": 100, "loss": 1.4, "left_s": 120.0}
     (tmp_path / "attempt.json").unlink()  # a run of an earlier version
     assert describe_status(tmp_path).progress is None
