@@ -352,17 +352,22 @@ def merge(
     from dist_lora.lora.find_base import find_base
     from dist_lora.lora.merge import merge_adapter
     from dist_lora.lora.origin import origin_of
+    from dist_lora.pace import pace
+    from dist_lora.text import size
 
     check_adapter_folder(adapter)  # before a base is looked for, and perhaps downloaded
     trained_quant = origin_of(adapter).quant
-    report = merge_adapter(
-        adapter,
-        base=find_base(adapter, base),
-        out=out,
-        force=force,
-        dtype=dtype.value if dtype else None,
-        quant=quant.value,
-    )
+    folder = find_base(adapter, base)
+    with pace("merging", unit=size) as advance:
+        report = merge_adapter(
+            adapter,
+            base=folder,
+            out=out,
+            force=force,
+            dtype=dtype.value if dtype else None,
+            quant=quant.value,
+            on_progress=advance,
+        )
     if trained_quant not in (None, report.quant):
         logging.getLogger("dist_lora").warning(
             f"{adapter} was trained on its base in {trained_quant}, and is merged into it in {report.quant}: "

@@ -13,6 +13,7 @@ from dist_lora.data.sources import Faults
 from dist_lora.data.text_files import JsonLines
 from dist_lora.errors import ConfigError, DataError, SaveError
 from dist_lora.files import write_whole
+from dist_lora.pace import pace
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson")
 ANSWER = "generated"
@@ -133,8 +134,10 @@ def write_answers(
         SaveError: it can't be written.
     """
     answers: list[str] = []
-    for first in range(0, len(encoded), batch):
-        answers += answer(encoded[first : first + batch])
+    with pace("answering prompts") as advance:
+        for first in range(0, len(encoded), batch):
+            answers += answer(encoded[first : first + batch])
+            advance(len(answers), len(encoded))
     lines = [
         json.dumps({**prompt.record, ANSWER: text}, ensure_ascii=False) + "\n"
         for prompt, text in zip(prompts, answers, strict=True)

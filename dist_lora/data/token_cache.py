@@ -31,6 +31,7 @@ from dist_lora.data.sources import Faults, Records, hash_sources, read_records
 from dist_lora.data.token_set import TokenSet
 from dist_lora.errors import ConfigError, DataError, SaveError, cannot_write
 from dist_lora.files import lock, new_file, sync
+from dist_lora.pace import pace
 from dist_lora.text import count
 
 if TYPE_CHECKING:
@@ -369,8 +370,9 @@ class _Builder:
         group = self._group
         part = range(len(records) * group.index // group.size, len(records) * (group.index + 1) // group.size)
         counts = _Counts()
-        reported = time.monotonic()
+        share = "" if group.size == 1 else f" (this rank's part, one of {group.size})"
         with contextlib.ExitStack() as opened:
+            advance = opened.enter_context(pace(f"tokenizing data.{self._which}{share}", is_shown=self._world.is_first))
             files = {
                 name: opened.enter_context((self._folder / f"{group.index}.{name}").open("wb")) for name in _ARRAYS
             }
@@ -378,10 +380,7 @@ class _Builder:
                 document = _encode_one(records, index, tokenizer=self._tokenizer, rules=self._rules, counts=counts)
                 if document is not None:
                     _write(files, document, index)
-                if group.is_first and time.monotonic() - reported > REPORT_EVERY_S:
-                    reported = time.monotonic()
-                    share = "" if group.size == 1 else f" of this rank's part (one of {group.size})"
-                    log.info(f"data.{self._which}: tokenized {done:,} of {len(part):,} samples{share}")
+                advance(done, len(part))
         return counts
 
 

@@ -9,6 +9,7 @@ from dist_lora.base.hub import fetch_model
 from dist_lora.base.quant.writer import quantize_base
 from dist_lora.herd.models import resolve_model
 from dist_lora.lora.origin import identify_base
+from dist_lora.pace import pace
 from dist_lora.text import size
 
 
@@ -27,7 +28,8 @@ def quantize_model(model: str, *, out: Path) -> str:
         folder = fetch_model(resolved.hub_id)
         revision = folder.name  # the hub's cache names a snapshot by its commit
     identity = identify_base(folder, name=resolved.hub_id, revision=revision)
-    report = quantize_base(folder, out=out, identity=dataclasses.asdict(identity))
+    with pace("quantizing", unit=size) as advance:
+        report = quantize_base(folder, out=out, identity=dataclasses.asdict(identity), on_progress=advance)
     return (
         f"{out}: {report.linears:,} linears in nf4, {size(report.bytes_after)} instead of {size(report.bytes_before)}, "
         f"in {report.seconds:.1f} s\nto train on it: model.name={out.absolute()} model.quant=nf4"

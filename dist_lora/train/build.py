@@ -58,6 +58,8 @@ from dist_lora.lora.adapter_reader import open_adapter, read_adapter
 from dist_lora.lora.attach import AdapterTensor, attach_adapters
 from dist_lora.lora.fit import check_fit, with_settings_of
 from dist_lora.lora.origin import BaseIdentity, RunOrigin, identify_base
+from dist_lora.pace import pace
+from dist_lora.text import size
 from dist_lora.world.world import World, computes_bf16, device_bytes
 
 log = logging.getLogger("dist_lora")
@@ -310,31 +312,20 @@ def build(config: Config, base: Base, world: World) -> Trainee:
 def _load(base: Base, model: Llama, engine: Engine, world: World, description: str) -> None:
     world.progress.now("loading the base", kind="long")
     started_s = time.monotonic()
-    logged_s = started_s
-
-    def progress(done: int, total: int) -> None:
-        nonlocal logged_s
-        if world.is_first and time.monotonic() - logged_s > 10:
-            logged_s = time.monotonic()
-            rate = done / (logged_s - started_s)
-            log.info(
-                f"loading: {done / 2**30:.1f} of {total / 2**30:.1f} GiB, {rate / 2**20:,.0f} MiB/s, "
-                f"{(total - done) / rate:,.0f} s left"
-            )
-
     slots = engine.slots(model)
-    report = world.agree_on(
-        "loading the base",
-        lambda: fill_slots(
-            slots,
-            index=base.on_disk.index,
-            formats=model.formats(),
-            quantized=base.on_disk.nf4,
-            device=world.device,
-            on_progress=progress,
-        ),
-        os_error=lambda error: WeightsError(f"{base.folder}: {error}"),
-    )
+    with pace("loading the base", unit=size, is_shown=world.is_first) as advance:
+        report = world.agree_on(
+            "loading the base",
+            lambda: fill_slots(
+                slots,
+                index=base.on_disk.index,
+                formats=model.formats(),
+                quantized=base.on_disk.nf4,
+                device=world.device,
+                on_progress=advance,
+            ),
+            os_error=lambda error: WeightsError(f"{base.folder}: {error}"),
+        )
     if world.is_first:
         kept = sum(slot.destination.nbytes for slot in slots)
         log.info(

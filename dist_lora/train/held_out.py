@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import sys
 from collections.abc import Callable
 
 from dist_lora.config.schema import Config
@@ -10,6 +13,7 @@ from dist_lora.data.token_set import TokenSet
 from dist_lora.evaluation.evaluate import ExactMatch, HeldOut, exact_match, held_out_loss, never_stop
 from dist_lora.evaluation.generate import stop_ids_of
 from dist_lora.evaluation.predictions import Predictions
+from dist_lora.pace import Advance, pace
 from dist_lora.train.build import Trainee
 from dist_lora.world.world import World
 
@@ -28,7 +32,26 @@ def loss_of(
         world_rank=world.world_rank,
         world_size=world.world_size,
     )
-    return held_out_loss(trainee.model, batches, run=trainee.run, world=world, check_stop=check_stop)
+    with pace("evaluating", is_shown=_is_shown(world, check_stop)) as advance:
+        paced = _counted(check_stop, advance, total=len(batches))
+        return held_out_loss(trainee.model, batches, run=trainee.run, world=world, check_stop=paced)
+
+
+def _is_shown(world: World, check_stop: Callable[[], None]) -> bool:
+    """Whether this process shows the pace: the first rank, but not below the bar that a terminal has while training."""
+    is_training = check_stop is not never_stop
+    return world.is_first and not (is_training and sys.stderr.isatty())
+
+
+def _counted(check_stop: Callable[[], None], advance: Advance, *, total: int) -> Callable[[], None]:
+    """``check_stop``, which is called before each of ``total`` batches, and tells of those that are done."""
+    numbers = itertools.count()
+
+    def check() -> None:
+        advance(next(numbers), total)
+        check_stop()
+
+    return check
 
 
 def exact_match_of(
@@ -41,15 +64,18 @@ def exact_match_of(
     predictions: Predictions | None = None,
 ) -> ExactMatch:
     """How many of the trainee's answers match exactly. All ranks call it. See ``evaluation.evaluate.exact_match``."""
-    return exact_match(
-        trainee.model,
-        trainee.engine,
-        tokens,
-        tokenizer=trainee.base.tokenizer,
-        stop_ids=stop_ids_of(trainee.base.folder, trainee.base.tokenizer),
-        max_new_tokens=config.eval.max_new_tokens,
-        batch=config.eval.batch or ANSWERS_AT_ONCE,
-        world=world,
-        check_stop=check_stop,
-        predictions=predictions,
-    )
+    batch = config.eval.batch or ANSWERS_AT_ONCE
+    total = math.ceil(math.ceil(len(tokens) / world.world_size) / batch)
+    with pace("generating answers, batch by batch", is_shown=_is_shown(world, check_stop)) as advance:
+        return exact_match(
+            trainee.model,
+            trainee.engine,
+            tokens,
+            tokenizer=trainee.base.tokenizer,
+            stop_ids=stop_ids_of(trainee.base.folder, trainee.base.tokenizer),
+            max_new_tokens=config.eval.max_new_tokens,
+            batch=batch,
+            world=world,
+            check_stop=_counted(check_stop, advance, total=total),
+            predictions=predictions,
+        )

@@ -21,6 +21,7 @@ ROAD = (
     "errors",
     "text",
     "files",
+    "pace",
     "config",
     "herd",
     "layout",

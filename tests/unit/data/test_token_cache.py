@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed import HashStore
 from transformers import PreTrainedTokenizerFast
 
+from dist_lora import pace
 from dist_lora.data import token_cache
 from dist_lora.data.chat import encode_sample
 from dist_lora.data.token_cache import TokenRules, prepare_tokens
@@ -420,6 +421,7 @@ def test_the_cache_goes_where_the_environment_says(tmp_path, monkeypatch):
 def test_long_work_and_long_waits_are_reported(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="dist_lora")
     monkeypatch.setattr(token_cache, "REPORT_EVERY_S", 0.0)
+    monkeypatch.setattr(pace, "EVERY_S", 0.0)
     name = write(tmp_path / "d.jsonl", [conversation(str(i), "x") for i in range(3)])
     waiting = threading.Event()
     monkeypatch.setattr(token_cache.time, "sleep", lambda seconds, sleep=time.sleep: (waiting.set(), sleep(seconds)))
@@ -432,7 +434,7 @@ def test_long_work_and_long_waits_are_reported(tmp_path, monkeypatch, caplog):
     with ThreadPoolExecutor(2) as pool:
         for job in [pool.submit(prepare, name, tmp_path / "cache") for _ in range(2)]:
             job.result()
-    assert "data.train: tokenized 1 of 3 samples" in caplog.text
+    assert "  tokenizing data.train: 1 of 3 (33%), about " in caplog.text
     assert "another job is tokenizing the same data; waiting for it" in caplog.text
     assert "3 samples, 78 tokens, 6 trained on, from the cache" in caplog.text
 
