@@ -30,6 +30,8 @@ MAX_NOTICE_S = 3600
 MIN_NOTICE_OF_SHORT_JOBS_S = 30  # even for a job of a minute
 UNPLANNED_NOTICE_S = 600  # without a plan, so without times of a step and a save
 HOST_MARGIN = 1.2  # times the plan's host memory: the page cache and other processes of a node
+# And for each rank on a GPU what CUDA's libraries and NCCL map and pin, by others' reports; not measured here.
+CUDA_HOST_BYTES = 4 * GIB
 _TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
 # GPUs of a whole node, where it is usual to rent and to buy them so: HGX boards have 8, a tray of NVL72 has 4.
 GPUS_OF_A_NODE = {"gb200-186gb": 4, "gb300-279gb": 4}
@@ -195,7 +197,7 @@ def needs_of(request: Request, runs: list[Config]) -> Needs:
         return Needs(machines, None, None, _within(request.time_limit, UNPLANNED_NOTICE_S), tuple(lines), is_exclusive)
     return Needs(
         machines,
-        math.ceil(max(plan.host_bytes for plan in plans.values()) * HOST_MARGIN / GIB),
+        math.ceil(max(plan.host_bytes * HOST_MARGIN + _cuda_bytes(plan) for plan in plans.values()) / GIB),
         _minutes(plans),
         _within(request.time_limit, max(map(_notice_s, plans.values()))),
         tuple(lines),
@@ -284,6 +286,10 @@ def _minutes(plans: Mapping[str, Plan]) -> int | None:
     if len(seconds) < len(plans):
         return None
     return 15 * math.ceil((max(seconds) + LOADING_S) / 900)
+
+
+def _cuda_bytes(plan: Plan) -> int:
+    return plan.machines.gpus_per_node * CUDA_HOST_BYTES if plan.machines.gpu.is_gpu else 0
 
 
 def _notice_s(plan: Plan) -> int:

@@ -460,7 +460,8 @@ def test_memory_time_and_notice_are_the_plans(tmp_path: Path) -> None:
     limit = re.search(r"--time=(\d+):(\d\d):00", script)
     notice = re.search(r"--signal=USR1@(\d+)", script)
     assert memory and limit and notice
-    assert plan["host_bytes_a_node"] < int(memory[1]) * 2**30 < 1.5 * plan["host_bytes_a_node"] + 2**30
+    # A fifth more than the plan's, and 4 GiB for each of two ranks' CUDA and NCCL; in whole GiB.
+    assert 0 <= int(memory[1]) * 2**30 - (1.2 * plan["host_bytes_a_node"] + 2 * 4 * 2**30) < 2**30
     slowest_s = 1000 * plan["step_s"][1]
     assert slowest_s + 1800 <= 3600 * int(limit[1]) + 60 * int(limit[2]) <= slowest_s + 1800 + 900
     assert int(notice[1]) >= 120 + 2 * plan["step_s"][1]
