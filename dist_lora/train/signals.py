@@ -90,7 +90,7 @@ class StopRequest:
         if self._is_to_say:
             self._is_to_say = False
             with contextlib.suppress(OSError):
-                os.write(2, f"interrupted by {reason}: saving, then this run ends (no need to ask again)\n".encode())
+                os.write(2, f"asked to stop by {reason}: saving, then this run ends (no need to ask again)\n".encode())
 
     def close(self) -> None:
         """Ignore further requests: all is saved, or done, and this rank ends."""

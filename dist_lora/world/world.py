@@ -418,7 +418,9 @@ def join(
         world.watches.append(watch)
         watch.start()
     try:
-        with _Connecting(world, join_timeout_s):
+        # gloo has a time limit of its own, and whoever doesn't watch the other ranks has one for the whole (doctor).
+        has_limit = device.type != "cuda" or not watches_failures
+        with contextlib.nullcontext() if has_limit else _Connecting(world, join_timeout_s):
             _connect(world, timeout_s=collective_timeout_s)
         if watches_failures:
             # One that ended while another still connects would look to it like one that crashed.

@@ -99,7 +99,7 @@ def test_checkpoints_that_become_read_only_end_all_ranks_and_are_gone_on_from(tr
 def test_a_disk_that_is_read_only_is_told_before_anything_is_loaded(train, config, small_disk) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     done = train("run=it", f"runs_dir={small_disk}")
-    assert_told_once(done, 1, f"error: {small_disk}/it: the run's folder can't be written: Read-only file system.")
+    assert_told_once(done, 2, f"error: {small_disk}/it: the run's folder can't be written: Read-only file system.")
     assert "Traceback" not in done.stderr and "loaded base" not in done.stderr
 
 

@@ -63,7 +63,7 @@ def kind_of(path: Path) -> str:
     if path.suffix == ".yaml":
         yaml.safe_load(data)
         return "YAML"
-    if path.name in ("lock", "status") or path.suffix in (".lock", ".md", ".txt"):
+    if path.name in ("lock", "status") or path.suffix in (".lock", ".md", ".txt", ".jinja"):
         assert data.decode("utf-8").isprintable() or b"\n" in data or not data
         return "text"
     return "unknown"

@@ -207,7 +207,7 @@ CASES = {
     "a base's size of 4,000 digits": ("base_header", header("base_header", shape=[int("9" * 4000)] * 3), "in its header is invalid"),
     "more dims than torch has": ("base_header", header("base_header", shape=[1] * 65), "in its header is invalid"),
     "a file's name of 5,000 letters": (
-        "base_index", json.dumps({"weight_map": {"w": "x" * 5000 + ".safetensors"}}).encode(), "lacks 1 of the 1 files"),
+        "base_index", json.dumps({"weight_map": {"w": "x" * 5000 + ".safetensors"}}).encode(), "lacks 1 of the 1 file"),
     "layers of mixed types": ("adapter_config", of("adapter_config", layers_to_transform=["a", 1]), "a list of layer numbers"),
     "an alpha of nothing": ("adapter_config", of("adapter_config", lora_alpha=0), "a number above 0 and one from 0 to 1"),
     "an alpha beyond floats": ("adapter_config", of("adapter_config", lora_alpha=10**400), "a number above 0"),

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from dist_lora.base import index
 from dist_lora.base.quant.published import open_base_on_disk
 from dist_lora.config.schema import Config
-from dist_lora.errors import DistLoraError
+from dist_lora.errors import DistLoraError, exit_code_of
 from dist_lora.herd.models import ResolvedModel
 from dist_lora.train import build
 from dist_lora.train.build import open_base
@@ -28,7 +28,7 @@ def open_counting(world: World, settings: dict) -> tuple[int, object]:
         try:
             known: object = open_base(Config.model_validate(settings), world).on_disk
         except DistLoraError as error:
-            known = (type(error).__name__, str(error), error.exit_code)
+            known = (type(error).__name__, str(error), exit_code_of(error))
     return read.call_count, known
 
 
@@ -77,7 +77,7 @@ def test_a_folder_that_one_rank_cannot_look_into_ends_all_with_one_message(ranks
     _, told = zip(*ranks(4).run(open_where_some_nodes_refuse, settings, node_size=2), strict=True)
     assert [kind for kind, _, _ in told] == ["RankError", "RankError", "WeightsError", "RankError"]
     assert all("can't be opened: [Errno 13] Permission denied: '/models'" in text for _, text, _ in told), told
-    assert {code for *_, code in told} == {4}
+    assert {code for *_, code in told} == {2}  # a folder that this user may not read is no damaged one
 
 
 def open_where_one_node_asks_the_hub(world: World, settings: dict, base: Path) -> tuple[int, object]:

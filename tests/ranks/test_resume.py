@@ -117,6 +117,7 @@ def test_what_a_run_left_that_was_killed_after_its_last_save_goes_with_the_next_
     checkpoints = tmp_path / "it" / "checkpoints"
     (checkpoints / ".step-00000003.deleted").mkdir()
     (checkpoints / ".step-00000007.partial").mkdir()
+    (tmp_path / "it" / "summary.json").unlink()  # which it hadn't come to write
     before = sorted(path.name for path in checkpoints.glob("step-*"))
     config = made.config | {"runs_dir": str(tmp_path), "checkpoint": {"every": STOP_AT, "keep": 2}}
     assert ranks(2).run(train_command, config) == ["", ""]

@@ -22,7 +22,7 @@ def open_there(world: World, folder: str, is_shared: bool) -> list[str]:
 
 
 def test_a_shared_folder_is_opened_on_every_node_and_left_clean(ranks, tmp_path) -> None:
-    assert ranks(4).run(open_there, str(tmp_path), True, node_size=2)[0] == ["lock", "status"]
+    assert ranks(4).run(open_there, str(tmp_path), True, node_size=2)[0] == ["lock", "log.txt", "status"]
 
 
 def test_a_folder_of_each_node_is_refused_on_all_ranks(ranks, tmp_path) -> None:

@@ -171,7 +171,7 @@ def test_a_request_is_answered_at_once_and_once_by_the_first_rank_alone(tmp_path
                     time.sleep(0)
                 request.say("a request to another rank")
             request.close()
-        assert capfd.readouterr().err.count("interrupted by SIGTERM: saving, then this run ends") == count
+        assert capfd.readouterr().err.count("asked to stop by SIGTERM: saving, then this run ends") == count
     with StopRequest({}) as request:
         with request.deferred(tmp_path):
             request.say("SIGINT on rank 1")
