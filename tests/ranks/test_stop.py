@@ -175,4 +175,4 @@ def test_a_request_is_answered_at_once_and_once_by_the_first_rank_alone(tmp_path
     with StopRequest({}) as request:
         with request.deferred(tmp_path):
             request.say("SIGINT on rank 1")
-        assert "interrupted by SIGINT on rank 1: saving" in capfd.readouterr().err
+        assert "asked to stop by SIGINT on rank 1: saving" in capfd.readouterr().err
