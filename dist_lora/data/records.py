@@ -22,7 +22,18 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from dist_lora.data.turns import EXAMPLE, MAX_DEPTH, Turn, decoded, depth, read_tools, read_turns, shown, text_of
+from dist_lora.data.turns import (
+    EXAMPLE,
+    MAX_DEPTH,
+    TRAIN_FLAGS,
+    Turn,
+    decoded,
+    depth,
+    read_tools,
+    read_turns,
+    shown,
+    text_of,
+)
 from dist_lora.errors import DataError
 
 Format = Literal["messages", "alpaca", "prompt-completion", "text"]
@@ -70,6 +81,17 @@ _REFUSED_COLUMNS: Mapping[str, str] = {
     **dict.fromkeys(("documents", "chat_template_kwargs"), "arguments of the chat template"),
     **dict.fromkeys(_TEXT_BESIDE, "a part of what is trained on"),
 }
+# Columns that choose targets or weigh samples; a sample is trained on, with the weight 1.
+_TARGET_COLUMNS = (
+    *TRAIN_FLAGS,
+    "labels",
+    "label_mask",
+    "assistant_masks",
+    "sample_weight",
+    "loss_weight",
+    "kto_tag",
+    "kto_label",
+)
 
 
 @dataclass(frozen=True)
@@ -154,7 +176,11 @@ def read_sample(record: Mapping[str, Any], *, fmt: Format) -> Sample:
 def unused_columns(record: Mapping[str, Any], *, fmt: Format) -> list[str]:
     """The columns of a record that are not read in its format, and aren't empty."""
     used = USED_COLUMNS[fmt]
-    return [key for key, value in record.items() if key not in used and value not in (None, "", [], {})]
+    return [key for key, value in record.items() if key not in used and not _is_empty(value)]
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def _refuse_columns(record: Mapping[str, Any], fmt: Format) -> None:
@@ -165,6 +191,11 @@ def _refuse_columns(record: Mapping[str, Any], fmt: Format) -> None:
             )
             raise DataError(
                 f"{name} is {_REFUSED_COLUMNS[name]}, which format {fmt} can't take: it would be lost. {remedy}"
+            )
+        if name in _TARGET_COLUMNS and record[name] not in (1, "1"):
+            raise DataError(
+                f"{name} is {shown(record[name])}: it says what of a sample is trained on, and only turns can say that. Leave "
+                "the sample out, or put the flag on its messages"
             )
 
 
