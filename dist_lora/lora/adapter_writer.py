@@ -75,27 +75,13 @@ def write_adapter(
     partial = folder.with_name(f".{folder.name}.partial")
     base = BaseIdentity(_public_name(base.name), base.revision, base.content_hash, base.config_hash)
     run = run or RunOrigin()
+    config = _peft_config(rank, alpha, dropout, targets=targets, layers=chosen, base=base, run=run)
+    if modules is not None:
+        config |= _patterns(modules, rank=rank, alpha=alpha)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        content = {
-            peft_key(key): tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()
-        }
-        checksum = _checksum_of(content)
-        config = _peft_config(rank, alpha, dropout, targets=targets, layers=chosen, base=base, run=run)
-        if modules is not None:
-            config |= _patterns(modules, rank=rank, alpha=alpha)
-        seal = {"checksum": checksum, "config": {key: config[key] for key in SEALED}}
-        write_safetensors(
-            partial / WEIGHTS_FILE,
-            {name: content[name] for name in sorted(content)},
-            metadata={SEAL: json.dumps(seal, sort_keys=True)},
-        )
-        _write_json(partial / CONFIG_FILE, config)
-        origin = {"format": FORMAT, "base": asdict(base), "software": _versions(), "weights": checksum}
-        if run != RunOrigin():
-            origin["run"] = {**asdict(run), "kinds": list(run.kinds)}
-        _write_json(partial / ORIGIN_FILE, origin | {"checksum": own_checksum(origin)})
+        _write_files(partial, tensors, config, base=base, run=run)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial, chat_template=run.chat_template)
         (partial / "README.md").write_text(_card(base, rank=rank, alpha=alpha, targets=targets))
@@ -105,6 +91,25 @@ def write_adapter(
         raise cannot_write(f"The adapter can't be written to {folder}: {error.strerror or error}.", error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_files(
+    partial: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, base: BaseIdentity, run: RunOrigin
+) -> None:
+    """PEFT's two files, the weights with the seal that binds them to their settings, and ``dist_lora.json``."""
+    content = {peft_key(key): tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()}
+    checksum = _checksum_of(content)
+    seal = {"checksum": checksum, "config": {key: config[key] for key in SEALED}}
+    write_safetensors(
+        partial / WEIGHTS_FILE,
+        {name: content[name] for name in sorted(content)},
+        metadata={SEAL: json.dumps(seal, sort_keys=True)},
+    )
+    _write_json(partial / CONFIG_FILE, config)
+    origin = {"format": FORMAT, "base": asdict(base), "software": _versions(), "weights": checksum}
+    if run != RunOrigin():
+        origin["run"] = {**asdict(run), "kinds": list(run.kinds)}
+    _write_json(partial / ORIGIN_FILE, origin | {"checksum": own_checksum(origin)})
 
 
 def _refuse_tensors(

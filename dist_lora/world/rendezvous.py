@@ -47,6 +47,12 @@ class RankInfo:
     settings: Mapping[str, Any] = field(default_factory=dict)
     gpu: str = ""  # what tells its GPU from all others; empty on a CPU
 
+    @staticmethod
+    def of(launched: LaunchedRank, settings: Mapping[str, Any], *, gpu: str) -> RankInfo:
+        """The info of this process."""
+        versions = versions_of_this_process()
+        return RankInfo(socket.gethostname(), launched.world_size, launched.local_size, versions, dict(settings), gpu)
+
 
 @functools.cache
 def versions_of_this_process() -> dict[str, str]:

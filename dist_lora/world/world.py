@@ -35,7 +35,6 @@ from dist_lora.world.rendezvous import (
     address_of_store,
     open_store,
     rendezvous,
-    versions_of_this_process,
 )
 
 Result = TypeVar("Result")
@@ -396,14 +395,7 @@ def join(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store = open_store(launched, environment, timeout_s=join_timeout_s)
-    info = RankInfo(
-        socket.gethostname(),
-        launched.world_size,
-        launched.local_size,
-        versions_of_this_process(),
-        dict(settings),
-        name_of_gpu(device, environment),
-    )
+    info = RankInfo.of(launched, settings, gpu=name_of_gpu(device, environment))
     store = dist.PrefixStore(rendezvous(store, launched, info, timeout_s=join_timeout_s), store)
     store.set_timeout(timedelta(seconds=collective_timeout_s))  # from here on ranks wait for each other's work
     _check_node_size(launched, local_size)
