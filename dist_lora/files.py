@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dist_lora.errors import ConfigError
 from dist_lora.text import first_few
 
 MAX_JSON_BYTES = 100_000_000
@@ -211,6 +212,16 @@ def no_folder(path: Path) -> str | None:
     except ValueError as error:  # a NUL
         return f"can't be opened: {error}"
     return None
+
+
+def refuse_file(path: Path, *, option: str) -> None:
+    """Raise ``ConfigError`` if a new file can't be made at ``path``, which ``option`` names: before hours of work for it."""
+    if file_exists(path):
+        raise ConfigError(f"{option}: {path} exists already. Name a new file, or remove that one")
+    folder = path.absolute().parent
+    problem = no_folder(folder) or (None if os.access(folder, os.W_OK) else "can't be written")
+    if problem is not None:
+        raise ConfigError(f"{option}: {path}: its folder: {problem}. Name a file in a folder that can be written")
 
 
 def is_empty_folder(path: Path) -> bool:

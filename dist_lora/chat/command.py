@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_lora.base.index import read_model_json
+from dist_lora.base.quant.published import open_base_on_disk
 from dist_lora.chat.chat import ChatModel, chat, continue_text
 from dist_lora.chat.prompts import encode_prompts, read_prompts, refuse_existing, write_answers
 from dist_lora.config.schema import Config
@@ -27,7 +27,7 @@ def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Traine
     config = Config.model_validate(
         {
             "run": "generate",
-            "model": {"name": str(folder), "quant": quant_of(folder, origin.quant)},
+            "model": {"name": str(folder), "quant": quant_of(folder, adapter)},
             "data": {"train": "-"},
         }
     )
@@ -39,9 +39,16 @@ def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Traine
     return trainee
 
 
-def quant_of(base: Path, trained: str | None) -> str:
-    """The quantization to load ``base`` in: the run's; a base that is published in NF4 can be nothing else."""
-    return "nf4" if "quantization_config" in read_model_json(base / "config.json") else trained or "none"
+def quant_of(base: Path, adapter: Path) -> str:
+    """The quantization to load ``base`` in: the run's; a base that is stored in NF4 can be nothing else."""
+    trained = origin_of(adapter).quant
+    if not open_base_on_disk(base, quant="nf4").nf4:
+        return trained or "none"
+    if trained not in (None, "nf4"):
+        log.warning(
+            f"{adapter} was trained on its base in {trained}, and {base} is stored in NF4: the answers are of NF4"
+        )
+    return "nf4"
 
 
 def answer(
@@ -121,12 +128,18 @@ def answer_file(
     kind = "text" if is_plain else prompt_kind(adapter, has_template=tokenizer.chat_template is not None)
     if kind != "chat" and system is not None:
         raise ConfigError("--system: plain text is continued here, which has no system message; leave the option out")
-    encoded = encode_prompts(asked, tokenizer=tokenizer, kind=kind, system=system)
+    context = trainee.base.shape.context
+    encoded = encode_prompts(asked, tokenizer=tokenizer, kind=kind, system=system, context=context)
+    num_cut = 0
     stop_ids = stop_ids_of(trainee.base.folder, tokenizer)
 
     def answers_to(some: Sequence[list[int]]) -> list[str]:
+        nonlocal num_cut
         ids = generate(trainee.model, some, stop_ids=stop_ids, max_new_tokens=max_new_tokens, world=world)
+        num_cut += sum(len(prompt) + len(answer) >= context for prompt, answer in zip(some, ids, strict=True))
         return [str(tokenizer.decode(answer)) for answer in ids]
 
     write_answers(asked, encoded, out=out, batch=PROMPTS_AT_ONCE, answer=answers_to)
+    if num_cut:
+        log.warning(f"{num_cut:,} of {len(asked):,} answers end at the model's context of {context:,} tokens")
     return len(asked)

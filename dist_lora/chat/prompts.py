@@ -11,11 +11,12 @@ from typing import Any
 from dist_lora.data.chat import SampleKind, encode_instruction, encode_prompt, encode_text
 from dist_lora.data.sources import Faults
 from dist_lora.data.text_files import JsonLines
-from dist_lora.errors import ConfigError, DataError, SaveError
-from dist_lora.files import write_whole
+from dist_lora.errors import ConfigError, DataError, cannot_write
+from dist_lora.files import refuse_file, write_whole
 from dist_lora.pace import pace
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson")
+_NO_LINES = (".json", ".csv", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst")
 ANSWER = "generated"
 
 
@@ -34,6 +35,10 @@ def read_prompts(path: Path) -> list[Prompt]:
         ConfigError: the file can't be read or has no prompt.
         DataError: lines are no prompts; names each.
     """
+    if path.suffix in _NO_LINES:
+        raise ConfigError(
+            f"--prompts: {path}: found {path.suffix}, expected a line for each prompt: .jsonl, or a text file"
+        )
     try:
         if path.suffix in _JSON_SUFFIXES:
             prompts = _of_json(JsonLines(path))
@@ -79,27 +84,38 @@ def _fault(record: dict[str, Any]) -> str | None:
     if not (isinstance(value, list) and value and all(isinstance(message, dict) for message in value)):
         return "messages: a list of messages with role and content is expected"
     return "messages: the last one is the assistant's, and its answer is asked for" if (
-        value[-1].get("role") == "assistant"
+        (value[-1].get("role") or value[-1].get("from")) in ("assistant", "gpt")
     ) else None  # fmt: skip
 
 
 def encode_prompts(
-    prompts: Sequence[Prompt], *, tokenizer: Any, kind: SampleKind, system: str | None
+    prompts: Sequence[Prompt], *, tokenizer: Any, kind: SampleKind, system: str | None, context: int
 ) -> list[list[int]]:
     """The ids of each prompt, as ``generate --prompt`` has them.
 
+    Args:
+        context: tokens of the model's context, of which one at least is the answer's.
+
     Raises:
-        DataError: a prompt is a chat and plain text is continued, has messages of its own beside ``system``, or the chat
-            template refuses it; names each.
+        DataError: a prompt is a chat and plain text is continued, has messages of its own beside ``system``, fills the context,
+            or the chat template refuses it; names each.
     """
     encoded, faults = [], Faults()
     for prompt in prompts:
         try:
-            encoded.append(_encode(prompt.record, tokenizer=tokenizer, kind=kind, system=system))
+            ids = _encode(prompt.record, tokenizer=tokenizer, kind=kind, system=system)
+            if len(ids) >= context:
+                raise DataError(
+                    f"{len(ids):,} tokens, and the model's context is {context:,}: no answer fits. Shorten it"
+                )
+            encoded.append(ids)
         except DataError as error:
             faults.add(f"{prompt.where}: {error}")
     _raise(faults)
     return encoded
+
+
+_BESIDE = ("system", "system_prompt", "tools", "functions")  # what a chat has beside its turns
 
 
 def _encode(record: dict[str, Any], *, tokenizer: Any, kind: SampleKind, system: str | None) -> list[int]:
@@ -109,12 +125,15 @@ def _encode(record: dict[str, Any], *, tokenizer: Any, kind: SampleKind, system:
             if kind != "chat"
             else "messages: --system is for prompts; a system message can be the first of messages"
         )
+    beside = {name: record[name] for name in _BESIDE if record.get(name)}
     if kind != "chat":
+        if beside:
+            raise DataError(f"{', '.join(beside)}: plain text is continued here, which has no place for it")
         encode = encode_instruction if kind == "instruction" else encode_text
         return encode(record["prompt"], tokenizer=tokenizer)
     opening = [{"role": "system", "content": system}] if system else []
     messages = record.get("messages") or [*opening, {"role": "user", "content": record["prompt"]}]
-    return encode_prompt(messages, tokenizer=tokenizer)
+    return encode_prompt(messages, tokenizer=tokenizer, beside=beside)
 
 
 def write_answers(
@@ -145,15 +164,12 @@ def write_answers(
     try:
         write_whole(out, "".join(lines))
     except OSError as error:
-        raise SaveError(f"{out}: the answers can't be written: {error.strerror or error}") from error
+        raise cannot_write(f"{out}: the answers can't be written: {error.strerror or error}", error) from error
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise ``ConfigError`` if the file of answers exists, or its folder doesn't."""
-    if out.exists():
-        raise ConfigError(f"--out: {out} exists already. Name a new file, or remove that one")
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"--out: {out}: its folder doesn't exist. Make it first")
+    """Raise ``ConfigError`` if the file of answers exists, or can't be made where it is to be."""
+    refuse_file(out, option="--out")
 
 
 def _raise(faults: Faults) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable
@@ -86,8 +87,9 @@ def _tokenizer_of(run: RunOrigin, out: Path) -> Path | None:
     if run.model is None:
         return None  # of a version that didn't record it
     folder = Path(run.model)
-    if folder.is_absolute() and folder.is_dir() and hash_tokenizer_files(folder) == run.tokenizer:
-        return folder
+    with contextlib.suppress(OSError):
+        if folder.is_absolute() and no_folder(folder) is None and hash_tokenizer_files(folder) == run.tokenizer:
+            return folder
     log.warning(
         f"{out} is written without its tokenizer: the base's ({run.model}) is not in a folder here, or has changed. The "
         "commands of dist-lora take it from the base; for others copy the base's tokenizer files beside the adapter"

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import xxhash
@@ -156,8 +157,15 @@ def encode_sample(
     return replace(encoded, reported=unused + encoded.reported) if unused else encoded
 
 
-def encode_prompt(messages: Sequence[Mapping[str, Any]], *, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode_prompt(
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    beside: Mapping[str, Any] = MappingProxyType({}),
+) -> list[int]:
     """The ids of a conversation up to the assistant's answer, as training saw them before an answer.
+
+    ``beside``: what a record has beside its messages, ``tools`` and ``system``.
 
     Raises:
         DataError: the tokenizer has no chat template, or the template refuses the turns.
@@ -165,7 +173,7 @@ def encode_prompt(messages: Sequence[Mapping[str, Any]], *, tokenizer: PreTraine
     answered = [*messages, {"role": "assistant", "content": "-"}]
     no_answer = DataError(f"the chat template ({template_source(tokenizer)}) doesn't write an assistant's answer")
     try:
-        encoded = encode_sample({"messages": answered}, tokenizer=tokenizer, fmt="messages", train_on="last")
+        encoded = encode_sample({**beside, "messages": answered}, tokenizer=tokenizer, fmt="messages", train_on="last")
     except LeftOutError as error:
         if f"the text of the assistant turn {len(messages)}" in error.refused:
             raise no_answer from None

@@ -188,8 +188,30 @@ def _judge(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> LeftOut:
         return LeftOut(tuple(_lost_texts(chat, tokenizer)), (), asks_for_null)
     missing = [mark for mark in marked.marks if mark.word not in text]
     refused = dict.fromkeys(mark.what for mark in missing if mark.is_refused)
+    refused |= dict.fromkeys(_lost_calls(marked.chat, text, null=None if asks_for_null else "", tokenizer=tokenizer))
     reported = dict.fromkeys(mark.what for mark in missing if not mark.is_refused)
     return LeftOut(tuple(refused), tuple(reported), asks_for_null)
+
+
+def _lost_calls(chat: Chat, text: str, *, null: str | None, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The calls without arguments that aren't in ``text``, the rendered ``chat``: their names may stand there as tools'.
+
+    Such a call is rendered again under another name: where the text is the same, nothing of it comes out.
+    """
+    turns = [replace(turn, content=null) if turn.tool_calls and not turn.content else turn for turn in chat.turns]
+    for index, turn in enumerate(turns):
+        for number, call in enumerate(turn.tool_calls):
+            if call["function"]["arguments"]:
+                continue
+            other = {**call, "function": {**call["function"], "name": "xqnameqx"}}
+            calls = (*turn.tool_calls[:number], other, *turn.tool_calls[number + 1 :])
+            renamed = [*turns[:index], replace(turn, tool_calls=calls), *turns[index + 1 :]]
+            try:
+                again = Renderer(Chat(tuple(renamed), chat.tools), tokenizer).upto(len(turns))
+            except DataError:  # it looks the name up
+                continue
+            if again == text:
+                yield f"the name of the {turn.role} turn {index}, call {number}"
 
 
 def _rendered(marks: _Marks, tokenizer: PreTrainedTokenizerBase) -> str | None:

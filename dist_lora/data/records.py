@@ -132,7 +132,7 @@ def recognize_format(columns: Collection[str]) -> Format:
         DataError: no format fits; names the columns found and what each format needs.
     """
     for name in REQUIRED_COLUMNS:
-        if _has_columns(columns, name):
+        if _has_columns(columns, name, is_recognized=True):
             return name
     needs = "; ".join(f"{name} needs {_needs(name)}" for name in REQUIRED_COLUMNS)
     raise DataError(f"columns {_listed(columns)} match no known format: {needs}")
@@ -175,7 +175,9 @@ def read_sample(record: Mapping[str, Any], *, fmt: Format) -> Sample:
 
 def unused_columns(record: Mapping[str, Any], *, fmt: Format) -> list[str]:
     """The columns of a record that are not read in its format, and aren't empty."""
-    used = USED_COLUMNS[fmt]
+    used: Collection[str] = USED_COLUMNS[fmt]
+    if fmt == "alpaca" and _is_given(record, "instruction", "output"):
+        used = set(used) - {"prompt", "completion"}
     return [key for key, value in record.items() if key not in used and not _is_empty(value)]
 
 
@@ -192,15 +194,19 @@ def _refuse_columns(record: Mapping[str, Any], fmt: Format) -> None:
             raise DataError(
                 f"{name} is {_REFUSED_COLUMNS[name]}, which format {fmt} can't take: it would be lost. {remedy}"
             )
-        if name in _TARGET_COLUMNS and record[name] not in (1, "1"):
+        is_label = name == "label" and isinstance(record[name], bool)  # KTO's: whether the answer is a good one
+        if (name in _TARGET_COLUMNS or is_label) and record[name] not in (1, "1"):
             raise DataError(
                 f"{name} is {shown(record[name])}: it says what of a sample is trained on, and only turns can say that. Leave "
                 "the sample out, or put the flag on its messages"
             )
 
 
-def _has_columns(columns: Collection[str], fmt: Format) -> bool:
-    return any(set(needed) <= set(columns) for needed in REQUIRED_COLUMNS[fmt])
+def _has_columns(columns: Collection[str], fmt: Format, *, is_recognized: bool = False) -> bool:
+    sets = REQUIRED_COLUMNS[fmt]
+    if fmt == "alpaca" and not is_recognized:  # a prompt and a completion alone are recognized as prompt-completion
+        sets = (*sets, ("prompt", "completion"))
+    return any(set(needed) <= set(columns) for needed in sets)
 
 
 def _needs(fmt: Format) -> str:
@@ -212,6 +218,8 @@ def _listed(columns: Collection[str]) -> str:
 
 
 def _read_chat(record: Mapping[str, Any]) -> Chat:
+    if _is_given(record, "messages", "conversations") and record["messages"] and record["conversations"]:
+        raise DataError("the record has messages and conversations; one of them is expected")
     column = "messages" if record.get("messages") is not None else "conversations"
     turns = read_turns(record[column], column)
     system = _system_of(record)
@@ -264,10 +272,20 @@ def _is_given(record: Mapping[str, Any], *names: str) -> bool:
 def _read_prompt_completion(record: Mapping[str, Any]) -> Sample:
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
+        if read_tools(record):
+            raise DataError(
+                "tools: lost, since plain text has no place for them. Set data.format: alpaca, or write messages"
+            )
         return Continuation(prompt=prompt, completion=completion)
+    if record.get("history"):
+        raise DataError(
+            "history is given beside a prompt of messages, and would be lost; put its turns into the prompt"
+        )
     if isinstance(prompt, list) and isinstance(completion, list):
         context = tuple(replace(turn, is_trained=False, is_asked=False) for turn in read_turns(prompt, "prompt"))
         system = _system_of(record)
+        if system and context[0].role == "system":
+            raise DataError(f"system is {shown(system)}, and prompt has a system turn; one of them is expected")
         if system:
             context = (Turn("system", system, is_trained=False), *context)
         return Chat(turns=context + read_turns(completion, "completion"), tools=read_tools(record))

@@ -260,7 +260,9 @@ def _format_of(source: Source, fmt: Format | None) -> Format:
             record = source[index]
         except DataError:
             continue
-        columns = [key for key, value in record.items() if value is not None] or list(record)
+        # A CSV's empty field is what null is elsewhere: no system message.
+        columns = [key for key, value in record.items() if value is not None and (key, value) != ("system", "")]
+        columns = columns or list(record)
         try:
             if fmt is None:
                 return recognize_format(columns)

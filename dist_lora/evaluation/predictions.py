@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from dist_lora.errors import ConfigError, SaveError
-from dist_lora.files import write_whole
+from dist_lora.errors import cannot_write
+from dist_lora.files import refuse_file, write_whole
 from dist_lora.world.world import World
 
 
@@ -29,11 +29,8 @@ class Predictions:
     of_samples: dict[int, Prediction] = field(default_factory=dict)
 
     def refuse_existing(self) -> None:
-        """Raise ``ConfigError`` if the file exists, or its folder doesn't."""
-        if self.path.exists():
-            raise ConfigError(f"--predictions: {self.path} exists already. Name a new file, or remove that one")
-        if not self.path.absolute().parent.is_dir():
-            raise ConfigError(f"--predictions: {self.path}: its folder doesn't exist. Make it first")
+        """Raise ``ConfigError`` if the file exists, or can't be made."""
+        refuse_file(self.path, option="--predictions")
 
     def write(self, world: World) -> None:
         """Write all ranks' predictions, a line of JSON each. All ranks call it.
@@ -52,5 +49,7 @@ class Predictions:
             write_whole(self.path, text)
 
         world.on_first(
-            "the predictions", write, os_error=lambda error: SaveError(f"{self.path}: can't be written: {error}")
+            "the predictions",
+            write,
+            os_error=lambda error: cannot_write(f"{self.path}: can't be written: {error}", error),
         )

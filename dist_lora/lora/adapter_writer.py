@@ -17,7 +17,7 @@ from torch import Tensor
 
 import dist_lora
 from dist_lora.base.safetensors import TYPE_NAMES, bytes_of, write_safetensors
-from dist_lora.base.tokenizer_files import copy_tokenizer
+from dist_lora.base.tokenizer_files import copy_tokenizer, set_template
 from dist_lora.config.schema import ModuleAdapter
 from dist_lora.errors import AdapterError, ConfigError, cannot_write
 from dist_lora.files import file_exists, is_empty_folder, swap_in, sync_folder
@@ -84,6 +84,8 @@ def write_adapter(
         _write_files(partial, tensors, config, base=base, run=run)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial, chat_template=run.chat_template)
+        elif run.chat_template is not None:
+            set_template(partial, run.chat_template)
         (partial / "README.md").write_text(_card(base, rank=rank, alpha=alpha, targets=targets))
         sync_folder(partial)
         swap_in(partial, folder, former=folder.with_name(f".{folder.name}.replaced"))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dist_lora.base.hub import fetch_model
 from dist_lora.errors import ConfigError
+from dist_lora.files import no_folder
 from dist_lora.herd.models import resolve_model
 from dist_lora.lora.adapter_reader import open_adapter
 from dist_lora.lora.origin import origin_of
@@ -22,7 +23,7 @@ def base_name(adapter: Path, base: str | None) -> str:
     name = origin_of(adapter).model or open_adapter(adapter).base.name
     if name is None:
         raise ConfigError(f"{adapter} doesn't say which model it was trained on; name it: --base MODEL")
-    if Path(name).is_absolute() and not Path(name).is_dir():
+    if Path(name).is_absolute() and no_folder(Path(name)):
         raise ConfigError(
             f"{adapter} was trained on the model in {name}, which isn't here; name where it is now: --base MODEL"
         )
@@ -39,5 +40,10 @@ def find_base(adapter: Path, base: str | None) -> Path:
     if resolved.folder is not None:
         return resolved.folder
     assert resolved.hub_id is not None
+    return fetch_model(resolved.hub_id, revision=_revision(adapter) if base is None else None)
+
+
+def _revision(adapter: Path) -> str | None:
+    """The commit of the base that an adapter was trained on, as its run or PEFT recorded it."""
     origin = origin_of(adapter)
-    return fetch_model(resolved.hub_id, revision=origin.revision if base is None and origin.model else None)
+    return origin.revision if origin.model else open_adapter(adapter).base.revision

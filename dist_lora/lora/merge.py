@@ -384,9 +384,13 @@ def _turn_ends(folder: Path) -> list[int]:
     }
     templates = json.dumps(read["tokenizer_config.json"].get("chat_template", ""), ensure_ascii=False)
     templates += "".join(path.read_text("utf-8") for path in folder.glob("chat_template*.j*"))
-    if "<|eot_id|>" not in templates:
+    ends = (
+        *(_END_TOKENS if "<|eot_id|>" in templates else ()),
+        *(("<|im_end|>",) if "<|im_end|>" in templates else ()),
+    )
+    if not ends:
         return []
     listed = read["tokenizer_config.json"].get("added_tokens_decoder", {})
     ids = {token["content"]: int(number) for number, token in listed.items()}
     ids |= {token["content"]: int(token["id"]) for token in read["tokenizer.json"].get("added_tokens", [])}
-    return [ids[token] for token in _END_TOKENS if token in ids]
+    return [ids[token] for token in ends if token in ids]

@@ -13,6 +13,7 @@ import xxhash
 
 from dist_lora.base.index import hash_config, open_index, read_model_json
 from dist_lora.base.model_folder import QUANTIZED_FROM_FILE
+from dist_lora.base.tokenizer_files import TEMPLATE_FILE
 from dist_lora.config.schema import Quant
 from dist_lora.errors import AdapterError, WeightsError
 from dist_lora.files import file_exists, read_json
@@ -200,9 +201,18 @@ def origin_of(adapter: Path) -> RunOrigin:
     """
     file = adapter / ORIGIN_FILE
     if not file_exists(file):
-        return RunOrigin()
+        return RunOrigin(chat_template=_own_template(adapter))
     origin = read_adapter_json(file)
     own = origin.pop("checksum", None)
     if own is not None and own != own_checksum(origin):
         raise AdapterError(f"{file} doesn't match its own checksum: it is damaged, or was edited by hand.")
     return RunOrigin.of_json(origin.get("run"), where=f"{file}: run")
+
+
+def _own_template(adapter: Path) -> str | None:
+    """The chat template that another trainer saved in the adapter's folder: TRL does so with the tokenizer."""
+    file = adapter / TEMPLATE_FILE
+    try:
+        return file.read_text(encoding="utf-8") if file_exists(file) else None
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{file} can't be read: {error}. Copy it again, or remove it.") from error

@@ -44,7 +44,7 @@ from dist_lora.base.quant.nf4 import BLOCK, LEVELS
 from dist_lora.base.safetensors import Entry, bytes_of, header_of, new_safetensors
 from dist_lora.base.stream import SliceReader
 from dist_lora.config.schema import LINEARS
-from dist_lora.errors import ConfigError, DistLoraError, SaveError
+from dist_lora.errors import ConfigError, DistLoraError, cannot_write
 from dist_lora.files import sync, sync_folder
 from dist_lora.text import first_few
 
@@ -116,7 +116,9 @@ def quantize_base(
     except OSError as error:
         if isinstance(error, DistLoraError):
             raise
-        raise SaveError(f"The quantized model can't be written to {out}: {error.strerror or error}.") from error
+        raise cannot_write(
+            f"The quantized model can't be written to {out}: {error.strerror or error}.", error
+        ) from error
     return QuantizeReport(len(linears), index.num_bytes, writer.num_bytes, time.perf_counter() - begin)
 
 

@@ -43,7 +43,7 @@ def test_no_prompts_a_missing_file_and_an_existing_answer_are_the_users_mistakes
             read_prompts(tmp_path / name)
     with pytest.raises(ConfigError, match="exists already"):
         refuse_existing(tmp_path / "empty.txt")
-    with pytest.raises(ConfigError, match="its folder doesn't exist"):
+    with pytest.raises(ConfigError, match="its folder: no such folder"):
         refuse_existing(tmp_path / "no" / "a.jsonl")
 
 
@@ -52,7 +52,7 @@ def test_chats_are_refused_where_plain_text_is_continued(tmp_path) -> None:
     prompts = read_prompts(tmp_path / "a.jsonl")
     for kind, system, told in (("text", None, "plain text is continued"), ("chat", "b", "--system is for prompts")):
         with pytest.raises(DataError, match=told):
-            encode_prompts(prompts, tokenizer=None, kind=kind, system=system)
+            encode_prompts(prompts, tokenizer=None, kind=kind, system=system, context=99)
 
 
 def test_answers_stand_in_the_order_of_the_prompts_each_in_its_record(tmp_path) -> None:

@@ -113,6 +113,19 @@ def test_what_is_lost_of_targets_calls_tools_and_texts_is_refused(shown, templat
     assert told in str(refused.value) and "Set data.chat_template to a FILE" in str(refused.value)
 
 
+def test_a_call_without_arguments_is_not_taken_for_the_tool_of_its_name(shown) -> None:
+    template = "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}" + PLAIN
+    tool = {"type": "function", "function": {"name": "now", "parameters": {}}}
+    call = {"type": "function", "function": {"name": "now", "arguments": {}}}
+    messages = [turn("user", "q"), turn("assistant", "text", tool_calls=[call])]
+    with pytest.raises(LeftOutError, match="the name of the assistant turn 1, call 0: lost"):
+        shown(template, *messages, tools=[tool])
+    writes = template.replace(
+        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}"
+    )
+    assert shown(writes, *messages, tools=[tool])[0].endswith("[textnow;]")
+
+
 def test_keys_that_no_template_knows_are_reported(shown) -> None:
     text, reported = shown(PLAIN, turn("user", "q", mood="good"), turn("assistant", "a"), id=3)
     assert text == "<user>q;<assistant>[a;]"

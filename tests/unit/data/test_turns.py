@@ -115,6 +115,8 @@ def test_alpaca_has_a_system_a_history_and_tools() -> None:
     assert unused_columns(record, fmt="alpaca") == ["id"]
     same = {"prompt": "q", "completion": "a", "system": "s", "history": [["b", "c"]]}
     assert read_sample(same, fmt="alpaca") == read_sample(record, fmt="alpaca")
+    assert read_sample({"prompt": "q", "completion": "a"}, fmt="alpaca") == Instruction("q", "", "a")
+    assert unused_columns({**record, "prompt": "p"}, fmt="alpaca") == ["id", "prompt"]
     with pytest.raises(DataError, match=r'history\[0\] is "b"; \[question, answer\] is expected'):
         read_sample({**record, "history": ["b"]}, fmt="alpaca")
 
@@ -126,6 +128,11 @@ def test_alpaca_has_a_system_a_history_and_tools() -> None:
         ("prompt-completion", {"prompt": "q", "completion": "a", "system": "s"}, "system is a part of what is trained on"),
         ("text", {"text": "t", "tools": [{"name": "f"}]}, "tools is a part of what is trained on, which format text can't"),
         ("messages", {"messages": [USER], "rejected": "no"}, "rejected is a preference pair"),
+        ("prompt-completion", {"prompt": "q", "completion": "a", "tools": [{"name": "f"}]}, "tools: lost, since plain text"),
+        ("prompt-completion", {"prompt": [USER], "completion": [USER], "history": [["a", "b"]]}, "history is a part of"),
+        ("alpaca", {"prompt": [{"role": "system", "content": "t"}, USER], "completion": [USER], "system": "s"}, "prompt has a system"),
+        ("messages", {"messages": [USER], "conversations": [USER]}, "the record has messages and conversations"),
+        ("prompt-completion", {"prompt": "q", "completion": "a", "label": False}, "label is false: it says what of a sample"),
         ("messages", {"messages": [USER], "loss_mask": [0, 1]}, r"loss_mask is \[0, 1\]: it says what of a sample is trained on"),
         ("text", {"text": "t", "weight": 0}, "weight is 0: it says what of a sample is trained on, and only turns can"),
         ("text", {"text": "t", "sample_weight": 0.5}, "sample_weight is 0.5: it says what of a sample is trained on"),

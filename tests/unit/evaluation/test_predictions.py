@@ -21,6 +21,6 @@ def test_one_rank_writes_its_own_in_order(tmp_path) -> None:
 
 def test_an_existing_file_and_a_missing_folder_are_refused(tmp_path) -> None:
     (tmp_path / "a").touch()
-    for name, told in (("a", "exists already"), ("b/a", "its folder doesn't exist")):
+    for name, told in (("a", "exists already"), ("b/a", "its folder: no such folder")):
         with pytest.raises(ConfigError, match=told):
             Predictions(tmp_path / name).refuse_existing()
