@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,9 @@ def measure(config: Config, *, num_layers: int = LAYERS) -> Measured:
     world = World.alone()
     assert world.device.type == "cuda", "this measures a GPU"
     set_products(is_deterministic=False)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
     member = MEMBERS[config.model.name]
     shape = dataclasses.replace(member.shape, num_layers=num_layers)
     sharded = shard_model(config, shape, world, name=config.model.name)
@@ -100,7 +104,9 @@ def measure(config: Config, *, num_layers: int = LAYERS) -> Measured:
     torch.cuda.synchronize()
     step_s = (time.perf_counter() - started_s) / STEPS
     setup = setup_of(config, shape, num_nodes=1, gpus_per_node=1, device_bytes=device_bytes(world))
-    return Measured(config, torch.cuda.max_memory_allocated(), memory_of(setup).device, step_s, int(line["tokens"]))
+    return Measured(
+        config, torch.cuda.max_memory_allocated() - before, memory_of(setup).device, step_s, int(line["tokens"])
+    )
 
 
 def product_flops_per_s(size: int = PRODUCT) -> float:

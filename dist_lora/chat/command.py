@@ -11,6 +11,7 @@ from dist_lora.chat.chat import ChatModel, chat, continue_text
 from dist_lora.chat.prompts import encode_prompts, read_prompts, refuse_existing, write_answers
 from dist_lora.config.schema import Config
 from dist_lora.data.chat import SampleKind
+from dist_lora.engines.precision import set_products
 from dist_lora.errors import ConfigError
 from dist_lora.evaluation.generate import generate, stop_ids_of
 from dist_lora.lora.find_base import find_base
@@ -23,6 +24,7 @@ log = logging.getLogger("dist_lora")
 
 def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Trainee:
     """The whole base in this process, quantized as in the adapter's run and with its chat template, and the adapter loaded."""
+    set_products(is_deterministic=False)
     origin, folder = origin_of(adapter), find_base(adapter, base)
     config = Config.model_validate(
         {

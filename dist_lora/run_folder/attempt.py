@@ -29,11 +29,12 @@ class Attempt:
         return [max(pair) for pair in zip(self.former_peak_bytes, peak_bytes, strict=True)]
 
 
-def begin_attempt(folder: Path, *, num_steps: int, is_new: bool) -> Attempt:
+def begin_attempt(folder: Path, *, num_steps: int, is_new: bool, keeps_trackers: bool = False) -> Attempt:
     """Write what this attempt sets out to do. From here on the run isn't finished: a former summary is removed.
 
     Args:
-        is_new: the run starts over, and nothing of former attempts counts.
+        is_new: the run begins at its first step, and nothing of former attempts counts.
+        keeps_trackers: a former attempt ended before its first checkpoint, and its runs in trackers go on.
 
     Raises:
         OSError: it can't be written.
@@ -48,7 +49,7 @@ def begin_attempt(folder: Path, *, num_steps: int, is_new: bool) -> Attempt:
     attempt = Attempt(num_steps, seconds, peaks)
     write_whole(folder / ATTEMPT_FILE, json.dumps(asdict(attempt)) + "\n")
     (folder / SUMMARY_FILE).unlink(missing_ok=True)
-    if is_new:
+    if is_new and not keeps_trackers:
         (folder / TRACKERS_FILE).unlink(missing_ok=True)
     return attempt
 

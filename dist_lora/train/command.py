@@ -223,7 +223,8 @@ def _prepare_folder(
                 (folder / name).unlink(missing_ok=True)
         else:
             warn_of_other_lr(checkpoint, config, num_steps=num_steps)
-        return begin_attempt(folder, num_steps=num_steps, is_new=checkpoint is None)
+        is_restart = config.checkpoint.resume != "never"
+        return begin_attempt(folder, num_steps=num_steps, is_new=checkpoint is None, keeps_trackers=is_restart)
 
     return world.on_first(
         "the run's config", begin, os_error=lambda error: cannot_write(f"{folder}: can't be written: {error}", error)

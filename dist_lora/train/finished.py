@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def finished_line(folder: Path, config: Config) -> str:
     """
     if config.checkpoint.resume != "auto" or is_locked(folder / "lock") or not _is_same(folder, config):
         return ""
+    if _changed_since(folder, config):
+        return ""  # content is compared as in any resume
     steps = read_summary(folder).get("steps")
     return describe_finished(folder, steps) if steps == config.train.steps or config.train.steps is None else ""
 
@@ -62,3 +65,20 @@ def _is_same(folder: Path, config: Config) -> bool:
     except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError):
         return False
     return all(name in _WITHOUT_EFFECT or name.startswith(tuple(f"{s}." for s in _WITHOUT_EFFECT)) for name in names)
+
+
+def _changed_since(folder: Path, config: Config) -> bool:
+    """Whether a local file of data or model was written after the run had finished."""
+    train, held_out = config.data.train, config.data.eval
+    names = [*([train] if isinstance(train, str) else train), *([held_out] if isinstance(held_out, str) else [])]
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        finished_s = (folder / SUMMARY_FILE).stat().st_mtime
+        paths = [Path(name).expanduser() for name in (*names, config.model.name)]
+        here = [path for path in paths if file_exists(path)]
+        inside = [path / name for path in here if path.is_dir() for name in ("config.json", *_weights_in(path))]
+        return any(path.stat().st_mtime > finished_s for path in (*here, *inside) if file_exists(path))
+    return False
+
+
+def _weights_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("*.safetensors*")]

@@ -352,7 +352,8 @@ def name_of_gpu(device: torch.device, environment: Mapping[str, str]) -> str:
         return ""
     # A MIG slice has its GPU's uuid: ranks on several slices see them by different names.
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-    return f"{torch.cuda.get_device_properties(device).uuid} ({device}{f' of {visible}' if visible else ''})"
+    slice_ = f" ({visible})" if "MIG-" in visible else ""
+    return f"{torch.cuda.get_device_properties(device).uuid}{slice_}"
 
 
 def device_bytes(world: World) -> int:

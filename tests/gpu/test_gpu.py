@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -259,7 +260,7 @@ def test_a_gpu_out_of_memory_is_said_with_what_is_held_there(world) -> None:
 
 def test_pinned_memory_that_the_host_has_not_is_the_hosts(world) -> None:
     with pytest.raises(RuntimeError) as refused:
-        torch.empty(2**50, pin_memory=True)
+        torch.empty(2 * psutil.virtual_memory().total, dtype=torch.uint8, pin_memory=True)
     found = out_of_memory(refused.value, world=world, config=config_of(Path("model")))
     assert found is not None and str(found).startswith("out of memory on the host: ")
 

@@ -50,6 +50,10 @@ def test_wandb_goes_on_with_the_same_run_and_has_its_options(calls, tmp_path: Pa
     more = {"entity": "team", "group": "a", "tags": ["x", "y"]}
     assert second == {"project": "llama", "name": "my-run", "id": first["id"], "resume": "allow"} | more
     assert ("settings", {"lora.rank": 4}) in calls
+    file = folder / "trackers.json"
+    before = file.read_text()
+    begin_attempt(folder, num_steps=3, is_new=True, keeps_trackers=True)  # killed before its first checkpoint
+    assert file.read_text() == before
     begin_attempt(folder, num_steps=3, is_new=True)  # a run that starts over is another one there
     start("wandb", folder)
     assert calls[-2][1]["id"] != first["id"]
