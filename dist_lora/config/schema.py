@@ -376,7 +376,8 @@ class DataSection(Section):
         default="truncate", description="What to do with a sample longer than train.sequence_length."
     )
     chat_template: Text | None = Field(
-        default=None, description="llama3, chatml, or a Jinja file; null is the tokenizer's own template."
+        default=None,
+        description="llama3, chatml, a Jinja file, or a template's text; null is the tokenizer's own template.",
     )
     untrained_tokens: Literal["error", "allow"] = Field(
         default="error",

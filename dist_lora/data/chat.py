@@ -67,7 +67,7 @@ def load_tokenizer(folder: Path, *, chat_template: str | None, text: str | None 
 
     Args:
         folder: a folder with ``tokenizer.json`` and the other tokenizer files.
-        chat_template: None for the tokenizer's own, "llama3" or "chatml" for ours, or a Jinja file.
+        chat_template: None for the tokenizer's own, "llama3" or "chatml" for ours, a Jinja file, or a template itself.
         text: a template's text, in place of the tokenizer's own.
 
     Raises:
@@ -95,7 +95,8 @@ def load_tokenizer(folder: Path, *, chat_template: str | None, text: str | None 
         tokenizer.template_source = "the one that the adapter was trained with"
     if chat_template is not None:
         tokenizer.chat_template = _template_text(chat_template)
-        tokenizer.template_source = f"data.chat_template: {chat_template}"
+        is_text = "{{" in chat_template or "{%" in chat_template
+        tokenizer.template_source = f"data.chat_template: {'the text in the config' if is_text else chat_template}"
         lacking = [token for token in _BUNDLED.get(chat_template, ()) if token not in special_ids(tokenizer)]
         if lacking:
             raise DataError(
@@ -234,6 +235,10 @@ def render_sample(
 def _template_text(chat_template: str) -> str:
     if chat_template in _BUNDLED:
         return (Path(__file__).parent / "templates" / f"{chat_template}.jinja").read_text(encoding="utf-8")
+    if (
+        "{{" in chat_template or "{%" in chat_template
+    ):  # no file's name: the template itself, as a YAML file may hold it
+        return chat_template
     try:
         path = Path(chat_template).expanduser()
         is_file = path.is_file()

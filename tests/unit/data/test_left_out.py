@@ -199,3 +199,8 @@ def test_what_is_not_used_is_reported_once_with_its_count_also_from_the_cache(tm
                        cache_dir=tmp_path / "cache", world=World.alone())  # fmt: skip
         warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
         assert warned == ["data.train: column 'id' is not used (in 3 of 4 samples)"]
+
+
+def test_a_template_may_stand_in_the_config_itself(tmp_path) -> None:
+    save_byte_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path, chat_template=PLAIN).chat_template == PLAIN
