@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dist_lora.errors import ConfigError, SaveError
-from dist_lora.files import file_exists, lock
+from dist_lora.errors import ConfigError, DistLoraError, SaveError, cannot_write
+from dist_lora.files import file_exists, lock, sync, sync_folder
 from dist_lora.text import gib
 
 QUANTIZED_FROM_FILE = "quantized_from.json"
@@ -30,11 +30,29 @@ def refuse_existing(out: Path, *, what: str) -> None:
 
 
 @contextmanager
-def partial_of(out: Path, *, what: str) -> Iterator[Path]:
-    """An empty folder ``<out>.partial`` that no other process writes to; removed after any error.
+def new_model_folder(out: Path, *, what: str) -> Iterator[Path]:
+    """An empty folder ``<out>.partial`` that no other process writes to; fsynced and renamed to ``out`` at the end.
 
-    Renaming it to ``out`` is the caller's job. What a killed process left there is removed first.
+    It is removed after any error. What a killed process left there is removed first.
+
+    Raises:
+        ConfigError: ``out`` exists or is being written.
+        SaveError: the system refuses to write, here or in the block.
     """
+    try:
+        with _partial_of(out, what=what) as partial:
+            yield partial
+            sync_folder(partial)
+            os.rename(partial, out)
+            sync(out.parent)
+    except OSError as error:
+        if isinstance(error, DistLoraError):
+            raise
+        raise cannot_write(f"The {what} can't be written to {out}: {error.strerror or error}.", error) from error
+
+
+@contextmanager
+def _partial_of(out: Path, *, what: str) -> Iterator[Path]:
     partial = out.with_name(f"{out.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(partial, os.O_RDONLY)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from dist_lora.base.quant.published import open_base_on_disk
 from dist_lora.chat.chat import ChatModel, chat, continue_text
-from dist_lora.chat.prompts import encode_prompts, read_prompts, refuse_existing, write_answers
+from dist_lora.chat.prompts import encode_prompts, read_prompts, write_answers
 from dist_lora.config.schema import Config
 from dist_lora.data.chat import SampleKind
 from dist_lora.engines.precision import set_products
 from dist_lora.errors import ConfigError
 from dist_lora.evaluation.generate import generate, stop_ids_of
+from dist_lora.files import refuse_file
 from dist_lora.lora.find_base import find_base
 from dist_lora.lora.origin import origin_of
 from dist_lora.train.build import Trainee, build, check_adapter, load_adapter, open_base
@@ -80,15 +82,15 @@ def answer(
 
 
 def prompt_kind(adapter: Path, *, has_template: bool) -> SampleKind:
-    """How a prompt is written for an adapter: as in its run, of whose kinds the first here is taken where it had several."""
+    """How a prompt is written for an adapter: as in its run; of several kinds, the first in ``SampleKind``."""
     kinds = origin_of(adapter).kinds
     if not kinds:
         log.info(
             f"{adapter} doesn't say how its prompts were written: {'a chat' if has_template else 'plain text'} is assumed"
         )
         return "chat" if has_template else "text"
-    order: tuple[SampleKind, ...] = ("chat", "instruction", "text")
-    kind = next((kind for kind in order if kind in kinds), None)
+    known: tuple[SampleKind, ...] = get_args(SampleKind)
+    kind = next((kind for kind in known if kind in kinds), None)
     if kind is None:
         raise ConfigError(
             f"{adapter} was trained on {', '.join(kinds)}, which this version doesn't know. Update dist-lora"
@@ -122,7 +124,7 @@ def answer_file(
         AdapterError, WeightsError: the adapter or its base is damaged, or they don't belong together.
         SaveError: ``out`` can't be written.
     """
-    refuse_existing(out)
+    refuse_file(out, option="--out")
     asked = read_prompts(prompts)
     world = World.alone()
     trainee = open_for_answers(adapter, base=base, world=world)

@@ -12,7 +12,7 @@ from dist_lora.data.chat import SampleKind, encode_instruction, encode_prompt, e
 from dist_lora.data.sources import Faults
 from dist_lora.data.text_files import JsonLines
 from dist_lora.errors import ConfigError, DataError, cannot_write
-from dist_lora.files import refuse_file, write_whole
+from dist_lora.files import write_whole
 from dist_lora.pace import pace
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson")
@@ -165,11 +165,6 @@ def write_answers(
         write_whole(out, "".join(lines))
     except OSError as error:
         raise cannot_write(f"{out}: the answers can't be written: {error.strerror or error}", error) from error
-
-
-def refuse_existing(out: Path) -> None:
-    """Raise ``ConfigError`` if the file of answers exists, or can't be made where it is to be."""
-    refuse_file(out, option="--out")
 
 
 def _raise(faults: Faults) -> None:

@@ -95,8 +95,8 @@ def load_tokenizer(folder: Path, *, chat_template: str | None, text: str | None 
         tokenizer.template_source = "the one that the adapter was trained with"
     if chat_template is not None:
         tokenizer.chat_template = _template_text(chat_template)
-        is_text = "{{" in chat_template or "{%" in chat_template
-        tokenizer.template_source = f"data.chat_template: {'the text in the config' if is_text else chat_template}"
+        named = "the text in the config" if _is_template(chat_template) else chat_template
+        tokenizer.template_source = f"data.chat_template: {named}"
         lacking = [token for token in _BUNDLED.get(chat_template, ()) if token not in special_ids(tokenizer)]
         if lacking:
             raise DataError(
@@ -232,12 +232,15 @@ def render_sample(
     return text
 
 
+def _is_template(chat_template: str) -> bool:
+    """Whether the setting is no name of a file but the template itself, as a YAML file may hold it."""
+    return "{{" in chat_template or "{%" in chat_template
+
+
 def _template_text(chat_template: str) -> str:
     if chat_template in _BUNDLED:
         return (Path(__file__).parent / "templates" / f"{chat_template}.jinja").read_text(encoding="utf-8")
-    if (
-        "{{" in chat_template or "{%" in chat_template
-    ):  # no file's name: the template itself, as a YAML file may hold it
+    if _is_template(chat_template):
         return chat_template
     try:
         path = Path(chat_template).expanduser()

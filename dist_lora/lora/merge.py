@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,15 +29,22 @@ from dist_lora.base.index import (
     read_model_json,
     refuse_links,
 )
-from dist_lora.base.model_folder import check_space, companions, partial_of, refuse_existing, write_json
+from dist_lora.base.model_folder import (
+    check_space,
+    companions,
+    copy_into,
+    new_model_folder,
+    refuse_existing,
+    write_json,
+)
 from dist_lora.base.quant.formats import Nf4, format_of
 from dist_lora.base.quant.published import NF4_ON_DISK, BaseOnDisk, open_base_on_disk
 from dist_lora.base.safetensors import Entry, bytes_of, header_of, new_safetensors
 from dist_lora.base.stream import TORCH_DTYPES, SliceReader
 from dist_lora.base.tokenizer_files import set_template
 from dist_lora.config.schema import LINEARS, Quant
-from dist_lora.errors import AdapterError, ConfigError, DistLoraError, cannot_write
-from dist_lora.files import sync, sync_folder
+from dist_lora.errors import AdapterError, ConfigError
+from dist_lora.files import sync_folder
 from dist_lora.lora.adapter_reader import AdapterOnDisk, open_adapter
 from dist_lora.lora.origin import BaseIdentity, origin_of, original_of
 from dist_lora.text import first_few
@@ -105,19 +110,11 @@ def merge_adapter(
     refuse_links(base, [str(path.relative_to(base)) for path in companions(base)])
     opened.verify()
     _check_effect(opened)
-    try:
-        with partial_of(out, what=_WHAT) as partial:
-            _check_space(index, partial=partial, dtype=dtype)
-            merger = _Merger(opened, index=index, on_disk=on_disk, dtype=dtype, quant=quant, on_progress=on_progress)
-            merger.write(partial)
-            _write_companions(index, partial=partial, dtype=dtype, chat_template=origin_of(adapter).chat_template)
-            sync_folder(partial)
-            os.rename(partial, out)
-            sync(out.parent)
-    except OSError as error:
-        if isinstance(error, DistLoraError):
-            raise
-        raise cannot_write(f"The merged model can't be written to {out}: {error.strerror or error}.", error) from error
+    with new_model_folder(out, what=_WHAT) as partial:
+        _check_space(index, partial=partial, dtype=dtype)
+        merger = _Merger(opened, index=index, on_disk=on_disk, dtype=dtype, quant=quant, on_progress=on_progress)
+        merger.write(partial)
+        _write_companions(index, partial=partial, dtype=dtype, chat_template=origin_of(adapter).chat_template)
     return MergeReport(len(opened.pairs), merger.bytes_written, time.perf_counter() - begin, quant)
 
 
@@ -329,9 +326,7 @@ def _write_companions(index: WeightIndex, *, partial: Path, dtype: str | None, c
     """
     folder = index.folder
     for path in companions(folder):
-        target = partial / path.relative_to(folder)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
+        copy_into(partial, path, folder=folder)
     if chat_template is not None:
         set_template(partial, chat_template)
     if not (folder / SINGLE_FILE).exists():

@@ -33,8 +33,3 @@ def allocator_settings(environment: Mapping[str, str], *, installed: str | None 
     # Both at once: where larger blocks were cached but not rounded, a smaller one could be given out for a larger (torch 2.13).
     settings = f"{ROUNDING}:{PINNED_MIB},{CACHING}:{PINNED_MIB}"
     return {name: f"{before},{settings}" if before else settings}
-
-
-def pinned_bytes(num_bytes: int, *, mib: float = PINNED_MIB) -> int:
-    """The pinned memory that a block takes: up to ``mib`` the next power of two, above it what it holds."""
-    return num_bytes if num_bytes > mib * 2**20 else 1 << max(0, num_bytes - 1).bit_length()

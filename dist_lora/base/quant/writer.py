@@ -8,7 +8,6 @@ to file, a slice at a time; the files' names are the base's.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from dist_lora.base.model_folder import (
     check_space,
     companions,
     copy_into,
-    partial_of,
+    new_model_folder,
     refuse_existing,
     write_json,
 )
@@ -44,8 +43,8 @@ from dist_lora.base.quant.nf4 import BLOCK, LEVELS
 from dist_lora.base.safetensors import Entry, bytes_of, header_of, new_safetensors
 from dist_lora.base.stream import SliceReader
 from dist_lora.config.schema import LINEARS
-from dist_lora.errors import ConfigError, DistLoraError, cannot_write
-from dist_lora.files import sync, sync_folder
+from dist_lora.errors import ConfigError
+from dist_lora.files import sync_folder
 from dist_lora.text import first_few
 
 FORMAT = 1
@@ -99,26 +98,14 @@ def quantize_base(
     copied = [*companions(base), *(path for path in [base / _GENERATION_FILE] if path.is_file())]
     refuse_links(base, [str(path.relative_to(base)) for path in copied])
     writer = _Writer(index, linears, on_progress)
-    try:
-        with partial_of(out, what=_WHAT) as partial:
-            check_space(
-                partial, needed=writer.num_bytes + sum(path.stat().st_size for path in copied) + 2**20, what=_WHAT
-            )
-            writer.write(partial)
-            for path in copied:
-                copy_into(partial, path, folder=base)
-            _write_record(partial, index, writer, identity)
-            sync_folder(partial)
-            write_json(partial / "config.json", {**config, "quantization_config": _settings(index, linears)})
-            sync_folder(partial)
-            os.rename(partial, out)
-            sync(out.parent)
-    except OSError as error:
-        if isinstance(error, DistLoraError):
-            raise
-        raise cannot_write(
-            f"The quantized model can't be written to {out}: {error.strerror or error}.", error
-        ) from error
+    with new_model_folder(out, what=_WHAT) as partial:
+        check_space(partial, needed=writer.num_bytes + sum(path.stat().st_size for path in copied) + 2**20, what=_WHAT)
+        writer.write(partial)
+        for path in copied:
+            copy_into(partial, path, folder=base)
+        _write_record(partial, index, writer, identity)
+        sync_folder(partial)  # config.json last, since nothing loads a folder without it
+        write_json(partial / "config.json", {**config, "quantization_config": _settings(index, linears)})
     return QuantizeReport(len(linears), index.num_bytes, writer.num_bytes, time.perf_counter() - begin)
 
 

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from dist_lora.chat.prompts import encode_prompts, read_prompts, refuse_existing, write_answers
+from dist_lora.chat.prompts import encode_prompts, read_prompts, write_answers
 from dist_lora.errors import ConfigError, DataError
+from dist_lora.files import refuse_file
 
 
 def test_a_text_a_line_and_objects_are_read_with_their_lines(tmp_path) -> None:
@@ -42,9 +43,9 @@ def test_no_prompts_a_missing_file_and_an_existing_answer_are_the_users_mistakes
         with pytest.raises(ConfigError, match=message):
             read_prompts(tmp_path / name)
     with pytest.raises(ConfigError, match="exists already"):
-        refuse_existing(tmp_path / "empty.txt")
+        refuse_file(tmp_path / "empty.txt", option="--out")
     with pytest.raises(ConfigError, match="its folder: no such folder"):
-        refuse_existing(tmp_path / "no" / "a.jsonl")
+        refuse_file(tmp_path / "no" / "a.jsonl", option="--out")
 
 
 def test_chats_are_refused_where_plain_text_is_continued(tmp_path) -> None:

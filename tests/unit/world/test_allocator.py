@@ -8,7 +8,7 @@ import pytest
 
 from dist_lora.herd.members import MEMBERS
 from dist_lora.layout.storage import base_parts
-from dist_lora.world.allocator import allocator_settings, pinned_bytes
+from dist_lora.world.allocator import PINNED_MIB, allocator_settings
 
 OURS = "pinned_max_round_threshold_mb:1,pinned_max_cached_size_mb:1"
 
@@ -35,6 +35,11 @@ def test_settings_are_added_to_the_users_own(environment: dict[str, str], settin
 def test_an_older_torch_gets_no_setting_that_it_may_not_know() -> None:
     assert allocator_settings({}, installed="2.12.1") == {}
     assert allocator_settings({}, installed="3.0.0a1") != {}
+
+
+def pinned_bytes(num_bytes: int, *, mib: float = PINNED_MIB) -> int:
+    """The pinned memory that PyTorch takes for a block: up to ``mib`` the next power of two, above it what it holds."""
+    return num_bytes if num_bytes > mib * 2**20 else 1 << max(0, num_bytes - 1).bit_length()
 
 
 @pytest.mark.parametrize(

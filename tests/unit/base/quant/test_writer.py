@@ -19,7 +19,7 @@ from dist_lora.errors import ConfigError, WeightsError
 from dist_lora.lora.origin import identify_base
 from dist_lora.prepare.quantize import quantize_model
 from dist_lora.world.world import World
-from tests.ranks.runs import train_command
+from tests.ranks.runs import chats_settings, train_command
 
 
 @pytest.fixture(scope="module", params=[None, "40KB"], ids=["one file", "several"])
@@ -64,18 +64,8 @@ def test_transformers_loads_it_as_what_it_makes_of_the_original_itself(pair) -> 
 
 def losses_on(base: Path, folder: Path) -> list[float]:
     folder.mkdir()
-    chats = [[("user", f"say {i}"), ("assistant", f"{i} {i}")] for i in range(8)]
-    lines = [json.dumps({"messages": [{"role": r, "content": c} for r, c in chat]}) for chat in chats]
-    (folder / "train.jsonl").write_text("\n".join(lines))
-    settings = {
-        "run": "it",
-        "runs_dir": str(folder),
-        "model": {"name": str(base), "dtype": "fp32", "quant": "nf4"},
-        "lora": {"rank": 4},
-        "data": {"train": str(folder / "train.jsonl"), "cache_dir": str(folder / "cache")},
-        "train": {"steps": 3, "global_batch": 4, "sequence_length": 64},
-        "log": {"trackers": []},
-    }
+    settings = chats_settings(base, folder, num_steps=3)
+    settings |= {"runs_dir": str(folder), "model": settings["model"] | {"quant": "nf4"}}
     train_command(World.alone(), settings)
     return [json.loads(line)["loss"] for line in (folder / "it" / "metrics.jsonl").read_text().splitlines()]
 
