@@ -129,8 +129,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._schema.name
         if name in COMPOSED:
             return self._composed(name, args, kwargs)
-        # Within an operator's own code also what is composed gets here whole.
-        if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+        if _is_composed(func):  # within an operator's own code these get here whole
             with self._again():
                 return func.decompose(*args, **kwargs)
         result, to_device = _run(func, args, kwargs)
@@ -202,6 +201,13 @@ def _run(func: Any, args: Any, kwargs: Any) -> tuple[Any, bool | None]:
             return torch.zeros(args[0].shape, dtype=dtype), False
         return func(*args, **kwargs), True
     return func(*args, **kwargs), None
+
+
+def _is_composed(func: Any) -> bool:
+    """Whether an operator only calls others, on any device: some have kernels of their own on most (``silu_backward``)."""
+    keys = torch._C.DispatchKey
+    has_own = func.has_kernel_for_dispatch_key(keys.CPU) or func.has_kernel_for_dispatch_key(keys.Meta)
+    return bool(func.has_kernel_for_dispatch_key(keys.CompositeImplicitAutograd)) and not has_own
 
 
 def _is_called_from(path: str) -> bool:

@@ -12,7 +12,7 @@ from bench.traffic.counter import Counter
 from bench.traffic.cuda import Kernel, UnknownOperatorError
 from bench.traffic.rates import seconds_of
 from bench.traffic.step import Case, count_step
-from bench.traffic.totals import StepTime, layer_sum
+from bench.traffic.totals import StepTime, layer_sum, step_time
 from dist_lora.base.quant.nf4 import dequantize_nf4
 
 M, K, N, R = 256, 64, 32, 4
@@ -113,6 +113,14 @@ def test_the_gradient_of_a_slice_is_zeros_and_a_copy() -> None:
         ("slice_backward", "copies", 0, BF16 * M * K, 0),
         ("slice_backward", "copies", BF16 * M * K // 4, BF16 * M * K // 4, 0),
     ]
+
+
+def test_silu_is_one_kernel_each_way() -> None:
+    x = on_meta(M, K, trained=True)
+    with Counter() as counter:
+        F.silu(x).backward(on_meta(M, K))
+    assert counted(counter) == [("silu", "elementwise", BF16 * M * K, BF16 * M * K, 0)]
+    assert counted(counter, "backward")[0] == ("silu_backward", "elementwise", BF16 * 2 * M * K, BF16 * M * K, 0)
 
 
 def test_what_is_expanded_is_loaded_once_and_what_is_filled_is_not_loaded() -> None:
@@ -266,6 +274,10 @@ def test_the_real_step_computes_the_products_that_the_shape_has(quant: str) -> N
     assert not any(each.phase == "recomputation" for each in kept.kernels)
     assert 0 < flops(again, "recomputation", "frozen products") <= products
     assert again.kept_bytes[1] < kept.kept_bytes[1] / 4
+    time = step_time(case, again)
+    assert sum(time.parts.values()) == pytest.approx(time.forward_s + time.backward_s + time.update_s)
+    assert min(time.parts["recomputation"], time.parts["optimizer"], time.parts["embedding, head and loss"]) > 0
+    assert (time.num_recomputed, time.gather_s, time.parts["FSDP2's copies"]) == (3, 0.0, 0.0)
     head = 2 * 2 * 256 * shape.hidden * shape.vocab  # 254 rows: two tiles
     assert (
         sum(
