@@ -138,15 +138,20 @@ def test_what_is_expanded_is_loaded_once_and_what_is_filled_is_not_loaded() -> N
     ]
 
 
-def test_only_chosen_rows_are_loaded() -> None:
+def test_only_chosen_rows_are_touched() -> None:
     table, ids, labels = on_meta(1000, K), on_meta(M, dtype=torch.int64), on_meta(M, 1, dtype=torch.int64)
     with Counter() as counter:
         x = F.embedding(ids, table)
         table.index_add_(0, ids, x)
         x.gather(1, labels)
+        x.scatter_(1, labels, -1.0)
+        x.scatter(1, labels, on_meta(M, 1))
     assert [kernel[2:4] for kernel in counted(counter)] == [
         (8 * M + BF16 * M * K, BF16 * M * K),
         (8 * M + BF16 * 2 * M * K, BF16 * M * K),
+        (8 * M + BF16 * M, BF16 * M),
+        (8 * M, BF16 * M),
+        (BF16 * M * K, BF16 * M * K),  # out of place: a copy first
         (8 * M + BF16 * M, BF16 * M),
     ]
 
