@@ -29,6 +29,7 @@ from dist_lora.files import write_whole
 from dist_lora.layout.machine import is_called
 from dist_lora.lora.attach import adapters_of
 from dist_lora.lora.origin import origin_of
+from dist_lora.profile.recorder import Recorder
 from dist_lora.run_folder.attempt import SUMMARY_FILE, Attempt, begin_attempt
 from dist_lora.run_folder.folder import open_run_folder, write_config
 from dist_lora.run_folder.log_file import to_log_file
@@ -124,8 +125,10 @@ def num_steps_of(config: Config, loader: Loader) -> int:
     return steps
 
 
-def train(config: Config, world: World, stop: StopRequest, *, is_dry: bool = False) -> None:
-    """``dist-lora train``. All ranks call it."""
+def train(
+    config: Config, world: World, stop: StopRequest, *, is_dry: bool = False, makes_profile: bool = False
+) -> None:
+    """``dist-lora train``. All ranks call it. ``makes_profile``: of one step, see ``Recorder``."""
     started_s = time.monotonic()
     if not is_dry and _is_finished(config, world):
         return
@@ -172,6 +175,8 @@ def train(config: Config, world: World, stop: StopRequest, *, is_dry: bool = Fal
     run = Run(config, trainee, loader=loader, held_out=held_out, num_steps=num_steps, folder=folder, world=world)
     if checkpoint is not None:
         run.resume(checkpoint)
+    if makes_profile and world.is_first:
+        run.recorder = _recorder(run, folder, world)
     _train(run, folder, world, stop)
     _check_base(trainee, world)
     _finish(run, folder, world, attempt, seconds=time.monotonic() - started_s)
@@ -257,6 +262,18 @@ def _train(run: Run, folder: Path, world: World, stop: StopRequest) -> None:
         )
         with stop.deferred(folder if world.is_first else None):
             run.train(meter, stop)
+
+
+def _recorder(run: Run, folder: Path, world: World) -> Recorder:
+    train, shape = run.config.train, run.trainee.base.shape
+    return Recorder(
+        folder,
+        first_step=run.progress.step + 1,
+        num_steps=run.num_steps,
+        device=world.device,
+        dtype=run.trainee.precision.dtype,
+        matmul=(train.micro_batch * train.sequence_length, shape.hidden, shape.ffn),
+    )
 
 
 def _check_base(trainee: Trainee, world: World) -> None:

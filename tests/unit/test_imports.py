@@ -22,6 +22,7 @@ ROAD = (
     "text",
     "files",
     "pace",
+    "profile",
     "config",
     "herd",
     "layout",
