@@ -99,12 +99,22 @@ class TrainStep:
             "target_tokens": batch.target_tokens,
             "tokens": batch.tokens,
             "tokens_per_s": batch.tokens / step_s,
+            "model_flops_per_s": self._flops(batch) / step_s / self._world.world_size,
             "step_s": step_s,
             "peak_bytes": peak_bytes(self._world.device),
             **device_memory(self._world.device),
             **self._saver.take_times(),
         }
         return line, bool(num_asked)
+
+    def _flops(self, batch: StepBatch) -> float:
+        """Operations that the step needed, on all ranks; see ``Shape.flops``."""
+        return self._trainee.base.shape.flops(
+            tokens=batch.tokens,
+            rows=batch.target_tokens,
+            pairs=batch.pairs,
+            trained_weights=self._adapters.num_elements,
+        )
 
     def check_copies(self, step: int) -> None:
         """Raise ``TrainingError`` if ranks that train copies of the same adapters have diverged."""
