@@ -14,19 +14,16 @@ LINKS, NETWORK, HOST_LINK = "the links within a node", "the network between node
 
 
 def flops_per_token(setup: Setup, *, context: int) -> float:
-    """Floating-point operations per token, forward and backward.
+    """Floating-point operations per token: those of ``Shape.flops``, and with recomputation once more the layers' forward.
 
-    4 per frozen weight of a matmul (2 forward, 2 for the input's gradient, none for its own), 6 per trained weight, 6 per
-    pair of head entries and attended token (half of ``context`` tokens on average), and with recomputation once more the
-    layers' forward: 2, 2 and 2. Source: PaLM, arXiv 2204.02311, appendix B, without the frozen weights' own gradients.
+    A token attends to half of ``context`` tokens on average.
     """
     shape = setup.shape
-    in_layers = shape.num_layers * shape.weights_of_linears()
-    head = shape.vocab * shape.hidden
-    attention = shape.num_layers * shape.num_heads * shape.head_dim * context / 2 * 2  # scores, and the values' sum
-    forward = 2 * (in_layers + setup.trained_weights + attention)
-    once = 2 * forward + 2 * setup.trained_weights + 2 * attention + 4 * head
-    return once + (forward if setup.recompute else 0)
+    needed = shape.flops(tokens=1, rows=1, pairs=context / 2, trained_weights=setup.trained_weights)
+    if not setup.recompute:
+        return needed
+    attention = shape.num_layers * shape.num_heads * shape.head_dim * context
+    return needed + 2 * (shape.num_layers * shape.weights_of_linears() + setup.trained_weights + attention)
 
 
 @dataclass(frozen=True)
