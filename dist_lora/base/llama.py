@@ -18,10 +18,13 @@ from dist_lora.base.attention import Attention
 from dist_lora.base.quant.formats import Format, Plain
 from dist_lora.base.rope import inverse_frequencies, rotate, rotation
 from dist_lora.herd.shape import Shape, module_path
-from dist_lora.layout.memory import LOGITS_AT_ONCE
+from dist_lora.layout.memory import LOGITS_IN_FP32, fp32_rows_of_slice, rows_of_slice
 
 # T tokens of a micro-batch, D model width, F feed-forward width, V vocabulary, K rows whose next token is predicted
 # H query heads, G key and value heads, E width of a head
+
+# Logits whose softmax is computed at once: on the CPU they stay in a core's second-level cache, on a GPU largely in its.
+_LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**18, LOGITS_IN_FP32
 
 
 class FrozenLinear(nn.Module):
@@ -192,43 +195,72 @@ class Head(nn.Module):
 
 
 class SumOfCrossEntropy(torch.autograd.Function):
-    """Sum over K rows of the cross entropy of ``hidden @ weight.T``, in slices of ``LOGITS_AT_ONCE``.
+    """Sum over K rows of the cross entropy of ``hidden @ weight.T``, in slices of ``rows_of_slice`` rows.
 
-    No slice of logits outlives its iteration: the gradient of ``hidden`` is computed in the forward, since the head is
+    All slices of logits have the same memory: the gradient of ``hidden`` is computed in the forward, since the head is
     frozen and the loss is a plain sum. What is saved for the backward is ``(K, D)``.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        needs_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if needs_gradient else None
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
-        for first in range(0, hidden.shape[0], rows):
-            slice_ = slice(first, first + rows)
-            logits = F.linear(hidden[slice_], weight).float()
-            log_sum = logits.logsumexp(dim=-1)
-            of_label = logits.gather(-1, labels[slice_, None]).squeeze(-1)
-            total += (log_sum - of_label).sum()
+        vocab = weight.shape[0]
+        rows = min(len(hidden), rows_of_slice(vocab, item_bytes=hidden.element_size()))
+        memory = hidden.new_empty((rows, vocab))
+        is_fp32 = hidden.dtype == torch.float32
+        in_fp32 = (
+            None if is_fp32 else memory.new_empty((min(rows, fp32_rows_of_slice(vocab)), vocab), dtype=torch.float32)
+        )
+        for first in range(0, len(hidden), max(1, rows)):
+            part = slice(first, first + rows)
+            logits = torch.mm(hidden[part], weight.T, out=memory[: len(hidden[part])])
+            total += _cross_entropies(
+                logits, labels[part, None], in_fp32=in_fp32, to_gradient=gradient is not None
+            ).sum()
             if gradient is not None:
-                softmax = logits.sub_(log_sum[:, None]).exp_()
-                softmax.scatter_add_(-1, labels[slice_, None], softmax.new_full((len(of_label), 1), -1.0))
-                gradient[slice_] = softmax.to(weight.dtype) @ weight
+                torch.mm(logits, weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        if gradient.dtype == d_total.dtype:
-            return gradient * d_total, None, None
-        # In fp32, slice by slice: rounded to 16 bits, the factor would be off by up to 0.2 %, and so would every gradient.
-        scaled = torch.empty_like(gradient)
-        rows = max(1, LOGITS_AT_ONCE // gradient.shape[1])
-        for first in range(0, len(gradient), rows):
-            part = slice(first, first + rows)
-            scaled[part] = gradient[part].float().mul_(d_total)
-        return scaled, None, None
+        # By a matrix of one fp32 number: a scalar takes the gradient's dtype, and in 16 bits it is off by up to 0.2 %.
+        return torch.mul(gradient, d_total.view(1, 1), out=torch.empty_like(gradient)), None, None
+
+
+def _cross_entropies(logits: Tensor, labels: Tensor, *, in_fp32: Tensor | None, to_gradient: bool) -> Tensor:
+    """Cross entropies ``(K, 1)`` in fp32 of logits ``(K, V)``, whose memory then holds no logits any more.
+
+    With ``to_gradient`` it holds the gradient of their sum, ``softmax(logits)``, less one at each label. Five passes over some
+    rows at a time, in fp32; what is rounded to 16 bits is only the logits and the result.
+
+    Args:
+        labels: ``(K, 1)``.
+        in_fp32: ``(rows, V)``, memory for as many rows in fp32; None where the logits are in fp32 themselves.
+    """
+    of_label = logits.gather(-1, labels).float()
+    largest, sums = torch.empty_like(of_label), torch.empty_like(of_label)
+    if in_fp32 is not None:
+        step = len(in_fp32)
+    else:
+        at_once = _LOGITS_ON_CPU if logits.device.type == "cpu" else _LOGITS_ON_GPU
+        step = max(1, at_once // logits.shape[1])
+    for first in range(0, len(logits), step):
+        part = slice(first, first + step)
+        rows = logits[part]
+        values = rows if in_fp32 is None else in_fp32[: len(rows)]
+        largest[part] = rows.amax(-1, keepdim=True)
+        torch.sub(rows, largest[part], out=values)
+        torch.sum(values.exp_(), -1, keepdim=True, out=sums[part])
+        if to_gradient:
+            torch.mul(values, sums[part].reciprocal(), out=rows)
+    losses = largest + sums.log() - of_label
+    if to_gradient:
+        # From the loss, as exactly as it is: a label's probability near 1 in 16 bits would leave nothing of the difference.
+        logits.scatter_(-1, labels, torch.expm1(-losses).to(logits.dtype))
+    return losses
 
 
 class Llama(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dist_lora.layout.memory import Setup, base_bytes_per_rank, block_bytes, logit_rows
+from dist_lora.layout.memory import LOGITS_IN_FP32, Setup, base_bytes_per_rank, block_bytes, logit_rows
 from dist_lora.layout.storage import FP32, quantized_share
 from dist_lora.plan.hardware import REACHED_COMPUTE, REACHED_LINK, REACHED_MEMORY, Gpu
 from dist_lora.plan.measured import Measured, Range
@@ -220,13 +220,16 @@ def _elementwise(setup: Setup, measured: Measured) -> _Seconds:
 
 
 def _loss(setup: Setup, measured: Measured) -> _Seconds:
-    """The head's two matmuls, in slices, and six passes over the logits in fp32."""
-    shape = setup.shape
-    rows = logit_rows(setup)
+    """The head's two matmuls, in slices, and five passes over the logits, of which some rows at a time are in fp32.
+
+    Largest (read), difference and ``exp`` (read and written), sum (read), product with its reciprocal (read and written).
+    """
+    shape, c = setup.shape, setup.item_bytes
     flops = 2 * 2 * setup.micro_tokens * shape.hidden * shape.vocab
-    products = _at(flops, measured.product_flops_per_s(rows, shape.hidden, shape.vocab))
-    logits = FP32 * setup.micro_tokens * shape.vocab
-    return products + _at(6 * logits, measured.elementwise_bytes_per_s(FP32 * rows * shape.vocab))
+    products = _at(flops, measured.product_flops_per_s(logit_rows(setup), shape.hidden, shape.vocab))
+    bytes_per_logit = c + (c + FP32) + 2 * FP32 + FP32 + (FP32 + c)
+    rate = measured.elementwise_bytes_per_s(FP32 * LOGITS_IN_FP32)
+    return products + _at(bytes_per_logit * setup.micro_tokens * shape.vocab, rate)
 
 
 def _optimizer(setup: Setup, measured: Measured) -> _Seconds:
