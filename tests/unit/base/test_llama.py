@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from dist_lora.base import llama
 from dist_lora.base.attention import Documents
-from dist_lora.base.llama import LOGITS_AT_ONCE, FrozenLinear, SumOfCrossEntropy
+from dist_lora.base.linear import FrozenLinear
+from dist_lora.base.llama import LOGITS_AT_ONCE, SumOfCrossEntropy
 from dist_lora.base.quant.formats import Plain
 from dist_lora.data.loader import Loader
 from dist_lora.train.build import Trainee
