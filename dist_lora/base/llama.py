@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dist_lora.base.attention import Attention
+from dist_lora.base.before import Norm, RMSNorm, SiluTimes
+from dist_lora.base.linear import FrozenLinear, linears_of
 from dist_lora.base.quant.formats import Format, Plain
 from dist_lora.base.rope import inverse_frequencies, rotate, rotation
 from dist_lora.herd.shape import Shape, module_path
@@ -25,79 +27,6 @@ from dist_lora.layout.memory import LOGITS_IN_FP32, fp32_rows_of_slice, rows_of_
 
 # Logits whose softmax is computed at once: on the CPU they stay in a core's second-level cache, on a GPU largely in its.
 _LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**18, LOGITS_IN_FP32
-
-
-class FrozenLinear(nn.Module):
-    """A linear of the base, ``(D_out, D_in)``, never trained; ``adapter`` is the LoRA adapter on it, if any.
-
-    Its weight is stored in the parts of ``fmt``, each an ordinary frozen parameter: ``weight``, or codes and scales.
-    """
-
-    def __init__(self, in_features: int, out_features: int, fmt: Format) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.fmt = fmt
-        for part in fmt.parts(out_features, in_features):
-            values = torch.empty(part.shape, dtype=part.dtype)
-            self.register_parameter(part.name, nn.Parameter(values, requires_grad=False))
-        self.adapter: nn.Module | None = None
-        # An engine that frees a weight by giving its parameter other data sets this to ``product_from_parts``.
-        self.product = FrozenLinear.product_by_view if "weight" in self._parameters else FrozenLinear.product_from_parts
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(T, D_out)`` of ``x`` ``(T, D_in)``."""
-        y = self.product(self, x)
-        return y if self.adapter is None else self.adapter(x, y)
-
-    def product_by_view(self, x: Tensor) -> Tensor:
-        """``x W^T``; the backward keeps a view of the weight, and with it the weight's memory."""
-        weight = self._parameters["weight"]
-        assert weight is not None
-        return F.linear(x, weight)
-
-    def product_from_parts(self, x: Tensor) -> Tensor:
-        """``x W^T``; the backward keeps the parts themselves and dequantizes them again."""
-        parts = {name: p for name, p in self._parameters.items() if p is not None}
-        y: Tensor = _QuantizedLinear.apply(x, self.fmt, tuple(parts), *parts.values())  # type: ignore[no-untyped-call]
-        return y
-
-
-class _QuantizedLinear(torch.autograd.Function):
-    """``x W^T`` of a frozen quantized W, which is dequantized for the product and again in the backward.
-
-    Only codes and scales are saved for the backward: neither the dequantized weight, nor x, which only a gradient of
-    the weight would need. The dequantized weight, ``(D_out, D_in)`` in x's dtype, exists while one product is computed.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, fmt: Format, names: tuple[str, ...], *parts: Tensor) -> Tensor:
-        ctx.fmt, ctx.names = fmt, names
-        ctx.save_for_backward(*parts)
-        return F.linear(x, fmt.dequantize(dict(zip(names, parts, strict=True)), x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        parts = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        d_x = d_y @ ctx.fmt.dequantize(parts, d_y.dtype) if ctx.needs_input_grad[0] else None
-        return (d_x, None, None, *(None for _ in parts))
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dim, computed in fp32."""
-
-    def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, dtype=dtype), requires_grad=False)
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(T, D)`` of ``x`` ``(T, D)``."""
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        # In 16 bits the normed row is rounded before the weight is applied, as Llama was trained.
-        normed = F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
-        return torch.mul(self.weight, normed)
 
 
 class SelfAttention(nn.Module):
@@ -112,11 +41,11 @@ class SelfAttention(nn.Module):
         self.v_proj = FrozenLinear(shape.hidden, shape.num_kv_heads * shape.head_dim, formats["v_proj"])
         self.o_proj = FrozenLinear(shape.num_heads * shape.head_dim, shape.hidden, formats["o_proj"])
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        """``(T, D)`` of ``x`` ``(T, D)``."""
-        query = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), *rotary)
-        key = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), *rotary)
-        value = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+    def forward(self, x: Tensor, norm: RMSNorm, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        """``(T, D)`` of ``x`` ``(T, D)``, which ``norm`` norms first."""
+        projected = linears_of(Norm(norm.eps), (x, norm.weight), [self.q_proj, self.k_proj, self.v_proj])
+        query, key, value = (heads.view(len(x), -1, self.head_dim) for heads in projected)
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
         attended: Tensor = self.o_proj(attention(self.layer, query, key, value).flatten(-2))
         return attended
 
@@ -130,10 +59,10 @@ class FeedForward(nn.Module):
         self.up_proj = FrozenLinear(shape.hidden, shape.ffn, formats["up_proj"])
         self.down_proj = FrozenLinear(shape.ffn, shape.hidden, formats["down_proj"])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(T, D)`` of ``x`` ``(T, D)``."""
-        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return y
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """``(T, D)`` of ``x`` ``(T, D)``, which ``norm`` norms first."""
+        gate_and_up = linears_of(Norm(norm.eps), (x, norm.weight), [self.gate_proj, self.up_proj])
+        return linears_of(SiluTimes(), gate_and_up, [self.down_proj])[0]
 
 
 class Block(nn.Module):
@@ -161,8 +90,8 @@ class Block(nn.Module):
         return self._layer(x, rotary, attention)
 
     def _layer(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, attention)
-        result: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(x, self.input_layernorm, rotary, attention)
+        result: Tensor = x + self.mlp(x, self.post_attention_layernorm)
         return result
 
 

@@ -158,11 +158,11 @@ def embedding_bytes(setup: Setup) -> int:
 def saved_bytes_of_layer(setup: Setup, layer: int) -> int:
     """What autograd saves in a layer's forward for its backward, without recomputation.
 
-    In the letters of this file, per token in c bytes: queries, attention output, keys and values (2 H E + 2 G E), gate, up
-    and silu (3 F); with adapters their inputs: of q k v (D), of gate and up (D), of down (F), and R numbers for each. In
-    fp32: the inputs of both norms (2 D), a log-sum-exp per head and two norm scales. In 16 bits A and B are cast, and the
-    casts are saved. With dropout each adapter has its own copy of its input, and a mask of a byte per number. Before the first
-    adapter there is no graph, and nothing is saved.
+    In the letters of this file, per token in c bytes: the inputs of both norms (2 D), queries, attention output, keys and
+    values (2 H E + 2 G E), gate and up (2 F); R numbers for each adapter. The normed inputs, and that of down, are computed
+    again. In fp32: a log-sum-exp per head and two norm scales. In 16 bits A and B are cast, and the casts are saved. With
+    dropout each adapter has a mask of its input, of a byte per number. Before the first adapter there is no graph, and
+    nothing is saved; the input of the first adapters is saved itself.
     """
     first = min(setup.layers)
     if layer < first:
@@ -174,40 +174,25 @@ def saved_bytes_of_layer(setup: Setup, layer: int) -> int:
     begin = next(i for i, group in enumerate(groups) if group & targets) if layer == first else -1
     heads = shape.num_heads * shape.head_dim
     numbers = fp32_numbers = 0
-    if begin < 0:
-        fp32_numbers += shape.hidden + 1  # the first norm
-    if targets & groups[0] and not setup.has_dropout:
+    if begin <= 0:  # the first norm's input, or what it gives
         numbers += shape.hidden
-    if begin <= 0:
+        fp32_numbers += begin < 0
         is_repeated = setup.choices.attention == "sdpa-repeated"
         numbers += 2 * heads + 2 * (heads if is_repeated else shape.num_kv_heads * shape.head_dim)
         fp32_numbers += shape.num_heads
         # Concatenated, and in parts.
-        numbers += heads * (setup.joins_documents and "o_proj" in targets and not setup.has_dropout)
-    elif begin == 1 and not setup.has_dropout:
+        numbers += heads * (setup.joins_documents and "o_proj" in targets)
+    elif begin == 1:
         numbers += heads
-    if begin <= 1:
-        fp32_numbers += shape.hidden + 1  # the second norm
-    if targets & groups[2] and not setup.has_dropout:
-        numbers += shape.hidden
-    if begin <= 1:
-        numbers += 3 * shape.ffn
-    elif begin == 2:  # silu saves gate; the product saves what the other factor's gradient needs
-        numbers += shape.ffn * (2 * ("gate_proj" in targets) + ("up_proj" in targets))
-    if "down_proj" in targets and not setup.has_dropout:
+    if begin <= 2:  # the second norm's input, or what it gives
+        numbers += shape.hidden + 2 * shape.ffn
+        fp32_numbers += begin < 2
+    else:
         numbers += shape.ffn
-    masks = 0
-    if setup.has_dropout:  # each target's own input, after dropout
-        widths = {name: shape.linear_shapes()[name][1] for name in targets}
-        numbers += sum(widths.values())
-        masks = sum(width for name, width in widths.items() if begin < 0 or name not in groups[begin])
+    sizes = [shape.linear_shapes()[name] for name in targets]
     numbers += setup.lora_rank * len(targets)
-    casts = 0
-    if c != FP32:
-        for name in targets:
-            out, width = shape.linear_shapes()[name]
-            has_input_gradient = begin < 0 or name not in groups[begin]
-            casts += c * setup.lora_rank * (out + width * has_input_gradient)
+    masks = sum(width for _, width in sizes) if setup.has_dropout else 0
+    casts = 0 if c == FP32 else c * setup.lora_rank * sum(out + width for out, width in sizes)
     return setup.micro_tokens * (c * numbers + FP32 * fp32_numbers + masks) + casts
 
 

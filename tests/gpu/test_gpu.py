@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from bench import gpu as bench
 from dist_lora.base.attention import Documents
-from dist_lora.base.llama import FrozenLinear, SumOfCrossEntropy
+from dist_lora.base.linear import FrozenLinear
+from dist_lora.base.llama import SumOfCrossEntropy
 from dist_lora.base.quant.finite import NotFiniteError
 from dist_lora.base.quant.formats import Format, Int8, Nf4
 from dist_lora.base.quant.nf4 import dequantize_nf4, quantize_nf4

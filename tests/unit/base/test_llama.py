@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_lora.base.attention import Documents
-from dist_lora.base.llama import FrozenLinear, SumOfCrossEntropy
+from dist_lora.base.linear import FrozenLinear
+from dist_lora.base.llama import SumOfCrossEntropy
 from dist_lora.base.quant.formats import Plain
 from dist_lora.data.loader import Loader
 from dist_lora.layout.memory import rows_of_slice
