@@ -108,6 +108,9 @@ def train(
     overrides: Overrides = None,
     nproc: NumRanks = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and one sample; train nothing.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Record one step: a table in the log, a trace in the run's folder.")
+    ] = False,
 ) -> None:
     """Train adapters; the same command resumes from the last checkpoint."""
     loaded = _load(config, overrides)
@@ -129,9 +132,10 @@ def train(
 
     # Entered before the imports below, which take long on some file systems.
     with StopRequest() as stop, _joined(loaded, nproc, needs_all=not dry_run, end=end) as world:
+        from dist_lora.plan.hardware import peak_flops_per_s
         from dist_lora.train.command import train as train_here
 
-        train_here(loaded, world, stop, is_dry=dry_run)
+        train_here(loaded, world, stop, is_dry=dry_run, makes_profile=profile, peak_of=peak_flops_per_s)
         stop.close()
         if world.is_first:
             end(None)

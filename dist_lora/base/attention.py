@@ -45,10 +45,12 @@ class Documents:
             return self._varlen(query, key, value)
         if self.backend == "eager":
             return self._eager(query, key, value)
-        pairs = zip(self.bounds, self.bounds[1:], strict=False)
         if self.backend == "sdpa-repeated":
             key, value = _repeated(key, query), _repeated(value, query)
-        parts = [causal_attention(query[a:b], key[a:b], value[a:b]) for a, b in pairs]
+        # By split, whose backward is one concatenation: a slice's writes a zero for every other token of the stream.
+        lengths = [b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
+        documents = zip(*(tensor.split_with_sizes(lengths) for tensor in (query, key, value)), strict=True)
+        parts = [causal_attention(q, k, v) for q, k, v in documents]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

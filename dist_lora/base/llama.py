@@ -15,86 +15,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dist_lora.base.attention import Attention
+from dist_lora.base.before import Norm, RMSNorm, SiluTimes
+from dist_lora.base.linear import FrozenLinear, linears_of
 from dist_lora.base.quant.formats import Format, Plain
 from dist_lora.base.rope import inverse_frequencies, rotate, rotation
 from dist_lora.herd.shape import Shape, module_path
-from dist_lora.layout.memory import LOGITS_AT_ONCE
+from dist_lora.layout.memory import LOGITS_IN_FP32, fp32_rows_of_slice, rows_of_slice
 
 # T tokens of a micro-batch, D model width, F feed-forward width, V vocabulary, K rows whose next token is predicted
 # H query heads, G key and value heads, E width of a head
 
-
-class FrozenLinear(nn.Module):
-    """A linear of the base, ``(D_out, D_in)``, never trained; ``adapter`` is the LoRA adapter on it, if any.
-
-    Its weight is stored in the parts of ``fmt``, each an ordinary frozen parameter: ``weight``, or codes and scales.
-    """
-
-    def __init__(self, in_features: int, out_features: int, fmt: Format) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.fmt = fmt
-        for part in fmt.parts(out_features, in_features):
-            values = torch.empty(part.shape, dtype=part.dtype)
-            self.register_parameter(part.name, nn.Parameter(values, requires_grad=False))
-        self.adapter: nn.Module | None = None
-        # An engine that frees a weight by giving its parameter other data sets this to ``product_from_parts``.
-        self.product = FrozenLinear.product_by_view if "weight" in self._parameters else FrozenLinear.product_from_parts
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(T, D_out)`` of ``x`` ``(T, D_in)``."""
-        y = self.product(self, x)
-        return y if self.adapter is None else self.adapter(x, y)
-
-    def product_by_view(self, x: Tensor) -> Tensor:
-        """``x W^T``; the backward keeps a view of the weight, and with it the weight's memory."""
-        weight = self._parameters["weight"]
-        assert weight is not None
-        return F.linear(x, weight)
-
-    def product_from_parts(self, x: Tensor) -> Tensor:
-        """``x W^T``; the backward keeps the parts themselves and dequantizes them again."""
-        parts = {name: p for name, p in self._parameters.items() if p is not None}
-        y: Tensor = _QuantizedLinear.apply(x, self.fmt, tuple(parts), *parts.values())  # type: ignore[no-untyped-call]
-        return y
-
-
-class _QuantizedLinear(torch.autograd.Function):
-    """``x W^T`` of a frozen quantized W, which is dequantized for the product and again in the backward.
-
-    Only codes and scales are saved for the backward: neither the dequantized weight, nor x, which only a gradient of
-    the weight would need. The dequantized weight, ``(D_out, D_in)`` in x's dtype, exists while one product is computed.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, fmt: Format, names: tuple[str, ...], *parts: Tensor) -> Tensor:
-        ctx.fmt, ctx.names = fmt, names
-        ctx.save_for_backward(*parts)
-        return F.linear(x, fmt.dequantize(dict(zip(names, parts, strict=True)), x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        parts = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        d_x = d_y @ ctx.fmt.dequantize(parts, d_y.dtype) if ctx.needs_input_grad[0] else None
-        return (d_x, None, None, *(None for _ in parts))
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dim, computed in fp32."""
-
-    def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, dtype=dtype), requires_grad=False)
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(T, D)`` of ``x`` ``(T, D)``."""
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        # In 16 bits the normed row is rounded before the weight is applied, as Llama was trained.
-        normed = F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
-        return torch.mul(self.weight, normed)
+# Logits whose softmax is computed at once: on the CPU they stay in a core's second-level cache, on a GPU largely in its.
+_LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**18, LOGITS_IN_FP32
 
 
 class SelfAttention(nn.Module):
@@ -109,11 +41,11 @@ class SelfAttention(nn.Module):
         self.v_proj = FrozenLinear(shape.hidden, shape.num_kv_heads * shape.head_dim, formats["v_proj"])
         self.o_proj = FrozenLinear(shape.num_heads * shape.head_dim, shape.hidden, formats["o_proj"])
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        """``(T, D)`` of ``x`` ``(T, D)``."""
-        query = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), *rotary)
-        key = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), *rotary)
-        value = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+    def forward(self, x: Tensor, norm: RMSNorm, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        """``(T, D)`` of ``x`` ``(T, D)``, which ``norm`` norms first."""
+        projected = linears_of(Norm(norm.eps), (x, norm.weight), [self.q_proj, self.k_proj, self.v_proj])
+        query, key, value = (heads.view(len(x), -1, self.head_dim) for heads in projected)
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
         attended: Tensor = self.o_proj(attention(self.layer, query, key, value).flatten(-2))
         return attended
 
@@ -127,10 +59,10 @@ class FeedForward(nn.Module):
         self.up_proj = FrozenLinear(shape.hidden, shape.ffn, formats["up_proj"])
         self.down_proj = FrozenLinear(shape.ffn, shape.hidden, formats["down_proj"])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(T, D)`` of ``x`` ``(T, D)``."""
-        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return y
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """``(T, D)`` of ``x`` ``(T, D)``, which ``norm`` norms first."""
+        gate_and_up = linears_of(Norm(norm.eps), (x, norm.weight), [self.gate_proj, self.up_proj])
+        return linears_of(SiluTimes(), gate_and_up, [self.down_proj])[0]
 
 
 class Block(nn.Module):
@@ -158,8 +90,8 @@ class Block(nn.Module):
         return self._layer(x, rotary, attention)
 
     def _layer(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, attention)
-        result: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(x, self.input_layernorm, rotary, attention)
+        result: Tensor = x + self.mlp(x, self.post_attention_layernorm)
         return result
 
 
@@ -192,43 +124,72 @@ class Head(nn.Module):
 
 
 class SumOfCrossEntropy(torch.autograd.Function):
-    """Sum over K rows of the cross entropy of ``hidden @ weight.T``, in slices of ``LOGITS_AT_ONCE``.
+    """Sum over K rows of the cross entropy of ``hidden @ weight.T``, in slices of ``rows_of_slice`` rows.
 
-    No slice of logits outlives its iteration: the gradient of ``hidden`` is computed in the forward, since the head is
+    All slices of logits have the same memory: the gradient of ``hidden`` is computed in the forward, since the head is
     frozen and the loss is a plain sum. What is saved for the backward is ``(K, D)``.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        needs_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if needs_gradient else None
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
-        for first in range(0, hidden.shape[0], rows):
-            slice_ = slice(first, first + rows)
-            logits = F.linear(hidden[slice_], weight).float()
-            log_sum = logits.logsumexp(dim=-1)
-            of_label = logits.gather(-1, labels[slice_, None]).squeeze(-1)
-            total += (log_sum - of_label).sum()
+        vocab = weight.shape[0]
+        rows = min(len(hidden), rows_of_slice(vocab, item_bytes=hidden.element_size()))
+        memory = hidden.new_empty((rows, vocab))
+        is_fp32 = hidden.dtype == torch.float32
+        in_fp32 = (
+            None if is_fp32 else memory.new_empty((min(rows, fp32_rows_of_slice(vocab)), vocab), dtype=torch.float32)
+        )
+        for first in range(0, len(hidden), max(1, rows)):
+            part = slice(first, first + rows)
+            logits = torch.mm(hidden[part], weight.T, out=memory[: len(hidden[part])])
+            total += _cross_entropies(
+                logits, labels[part, None], in_fp32=in_fp32, to_gradient=gradient is not None
+            ).sum()
             if gradient is not None:
-                softmax = logits.sub_(log_sum[:, None]).exp_()
-                softmax.scatter_add_(-1, labels[slice_, None], softmax.new_full((len(of_label), 1), -1.0))
-                gradient[slice_] = softmax.to(weight.dtype) @ weight
+                torch.mm(logits, weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        if gradient.dtype == d_total.dtype:
-            return gradient * d_total, None, None
-        # In fp32, slice by slice: rounded to 16 bits, the factor would be off by up to 0.2 %, and so would every gradient.
-        scaled = torch.empty_like(gradient)
-        rows = max(1, LOGITS_AT_ONCE // gradient.shape[1])
-        for first in range(0, len(gradient), rows):
-            part = slice(first, first + rows)
-            scaled[part] = gradient[part].float().mul_(d_total)
-        return scaled, None, None
+        # By a matrix of one fp32 number: a scalar takes the gradient's dtype, and in 16 bits it is off by up to 0.2 %.
+        return torch.mul(gradient, d_total.view(1, 1), out=torch.empty_like(gradient)), None, None
+
+
+def _cross_entropies(logits: Tensor, labels: Tensor, *, in_fp32: Tensor | None, to_gradient: bool) -> Tensor:
+    """Cross entropies ``(K, 1)`` in fp32 of logits ``(K, V)``, whose memory then holds no logits any more.
+
+    With ``to_gradient`` it holds the gradient of their sum, ``softmax(logits)``, less one at each label. Five passes over some
+    rows at a time, in fp32; what is rounded to 16 bits is only the logits and the result.
+
+    Args:
+        labels: ``(K, 1)``.
+        in_fp32: ``(rows, V)``, memory for as many rows in fp32; None where the logits are in fp32 themselves.
+    """
+    of_label = logits.gather(-1, labels).float()
+    largest, sums = torch.empty_like(of_label), torch.empty_like(of_label)
+    if in_fp32 is not None:
+        step = len(in_fp32)
+    else:
+        at_once = _LOGITS_ON_CPU if logits.device.type == "cpu" else _LOGITS_ON_GPU
+        step = max(1, at_once // logits.shape[1])
+    for first in range(0, len(logits), step):
+        part = slice(first, first + step)
+        rows = logits[part]
+        values = rows if in_fp32 is None else in_fp32[: len(rows)]
+        largest[part] = rows.amax(-1, keepdim=True)
+        torch.sub(rows, largest[part], out=values)
+        torch.sum(values.exp_(), -1, keepdim=True, out=sums[part])
+        if to_gradient:
+            torch.mul(values, sums[part].reciprocal(), out=rows)
+    losses = largest + sums.log() - of_label
+    if to_gradient:
+        # From the loss, as exactly as it is: a label's probability near 1 in 16 bits would leave nothing of the difference.
+        logits.scatter_(-1, labels, torch.expm1(-losses).to(logits.dtype))
+    return losses
 
 
 class Llama(nn.Module):

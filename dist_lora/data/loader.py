@@ -46,6 +46,7 @@ class StepBatch:
     micro_batches: tuple[MicroBatch, ...]  # of this rank; every rank has the same number
     target_tokens: int  # of the global batch, all ranks
     tokens: int  # of the global batch, all ranks
+    pairs: int  # of the global batch: a token and one that it attends to, itself among them
     sample_ids: tuple[int, ...]  # of the global batch, all ranks, in order
     epoch: int
 
@@ -109,6 +110,7 @@ class Loader:
         assert len(plan) == self._num_sequences, f"epoch {epoch} has {len(plan)} sequences, not {self._num_sequences}"
         sequences = list(plan[index * self._global_batch : (index + 1) * self._global_batch])
         documents = np.concatenate(sequences)
+        lengths = self._token_set.lengths[documents].astype(np.int64)
         tokens = [int(self._token_set.lengths[sequence].sum()) for sequence in sequences]
         mine = deal(tokens, world_size=self._world_size)[self._world_rank]
         num_passes = _ceil_div(_ceil_div(len(sequences), self._world_size), self._micro_batch)
@@ -116,7 +118,8 @@ class Loader:
         return StepBatch(
             micro_batches=tuple(_micro_batch(self._token_set, [sequences[i] for i in chosen]) for chosen in passes),
             target_tokens=int(self._token_set.num_targets[documents].sum()),
-            tokens=int(self._token_set.lengths[documents].sum()),
+            tokens=int(lengths.sum()),
+            pairs=int((lengths * (lengths + 1) // 2).sum()),
             sample_ids=tuple(self._token_set.sample_ids[documents].tolist()),
             epoch=epoch,
         )

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_lora.base.llama import Block, FrozenLinear, Llama
+from dist_lora.base.llama import Block, Llama
 from dist_lora.base.stream import Slot
 from dist_lora.config.schema import OptimSection
 from dist_lora.engines.adapters import Adapters, FlatAdapters, Part
@@ -54,8 +54,6 @@ class Zero3(Engine):
     def shard(self, model: Llama) -> str:
         """See ``Engine.shard``. Call it while the parameters are on meta."""
         self._model, self._settings = model, self._settings_for(model)
-        for linear in model.linears().values():
-            linear.product = FrozenLinear.product_from_parts  # a view would keep what DeepSpeed frees after the forward
         self._gather_by_block(model)
         converted: dict[int, nn.Parameter] = {}
         init = self._deepspeed.zero.Init(config_dict_or_path=self._settings)

@@ -146,6 +146,22 @@ class Shape:
         shapes = self.linear_shapes()
         return sum(module.rank * sum(shapes[module.linear]) for module in section.modules)
 
+    def flops(self, *, tokens: float, rows: float, pairs: float, trained_weights: int) -> float:
+        """Floating-point operations that a forward and a backward with a frozen base need; recomputations aren't among them.
+
+        4 per weight of a frozen matmul and token (2 forward, 2 for the input's gradient, none for its own), 6 per trained
+        weight and token, 12 per pair of head entries and attended pair of tokens. Source: PaLM, arXiv 2204.02311, appendix B,
+        without the frozen weights' own gradients.
+
+        Args:
+            tokens: of all documents; ``rows``: those whose next token is predicted.
+            pairs: a token and one that it attends to, itself among them.
+        """
+        in_layers = self.num_layers * self.weights_of_linears()
+        entries = self.num_layers * self.num_heads * self.head_dim
+        head = self.vocab * self.hidden
+        return 4 * in_layers * tokens + 6 * trained_weights * tokens + 12 * entries * pairs + 4 * head * rows
+
     def adapter_parameters(self, targets: Iterable[str], layers: Iterable[int], rank: int) -> int:
         """Trainable parameters: r (in + out) for each adapted linear of each adapted layer."""
         shapes = self.linear_shapes()

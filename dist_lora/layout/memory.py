@@ -16,7 +16,9 @@ from dist_lora.herd.shape import Shape
 from dist_lora.layout.choices import ITEM_BYTES, Choices, Layout, check_node_size, choose
 from dist_lora.layout.storage import FP32, base_parts, quantized_linears
 
-LOGITS_AT_ONCE = 2**25  # elements of the largest slice of logits: 128 MiB in fp32, 261 rows at V = 128256
+LOGITS_IN_FP32 = (
+    2**23
+)  # elements of the logits that are in fp32 at once: 32 MiB, which a GPU's second-level cache nearly holds
 
 
 @dataclass(frozen=True)
@@ -156,11 +158,11 @@ def embedding_bytes(setup: Setup) -> int:
 def saved_bytes_of_layer(setup: Setup, layer: int) -> int:
     """What autograd saves in a layer's forward for its backward, without recomputation.
 
-    In the letters of this file, per token in c bytes: queries, attention output, keys and values (2 H E + 2 G E), gate, up
-    and silu (3 F); with adapters their inputs: of q k v (D), of gate and up (D), of down (F), and R numbers for each. In
-    fp32: the inputs of both norms (2 D), a log-sum-exp per head and two norm scales. In 16 bits A and B are cast, and the
-    casts are saved. With dropout each adapter has its own copy of its input, and a mask of a byte per number. Before the first
-    adapter there is no graph, and nothing is saved.
+    In the letters of this file, per token in c bytes: the inputs of both norms (2 D), queries, attention output, keys and
+    values (2 H E + 2 G E), gate and up (2 F); R numbers for each adapter. The normed inputs, and that of down, are computed
+    again. In fp32: a log-sum-exp per head and two norm scales. In 16 bits A and B are cast, and the casts are saved. With
+    dropout each adapter has a mask of its input, of a byte per number. Before the first adapter there is no graph, and
+    nothing is saved; the input of the first adapters is saved itself.
     """
     first = min(setup.layers)
     if layer < first:
@@ -172,55 +174,53 @@ def saved_bytes_of_layer(setup: Setup, layer: int) -> int:
     begin = next(i for i, group in enumerate(groups) if group & targets) if layer == first else -1
     heads = shape.num_heads * shape.head_dim
     numbers = fp32_numbers = 0
-    if begin < 0:
-        fp32_numbers += shape.hidden + 1  # the first norm
-    if targets & groups[0] and not setup.has_dropout:
+    if begin <= 0:  # the first norm's input, or what it gives
         numbers += shape.hidden
-    if begin <= 0:
+        fp32_numbers += begin < 0
         is_repeated = setup.choices.attention == "sdpa-repeated"
         numbers += 2 * heads + 2 * (heads if is_repeated else shape.num_kv_heads * shape.head_dim)
         fp32_numbers += shape.num_heads
         # Concatenated, and in parts.
-        numbers += heads * (setup.joins_documents and "o_proj" in targets and not setup.has_dropout)
-    elif begin == 1 and not setup.has_dropout:
+        numbers += heads * (setup.joins_documents and "o_proj" in targets)
+    elif begin == 1:
         numbers += heads
-    if begin <= 1:
-        fp32_numbers += shape.hidden + 1  # the second norm
-    if targets & groups[2] and not setup.has_dropout:
-        numbers += shape.hidden
-    if begin <= 1:
-        numbers += 3 * shape.ffn
-    elif begin == 2:  # silu saves gate; the product saves what the other factor's gradient needs
-        numbers += shape.ffn * (2 * ("gate_proj" in targets) + ("up_proj" in targets))
-    if "down_proj" in targets and not setup.has_dropout:
+    if begin <= 2:  # the second norm's input, or what it gives
+        numbers += shape.hidden + 2 * shape.ffn
+        fp32_numbers += begin < 2
+    else:
         numbers += shape.ffn
-    masks = 0
-    if setup.has_dropout:  # each target's own input, after dropout
-        widths = {name: shape.linear_shapes()[name][1] for name in targets}
-        numbers += sum(widths.values())
-        masks = sum(width for name, width in widths.items() if begin < 0 or name not in groups[begin])
+    sizes = [shape.linear_shapes()[name] for name in targets]
     numbers += setup.lora_rank * len(targets)
-    casts = 0
-    if c != FP32:
-        for name in targets:
-            out, width = shape.linear_shapes()[name]
-            has_input_gradient = begin < 0 or name not in groups[begin]
-            casts += c * setup.lora_rank * (out + width * has_input_gradient)
+    masks = sum(width for _, width in sizes) if setup.has_dropout else 0
+    casts = 0 if c == FP32 else c * setup.lora_rank * sum(out + width for out, width in sizes)
     return setup.micro_tokens * (c * numbers + FP32 * fp32_numbers + masks) + casts
+
+
+def rows_of_slice(vocab: int, *, item_bytes: int) -> int:
+    """Rows of a slice of logits: 1,024 in 16 bits and 256 in fp32 at Llama 3's vocabulary, never fewer than 128.
+
+    The head is read twice for each slice, so fewer rows would wait for memory on a GPU. A multiple of 128, the rows of a tile of
+    its matmuls. With 1,024 the product that gives the gradient has a tile for each multiprocessor, even at D = 4,096.
+    """
+    slice_bytes = 2**28 if item_bytes == 2 else 2**27
+    return max(128, slice_bytes // (item_bytes * vocab) // 128 * 128)
+
+
+def fp32_rows_of_slice(vocab: int) -> int:
+    """Rows of logits that are in fp32 at once, where the slice is in 16 bits."""
+    return max(1, LOGITS_IN_FP32 // vocab)
 
 
 def logit_rows(setup: Setup) -> int:
     """Tokens of a micro-batch whose logits are computed at once."""
-    return min(setup.micro_tokens, max(1, LOGITS_AT_ONCE // setup.shape.vocab))
+    return min(setup.micro_tokens, rows_of_slice(setup.shape.vocab, item_bytes=setup.item_bytes))
 
 
 def logits_bytes(setup: Setup) -> int:
-    """Peak bytes of logits: a slice in c bytes and in fp32, while the previous slice is still held in fp32."""
-    vocab, c = setup.shape.vocab, setup.item_bytes
-    per_logit = FP32 if c == FP32 else FP32 + c
-    first = logit_rows(setup)
-    second = min(first, setup.micro_tokens - first)
-    return vocab * max(first * per_logit, first * FP32 + second * per_logit)
+    """Bytes of logits: a slice, and in 16 bits some of its rows in fp32 too. All slices have the same memory."""
+    vocab, rows = setup.shape.vocab, logit_rows(setup)
+    in_fp32 = 0 if setup.item_bytes == FP32 else min(rows, fp32_rows_of_slice(vocab))
+    return vocab * (rows * setup.item_bytes + in_fp32 * FP32)
 
 
 def dequantized_bytes(setup: Setup) -> int:

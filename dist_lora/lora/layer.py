@@ -1,15 +1,15 @@
-"""The LoRA step: ``y = x W^T + (alpha / rank) (x A^T) B^T``."""
+"""A LoRA adapter of one linear: ``y = x W^T + (alpha / rank) (x A^T) B^T``, which base/linear.py computes."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-# T tokens, D_in and D_out of the frozen linear, R LoRA rank
+# D_in and D_out of the frozen linear, R LoRA rank
 
 
 class LoraAdapter(nn.Module):
@@ -25,13 +25,18 @@ class LoraAdapter(nn.Module):
         self.scale = alpha / rank
         self.dropout = dropout
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """``(T, D_out)``: the frozen linear's ``y`` plus the adapter's output for ``x`` ``(T, D_in)``."""
-        if self.dropout and self.training:
-            # F.dropout calls it on a GPU only: elsewhere its mask would have x's dtype instead of a byte per number.
-            x = torch.native_dropout(x, self.dropout, True)[0]
-        low = F.linear(x, self.lora_A.to(x.dtype))
-        return torch.addmm(y, low, self.lora_B.to(x.dtype).t(), alpha=self.scale)
+    @property
+    def active_dropout(self) -> float:
+        """The probability by which a number of the input is dropped; 0 outside of training."""
+        return self.dropout if self.training else 0.0
+
+    def forward(self, step: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+        """``step(*inputs)``: the linears that share their input are computed at once, within each adapter's forward.
+
+        An engine that shards A and B gathers them by hooks on this module: around its forward, and, by the inputs and
+        outputs that it sees here, around its backward.
+        """
+        return step(*inputs)
 
 
 def initial_a(name: str, *, rank: int, in_features: int, seed: int) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dist_lora.errors import ConfigError
+from dist_lora.layout.choices import DtypeName
 from dist_lora.layout.machine import TOLERANCE, is_called, memory_in, names_kind
 from dist_lora.plan.measured import Measured
 from dist_lora.text import GIB, nearest_few
@@ -197,6 +198,14 @@ def find_gpu(name: str, *, given_by: str = "--gpu") -> Gpu:
     raise ConfigError(
         f"{given_by}: no GPU called {name} is known ({hint}). `dist-lora plan` also takes its memory: --gpu-gib 80"
     )
+
+
+def peak_flops_per_s(device: str, dtype: DtypeName) -> float | None:
+    """The vendor's figure for dense matmuls in ``dtype`` on the GPU that its driver calls ``device``; None if unknown."""
+    named = [GPUS[found] for found in _called(device.lower())]
+    if len(named) != 1 or named[0].tflops is None or named[0].has_bf16 != (dtype == "bf16"):
+        return None
+    return 1e12 * named[0].tflops
 
 
 def _called(name: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dist_lora.layout.memory import Setup, base_bytes_per_rank, block_bytes, logit_rows
+from dist_lora.layout.memory import LOGITS_IN_FP32, Setup, base_bytes_per_rank, block_bytes, logit_rows
 from dist_lora.layout.storage import FP32, quantized_share
 from dist_lora.plan.hardware import REACHED_COMPUTE, REACHED_LINK, REACHED_MEMORY, Gpu
 from dist_lora.plan.measured import Measured, Range
@@ -14,19 +14,16 @@ LINKS, NETWORK, HOST_LINK = "the links within a node", "the network between node
 
 
 def flops_per_token(setup: Setup, *, context: int) -> float:
-    """Floating-point operations per token, forward and backward.
+    """Floating-point operations per token: those of ``Shape.flops``, and with recomputation once more the layers' forward.
 
-    4 per frozen weight of a matmul (2 forward, 2 for the input's gradient, none for its own), 6 per trained weight, 6 per
-    pair of head entries and attended token (half of ``context`` tokens on average), and with recomputation once more the
-    layers' forward: 2, 2 and 2. Source: PaLM, arXiv 2204.02311, appendix B, without the frozen weights' own gradients.
+    A token attends to half of ``context`` tokens on average.
     """
     shape = setup.shape
-    in_layers = shape.num_layers * shape.weights_of_linears()
-    head = shape.vocab * shape.hidden
-    attention = shape.num_layers * shape.num_heads * shape.head_dim * context / 2 * 2  # scores, and the values' sum
-    forward = 2 * (in_layers + setup.trained_weights + attention)
-    once = 2 * forward + 2 * setup.trained_weights + 2 * attention + 4 * head
-    return once + (forward if setup.recompute else 0)
+    needed = shape.flops(tokens=1, rows=1, pairs=context / 2, trained_weights=setup.trained_weights)
+    if not setup.recompute:
+        return needed
+    attention = shape.num_layers * shape.num_heads * shape.head_dim * context
+    return needed + 2 * (shape.num_layers * shape.weights_of_linears() + setup.trained_weights + attention)
 
 
 @dataclass(frozen=True)
@@ -223,13 +220,16 @@ def _elementwise(setup: Setup, measured: Measured) -> _Seconds:
 
 
 def _loss(setup: Setup, measured: Measured) -> _Seconds:
-    """The head's two matmuls, in slices, and six passes over the logits in fp32."""
-    shape = setup.shape
-    rows = logit_rows(setup)
+    """The head's two matmuls, in slices, and five passes over the logits, of which some rows at a time are in fp32.
+
+    Largest (read), difference and ``exp`` (read and written), sum (read), product with its reciprocal (read and written).
+    """
+    shape, c = setup.shape, setup.item_bytes
     flops = 2 * 2 * setup.micro_tokens * shape.hidden * shape.vocab
-    products = _at(flops, measured.product_flops_per_s(rows, shape.hidden, shape.vocab))
-    logits = FP32 * setup.micro_tokens * shape.vocab
-    return products + _at(6 * logits, measured.elementwise_bytes_per_s(FP32 * rows * shape.vocab))
+    products = _at(flops, measured.product_flops_per_s(logit_rows(setup), shape.hidden, shape.vocab))
+    bytes_per_logit = c + (c + FP32) + 2 * FP32 + FP32 + (FP32 + c)
+    rate = measured.elementwise_bytes_per_s(FP32 * LOGITS_IN_FP32)
+    return products + _at(bytes_per_logit * setup.micro_tokens * shape.vocab, rate)
 
 
 def _optimizer(setup: Setup, measured: Measured) -> _Seconds:

@@ -148,8 +148,6 @@ def _assumptions(config: Config, shape: Shape, sharded: ShardedModel, *, num_mic
         )
     if sharded.engine.layout.base_on_host:
         assumptions.append("the gathered block's shards, fetched from the host, aren't counted on the device")
-    if config.model.quant == "int8" and sharded.choices.dtype == "bf16":
-        assumptions.append("int8 dequantization briefly needs 64 MiB more, within its operator")
     if num_micro_batches > MAX_MICRO_BATCHES:
         assumptions.append(
             f"of {num_micro_batches} micro-batches the first two and the last were run; those between are like the second"

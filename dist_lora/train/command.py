@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from dist_lora.data.untrained import check_special_tokens
 from dist_lora.errors import ConfigError, SaveError, cannot_write
 from dist_lora.evaluation.predictions import Predictions
 from dist_lora.files import write_whole
+from dist_lora.layout.choices import DtypeName
 from dist_lora.layout.machine import is_called
 from dist_lora.lora.attach import adapters_of
 from dist_lora.lora.origin import origin_of
+from dist_lora.profile.recorder import Recorder
 from dist_lora.run_folder.attempt import SUMMARY_FILE, Attempt, begin_attempt
 from dist_lora.run_folder.folder import open_run_folder, write_config
 from dist_lora.run_folder.log_file import to_log_file
@@ -45,6 +48,8 @@ from dist_lora.train.trackers import check_trackers
 from dist_lora.world.world import World, device_bytes
 
 log = logging.getLogger("dist_lora")
+
+PeakOf = Callable[[str, DtypeName], float | None]
 
 
 def tokens_of(config: Config, base: Base, world: World) -> tuple[TokenSet, TokenSet | None]:
@@ -124,8 +129,21 @@ def num_steps_of(config: Config, loader: Loader) -> int:
     return steps
 
 
-def train(config: Config, world: World, stop: StopRequest, *, is_dry: bool = False) -> None:
-    """``dist-lora train``. All ranks call it."""
+def train(
+    config: Config,
+    world: World,
+    stop: StopRequest,
+    *,
+    is_dry: bool = False,
+    makes_profile: bool = False,
+    peak_of: PeakOf = lambda device, dtype: None,
+) -> None:
+    """``dist-lora train``. All ranks call it.
+
+    Args:
+        makes_profile: of one step, see ``Recorder``.
+        peak_of: operations per second that a GPU of this name can reach in this dtype; None where that isn't known.
+    """
     started_s = time.monotonic()
     if not is_dry and _is_finished(config, world):
         return
@@ -172,7 +190,9 @@ def train(config: Config, world: World, stop: StopRequest, *, is_dry: bool = Fal
     run = Run(config, trainee, loader=loader, held_out=held_out, num_steps=num_steps, folder=folder, world=world)
     if checkpoint is not None:
         run.resume(checkpoint)
-    _train(run, folder, world, stop)
+    if makes_profile and world.is_first:
+        run.recorder = _recorder(run, folder, world)
+    _train(run, folder, world, stop, peak_of)
     _check_base(trainee, world)
     _finish(run, folder, world, attempt, seconds=time.monotonic() - started_s)
 
@@ -236,7 +256,7 @@ def _check_trackers(config: Config, world: World) -> None:
     world.on_first("log.trackers", lambda: check_trackers(config.log.trackers))
 
 
-def _train(run: Run, folder: Path, world: World, stop: StopRequest) -> None:
+def _train(run: Run, folder: Path, world: World, stop: StopRequest, peak_of: PeakOf) -> None:
     def open_meter() -> Meter:
         world.progress.now("opening the trackers", kind="unseen")
         return Meter(
@@ -247,6 +267,7 @@ def _train(run: Run, folder: Path, world: World, stop: StopRequest) -> None:
             every=run.config.log.every,
             first_step=run.progress.step + 1,
             num_steps=run.num_steps,
+            peak_flops_per_s=_peak_flops_per_s(run, world, peak_of),
         )
 
     with contextlib.ExitStack() as opened:
@@ -257,6 +278,32 @@ def _train(run: Run, folder: Path, world: World, stop: StopRequest) -> None:
         )
         with stop.deferred(folder if world.is_first else None):
             run.train(meter, stop)
+
+
+def _peak_flops_per_s(run: Run, world: World, peak_of: PeakOf) -> float | None:
+    """Of this rank's GPU; and the log says how the steps' operations are counted."""
+    peak = None
+    if world.device.type == "cuda":
+        dtype: DtypeName = "bf16" if run.trainee.precision.dtype == torch.bfloat16 else "fp32"
+        peak = peak_of(torch.cuda.get_device_name(world.device), dtype)
+    share = "" if peak is None else f", and their share of the GPU's {peak / 1e12:,.0f}"
+    log.info(
+        f"TFLOP/s of a rank{share}: 4 operations per frozen weight and token, 6 per trained one, 12 per pair of attended "
+        "entries; recomputed ones aren't counted"
+    )
+    return peak
+
+
+def _recorder(run: Run, folder: Path, world: World) -> Recorder:
+    train, shape = run.config.train, run.trainee.base.shape
+    return Recorder(
+        folder,
+        first_step=run.progress.step + 1,
+        num_steps=run.num_steps,
+        device=world.device,
+        dtype=run.trainee.precision.dtype,
+        matmul=(train.micro_batch * train.sequence_length, shape.hidden, shape.ffn),
+    )
 
 
 def _check_base(trainee: Trainee, world: World) -> None:

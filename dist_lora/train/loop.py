@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,6 +10,7 @@ from typing import Any, NoReturn
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader
 from dist_lora.data.token_set import TokenSet
+from dist_lora.profile.recorder import Recorder
 from dist_lora.train.build import Trainee
 from dist_lora.train.checkpoints import RunCheckpoints, RunProgress
 from dist_lora.train.held_out import exact_match_of, loss_of
@@ -38,6 +40,7 @@ class Run:
         world: World,
     ) -> None:
         self.config, self.trainee, self.num_steps = config, trainee, num_steps
+        self.recorder: Recorder | None = None  # on a rank that makes a profile
         self._world, self._held_out = world, held_out
         trainee.adapters.start_training(config.optim)
         self.progress = RunProgress()
@@ -80,7 +83,10 @@ class Run:
         while self.progress.step < self.num_steps:
             started_s = time.monotonic()
             step = self.progress.step + 1
-            line, is_asked = self.step.take(step, is_asked=stopping.is_asked, interrupt=interrupt, longest_s=longest_s)
+            with self.recorder.around(step) if self.recorder is not None else contextlib.nullcontext():
+                line, is_asked = self.step.take(
+                    step, is_asked=stopping.is_asked, interrupt=interrupt, longest_s=longest_s
+                )
             self.progress.step = step
             is_last = step == self.num_steps
             is_to_save = is_last or is_asked or step % section.every == 0

@@ -70,10 +70,12 @@ class Meter:
         first_step: int,
         num_steps: int,
         options: Options | None = None,
+        peak_flops_per_s: float | None = None,
     ) -> None:
         self._folder = folder
         self._files = {METRICS_FILE: (folder / METRICS_FILE).open("a")}
         self._every = every
+        self._peak_flops_per_s = peak_flops_per_s
         self._num_steps = num_steps
         self._trackers = {
             name: start_tracker(name, folder, settings, options=(options or {}).get(name, {}), first_step=first_step)
@@ -93,6 +95,8 @@ class Meter:
         step = int(line["step"])
         self._track(step, {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"})
         shown = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tokens/s"
+        if "model_flops_per_s" in line:
+            shown += f"  {self._reached(line['model_flops_per_s'])}"
         if self._bar is not None:
             progress, task = self._bar
             progress.update(task, completed=step, shown=shown)
@@ -103,6 +107,11 @@ class Meter:
             to_log_file(text)
             if self._bar is None:
                 print(text, file=sys.stderr, flush=True)
+
+    def _reached(self, flops_per_s: float) -> str:
+        """Operations per second of a rank, and their share of its GPU's peak where that is known."""
+        text = f"{flops_per_s / 1e12:.3g} TFLOP/s"
+        return text if self._peak_flops_per_s is None else f"{text} ({flops_per_s / self._peak_flops_per_s:.0%})"
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
         """Record an evaluation: in its file, in the trackers and on the terminal.

@@ -16,6 +16,7 @@ from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader, StepBatch
 from dist_lora.errors import TrainingError
 from dist_lora.lora.attach import layers_of
+from dist_lora.profile.parts import mark
 from dist_lora.text import first_few
 from dist_lora.train.build import Trainee
 from dist_lora.train.meter import device_memory, peak_bytes
@@ -60,7 +61,8 @@ class TrainStep:
         """
         started_s = time.monotonic()
         self._world.progress.now(f"step {step}, reading its data", kind="host")
-        batch = self._loader.batch(step - 1)
+        with mark("data"):
+            batch = self._loader.batch(step - 1)
         self._adapters.begin_step()
         losses = []
         for index in range(len(batch.micro_batches)):
@@ -71,7 +73,8 @@ class TrainStep:
         loss_sum = torch.stack(losses).sum()
         own = [is_asked(longest_s), self._saver.has_failed, time.monotonic() - started_s]
         scalars = torch.cat((loss_sum[None], loss_sum.new_tensor(own)))
-        self._adapters.reduce(scalars)
+        with mark("communication"):
+            self._adapters.reduce(scalars)
         loss, num_asked, num_failed, total_s = scalars.tolist()
         if num_failed:
             self._saver.wait()  # raises on every rank
@@ -80,7 +83,8 @@ class TrainStep:
         lr = lr_at(step, section=self._config.optim, num_steps=self._num_steps)
         if lr > 0 and math.isfinite(loss):
             self._check_gradients(step)
-        grad_norm = self._adapters.step(lr)
+        with mark("optimizer"):
+            grad_norm = self._adapters.step(lr)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._stop_at_not_finite(step, batch, losses, loss, grad_norm)
         if step == 1 and self._world.is_first:
@@ -95,12 +99,22 @@ class TrainStep:
             "target_tokens": batch.target_tokens,
             "tokens": batch.tokens,
             "tokens_per_s": batch.tokens / step_s,
+            "model_flops_per_s": self._flops(batch) / step_s / self._world.world_size,
             "step_s": step_s,
             "peak_bytes": peak_bytes(self._world.device),
             **device_memory(self._world.device),
             **self._saver.take_times(),
         }
         return line, bool(num_asked)
+
+    def _flops(self, batch: StepBatch) -> float:
+        """Operations that the step needed, on all ranks; see ``Shape.flops``."""
+        return self._trainee.base.shape.flops(
+            tokens=batch.tokens,
+            rows=batch.target_tokens,
+            pairs=batch.pairs,
+            trained_weights=self._adapters.num_elements,
+        )
 
     def check_copies(self, step: int) -> None:
         """Raise ``TrainingError`` if ranks that train copies of the same adapters have diverged."""

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from bench import gpu as bench
 from dist_lora.base.attention import Documents
-from dist_lora.base.llama import FrozenLinear, SumOfCrossEntropy
+from dist_lora.base.linear import FrozenLinear
+from dist_lora.base.llama import SumOfCrossEntropy
 from dist_lora.base.quant.finite import NotFiniteError
 from dist_lora.base.quant.formats import Format, Int8, Nf4
 from dist_lora.base.quant.nf4 import dequantize_nf4, quantize_nf4
@@ -204,6 +205,9 @@ def test_int8_scales_and_codes_are_the_cpus() -> None:
     on_gpu, on_cpu = Int8().quantize_rows(weight.cuda()), Int8().quantize_rows(weight)
     assert torch.equal(on_gpu["scale"].cpu(), on_cpu["scale"])
     assert (on_gpu["codes"].cpu() != on_cpu["codes"]).float().mean() < 1e-3
+    for dtype in (torch.float32, torch.bfloat16):
+        dense = Int8().dequantize({name: part.cuda() for name, part in on_cpu.items()}, dtype)
+        assert torch.equal(dense.cpu(), Int8().dequantize(on_cpu, dtype))
 
 
 def test_a_rank_whose_micro_batch_is_empty_has_no_loss_and_gradients_of_zero(world, tiny_llama) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -22,6 +23,7 @@ ROAD = (
     "text",
     "files",
     "pace",
+    "profile",
     "config",
     "herd",
     "layout",
@@ -91,9 +93,16 @@ class Import:
     is_for_types: bool
 
 
+@functools.cache
+def tree_of(source: str) -> ast.Module:
+    """Parsed once, though many tests look at it."""
+    return ast.parse(source)
+
+
+@functools.cache
 def imports_of(source: str, *, module: str) -> list[Import]:
     """Every import of a module's source, also in functions, by ``importlib``, and those that only types need."""
-    tree = ast.parse(source)
+    tree = tree_of(source)
     for_types = {
         id(inner)
         for node in ast.walk(tree)
@@ -165,7 +174,7 @@ def wrong_doors(source: str, *, module: str) -> list[str]:
     """The uses of an outside package in a module that is not its door, by import or as ``torch.distributed.x``."""
     used = [(line.target, line.line) for line in imports_of(source, module=module)]
     used += [
-        (_dotted(node) or "", node.lineno) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)
+        (_dotted(node) or "", node.lineno) for node in ast.walk(tree_of(source)) if isinstance(node, ast.Attribute)
     ]
     inside = module.removeprefix("dist_lora.")
     return sorted(
@@ -180,7 +189,7 @@ def wrong_doors(source: str, *, module: str) -> list[str]:
 
 def forbidden(source: str, *, module: str) -> list[str]:
     """The uses of what is used nowhere."""
-    tree = ast.parse(source)
+    tree = tree_of(source)
     used = [(line.target, line.line) for line in imports_of(source, module=module)]
     used += [(_dotted(node), node.lineno) for node in ast.walk(tree) if isinstance(node, ast.Attribute | ast.Name)]
     found = {f"{module}:{line}: {name}" for name, line in used if name and _is_forbidden(name)}

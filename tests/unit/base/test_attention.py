@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dist_lora.base.attention import Documents
 from dist_lora.layout.choices import AttentionName
@@ -58,3 +62,30 @@ def test_both_backends_agree_on_values_and_gradients() -> None:
             # A score's gradient is a difference of two sums of 16 products, whose magnitudes come to 60: up to 16
             # roundings of each are left, though they cancel, and go on to the gradients of query and key.
             torch.testing.assert_close(found, exact, atol=1e-4, rtol=0)
+
+
+class Elements(TorchDispatchMode):
+    """Adds up the elements of all that operations give."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See ``TorchDispatchMode``."""
+        given = func(*args, **kwargs or {})
+        self.total += sum(leaf.numel() for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor))
+        return given
+
+
+def elements_of(lengths: list[int], backend: AttentionName) -> int:
+    """Elements that the attention of some documents and its backward give."""
+    bounds = tuple(torch.tensor([0, *lengths]).cumsum(0).tolist())
+    inputs = [torch.randn(bounds[-1], count, WIDTH, requires_grad=True) for count in (HEADS, KV_HEADS, KV_HEADS)]
+    with Elements() as elements:
+        Documents(bounds, backend)(0, *inputs).sum().backward()
+    return elements.total
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "sdpa-repeated"])
+def test_work_is_linear_in_the_tokens_however_many_documents_they_are(backend) -> None:
+    # Parts are split off and joined again, each element once; a slice's backward would give all tokens for each document.
+    assert elements_of([3, 5] * 32, backend) < 2 * elements_of([256], backend)

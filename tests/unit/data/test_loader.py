@@ -68,6 +68,8 @@ def test_each_sample_once_an_epoch_and_the_same_passes_on_all_ranks(
             assert targets == batches[0].target_tokens > 0
             held = [micro for batch in batches for micro in batch.micro_batches if micro.sample_ids]
             assert sum(len(micro.ids) for micro in held) == batches[0].tokens
+            # A token attends to those of its document up to itself.
+            assert {int(sum((micro.positions + 1).sum() for micro in held))} == {batch.pairs for batch in batches}
         assert seen(in_epoch) == list(range(num_samples))
 
 

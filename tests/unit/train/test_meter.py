@@ -40,3 +40,15 @@ def test_without_linuxs_own_count_the_systems_is_taken(monkeypatch) -> None:
     monkeypatch.setattr(meter, "STATUS", Path("/nowhere/status"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert before <= peak_bytes(CPU) <= before + 2**26
+
+
+@pytest.mark.parametrize("peak, said", [(None, "12.5 TFLOP/s"), (100e12, "12.5 TFLOP/s (12%)")])
+def test_a_steps_line_says_the_operations_of_a_rank_and_their_share_of_a_known_peak(
+    peak, said, tmp_path, capsys
+) -> None:
+    reported = meter.Meter(
+        tmp_path, trackers=(), settings={}, every=1, first_step=1, num_steps=1, peak_flops_per_s=peak
+    )
+    reported.step({"step": 1, "loss": 1.0, "lr": 0.1, "tokens_per_s": 10.0, "model_flops_per_s": 12.5e12})
+    reported.close()
+    assert f"10 tokens/s  {said}  0 s left" in capsys.readouterr().err

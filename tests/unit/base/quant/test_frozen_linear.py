@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from dist_lora.base.llama import FrozenLinear
+from dist_lora.base.linear import FrozenLinear
 from dist_lora.base.quant.formats import Format, Int8, Nf4, Plain
 from dist_lora.lora.layer import LoraAdapter
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from bitsandbytes import functional
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_lora.base.quant import int8
 from dist_lora.base.quant.finite import NotFiniteError
@@ -39,6 +42,7 @@ def test_codes_and_scales_are_those_of_the_library_and_of_numpy(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, weights_at_once: int
 ) -> None:
     monkeypatch.setattr(int8, "_CHUNK_ON_CPU", weights_at_once)
+    monkeypatch.setattr(int8, "_DEQUANTIZED_ON_CPU", weights_at_once)
     rows = random_rows(37, 300).to(dtype)
     codes, scale = quantize_int8(rows)
     their_codes, their_absmax, _ = functional.int8_vectorwise_quant(rows)
@@ -121,3 +125,26 @@ def test_fake_tensors_see_one_operator(device: str) -> None:
         weight = dequantize_int8(codes, torch.empty(16384, 1, device=device), torch.bfloat16)
     assert weight.shape == (16384, 53248) and weight.dtype == torch.bfloat16 and weight.device.type == device
     torch.library.opcheck(dequantize_int8, (*quantize_int8(random_rows(2, 128)), torch.bfloat16))
+
+
+class Operators(TorchDispatchMode):
+    """Records the names of all operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See ``TorchDispatchMode``."""
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_device_one_operator_reads_the_codes_and_writes_the_weight(dtype: torch.dtype) -> None:
+    """3 bytes are moved for a weight in 16 bits: nothing stands between its code and its value."""
+    codes, scale = torch.empty(64, 2**20, dtype=torch.int8, device="meta"), torch.empty(64, 1, device="meta")
+    weight = torch.empty(codes.shape, dtype=dtype, device="meta")
+    with Operators() as operators:
+        int8._fill_rows(weight, codes=codes, scale=scale)
+    assert operators.names == ["aten.mul.out"]
