@@ -285,9 +285,9 @@ RULES: dict[str, Rule] = {
     "aten::_fused_adamw_": _adamw,
     "torch_attn::_varlen_attn": _attention(2),
     "torch_attn::_varlen_attn_backward": _attention(5),
-    # One kernel each way on CUDA (``_fused_rms_norm``); the meta device would take it apart: see ``norm.py``.
-    "bench_traffic::rms_norm": _one_pass("elementwise"),
-    "bench_traffic::rms_norm_backward": _one_pass("elementwise"),
+    # Theirs are not the operators that other devices compose them of: see ``norm.py``.
+    "aten::_fused_rms_norm": _one_pass("elementwise"),
+    "aten::_fused_rms_norm_backward": _one_pass("elementwise"),
     # Operators of ours: what their kernels load and store, whatever their inputs and results are.
     "dist_lora::dequantize_nf4": _nf4,
 }
