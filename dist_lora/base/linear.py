@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from dist_lora.base.before import Before, Nothing
 from dist_lora.base.quant.formats import Format
+from dist_lora.profile.parts import mark
 
 # T tokens, D_in and D_out of a linear, R LoRA rank, S the sum of the ranks of a group
 
@@ -93,13 +94,20 @@ def _step(before: Before, linears: Sequence[FrozenLinear], *inputs: Tensor) -> t
     # never comes to the frozen product of the last linear, whose result no backward needs.
     with torch.no_grad():
         for linear, of_linear, y in zip(linears, parts, outputs, strict=True):
-            weight = linear.fmt.dequantize(of_linear, h.dtype).t()
-            if linear.adapter is None:
-                torch.mm(h, weight, out=y.detach())
-            else:
-                y.detach().addmm_(h, weight)
+            weight = _dense(linear.fmt, of_linear, h.dtype).t()
+            with mark("frozen matmuls"):
+                if linear.adapter is None:
+                    torch.mm(h, weight, out=y.detach())
+                else:
+                    y.detach().addmm_(h, weight)
             del weight  # before the next one is dequantized
     return outputs
+
+
+def _dense(fmt: Format, parts: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """The weight ``(D_out, D_in)``."""
+    with mark("dequantizing"):
+        return fmt.dequantize(parts, dtype)
 
 
 @dataclass(frozen=True)
@@ -175,12 +183,13 @@ class _Linears(torch.autograd.Function):
         needs_d_h = any(ctx.needs_input_grad[2 : 2 + group.num_inputs])
         saved: list[Tensor] = []
         if group.adapted:
-            cast = group.cast(trained, h.dtype)
-            all_a, all_b = group.stacked(cast, h.shape[1])
-            low, masks = _project_down(group, h, all_a)
-            columns = torch.split(low, group.ranks, dim=1)
-            for (place, spec), of_low, b in zip(group.adapted, columns, all_b, strict=True):
-                outputs[place].addmm_(of_low, b.t(), beta=0, alpha=spec.scale)
+            with mark("LoRA"):
+                cast = group.cast(trained, h.dtype)
+                all_a, all_b = group.stacked(cast, h.shape[1])
+                low, masks = _project_down(group, h, all_a)
+                columns = torch.split(low, group.ranks, dim=1)
+                for (place, spec), of_low, b in zip(group.adapted, columns, all_b, strict=True):
+                    outputs[place].addmm_(of_low, b.t(), beta=0, alpha=spec.scale)
             saved = [low, *masks, *cast]
             ctx.num_masks, ctx.num_cast = len(masks), len(cast)
             ctx.trained_dtype = trained[0].dtype
@@ -205,12 +214,13 @@ class _Linears(torch.autograd.Function):
             low, masks = rest[0], rest[1 : 1 + ctx.num_masks]
             cast, rest = rest[1 + ctx.num_masks :][: ctx.num_cast], rest[1 + ctx.num_masks + ctx.num_cast :]
             h = ctx.before.again(*made_of)
-            all_a, all_b = group.stacked(cast, h.shape[1])
-            d_low, d_b = _through_b(group, d_outputs, low, all_b)
-            d_trained = [d.to(ctx.trained_dtype) for d in (*_gradients_of_a(group, d_low, h, masks), *d_b)]
-            del h
-            if needs_d_h:
-                d_h = _through_a(group, d_low, all_a, masks)
+            with mark("LoRA"):
+                all_a, all_b = group.stacked(cast, h.shape[1])
+                d_low, d_b = _through_b(group, d_outputs, low, all_b)
+                d_trained = [d.to(ctx.trained_dtype) for d in (*_gradients_of_a(group, d_low, h, masks), *d_b)]
+                del h
+                if needs_d_h:
+                    d_h = _through_a(group, d_low, all_a, masks)
         if needs_d_h:
             d_h = _through_weights(group, d_outputs, rest, d_h)
             d_inputs = ctx.before.backward(d_h, *made_of)
@@ -284,8 +294,9 @@ def _through_weights(group: _Group, d_outputs: Sequence[Tensor], parts: Sequence
     """The gradient of h from the frozen products, added to ``d_h``. Each weight is dequantized, used and freed."""
     of_parts = iter(parts)
     for spec, d_y in zip(group.linears, d_outputs, strict=True):
-        weight = spec.fmt.dequantize({name: next(of_parts) for name in spec.parts}, d_y.dtype)
-        d_h = d_y @ weight if d_h is None else d_h.addmm_(d_y, weight)
+        weight = _dense(spec.fmt, {name: next(of_parts) for name in spec.parts}, d_y.dtype)
+        with mark("frozen matmuls"):
+            d_h = d_y @ weight if d_h is None else d_h.addmm_(d_y, weight)
         del weight
     assert d_h is not None
     return d_h

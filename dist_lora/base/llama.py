@@ -21,6 +21,8 @@ from dist_lora.base.quant.formats import Format, Plain
 from dist_lora.base.rope import inverse_frequencies, rotate, rotation
 from dist_lora.herd.shape import Shape, module_path
 from dist_lora.layout.memory import LOGITS_IN_FP32, fp32_rows_of_slice, rows_of_slice
+from dist_lora.profile.parts import layer as profiled_layer
+from dist_lora.profile.parts import mark
 
 # T tokens of a micro-batch, D model width, F feed-forward width, V vocabulary, K rows whose next token is predicted
 # H query heads, G key and value heads, E width of a head
@@ -46,8 +48,10 @@ class SelfAttention(nn.Module):
         projected = linears_of(Norm(norm.eps), (x, norm.weight), [self.q_proj, self.k_proj, self.v_proj])
         query, key, value = (heads.view(len(x), -1, self.head_dim) for heads in projected)
         query, key = rotate(query, *rotary), rotate(key, *rotary)
-        attended: Tensor = self.o_proj(attention(self.layer, query, key, value).flatten(-2))
-        return attended
+        with mark("attention"):
+            attended = attention(self.layer, query, key, value)
+        result: Tensor = self.o_proj(attended.flatten(-2))
+        return result
 
 
 class FeedForward(nn.Module):
@@ -90,8 +94,9 @@ class Block(nn.Module):
         return self._layer(x, rotary, attention)
 
     def _layer(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        x = x + self.self_attn(x, self.input_layernorm, rotary, attention)
-        result: Tensor = x + self.mlp(x, self.post_attention_layernorm)
+        with profiled_layer():
+            x = x + self.self_attn(x, self.input_layernorm, rotary, attention)
+            result: Tensor = x + self.mlp(x, self.post_attention_layernorm)
         return result
 
 
@@ -119,7 +124,8 @@ class Head(nn.Module):
         """Sum of the cross entropy of ``hidden`` ``(K, D)`` over ``labels`` ``(K,)``, an fp32 scalar; or logits."""
         if labels is None:
             return F.linear(hidden, self.weight).float()
-        loss: Tensor = SumOfCrossEntropy.apply(hidden, self.weight, labels)  # type: ignore[no-untyped-call]
+        with mark("loss"):
+            loss: Tensor = SumOfCrossEntropy.apply(hidden, self.weight, labels)  # type: ignore[no-untyped-call]
         return loss
 
 

@@ -19,7 +19,7 @@ LARGEST_CODE = 127
 _LEAST_ABSMAX = 1e-35
 # Weights per chunk: on the CPU all temporaries stay in a core's second-level cache.
 _CHUNK_ON_CPU, _CHUNK_ON_GPU = 2**17, 2**24
-_DEQUANTIZED_ON_CPU = 2**19  # one operator has two temporaries, not four
+_DEQUANTIZED_ON_CPU = 2**18  # one operator has two temporaries, not four
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def dequantize_int8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``(rows, D_in)`` in ``dtype`` of ``codes`` ``(rows, D_in)`` and ``scale`` ``(rows, 1)``.
 
     Code times scale in fp32, rounded once to ``dtype``. A single operator for tools that count or fake
-    operators. Local. Peak memory is the result, and on the CPU 4 MiB.
+    operators. Local. Peak memory is the result, and on the CPU 2 MiB.
     """
     assert scale.dtype == torch.float32, f"scale has become {scale.dtype}: something casts the base's scales"
     weight = scale.new_empty(codes.shape, dtype=dtype)
