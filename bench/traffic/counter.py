@@ -205,9 +205,11 @@ def _run(func: Any, args: Any, kwargs: Any) -> tuple[Any, bool | None]:
 
 def _is_composed(func: Any) -> bool:
     """Whether an operator only calls others, on any device: some have kernels of their own on most (``silu_backward``)."""
-    keys = torch._C.DispatchKey
-    has_own = func.has_kernel_for_dispatch_key(keys.CPU) or func.has_kernel_for_dispatch_key(keys.Meta)
-    return bool(func.has_kernel_for_dispatch_key(keys.CompositeImplicitAutograd)) and not has_own
+
+    def has(key: str) -> bool:
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key))
+
+    return has("CompositeImplicitAutograd") and not has("CPU") and not has("Meta")
 
 
 def _is_called_from(path: str) -> bool:

@@ -146,13 +146,18 @@ def _pick(call: Call) -> list[Kernel]:
     return [call.kernel("copies", load=[*tensors_of(index), *call.written])]
 
 
-def _add_at(call: Call) -> list[Kernel]:
-    """Added to chosen rows or elements: only those of the destination are loaded and stored."""
-    added = call.argument("source") if call.argument("src") is None else call.argument("src")
-    touched = added.numel() * call.written[0].element_size()
-    loaded = bytes_of(call.argument("index")) + bytes_of(added) + touched
-    copies = [] if call.name.endswith("_") else [call.kernel("copies", load=[call.argument("self")])]
-    return [*copies, Kernel(call.name, "elementwise", loaded, touched)]
+def _put_at(*, adds: bool) -> Rule:
+    """Stored at chosen rows or elements, or added to them: of the destination only those are touched."""
+
+    def rule(call: Call) -> list[Kernel]:
+        index, out = call.argument("index"), call.written[0]
+        values = tensors_of([call.argument("source"), call.argument("src")])  # none where a number is put
+        touched = (values[0] if values else index).numel() * out.element_size()
+        loaded = sum(map(bytes_of, [index, *values])) + (touched if adds else 0)
+        copies = [] if call.name.endswith("_") else [call.kernel("copies", load=[call.argument("self")])]
+        return [*copies, Kernel(call.name, "elementwise", loaded, touched)]
+
+    return rule
 
 
 def _part_of_zeros(call: Call) -> list[Kernel]:
@@ -271,7 +276,8 @@ RULES: dict[str, Rule] = {
     **{f"aten::{name}": _one_pass("copies") for name in _COPIES},
     **{f"aten::{name}": _fill for name in _FILLS},
     **{f"aten::{name}": _pick for name in _PICKS},
-    **{f"aten::{name}": _add_at for name in ("index_add_", "index_add", "scatter_add_", "scatter_add")},
+    **{f"aten::{name}": _put_at(adds=True) for name in ("index_add_", "index_add", "scatter_add_", "scatter_add")},
+    **{f"aten::{name}": _put_at(adds=False) for name in ("scatter_", "scatter", "index_copy_", "index_copy")},
     **{f"aten::{name}": _part_of_zeros for name in ("slice_backward", "select_backward")},
     **{f"aten::{name}": _product for name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_")},
     "aten::copy_": _copy,
@@ -279,9 +285,9 @@ RULES: dict[str, Rule] = {
     "aten::_fused_adamw_": _adamw,
     "torch_attn::_varlen_attn": _attention(2),
     "torch_attn::_varlen_attn_backward": _attention(5),
-    # One kernel each way on CUDA (``_fused_rms_norm``); the meta device would take it apart: see ``norm.py``.
-    "bench_traffic::rms_norm": _one_pass("elementwise"),
-    "bench_traffic::rms_norm_backward": _one_pass("elementwise"),
+    # Theirs are not the operators that other devices compose them of: see ``norm.py``.
+    "aten::_fused_rms_norm": _one_pass("elementwise"),
+    "aten::_fused_rms_norm_backward": _one_pass("elementwise"),
     # Operators of ours: what their kernels load and store, whatever their inputs and results are.
     "dist_lora::dequantize_nf4": _nf4,
 }

@@ -79,15 +79,28 @@ def test_a_frozen_product_takes_whole_tiles_of_rows() -> None:
 
 
 def test_a_norm_is_one_kernel_each_way_and_keeps_its_input_once() -> None:
-    x = on_meta(M, K, dtype=torch.float32, trained=True)
-    leaf, row, scale = x * 1.0, FP32 * M * K, FP32 * M
+    x = on_meta(M, K, dtype=torch.float32, trained=True) * 1.0
+    row, inverse_rms = FP32 * M * K, FP32 * M
     with Counter() as counter:
-        y = F.rms_norm(leaf, (K,), None, 1e-5)
+        y = F.rms_norm(x, (K,), None, 1e-5)
         y.backward(torch.empty_like(y))
-    assert counted(counter) == [("rms_norm", "elementwise", row, row + scale, 0)]
-    backward = [kernel for kernel in counted(counter, "backward") if kernel[0] == "rms_norm_backward"]
-    assert backward == [("rms_norm_backward", "elementwise", 2 * row + scale, row, 0)]
-    assert sum(counter.kept_bytes.values()) == row + scale
+    assert counted(counter) == [("_fused_rms_norm", "elementwise", row, row + inverse_rms, 0)]
+    assert counted(counter, "backward")[0] == (
+        "_fused_rms_norm_backward", "elementwise", 2 * row + inverse_rms, row, 0,
+    )  # fmt: skip
+    assert sum(counter.kept_bytes.values()) == row + inverse_rms
+
+
+def test_a_norm_by_its_operator_is_counted_alike_and_afterwards_is_as_it_was() -> None:
+    x = on_meta(M, K)
+    with Counter() as counter:
+        torch.ops.aten._fused_rms_norm(x, [K], None, 1e-5)
+    assert counted(counter) == [("_fused_rms_norm", "elementwise", BF16 * M * K, BF16 * M * K + FP32 * M, 0)]
+    values = torch.rand(M, K, device="cpu")
+    expected = values / values.square().mean(-1, keepdim=True).add(1e-5).sqrt()
+    assert torch.allclose(F.rms_norm(values, (K,), None, 1e-5), expected)
+    assert F.rms_norm(x, (K,), None, 1e-5).shape == (M, K)
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_rms_norm", "Meta")
 
 
 def test_a_storage_is_kept_once_whoever_saves_it() -> None:
@@ -138,15 +151,20 @@ def test_what_is_expanded_is_loaded_once_and_what_is_filled_is_not_loaded() -> N
     ]
 
 
-def test_only_chosen_rows_are_loaded() -> None:
+def test_only_chosen_rows_are_touched() -> None:
     table, ids, labels = on_meta(1000, K), on_meta(M, dtype=torch.int64), on_meta(M, 1, dtype=torch.int64)
     with Counter() as counter:
         x = F.embedding(ids, table)
         table.index_add_(0, ids, x)
         x.gather(1, labels)
+        x.scatter_(1, labels, -1.0)
+        x.scatter(1, labels, on_meta(M, 1))
     assert [kernel[2:4] for kernel in counted(counter)] == [
         (8 * M + BF16 * M * K, BF16 * M * K),
         (8 * M + BF16 * 2 * M * K, BF16 * M * K),
+        (8 * M + BF16 * M, BF16 * M),
+        (8 * M, BF16 * M),
+        (BF16 * M * K, BF16 * M * K),  # out of place: a copy first
         (8 * M + BF16 * M, BF16 * M),
     ]
 
