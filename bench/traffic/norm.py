@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from dist_lora.base.before import FUSED_NORM_ON
+
 # T rows, D width
 
 
@@ -22,8 +24,10 @@ def fused_norms() -> Iterator[None]:
         for name, shape_only in (("_fused_rms_norm", _forward), ("_fused_rms_norm_backward", _backward)):
             # Library.impl refuses what can be taken apart; this is what it calls.
             library.m.impl(name, "Meta", shape_only, False)
+        FUSED_NORM_ON.add("meta")
         yield
     finally:
+        FUSED_NORM_ON.discard("meta")
         library._destroy()
 
 

@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 
 # T tokens, D width of the linears' input
 
+# Types of devices on which torch has a kernel for a norm's backward.
+FUSED_NORM_ON = {"cuda"}
+
 
 class Before(Protocol):
     """A function of tensors, with its derivative, that autograd doesn't see. A value without state."""
@@ -73,6 +76,10 @@ class Norm:
     def backward(self, d_h: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
         """See ``Before``: of ``x`` ``d_h w r - x r^3 mean(d_h w x)``, where ``r`` is 1 / rms."""
         x, weight, inverse_rms = saved
+        if x.device.type in FUSED_NORM_ON:
+            d_normed, scale = (d_h, weight) if _is_wide(x) else (d_h.mul_(weight), None)
+            backward = torch.ops.aten._fused_rms_norm_backward
+            return backward(d_normed, x, weight.shape, inverse_rms, scale, [True, False])[0], None
         wide = x if _is_wide(x) else x.float()
         d_x = d_h.mul_(weight) if _is_wide(x) else d_h.float().mul_(weight)
         along = (d_x * wide).sum(-1, keepdim=True).mul_(inverse_rms.pow(3)).div_(-x.shape[-1])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from bench import gpu as bench
 from dist_lora.base.attention import Documents
+from dist_lora.base.before import Norm
 from dist_lora.base.linear import FrozenLinear
 from dist_lora.base.llama import SumOfCrossEntropy
 from dist_lora.base.quant.finite import NotFiniteError
@@ -198,6 +199,22 @@ def test_loss_and_gradient_over_llama_3s_vocabulary_are_those_of_float64() -> No
     found = ours.grad.double() * 300
     assert (found - gradient).norm() < 2e-2 * gradient.norm()
     assert float((found * gradient).sum() / (gradient * gradient).sum()) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2**-20), (torch.bfloat16, 2**-6)], ids=str)
+def test_the_backward_of_a_norm_is_float64s(dtype, bound) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, d_h = (torch.randn(300, 4096, generator=generator).to(dtype).double() for _ in range(2))
+    weight = torch.rand(4096, generator=generator).to(dtype).double()
+    x.requires_grad_()
+    F.rms_norm(x, weight.shape, weight, 1e-5).backward(d_h)
+    on_gpu = [tensor.detach().to("cuda", dtype) for tensor in (x, weight, d_h)]
+    norm = Norm(1e-5)
+    (inverse_rms,) = norm(*on_gpu[:2])[1]
+    d_x, none = norm.backward(on_gpu[2], *on_gpu[:2], inverse_rms)
+    assert none is None and d_x is not None and d_x.dtype == dtype
+    assert x.grad is not None
+    assert (d_x.cpu().double() - x.grad).norm() < bound * x.grad.norm()
 
 
 def test_int8_scales_and_codes_are_the_cpus() -> None:
