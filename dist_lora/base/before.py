@@ -138,4 +138,5 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_h: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *ctx.norm.backward(d_h.clone(), *ctx.saved_tensors))
+        # What is overwritten of it is ours: in 16 bits a copy in fp32.
+        return (None, *ctx.norm.backward(d_h.clone() if _is_wide(d_h) else d_h, *ctx.saved_tensors))

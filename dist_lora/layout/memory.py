@@ -322,20 +322,19 @@ def _gathered_by_zero3(setup: Setup) -> _Gathered:
     """What DeepSpeed 0.19 holds with our settings, as seen in simulated steps; adapters are gathered with their layer.
 
     The head is copied out of its buffer while a layer is still gathered. The backward of a layer begins with that layer and
-    three more. Without recomputation, in fp32, the graph keeps the gathered adapters of all layers.
+    three more.
     """
     end, block = embedding_bytes(setup), block_bytes(setup)
     adapters = FP32 * setup.shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
     layer = block + adapters
-    kept = 0 if setup.recompute or setup.item_bytes != FP32 else len(setup.layers) * adapters
     return _Gathered(
         at_embedding=2 * end,
         in_first_layer=end + 2 * layer,
-        in_later_layer=2 * layer + kept,
-        at_end_of_forward=2 * end + layer + kept,
-        at_loss=end + layer + kept,
-        in_backward_of_norm=end + layer + kept,
-        in_backward=min(4, setup.shape.num_layers) * layer + kept,
+        in_later_layer=2 * layer,
+        at_end_of_forward=2 * end + layer,
+        at_loss=end + layer,
+        in_backward_of_norm=end + layer,
+        in_backward=min(4, setup.shape.num_layers) * layer,
     )
 
 
@@ -353,17 +352,20 @@ def moments_of(setup: Setup) -> list[_Moment]:
         return rotary + (stream * max(0, layer - first) if setup.recompute else sum(of_layers[:layer]))
 
     kept = kept_before(shape.num_layers)
-    last_norm = setup.micro_tokens * shape.hidden * FP32
-    has_input_of_down = "down_proj" in setup.targets and last in setup.layers
-    gradients = max(3 * wide, 2 * wide + dequantized_bytes(setup)) - (wide if has_input_of_down else 0)
-    of_last = of_layers[last] if setup.recompute else 0
-    at_end = stream + (2 * last_norm if setup.layout.engine == "zero3" else stream)
+    last_norm = stream + setup.micro_tokens * FP32
+    in_fp32 = setup.micro_tokens * shape.hidden * FP32
+    gradients = wide + max(wide, dequantized_bytes(setup))  # of gate and up, or of down's input beside its weight
+    # The input of a layer that is recomputed is kept anyway.
+    of_last = of_layers[last] - (stream if last > first else 0) if setup.recompute else 0
+    at_end = stream + (2 * in_fp32 if setup.layout.engine == "zero3" else stream)
     moments = [
         _Moment("at the embedding", gathered.at_embedding, 0, 0, stream),
         _Moment("in the first layer", gathered.in_first_layer, 0, 0, stream),
         _Moment("at the end of the forward", gathered.at_end_of_forward, kept + last_norm, 0, at_end),
         _Moment("at the loss", gathered.at_loss, kept + last_norm + stream, logits_bytes(setup), 2 * stream),
-        _Moment("in the backward of the last norm", gathered.in_backward_of_norm, kept + last_norm, 0, 5 * last_norm),
+        _Moment(
+            "in the backward of the last norm", gathered.in_backward_of_norm, kept + last_norm, 0, 3 * in_fp32 + stream
+        ),
         _Moment("in the backward of the last layer", gathered.in_backward, kept + of_last, 0, gradients + stream),
     ]
     later = [layer for layer in range(1, shape.num_layers) if not setup.frees_buffer(layer - 1)]

@@ -142,6 +142,15 @@ def test_what_a_layer_keeps_for_its_backward_is_what_autograd_saves(dtype, targe
         known |= set(storages)
 
 
+def test_a_token_of_8b_keeps_94_568_bytes_a_layer() -> None:
+    setup = setup_for(config_of(model={"name": "3.1-8b"}, lora={"rank": 16}), MEMBERS["3.1-8b"].shape)
+    assert setup.item_bytes == 2 and setup.lora_rank == 16
+    casts = 2 * setup.shape.adapter_parameters(setup.targets, (0,), 16)
+    a_token = (saved_bytes_of_layer(setup, 1) - casts) / setup.micro_tokens
+    # By hand: the inputs of both norms, query and output, key and value, gate and up; in fp32 32 heads and two norms.
+    assert a_token == 2 * (4 * 4096 + 2 * 1024 + 2 * 14336 + 7 * 16) + 4 * (32 + 2) == 94_568
+
+
 # A model of which there is nothing but sizes
 
 
