@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dist_lora.base.attention import Documents
 from dist_lora.base.checksum import check_untouched, checksums
+from dist_lora.base.flash import activate_flash
 from dist_lora.base.hub import fetch_model
 from dist_lora.base.index import WeightIndex, open_index
 from dist_lora.base.llama import Llama, build_on_meta
@@ -95,7 +97,7 @@ class Trainee:
         loss: Tensor = self.engine.forward_of(self.model)(
             batch.ids.to(device),
             positions=batch.positions.to(device),
-            attention=Documents(tuple(batch.starts.tolist()), self.attention),
+            attention=Documents(tuple(batch.starts.tolist()), self.attention, batch.starts.to(device)),
             rows=batch.target_index.to(device),
             labels=batch.labels.to(device),
         )
@@ -288,6 +290,10 @@ def build(config: Config, base: Base, world: World) -> Trainee:
     if world.is_first:
         for remark in dtype_remarks(base.settings, base.on_disk, dtype=sharded.choices.dtype):
             log.info(f"{base.folder}: {remark}")
+    if sharded.choices.attention == "varlen":
+        kernels = activate_flash(torch.cuda.get_device_capability(world.device)[0])
+        if world.is_first:
+            log.info(kernels)
     engine.materialize(model)
     _load(base, model, engine, world, sharded.description)
     check_frequencies(model.inv_freq, base.shape)
