@@ -92,14 +92,17 @@ class Trainee:
     checksums: dict[str, int]  # of this rank's shard of the base, as it was loaded
 
     def run(self, batch: MicroBatch) -> Tensor:
-        """Sum of the cross entropies of a micro-batch's targets, an fp32 scalar with its autograd graph."""
-        device = self.engine.world.device
+        """Sum of the cross entropies of a micro-batch's targets, an fp32 scalar with its autograd graph.
+
+        A micro-batch that isn't on the device yet is copied there (see ``data.prefetch``).
+        """
+        batch = batch.to(self.engine.world.device)
         loss: Tensor = self.engine.forward_of(self.model)(
-            batch.ids.to(device),
-            positions=batch.positions.to(device),
-            attention=Documents(tuple(batch.starts.tolist()), self.attention, batch.starts.to(device)),
-            rows=batch.target_index.to(device),
-            labels=batch.labels.to(device),
+            batch.ids,
+            positions=batch.positions,
+            attention=Documents(batch.bounds, self.attention, batch.starts),
+            rows=batch.target_index,
+            labels=batch.labels,
         )
         return loss
 
