@@ -6,7 +6,7 @@ There is no padding and no mask: the documents' bounds decide which tokens a tok
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -34,10 +34,14 @@ class Documents:
     of 5 and 7 tokens. Backends: ``sdpa`` computes document by document, and so does ``sdpa-repeated``, which gives each
     query head its own copy of key and value; ``varlen`` all at once by a flash kernel (CUDA, 16 bits); ``eager``
     materializes the ``(T, T)`` matrix and is for comparison only.
+
+    ``starts`` are the same bounds as an int32 tensor on the device. Without it they are copied there once, when ``varlen`` or
+    ``eager`` first needs them: a copy that waits for the device.
     """
 
     bounds: tuple[int, ...]
     backend: AttentionName = "sdpa"
+    starts: Tensor | None = field(default=None, compare=False)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See ``Attention``."""
@@ -53,10 +57,16 @@ class Documents:
         parts = [causal_attention(q, k, v) for q, k, v in documents]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _starts_on(self, device: torch.device) -> Tensor:
+        if self.starts is None:
+            object.__setattr__(self, "starts", torch.tensor(self.bounds, dtype=torch.int32, device=device))
+        assert self.starts is not None
+        return self.starts
+
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        starts = torch.tensor(self.bounds, dtype=torch.int32).to(query.device, non_blocking=True)
+        starts = self._starts_on(query.device)
         longest = max(b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False))
         attended = varlen_attn(
             query, key, value, starts, starts, longest, longest, window_size=(-1, 0), enable_gqa=True
@@ -65,8 +75,8 @@ class Documents:
         return attended
 
     def _eager(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        starts = torch.tensor(self.bounds, device=query.device)
-        tokens = torch.arange(self.bounds[-1], device=query.device)
+        starts = self._starts_on(query.device)
+        tokens = torch.arange(self.bounds[-1], dtype=torch.int32, device=query.device)
         document = torch.searchsorted(starts, tokens, right=True)
         is_attended = (document[:, None] == document[None, :]) & (tokens[:, None] >= tokens[None, :])
         key, value = _repeated(key, query), _repeated(value, query)

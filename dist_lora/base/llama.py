@@ -27,8 +27,8 @@ from dist_lora.profile.parts import mark
 # T tokens of a micro-batch, D model width, F feed-forward width, V vocabulary, K rows whose next token is predicted
 # H query heads, G key and value heads, E width of a head
 
-# Logits whose softmax is computed at once: on the CPU they stay in a core's second-level cache, on a GPU largely in its.
-_LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**18, LOGITS_IN_FP32
+# Logits whose softmax is computed at once: on the CPU they stay in its caches, on a GPU largely in the second level.
+_LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**20, LOGITS_IN_FP32
 
 
 class SelfAttention(nn.Module):

@@ -10,7 +10,7 @@ Letters: T tokens of a micro-batch, D documents in it, K targets in it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -28,15 +28,47 @@ _KEPT_EPOCHS = 2
 class MicroBatch:
     """The input of one forward pass: whole documents that don't attend to each other.
 
-    The first token of a document is never a target: the token before it belongs to another document.
+    The first token of a document is never a target: the token before it belongs to another document. The tensors are all on the
+    CPU, as the loader makes them, or all on the device that computes (see ``to``).
     """
 
     ids: Tensor  # int64 (T,)
     positions: Tensor  # int64 (T,): from 0 in each document
     starts: Tensor  # int32 (D + 1,): where documents begin, and T
+    bounds: tuple[int, ...]  # the same, for the host: nothing is read back from a device
     target_index: Tensor  # int64 (K,): where the next token is a target
     labels: Tensor  # int64 (K,): those next tokens
     sample_ids: tuple[int, ...]  # row in the source of each document; none for a dummy micro-batch
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on ``device``, by one copy for which the host doesn't wait; itself where it is there already."""
+        if self.ids.device.type == device.type:
+            return self
+        # torch keeps pinned memory that was copied from until the copy is done (CachingHostAllocator).
+        return self.unpacked(self.packed(is_pinned=device.type == "cuda").to(device, non_blocking=True))
+
+    def packed(self, *, is_pinned: bool) -> Tensor:
+        """All its tensors one after the other as int64, two bounds in each."""
+        parts = (self._paired_starts(), self.ids, self.positions, self.target_index, self.labels)
+        out = torch.empty(sum(map(len, parts)), dtype=torch.int64, pin_memory=is_pinned)
+        return torch.cat(parts, out=out)
+
+    def unpacked(self, packed: Tensor) -> MicroBatch:
+        """The same with its tensors in ``packed``, which is this micro-batch's, on any device."""
+        num_bounds, num_tokens, num_targets = len(self.bounds), len(self.ids), len(self.labels)
+        sizes = [(num_bounds + 1) // 2, num_tokens, num_tokens, num_targets, num_targets]
+        starts, ids, positions, target_index, labels = packed.split_with_sizes(sizes)
+        return replace(
+            self,
+            ids=ids,
+            positions=positions,
+            starts=starts.view(torch.int32)[:num_bounds],
+            target_index=target_index,
+            labels=labels,
+        )
+
+    def _paired_starts(self) -> Tensor:
+        return torch.nn.functional.pad(self.starts, (0, len(self.starts) % 2)).view(torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +245,7 @@ def _micro_batch(token_set: TokenSet, sequences: Sequence[np.ndarray]) -> MicroB
         nothing = torch.zeros(0, dtype=torch.int64)
         one = torch.zeros(1, dtype=torch.int64)
         starts = torch.tensor([0, 1], dtype=torch.int32)
-        return MicroBatch(one, one.clone(), starts, nothing, nothing.clone(), ())
+        return MicroBatch(one, one.clone(), starts, (0, 1), nothing, nothing.clone(), ())
     documents = np.concatenate(sequences)
     pieces = [token_set.document(int(index)) for index in documents]
     ids = np.concatenate([piece for piece, _ in pieces]).astype(np.int64)
@@ -227,6 +259,7 @@ def _micro_batch(token_set: TokenSet, sequences: Sequence[np.ndarray]) -> MicroB
         ids=torch.from_numpy(ids),
         positions=torch.from_numpy(positions),
         starts=torch.from_numpy(bounds.astype(np.int32)),
+        bounds=tuple(bounds.tolist()),
         target_index=torch.from_numpy(targets - 1),
         labels=torch.from_numpy(ids[targets]),
         sample_ids=tuple(token_set.sample_ids[documents].tolist()),

@@ -12,6 +12,7 @@ import torch
 
 from dist_lora.base.llama import Llama
 from dist_lora.data.loader import MicroBatch
+from dist_lora.data.prefetch import on_device
 from dist_lora.data.token_set import TokenSet
 from dist_lora.engines.engine import Engine
 from dist_lora.evaluation.generate import base_fits_whole, generate
@@ -55,7 +56,7 @@ def held_out_loss(
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     try:
-        for batch in batches:
+        for batch in on_device(batches, world.device):
             check_stop()
             sums[0] += run(batch)
             sums[1] += len(batch.labels)

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dist_lora.base.attention import Documents
 from dist_lora.base.checksum import check_untouched, checksums
+from dist_lora.base.flash import activate_flash
 from dist_lora.base.hub import fetch_model
 from dist_lora.base.index import WeightIndex, open_index
 from dist_lora.base.llama import Llama, build_on_meta
@@ -90,14 +92,17 @@ class Trainee:
     checksums: dict[str, int]  # of this rank's shard of the base, as it was loaded
 
     def run(self, batch: MicroBatch) -> Tensor:
-        """Sum of the cross entropies of a micro-batch's targets, an fp32 scalar with its autograd graph."""
-        device = self.engine.world.device
+        """Sum of the cross entropies of a micro-batch's targets, an fp32 scalar with its autograd graph.
+
+        A micro-batch that isn't on the device yet is copied there (see ``data.prefetch``).
+        """
+        batch = batch.to(self.engine.world.device)
         loss: Tensor = self.engine.forward_of(self.model)(
-            batch.ids.to(device),
-            positions=batch.positions.to(device),
-            attention=Documents(tuple(batch.starts.tolist()), self.attention),
-            rows=batch.target_index.to(device),
-            labels=batch.labels.to(device),
+            batch.ids,
+            positions=batch.positions,
+            attention=Documents(batch.bounds, self.attention, batch.starts),
+            rows=batch.target_index,
+            labels=batch.labels,
         )
         return loss
 
@@ -288,6 +293,10 @@ def build(config: Config, base: Base, world: World) -> Trainee:
     if world.is_first:
         for remark in dtype_remarks(base.settings, base.on_disk, dtype=sharded.choices.dtype):
             log.info(f"{base.folder}: {remark}")
+    if sharded.choices.attention == "varlen":
+        kernels = activate_flash(torch.cuda.get_device_capability(world.device)[0])
+        if world.is_first:
+            log.info(kernels)
     engine.materialize(model)
     _load(base, model, engine, world, sharded.description)
     check_frequencies(model.inv_freq, base.shape)

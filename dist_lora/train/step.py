@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dist_lora.checkpoint.saver import Saver
 from dist_lora.config.schema import Config
-from dist_lora.data.loader import Loader, StepBatch
+from dist_lora.data.loader import Loader, MicroBatch, StepBatch
+from dist_lora.data.prefetch import on_device
 from dist_lora.errors import TrainingError
 from dist_lora.lora.attach import layers_of
 from dist_lora.profile.parts import mark
@@ -65,14 +66,16 @@ class TrainStep:
             batch = self._loader.batch(step - 1)
         self._adapters.begin_step()
         losses = []
-        for index in range(len(batch.micro_batches)):
+        for index, micro_batch in enumerate(on_device(batch.micro_batches, self._world.device)):
             if interrupt is not None and self.is_long and self._world.any(is_asked(0.0)):
                 interrupt(step)
-            losses.append(self._micro_batch(step, index, batch))
+            losses.append(self._micro_batch(step, index, batch, micro_batch))
         self._world.progress.now(f"step {step}, its update")
         loss_sum = torch.stack(losses).sum()
         own = [is_asked(longest_s), self._saver.has_failed, time.monotonic() - started_s]
-        scalars = torch.cat((loss_sum[None], loss_sum.new_tensor(own)))
+        # Pinned, so that the host doesn't wait here for all that is computed, and then once more for the sums.
+        on_host = torch.tensor(own, dtype=loss_sum.dtype, pin_memory=loss_sum.is_cuda)
+        scalars = torch.cat((loss_sum[None], on_host.to(loss_sum.device, non_blocking=True)))
         with mark("communication"):
             self._adapters.reduce(scalars)
         loss, num_asked, num_failed, total_s = scalars.tolist()
@@ -126,13 +129,13 @@ class TrainStep:
                 "checkpoint."
             )
 
-    def _micro_batch(self, step: int, index: int, batch: StepBatch) -> Tensor:
+    def _micro_batch(self, step: int, index: int, batch: StepBatch, micro_batch: MicroBatch) -> Tensor:
         """Forward and backward of one micro-batch; its loss is divided by all target tokens of the step."""
         self._world.progress.now(f"step {step}, micro-batch {index + 1} of {len(batch.micro_batches)}")
         if self._config.lora.dropout:
             # Seeded by the step's own numbers, not by earlier draws: a resumed run draws the same masks.
             torch.manual_seed(hash((self._config.train.seed, step, self._world.world_rank, index)) % 2**63)
-        loss = self._trainee.run(batch.micro_batches[index])
+        loss = self._trainee.run(micro_batch)
         self._adapters.backward(loss / batch.target_tokens, is_last=index == len(batch.micro_batches) - 1)
         return loss.detach()
 

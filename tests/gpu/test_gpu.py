@@ -21,6 +21,7 @@ from dist_lora.base.quant.formats import Format, Int8, Nf4
 from dist_lora.base.quant.nf4 import dequantize_nf4, quantize_nf4
 from dist_lora.checkpoint.saver import Saver
 from dist_lora.data.loader import Loader
+from dist_lora.data.prefetch import on_device
 from dist_lora.doctor.compute import measure_compute
 from dist_lora.doctor.machine import ask_driver, examine_gpus, torch_build
 from dist_lora.errors import HangError
@@ -137,6 +138,32 @@ def test_a_save_holds_the_state_at_its_start_while_the_gpu_goes_on() -> None:
     saver.wait()
     assert saver._aside is not None and saver._aside.is_pinned()
     assert copied[0].equal(torch.arange(2**24, dtype=torch.float32))
+
+
+def test_the_host_never_waits_within_a_micro_batch_whose_tensors_arrive_as_they_were(world, tiny_llama) -> None:
+    trainee = trainee_of(config_of(tiny_llama("llama31"), model={"dtype": "auto"}), world)
+    loader = Loader(
+        documents(seed=0, lengths=[20, 30, 9, 14, 40, 7]), sequence_length=64, packing=False, global_batch=6, micro_batch=2,
+        seed=0, world_rank=0, world_size=1,
+    )  # fmt: skip
+    batches = loader.batch(0).micro_batches
+    assert batches[0].packed(is_pinned=True).is_pinned()
+    trainee.adapters.begin_step()
+    arrived = []
+    for is_warm in (False, True):  # what is made once may wait
+        torch.cuda.set_sync_debug_mode("error" if is_warm else "default")
+        try:
+            for index, micro in enumerate(on_device(batches, world.device)):
+                loss = trainee.run(micro)
+                trainee.adapters.backward(loss / 100, is_last=index == len(batches) - 1)
+                arrived.append(micro)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for micro, on_host in zip(arrived, batches * 2, strict=True):
+        for name in ("ids", "positions", "starts", "target_index", "labels"):
+            assert getattr(micro, name).is_cuda and torch.equal(getattr(micro, name).cpu(), getattr(on_host, name)), (
+                name
+            )
 
 
 def test_the_doctor_sees_the_gpus_and_measures_one() -> None:

@@ -89,3 +89,31 @@ def elements_of(lengths: list[int], backend: AttentionName) -> int:
 def test_work_is_linear_in_the_tokens_however_many_documents_they_are(backend) -> None:
     # Parts are split off and joined again, each element once; a slice's backward would give all tokens for each document.
     assert elements_of([3, 5] * 32, backend) < 2 * elements_of([256], backend)
+
+
+class Bounds(TorchDispatchMode):
+    """Collects the tensors of as many numbers as ``BOUNDS`` has, that operations are given; an object that is known is the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See ``TorchDispatchMode``."""
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        for tensor in given:
+            if tensor.shape == (len(BOUNDS),) and not any(tensor is known for known in self.tensors):
+                self.tensors.append(tensor)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("backend", ["varlen", "eager"])
+@pytest.mark.parametrize("is_given", [True, False])
+def test_bounds_are_one_tensor_on_the_device_for_all_layers_and_recomputations(backend, is_given) -> None:
+    inputs = [tensor.to("meta", torch.bfloat16) for tensor in heads(0)]
+    attend = Documents(BOUNDS, backend, torch.tensor(BOUNDS, dtype=torch.int32, device="meta") if is_given else None)
+    with Bounds() as seen:
+        for layer in (0, 1, 0):
+            attend(layer, *inputs)
+    (starts,) = seen.tensors
+    assert starts is attend.starts and starts.dtype == torch.int32 and starts.device.type == "meta"
