@@ -111,11 +111,12 @@ class Trainee:
         check_untouched(self.checksums, checksums(self.engine.frozen_shards(self.model)))
 
 
-def open_base(config: Config, world: World, *, template: str | None = None) -> Base:
+def open_base(config: Config, world: World, *, template: str | None = None, index: WeightIndex | None = None) -> Base:
     """Find the base and check everything about it that can be checked without reading weights. All ranks call it.
 
     Args:
         template: the text of a chat template that replaces the tokenizer's, as an adapter's run recorded it.
+        index: the folder's, with bytes allowed, where the headers have been read already.
 
     Raises:
         ConfigError: an engine that can't run here; no such model, or only its sizes; a layer that the model lacks; a
@@ -141,10 +142,10 @@ def open_base(config: Config, world: World, *, template: str | None = None) -> B
         return settings, shape
 
     def compare_head() -> bytes:
-        return b"own" if shape.tied and has_own_head(WeightIndex.from_json(folder, index)) else b""
+        return b"own" if shape.tied and has_own_head(WeightIndex.from_json(folder, headers)) else b""
 
     def open_files() -> tuple[Shape, BaseOnDisk, Any]:
-        on_disk = open_base_on_disk(folder, quant=config.model.quant, index=WeightIndex.from_json(folder, index))
+        on_disk = open_base_on_disk(folder, quant=config.model.quant, index=WeightIndex.from_json(folder, headers))
         refuse_unquantized(settings, on_disk)
         stored, on_disk = stored_base(shape, on_disk, own_head=bool(own_head))
         on_disk.index.expect(stored.tensor_shapes())
@@ -162,7 +163,9 @@ def open_base(config: Config, world: World, *, template: str | None = None) -> B
     folder = folder_of(resolved, world)
     settings, shape = world.agree_on(stage, read_sizes, os_error=os_error)
     # One rank per node reads the files' headers, and shares them with the others.
-    index = world.once_per_node(stage, lambda: open_index(folder, allow_bytes=True).to_json(), os_error=os_error)
+    headers = world.once_per_node(
+        stage, lambda: (index or open_index(folder, allow_bytes=True)).to_json(), os_error=os_error
+    )
     own_head = world.once_per_node(stage, compare_head, os_error=os_error)
     stored, on_disk, tokenizer = world.agree_on(stage, open_files, os_error=os_error)
     if world.is_first:
