@@ -33,7 +33,7 @@ from dist_lora.base.stored_shape import (
     unquantized_line,
 )
 from dist_lora.base.stream import fill_slots
-from dist_lora.base.tokenizer_files import hash_tokenizer_files
+from dist_lora.base.tokenizer_files import hash_tokenizer_files, hash_vocabulary
 from dist_lora.config.schema import Config, LoraSection
 from dist_lora.data.chat import load_tokenizer
 from dist_lora.data.loader import MicroBatch
@@ -57,7 +57,7 @@ from dist_lora.layout.choices import (
 from dist_lora.lora.adapter_reader import open_adapter, read_adapter
 from dist_lora.lora.attach import AdapterTensor, attach_adapters
 from dist_lora.lora.fit import check_fit, with_settings_of
-from dist_lora.lora.origin import BaseIdentity, RunOrigin, identify_base
+from dist_lora.lora.origin import BaseIdentity, RunOrigin, identify_base, origin_of
 from dist_lora.pace import pace
 from dist_lora.text import size
 from dist_lora.world.world import World, computes_bf16, device_bytes
@@ -365,6 +365,10 @@ def check_adapter(folder: Path, *, config: Config, base: Base, world: World) -> 
                 f"{folder} was trained on {adapter.base.name or 'another model'}, and {base.folder} "
                 f"({base.identity.name}) differs from it: {'; '.join(differences)}. Its answers may be meaningless here."
             )
+        if world.is_first and (other := origin_of(folder).other_vocabulary(base.folder)):
+            log.warning(
+                f"{folder} was trained {other}. Its answers may be meaningless here; use its own base's tokenizer."
+            )
         return with_settings_of(config.lora, adapter)
 
     section = world.agree_on(f"opening {folder}", check)
@@ -392,6 +396,7 @@ def run_origin(config: Config, base: Base, kinds: Sequence[str]) -> RunOrigin:
         kinds=tuple(kinds),
         chat_template=template if isinstance(template, str) else None,
         tokenizer=hash_tokenizer_files(base.folder),
+        vocabulary=hash_vocabulary(base.folder),
     )
 
 
