@@ -495,9 +495,9 @@ def doctor(
 
     launched = launched_rank(os.environ)
     if out is not None and (launched is None or launched.world_rank == 0):
-        from dist_lora.plan.measured import check_out
+        from dist_lora.files import refuse_file
 
-        check_out(out)
+        refuse_file(out, option="--out", is_replaced=True)
     if launched is None:
         _start_ranks(nproc or _num_gpus())
     from dist_lora.doctor.command import Request, diagnose

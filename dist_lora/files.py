@@ -120,12 +120,12 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Fsync the files directly in a folder, and the folder.
+    """Fsync the files in a folder and in its subfolders, and all these folders.
 
     Raises:
         OSError: fsync failed.
     """
-    for path in [*(path for path in folder.iterdir() if path.is_file()), folder]:
+    for path in [*(path for path in folder.rglob("*") if path.is_file() or path.is_dir()), folder]:
         sync(path)
 
 
@@ -214,11 +214,21 @@ def no_folder(path: Path) -> str | None:
     return None
 
 
-def refuse_file(path: Path, *, option: str) -> None:
-    """Raise ``ConfigError`` if a new file can't be made at ``path``, which ``option`` names: before hours of work for it."""
-    if file_exists(path):
-        raise ConfigError(f"{option}: {path} exists already. Name a new file, or remove that one")
+def refuse_file(path: Path, *, option: str, is_replaced: bool = False) -> None:
+    """Raise ``ConfigError`` if no file can be written at ``path``, which ``option`` names: before hours of work for it.
+
+    Args:
+        is_replaced: what is there is replaced, or written to if it is a device or a pipe; else it is refused.
+    """
     folder = path.absolute().parent
+    if file_exists(path) and not is_replaced:
+        raise ConfigError(f"{option}: {path} exists already. Name a new file, or remove that one")
+    if no_folder(path) is None:
+        raise ConfigError(f"{option}: {path} is a folder. Name a file in it")
+    if file_exists(path) and not path.is_file():
+        if not os.access(path, os.W_OK):
+            raise ConfigError(f"{option}: {path} can't be written. Name a file in a folder that can be written")
+        return
     problem = no_folder(folder) or (None if os.access(folder, os.W_OK) else "can't be written")
     if problem is not None:
         raise ConfigError(f"{option}: {path}: its folder: {problem}. Name a file in a folder that can be written")

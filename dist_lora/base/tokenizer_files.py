@@ -9,6 +9,7 @@ from pathlib import Path
 import xxhash
 
 from dist_lora.base.index import read_model_json
+from dist_lora.errors import WeightsError
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -32,6 +33,40 @@ def hash_tokenizer_files(folder: Path) -> str:
             digest.update(f"{name}\0{path.stat().st_size}\0".encode())
             digest.update(path.read_bytes())
     return f"xxh3_128:{digest.hexdigest()}"
+
+
+def hash_vocabulary(folder: Path) -> str | None:
+    """``xxh3_128:<hex>`` over what gives a token its id: vocabulary, added tokens, and the tokens that begin and end a text.
+
+    Equal for files that differ in their writing, in the chat template or in the padding token. None where there is no
+    ``tokenizer.json`` to read it from.
+
+    Raises:
+        OSError, WeightsError: a file can't be read, or is damaged.
+    """
+    if not (folder / "tokenizer.json").exists():
+        return None
+    content = read_model_json(folder / "tokenizer.json")
+    file = folder / "tokenizer_config.json"
+    settings = read_model_json(file) if file.exists() else {}
+    try:
+        vocabulary = content["model"]["vocab"]
+        pairs = (
+            vocabulary.items() if isinstance(vocabulary, dict) else ((row[0], i) for i, row in enumerate(vocabulary))
+        )
+        ids = dict(pairs) | {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+        ends = [_content_of(settings.get(name)) for name in ("bos_token", "eos_token")]
+        text = json.dumps([sorted(ids.items()), ends])
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise WeightsError(
+            f"{folder / 'tokenizer.json'} is damaged: {type(error).__name__}: {error}. Copy it again."
+        ) from error
+    return f"xxh3_128:{xxhash.xxh3_128_hexdigest(text.encode())}"
+
+
+def _content_of(token: object) -> object:
+    """A special token's text; tokenizer_config.json has it alone, or with its properties."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def copy_tokenizer(folder: Path, out: Path, *, chat_template: str | None) -> None:

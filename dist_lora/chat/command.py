@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from dist_lora.base.index import WeightIndex, open_index
 from dist_lora.base.quant.published import open_base_on_disk
 from dist_lora.chat.chat import ChatModel, chat, continue_text
 from dist_lora.chat.prompts import encode_prompts, read_prompts, write_answers
@@ -28,14 +29,15 @@ def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Traine
     """The whole base in this process, quantized as in the adapter's run and with its chat template, and the adapter loaded."""
     set_products(is_deterministic=False)
     origin, folder = origin_of(adapter), find_base(adapter, base)
+    index = open_index(folder, allow_bytes=True)
     config = Config.model_validate(
         {
             "run": "generate",
-            "model": {"name": str(folder), "quant": quant_of(folder, adapter)},
+            "model": {"name": str(folder), "quant": quant_of(index, adapter)},
             "data": {"train": "-"},
         }
     )
-    base_on_disk = open_base(config, world, template=origin.chat_template)
+    base_on_disk = open_base(config, world, template=origin.chat_template, index=index)
     config = check_adapter(adapter, config=config, base=base_on_disk, world=world)
     trainee = build(config, base_on_disk, world)
     load_adapter(trainee.adapters, adapter, world=world)
@@ -43,14 +45,14 @@ def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Traine
     return trainee
 
 
-def quant_of(base: Path, adapter: Path) -> str:
-    """The quantization to load ``base`` in: the run's; a base that is stored in NF4 can be nothing else."""
+def quant_of(base: WeightIndex, adapter: Path) -> str:
+    """The quantization to load a base in: the run's; a base that is stored in NF4 can be nothing else."""
     trained = origin_of(adapter).quant
-    if not open_base_on_disk(base, quant="nf4").nf4:
+    if not open_base_on_disk(base.folder, quant="nf4", index=base).nf4:
         return trained or "none"
     if trained not in (None, "nf4"):
         log.warning(
-            f"{adapter} was trained on its base in {trained}, and {base} is stored in NF4: the answers are of NF4"
+            f"{adapter} was trained on its base in {trained}, and {base.folder} is stored in NF4: the answers are of NF4"
         )
     return "nf4"
 

@@ -27,7 +27,7 @@ from dist_lora.checkpoint.manifest import (
     Manifest,
     read_manifest,
 )
-from dist_lora.errors import CheckpointError
+from dist_lora.errors import EXIT_USER, CheckpointError, exit_code_of
 from dist_lora.files import links_out
 from dist_lora.lora.state import Piece
 from dist_lora.text import first_few
@@ -46,7 +46,7 @@ def verify(folder: Path, *, checksums: bool = True) -> Manifest:
     Reads every byte; without ``checksums`` only the manifest and the sizes. Local: one rank calls it.
 
     Raises:
-        CheckpointError: names the folder and every file that differs from the manifest.
+        CheckpointError: names the folder and every file that differs from the manifest, or one that this user may not read.
     """
     manifest = read_manifest(folder)
     step = step_of(folder)
@@ -72,6 +72,10 @@ def _file_fault(folder: Path, entry: FileEntry, checksums: bool) -> str | None:
             return f"{entry.name} has the checksum {checksum}, {entry.checksum} was written{_lacking(path, entry)}"
     except FileNotFoundError:
         return f"{entry.name} is missing"
+    except PermissionError as error:  # nothing is damaged, and no older checkpoint may be taken instead
+        raise CheckpointError(
+            f"{path} can't be read by this user: {error.strerror or error}. Set its permissions, or start as the user who wrote it"
+        ) from error
     except OSError as error:
         return f"{entry.name} can't be read: {error.strerror or error}"
     return None
@@ -107,13 +111,15 @@ def newest_intact_here(root: Path) -> Path | None:
     Damaged newer ones are logged in one warning.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is intact.
+        CheckpointError: there are checkpoints, but none is intact; or one can't be read by this user.
     """
     faults: list[str] = []
     for path in step_folders(root).values():
         try:
             verify(path)
         except CheckpointError as error:
+            if exit_code_of(error) == EXIT_USER:
+                raise
             faults.append(str(error))
             continue
         if faults:

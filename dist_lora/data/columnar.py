@@ -7,7 +7,6 @@ which it knows them: ``Features.from_arrow_schema``) is decoded, and a null insi
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,8 +15,6 @@ from typing import Any
 from dist_lora.data.json_text import parse_json
 from dist_lora.data.text_files import first_line
 from dist_lora.errors import DataError
-
-log = logging.getLogger("dist_lora")
 
 _Read = Callable[[Any], Any]
 _MAY_BE_JSON_TEXTS = ("messages", "conversations", "prompt", "completion", "tools", "functions")
@@ -57,7 +54,6 @@ class ColumnarFile:
         self._table = _read_parquet(path) if path.suffix == ".parquet" else _read_arrow(path)
         _check_columns(self._table.schema, self.name)
         self._rows = RowReader(self._table.schema)
-        report_padding(self.name, self._table.schema, [self._table])
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -66,28 +62,31 @@ class ColumnarFile:
         """File and row; such a file has no lines."""
         return f"{self.name}: row {index + 1}"
 
+    def padding(self) -> str:
+        """See ``padding_line``."""
+        return padding_line(self.name, self._table.schema, [self._table])
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._rows.record(self._table.slice(index, 1))
 
 
-def report_padding(name: str, schema: Any, tables: Iterable[Any]) -> None:
-    """Logs how many nulls inside arguments and schemas are taken for padding: there, one might be a value.
+def padding_line(name: str, schema: Any, tables: Iterable[Any]) -> str:
+    """How many nulls inside arguments and schemas are taken for padding, where one might be a value; "" if none are.
 
-    ``tables`` are only read on a rank that logs.
+    ``tables`` are only read where the schema may be padded there.
     """
     columns = [field.name for field in schema if _may_be_padded(field.type, is_inside=field.name in _SCHEMAS)]
-    if not columns or not log.isEnabledFor(logging.INFO):
-        return
     count = 0
-    for table in tables:
+    for table in tables if columns else []:
         for column in columns:
             for chunk in table.column(column).chunks:
                 count += _padding_in(chunk, is_inside=column in _SCHEMAS)
-    if count:
-        log.info(
-            f"{name}: {count:,} nulls inside arguments and tools are read as padding, for keys that other rows have. "
-            "If some are values, store arguments and tools as JSON texts"
-        )
+    if not count:
+        return ""
+    return (
+        f"{name}: {count:,} nulls inside arguments and tools are read as padding, for keys that other rows have. "
+        "If some are values, store arguments and tools as JSON texts"
+    )
 
 
 def _reader_of(kind: Any, *, column: str = "") -> _Read:
@@ -222,9 +221,7 @@ class LoadedRows:
     def __init__(self, name: str, dataset: Any) -> None:
         self.name = name
         self._dataset = dataset.with_format("arrow")
-        schema = self._dataset.data.schema
-        self._rows = RowReader(schema)
-        report_padding(name, schema, self._batches())
+        self._rows = RowReader(self._dataset.data.schema)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -232,6 +229,10 @@ class LoadedRows:
     def where(self, index: int) -> str:
         """Name and row."""
         return f"{self.name}: row {index + 1}"
+
+    def padding(self) -> str:
+        """See ``padding_line``."""
+        return padding_line(self.name, self._dataset.data.schema, self._batches())
 
     @property
     def folder(self) -> Path:

@@ -94,6 +94,11 @@ class Records:
         """The format of the source that holds this record."""
         return self.formats[self._source_of(index)]
 
+    def padding(self) -> list[str]:
+        """What is read as padding though it might be a value, a sentence for each source that has such nulls."""
+        columnar = [source for source in self.sources if isinstance(source, ColumnarFile | LoadedRows)]
+        return [line for source in columnar if (line := source.padding())]
+
     def _source_of(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")

@@ -123,6 +123,8 @@ def prepare_tokens(
         log.info(f"data.{which}: {_summary_line(counts, token_set, rules)}, {how}")
         if counts.num_truncated > FEW:
             log.warning(f"data.{which}: {_truncated_line(counts, rules)}")
+        for line in counts.padding:
+            log.info(f"data.{which}: {line}")
         for line in _reported(counts):
             log.warning(f"data.{which}: {line}")
     return token_set
@@ -162,6 +164,7 @@ class _Counts:
     no_target: Faults = field(default_factory=Faults)
     kinds: list[str] = field(default_factory=list)
     reported: dict[str, int] = field(default_factory=dict)  # what records have and training doesn't use: samples
+    padding: list[str] = field(default_factory=list)  # of all sources, counted by the first part alone
 
     def extend(self, other: _Counts) -> None:
         self.num_samples += other.num_samples
@@ -175,6 +178,7 @@ class _Counts:
         self.kinds = sorted({*self.kinds, *other.kinds})
         for what, number in other.reported.items():
             self.report(what, number)
+        self.padding += other.padding
 
     def report(self, what: str, number: int = 1) -> None:
         if what in self.reported or len(self.reported) < MAX_REPORTED:
@@ -197,6 +201,7 @@ class _Counts:
             no_target=Faults(**raw["no_target"]),
             kinds=list(raw["kinds"]),
             reported=dict(raw["reported"]),
+            padding=list(raw.get("padding", [])),
         )
 
 
@@ -369,7 +374,7 @@ class _Builder:
         check_template(self._tokenizer, formats=records.formats)
         group = self._group
         part = range(len(records) * group.index // group.size, len(records) * (group.index + 1) // group.size)
-        counts = _Counts()
+        counts = _Counts(padding=records.padding() if group.is_first else [])
         share = "" if group.size == 1 else f" (this rank's part, one of {group.size})"
         with contextlib.ExitStack() as opened:
             advance = opened.enter_context(pace(f"tokenizing data.{self._which}{share}", is_shown=self._world.is_first))

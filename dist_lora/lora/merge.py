@@ -7,6 +7,7 @@ licence. Memory doesn't depend on the model's size. Letters: R LoRA rank, D_in a
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,6 +49,8 @@ from dist_lora.files import sync_folder
 from dist_lora.lora.adapter_reader import AdapterOnDisk, open_adapter
 from dist_lora.lora.origin import BaseIdentity, origin_of, original_of
 from dist_lora.text import first_few
+
+log = logging.getLogger("dist_lora")
 
 _SLICE_BYTES = 16 * 2**20  # in memory: as read, in fp32, and cast: for bf16 64 MiB
 _DTYPES: Mapping[str, str] = {"bf16": "BF16", "fp32": "F32"}
@@ -110,11 +113,14 @@ def merge_adapter(
     refuse_links(base, [str(path.relative_to(base)) for path in companions(base)])
     opened.verify()
     _check_effect(opened)
+    origin = origin_of(adapter)
+    if other := origin.other_vocabulary(base):
+        log.warning(f"{adapter} was trained {other}. The merged model gets the base's: copy the adapter's own over it.")
     with new_model_folder(out, what=_WHAT) as partial:
         _check_space(index, partial=partial, dtype=dtype)
         merger = _Merger(opened, index=index, on_disk=on_disk, dtype=dtype, quant=quant, on_progress=on_progress)
         merger.write(partial)
-        _write_companions(index, partial=partial, dtype=dtype, chat_template=origin_of(adapter).chat_template)
+        _write_companions(index, partial=partial, dtype=dtype, chat_template=origin.chat_template)
     return MergeReport(len(opened.pairs), merger.bytes_written, time.perf_counter() - begin, quant)
 
 

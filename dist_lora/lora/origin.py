@@ -13,7 +13,7 @@ import xxhash
 
 from dist_lora.base.index import hash_config, open_index, read_model_json
 from dist_lora.base.model_folder import QUANTIZED_FROM_FILE
-from dist_lora.base.tokenizer_files import TEMPLATE_FILE
+from dist_lora.base.tokenizer_files import TEMPLATE_FILE, hash_vocabulary
 from dist_lora.config.schema import Quant
 from dist_lora.errors import AdapterError, WeightsError
 from dist_lora.files import file_exists, read_json
@@ -162,6 +162,7 @@ class RunOrigin:
         kinds: how prompts were written: by the chat template ("chat"), as Stanford Alpaca's text ("instruction"), as they are.
         chat_template: the template's text; None where the tokenizer had none, or several.
         tokenizer: ``hash_tokenizer_files`` of the base's tokenizer.
+        vocabulary: ``hash_vocabulary`` of it.
     """
 
     model: str | None = None
@@ -170,6 +171,21 @@ class RunOrigin:
     kinds: tuple[str, ...] = ()
     chat_template: str | None = None
     tokenizer: str | None = None
+    vocabulary: str | None = None
+
+    def other_vocabulary(self, base: Path) -> str:
+        """How the tokenizer of the model in ``base`` gives other ids than the run's; "" if it doesn't, or one is unknown.
+
+        Raises:
+            OSError, WeightsError: its files can't be read, or are damaged.
+        """
+        here = hash_vocabulary(base) if self.vocabulary is not None else None
+        if here in (None, self.vocabulary):
+            return ""
+        return (
+            f"with another tokenizer ({self.vocabulary}) than that of {base} ({here}): its vocabulary, added tokens, bos_token "
+            "or eos_token differ"
+        )
 
     @staticmethod
     def of_json(recorded: object, *, where: str) -> RunOrigin:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from dist_lora.config.schema import QUANTIZED
 from dist_lora.errors import ConfigError, cannot_write
-from dist_lora.files import file_exists, no_folder, write_output
+from dist_lora.files import write_output
 
 FORMAT = 1
 Range = tuple[float, float]  # from slow to fast, per second
@@ -104,17 +103,6 @@ def _nearest(products: Iterable[Product], sizes: tuple[int, int, int]) -> Produc
         return sum(math.log(measured / wanted) ** 2 for measured, wanted in pairs)
 
     return min(products, key=distance)
-
-
-def check_out(out: Path) -> None:
-    """Raise ``ConfigError`` if the file can't be written, before minutes are spent on measuring."""
-    folder = out.absolute().parent
-    if no_folder(out) is None or no_folder(folder) is not None:
-        raise ConfigError(
-            f"--out: {out} is a folder, or its folder doesn't exist or can't be opened. Name a file in an existing folder."
-        )
-    if not os.access(out if file_exists(out) and not out.is_file() else folder, os.W_OK):
-        raise ConfigError(f"--out: {out} can't be written: permission denied. Name a file in a writable folder.")
 
 
 def write_measured(measured: Measured, path: Path) -> None:

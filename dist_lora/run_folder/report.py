@@ -19,7 +19,7 @@ from dist_lora.errors import ConfigError, cannot_write
 from dist_lora.files import file_exists, no_folder, write_output
 from dist_lora.run_folder.records import EVALUATIONS_FILE, METRICS_FILE, read_lines
 from dist_lora.run_folder.status import describe_status
-from dist_lora.text import GIB, span
+from dist_lora.text import GIB, duration, span
 
 REPORT_FILE = "report.html"
 TEMPLATE = "report.html.jinja"
@@ -148,7 +148,7 @@ def _facts(
         )
     yield "tokens", f"{sum(_all(steps, 'tokens')):,.0f}, {sum(_all(steps, 'target_tokens')):,.0f} trained on"
     speed = statistics.median(_all(steps, "tokens_per_s"))
-    yield "time", f"{_duration(sum(_all(steps, 'step_s')))} in steps, {speed:,.0f} tokens/s median"
+    yield "time", f"{duration(sum(_all(steps, 'step_s')))} in steps, {speed:,.0f} tokens/s median"
     peaks = summary.get("peak_bytes") or [max(_all(steps, "peak_bytes"))]
     yield (
         "peak memory",
@@ -169,12 +169,6 @@ def _summary_of(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return summary if isinstance(summary, dict) else {}
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def _table(evaluations: Sequence[Line]) -> list[list[str]]:

@@ -35,7 +35,7 @@ from dist_lora.base.stored_shape import (
     unquantized_line,
 )
 from dist_lora.base.stream import fill_slots
-from dist_lora.base.tokenizer_files import hash_tokenizer_files
+from dist_lora.base.tokenizer_files import hash_tokenizer_files, hash_vocabulary
 from dist_lora.config.schema import Config, LoraSection
 from dist_lora.data.chat import load_tokenizer
 from dist_lora.data.loader import MicroBatch
@@ -59,7 +59,7 @@ from dist_lora.layout.choices import (
 from dist_lora.lora.adapter_reader import open_adapter, read_adapter
 from dist_lora.lora.attach import AdapterTensor, attach_adapters
 from dist_lora.lora.fit import check_fit, with_settings_of
-from dist_lora.lora.origin import BaseIdentity, RunOrigin, identify_base
+from dist_lora.lora.origin import BaseIdentity, RunOrigin, identify_base, origin_of
 from dist_lora.pace import pace
 from dist_lora.text import size
 from dist_lora.world.world import World, computes_bf16, device_bytes
@@ -116,11 +116,12 @@ class Trainee:
         check_untouched(self.checksums, checksums(self.engine.frozen_shards(self.model)))
 
 
-def open_base(config: Config, world: World, *, template: str | None = None) -> Base:
+def open_base(config: Config, world: World, *, template: str | None = None, index: WeightIndex | None = None) -> Base:
     """Find the base and check everything about it that can be checked without reading weights. All ranks call it.
 
     Args:
         template: the text of a chat template that replaces the tokenizer's, as an adapter's run recorded it.
+        index: the folder's, with bytes allowed, where the headers have been read already.
 
     Raises:
         ConfigError: an engine that can't run here; no such model, or only its sizes; a layer that the model lacks; a
@@ -146,10 +147,10 @@ def open_base(config: Config, world: World, *, template: str | None = None) -> B
         return settings, shape
 
     def compare_head() -> bytes:
-        return b"own" if shape.tied and has_own_head(WeightIndex.from_json(folder, index)) else b""
+        return b"own" if shape.tied and has_own_head(WeightIndex.from_json(folder, headers)) else b""
 
     def open_files() -> tuple[Shape, BaseOnDisk, Any]:
-        on_disk = open_base_on_disk(folder, quant=config.model.quant, index=WeightIndex.from_json(folder, index))
+        on_disk = open_base_on_disk(folder, quant=config.model.quant, index=WeightIndex.from_json(folder, headers))
         refuse_unquantized(settings, on_disk)
         stored, on_disk = stored_base(shape, on_disk, own_head=bool(own_head))
         on_disk.index.expect(stored.tensor_shapes())
@@ -167,7 +168,9 @@ def open_base(config: Config, world: World, *, template: str | None = None) -> B
     folder = folder_of(resolved, world)
     settings, shape = world.agree_on(stage, read_sizes, os_error=os_error)
     # One rank per node reads the files' headers, and shares them with the others.
-    index = world.once_per_node(stage, lambda: open_index(folder, allow_bytes=True).to_json(), os_error=os_error)
+    headers = world.once_per_node(
+        stage, lambda: (index or open_index(folder, allow_bytes=True)).to_json(), os_error=os_error
+    )
     own_head = world.once_per_node(stage, compare_head, os_error=os_error)
     stored, on_disk, tokenizer = world.agree_on(stage, open_files, os_error=os_error)
     if world.is_first:
@@ -371,6 +374,10 @@ def check_adapter(folder: Path, *, config: Config, base: Base, world: World) -> 
                 f"{folder} was trained on {adapter.base.name or 'another model'}, and {base.folder} "
                 f"({base.identity.name}) differs from it: {'; '.join(differences)}. Its answers may be meaningless here."
             )
+        if world.is_first and (other := origin_of(folder).other_vocabulary(base.folder)):
+            log.warning(
+                f"{folder} was trained {other}. Its answers may be meaningless here; use its own base's tokenizer."
+            )
         return with_settings_of(config.lora, adapter)
 
     section = world.agree_on(f"opening {folder}", check)
@@ -398,6 +405,7 @@ def run_origin(config: Config, base: Base, kinds: Sequence[str]) -> RunOrigin:
         kinds=tuple(kinds),
         chat_template=template if isinstance(template, str) else None,
         tokenizer=hash_tokenizer_files(base.folder),
+        vocabulary=hash_vocabulary(base.folder),
     )
 
 

@@ -223,7 +223,8 @@ def _check_resume(
 ) -> None:
     """Raise on all ranks if the checkpoint is not one of this run, or has done more steps than it has."""
     if checkpoint is not None:
-        check_same_run(checkpoint, base=base.identity, data=loader.fingerprint if world.is_first else "", world=world)
+        data = loader.fingerprint if world.is_first else ""
+        check_same_run(checkpoint, base=base.identity, folder=base.folder, data=data, world=world)
         if checkpoint.manifest.step > num_steps:
             raise ConfigError(
                 f"{checkpoint.path}: the run has done {count(checkpoint.manifest.step, 'step')} and train.steps is {num_steps}. "

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import yaml
 
+from dist_lora.base.tokenizer_files import TEMPLATE_FILE, TOKENIZER_FILES
 from dist_lora.config.changes import changes
 from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
 from dist_lora.files import file_exists, is_locked
+from dist_lora.lora.adapter_reader import open_adapter
+from dist_lora.lora.fit import with_settings_of
 from dist_lora.lora.origin import CONFIG_FILE, WEIGHTS_FILE
 from dist_lora.run_folder.attempt import SUMMARY_FILE, read_summary
 
@@ -60,22 +63,31 @@ def _is_same(folder: Path, config: Config) -> bool:
     """Whether the run was made with this config, as far as that matters for its result."""
     try:
         before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        now = yaml.safe_load(dump_config(config))
+        now = yaml.safe_load(dump_config(_with_adapter(config)))
         names = [change.name for change in changes(before, now)]
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError):
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError):  # ours of an adapter are OSErrors too
         return False
     return all(name in _WITHOUT_EFFECT or name.startswith(tuple(f"{s}." for s in _WITHOUT_EFFECT)) for name in names)
 
 
+def _with_adapter(config: Config) -> Config:
+    """The config with what it leaves to the adapter of ``lora.start_from``, as the run's own has it."""
+    if config.lora.start_from is None:
+        return config
+    return config.model_copy(update={"lora": with_settings_of(config.lora, open_adapter(config.lora.start_from))})
+
+
 def _changed_since(folder: Path, config: Config) -> bool:
-    """Whether a local file of data or model was written after the run had finished."""
+    """Whether a local file of data, model or tokenizer, or of the adapter to start from, was written after the run had finished."""
     train, held_out = config.data.train, config.data.eval
     names = [*([train] if isinstance(train, str) else train), *([held_out] if isinstance(held_out, str) else [])]
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         finished_s = (folder / SUMMARY_FILE).stat().st_mtime
         paths = [Path(name).expanduser() for name in (*names, config.model.name)]
+        paths += [config.lora.start_from] if config.lora.start_from is not None else []
         here = [path for path in paths if file_exists(path)]
-        inside = [path / name for path in here if path.is_dir() for name in ("config.json", *_weights_in(path))]
+        beside = ("config.json", CONFIG_FILE, *TOKENIZER_FILES, TEMPLATE_FILE)
+        inside = [path / name for path in here if path.is_dir() for name in (*beside, *_weights_in(path))]
         return any(path.stat().st_mtime > finished_s for path in (*here, *inside) if file_exists(path))
     return False
 

@@ -19,7 +19,7 @@ from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config, OptimSection
 from dist_lora.errors import CheckpointError, ConfigError
 from dist_lora.files import file_exists, no_folder
-from dist_lora.lora.origin import BaseIdentity
+from dist_lora.lora.origin import BaseIdentity, RunOrigin
 from dist_lora.train.schedule import lr_at
 from dist_lora.world.world import World
 
@@ -87,10 +87,13 @@ def _verify_named(path: Path) -> None:
     verify(path)
 
 
-def check_same_run(checkpoint: VerifiedCheckpoint, *, base: BaseIdentity, data: str, world: World) -> None:
-    """Raise on all ranks if a checkpoint was trained on another base or on other samples than now.
+def check_same_run(
+    checkpoint: VerifiedCheckpoint, *, base: BaseIdentity, folder: Path, data: str, world: World
+) -> None:
+    """Raise on all ranks if a checkpoint was trained on another base or tokenizer, or on other samples, than now.
 
     Args:
+        folder: of the base, with its tokenizer.
         data: the fingerprint of the training set; only the first rank's is used.
 
     Raises:
@@ -107,6 +110,10 @@ def check_same_run(checkpoint: VerifiedCheckpoint, *, base: BaseIdentity, data: 
             raise ConfigError(
                 f"model.name: {checkpoint.path} was trained on another base: {'; '.join(differences)}. {_WHAT_TO_DO}"
             )
+        manifest = f"{checkpoint.path / MANIFEST_FILE}: progress.origin"
+        origin = RunOrigin.of_json(checkpoint.manifest.progress.get("origin"), where=manifest)
+        if other := origin.other_vocabulary(folder):
+            raise ConfigError(f"model.name: {checkpoint.path} was trained {other}. {_WHAT_TO_DO}")
         trained_on = checkpoint.manifest.progress.get("data")
         if trained_on not in (None, data):
             raise ConfigError(

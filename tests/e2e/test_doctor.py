@@ -110,7 +110,11 @@ def test_a_rank_that_finds_no_way_to_the_first_tells_itself_what_is_wrong_there(
 
 def test_where_the_measured_would_go_is_checked_first(tmp_path: Path) -> None:
     done = run("doctor", "--out", tmp_path / "no" / "machine.json")
-    assert done.returncode == 2 and "--out: " in done.stderr and "Name a file in an existing folder" in done.stderr
+    assert (
+        done.returncode == 2
+        and "--out: " in done.stderr
+        and "Name a file in a folder that can be written" in done.stderr
+    )
 
 
 def test_a_run_whose_folder_cant_be_written_is_a_fault(tmp_path: Path, tiny_llama) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_lora.files import write_output, write_whole
+from dist_lora.errors import ConfigError
+from dist_lora.files import refuse_file, sync_folder, write_output, write_whole
 
 KILLED_IN_FSYNC = """
 import os, signal, sys
@@ -73,6 +74,25 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path,
     with pytest.raises(OSError, match="No space left"):
         write_whole(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["status"]
+
+
+def test_a_folder_is_fsynced_with_all_that_lies_in_it(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name in ("config.json", "additional_chat_templates/tools.jinja"):
+        (tmp_path / name).write_text("{}")
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    sync_folder(tmp_path)
+    assert sorted(synced) == sorted(str(path) for path in (tmp_path, *tmp_path.rglob("*")))
+
+
+def test_a_file_that_will_be_replaced_is_refused_only_where_it_can_not_be_written(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text("{}")
+    for path in (tmp_path / "old.json", tmp_path / "new.json", Path("/dev/null")):
+        refuse_file(path, option="--out", is_replaced=True)
+    for path, words in ((tmp_path, "is a folder"), (tmp_path / "no" / "a.json", "its folder: no such folder")):
+        with pytest.raises(ConfigError, match=f"--out: {path}:? {words}"):
+            refuse_file(path, option="--out", is_replaced=True)
 
 
 def test_what_a_user_names_may_be_a_link_or_a_device(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from dist_lora.checkpoint.read import (
     newest_intact_here,
     verify,
 )
-from dist_lora.errors import EXIT_DAMAGED, CheckpointError, RankError
+from dist_lora.errors import EXIT_DAMAGED, EXIT_USER, CheckpointError, RankError, exit_code_of
 from tests.unit.checkpoint.thread_ranks import SPECS, cut, flat_share, on_ranks, saved, whole_state
 
 RANK_0, RANK_1 = "rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors"
@@ -160,6 +160,22 @@ def test_a_file_that_can_not_be_read_is_named(root: Path, monkeypatch, caplog) -
 
     monkeypatch.setattr(read_module, "checksum_of", checksum)
     assert "can't be read: Input/output error" in assert_found(root, RANK_0, caplog)
+
+
+def test_a_file_of_another_user_is_not_taken_for_damaged_nor_an_older_checkpoint_for_the_newest(
+    root: Path, monkeypatch
+) -> None:
+    def checksum(path: Path) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(
+        read_module, "checksum_of", lambda path: (checksum if "00000200" in str(path) else checksum_of)(path)
+    )
+    with pytest.raises(
+        CheckpointError, match=rf"step-00000200/{RANK_0} can't be read by this user: Permission denied"
+    ) as e:
+        newest_intact_here(root)
+    assert exit_code_of(e.value) == EXIT_USER
 
 
 # Which checkpoints there are

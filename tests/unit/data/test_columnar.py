@@ -11,12 +11,15 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_lora.data.chat import encode_sample, load_tokenizer
 from dist_lora.data.sources import hash_sources, read_records
+from dist_lora.data.token_cache import TokenRules, prepare_tokens
 from dist_lora.errors import DataError
+from dist_lora.world.world import World
 from tests.conftest import save_byte_tokenizer
 
 TEMPLATE = """{{ bos_token }}{{ (tools or []) | tojson }}{% for message in messages %}
@@ -172,18 +175,30 @@ def test_nulls_in_lists_maps_and_json_columns_are_values_and_stay(tmp_path):
 
 
 @pytest.mark.parametrize("is_saved", [False, True])
-def test_nulls_inside_arguments_and_schemas_are_counted_once(is_saved, tmp_path, caplog):
+def test_nulls_inside_arguments_and_schemas_are_counted_once_also_from_the_cache(is_saved, tmp_path, caplog, tokenizer):
     place = tmp_path / ("saved" if is_saved else "a.parquet")
     table = datasets.Dataset.from_list(ROWS)
     table.save_to_disk(place) if is_saved else table.to_parquet(place)
-    with caplog.at_level(logging.INFO, "dist_lora"):
-        records = read_records(str(place), fmt=None, which="train")
-        [records[index] for index in range(len(records))]
+    told = []
+    for _ in range(2):
+        with caplog.at_level(logging.INFO, "dist_lora"):
+            prepare_tokens(
+                str(place),
+                which="train",
+                rules=TokenRules(sequence_length=4096),
+                tokenizer=tokenizer,
+                tokenizer_hash="t",
+                cache_dir=tmp_path / "cache",
+                world=World.alone(torch.device("cpu")),
+            )
+        told.append([record.message for record in caplog.records if "padding" in record.message])
+        is_from_cache = any("from the cache" in record.message for record in caplog.records)
+        caplog.clear()
+    assert is_from_cache
     # Five arguments are known: the first call has two, the second three. Four properties: each tool has two.
-    told = [record.message for record in caplog.records if "padding" in record.message]
     in_calls, in_tools = 3 + 2, 4 * 2
-    assert len(told) == 1 and f": {in_calls + in_tools} nulls inside arguments and tools" in told[0]
-    assert told[0].startswith(f"{place}: ")
+    assert [len(lines) for lines in told] == [1, 1] and told[0] == told[1]
+    assert told[0][0].startswith(f"data.train: {place}: {in_calls + in_tools} nulls inside arguments and tools")
 
 
 def test_a_row_group_without_rows_and_a_folder_named_like_a_column_change_nothing(tmp_path):

@@ -14,7 +14,7 @@ from dist_lora.lora.adapter_writer import write_adapter
 from dist_lora.lora.find_base import base_name
 from dist_lora.lora.origin import BaseIdentity, RunOrigin, origin_of, own_checksum
 
-RUN = RunOrigin("/models/x", None, "nf4", ("chat",), "{{ messages }}", "xxh3_128:0")
+RUN = RunOrigin("/models/x", None, "nf4", ("chat",), "{{ messages }}", "xxh3_128:0", "xxh3_128:1")
 
 
 def written(folder: Path, run: RunOrigin | None, *, base: str | None = "org/x") -> Path:
@@ -44,7 +44,8 @@ def test_a_damaged_origin_is_refused(tmp_path, change: dict[str, Any]) -> None:
     origin["run"] |= change
     file.write_text(json.dumps(origin | {"checksum": own_checksum(origin)}))
     with pytest.raises(
-        AdapterError, match=r"expected model, revision, quant, kinds, chat_template, tokenizer. The file is damaged"
+        AdapterError,
+        match=r"expected model, revision, quant, kinds, chat_template, tokenizer, vocabulary. The file is damaged",
     ):
         origin_of(tmp_path / "a")
     file.write_text(json.dumps(origin | {"checksum": "xxh3_128:0"}))

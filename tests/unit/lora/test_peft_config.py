@@ -25,6 +25,7 @@ from dist_lora.herd.shape import read_shape
 from dist_lora.lora.adapter_reader import open_adapter
 from dist_lora.lora.fit import check_fit, settings_of, with_settings_of
 from dist_lora.lora.merge import merge_adapter
+from dist_lora.train import build
 from dist_lora.world.world import World
 
 IDS = torch.randint(0, 512, (40,), generator=torch.Generator().manual_seed(0))
@@ -86,6 +87,12 @@ def made_by_peft(folder: Path, stock: Any, kind: dict[str, Any], *, dtype: torch
 def ours(adapter: Path, base: Path) -> Tensor:
     model, rows = open_for_answers(adapter, base=str(base), world=World.alone()).model, torch.arange(len(IDS))
     return model(IDS, positions=rows, attention=Documents((0, len(IDS))), rows=rows)
+
+
+def test_a_model_that_answers_reads_the_headers_of_its_base_once_to_open_it(tmp_path, stock, base, monkeypatch) -> None:
+    adapter = made_by_peft(tmp_path / "adapter", stock, QV)
+    monkeypatch.setattr(build, "open_index", None)  # how the base is stored, and so its headers, is known by then
+    assert ours(adapter, base).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -103,7 +103,7 @@ def test_the_page_tells_the_runs_own_numbers(tmp_path: Path) -> None:
         "loss": "4.0000 at the first step, 0.5000 at the last",
         "held-out loss": "1.3750 at the last evaluation, best 1.2500 at step 6",
         "tokens": "800, 80 trained on",
-        "time": "0 min 16 s in steps, 50 tokens/s median",
+        "time": "16 s in steps, 50 tokens/s median",
         "peak memory": "1.00, 2.00 GiB",
         "checkpoints": "4, 8",
     }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dist_lora.config.schema import Config
 from dist_lora.run_folder.attempt import begin_attempt, read_attempt, read_summary
@@ -58,6 +60,27 @@ def test_a_finished_run_is_said_to_be_and_nothing_is_loaded_or_written(finished,
         assert f"{folder}: finished already, {steps} of {steps} steps, on 20" in caplog.text
         assert f"adapter: {folder}/adapter. Nothing is done. To train on, raise train.steps" in caplog.text
     assert content(folder) == before
+
+
+def test_a_finished_run_that_took_its_adapter_s_settings_is_said_to_be_finished(finished) -> None:
+    runs_dir = Path(finished["runs_dir"])
+    further = {**finished, "run": "further", "lora": {"start_from": str(runs_dir / "it" / "adapter")}}
+    assert train_command(World.alone(), further) == ""
+    assert yaml.safe_load((runs_dir / "further" / "config.yaml").read_text())["lora"]["rank"] == 2
+    assert "finished already" in finished_line(runs_dir / "further", Config.model_validate(further))
+    other = with_(further, "lora", rank=3)
+    assert finished_line(runs_dir / "further", Config.model_validate(other)) == ""
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_run_whose_tokenizer_was_written_since_is_looked_at_again(finished, name) -> None:
+    folder, file = Path(finished["runs_dir"]) / "it", Path(finished["model"]["name"]) / name
+    times = file.stat().st_mtime_ns
+    os.utime(file, ns=(times, times + 10**15))
+    try:
+        assert finished_line(folder, Config.model_validate(finished)) == ""
+    finally:
+        os.utime(file, ns=(times, times))
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,16 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from dist_lora.base.tokenizer_files import hash_vocabulary
+from dist_lora.chat.command import open_for_answers
 from dist_lora.checkpoint.manifest import MANIFEST_FILE, read_manifest, write_manifest
 from dist_lora.config.schema import Config
-from dist_lora.errors import CheckpointError, ConfigError
+from dist_lora.errors import CheckpointError, ConfigError, WeightsError
+from dist_lora.lora.merge import merge_adapter
+from dist_lora.lora.origin import RunOrigin
 from dist_lora.train.schedule import lr_at
 from dist_lora.world.world import World
+from tests.conftest import save_byte_tokenizer
 from tests.ranks.runs import metrics, train_command, train_until_asked
 
 NUM_STEPS = 4
@@ -145,6 +150,53 @@ def test_other_weights_under_the_same_name_are_refused(begun) -> None:
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"model.name: .*step-00000002 was trained on another base: weights "):
         train_command(World.alone(), begun)
+
+
+def test_another_tokenizer_is_refused_on_resume_and_warned_of_where_the_adapter_is_used(
+    begun, caplog, tmp_path
+) -> None:
+    base, run = Path(begun["model"]["name"]), Path(begun["runs_dir"]) / "it"
+    file = base / "tokenizer_config.json"
+    as_it_was = json.loads(file.read_text())
+    other = {**as_it_was, "eos_token": "<|end_of_text|>"}  # no id of the samples depends on it
+    file.write_text(json.dumps(other))
+    with pytest.raises(
+        ConfigError, match=r"model.name: .*step-00000002 was trained with another tokenizer \(xxh3.*eos_token"
+    ):
+        train_command(World.alone(), begun)
+    assert steps_of(begun) == [1, 2]
+    # Written otherwise, and padded with another token: the same ids.
+    file.write_text(json.dumps({**as_it_was, "pad_token": "<|eot_id|>"}, indent=7))
+    assert go_on(begun, caplog) == []
+
+    def warned() -> list[str]:
+        return [r.getMessage() for r in caplog.records if "another tokenizer" in r.getMessage()]
+
+    for text, num_warnings in ((as_it_was, 0), (other, 1)):
+        file.write_text(json.dumps(text))
+        caplog.clear()
+        open_for_answers(run / "adapter", base=None, world=World.alone())
+        assert len(warned()) == num_warnings
+        merge_adapter(run / "adapter", base=base, out=tmp_path / f"merged-{num_warnings}")
+        assert len(warned()) == 2 * num_warnings
+
+
+def test_a_token_of_another_id_is_another_vocabulary(tmp_path) -> None:
+    save_byte_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    run = RunOrigin(vocabulary=hash_vocabulary(tmp_path))
+    assert run.other_vocabulary(tmp_path) == RunOrigin().other_vocabulary(tmp_path) == ""
+    vocab = content["model"]["vocab"]
+    for part in ({"model": content["model"] | {"vocab": vocab | {"a": vocab["b"], "b": vocab["a"]}}},
+                 {"added_tokens": content["added_tokens"][:-1]}):  # fmt: skip
+        file.write_text(json.dumps(content | part))
+        assert "was trained" not in (other := run.other_vocabulary(tmp_path)) and str(tmp_path) in other
+    file.write_text(json.dumps({"model": {}}))
+    with pytest.raises(WeightsError, match=r"tokenizer\.json is damaged"):
+        run.other_vocabulary(tmp_path)
+    file.unlink()
+    assert run.other_vocabulary(tmp_path) == ""
 
 
 def test_fewer_steps_than_are_done_are_refused(begun) -> None:
