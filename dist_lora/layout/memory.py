@@ -9,13 +9,28 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from dist_lora.config.schema import Config, Quant
 from dist_lora.herd.shape import Shape
-from dist_lora.layout.choices import ITEM_BYTES, Choices, Layout, check_node_size, choose
+from dist_lora.layout.choices import (
+    ITEM_BYTES,
+    Choices,
+    Layout,
+    check_node_size,
+    choose,
+    choose_recomputed,
+    describe_recomputed,
+)
 from dist_lora.layout.storage import FP32, base_parts, quantized_linears
+from dist_lora.text import GIB
 
+# Only visible on a machine with such a GPU: CUDA's context and the libraries' kernels, NCCL's buffers, and fragmentation of
+# the caching allocator. Figures for CUDA 12 and NCCL 2: about 0.5 GiB, and 0.5 to 1 GiB for several communicators;
+# fragmentation as a fraction of the allocated bytes.
+CONTEXT_BYTES = 1.5 * GIB
+FRAGMENTATION = 0.05
 LOGITS_AT_ONCE = 2**25  # elements of the largest slice of logits: 128 MiB in fp32, 261 rows at V = 128256
 
 
@@ -52,9 +67,9 @@ class Setup:
         return ITEM_BYTES[self.choices.dtype]
 
     @property
-    def recompute(self) -> bool:
-        """Whether activations are recomputed in the backward pass."""
-        return self.choices.recompute
+    def recomputed(self) -> range:
+        """The layers whose activations are recomputed in the backward pass."""
+        return self.choices.recomputed
 
     @property
     def layout(self) -> Layout:
@@ -89,12 +104,17 @@ def setup_of(
     device_bytes: int,
     on_gpu: bool = True,
     has_bf16: bool = True,
+    name: str | None = None,
 ) -> Setup:
-    """The setup of a config on ``num_nodes`` nodes, with ``auto`` resolved as in a run.
+    """The setup of a config on ``num_nodes`` nodes, with ``auto`` resolved as in a run, which calls it too.
+
+    Args:
+        device_bytes: memory of one rank's device, the smallest of all; on a CPU its share of the host's.
+        name: the model's, for errors; None takes ``model.name``.
 
     Raises:
         ConfigError: a GPU has no bf16, as set; settings of ``parallel`` contradict each other or the world; the model lacks a
-            layer; its linears can't be quantized with ``model.quant``.
+            layer, or the number of them that are to recompute; its linears can't be quantized with ``model.quant``.
     """
     num_ranks = num_nodes * gpus_per_node
     local_size = config.parallel.node_size or gpus_per_node
@@ -102,7 +122,7 @@ def setup_of(
     choices = choose(
         config,
         shape,
-        name=config.model.name,
+        name=name or config.model.name,
         world_size=num_ranks,
         local_size=local_size,
         device_bytes=device_bytes,
@@ -110,7 +130,7 @@ def setup_of(
         has_bf16=has_bf16,
     )
     train = config.train
-    return Setup(
+    setup = Setup(
         shape=shape,
         quant=config.model.quant,
         choices=choices,
@@ -125,6 +145,33 @@ def setup_of(
         num_ranks=num_ranks,
         local_size=local_size,
     )
+    return _with_recomputed(setup, train.activation_checkpointing, device_bytes=device_bytes if on_gpu else None)
+
+
+def _with_recomputed(setup: Setup, wanted: Literal["auto", "none", "all"] | int, *, device_bytes: int | None) -> Setup:
+    def with_layers(layers: range) -> Setup:
+        return replace(setup, choices=replace(setup.choices, recomputed=layers))
+
+    def needed_bytes(layers: range) -> int:
+        held = memory_of(with_layers(layers)).device
+        return held + reserve_bytes(held)
+
+    num_layers = setup.shape.num_layers
+    recomputed, because = choose_recomputed(
+        wanted,
+        num_layers=num_layers,
+        first_adapted=min(setup.layers),
+        device_bytes=device_bytes,
+        needed_bytes=needed_bytes,
+    )
+    line = f"recompute {describe_recomputed(recomputed, num_layers)}: {because}"
+    reasons = (*setup.choices.reasons, line)
+    return replace(setup, choices=replace(setup.choices, recomputed=recomputed, reasons=reasons))
+
+
+def reserve_bytes(held_bytes: int) -> int:
+    """What a GPU needs besides a run's tensors: CUDA's context, NCCL's buffers, fragmentation."""
+    return int(CONTEXT_BYTES + FRAGMENTATION * held_bytes)
 
 
 # The base
@@ -322,12 +369,12 @@ def _gathered_by_zero3(setup: Setup) -> _Gathered:
     """What DeepSpeed 0.19 holds with our settings, as seen in simulated steps; adapters are gathered with their layer.
 
     The head is copied out of its buffer while a layer is still gathered. The backward of a layer begins with that layer and
-    three more. Without recomputation, in fp32, the graph keeps the gathered adapters of all layers.
+    three more. In fp32 the graph keeps the gathered adapters of all layers that don't recompute.
     """
     end, block = embedding_bytes(setup), block_bytes(setup)
     adapters = FP32 * setup.shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
     layer = block + adapters
-    kept = 0 if setup.recompute or setup.item_bytes != FP32 else len(setup.layers) * adapters
+    kept = 0 if setup.item_bytes != FP32 else len(set(setup.layers) - set(setup.recomputed)) * adapters
     return _Gathered(
         at_embedding=2 * end,
         in_first_layer=end + 2 * layer,
@@ -341,7 +388,7 @@ def _gathered_by_zero3(setup: Setup) -> _Gathered:
 
 def moments_of(setup: Setup) -> list[_Moment]:
     """The moments of a step at which memory can peak."""
-    shape, c, first, gathered = setup.shape, setup.item_bytes, min(setup.layers), _gathered(setup)
+    shape, c, gathered = setup.shape, setup.item_bytes, _gathered(setup)
     stream = setup.micro_tokens * shape.hidden * c  # a layer's output
     wide = setup.micro_tokens * shape.ffn * c
     last = shape.num_layers - 1
@@ -350,13 +397,13 @@ def moments_of(setup: Setup) -> list[_Moment]:
 
     def kept_before(layer: int) -> int:
         """What the layers before ``layer`` save for the backward: everything, or only their inputs."""
-        return rotary + (stream * max(0, layer - first) if setup.recompute else sum(of_layers[:layer]))
+        return rotary + sum(stream if i in setup.recomputed else of_layers[i] for i in range(layer))
 
     kept = kept_before(shape.num_layers)
     last_norm = setup.micro_tokens * shape.hidden * FP32
     has_input_of_down = "down_proj" in setup.targets and last in setup.layers
     gradients = max(3 * wide, 2 * wide + dequantized_bytes(setup)) - (wide if has_input_of_down else 0)
-    of_last = of_layers[last] if setup.recompute else 0
+    of_last = of_layers[last] if last in setup.recomputed else 0
     at_end = stream + (2 * last_norm if setup.layout.engine == "zero3" else stream)
     moments = [
         _Moment("at the embedding", gathered.at_embedding, 0, 0, stream),
@@ -366,6 +413,12 @@ def moments_of(setup: Setup) -> list[_Moment]:
         _Moment("in the backward of the last norm", gathered.in_backward_of_norm, kept + last_norm, 0, 5 * last_norm),
         _Moment("in the backward of the last layer", gathered.in_backward, kept + of_last, 0, gradients + stream),
     ]
+    if setup.recomputed and last not in setup.recomputed:
+        layer = setup.recomputed[-1]  # all layers after it are freed
+        held = kept_before(layer + 1) + of_layers[layer]
+        moments.append(
+            _Moment("in the backward of a recomputed layer", gathered.in_backward, held, 0, gradients + stream)
+        )
     later = [layer for layer in range(1, shape.num_layers) if not setup.frees_buffer(layer - 1)]
     if later:
         moments.append(_Moment("while a layer is gathered", gathered.in_later_layer, kept_before(later[-1]), 0, stream))

@@ -17,16 +17,23 @@ def flops_per_token(setup: Setup, *, context: int) -> float:
     """Floating-point operations per token, forward and backward.
 
     4 per frozen weight of a matmul (2 forward, 2 for the input's gradient, none for its own), 6 per trained weight, 6 per
-    pair of head entries and attended token (half of ``context`` tokens on average), and with recomputation once more the
-    layers' forward: 2, 2 and 2. Source: PaLM, arXiv 2204.02311, appendix B, without the frozen weights' own gradients.
+    pair of head entries and attended token (half of ``context`` tokens on average), and once more the forward
+    of the layers that recompute: 2, 2 and 2. Source: PaLM, arXiv 2204.02311, appendix B, without the frozen weights' own gradients.
     """
     shape = setup.shape
-    in_layers = shape.num_layers * shape.weights_of_linears()
+    linears = shape.weights_of_linears()
     head = shape.vocab * shape.hidden
-    attention = shape.num_layers * shape.num_heads * shape.head_dim * context / 2 * 2  # scores, and the values' sum
-    forward = 2 * (in_layers + setup.trained_weights + attention)
-    once = 2 * forward + 2 * setup.trained_weights + 2 * attention + 4 * head
-    return once + (forward if setup.recompute else 0)
+    attention = shape.num_heads * shape.head_dim * context / 2 * 2  # of a layer: scores, and the values' sum
+    num_layers, again = shape.num_layers, len(setup.recomputed)
+    forward = 2 * (num_layers * (linears + attention) + setup.trained_weights)
+    once = 2 * forward + 2 * setup.trained_weights + 2 * num_layers * attention + 4 * head
+    of_adapters = setup.trained_weights * adapted_again(setup) / len(setup.layers)
+    return once + 2 * (again * (linears + attention) + of_adapters)
+
+
+def adapted_again(setup: Setup) -> int:
+    """Layers with adapters that recompute."""
+    return len(set(setup.layers) & set(setup.recomputed))
 
 
 @dataclass(frozen=True)
@@ -97,14 +104,14 @@ def speed_of(setup: Setup, gpu: Gpu, *, context: int) -> Speed | None:
 def _dequantize_traffic(setup: Setup) -> float:
     """Bytes of GPU memory traffic per step to dequantize linears: read as stored, written, read again.
 
-    Once in the forward, once in the recomputation, once in the backward.
+    Once in the forward, once in the backward, and once in the recomputation.
     """
     if setup.quant == "none":
         return 0.0
     shape, c = setup.shape, setup.item_bytes
     weights = shape.weights_of_linears()
     stored = block_bytes(setup)
-    times = setup.accumulation_steps * (3 if setup.recompute else 2) * shape.num_layers
+    times = setup.accumulation_steps * (2 * shape.num_layers + len(setup.recomputed))
     return times * quantized_share(shape) * (stored + 2 * c * weights)
 
 
@@ -144,18 +151,19 @@ def measured_speed(setup: Setup, gpu: Gpu, measured: Measured, *, context: int) 
 
     CPU cores that compute also communicate, so nothing overlaps there; a GPU may overlap both.
     """
-    layers = setup.shape.num_layers
+    layers, again = setup.shape.num_layers, len(setup.recomputed)
     micro_batches = float(setup.accumulation_steps)
-    times = 3 if setup.recompute else 2  # matmuls per frozen linear: forward, input gradient, recomputation
-    compute = _frozen_matmuls(setup, measured) * (times * layers * micro_batches)
-    compute += _adapter_matmuls(setup, measured) * ((times + 1) * len(setup.layers) * micro_batches)
-    compute += _attention(setup, measured, context) * (layers * micro_batches * (4 / 3 if setup.recompute else 1))
-    compute += _elementwise(setup, measured) * ((times + 1) * layers * micro_batches)
+    # Matmuls of all frozen linears: forward, input gradient, recomputation; an adapter has its own gradient besides.
+    times = 2 * layers + again
+    compute = _frozen_matmuls(setup, measured) * (times * micro_batches)
+    compute += _adapter_matmuls(setup, measured) * ((3 * len(setup.layers) + adapted_again(setup)) * micro_batches)
+    compute += _attention(setup, measured, context) * ((layers + again / 3) * micro_batches)
+    compute += _elementwise(setup, measured) * ((times + layers) * micro_batches)
     compute += _loss(setup, measured) * micro_batches
     compute += _optimizer(setup, measured)
-    calls = CALLS_PER_LAYER * (times + 1) * layers * micro_batches * measured.call_s
+    calls = CALLS_PER_LAYER * (times + layers) * micro_batches * measured.call_s
     compute += _Seconds(calls / 2, calls)
-    dequantize = _dequantize(setup, measured) * (times * layers * micro_batches)
+    dequantize = _dequantize(setup, measured) * (times * micro_batches)
     inside, between = _communication(setup, measured)
     fetched = 2 * setup.accumulation_steps * base_bytes_per_rank(setup) if setup.layout.base_on_host else 0
     host = _Seconds(*_at_gb_s(fetched, gpu.host_gb_s, REACHED_LINK))
