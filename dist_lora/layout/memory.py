@@ -7,6 +7,7 @@ L layers; c bytes per number in the compute dtype.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -179,14 +180,24 @@ def reserve_bytes(held_bytes: int) -> int:
 
 def base_bytes_per_rank(setup: Setup) -> int:
     """A rank's shard of the base."""
-    parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
-    return sum(part.shard_bytes(setup.base_ranks) for part in parts)
+    return _base_bytes(setup.shape, setup.quant, setup.item_bytes, setup.base_ranks)
+
+
+# Kept, since a choice of ``auto`` and a search for what fits ask for the same base hundreds of times.
+@functools.lru_cache(maxsize=64)
+def _base_bytes(shape: Shape, quant: Quant, item_bytes: int, num_ranks: int) -> int:
+    return sum(part.shard_bytes(num_ranks) for part in base_parts(shape, quant=quant, item_bytes=item_bytes))
 
 
 def block_bytes(setup: Setup) -> int:
     """One whole layer of the base: the largest, where some have linears that were left unquantized."""
+    return _block_bytes(setup.shape, setup.quant, setup.item_bytes)
+
+
+@functools.lru_cache(maxsize=64)
+def _block_bytes(shape: Shape, quant: Quant, item_bytes: int) -> int:
     by_layer = Counter[int]()
-    for part in base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes):
+    for part in base_parts(shape, quant=quant, item_bytes=item_bytes):
         if part.block is not None:
             by_layer[part.block] += part.num_bytes
     return max(by_layer.values())
@@ -254,6 +265,14 @@ def saved_bytes_of_layer(setup: Setup, layer: int) -> int:
             has_input_gradient = begin < 0 or name not in groups[begin]
             casts += c * setup.lora_rank * (out + width * has_input_gradient)
     return setup.micro_tokens * (c * numbers + FP32 * fp32_numbers + masks) + casts
+
+
+def _saved_by_layer(setup: Setup) -> list[int]:
+    """``saved_bytes_of_layer`` of every layer, computed once for those that are alike."""
+    first, adapted = min(setup.layers), set(setup.layers)
+    kinds = [(layer < first, layer == first, layer in adapted) for layer in range(setup.shape.num_layers)]
+    of_kind = {kind: saved_bytes_of_layer(setup, kinds.index(kind)) for kind in set(kinds)}
+    return [of_kind[kind] for kind in kinds]
 
 
 def logit_rows(setup: Setup) -> int:
@@ -392,7 +411,7 @@ def moments_of(setup: Setup) -> list[_Moment]:
     stream = setup.micro_tokens * shape.hidden * c  # a layer's output
     wide = setup.micro_tokens * shape.ffn * c
     last = shape.num_layers - 1
-    of_layers = [saved_bytes_of_layer(setup, layer) for layer in range(shape.num_layers)]
+    of_layers = _saved_by_layer(setup)
     rotary = setup.micro_tokens * shape.head_dim * c  # cosines and sines, shared by all layers
 
     def kept_before(layer: int) -> int:

@@ -20,7 +20,7 @@ from dist_lora.layout.choices import (
     choose_layout,
     choose_recomputed,
 )
-from dist_lora.layout.memory import setup_of
+from dist_lora.layout.memory import Setup, memory_of, setup_of
 from dist_lora.text import GIB
 
 
@@ -155,18 +155,32 @@ def test_auto_recomputes_the_fewest_layers_that_fit_in_nine_tenths_of_a_gpu() ->
         r"recompute no layer: \S+ GiB fit in 180.00 GiB \(90% of a GPU\)", recompute_line("auto", device_gib=200)
     )
     found = re.fullmatch(
-        r"recompute (\d+) of 16 layers \(0-(\d+)\): the fewest that fit in 54.00 GiB \(90% of a GPU\): (\S+) GiB, with (\d+) it would "
+        r"recompute (\d+) of 16 layers \(0-(\d+)\): the fewest that fit in 27.00 GiB \(90% of a GPU\): (\S+) GiB, with (\d+) it would "
         r"be (\S+) GiB",
-        recompute_line("auto", device_gib=60),
+        recompute_line("auto", device_gib=30),
     )
     assert found is not None
     chosen, last, needed, one_less, more = (float(number) for number in found.groups())
-    assert last == one_less == chosen - 1 and 0 < chosen < 16 and needed < 54 <= more
-    # The last layer's activations are there at the peak in either case: not even here does it recompute them.
-    assert re.match(
-        r"recompute 15 of 16 layers \(0-14\): a GPU can't need less than \S+ GiB, more than 9.00 GiB",
+    assert last == one_less == chosen - 1 and 0 < chosen < 16 and needed < 27 <= more
+    assert re.fullmatch(
+        r"recompute all 16 layers: a GPU can't need less than \S+ GiB, more than 9.00 GiB \(90% of a GPU\)",
         recompute_line("auto", device_gib=10),
     )
+
+
+def test_the_last_layer_keeps_what_the_peak_of_its_own_backward_holds_anyway() -> None:
+    config = Config.model_validate({
+        "run": "it", "model": {"name": "3.1-405b"}, "data": {"train": "x"},
+        "train": {"micro_batch": 1, "sequence_length": 2048},
+    })  # fmt: skip
+    setup = setup_of(config, MEMBERS["3.1-405b"].shape, num_nodes=1, gpus_per_node=8, device_bytes=80 * GIB)
+    assert setup.recomputed == range(125)
+    everything = replace_recomputed(setup, range(126))
+    assert memory_of(setup).device < memory_of(everything).device
+
+
+def replace_recomputed(setup: Setup, recomputed: range) -> Setup:
+    return dataclasses.replace(setup, choices=dataclasses.replace(setup.choices, recomputed=recomputed))
 
 
 def test_layers_before_the_first_adapter_save_nothing_and_never_recompute() -> None:
