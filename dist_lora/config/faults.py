@@ -173,6 +173,8 @@ def _found_and_expected(path: SettingPath, *, found: Any) -> str:
 
 # What a choice is called elsewhere (bitsandbytes, transformers, axolotl): quantizations by their bits or method.
 _SYNONYMS = {
+    **dict.fromkeys(("on", "yes"), "all"),
+    **dict.fromkeys(("off", "no"), "none"),
     **dict.fromkeys(("int4", "fp4", "4bit", "4", "uint4", "qlora", "bnb4bit", "loadin4bit", "nf4dq", "bnb"), "nf4"),
     **dict.fromkeys(("8bit", "8", "int8bit", "llmint8", "bnb8bit", "loadin8bit", "w8", "uint8"), "int8"),
     **dict.fromkeys(("bfloat16", "half", "float16", "fp16"), "bf16"),

@@ -122,6 +122,13 @@ def _check_range(layers: str) -> str:
 INVALID_TEXT = re.compile("[\0\ud800-\udfff]")  # not allowed in file names, and not encodable in UTF-8
 
 
+def _layers_in_words(setting: str | int) -> str | int:
+    """``true`` and ``false``, as other trainers have them, are all layers and none."""
+    if isinstance(setting, bool):
+        return "all" if setting else "none"
+    return setting
+
+
 def _check_text(text: str) -> str:
     if not text.strip():
         raise ValueError("is empty")
@@ -405,8 +412,11 @@ class TrainSection(Section):
     packing: bool = Field(
         default=True, description="Pack several samples into each sequence; they don't attend to each other."
     )
-    activation_checkpointing: Literal["auto"] | bool = Field(
-        default="auto", description="Recompute activations in the backward pass: less memory, more time."
+    activation_checkpointing: Annotated[
+        Literal["auto", "none", "all"] | bool | Annotated[int, Field(ge=0)], AfterValidator(_layers_in_words)
+    ] = Field(
+        default="auto",
+        description="Layers that recompute their activations in the backward pass: less memory, more time. auto takes as few as fit.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of the adapters, dropout and the order of the samples.")
     deterministic: bool = Field(

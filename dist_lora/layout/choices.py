@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +10,7 @@ from dist_lora.config.schema import Config, ParallelSection
 from dist_lora.errors import ConfigError
 from dist_lora.herd.shape import Shape
 from dist_lora.layout.storage import base_parts, check_quant
-from dist_lora.text import count, size
+from dist_lora.text import count, ranges, size
 
 EngineName = Literal["none", "fsdp2", "zero3"]
 DtypeName = Literal["bf16", "fp32"]
@@ -19,6 +19,9 @@ ITEM_BYTES: Mapping[DtypeName, int] = {"bf16": 2, "fp32": 4}
 
 BYTES_PER_TRAINED_WEIGHT = 16  # fp32: the weight, its gradient and AdamW's two moments
 BASE_SHARE = 0.6  # of a device's memory: the base is sharded over the world if a node's shard takes more
+TIGHT = (
+    0.9  # of a device's memory: from here on what the bytes don't count (fragmentation, another library) may exceed it
+)
 ADAPTERS_SHARE = 0.05  # of a device's memory: adapters are sharded over a node if they take more
 
 
@@ -40,13 +43,13 @@ class Choices:
 
     Args:
         dtype: of the base, where it is not quantized, and of the computation.
-        recompute: whether activations are recomputed in the backward pass.
+        recomputed: the layers whose activations are recomputed in the backward pass, see ``choose_recomputed``.
         reasons: one line per choice.
     """
 
     dtype: DtypeName
     attention: AttentionName
-    recompute: bool
+    recomputed: range
     layout: Layout
     reasons: tuple[str, ...]
 
@@ -62,7 +65,9 @@ def choose(
     on_gpu: bool,
     has_bf16: bool = True,
 ) -> Choices:
-    """The choices of a config for a model on ``world_size`` ranks.
+    """The choices of a config for a model on ``world_size`` ranks: all that doesn't depend on a step's memory.
+
+    No layer recomputes yet: ``memory.setup_of`` adds that choice.
 
     Args:
         name: the model's, for errors.
@@ -78,9 +83,6 @@ def choose(
     check_quant(shape, config.model.quant, name)
     dtype, why_dtype = choose_dtype(config.model.dtype, on_gpu=on_gpu, has_bf16=has_bf16)
     attention, why_attention = choose_attention(config.model.attention, dtype=dtype, on_gpu=on_gpu)
-    wanted = config.train.activation_checkpointing
-    recompute = on_gpu if wanted == "auto" else wanted
-    because = "as set" if wanted != "auto" else "saves memory on a GPU" if on_gpu else "saves time on a CPU"
     parts = base_parts(shape, quant=config.model.quant, item_bytes=ITEM_BYTES[dtype])
     layout = choose_layout(
         config.parallel,
@@ -94,9 +96,8 @@ def choose(
         *layout.reasons,
         f"dtype     {dtype}: {why_dtype}",
         f"attention {attention}: {why_attention}",
-        f"recompute {'on' if recompute else 'off'}: {because}",
     )
-    return Choices(dtype, attention, recompute, layout, reasons)
+    return Choices(dtype, attention, range(0), layout, reasons)
 
 
 def choose_dtype(
@@ -140,6 +141,76 @@ def choose_attention(
     if on_gpu:
         return "varlen", "flash attention over all documents of a micro-batch at once"
     return "sdpa", "flash attention needs a GPU"
+
+
+def choose_recomputed(
+    wanted: Literal["auto", "none", "all"] | int,
+    *,
+    num_layers: int,
+    first_adapted: int,
+    device_bytes: int | None,
+    needed_bytes: Callable[[range], int],
+) -> tuple[range, str]:
+    """``train.activation_checkpointing`` resolved: the layers that recompute, with the reason. Needs no communication.
+
+    Args:
+        first_adapted: the first layer with an adapter. Those before it save nothing, so recomputing them would save nothing.
+        device_bytes: a GPU's memory, of which ``auto`` fills up to ``TIGHT``: all of it, not what is free now, so that a run
+            that starts again recomputes the same layers; None on a CPU, where it recomputes nothing.
+        needed_bytes: bytes that a rank needs if these layers recompute.
+
+    Raises:
+        ConfigError: more layers are to recompute than the model has.
+    """
+
+    # The first layers recompute and the last ones keep. The backward begins with the last layer, while everything that is kept
+    # is still there: if that layer recomputed, its activations would be there once more just then. Kept ones are freed on the
+    # way, so that what the first layers recompute finds room.
+    def first(num: int) -> range:
+        return range(first_adapted, min(num_layers, first_adapted + num))
+
+    if isinstance(wanted, int):
+        if wanted > num_layers:
+            raise ConfigError(
+                f"train.activation_checkpointing: {wanted} layers can't recompute, since the model has {num_layers}. "
+                f"Set at most {num_layers}, or all."
+            )
+        return first(wanted), "as set"
+    if wanted != "auto":
+        return first(num_layers if wanted == "all" else 0), "as set"
+    if device_bytes is None:
+        return first(0), "saves time on a CPU"
+    return _fewest(first, num_layers - first_adapted, room_bytes=TIGHT * device_bytes, needed_bytes=needed_bytes)
+
+
+def _fewest(
+    first: Callable[[int], range], limit: int, *, room_bytes: float, needed_bytes: Callable[[range], int]
+) -> tuple[range, str]:
+    """The fewest layers with which the bytes fit, by bisection; if none does, those with which they are least."""
+    room = f"{size(room_bytes)} ({TIGHT:.0%} of a GPU)"
+    # Up to the last but one, each layer that recomputes saves memory; the last may cost some, see ``choose_recomputed``.
+    low, high = 0, limit - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if needed_bytes(first(middle)) < room_bytes else (middle + 1, high)
+    needed = {num: needed_bytes(first(num)) for num in (low, limit)}
+    chosen = next((num for num in (low, limit) if needed[num] < room_bytes), None)
+    if chosen is None:
+        chosen = min(needed, key=needed.__getitem__)
+        return first(chosen), f"a GPU can't need less than {size(needed[chosen])}, more than {room}"
+    if chosen == 0:
+        return first(0), f"{size(needed[0])} fit in {room}"
+    more = size(needed_bytes(first(chosen - 1)))
+    return first(chosen), f"the fewest that fit in {room}: {size(needed[chosen])}, with {chosen - 1} it would be {more}"
+
+
+def describe_recomputed(recomputed: range, num_layers: int) -> str:
+    """``no layer``, ``all 32 layers`` or ``20 of 32 layers (0-19)``."""
+    if not recomputed:
+        return "no layer"
+    if len(recomputed) == num_layers:
+        return "the only layer" if num_layers == 1 else f"all {num_layers} layers"
+    return f"{len(recomputed)} of {num_layers} layers ({ranges(recomputed)})"
 
 
 def choose_layout(

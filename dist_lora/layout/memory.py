@@ -7,18 +7,33 @@ L layers; c bytes per number in the compute dtype.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from dist_lora.config.schema import Config, Quant
 from dist_lora.herd.shape import Shape
-from dist_lora.layout.choices import ITEM_BYTES, Choices, Layout, check_node_size, choose
+from dist_lora.layout.choices import (
+    ITEM_BYTES,
+    Choices,
+    Layout,
+    check_node_size,
+    choose,
+    choose_recomputed,
+    describe_recomputed,
+)
 from dist_lora.layout.storage import FP32, base_parts, quantized_linears
+from dist_lora.text import GIB
 
-LOGITS_IN_FP32 = (
-    2**23
-)  # elements of the logits that are in fp32 at once: 32 MiB, which a GPU's second-level cache nearly holds
+# Only visible on a machine with such a GPU: CUDA's context and the libraries' kernels, NCCL's buffers, and fragmentation of
+# the caching allocator. Figures for CUDA 12 and NCCL 2: about 0.5 GiB, and 0.5 to 1 GiB for several communicators;
+# fragmentation as a fraction of the allocated bytes.
+CONTEXT_BYTES = 1.5 * GIB
+FRAGMENTATION = 0.05
+# Elements of the logits that are in fp32 at once: 32 MiB, which a GPU's second-level cache nearly holds.
+LOGITS_IN_FP32 = 2**23
 
 
 @dataclass(frozen=True)
@@ -54,9 +69,9 @@ class Setup:
         return ITEM_BYTES[self.choices.dtype]
 
     @property
-    def recompute(self) -> bool:
-        """Whether activations are recomputed in the backward pass."""
-        return self.choices.recompute
+    def recomputed(self) -> range:
+        """The layers whose activations are recomputed in the backward pass."""
+        return self.choices.recomputed
 
     @property
     def layout(self) -> Layout:
@@ -91,12 +106,17 @@ def setup_of(
     device_bytes: int,
     on_gpu: bool = True,
     has_bf16: bool = True,
+    name: str | None = None,
 ) -> Setup:
-    """The setup of a config on ``num_nodes`` nodes, with ``auto`` resolved as in a run.
+    """The setup of a config on ``num_nodes`` nodes, with ``auto`` resolved as in a run, which calls it too.
+
+    Args:
+        device_bytes: memory of one rank's device, the smallest of all; on a CPU its share of the host's.
+        name: the model's, for errors; None takes ``model.name``.
 
     Raises:
         ConfigError: a GPU has no bf16, as set; settings of ``parallel`` contradict each other or the world; the model lacks a
-            layer; its linears can't be quantized with ``model.quant``.
+            layer, or the number of them that are to recompute; its linears can't be quantized with ``model.quant``.
     """
     num_ranks = num_nodes * gpus_per_node
     local_size = config.parallel.node_size or gpus_per_node
@@ -104,7 +124,7 @@ def setup_of(
     choices = choose(
         config,
         shape,
-        name=config.model.name,
+        name=name or config.model.name,
         world_size=num_ranks,
         local_size=local_size,
         device_bytes=device_bytes,
@@ -112,7 +132,7 @@ def setup_of(
         has_bf16=has_bf16,
     )
     train = config.train
-    return Setup(
+    setup = Setup(
         shape=shape,
         quant=config.model.quant,
         choices=choices,
@@ -127,6 +147,33 @@ def setup_of(
         num_ranks=num_ranks,
         local_size=local_size,
     )
+    return _with_recomputed(setup, train.activation_checkpointing, device_bytes=device_bytes if on_gpu else None)
+
+
+def _with_recomputed(setup: Setup, wanted: Literal["auto", "none", "all"] | int, *, device_bytes: int | None) -> Setup:
+    def with_layers(layers: range) -> Setup:
+        return replace(setup, choices=replace(setup.choices, recomputed=layers))
+
+    def needed_bytes(layers: range) -> int:
+        held = memory_of(with_layers(layers)).device
+        return held + reserve_bytes(held)
+
+    num_layers = setup.shape.num_layers
+    recomputed, because = choose_recomputed(
+        wanted,
+        num_layers=num_layers,
+        first_adapted=min(setup.layers),
+        device_bytes=device_bytes,
+        needed_bytes=needed_bytes,
+    )
+    line = f"recompute {describe_recomputed(recomputed, num_layers)}: {because}"
+    reasons = (*setup.choices.reasons, line)
+    return replace(setup, choices=replace(setup.choices, recomputed=recomputed, reasons=reasons))
+
+
+def reserve_bytes(held_bytes: int) -> int:
+    """What a GPU needs besides a run's tensors: CUDA's context, NCCL's buffers, fragmentation."""
+    return int(CONTEXT_BYTES + FRAGMENTATION * held_bytes)
 
 
 # The base
@@ -134,14 +181,24 @@ def setup_of(
 
 def base_bytes_per_rank(setup: Setup) -> int:
     """A rank's shard of the base."""
-    parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
-    return sum(part.shard_bytes(setup.base_ranks) for part in parts)
+    return _base_bytes(setup.shape, setup.quant, setup.item_bytes, setup.base_ranks)
+
+
+# Kept, since a choice of ``auto`` and a search for what fits ask for the same base hundreds of times.
+@functools.lru_cache(maxsize=64)
+def _base_bytes(shape: Shape, quant: Quant, item_bytes: int, num_ranks: int) -> int:
+    return sum(part.shard_bytes(num_ranks) for part in base_parts(shape, quant=quant, item_bytes=item_bytes))
 
 
 def block_bytes(setup: Setup) -> int:
     """One whole layer of the base: the largest, where some have linears that were left unquantized."""
+    return _block_bytes(setup.shape, setup.quant, setup.item_bytes)
+
+
+@functools.lru_cache(maxsize=64)
+def _block_bytes(shape: Shape, quant: Quant, item_bytes: int) -> int:
     by_layer = Counter[int]()
-    for part in base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes):
+    for part in base_parts(shape, quant=quant, item_bytes=item_bytes):
         if part.block is not None:
             by_layer[part.block] += part.num_bytes
     return max(by_layer.values())
@@ -209,6 +266,14 @@ def rows_of_slice(vocab: int, *, item_bytes: int) -> int:
 def fp32_rows_of_slice(vocab: int) -> int:
     """Rows of logits that are in fp32 at once, where the slice is in 16 bits."""
     return max(1, LOGITS_IN_FP32 // vocab)
+
+
+def _saved_by_layer(setup: Setup) -> list[int]:
+    """``saved_bytes_of_layer`` of every layer, computed once for those that are alike."""
+    first, adapted = min(setup.layers), set(setup.layers)
+    kinds = [(layer < first, layer == first, layer in adapted) for layer in range(setup.shape.num_layers)]
+    of_kind = {kind: saved_bytes_of_layer(setup, kinds.index(kind)) for kind in set(kinds)}
+    return [of_kind[kind] for kind in kinds]
 
 
 def logit_rows(setup: Setup) -> int:
@@ -344,19 +409,22 @@ def moments_of(setup: Setup) -> list[_Moment]:
     stream = setup.micro_tokens * shape.hidden * c  # a layer's output
     wide = setup.micro_tokens * shape.ffn * c
     last = shape.num_layers - 1
-    of_layers = [saved_bytes_of_layer(setup, layer) for layer in range(shape.num_layers)]
+    of_layers = _saved_by_layer(setup)
     rotary = setup.micro_tokens * shape.head_dim * c  # cosines and sines, shared by all layers
 
     def kept_before(layer: int) -> int:
         """What the layers before ``layer`` save for the backward: everything, or only their inputs."""
-        return rotary + (stream * max(0, layer - first) if setup.recompute else sum(of_layers[:layer]))
+        return rotary + sum(stream if i in setup.recomputed else of_layers[i] for i in range(layer))
+
+    def made_again(layer: int) -> int:
+        """What a layer that recomputes saves by that; its input is kept anyway."""
+        return of_layers[layer] - (stream if layer > first else 0)
 
     kept = kept_before(shape.num_layers)
     last_norm = stream + setup.micro_tokens * FP32
     in_fp32 = setup.micro_tokens * shape.hidden * FP32
     gradients = wide + max(wide, dequantized_bytes(setup))  # of gate and up, or of down's input beside its weight
-    # The input of a layer that is recomputed is kept anyway.
-    of_last = of_layers[last] - (stream if last > first else 0) if setup.recompute else 0
+    of_last = made_again(last) if last in setup.recomputed else 0
     at_end = stream + (2 * in_fp32 if setup.layout.engine == "zero3" else stream)
     moments = [
         _Moment("at the embedding", gathered.at_embedding, 0, 0, stream),
@@ -368,6 +436,12 @@ def moments_of(setup: Setup) -> list[_Moment]:
         ),
         _Moment("in the backward of the last layer", gathered.in_backward, kept + of_last, 0, gradients + stream),
     ]
+    if setup.recomputed and last not in setup.recomputed:
+        layer = setup.recomputed[-1]  # all layers after it are freed
+        held = kept_before(layer + 1) + made_again(layer)
+        moments.append(
+            _Moment("in the backward of a recomputed layer", gathered.in_backward, held, 0, gradients + stream)
+        )
     later = [layer for layer in range(1, shape.num_layers) if not setup.frees_buffer(layer - 1)]
     if later:
         moments.append(_Moment("while a layer is gathered", gathered.in_later_layer, kept_before(later[-1]), 0, stream))

@@ -26,12 +26,6 @@ REACHED_BY_PRODUCTS = 0.85
 REACHED_LINK = (0.50, 0.85)
 REACHED_MEMORY = (0.60, 0.85)
 
-# Only visible on a machine with such a GPU: CUDA's context and the libraries' kernels, NCCL's buffers, and fragmentation of
-# the caching allocator. Figures for CUDA 12 and NCCL 2: about 0.5 GiB, and 0.5 to 1 GiB for several communicators;
-# fragmentation as a fraction of the allocated bytes.
-CONTEXT_BYTES = 1.5 * GIB
-FRAGMENTATION = 0.05
-
 USABLE = 0.985  # of a GPU's memory: the rest is the driver's
 WITH_ECC = 0.937  # where ECC lies in the same memory (GDDR6) a sixteenth more: as nvidia-smi shows of L4, T4 and L40S
 

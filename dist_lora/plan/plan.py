@@ -13,9 +13,10 @@ from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.models import known_model
 from dist_lora.herd.shape import Shape
-from dist_lora.layout.memory import Memory, Setup, memory_of, setup_of
+from dist_lora.layout.choices import TIGHT
+from dist_lora.layout.memory import Memory, Setup, memory_of, reserve_bytes, setup_of
 from dist_lora.layout.storage import base_parts
-from dist_lora.plan.hardware import CONTEXT_BYTES, FRAGMENTATION, Gpu
+from dist_lora.plan.hardware import Gpu
 from dist_lora.plan.speed import Speed, speed_of
 from dist_lora.plan.traffic import Collective, collectives_of, received_bytes
 from dist_lora.text import GIB, count, time_range
@@ -24,7 +25,6 @@ PROCESS_BYTES = 1.3 * GIB  # per rank in host memory: Python, torch and the CUDA
 LOADING_BYTES = 150 * 2**20  # while loading: three slices of 16 MiB, and buffers for reading and quantizing
 BYTES_PER_TOKEN = 4  # of English text, for a file that isn't tokenized
 NUM_CHANGES = 3
-TIGHT = 0.9  # of a device's memory: from here on what the plan can't see (fragmentation, another library) may exceed it
 LENGTH_STEP = 64  # a searched sequence_length is a multiple of it
 
 # A setting whose largest value that fits is searched, see ``_largest``.
@@ -95,7 +95,7 @@ class Plan:
     @property
     def reserve_bytes(self) -> int:
         """Overhead of a real GPU: CUDA context, NCCL buffers, fragmentation; 0 on a CPU."""
-        return int(CONTEXT_BYTES + FRAGMENTATION * self.memory.device) if self.machines.gpu.is_gpu else 0
+        return reserve_bytes(self.memory.device) if self.machines.gpu.is_gpu else 0
 
     @property
     def device_bytes(self) -> int:
@@ -291,8 +291,9 @@ def _candidates(plan: Plan) -> Iterator[dict[str, Any]]:
     config, train, layout = plan.config, plan.config.train, plan.setup.layout
     if train.micro_batch > 1:
         yield {"train.micro_batch": _LARGEST}
-    if not plan.setup.recompute:
-        yield {"train.activation_checkpointing": True}
+    fewest = "auto" if plan.machines.gpu.is_gpu else "all"
+    if train.activation_checkpointing != fewest:
+        yield {"train.activation_checkpointing": fewest}
     if plan.machines.num_nodes > 1 and layout.base_shard == "node" and layout.engine != "none":
         yield {"parallel.base_shard": "world"}
     if layout.adapters == "replicate" and plan.machines.gpus_per_node > 1 and layout.engine != "none":
@@ -325,7 +326,7 @@ def _try(plan: Plan, settings: Mapping[str, Any]) -> Change | None:
         if values[name] is None:
             return None
         _set(tree, name, values[name])
-    changed = _fitting(tree, machines, shape)
+    changed = fitting_plan(tree, machines, shape)
     if changed is None:
         return None
     written = tuple(
@@ -354,7 +355,7 @@ def _largest(tree: Mapping[str, Any], name: str, machines: Machines, shape: Shap
 
     def fits(value: int) -> bool:
         changed = {**tree, section: {**train, key: value}}
-        return _fitting(changed, machines, shape) is not None
+        return fitting_plan(changed, machines, shape) is not None
 
     low, high = 0, max(1, limit // step)  # in steps: ``low`` fits, or is 0; above ``high`` nothing is tried
     while low < high:
@@ -366,8 +367,8 @@ def _largest(tree: Mapping[str, Any], name: str, machines: Machines, shape: Shap
     return low * step or None
 
 
-def _fitting(tree: Mapping[str, Any], machines: Machines, shape: Shape) -> Plan | None:
-    """The plan of a config, given as a tree, if it fits; None also if its settings contradict each other."""
+def fitting_plan(tree: Mapping[str, Any], machines: Machines, shape: Shape) -> Plan | None:
+    """The plan of a config, given as a tree, if it fits; None also if its settings contradict each other. It has no changes."""
     try:
         plan = _plan(Config.model_validate(tree), machines, shape)
     except (ConfigError, ValueError):
@@ -392,7 +393,7 @@ def sweep(config: Config, candidates: list[Machines], *, shape: Shape | None = N
     front: list[Plan] = []
     for machines in candidates:
         fitting = [
-            plan for tree in _variants(config, machines) if (plan := _fitting(tree, machines, shape)) is not None
+            plan for tree in _variants(config, machines) if (plan := fitting_plan(tree, machines, shape)) is not None
         ]
         fitting.sort(key=lambda plan: (plan.device_bytes, plan.speed.step_s if plan.speed else ()))
         fastest = math.inf
@@ -409,7 +410,7 @@ def _variants(config: Config, machines: Machines) -> Iterator[dict[str, Any]]:
     micros = {m for m in (1, 2, 4, 8, config.train.micro_batch) if m <= config.train.global_batch}
     shards = ("node", "world") if machines.num_nodes > 1 else ("node",)
     for quant, shard, micro, recompute in itertools.product(
-        ("none", "int8", "nf4"), shards, sorted(micros), (True, False)
+        ("none", "int8", "nf4"), shards, sorted(micros), ("auto", "all", "none")
     ):
         tree = config.model_dump(mode="json")
         tree["model"]["quant"], tree["parallel"]["base_shard"] = quant, shard

@@ -19,7 +19,7 @@ from dist_lora.herd.members import MEMBERS, Member
 from dist_lora.layout.memory import base_bytes_per_rank
 from dist_lora.layout.storage import FP32, base_parts
 from dist_lora.plan.hardware import Gpu, find_gpu
-from dist_lora.plan.plan import Machines, Plan, make_plan
+from dist_lora.plan.plan import Machines, Plan, fitting_plan, make_plan
 from dist_lora.text import GIB, count, nearest_few
 
 Method = Literal["lora", "qlora"]
@@ -88,6 +88,8 @@ SHIPPED = (
 )
 # These offload the base to host memory and fetch it layer by layer.
 ON_HOST = {("70b", "qlora", "2x24gb")}
+# Nearly full with the base alone: sequences of 2,048 tokens instead of 4,096.
+SHORT = {("405b", "lora", "8x141gb")}
 
 
 @dataclass(frozen=True)
@@ -111,18 +113,44 @@ class Preset:
     @property
     def config(self) -> Config:
         """The settings of its file."""
+        return self._config_with(self.micro_batch)
+
+    def _config_with(self, micro_batch: int) -> Config:
         tree: dict[str, Any] = {}
-        for section, key, value, _ in settings_of(self):
+        for section, key, value, _ in settings_of(self, micro_batch=micro_batch):
             (tree.setdefault(section, {}) if section else tree)[key] = value
         return Config.model_validate(tree)
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences per step."""
+        return min(self.machine.global_batch, 32) if self.size == "405b" else self.machine.global_batch
+
+    @property
+    def machines(self) -> Machines:
+        """What its plan is for."""
+        return Machines(self.machine.num_nodes, self.machine.gpus_per_node, self.machine.gpu)
+
+    @cached_property
+    def micro_batch(self) -> int:
+        """Sequences per GPU at once, with which a step is the fastest by its plan, at best and at worst together.
+
+        A larger one receives the base less often, and a smaller one leaves room to keep more layers' activations.
+        """
+        share = self.global_batch // self.machine.num_gpus
+        seconds: dict[int, float] = {}
+        for micro_batch in (1, 2, 4):
+            if share % micro_batch == 0:
+                tree = self._config_with(micro_batch).model_dump(mode="json")
+                plan = fitting_plan(tree, self.machines, self.member.shape)
+                if plan is not None and plan.speed is not None and not plan.is_tight:
+                    seconds[micro_batch] = sum(plan.speed.step_s)
+        return min(seconds, key=seconds.__getitem__, default=1)
 
     @cached_property
     def plan(self) -> Plan:
         """The plan of its run on its machine."""
-        machine = self.machine
-        return make_plan(
-            self.config, Machines(machine.num_nodes, machine.gpus_per_node, machine.gpu), shape=self.member.shape
-        )
+        return make_plan(self.config, self.machines, shape=self.member.shape)
 
 
 def size_of(member: Member) -> str:
@@ -144,7 +172,7 @@ def presets() -> dict[str, Preset]:
 # The settings, with comments
 
 
-def settings_of(preset: Preset) -> Iterator[tuple[str, str, Any, str]]:
+def settings_of(preset: Preset, *, micro_batch: int) -> Iterator[tuple[str, str, Any, str]]:
     """(section, setting, value, comment) of each line of a file."""
     member, machine = preset.member, preset.machine
     big, nodes, gpus = preset.size in ("70b", "405b"), machine.num_nodes, machine.num_gpus
@@ -165,21 +193,21 @@ def settings_of(preset: Preset) -> Iterator[tuple[str, str, Any, str]]:
     yield "data", "train", "train.jsonl", _sample_of(member)
     yield "data", "eval", 0.02, "2 % of the samples are held out to measure the loss"
     yield "train", "epochs", 1.0, "one pass over the data"
-    batch = min(machine.global_batch, 32) if preset.size == "405b" else machine.global_batch
-    micro = 2 if machine.gpu.memory_gb >= 80 and not big else 1
-    accumulation_steps = batch // (gpus * micro)
-    product = f"{count(gpus, 'GPU')} x {micro}" + (
+    batch = preset.global_batch
+    accumulation_steps = batch // (gpus * micro_batch)
+    product = f"{count(gpus, 'GPU')} x {micro_batch}" + (
         f" x {count(accumulation_steps, 'accumulation step')}" if accumulation_steps > 1 else ""
     )
     yield "train", "global_batch", batch, "sequences per step, over all GPUs"
-    yield "train", "micro_batch", micro, f"sequences per GPU at once: {product} = {batch}"
-    length = 4096 if machine.gpu.memory_gb >= 80 and preset.size != "405b" else 2048
+    yield "train", "micro_batch", micro_batch, f"sequences per GPU at once: {product} = {batch}"
+    is_short = machine.gpu.memory_gb < 80 or (preset.size, preset.method, machine.name) in SHORT
+    length = 2048 if is_short else 4096
     yield "train", "sequence_length", length, "tokens; short samples are packed into one sequence"
     yield (
         "train",
         "activation_checkpointing",
-        True,
-        "recompute activations in the backward pass instead of storing them",
+        "auto",
+        "recompute the activations of as few layers as fit, instead of storing them",
     )
     yield "optim", "lr", 1e-4 if big else 2e-4, "peak learning rate"
     yield "optim", "warmup_steps", 10, "steps to reach it; then a cosine down to 0"
@@ -224,7 +252,7 @@ def text_of(preset: Preset) -> str:
     """The config's file, without the line that tells editors its schema."""
     lines = list(_head(preset))
     opened = ""
-    for section, key, value, comment in settings_of(preset):
+    for section, key, value, comment in settings_of(preset, micro_batch=preset.micro_batch):
         if section != opened:
             lines.append(f"{section}:")
             opened = section

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from dist_lora.herd.shape import Shape
 from dist_lora.layout.memory import LOGITS_IN_FP32, Setup, base_bytes_per_rank, block_bytes, logit_rows
 from dist_lora.layout.storage import FP32, quantized_share
 from dist_lora.plan.hardware import REACHED_COMPUTE, REACHED_LINK, REACHED_MEMORY, Gpu
 from dist_lora.plan.measured import Measured, Range
 from dist_lora.plan.traffic import Collective, collectives_of, received_bytes
 
+NEVER_AGAIN = "down_proj"  # of its frozen matmul no backward needs the result: a recomputation ends before it
 LINKS, NETWORK, HOST_LINK = "the links within a node", "the network between nodes", "the link to host memory"
 
 
 def flops_per_token(setup: Setup, *, context: int) -> float:
-    """Floating-point operations per token: those of ``Shape.flops``, and with recomputation once more the layers' forward.
+    """Floating-point operations per token: those of ``Shape.flops``, and what is recomputed.
 
-    A token attends to half of ``context`` tokens on average.
+    A token attends to half of ``context`` tokens on average. With activation checkpointing the layers that recompute compute
+    their forward once more, but for one frozen matmul (``NEVER_AGAIN``).
     """
     shape = setup.shape
     needed = shape.flops(tokens=1, rows=1, pairs=context / 2, trained_weights=setup.trained_weights)
-    if not setup.recompute:
-        return needed
-    attention = shape.num_layers * shape.num_heads * shape.head_dim * context
-    return needed + 2 * (shape.num_layers * shape.weights_of_linears() + setup.trained_weights + attention)
+    attention = shape.num_heads * shape.head_dim * context
+    again = len(setup.recomputed) * (weights_computed_again(shape) + attention)
+    of_adapters = setup.trained_weights * adapted_again(setup) / len(setup.layers)
+    return needed + 2 * (again + of_adapters)
+
+
+def weights_computed_again(shape: Shape) -> int:
+    """Weights of a layer's frozen matmuls that a recomputation computes."""
+    return shape.weights_of_linears() - math.prod(shape.linear_shapes()[NEVER_AGAIN])
+
+
+def adapted_again(setup: Setup) -> int:
+    """Layers with adapters that recompute."""
+    return len(set(setup.layers) & set(setup.recomputed))
 
 
 @dataclass(frozen=True)
@@ -94,15 +108,21 @@ def speed_of(setup: Setup, gpu: Gpu, *, context: int) -> Speed | None:
 def _dequantize_traffic(setup: Setup) -> float:
     """Bytes of GPU memory traffic per step to dequantize linears: read as stored, written, read again.
 
-    Once in the forward, once in the recomputation, once in the backward.
+    Once in the forward, once in the backward, and once in the recomputation.
     """
     if setup.quant == "none":
         return 0.0
     shape, c = setup.shape, setup.item_bytes
     weights = shape.weights_of_linears()
     stored = block_bytes(setup)
-    times = setup.accumulation_steps * (3 if setup.recompute else 2) * shape.num_layers
+    times = setup.accumulation_steps * _dense_times(setup)
     return times * quantized_share(shape) * (stored + 2 * c * weights)
+
+
+def _dense_times(setup: Setup) -> float:
+    """How often a layer's linears are dequantized in a micro-batch, over all layers; see ``NEVER_AGAIN``."""
+    again = weights_computed_again(setup.shape) / setup.shape.weights_of_linears()
+    return 2 * setup.shape.num_layers + len(setup.recomputed) * again
 
 
 # On a measured machine
@@ -141,18 +161,20 @@ def measured_speed(setup: Setup, gpu: Gpu, measured: Measured, *, context: int) 
 
     CPU cores that compute also communicate, so nothing overlaps there; a GPU may overlap both.
     """
-    layers = setup.shape.num_layers
+    layers, again = setup.shape.num_layers, len(setup.recomputed)
     micro_batches = float(setup.accumulation_steps)
-    times = 3 if setup.recompute else 2  # matmuls per frozen linear: forward, input gradient, recomputation
-    compute = _frozen_matmuls(setup, measured) * (times * layers * micro_batches)
-    compute += _adapter_matmuls(setup, measured) * ((times + 1) * len(setup.layers) * micro_batches)
-    compute += _attention(setup, measured, context) * (layers * micro_batches * (4 / 3 if setup.recompute else 1))
-    compute += _elementwise(setup, measured) * ((times + 1) * layers * micro_batches)
+    # Matmuls of all frozen linears: forward, input gradient, recomputation; an adapter has its own gradient besides.
+    times = 2 * layers + again
+    compute = _frozen_matmuls(setup, measured) * (2 * layers * micro_batches)
+    compute += _frozen_matmuls(setup, measured, but=NEVER_AGAIN) * (again * micro_batches)
+    compute += _adapter_matmuls(setup, measured) * ((3 * len(setup.layers) + adapted_again(setup)) * micro_batches)
+    compute += _attention(setup, measured, context) * ((layers + again / 3) * micro_batches)
+    compute += _elementwise(setup, measured) * ((times + layers) * micro_batches)
     compute += _loss(setup, measured) * micro_batches
     compute += _optimizer(setup, measured)
-    calls = CALLS_PER_LAYER * (times + 1) * layers * micro_batches * measured.call_s
+    calls = CALLS_PER_LAYER * (times + layers) * micro_batches * measured.call_s
     compute += _Seconds(calls / 2, calls)
-    dequantize = _dequantize(setup, measured) * (times * layers * micro_batches)
+    dequantize = _dequantize(setup, measured) * (_dense_times(setup) * micro_batches)
     inside, between = _communication(setup, measured)
     fetched = 2 * setup.accumulation_steps * base_bytes_per_rank(setup) if setup.layout.base_on_host else 0
     host = _Seconds(*_at_gb_s(fetched, gpu.host_gb_s, REACHED_LINK))
@@ -179,10 +201,10 @@ def measured_speed(setup: Setup, gpu: Gpu, measured: Measured, *, context: int) 
     )
 
 
-def _frozen_matmuls(setup: Setup, measured: Measured) -> _Seconds:
-    """One matmul with each linear of a layer."""
+def _frozen_matmuls(setup: Setup, measured: Measured, *, but: str | None = None) -> _Seconds:
+    """One matmul with each linear of a layer but this one."""
     total = _Seconds()
-    for out, width in setup.shape.linear_shapes().values():
+    for out, width in (shape for name, shape in setup.shape.linear_shapes().items() if name != but):
         rate = measured.product_flops_per_s(setup.micro_tokens, width, out)
         total += _at(2 * setup.micro_tokens * width * out, rate)
     return total

@@ -125,8 +125,8 @@ def what_helps(config: Config, *, where: Where, phase: str, is_on_gpu: bool) -> 
             changes.append(f"eval.batch={(config.eval.batch or 2) // 2}")
         if train.micro_batch > 1:
             changes.append(f"train.micro_batch={train.micro_batch // 2} (is {train.micro_batch})")
-        if train.activation_checkpointing is False or (train.activation_checkpointing == "auto" and not is_on_gpu):
-            changes.append("train.activation_checkpointing=true")
+        if train.activation_checkpointing != "all":
+            changes.append(f"train.activation_checkpointing=all (is {train.activation_checkpointing})")
         changes.append(f"train.sequence_length={max(2, train.sequence_length // 2)} (is {train.sequence_length})")
     if config.model.quant != "nf4":
         changes.append(f"model.quant=nf4 (is {config.model.quant})")

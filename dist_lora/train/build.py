@@ -52,10 +52,10 @@ from dist_lora.layout.choices import (
     AttentionName,
     Choices,
     check_section,
-    choose,
     choose_attention,
     choose_dtype,
 )
+from dist_lora.layout.memory import setup_of
 from dist_lora.lora.adapter_reader import open_adapter, read_adapter
 from dist_lora.lora.attach import AdapterTensor, attach_adapters
 from dist_lora.lora.fit import check_fit, with_settings_of
@@ -259,16 +259,16 @@ def shard_model(
     Raises:
         ConfigError: a GPU has no bf16, as set; the settings of ``parallel`` contradict each other, or the shapes can't be quantized.
     """
-    choices = choose(
+    choices = setup_of(
         config,
         shape,
         name=name,
-        world_size=world.world_size,
-        local_size=world.local_size,
+        num_nodes=world.world_size // world.local_size,
+        gpus_per_node=world.local_size,
         device_bytes=memory_bytes or world.min("layout/device_bytes", device_bytes(world)),
         on_gpu=world.device.type == "cuda" if on_gpu is None else on_gpu,
         has_bf16=bool(world.min("layout/has_bf16", int(computes_bf16(world.device)))) if has_bf16 is None else has_bf16,
-    )
+    ).choices
     if world.is_first:
         for reason in choices.reasons:
             log.info(reason)
@@ -276,8 +276,8 @@ def shard_model(
     fmt = format_of(config.model.quant, dtype)
     model = build_on_meta(shape, dtype=dtype, fmt=fmt)
     tensors = attach_adapters(model, config.lora)
-    for block in model.blocks():
-        block.recompute = choices.recompute
+    for layer, block in enumerate(model.blocks()):
+        block.recompute = layer in choices.recomputed
     world.progress.now("sharding the base", kind="unseen")  # may compile (DeepSpeed's kernels) and open a GPU
     engine = make_engine(choices.layout, world)
     precision = Precision(fmt, dtype, shape.unquantized if fmt.name != "none" else frozenset())

@@ -189,7 +189,7 @@ def test_a_rank_that_is_refused_memory_tells_what_it_asked_for_what_it_held_and_
         f"error: rank 1 of 2 on {HOST}, step 3, micro-batch 1 of 2: out of memory on the host: 4000000000000 bytes were "
         "requested; this process holds ",
         " GiB are available",
-        ". What helps, the cheapest first: train.activation_checkpointing=true; train.sequence_length=32 (is 64); "
+        ". What helps, the cheapest first: train.activation_checkpointing=all (is auto); train.sequence_length=32 (is 64); "
         "model.quant=nf4 (is none); more nodes, so that each holds less.",
     )
     found.assert_in_time(30)

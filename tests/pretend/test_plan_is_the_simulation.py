@@ -81,6 +81,21 @@ CASES = {
     "fp32 on GPUs, kept": Case(
         "3.1-8b", {"model": {"dtype": "fp32"}, "lora": {"dropout": 0.1}, "train": {"activation_checkpointing": False}}
     ),
+    "first recomputed": Case("3.1-8b", {"train": {"activation_checkpointing": 1}}),
+    "first two recomputed, nf4, one GPU": Case(
+        "3.1-8b",
+        {"model": {"quant": "nf4"}, "parallel": {"engine": "none"}, "train": {"activation_checkpointing": 2}},
+        gpus_per_node=1,
+    ),
+    "first adapted recomputed, the last without adapters": Case(
+        "3.1-8b", {"lora": {"layers": "0-1"}, "train": {"activation_checkpointing": 2}}
+    ),
+    "upper layers, first of them recomputed": Case(
+        "3.1-8b", {"lora": {"layers": "1-2"}, "train": {"activation_checkpointing": 1}}
+    ),
+    "tied, first recomputed, sharded adapters": Case(
+        "3.2-1b", {"parallel": {"adapters": "shard"}, "train": {"activation_checkpointing": 1}}, gpus_per_node=2
+    ),
     "high rank": Case("3.1-8b", {"lora": {"rank": 256}, "train": {"sequence_length": 256}}),
 }
 
@@ -89,6 +104,8 @@ def planned_and_simulated(case: Case, *, num_layers: int = 3) -> tuple[Setup, Si
     tree: dict[str, Any] = {"run": "it", "model": {"name": case.member}, "data": {"train": "x"}, "train": {"steps": 9}}
     for section, values in case.settings.items():
         tree[section] = {**tree.get(section, {}), **values}
+    if case.device == "gpu":  # so few layers all fit, and auto would recompute none
+        tree["train"].setdefault("activation_checkpointing", "all")
     tree["train"].setdefault("global_batch", 2 * 2 * case.num_nodes * case.gpus_per_node)
     config = Config.model_validate(tree)
     shape = dataclasses.replace(MEMBERS[case.member].shape, num_layers=num_layers)
@@ -149,7 +166,7 @@ def drawn(seed: int) -> Case:
             "micro_batch": micro,
             "sequence_length": draw([64, 256, 1000, 2048, 8192]),
             "global_batch": micro * num_nodes * gpus_per_node * draw([1, 2, 5]),
-            "activation_checkpointing": draw(["auto", True, False]),
+            "activation_checkpointing": draw([1, "all", "none"]),
         },
         "parallel": {
             "engine": draw(["auto", "fsdp2"]),
@@ -185,6 +202,13 @@ BY_ZERO3 = {
     "tied, fp32 on CPUs, kept": Case(
         "3.2-1b",
         ZERO3 | {"model": {"dtype": "fp32"}, "train": {"sequence_length": 256, "activation_checkpointing": False}},
+        gpus_per_node=2,
+        device="cpu",
+    ),
+    "half recomputed": Case("3.1-8b", ZERO3 | {"train": {"activation_checkpointing": 3}}, gpus_per_node=2),
+    "fp32 on CPUs, half recomputed": Case(
+        "3.1-8b",
+        ZERO3 | {"model": {"dtype": "fp32"}, "train": {"sequence_length": 256, "activation_checkpointing": 3}},
         gpus_per_node=2,
         device="cpu",
     ),

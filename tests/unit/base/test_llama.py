@@ -31,9 +31,10 @@ SLICE = rows_of_slice(VOCAB, item_bytes=4)  # rows of logits at once, in fp32
 ROUNDING = 2.0**-24  # the most, relatively, that one rounding to fp32 changes
 
 
-def trained(folder: Any, *, is_recomputed: bool = False) -> Trainee:
+def trained(folder: Any, *, is_recomputed: bool | int = False, **sections: Any) -> Trainee:
     """A tiny model in training, its adapters away from zero."""
-    trainee = trainee_of(config_of(folder, train={"activation_checkpointing": is_recomputed}), World.alone())
+    config = config_of(folder, train={"activation_checkpointing": is_recomputed}, **sections)
+    trainee = trainee_of(config, World.alone())
     generator = torch.Generator().manual_seed(2)
     for tensor in trainee.adapters.tensors:
         values = tensor.parameter.data
@@ -106,6 +107,47 @@ def test_a_change_in_one_document_leaves_every_other_bit_of_the_model_where_it_w
     assert torch.equal(before[0][others], after[0][others])
     assert not torch.equal(before[0][own], after[0][own])
     assert [i for i in range(len(LENGTHS)) if before[1][i] != after[1][i]] == [changed]
+
+
+# Which layers recompute
+
+
+@pytest.mark.parametrize("lora", [{}, {"dropout": 0.5}, {"layers": [1]}], ids=["all", "dropout", "one layer"])
+def test_any_number_of_layers_that_recompute_gives_the_same_losses_and_gradients(tiny_llama, lora) -> None:
+    """And they are the first from the first adapted one on: each runs forward once more, and no other layer does."""
+    folder = tiny_llama("llama31", num_layers=3)
+    ids, positions, bounds = stream(LENGTHS)
+    found = []
+    for setting in (0, 1, 2, True):
+        trainee = trained(folder, is_recomputed=setting, lora=lora)
+        blocks = list(trainee.model.blocks())
+        runs = [0] * len(blocks)
+
+        def count(layer: int, runs: list[int] = runs) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                runs[layer] += 1
+
+            return hook
+
+        for layer, block in enumerate(blocks):
+            block.self_attn.register_forward_hook(count(layer))
+        torch.manual_seed(5)
+        loss = trainee.model(
+            ids,
+            positions=positions,
+            attention=Documents(bounds, "sdpa"),
+            rows=torch.arange(len(ids)),
+            labels=ids.roll(-1),
+        )
+        trainee.adapters.gradient.zero_()
+        loss.backward()
+        first = min(lora.get("layers", [0]))
+        again = range(first, first + (len(blocks) if setting is True else int(setting)))
+        assert runs == [2 if layer in again else 1 for layer in range(len(blocks))], setting
+        found.append((loss.detach(), trainee.adapters.gradient.clone()))
+    assert found[0][1].norm() > 0
+    for loss, gradient in found[1:]:
+        assert torch.equal(loss, found[0][0]) and torch.equal(gradient, found[0][1])
 
 
 # Logits are never whole

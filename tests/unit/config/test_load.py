@@ -130,7 +130,16 @@ def test_all_faults_come_in_one_error_in_the_order_of_the_file(tmp_path: Path) -
         ("optim.max_grad_norm", 0, "found 0, expected a number above 0 or null"),
         ("checkpoint.resume", 5, "found 5, expected auto, never or a path"),
         ("checkpoint.keep_best", 1, "found 1, expected true or false"),
-        ("train.activation_checkpointing", "on", "found 'on', expected auto, true or false"),
+        (
+            "train.activation_checkpointing",
+            "on",
+            "found 'on', expected auto, none, all, true, false or a whole number of at least 0 (nearest: all)",
+        ),
+        (
+            "train.activation_checkpointing",
+            -1,
+            "found -1, expected auto, none, all, true, false or a whole number of at least 0",
+        ),
         (
             "train.micro_batch",
             32,

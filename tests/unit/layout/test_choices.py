@@ -10,7 +10,17 @@ import pytest
 from dist_lora.config.schema import Config, ParallelSection
 from dist_lora.errors import ConfigError
 from dist_lora.herd.members import MEMBERS
-from dist_lora.layout.choices import Layout, check_section, choose, choose_attention, choose_dtype, choose_layout
+from dist_lora.layout.choices import (
+    TIGHT,
+    Layout,
+    check_section,
+    choose,
+    choose_attention,
+    choose_dtype,
+    choose_layout,
+    choose_recomputed,
+)
+from dist_lora.layout.memory import Setup, memory_of, setup_of
 from dist_lora.text import GIB
 
 
@@ -108,22 +118,101 @@ def test_auto_takes_flash_on_a_gpu_in_16_bits_and_sdpa_elsewhere() -> None:
             choose_attention("varlen", dtype=dtype, on_gpu=on_gpu)
 
 
-@pytest.mark.parametrize(("setting", "on_gpu", "expected"), [
-    ("auto", True, "recompute on: saves memory on a GPU"), ("auto", False, "recompute off: saves time on a CPU"),
-    (True, False, "recompute on: as set"), (False, True, "recompute off: as set"),
-])  # fmt: skip
-def test_each_choice_of_a_run_has_its_reason(setting, on_gpu, expected) -> None:
+def recompute_line(
+    setting: str | bool | int, *, on_gpu: bool = True, device_gib: float = 32, layers: str = "all"
+) -> str:
+    """The last reason of 1B (16 layers) with sequences of 4 x 8192 tokens."""
     config = Config.model_validate({
-        "run": "it", "model": {"name": "3.2-1b"}, "data": {"train": "x"}, "train": {"activation_checkpointing": setting},
+        "run": "it", "model": {"name": "3.2-1b"}, "data": {"train": "x"}, "lora": {"layers": layers},
+        "train": {"activation_checkpointing": setting, "micro_batch": 4, "sequence_length": 8192},
     })  # fmt: skip
-    chosen = choose(
-        config, MEMBERS["3.2-1b"].shape, name="3.2-1b", world_size=4, local_size=2, device_bytes=2**35, on_gpu=on_gpu
-    )
-    assert chosen.recompute is expected.startswith("recompute on")
-    assert [reason.split()[0] for reason in chosen.reasons] == [
+    machine = {"num_nodes": 2, "gpus_per_node": 2, "device_bytes": int(device_gib * GIB)}
+    setup = setup_of(config, MEMBERS["3.2-1b"].shape, **machine, on_gpu=on_gpu)
+    assert [reason.split()[0] for reason in setup.choices.reasons] == [
         "engine", "base", "adapters", "dtype", "attention", "recompute"
     ]  # fmt: skip
-    assert chosen.reasons[-1] == expected
+    # An auto that is resolved is the same as if it had been set.
+    again = config.model_copy(
+        update={"train": config.train.model_copy(update={"activation_checkpointing": len(setup.recomputed)})}
+    )
+    assert setup_of(again, MEMBERS["3.2-1b"].shape, **machine, on_gpu=on_gpu).recomputed == setup.recomputed
+    return setup.choices.reasons[-1]
+
+
+@pytest.mark.parametrize(("setting", "on_gpu", "expected"), [
+    ("auto", False, "recompute no layer: saves time on a CPU"),
+    ("all", False, "recompute all 16 layers: as set"), (True, True, "recompute all 16 layers: as set"),
+    ("none", True, "recompute no layer: as set"), (False, True, "recompute no layer: as set"),
+    (0, True, "recompute no layer: as set"), (1, False, "recompute 1 of 16 layers (0): as set"),
+    (16, True, "recompute all 16 layers: as set"),
+])  # fmt: skip
+def test_what_recomputes_is_as_set_and_nothing_on_a_cpu(setting, on_gpu, expected) -> None:
+    assert recompute_line(setting, on_gpu=on_gpu) == expected
+
+
+def test_auto_recomputes_the_fewest_layers_that_fit_in_nine_tenths_of_a_gpu() -> None:
+    assert re.fullmatch(
+        r"recompute no layer: \S+ GiB fit in 180.00 GiB \(90% of a GPU\)", recompute_line("auto", device_gib=200)
+    )
+    found = re.fullmatch(
+        r"recompute (\d+) of 16 layers \(0-(\d+)\): the fewest that fit in 27.00 GiB \(90% of a GPU\): (\S+) GiB, with (\d+) it would "
+        r"be (\S+) GiB",
+        recompute_line("auto", device_gib=30),
+    )
+    assert found is not None
+    chosen, last, needed, one_less, more = (float(number) for number in found.groups())
+    assert last == one_less == chosen - 1 and 0 < chosen < 16 and needed < 27 <= more
+    assert re.fullmatch(
+        r"recompute 15 of 16 layers \(0-14\): a GPU can't need less than \S+ GiB, more than 7.20 GiB \(90% of a GPU\)",
+        recompute_line("auto", device_gib=8),
+    )
+
+
+def test_the_last_layer_keeps_what_the_peak_of_its_own_backward_holds_anyway() -> None:
+    config = Config.model_validate({
+        "run": "it", "model": {"name": "3.1-405b"}, "data": {"train": "x"},
+        "train": {"micro_batch": 1, "sequence_length": 2048},
+    })  # fmt: skip
+    setup = setup_of(config, MEMBERS["3.1-405b"].shape, num_nodes=1, gpus_per_node=8, device_bytes=80 * GIB)
+    assert setup.recomputed == range(125)
+    everything = replace_recomputed(setup, range(126))
+    assert memory_of(setup).device == memory_of(everything).device
+
+
+def replace_recomputed(setup: Setup, recomputed: range) -> Setup:
+    return dataclasses.replace(setup, choices=dataclasses.replace(setup.choices, recomputed=recomputed))
+
+
+def test_layers_before_the_first_adapter_save_nothing_and_never_recompute() -> None:
+    assert recompute_line("all", layers="6-9") == "recompute 10 of 16 layers (6-15): as set"
+    assert recompute_line(2, layers="6-9") == "recompute 2 of 16 layers (6-7): as set"
+    assert recompute_line(16, layers="6-9") == "recompute 10 of 16 layers (6-15): as set"
+
+
+def test_more_layers_than_the_model_has_are_refused() -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"train.activation_checkpointing: 17 layers can't recompute, since the model has 16. Set at most 16",
+    ):
+        recompute_line(17)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 17])
+@pytest.mark.parametrize("of_last", [-3, 0, 3])
+def test_the_fewest_are_found_by_bisection_wherever_they_are(limit, of_last) -> None:
+    """Each layer saves 10 bytes, but for the last: what it saves may be more or less than what it costs at the peak."""
+    bytes_of = {num: 1000 - 10 * num for num in range(limit)} | {limit: 1000 - 10 * (limit - 1) + of_last}
+    for room in range(1000 - 10 * limit - 20, 1020):
+        fitting = [num for num in range(limit + 1) if bytes_of[num] < TIGHT * (room / TIGHT)]
+        least = min(range(limit + 1), key=lambda num: bytes_of[num])
+        layers, _ = choose_recomputed(
+            "auto",
+            num_layers=limit + 5,
+            first_adapted=5,
+            device_bytes=room / TIGHT,
+            needed_bytes=lambda layers: bytes_of[len(layers)],
+        )
+        assert layers == range(5, 5 + (fitting[0] if fitting else least)), room
 
 
 def test_what_nf4_can_not_store_is_refused_where_the_choices_are_made() -> None:

@@ -90,8 +90,25 @@ def test_operations_of_a_token_by_hand() -> None:
     seen = 3 * 256 * 100 / 2 * 2
     expected = 4 * (frozen + 512 * 256) + 6 * trained + 6 * seen
     assert flops_per_token(setup_for(config, TINY), context=100) == expected
-    again = setup_for(config_of(lora={"rank": 4, "targets": ["q_proj"]}), TINY)
-    assert flops_per_token(again, context=100) == expected + 2 * (frozen + trained + seen)
+    for setting, share in (("all", 1), (2, 2 / 3)):
+        again = config_of(lora={"rank": 4, "targets": ["q_proj"]}, train={"activation_checkpointing": setting})
+        forward = 2 * (frozen - 3 * 512 * 256 + trained + seen)  # without down_proj's frozen matmul
+        assert flops_per_token(setup_for(again, TINY), context=100) == pytest.approx(expected + share * forward)
+
+
+def test_layers_without_adapters_recompute_only_the_frozen_products() -> None:
+    flops = {
+        setting: flops_per_token(
+            setup_for(config_of(lora={"rank": 4, "layers": [1]}, train={"activation_checkpointing": setting}), TINY),
+            context=0,
+        )
+        for setting in ("none", 1, "all")
+    }
+    linears = 2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256
+    trained = setup_for(config_of(lora={"rank": 4, "layers": [1]}), TINY).trained_weights
+    linears -= 512 * 256  # without down_proj's frozen matmul
+    assert flops[1] - flops["none"] == 2 * (linears + trained)
+    assert flops["all"] - flops[1] == 2 * linears  # of layer 2; nothing reaches layer 0's backward
 
 
 # By autograd
@@ -248,7 +265,7 @@ def test_the_largest_is_no_more_than_a_step_or_the_context_can_use() -> None:
 
 
 def test_nine_tenths_of_a_device_are_called_tight() -> None:
-    config = config_of(parallel={"adapters": "replicate"})
+    config = config_of(parallel={"adapters": "replicate"}, train={"activation_checkpointing": "all"})
     needed = make_plan(config, Machines(1, 8, H100)).device_bytes
     for part, told in ((0.89, "fits"), (0.92, "fits, but is tight: 92% of it"), (1.01, "doesn't fit")):
         gpu = dataclasses.replace(H100, memory_gb=needed / part / GIB / H100.usable)

@@ -114,15 +114,17 @@ def test_what_helps_comes_in_the_order_of_its_price_and_leaves_out_what_is_done(
     step = "step 3, micro-batch 1"
     assert what_helps(fresh, where="device", phase=step, is_on_gpu=True) == [
         "train.micro_batch=2 (is 4)",
-        "train.activation_checkpointing=true",
+        "train.activation_checkpointing=all (is none)",
         "train.sequence_length=1024 (is 2048)",
         "model.quant=nf4 (is none)",
         "parallel.offload=base (is none)",
         "more GPUs, so that each holds less",
     ]
     done = config_of(
-        model={"quant": "nf4"}, train={"micro_batch": 1}, parallel={"offload": "all", "engine": "fsdp2"}
-    )  # checkpointing is on by itself on a GPU
+        model={"quant": "nf4"},
+        train={"micro_batch": 1, "activation_checkpointing": "all"},
+        parallel={"offload": "all", "engine": "fsdp2"},
+    )
     assert what_helps(done, where="device", phase=step, is_on_gpu=True) == [
         "train.sequence_length=1024 (is 2048)",
         "more GPUs, so that each holds less",
@@ -133,6 +135,12 @@ def test_what_helps_comes_in_the_order_of_its_price_and_leaves_out_what_is_done(
         "model.quant=nf4 (is none)",
         "more nodes, so that each holds less",
     ]
+    # What auto keeps on a GPU, by its plan, may be too much for this one.
+    auto = config_of(train={"micro_batch": 1})
+    assert (
+        what_helps(auto, where="device", phase=step, is_on_gpu=True)[0]
+        == "train.activation_checkpointing=all (is auto)"
+    )
     asked = config_of(eval={"batch": 32}, train={"micro_batch": 1})
     assert what_helps(asked, where="device", phase="step 3, evaluating", is_on_gpu=True)[0] == "eval.batch=16"
 
