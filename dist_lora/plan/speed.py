@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dist_lora.herd.shape import Shape
 from dist_lora.layout.memory import Setup, base_bytes_per_rank, block_bytes, logit_rows
 from dist_lora.layout.storage import FP32, quantized_share
 from dist_lora.plan.hardware import REACHED_COMPUTE, REACHED_LINK, REACHED_MEMORY, Gpu
@@ -18,7 +19,7 @@ def flops_per_token(setup: Setup, *, context: int) -> float:
 
     4 per frozen weight of a matmul (2 forward, 2 for the input's gradient, none for its own), 6 per trained weight, 6 per
     pair of head entries and attended token (half of ``context`` tokens on average), and with recomputation once more the
-    layers' forward: 2, 2 and 2. Source: PaLM, arXiv 2204.02311, appendix B, without the frozen weights' own gradients.
+    layers' forward, but for down's frozen product: 2, 2 and 2. Source: PaLM, arXiv 2204.02311, appendix B, without the frozen weights' own gradients.
     """
     shape = setup.shape
     in_layers = shape.num_layers * shape.weights_of_linears()
@@ -26,7 +27,13 @@ def flops_per_token(setup: Setup, *, context: int) -> float:
     attention = shape.num_layers * shape.num_heads * shape.head_dim * context / 2 * 2  # scores, and the values' sum
     forward = 2 * (in_layers + setup.trained_weights + attention)
     once = 2 * forward + 2 * setup.trained_weights + 2 * attention + 4 * head
-    return once + (forward if setup.recompute else 0)
+    return once + (forward - 2 * shape.num_layers * _weights_of_down(shape) if setup.recompute else 0)
+
+
+def _weights_of_down(shape: Shape) -> int:
+    """Weights of the one linear of a layer whose frozen product a recomputation leaves out."""
+    out, width = shape.linear_shapes()["down_proj"]
+    return out * width
 
 
 @dataclass(frozen=True)
