@@ -49,6 +49,17 @@ def fetch_model(hub_id: str, *, revision: str | None = None) -> Path:
         raise ConfigError(f"model.name: {hub_id}{commit}: {reason}") from error
 
 
+def cached_model(hub_id: str, *, revision: str | None = None) -> Path | None:
+    """The folder of a model in the hub's cache, as far as it has been downloaded; None if it isn't there. No network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(WANTED), local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
 def missing_bytes(hub_id: str) -> tuple[int, Path]:
     """Bytes of a model's files that ``fetch_model`` would download now, and the hub's cache, where they would go.
 

@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
+from dist_lora.base.hub import cached_model
 from dist_lora.base.tokenizer_files import hash_tokenizer_files
 from dist_lora.checkpoint.folders import step_folders, step_of
 from dist_lora.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
@@ -55,7 +56,8 @@ def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True, tokenize
     Args:
         checkpoint: a folder ``step-########``; or a run's folder or its ``checkpoints``, of which the newest intact
             checkpoint is taken, verified in any case.
-        tokenizer: the base's folder; None takes the one that the run recorded, if it is here and its tokenizer unchanged.
+        tokenizer: the base's folder; None takes the one that the run recorded, if it is here (one of the
+            hub: in the hub's cache) and its tokenizer unchanged.
 
     Raises:
         ConfigError: there is none.
@@ -86,12 +88,14 @@ def _tokenizer_of(run: RunOrigin, out: Path) -> Path | None:
     """The folder that the tokenizer is copied from, if it is here; else a warning says what lacks."""
     if run.model is None:
         return None  # of a version that didn't record it
-    folder = Path(run.model)
+    own = Path(run.model)
+    folder = own if own.is_absolute() else cached_model(run.model, revision=run.revision)
     with contextlib.suppress(OSError):
-        if folder.is_absolute() and no_folder(folder) is None and hash_tokenizer_files(folder) == run.tokenizer:
+        if folder is not None and no_folder(folder) is None and hash_tokenizer_files(folder) == run.tokenizer:
             return folder
+    where = "a folder here" if own.is_absolute() else "the hub's cache here"
     log.warning(
-        f"{out} is written without its tokenizer: the base's ({run.model}) is not in a folder here, or has changed. The "
+        f"{out} is written without its tokenizer: the base's ({run.model}) is not in {where}, or has changed. The "
         "commands of dist-lora take it from the base; for others copy the base's tokenizer files beside the adapter"
     )
     return None

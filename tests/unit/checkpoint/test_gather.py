@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -15,8 +16,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from dist_lora.base.tokenizer_files import hash_tokenizer_files
 from dist_lora.checkpoint.gather import gather_adapter, verify_checkpoints
-from dist_lora.checkpoint.manifest import Manifest, Piece, read_manifest, write_manifest
+from dist_lora.checkpoint.manifest import MANIFEST_FILE, Manifest, Piece, read_manifest, write_manifest
 from dist_lora.errors import CheckpointError, ConfigError
 from dist_lora.lora.adapter_reader import read_adapter
 from tests import ROOT
@@ -57,6 +59,28 @@ def test_the_adapter_of_any_number_of_ranks_is_the_whole_one(tmp_path: Path, wor
     first = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
     gather_adapter(saved(tmp_path / "again", step=10, world_size=4), out=tmp_path / "adapter")
     assert first == {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+
+
+def test_the_tokenizer_of_a_base_of_the_hub_is_taken_from_the_hubs_cache_without_a_network(
+    tmp_path: Path, monkeypatch, caplog
+) -> None:
+    commit = "0123456789abcdef" * 2 + "01234567"
+    snapshot = tmp_path / "hub" / "models--org--base" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = saved(tmp_path / "checkpoints", step=10)
+    manifest = read_manifest(folder)
+    origin = {"model": "org/base", "revision": commit, "kinds": [], "tokenizer": hash_tokenizer_files(snapshot)}
+    (folder / MANIFEST_FILE).unlink()
+    write_manifest(folder, dataclasses.replace(manifest, progress=manifest.progress | {"origin": origin}))
+    assert (gather_adapter(folder, out=tmp_path / "a") / "tokenizer.json").read_text() == "{}"
+    assert "without its tokenizer" not in caplog.text
+    (snapshot / "tokenizer.json").write_text("{ }")
+    assert not (gather_adapter(folder, out=tmp_path / "b") / "tokenizer.json").exists()
+    assert "the base's (org/base) is not in the hub's cache here, or has changed" in caplog.text
+    shutil.rmtree(tmp_path / "hub")
+    assert not (gather_adapter(folder, out=tmp_path / "c") / "tokenizer.json").exists()
 
 
 def test_a_run_its_checkpoints_or_one_of_them_may_be_given(tmp_path: Path) -> None:
