@@ -208,7 +208,12 @@ BY_ZERO3 = {
     "half recomputed": Case("3.1-8b", ZERO3 | {"train": {"activation_checkpointing": 3}}, gpus_per_node=2),
     "fp32 on CPUs, half recomputed": Case(
         "3.1-8b",
-        ZERO3 | {"model": {"dtype": "fp32"}, "train": {"sequence_length": 256, "activation_checkpointing": 3}},
+        ZERO3
+        | {
+            "model": {"dtype": "fp32"},
+            "lora": {"rank": 256},
+            "train": {"sequence_length": 64, "activation_checkpointing": 3},
+        },
         gpus_per_node=2,
         device="cpu",
     ),

@@ -250,7 +250,8 @@ def test_what_is_offloaded_lies_in_host_memory_and_not_on_the_device(tiny_llama)
 @pytest.mark.parametrize("base_shard", ["node", "world"])
 def test_405b_on_128_gpus_is_simulated_whole(base_shard) -> None:
     shape = MEMBERS["3.1-405b"].shape
-    config = config_of("3.1-405b", train={"global_batch": 128, "micro_batch": 1}, parallel={"base_shard": base_shard})
+    train = {"global_batch": 128, "micro_batch": 1, "activation_checkpointing": "all"}
+    config = config_of("3.1-405b", train=train, parallel={"base_shard": base_shard})
     found = simulate(config, shape, num_nodes=16, gpus_per_node=8, device_bytes=80 * GIB)
     assert found.composition["base shard"] == nf4_share(shape, 8 if base_shard == "node" else 128)
     trained = shape.adapter_parameters(shape.linear_shapes(), range(shape.num_layers), 16)

@@ -86,7 +86,7 @@ def test_clipped_steps_with_recomputation_lead_to_the_adapter_of_one_process(ran
     half = plain["norms"][0] / 2
     settings = {"optim": {"max_grad_norm": half, "lr": 1e-2, "warmup_steps": 0}}
     wanted = steps(World.alone(), folder, settings, {"global_batch": 6}, 5)
-    recomputed = settings | {"train": {"activation_checkpointing": True}}
+    recomputed = settings | {"train": {"activation_checkpointing": size - 1}}  # of two layers the first, or both
     for found in ranks(size).run(steps, folder, recomputed, {"global_batch": 6, "micro_batch": 1}, 5):
         assert found["losses"] == pytest.approx(wanted["losses"], abs=1e-5)
         assert found["norms"] == pytest.approx(wanted["norms"], rel=1e-5)

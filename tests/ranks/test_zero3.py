@@ -36,6 +36,7 @@ CLIPPED = {
               "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6}
 }  # fmt: skip
 RECOMPUTED = {"train": {"activation_checkpointing": True}}
+FIRST_RECOMPUTED = {"train": {"activation_checkpointing": 1}}
 ZERO3 = {"parallel": {"engine": "zero3"}}
 
 
@@ -169,7 +170,9 @@ def run_train(world: World, folder: str, settings: dict, options: dict) -> dict:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("recompute", [{}, RECOMPUTED], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    "recompute", [{}, FIRST_RECOMPUTED, RECOMPUTED], ids=["kept", "first recomputed", "recomputed"]
+)
 @pytest.mark.parametrize("shape, quant", [("llama31", "none"), ("llama32", "none"), ("llama31", "nf4")])
 def test_any_number_of_ranks_trains_the_adapters_of_one_process(ranks, plain, size, recompute, shape, quant) -> None:
     wanted = plain[shape, quant]
