@@ -19,7 +19,6 @@ from dist_lora.checkpoint.saver import Saver
 from dist_lora.config.schema import Config, Quant
 from dist_lora.herd.members import MEMBERS
 from dist_lora.herd.shape import Shape
-from dist_lora.layout.choices import choose
 from dist_lora.layout.memory import Setup, setup_of
 from dist_lora.lora.origin import BaseIdentity
 from dist_lora.plan.hardware import find_gpu
@@ -116,12 +115,12 @@ def count_step(case: Case, *, num_layers: int | None = None) -> Counter:
 def _built(case: Case, config: Config, shape: Shape, world: World) -> build.ShardedModel:
     """The model as a GPU of the case's has it, but for the sharding."""
 
-    def as_on_all(*args: Any, **kwargs: Any) -> Any:
-        choices = choose(*args, **kwargs | {"world_size": case.gpus, "local_size": case.gpus})
-        layout = dataclasses.replace(choices.layout, engine="none", adapters="replicate")
-        return dataclasses.replace(choices, layout=layout)
+    def as_on_all(*args: Any, **kwargs: Any) -> Setup:
+        setup = setup_of(*args, **kwargs | {"num_nodes": 1, "gpus_per_node": case.gpus})
+        layout = dataclasses.replace(setup.layout, engine="none", adapters="replicate")
+        return dataclasses.replace(setup, choices=dataclasses.replace(setup.choices, layout=layout))
 
-    with patch.object(build, "choose", as_on_all):
+    with patch.object(build, "setup_of", as_on_all):
         return build.shard_model(
             config, shape, world, name=case.model, memory_bytes=GPU.memory_bytes, on_gpu=True, has_bf16=True
         )
