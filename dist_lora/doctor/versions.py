@@ -32,6 +32,7 @@ TESTED = {
     "numpy": "2.4.6",
     "Jinja2": "3.1.6",
     "psutil": "7.2.2",
+    "regex": "2026.11.15",
 }
 TESTED_PYTHON = "3.11"
 OPTIONAL = ("peft",)  # only for comparisons

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
+
+import regex
 
 from dist_lora.config.schema import LINEARS, ModuleAdapter
 from dist_lora.errors import AdapterError, ConfigError
@@ -39,10 +42,46 @@ _REFUSED = {
 }
 # These change the base's weights too; PEFT writes `true` where it has converted the adapter back.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_MATCH_S = 2.0
+_SLOW_S = 0.01  # a sound expression takes a thousandth of it
 _MAX_LAYERS = 1000  # as many as a Llama may have here
 _ALL_LINEAR = "all-linear"
 _Number = TypeVar("_Number", int, float)
 _OF_A_LLAMA = frozenset(("q_proj", "v_proj"))  # PEFT's choice for a Llama without target_modules
+
+
+class _Pattern:
+    """A regular expression of an adapter's author, with a limit on the time that it takes for all names together.
+
+    Python's ``re``, which PEFT uses, has no limit: nested repetitions may take hours for one name.
+    """
+
+    def __init__(self, text: str, *, file: Path) -> None:
+        re.compile(text)  # what PEFT refuses is refused, and ``regex`` knows more
+        self._text, self._file = text, file
+        self._compiled = regex.compile(text, regex.VERSION0)
+        self._left_s = _MATCH_S
+
+    def match(self, name: str) -> Any:
+        """See ``re.Pattern.match``. Raises ``ConfigError`` if it takes too long."""
+        return self._limited(self._compiled.match, name)
+
+    def fullmatch(self, name: str) -> Any:
+        """See ``re.Pattern.fullmatch``. Raises ``ConfigError`` if it takes too long."""
+        return self._limited(self._compiled.fullmatch, name)
+
+    def _limited(self, match: Callable[..., Any], name: str) -> Any:
+        begin_s = time.thread_time()
+        try:
+            return match(name, timeout=max(self._left_s, _SLOW_S))
+        except TimeoutError:
+            raise ConfigError(
+                f"{self._file}: the regular expression {_short(self._text)} takes longer than {_MATCH_S:g} s for names like "
+                f"{name}. Write it without a repetition inside a repetition, or list the names"
+            ) from None
+        finally:
+            spent_s = time.thread_time() - begin_s
+            self._left_s -= spent_s if spent_s > _SLOW_S else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,17 +98,18 @@ class PeftConfig:
     exclude_modules: str | frozenset[str] | None
     layers: frozenset[int] | None
     layers_pattern: Sequence[str]
+    file: Path = Path(CONFIG_FILE)
 
     def covers(self, module: str) -> bool:
         """Whether PEFT attaches an adapter to a linear of this full name."""
         excluded, targets = self.exclude_modules, self.target_modules
         if isinstance(excluded, str):
-            if re.fullmatch(excluded, module):
+            if self._pattern(excluded).fullmatch(module):
                 return False
         elif excluded and _is_named(module, excluded):
             return False
         if isinstance(targets, str):
-            return targets.lower() == _ALL_LINEAR or re.fullmatch(targets, module) is not None
+            return targets.lower() == _ALL_LINEAR or self._pattern(targets).fullmatch(module) is not None
         if module in targets:
             return True  # whatever layers_to_transform says
         return _is_named(module, targets) and (self.layers is None or self._layer_of(module) in self.layers)
@@ -102,16 +142,26 @@ class PeftConfig:
 
     def _layer_of(self, module: str) -> int | None:
         patterns = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in self.layers_pattern]
-        matches = (re.match(pattern, module) for pattern in patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."])
+        patterns = patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+        matches = (self._pattern(pattern).match(module) for pattern in patterns)
         return next((int(match["idx"]) for match in matches if match), None)
 
-    @cached_property
-    def _ranks(self) -> list[tuple[re.Pattern[str], int]]:
-        return [(_end_of_name(key), rank) for key, rank in self.rank_pattern.items()]
+    def _pattern(self, text: str) -> _Pattern:
+        if text not in self._patterns:
+            self._patterns[text] = _Pattern(text, file=self.file)
+        return self._patterns[text]
 
     @cached_property
-    def _alphas(self) -> list[tuple[re.Pattern[str], float]]:
-        return [(_end_of_name(key), alpha) for key, alpha in self.alpha_pattern.items()]
+    def _patterns(self) -> dict[str, _Pattern]:
+        return {}
+
+    @cached_property
+    def _ranks(self) -> list[tuple[_Pattern, int]]:
+        return [(self._pattern(_end_of_name(key)), rank) for key, rank in self.rank_pattern.items()]
+
+    @cached_property
+    def _alphas(self) -> list[tuple[_Pattern, float]]:
+        return [(self._pattern(_end_of_name(key)), alpha) for key, alpha in self.alpha_pattern.items()]
 
 
 def read_peft_config(config: Mapping[str, Any], *, folder: Path) -> PeftConfig:
@@ -146,6 +196,7 @@ def read_peft_config(config: Mapping[str, Any], *, folder: Path) -> PeftConfig:
         exclude_modules=_names(config, "exclude_modules", file=file),
         layers=_layers(layers, file=file),
         layers_pattern=_as_list(config, "layers_pattern", file=file),
+        file=file,
     )
     _check_patterns(found, file=file)
     return found
@@ -157,13 +208,13 @@ def _is_named(module: str, names: frozenset[str]) -> bool:
     return any(".".join(parts[first:]) in names for first in range(len(parts)))
 
 
-def _of_pattern(patterns: Iterable[tuple[re.Pattern[str], _Number]], module: str, default: _Number) -> _Number:
+def _of_pattern(patterns: Iterable[tuple[_Pattern, _Number]], module: str, default: _Number) -> _Number:
     """The number of the first pattern that matches."""
     return next((number for pattern, number in patterns if pattern.match(module)), default)
 
 
-def _end_of_name(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")
+def _end_of_name(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
 
 
 def _refuse_kinds(config: Mapping[str, Any], *, file: Path) -> None:
@@ -248,12 +299,15 @@ def _check_patterns(config: PeftConfig, *, file: Path) -> None:
     """Use every regular expression once on the first layer: a faulty one is reported here."""
     try:
         for names in (config.target_modules, config.exclude_modules):
-            re.compile(names if isinstance(names, str) else "")
+            if isinstance(names, str):
+                config._pattern(names)
         covered = config.modules([0])
         for module in covered or [module_path(LINEARS[0], layer=0)]:
             config.adapter_of(module)
             config._layer_of(module)
-    except (re.error, OverflowError, RecursionError, IndexError, ValueError) as error:
+    except ConfigError:  # too slow; also a ValueError
+        raise
+    except (re.error, regex.error, OverflowError, RecursionError, IndexError, ValueError) as error:
         raise AdapterError(
             f"{file} has a name that isn't a regular expression ({error}). The file is damaged."
         ) from error

@@ -22,6 +22,7 @@ from dist_lora.chat.command import open_for_answers
 from dist_lora.config.schema import LoraSection
 from dist_lora.errors import AdapterError, ConfigError
 from dist_lora.herd.shape import read_shape
+from dist_lora.lora import peft_config
 from dist_lora.lora.adapter_reader import open_adapter
 from dist_lora.lora.fit import check_fit, settings_of, with_settings_of
 from dist_lora.lora.merge import merge_adapter
@@ -177,6 +178,30 @@ def test_targets_that_peft_refuses_are_refused(adapter, stock, changes, words) -
         PeftModel.from_pretrained(stock(), adapter)
     with pytest.raises(ConfigError, match=re.escape(words)):
         open_adapter(adapter)
+
+
+ENDLESS = r"(.|[a-z])*[!?]"  # for ``re`` one of our names takes longer than the sun shines
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ENDLESS},
+        {"exclude_modules": ENDLESS},
+        {"rank_pattern": {ENDLESS: 4}},
+        {"alpha_pattern": {ENDLESS: 4}},
+        {"layers_to_transform": [0], "layers_pattern": [ENDLESS]},
+    ],
+    ids=str,
+)
+def test_a_regular_expression_that_would_never_end_is_refused(adapter, monkeypatch, changes) -> None:
+    monkeypatch.setattr(peft_config, "_MATCH_S", 0.1)
+    rewrite(adapter, **changes)
+    with pytest.raises(
+        ConfigError, match=r"adapter_config\.json: the regular expression .* takes longer than 0\.1 s"
+    ) as e:
+        open_adapter(adapter)
+    assert e.value.exit_code == 2
 
 
 @pytest.mark.parametrize(
