@@ -153,8 +153,8 @@ def measured_speed(setup: Setup, gpu: Gpu, measured: Measured, *, context: int) 
     """
     layers = setup.shape.num_layers
     micro_batches = float(setup.accumulation_steps)
-    times = 3 if setup.recompute else 2  # matmuls per frozen linear: forward, input gradient, recomputation
-    compute = _frozen_matmuls(setup, measured) * (times * layers * micro_batches)
+    times = 3 if setup.recompute else 2  # passes through a layer: forward, backward, recomputation
+    compute = _frozen_matmuls(setup, measured) * (layers * micro_batches)
     compute += _adapter_matmuls(setup, measured) * ((times + 1) * len(setup.layers) * micro_batches)
     compute += _attention(setup, measured, context) * (layers * micro_batches * (4 / 3 if setup.recompute else 1))
     compute += _elementwise(setup, measured) * ((times + 1) * layers * micro_batches)
@@ -190,11 +190,12 @@ def measured_speed(setup: Setup, gpu: Gpu, measured: Measured, *, context: int) 
 
 
 def _frozen_matmuls(setup: Setup, measured: Measured) -> _Seconds:
-    """One matmul with each linear of a layer."""
+    """All matmuls with each linear of a layer: forward, input gradient, and recomputation but for down's."""
     total = _Seconds()
-    for out, width in setup.shape.linear_shapes().values():
+    for name, (out, width) in setup.shape.linear_shapes().items():
+        times = 3 if setup.recompute and name != "down_proj" else 2
         rate = measured.product_flops_per_s(setup.micro_tokens, width, out)
-        total += _at(2 * setup.micro_tokens * width * out, rate)
+        total += _at(times * 2 * setup.micro_tokens * width * out, rate)
     return total
 
 
