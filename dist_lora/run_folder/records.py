@@ -13,11 +13,9 @@ from typing import Any
 
 from dist_lora.errors import SaveError
 from dist_lora.files import sync, write_whole
-from dist_lora.run_folder.attempt import read_attempt
+from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, read_attempt
 from dist_lora.text import duration
 
-METRICS_FILE = "metrics.jsonl"  # one line per step
-EVALUATIONS_FILE = "evaluations.jsonl"  # one line per evaluation
 _TAIL_BYTES = 2**14
 _MEAN_OF = 20  # steps
 

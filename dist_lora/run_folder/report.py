@@ -17,7 +17,8 @@ from dist_lora.config.load import load_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, cannot_write
 from dist_lora.files import file_exists, no_folder, write_output
-from dist_lora.run_folder.records import EVALUATIONS_FILE, METRICS_FILE, read_lines
+from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE
+from dist_lora.run_folder.records import read_lines
 from dist_lora.run_folder.status import describe_status
 from dist_lora.text import GIB, duration, span
 

@@ -32,10 +32,9 @@ from dist_lora.layout.machine import is_called
 from dist_lora.lora.attach import adapters_of
 from dist_lora.lora.origin import origin_of
 from dist_lora.profile.recorder import Recorder
-from dist_lora.run_folder.attempt import SUMMARY_FILE, Attempt, begin_attempt
+from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, SUMMARY_FILE, Attempt, begin_attempt
 from dist_lora.run_folder.folder import open_run_folder, write_config
 from dist_lora.run_folder.log_file import to_log_file
-from dist_lora.run_folder.records import EVALUATIONS_FILE, METRICS_FILE
 from dist_lora.text import count, gib, span
 from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
 from dist_lora.train.finished import describe_finished, finished_line
@@ -144,7 +143,7 @@ def train(
         makes_profile: of one step, see ``Recorder``.
         peak_of: operations per second that a GPU of this name can reach in this dtype; None where that isn't known.
     """
-    started_s = time.monotonic()
+    started_s, began_s = time.monotonic(), time.time()
     if not is_dry and _is_finished(config, world):
         return
     _check_trackers(config, world)
@@ -178,7 +177,7 @@ def train(
     _check_resume(checkpoint, base, loader, num_steps=num_steps, world=world)
     if checkpoint is not None and _has_nothing_to_do(checkpoint, folder, held_out, num_steps=num_steps, world=world):
         return
-    attempt = _prepare_folder(checkpoint, config, num_steps=num_steps, folder=folder, world=world)
+    attempt = _prepare_folder(checkpoint, config, num_steps=num_steps, folder=folder, began_s=began_s, world=world)
     trainee = build(config, base, world)
     if world.is_first:
         log.info(trainee.precision.line())
@@ -233,7 +232,13 @@ def _check_resume(
 
 
 def _prepare_folder(
-    checkpoint: VerifiedCheckpoint | None, config: Config, *, num_steps: int, folder: Path, world: World
+    checkpoint: VerifiedCheckpoint | None,
+    config: Config,
+    *,
+    num_steps: int,
+    folder: Path,
+    began_s: float,
+    world: World,
 ) -> Attempt | None:
     """Write the config and the attempt to the run's folder; returns the attempt on the first rank."""
 
@@ -245,7 +250,9 @@ def _prepare_folder(
         else:
             warn_of_other_lr(checkpoint, config, num_steps=num_steps)
         is_restart = config.checkpoint.resume != "never"
-        return begin_attempt(folder, num_steps=num_steps, is_new=checkpoint is None, keeps_trackers=is_restart)
+        return begin_attempt(
+            folder, num_steps=num_steps, is_new=checkpoint is None, keeps_trackers=is_restart, began_s=began_s
+        )
 
     return world.on_first(
         "the run's config", begin, os_error=lambda error: cannot_write(f"{folder}: can't be written: {error}", error)

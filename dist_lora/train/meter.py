@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from dist_lora.errors import SaveError
+from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE
 from dist_lora.run_folder.log_file import to_log_file
-from dist_lora.run_folder.records import EVALUATIONS_FILE, METRICS_FILE
 from dist_lora.train.trackers import Options, start_tracker
 
 log = logging.getLogger("dist_lora")

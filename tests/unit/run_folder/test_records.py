@@ -8,7 +8,8 @@ import math
 import pytest
 
 from dist_lora.errors import SaveError
-from dist_lora.run_folder.records import EVALUATIONS_FILE, METRICS_FILE, read_lines, truncate_metrics
+from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE
+from dist_lora.run_folder.records import read_lines, truncate_metrics
 from dist_lora.train.meter import Meter
 
 

@@ -16,7 +16,7 @@ import pytest
 from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, SaveError
-from dist_lora.run_folder.records import METRICS_FILE
+from dist_lora.run_folder.attempt import METRICS_FILE
 from dist_lora.run_folder.report import MOST_POINTS, write_report
 from dist_lora.train.meter import Meter
 

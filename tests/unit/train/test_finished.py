@@ -110,6 +110,19 @@ def test_a_run_of_more_steps_goes_on_and_keeps_the_time_and_memory_of_its_first_
     assert read_summary(folder) == summary
 
 
+def test_the_seconds_of_attempts_that_were_killed_are_summed_until_their_last_step(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    assert begin_attempt(tmp_path, num_steps=10, is_new=True, began_s=1000.0).former_seconds == 0.0
+    metrics.touch()
+    os.utime(metrics, (1030.0, 1030.0))
+    assert begin_attempt(tmp_path, num_steps=10, is_new=False, began_s=2000.0).former_seconds == 30.0
+    # This one is killed before its first step: the file is the former one's.
+    assert begin_attempt(tmp_path, num_steps=10, is_new=False, began_s=3000.0).former_seconds == 30.0
+    os.utime(metrics, (3007.5, 3007.5))
+    assert begin_attempt(tmp_path, num_steps=10, is_new=False, began_s=4000.0).former_seconds == 37.5
+    assert begin_attempt(tmp_path, num_steps=10, is_new=True, began_s=5000.0).former_seconds == 0.0
+
+
 def test_an_attempt_that_was_killed_does_not_look_finished_and_forgets_nothing(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text('{"steps": 5, "seconds": 7.5, "peak_bytes": [3, 9]}')
     (tmp_path / "trackers.json").write_text("{}")
