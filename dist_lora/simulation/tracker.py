@@ -133,7 +133,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         model.lm_head.register_forward_hook(flag("head", False), always_call=True)
         for block in model.blocks():
             # A recomputation ends with an exception once it has everything that the backward needs.
-            block.input_layernorm.register_forward_pre_hook(recompute)
+            block.self_attn.register_forward_pre_hook(recompute)
             block.mlp.register_forward_hook(flag("recompute", False), always_call=True)
 
     # Recording

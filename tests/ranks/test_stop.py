@@ -41,10 +41,10 @@ def train_in_long_steps(world: World, config: dict[str, Any], at_step: int, at_p
     """``dist-lora train`` whose steps count as long; the last rank gets SIGUSR1 in the middle of one, if it is done."""
     pass_of = TrainStep._micro_batch
 
-    def micro_batch(self: TrainStep, step: int, index: int, batch: Any) -> Any:
+    def micro_batch(self: TrainStep, step: int, index: int, *batches: Any) -> Any:
         if (step, index) == (at_step, at_pass) and world.world_rank == world.world_size - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return pass_of(self, step, index, batch)
+        return pass_of(self, step, index, *batches)
 
     with mock.patch.object(step_module, "LONG_STEP_S", 0.0), mock.patch.object(TrainStep, "_micro_batch", micro_batch):
         return train_command(world, config)

@@ -80,10 +80,12 @@ def test_on_the_cpu_a_micro_batch_is_itself() -> None:
 
 def test_a_step_copies_once_a_micro_batch_and_in_no_layer() -> None:
     """A model for a GPU (flash attention, recomputation) on the meta device."""
-    config = config_of(Path("model"), model={"name": "tiny", "dtype": "bf16"})
+    config = config_of(
+        Path("model"), model={"name": "tiny", "dtype": "bf16"}, train={"activation_checkpointing": "all"}
+    )
     world = World.alone(META)
     sharded = shard_model(config, SHAPE, world, name="tiny", memory_bytes=2**40, on_gpu=True, has_bf16=True)
-    assert sharded.choices.attention == "varlen" and sharded.choices.recompute
+    assert sharded.choices.attention == "varlen" and sharded.choices.recomputed
     sharded.model.inv_freq = sharded.model.inv_freq.to(META)
     adapters = sharded.engine.adapters(sharded.tensors)
     identity = BaseIdentity("tiny", None, None, None)
