@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from filelock import FileLock
@@ -82,6 +83,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left)
         gone = set(left)
         items[:] = [item for item in items if item not in gone]
+
+
+@pytest.fixture(autouse=True)
+def _environment_is_kept() -> Iterator[None]:
+    """What a test, or a command that it runs in this process, does to the environment ends with it.
+
+    A command that a later test starts would begin in another one, and could not be forked (see ``e2e/starter.py``).
+    """
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -44,6 +44,7 @@ FOR_ZERO3 = (
 )
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 MAX_REQUEST_BYTES = 2**17
+BY_COMMANDS = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # what ``dist-lora`` sets before torch is imported
 
 
 @dataclass
@@ -88,7 +89,7 @@ class Starter:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.e2e.starter", str(theirs.fileno()), *(IMPORTED if is_forking else ()), *also_imported],
-                cwd=ROOT, env=environment_of_tests(), stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
+                cwd=ROOT, env=environment_of_tests() | BY_COMMANDS, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
             )  # fmt: skip
         self._is_forking = is_forking
 
