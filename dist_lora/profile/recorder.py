@@ -35,6 +35,7 @@ class Recorder:
         folder: the run's, in which ``profile/`` is made.
         first_step, num_steps: of the attempt, from 1.
         matmul: ``(tokens, width, out)`` of a large frozen linear's product, whose rate is the limit of all products.
+        on_write: called before the trace is written, for which the other ranks wait.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class Recorder:
         device: torch.device,
         dtype: torch.dtype,
         matmul: tuple[int, int, int],
+        on_write: Callable[[], None] = lambda: None,
     ) -> None:
+        self._on_write = on_write
         self._folder, self._device, self._dtype, self._matmul = folder / FOLDER, device, dtype, matmul
         self._step = min(first_step + WARM_STEPS, num_steps)
 
@@ -63,6 +66,7 @@ class Recorder:
         with torch.profiler.profile(activities=activities, record_shapes=True) as profiler, parts.step():
             yield
             self._wait()
+        self._on_write()
         self._write(profiler, step)
 
     def _wait(self) -> None:

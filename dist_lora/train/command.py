@@ -311,6 +311,7 @@ def _recorder(run: Run, folder: Path, world: World) -> Recorder:
         device=world.device,
         dtype=run.trainee.precision.dtype,
         matmul=(train.micro_batch * train.sequence_length, shape.hidden, shape.ffn),
+        on_write=lambda: world.progress.now("writing the profile", kind="long"),
     )
 
 
