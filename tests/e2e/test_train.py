@@ -82,6 +82,24 @@ def test_a_merged_model_has_the_logits_of_the_adapter_beside_its_base(whole, tmp
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_a_profile_tells_the_parts_of_one_step_and_changes_no_byte(config, whole) -> None:
+    folder = whole.parent / "profiled"
+    done = run("train", config, "run=profiled", "--nproc", 2, "--profile")
+    assert done.returncode == 0, done.stderr
+    assert losses(folder) == losses(whole)
+    adapter = Path("adapter", "adapter_model.safetensors")
+    assert (folder / adapter).read_bytes() == (whole / adapter).read_bytes()
+    assert [path.name for path in (folder / "profile").iterdir()] == ["step-00000003.json.gz"]
+    log = (folder / "log.txt").read_text()
+    table = log[log.index("profile of step 3 on rank 0") : log.index("trace for ui.perfetto.dev")].splitlines()
+    shares = {line[:16].strip(): float(line[48:].split()[1].rstrip("%")) for line in table if line.count("%")}
+    # All but dequantizing, of which an unquantized base has none; they are all of the step.
+    assert shares.keys() >= {
+        "frozen matmuls", "LoRA", "attention", "elementwise", "loss", "communication", "optimizer", "data", "host"
+    }  # fmt: skip
+    assert sum(shares.values()) == pytest.approx(100, abs=1)
+
+
 def test_gathering_into_a_folder_of_something_else_is_refused_and_leaves_it_alone(whole, tmp_path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     done = run("gather", whole, "--out", tmp_path)
