@@ -31,6 +31,8 @@ _VIEWS = frozenset(
         "result_type", "item", "_local_scalar_dense",
     )
 )  # fmt: skip
+# The place of a product's two factors among a call's arguments, of which the last may be memory for the result.
+_FACTORS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::baddbmm": 1}
 _ITEM_BYTES = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "long int": 8, "long": 8, "int": 4,
                "signed char": 1, "unsigned char": 1, "bool": 1}  # fmt: skip
 
@@ -198,10 +200,11 @@ def _work_of(call: _Call) -> tuple[float, float] | None:
     sizes = [
         _numel(d) * _ITEM_BYTES.get(t, 0) for d, t in zip(dims, types or [], strict=False) if d and t in _ITEM_BYTES
     ]
-    if call.name in ("aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_", "aten::baddbmm"):
-        a, b = [d for d in dims if d][-2:]
+    if (first := _FACTORS.get(call.name)) is not None:
+        a, b = dims[first : first + 2]
         flops, item = 2.0 * _numel(a) * b[-1], _ITEM_BYTES.get((types or ["float"])[0], 4)
-        return flops, float(sum(sizes) + _numel(a) // a[-1] * b[-1] * item)
+        added = _numel(dims[0]) if first else 0
+        return flops, float(item * (added + _numel(a) + _numel(b) + _numel(a) // a[-1] * b[-1]))
     if call.own < 0.5 * call.duration or not sizes:
         return None  # what it does is done by the calls within it
     return 0.0, float(sum(sizes) + max(sizes))

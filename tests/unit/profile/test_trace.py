@@ -106,6 +106,23 @@ def test_products_count_two_operations_a_pair_and_all_calls_their_inputs_and_out
     assert table.rows["elementwise"].num_bytes == 2 * 4 * 8 * 2
 
 
+@pytest.mark.parametrize(
+    "name, shapes",
+    [
+        ("mm", [[4, 8], [8, 16]]),
+        ("mm", [[4, 8], [8, 16], [4, 16]]),  # into memory that is given
+        ("bmm", [[2, 4, 4], [2, 4, 16]]),
+        ("addmm", [[4, 16], [4, 8], [8, 16], [], []]),
+        ("addmm_", [[4, 16], [4, 8], [8, 16], [], []]),
+        ("addmm", [[16], [4, 8], [8, 16], [], [], [4, 16]]),
+    ],
+)
+def test_a_products_factors_are_found_among_its_arguments(name, shapes) -> None:
+    types = ["float" if shape else "Scalar" for shape in shapes]
+    call = event(f"aten::{name}", 0, 10, **{"Input type": types, "Input Dims": shapes})
+    assert table_of(step(call)).rows["elementwise"].flops == 2 * 4 * 8 * 16
+
+
 def test_on_a_gpu_kernels_count_and_what_hides_behind_them_does_not() -> None:
     def kernel(name: str, start: float, duration: float, number: int) -> dict:
         return event(name, start, duration, category="kernel", thread=7, correlation=number)
