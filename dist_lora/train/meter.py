@@ -95,15 +95,14 @@ class Meter:
         step = int(line["step"])
         self._track(step, {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"})
         shown = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tokens/s"
-        if "model_flops_per_s" in line:
-            shown += f"  {self._reached(line['model_flops_per_s'])}"
         if self._bar is not None:
             progress, task = self._bar
             progress.update(task, completed=step, shown=shown)
         if step % self._every == 0 or step == self._num_steps:
             done = step - self._first_step + 1
             left_s = (time.monotonic() - self._started_s) / done * (self._num_steps - step)
-            text = f"step {step}/{self._num_steps}  {shown}  {left_s:,.0f} s left"
+            reached = f"  {self._reached(line['model_flops_per_s'])}" if "model_flops_per_s" in line else ""
+            text = f"step {step}/{self._num_steps}  {shown}{reached}  {left_s:,.0f} s left"
             to_log_file(text)
             if self._bar is None:
                 print(text, file=sys.stderr, flush=True)
