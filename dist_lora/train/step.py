@@ -92,13 +92,15 @@ class TrainStep:
             self._stop_at_not_finite(step, batch, losses, loss, grad_norm)
         if step == 1 and self._world.is_first:
             _warn_of_first_loss(loss, vocab=self._trainee.base.shape.vocab)
-        step_s = time.monotonic() - started_s
-        line = {
+        line = self._line(step, batch, {"loss": loss, "grad_norm": grad_norm, "lr": lr}, time.monotonic() - started_s)
+        return line, bool(num_asked)
+
+    def _line(self, step: int, batch: StepBatch, values: dict[str, float], step_s: float) -> dict[str, Any]:
+        """The line of metrics of a step that took ``step_s`` seconds."""
+        return {
             "step": step,
             "epoch": batch.epoch,
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "lr": lr,
+            **values,
             "target_tokens": batch.target_tokens,
             "tokens": batch.tokens,
             "tokens_per_s": batch.tokens / step_s,
@@ -108,7 +110,6 @@ class TrainStep:
             **device_memory(self._world.device),
             **self._saver.take_times(),
         }
-        return line, bool(num_asked)
 
     def _flops(self, batch: StepBatch) -> float:
         """Operations that the step needed, on all ranks; see ``Shape.flops``."""
