@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +36,12 @@ class Attempt:
 
 
 def begin_attempt(
-    folder: Path, *, num_steps: int, is_new: bool, keeps_trackers: bool = False, began_s: float | None = None
+    folder: Path, *, num_steps: int, is_new: bool, began_s: float, keeps_trackers: bool = False
 ) -> Attempt:
     """Write what this attempt sets out to do. From here on the run isn't finished: a former summary is removed.
 
     Args:
-        began_s: when this attempt was started, in seconds since 1970; None is now.
+        began_s: when this attempt was started, in seconds since 1970.
         is_new: the run begins at its first step, and nothing of former attempts counts.
         keeps_trackers: a former attempt ended before its first checkpoint, and its runs in trackers go on.
 
@@ -58,7 +57,7 @@ def begin_attempt(
             peaks = tuple(found)
     elif former is not None:
         seconds += _seconds_of_stopped(folder, former)
-    attempt = Attempt(num_steps, seconds, peaks, time.time() if began_s is None else began_s)
+    attempt = Attempt(num_steps, seconds, peaks, began_s)
     write_whole(folder / ATTEMPT_FILE, json.dumps(asdict(attempt)) + "\n")
     (folder / SUMMARY_FILE).unlink(missing_ok=True)
     if is_new and not keeps_trackers:

@@ -133,15 +133,15 @@ def train(
     world: World,
     stop: StopRequest,
     *,
+    peak_of: PeakOf,
     is_dry: bool = False,
     makes_profile: bool = False,
-    peak_of: PeakOf = lambda device, dtype: None,
 ) -> None:
     """``dist-lora train``. All ranks call it.
 
     Args:
-        makes_profile: of one step, see ``Recorder``.
         peak_of: operations per second that a GPU of this name can reach in this dtype; None where that isn't known.
+        makes_profile: of one step, see ``Recorder``.
     """
     started_s, began_s = time.monotonic(), time.time()
     if not is_dry and _is_finished(config, world):

@@ -101,8 +101,8 @@ class Meter:
         if step % self._every == 0 or step == self._num_steps:
             done = step - self._first_step + 1
             left_s = (time.monotonic() - self._started_s) / done * (self._num_steps - step)
-            reached = f"  {self._reached(line['model_flops_per_s'])}" if "model_flops_per_s" in line else ""
-            text = f"step {step}/{self._num_steps}  {shown}{reached}  {left_s:,.0f} s left"
+            reached = self._reached(line["model_flops_per_s"])
+            text = f"step {step}/{self._num_steps}  {shown}  {reached}  {left_s:,.0f} s left"
             to_log_file(text)
             if self._bar is None:
                 print(text, file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader, StepBatch
 from dist_lora.data.token_set import TokenSet
 from dist_lora.errors import StoppedOnRequest
+from dist_lora.plan.hardware import peak_flops_per_s
 from dist_lora.run_folder import folder as folder_module
 from dist_lora.train import command
 from dist_lora.train.build import Trainee
@@ -46,7 +47,7 @@ def chats_settings(base: Path, folder: Path, *, num_steps: int, dropout: float =
 def train_until_asked(config: Config, world: World) -> None:
     """The work of ``dist-lora train``, listening to signals as it does."""
     with StopRequest() as stop:
-        command.train(config, world, stop)
+        command.train(config, world, stop, peak_of=peak_flops_per_s)
 
 
 def train_command(world: World, settings: Mapping[str, Any], ask_at: int | None = None) -> str:

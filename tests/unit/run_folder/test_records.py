@@ -14,7 +14,7 @@ from dist_lora.train.meter import Meter
 
 
 def line(step: int, loss: float = 1.0) -> dict[str, float]:
-    return {"step": step, "loss": loss, "lr": 0.1, "tokens_per_s": 5.0}
+    return {"step": step, "loss": loss, "lr": 0.1, "tokens_per_s": 5.0, "model_flops_per_s": 1e12}
 
 
 def test_a_run_that_goes_on_from_an_earlier_step_writes_each_step_once(tmp_path) -> None:

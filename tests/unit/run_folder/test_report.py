@@ -65,7 +65,7 @@ class Page(HTMLParser):
 def line(step: int, **more: Any) -> dict[str, Any]:
     return {
         "step": step, "epoch": 0, "loss": 4.0 / step, "grad_norm": 0.5, "lr": 1e-4, "target_tokens": 10, "tokens": 100,
-        "tokens_per_s": 50.0, "step_s": 2.0, "peak_bytes": 3 * GIB, **more,
+        "tokens_per_s": 50.0, "model_flops_per_s": 1e12, "step_s": 2.0, "peak_bytes": 3 * GIB, **more,
     }  # fmt: skip
 
 

@@ -213,7 +213,7 @@ def test_what_was_left_before_a_start_counts_as_nothing(tmp_path: Path) -> None:
 def test_a_run_at_work_is_told_with_its_step_its_loss_and_the_time_left(tmp_path: Path) -> None:
     mark(tmp_path).begin()
     _lock(tmp_path)
-    begin_attempt(tmp_path, num_steps=100, is_new=True)
+    begin_attempt(tmp_path, num_steps=100, is_new=True, began_s=1000.0)
     assert describe_status(tmp_path).progress is None and "; step" not in describe_status(tmp_path).text
     lines = [{"step": step, "loss": 2.0 - step / 100, "step_s": 1.0 if step < 41 else 3.0} for step in range(1, 61)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 61, "lo')

@@ -127,10 +127,10 @@ def test_an_attempt_that_was_killed_does_not_look_finished_and_forgets_nothing(t
     (tmp_path / "summary.json").write_text('{"steps": 5, "seconds": 7.5, "peak_bytes": [3, 9]}')
     (tmp_path / "trackers.json").write_text("{}")
     for _ in range(2):  # the second finds no summary
-        attempt = begin_attempt(tmp_path, num_steps=10, is_new=False)
+        attempt = begin_attempt(tmp_path, num_steps=10, is_new=False, began_s=1000.0)
         assert (attempt.num_steps, attempt.former_seconds, attempt.former_peak_bytes) == (10, 7.5, (3, 9))
         assert read_attempt(tmp_path) == attempt and read_summary(tmp_path) == {}
     assert attempt.peaks_with([4, 8]) == [4, 9] and attempt.peaks_with([1]) == [1]
     assert (tmp_path / "trackers.json").exists()
-    assert begin_attempt(tmp_path, num_steps=10, is_new=True).former_seconds == 0.0
+    assert begin_attempt(tmp_path, num_steps=10, is_new=True, began_s=1000.0).former_seconds == 0.0
     assert not (tmp_path / "trackers.json").exists()

@@ -52,9 +52,11 @@ def test_wandb_goes_on_with_the_same_run_and_has_its_options(calls, tmp_path: Pa
     assert ("settings", {"lora.rank": 4}) in calls
     file = folder / "trackers.json"
     before = file.read_text()
-    begin_attempt(folder, num_steps=3, is_new=True, keeps_trackers=True)  # killed before its first checkpoint
+    begin_attempt(
+        folder, num_steps=3, is_new=True, began_s=1000.0, keeps_trackers=True
+    )  # killed before its first checkpoint
     assert file.read_text() == before
-    begin_attempt(folder, num_steps=3, is_new=True)  # a run that starts over is another one there
+    begin_attempt(folder, num_steps=3, is_new=True, began_s=1000.0)  # a run that starts over is another one there
     start("wandb", folder)
     assert calls[-2][1]["id"] != first["id"]
 
