@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import pytest
 from filelock import FileLock
 
 from tests import ROOT, turns
+from tests.e2e.starter import ASKING
 
 # The special tokens of Llama 3.1 that matter for training, in Meta's spelling.
 SPECIAL_TOKENS = (
@@ -86,13 +88,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _environment_is_kept() -> Iterator[None]:
-    """What a test, or a command that it runs in this process, does to the environment ends with it.
+def _process_is_kept() -> Iterator[None]:
+    """What a test, or a command that it runs in this process, does to the environment and to signals ends with it.
 
-    A command that a later test starts would begin in another one, and could not be forked (see ``e2e/starter.py``).
+    A command that a later test starts would begin in another environment, and could not be forked (see ``e2e/starter.py``);
+    and a shell can't trap a signal that was ignored when it was started, as a run that was asked to stop leaves them.
     """
+    handlers = {number: signal.getsignal(number) for number in ASKING}
     with patch.dict(os.environ):
         yield
+    for number, handler in handlers.items():
+        if handler is not None:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -176,7 +176,7 @@ def test_a_task_of_an_array_asks_for_itself_alone(stubs: Stubs) -> None:
 
 
 def test_a_signal_to_the_shell_reaches_the_ranks(stubs: Stubs) -> None:
-    stubs.python('touch "$STATUS.begun"; for i in {1..100}; do [[ ! -e $CALLS.go ]] || break; sleep 0.1; done; '
+    stubs.python('touch "$STATUS.begun"; for i in {1..600}; do [[ ! -e $CALLS.go ]] || break; sleep 0.1; done; '
                  + leaves("75 again 1 0 $ATTEMPT stopped", 75))  # fmt: skip
     started = stubs.start("")
     assert started.stdin is not None
@@ -184,9 +184,11 @@ def test_a_signal_to_the_shell_reaches_the_ranks(stubs: Stubs) -> None:
     started.stdin.close()
     begun = stubs.folder / "all runs" / "it" / "status.begun"
     while not begun.exists():
+        assert started.poll() is None
         time.sleep(0.01)
     started.send_signal(signal.SIGUSR1)
     while "scancel --signal=USR1 77" not in stubs.called:
+        assert started.poll() is None, "the script ended and passed no signal on"
         time.sleep(0.01)
     Path(f"{stubs.calls}.go").touch()
     started.wait(30)
