@@ -61,8 +61,8 @@ def table() -> str:
         file, _, test = item.nodeid.partition("::")
         file, place = file.removeprefix("tests/"), place_of(item)
         places[file].add(place)
-        if place in ("CI", "turns"):
-            turn = item.get_closest_marker("turn")
+        turn = item.get_closest_marker("turn")
+        if place in ("CI", "turns") or turn:
             of = f" (1 of {turn.kwargs['of']})" if turn else ""
             names[file][test.partition("[")[0]] = of
     lines = [f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]

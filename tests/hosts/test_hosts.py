@@ -115,6 +115,7 @@ def planned(runs: Runs, run: str, *, on_each: int) -> tuple[float, int]:
     return received_bytes(setup)[1], FP32 * setup.trained_weights
 
 
+@pytest.mark.turn(of=3)
 @pytest.mark.parametrize(
     ("number", "on_each", "base_shard", "quant"),
     [(2, 1, "node", "none"), (2, 1, "node", "nf4"), (2, 1, "world", "none"), (2, 1, "world", "nf4"),

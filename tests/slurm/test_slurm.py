@@ -113,6 +113,7 @@ def test_a_run_on_two_nodes_goes_to_its_end(straight: Jobs) -> None:
     assert straight.steps_done("straight") == NUM_STEPS
 
 
+@pytest.mark.turn(of=2)
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_a_preempted_run_is_started_again_and_ends_as_if_nothing_had_been(
     slurm: Cluster, straight: Jobs, launcher: str
@@ -148,6 +149,7 @@ def test_a_run_out_of_time_is_started_again_with_a_new_limit(slurm: Cluster, str
     assert_like(straight, "limited")
 
 
+@pytest.mark.turn(of=2)
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_a_mistake_is_not_started_again(slurm: Cluster, jobs: Jobs, launcher: str) -> None:
     """Found once the run has its folder: torchrun's exit code is 1 then, and the mark says 2."""
@@ -193,6 +195,7 @@ def test_a_run_that_never_comes_on_is_given_up(slurm: Cluster, jobs: Jobs) -> No
     assert "not requeued: 2 starts in a row have saved no newer step" in told
 
 
+@pytest.mark.turn(of=2)
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_a_lost_node_brings_the_job_back_by_itself(slurm: Cluster, straight: Jobs, launcher: str) -> None:
     """No process of it is left on the other node; with the node back the run ends as if nothing had been."""
