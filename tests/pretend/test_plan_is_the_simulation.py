@@ -114,18 +114,27 @@ def planned_and_simulated(case: Case, *, num_layers: int = 3) -> tuple[Setup, Si
     return setup, simulate(config, shape, **machines, device=case.device)
 
 
-# In every suite those of which each has something of its own; the others are two of these at once, or another size.
-IN_EVERY_SUITE = ("plain", "kept activations", "nf4", "int8", "tied", "one GPU", "nodes, sharded adapters", "world", "405B on 128",
-                  "upper layers", "dropout, kept", "a small second slice of logits", "fp32 on CPUs", "offload", "rows that don't divide")  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=name, marks=[pytest.mark.slow] * (name not in IN_EVERY_SUITE))
-        for name, case in CASES.items()
-    ],
+# In every suite some that have most of what a plan knows, in every CI those of which each has something of its own; the
+# others are two of these at once, or another size.
+IN_EVERY_SUITE = (
+    "plain",
+    "nf4",
+    "one GPU",
+    "nodes, sharded adapters",
+    "offload",
+    "rows that don't divide",
+    "dropout, kept",
 )
+IN_EVERY_CI = ("kept activations", "int8", "tied", "world", "405B on 128", "upper layers", "a small second slice of logits", "fp32 on CPUs")  # fmt: skip
+
+
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    if name in IN_EVERY_SUITE:
+        return []
+    return [pytest.mark.slow] if name in IN_EVERY_CI else [pytest.mark.turn(of=2)]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=name, marks=marks_of(name)) for name, case in CASES.items()])
 def test_the_plan_is_the_simulated_step(case: Case) -> None:
     setup, simulated = planned_and_simulated(case)
     assert memory_of(setup).device == pytest.approx(simulated.peak_bytes, rel=0.01)

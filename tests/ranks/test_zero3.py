@@ -169,7 +169,7 @@ def run_train(world: World, folder: str, settings: dict, options: dict) -> dict:
     return train(world, folder, settings, **options)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.turn(of=2)) for size in (1, 3))])
 @pytest.mark.parametrize(
     "recompute", [{}, FIRST_RECOMPUTED, RECOMPUTED], ids=["kept", "first recomputed", "recomputed"]
 )
