@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets the project up, then checks it: ruff, mypy, pytest.
+# Sets the project up, then checks it: ruff, pytest, and mypy beside it.
 #
 #     bash tests/run.sh                  all tests but those marked slow, turn, gpu, slurm or hosts (pyproject.toml says
 #                                        what each mark means)
@@ -32,9 +32,20 @@ fi
 
 stage() { printf '\n== %s\n' "$*"; "$@"; }
 pytest() { stage "${python[@]}" -m pytest "$@" < /dev/null; }
+types=$(mktemp)
+at_the_end() { # what mypy found is told also where a test failed
+    local code=$?
+    printf '\n== mypy\n'
+    wait "$mypy" || code=1
+    cat "$types"
+    rm "$types"
+    exit "$code"
+}
 stage ruff check
 stage ruff format --check
-stage mypy
+mypy > "$types" 2>&1 & # beside the tests, whose processes often wait for each other
+mypy=$!
+trap at_the_end EXIT
 case "${1-}" in
     --all)
         pytest "${workers[@]}" -m 'not gpu and not slurm and not hosts' "${@:2}"
