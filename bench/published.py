@@ -3,7 +3,7 @@
     python -m bench.published [--sources]
 
 The error is the plan's figure over theirs, minus one. For speed the plan has a range: the error is 0 if it contains
-theirs, else that of the nearer end.
+theirs, else that of the nearer end. Products in another format than bf16 are not ours: such a speed isn't judged.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def read_figures(path: Path = FILE) -> tuple[list[Figure], dict[str, dict[str, s
 
 
 def plan_of(figure: dict[str, Any]) -> Plan:
-    """Our plan of the same run."""
+    """Our plan of the same run, in bf16 where theirs is in another format."""
     wanted, machines = figure["config"], figure["machines"]
     micro, passes = wanted["micro_batch"], wanted.get("passes", 1)
     model = {"name": wanted["model"], "quant": wanted.get("quant", "none")}
@@ -105,8 +105,9 @@ def name_of(figure: Figure) -> str:
     """The run in short."""
     wanted, machines = figure.tree["config"], figure.tree["machines"]
     on = machines.get("gpu", "")
+    stored = figure.tree.get("format", wanted.get("quant", "bf16").replace("none", "bf16"))
     return (
-        f"{wanted['model']} {wanted.get('quant', 'bf16').replace('none', 'bf16')} r{wanted['rank']}, {wanted['micro_batch']} x "
+        f"{wanted['model']} {stored} r{wanted['rank']}, {wanted['micro_batch']} x "
         f"{wanted['sequence_length']}, {machines['gpus']} x {on}".rstrip(" x")
     )
 
@@ -125,6 +126,8 @@ def speed_cells(figure: Figure) -> list[str]:
         return ["", "", ""]
     slow, fast = figure.plan.speed.tokens_per_s
     error = f"{figure.speed_error:+.0%}" if figure.speed_error else "inside"
+    if "format" in figure.tree:
+        error = f"{figure.tree['format']}: not judged"
     return [f"{figure.published_tokens_per_s:,.0f}", f"{slow:,.0f} to {fast:,.0f}", error]
 
 
