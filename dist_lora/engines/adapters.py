@@ -193,7 +193,7 @@ class FlatAdapters(Adapters):
         norm = self._norm(gradients)
         if self._max_norm is not None and gradients:
             scale = torch.where(norm > self._max_norm, self._max_norm / (norm + 1e-6), 1.0)
-            torch._foreach_mul_(gradients, scale)
+            torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
         self.optimizer.step(gradients, lr, is_valid=norm.isfinite())
         return norm
 

@@ -62,6 +62,9 @@ CASES = {
     "short": Case("3.1-8b", SHORT),
     "tied, short": Case("3.2-1b", SHORT, gpus_per_node=2),
     "one GPU, offload, short": Case("3.1-8b", {**SHORT, "parallel": {"offload": "all"}}, gpus_per_node=1),
+    "one GPU, offload by FSDP2, short": Case(
+        "3.1-8b", {**SHORT, "parallel": {"offload": "all", "engine": "fsdp2"}}, gpus_per_node=1
+    ),
     "first layer, sharded adapters": Case(
         "3.1-8b", {**SHORT, "lora": {"layers": [0]}, "parallel": {"adapters": "shard"}}, gpus_per_node=2
     ),
@@ -116,7 +119,7 @@ def planned_and_simulated(case: Case, *, num_layers: int = 3) -> tuple[Setup, Si
 
 # In every suite those of which each has something of its own; the others are two of these at once, or another size.
 IN_EVERY_SUITE = ("plain", "kept activations", "nf4", "int8", "tied", "one GPU", "nodes, sharded adapters", "world", "405B on 128",
-                  "upper layers", "dropout, kept", "a small second slice of logits", "fp32 on CPUs", "offload", "rows that don't divide")  # fmt: skip
+                  "upper layers", "dropout, kept", "a small second slice of logits", "fp32 on CPUs", "offload", "one GPU, offload, short", "rows that don't divide")  # fmt: skip
 
 
 @pytest.mark.parametrize(
