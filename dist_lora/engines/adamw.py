@@ -60,11 +60,12 @@ class AdamW:
         """
         self._optimizer.param_groups[0]["lr"] = lr
         # What the fused kernel reads for torch.amp's scaler (torch 2.13): with a 1 there it leaves all as it is, the count too.
-        found_inf = None if is_valid is None or not self._updated else (~is_valid).float().to(self._updated[0].device)
-        self._optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        if is_valid is not None and self._updated:
+            self._optimizer.found_inf = (~is_valid).float().to(self._updated[0].device)  # type: ignore[attr-defined]
         for parameter, gradient in zip(self._updated, gradients, strict=True):
             parameter.grad = gradient if parameter.device == gradient.device else gradient.to(parameter.device)
         self._optimizer.step()
+        self._optimizer.found_inf = None  # type: ignore[attr-defined]
         for parameter in self._updated:
             parameter.grad = None
         self._copy_back()
