@@ -413,9 +413,13 @@ def test_a_rank_that_waits_for_its_gpu_too_long_is_found_to_hang(tmp_path) -> No
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 @pytest.mark.parametrize("recompute", [True, False])
-def test_the_memory_of_a_step_of_8b_is_the_plans(quant, recompute) -> None:
+@pytest.mark.parametrize("offload", ["none", "base"])
+def test_the_memory_of_a_step_of_8b_is_the_plans(quant, recompute, offload) -> None:
     """Four layers of 8B's shape, 2 x 4,096 tokens: within 5 %."""
-    found = bench.measure(bench.config_of(model={"quant": quant}, train={"activation_checkpointing": recompute}))
+    config = bench.config_of(
+        model={"quant": quant}, train={"activation_checkpointing": recompute}, parallel={"offload": offload}
+    )
+    found = bench.measure(config)
     assert found.peak_bytes == pytest.approx(found.planned_bytes, rel=0.05)
 
 
