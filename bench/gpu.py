@@ -2,6 +2,7 @@
 
     python -m bench.gpu                       # 4 layers of 8B, 2 x 4,096 tokens, with and without recomputation
     python -m bench.gpu --quant nf4
+    python -m bench.gpu --offload base        # layers in host memory: as fast as the copies or the products, the slower of both
 
 Weights are random and made on the GPU; nothing is read. Rates are of one run: tokens/s, and the share of what a product of 8,192 x
 8,192 matrices reaches in the same process. Time for a whole model is scaled by its layers, without the embedding's and the head's
@@ -19,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dist_lora.base.index import WeightIndex
+from dist_lora.base.llama import Llama
 from dist_lora.base.quant.published import BaseOnDisk
 from dist_lora.checkpoint.saver import Saver
 from dist_lora.config.schema import Config
@@ -75,17 +78,7 @@ def measure(config: Config, *, num_layers: int = LAYERS) -> Measured:
     sharded = shard_model(config, shape, world, name=config.model.name)
     model, engine = sharded.model, sharded.engine
     engine.materialize(model)
-    for name, linear in model.linears().items():
-        width = (linear.out_features, linear.in_features)
-        rows = torch.randn(width, device=world.device, dtype=sharded.precision.dtype) * 0.02
-        for part, values in linear.fmt.quantize_rows(rows).items():
-            model.get_parameter(f"{name}.{part}").data.copy_(values)
-        del rows
-    for parameter in (model.model.embed_tokens.weight, model.lm_head.weight):
-        parameter.data.normal_(0, 0.02)
-    for module in model.modules():
-        if type(module).__name__ == "RMSNorm":
-            module.weight.data.fill_(1.0)
+    _fill(model, {(slot.name, slot.part): slot.destination for slot in engine.slots(model)}, world)
     adapters = engine.adapters(sharded.tensors)
     adapters.initialize(0)
     adapters.start_training(config.optim)
@@ -109,6 +102,21 @@ def measure(config: Config, *, num_layers: int = LAYERS) -> Measured:
     )
 
 
+def _fill(model: Llama, destinations: dict[tuple[str, str], Tensor], world: World) -> None:
+    """Random weights, of which the parts and places are as in a run; norms are ones."""
+    for name, linear in model.linears().items():
+        width = (linear.out_features, linear.in_features)
+        rows = torch.randn(width, device=world.device, dtype=model.model.embed_tokens.weight.dtype) * 0.02
+        for part, values in linear.fmt.quantize_rows(rows).items():
+            destinations.pop((f"{name}.weight", part)).copy_(values.view(-1))
+        del rows
+    for (name, _), values in destinations.items():
+        if "norm" in name:
+            values.fill_(1.0)
+        else:
+            values.normal_(0, 0.02)
+
+
 def product_flops_per_s(size: int = PRODUCT) -> float:
     """FLOP/s of a large bf16 product."""
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -127,6 +135,7 @@ def main() -> None:
     """Print the table, with the card and the versions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quant", choices=["none", "nf4", "int8"], default="none")
+    parser.add_argument("--offload", choices=["none", "base", "optimizer", "all"], default="none")
     options = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}\n")
     product = product_flops_per_s()
@@ -134,7 +143,11 @@ def main() -> None:
     print("| recomputation | peak | planned | tokens/s, of 4 layers | of the product's speed |")
     print("|---|---|---|---|---|")
     for recompute in (True, False):
-        config = config_of(model={"quant": options.quant}, train={"activation_checkpointing": recompute})
+        config = config_of(
+            model={"quant": options.quant},
+            train={"activation_checkpointing": recompute},
+            parallel={"offload": options.offload},
+        )
         found = measure(config)
         shape = dataclasses.replace(MEMBERS[config.model.name].shape, num_layers=LAYERS)
         setup = setup_of(config, shape, num_nodes=1, gpus_per_node=1, device_bytes=2**40)

@@ -510,8 +510,8 @@ def _load(config: Path, overrides: list[str] | None) -> Config:
     from dist_lora.world.allocator import allocator_settings
 
     loaded = load_config(config, overrides=overrides or ())
-    if loaded.parallel.offload != "none":
-        os.environ.update(allocator_settings(os.environ))  # torch, which reads them, isn't imported yet
+    # torch, which reads them, isn't imported yet
+    os.environ.update(allocator_settings(os.environ, is_offloaded=loaded.parallel.offload != "none"))
     return loaded
 
 

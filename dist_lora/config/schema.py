@@ -487,7 +487,8 @@ class ParallelSection(Section):
         description="Replicate the adapters on every GPU, or shard them over the GPUs of each node; auto decides by size.",
     )
     offload: Literal["none", "base", "optimizer", "all"] = Field(
-        default="none", description="What is offloaded to host memory: the base, AdamW's state, or both."
+        default="none",
+        description="What is offloaded to host memory: the base (its layers, in one process), AdamW's state, or both.",
     )
     join_timeout: float = Field(
         default=300.0, gt=0, description="Seconds within which all processes of the run must have joined."

@@ -39,13 +39,15 @@ class MicroBatch:
     target_index: Tensor  # int64 (K,): where the next token is a target
     labels: Tensor  # int64 (K,): those next tokens
     sample_ids: tuple[int, ...]  # row in the source of each document; none for a dummy micro-batch
+    whole: Tensor | None = None  # what all its tensors are parts of, once they are packed: see ``packed``
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on ``device``, by one copy for which the host doesn't wait; itself where it is there already."""
         if self.ids.device.type == device.type:
             return self
         # torch keeps pinned memory that was copied from until the copy is done (CachingHostAllocator).
-        return self.unpacked(self.packed(is_pinned=device.type == "cuda").to(device, non_blocking=True))
+        whole = self.whole if self.whole is not None else self.packed(is_pinned=device.type == "cuda")
+        return self.unpacked(whole.to(device, non_blocking=True))
 
     def packed(self, *, is_pinned: bool) -> Tensor:
         """All its tensors one after the other as int64, two bounds in each."""
@@ -65,6 +67,7 @@ class MicroBatch:
             starts=starts.view(torch.int32)[:num_bounds],
             target_index=target_index,
             labels=labels,
+            whole=packed,
         )
 
     def _paired_starts(self) -> Tensor:

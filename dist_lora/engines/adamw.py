@@ -52,12 +52,20 @@ class AdamW:
         copies = [u.data for p, u in zip(self._parameters, self._updated, strict=True) if u is not p]
         return [*self.exp_avg, *self.exp_avg_sq, *self._num_steps, *copies]
 
-    def step(self, gradients: Sequence[Tensor], lr: float) -> None:
-        """One update of the parameters by their gradients, each ``(N,)`` fp32, at ``lr``."""
+    def step(self, gradients: Sequence[Tensor], lr: float, *, is_valid: Tensor | None = None) -> None:
+        """One update of the parameters by their gradients, each ``(N,)`` fp32, at ``lr``.
+
+        Args:
+            is_valid: a boolean scalar on the gradients' device, which the host needn't know: where it is false, nothing changes.
+        """
         self._optimizer.param_groups[0]["lr"] = lr
+        # What the fused kernel reads for torch.amp's scaler (torch 2.13): with a 1 there it leaves all as it is, the count too.
+        if is_valid is not None and self._updated:
+            self._optimizer.found_inf = (~is_valid).float().to(self._updated[0].device)  # type: ignore[attr-defined]
         for parameter, gradient in zip(self._updated, gradients, strict=True):
             parameter.grad = gradient if parameter.device == gradient.device else gradient.to(parameter.device)
         self._optimizer.step()
+        self._optimizer.found_inf = None  # type: ignore[attr-defined]
         for parameter in self._updated:
             parameter.grad = None
         self._copy_back()

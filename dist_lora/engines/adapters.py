@@ -76,8 +76,11 @@ class Adapters(ABC):
         """The names of the tensors (``lora_A`` or ``lora_B``) whose summed gradient is zero in every element."""
 
     @abstractmethod
-    def step(self, lr: float) -> float:
-        """Clip, update, and return the gradient's global norm before clipping. Where that is not finite: no update."""
+    def step(self, lr: float) -> Tensor:
+        """Clip, update, and return the gradient's global norm before clipping, an fp64 scalar on the device.
+
+        Where that is not finite: no update. It is for the caller to read, so that the host waits once in a step.
+        """
 
     @abstractmethod
     def copies_agree(self) -> bool:
@@ -184,14 +187,14 @@ class FlatAdapters(Adapters):
         return [name for name, count in zip(names, nonzero.tolist(), strict=True) if not count]
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> Tensor:
         """See ``Adapters``."""
         gradients = self.gradients()
-        norm = float(self._norm(gradients))
-        if math.isfinite(norm):
-            if self._max_norm is not None and norm > self._max_norm:
-                torch._foreach_mul_(gradients, self._max_norm / (norm + 1e-6))
-            self.optimizer.step(gradients, lr)
+        norm = self._norm(gradients)
+        if self._max_norm is not None and gradients:
+            scale = torch.where(norm > self._max_norm, self._max_norm / (norm + 1e-6), 1.0)
+            torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
+        self.optimizer.step(gradients, lr, is_valid=norm.isfinite())
         return norm
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:

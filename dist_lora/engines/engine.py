@@ -43,6 +43,10 @@ class Engine(ABC):
     def slots(self, model: Llama) -> list[Slot]:
         """For each base parameter the elements that this rank holds, and their destination."""
 
+    def is_on_host(self, slot: Slot) -> bool:
+        """Whether the elements of a slot are kept in host memory, and on the device only while they are needed."""
+        return self.layout.base_on_host
+
     @abstractmethod
     def adapters(self, tensors: Sequence[AdapterTensor]) -> Adapters:
         """The trained tensors on this rank's device, not yet initialized. All ranks call it."""

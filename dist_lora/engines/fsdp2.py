@@ -76,6 +76,8 @@ class Fsdp2(Engine):
     def _offload_policy(self) -> OffloadPolicy:
         if not self.layout.base_on_host:
             return OffloadPolicy()
+        # Between ranks a layer's shards are copied to the device on a stream of FSDP2's own, ahead of the layer's all-gather
+        # (torch 2.13, foreach_all_gather). A single rank copies them on the stream that computes: engine none is for that.
         return CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda")
 
     def materialize(self, model: Llama) -> None:

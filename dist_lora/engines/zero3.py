@@ -257,11 +257,12 @@ class Zero3Adapters(FlatAdapters):
         """See ``Adapters``: the gradients were already summed in the backward."""
         self.world.sum(scalars)
 
-    def step(self, lr: float) -> float:
-        """See ``Adapters``."""
+    def step(self, lr: float) -> Tensor:
+        """See ``Adapters``. DeepSpeed reads the norm itself."""
         self._zero.set_lr(lr)
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())  # infinity also where it is NaN
+        norm = float(self._engine.get_global_grad_norm())  # infinity also where it is NaN
+        return torch.tensor(norm, dtype=torch.float64, device=self.world.device)
 
     def copies_agree(self) -> bool:
         """Whether all ranks that hold the same trained weights hold the same bytes: here no two hold the same."""

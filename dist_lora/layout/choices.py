@@ -260,11 +260,6 @@ def check_section(section: ParallelSection, *, world_size: int, local_size: int)
             f"parallel.engine: none runs one process and {world_size} were started. "
             "Set parallel.engine=fsdp2 (or auto), or start one process."
         )
-    if wanted == "none" and section.offload in ("base", "all"):
-        faults.append(
-            f"parallel.offload: {section.offload} fetches the base layer by layer, which engine none can't. "
-            "Set parallel.engine=fsdp2 (or auto): one process is enough."
-        )
     if wanted == "none" and section.adapters == "shard":
         faults.append(
             "parallel.adapters: shard needs several processes, and engine none has one. "
@@ -291,7 +286,7 @@ def _engine(section: ParallelSection, world_size: int, *, base_on_host: bool) ->
     if world_size > 1:
         return "fsdp2", f"engine    fsdp2: {world_size} processes share the base"
     if base_on_host:
-        return "fsdp2", "engine    fsdp2: it fetches the offloaded base layer by layer"
+        return "none", "engine    none: one process, which fetches each layer while the one before it computes"
     return "none", "engine    none: one process holds the whole base"
 
 
@@ -308,7 +303,8 @@ def _base_shard(
     by_node, by_world = base_bytes / local_size, base_bytes / world_size
     num_nodes = world_size // local_size
     if engine == "none":
-        return "node", f"base      not sharded: {size(base_bytes)}"
+        where = ", layers in host memory, embedding and head on the device" * base_on_host
+        return "node", f"base      not sharded: {size(base_bytes)}{where}"
     if engine == "zero3":
         return "world", f"base      {_over_all(world_size, size(base_bytes), size(by_world))}: ZeRO-3 ignores nodes"
     if num_nodes == 1:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from dist_lora.config.schema import Config, Quant
@@ -190,6 +190,16 @@ def _base_bytes(shape: Shape, quant: Quant, item_bytes: int, num_ranks: int) -> 
     return sum(part.shard_bytes(num_ranks) for part in base_parts(shape, quant=quant, item_bytes=item_bytes))
 
 
+def base_bytes_on_host(setup: Setup) -> int:
+    """What of a rank's shard of the base is in host memory; engine none keeps embedding, last norm and head on the device."""
+    if not setup.layout.base_on_host:
+        return 0
+    if setup.layout.engine != "none":
+        return base_bytes_per_rank(setup)
+    parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
+    return sum(part.num_bytes for part in parts if part.block is not None)
+
+
 def block_bytes(setup: Setup) -> int:
     """One whole layer of the base: the largest, where some have linears that were left unquantized."""
     return _block_bytes(setup.shape, setup.quant, setup.item_bytes)
@@ -354,7 +364,9 @@ class _Gathered:
 def _gathered(setup: Setup) -> _Gathered:
     engine = setup.layout.engine
     if engine == "none":
-        return _Gathered()
+        # Two buffers of a layer's size, for the whole run, if its layers are in host memory.
+        buffers = 2 * block_bytes(setup) if setup.layout.base_on_host else 0
+        return _Gathered(*(buffers,) * len(fields(_Gathered)))
     return _gathered_by_zero3(setup) if engine == "zero3" else _gathered_by_fsdp2(setup)
 
 
@@ -452,13 +464,13 @@ def memory_of(setup: Setup) -> Memory:
     """The fullest rank's memory at the peak of a step."""
     layout = setup.layout
     share = math.ceil(setup.trained_weights / setup.adapter_ranks)
-    base = base_bytes_per_rank(setup)
+    base, on_host = base_bytes_per_rank(setup), base_bytes_on_host(setup)
     fullest = max(moments_of(setup), key=lambda moment: moment.num_bytes)
     moments = 2 * FP32 * share
     # DeepSpeed keeps a shard of the parameters and, for AdamW, an fp32 copy, though ours are fp32 already.
     copies = 2 if layout.engine == "zero3" else 1
     return Memory(
-        base=0 if layout.base_on_host else base,
+        base=base - on_host,
         adapters=copies * FP32 * share,
         gradients=FP32 * share,
         optimizer=0 if layout.optimizer_on_host else moments,
@@ -468,6 +480,6 @@ def memory_of(setup: Setup) -> Memory:
         workspace=fullest.workspace,
         when=fullest.name,
         # Saving a checkpoint copies the trained state to the host.
-        host=(base if layout.base_on_host else 0) + (moments if layout.optimizer_on_host else 0) + 3 * FP32 * share,
+        host=on_host + (moments if layout.optimizer_on_host else 0) + 3 * FP32 * share,
         disk=3 * FP32 * setup.trained_weights,
     )

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from dist_lora.herd.shape import Shape
-from dist_lora.layout.memory import LOGITS_IN_FP32, Setup, base_bytes_per_rank, block_bytes, logit_rows
+from dist_lora.layout.memory import LOGITS_IN_FP32, Setup, base_bytes_on_host, block_bytes, logit_rows
 from dist_lora.layout.storage import FP32, quantized_share
 from dist_lora.plan.hardware import REACHED_COMPUTE, REACHED_LINK, REACHED_MEMORY, Gpu
 from dist_lora.plan.measured import Measured, Range
@@ -69,6 +69,8 @@ class Speed:
 def speed_of(setup: Setup, gpu: Gpu, *, context: int) -> Speed | None:
     """A step's time on ``gpu``: at best all communication overlaps with the matmuls, at worst none does.
 
+    Engine none's copies from host memory always do.
+
     None where the rate of its matmuls isn't known.
     """
     if gpu.measured is not None:
@@ -83,7 +85,7 @@ def speed_of(setup: Setup, gpu: Gpu, *, context: int) -> Speed | None:
     dequantize = _at_gb_s(dequantized, gpu.memory_gb_s, REACHED_MEMORY)
     links = _at_gb_s(inside, gpu.link_gb_s, REACHED_LINK)
     network = _at_gb_s(between, gpu.network_gb_s, REACHED_LINK)
-    fetched = 2 * setup.accumulation_steps * base_bytes_per_rank(setup) if setup.layout.base_on_host else 0
+    fetched = fetched_bytes(setup)
     host = _at_gb_s(fetched, gpu.host_gb_s, REACHED_LINK)
     needs = {
         "dequantizing": (dequantized, gpu.memory_gb_s),
@@ -98,11 +100,31 @@ def speed_of(setup: Setup, gpu: Gpu, *, context: int) -> Speed | None:
         host[0]: HOST_LINK,
     }
     best = max(bottlenecks)
-    worst = compute[1] + dequantize[1] + links[1] + network[1] + host[1]
+    work = compute[1] + dequantize[1]
+    worst = links[1] + network[1] + (max(work, host[1]) if _fetches_ahead(setup) else work + host[1])
     return Speed(
         compute, dequantize, links, network, host, (best, worst), bottlenecks[best], tokens * setup.num_ranks,
         uncounted=tuple(name for name, (num_bytes, gb_s) in needs.items() if num_bytes and gb_s is None),
     )  # fmt: skip
+
+
+def fetched_bytes(setup: Setup) -> float:
+    """Bytes of the base that a rank fetches from host memory per step: all of it for the forward, and for the backward.
+
+    Engine none fetches layers only, down to the first with an adapter. The two that are on the device where the forward turns
+    into the backward, and the backward into the next forward, it need not fetch again (see ``engines.host_layers``).
+    """
+    if not _fetches_ahead(setup):
+        return 2.0 * setup.accumulation_steps * base_bytes_on_host(setup)
+    num_layers, first = setup.shape.num_layers, min(setup.layers)
+    fetches = 2 * (num_layers - 2) if first == 0 else num_layers - (first == 1) + max(0, num_layers - 2 - first)
+    of_layer = base_bytes_on_host(setup) / num_layers
+    return setup.accumulation_steps * of_layer * (fetches if num_layers > 2 else 0)
+
+
+def _fetches_ahead(setup: Setup) -> bool:
+    """Whether layers come from host memory while others compute, also at worst: on a stream and in buffers of their own."""
+    return setup.layout.engine == "none" and setup.layout.base_on_host
 
 
 def _dequantize_traffic(setup: Setup) -> float:
@@ -176,7 +198,7 @@ def measured_speed(setup: Setup, gpu: Gpu, measured: Measured, *, context: int) 
     compute += _Seconds(calls / 2, calls)
     dequantize = _dequantize(setup, measured) * (_dense_times(setup) * micro_batches)
     inside, between = _communication(setup, measured)
-    fetched = 2 * setup.accumulation_steps * base_bytes_per_rank(setup) if setup.layout.base_on_host else 0
+    fetched = fetched_bytes(setup)
     host = _Seconds(*_at_gb_s(fetched, gpu.host_gb_s, REACHED_LINK))
     work = compute + dequantize
     communication = inside + between + host
@@ -187,7 +209,10 @@ def measured_speed(setup: Setup, gpu: Gpu, measured: Measured, *, context: int) 
         between.best: NETWORK,
         host.best: HOST_LINK,
     }
-    worst = (work + communication).worst * (1 + UNMODELLED)
+    worst = (work + communication).worst
+    if measured.is_gpu and _fetches_ahead(setup):
+        worst -= min(work.worst, host.worst)
+    worst *= 1 + UNMODELLED
     tokens = setup.micro_tokens * setup.accumulation_steps * setup.num_ranks
     return Speed(
         compute.pair,

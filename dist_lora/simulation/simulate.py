@@ -146,7 +146,7 @@ def _assumptions(config: Config, shape: Shape, sharded: ShardedModel, *, num_mic
         assumptions.append(
             "flash attention allocates its declared outputs and softmax statistics; its kernel doesn't run"
         )
-    if sharded.engine.layout.base_on_host:
+    if sharded.engine.layout.base_on_host and sharded.engine.name != "none":
         assumptions.append("the gathered block's shards, fetched from the host, aren't counted on the device")
     if num_micro_batches > MAX_MICRO_BATCHES:
         assumptions.append(

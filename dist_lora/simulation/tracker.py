@@ -311,8 +311,8 @@ def register_run(tracker: Tracker, model: Llama, engine: Engine, adapters: FlatA
     Call it after ``start_training``. Offloaded tensors aren't counted.
     """
     layout = engine.layout
-    shards = [slot.destination for slot in engine.slots(model)]
-    tracker.register("base shard", shards, is_counted=not layout.base_on_host)
+    for slot in engine.slots(model):
+        tracker.register("base shard", [slot.destination], is_counted=not engine.is_on_host(slot))
     tracker.register("adapters", adapters.flat_parameters)
     tracker.register("adapters", (tensor.parameter.data for tensor in adapters.tensors))
     tracker.register("gradients", adapters.gradients())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import resource
 import sys
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dist_lora.errors import DistLoraError, OutOfMemory
 from dist_lora.text import gib
+from dist_lora.world.allocator import EXPANDABLE, has_expandable_segments
 
 if TYPE_CHECKING:
     from dist_lora.config.schema import Config
@@ -98,8 +100,10 @@ def describe_device(stats: Mapping[str, int], *, free_bytes: int, total_bytes: i
     if pieces > FRAGMENTED * total_bytes:
         text += (
             f"; {gib(pieces)} of what is reserved are free in pieces between tensors, after "
-            f"{stats.get('num_alloc_retries', 0)} retries: PYTORCH_ALLOC_CONF=expandable_segments:True may join them"
+            f"{stats.get('num_alloc_retries', 0)} retries"
         )
+        if not has_expandable_segments(os.environ):
+            text += f": PYTORCH_ALLOC_CONF={EXPANDABLE}, the default, may join them"
     return text
 
 

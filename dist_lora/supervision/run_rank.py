@@ -79,7 +79,7 @@ def _enter(launched: LaunchedRank | None, config: Config) -> World:
     section = config.parallel
     set_products(is_deterministic=config.train.deterministic)
     if launched is None or launched.world_size == 1:
-        if section.engine not in ("fsdp2", "zero3") and section.offload not in ("base", "all"):
+        if section.engine not in ("fsdp2", "zero3"):
             return World.alone()
         launched = LaunchedRank(0, 1, 0, 1)
     timeout_s = collective_timeout_s(section.hang_timeout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +14,7 @@ from dist_lora.data.token_set import TokenSet
 from dist_lora.profile.recorder import Recorder
 from dist_lora.train.build import Trainee
 from dist_lora.train.checkpoints import RunCheckpoints, RunProgress
+from dist_lora.train.garbage import collected_between_steps
 from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.meter import Meter
 from dist_lora.train.resume import VerifiedCheckpoint
@@ -64,6 +66,10 @@ class Run:
         Raises:
             StoppedOnRequest: after a save, if any rank was asked to stop.
         """
+        with collected_between_steps() as collect_after:
+            self._train(meter, request, collect_after)
+
+    def _train(self, meter: Meter | None, request: StopRequest, collect_after: Callable[[int], None]) -> None:
         section = self.config.checkpoint
         stopping = Stopping(self._world, request, self.saver)
         self.trainee.model.train()
@@ -101,6 +107,7 @@ class Run:
                 stopping.begin()
             if is_to_save or is_asked:
                 self.save()
+            collect_after(step)
             longest_s = max(longest_s, time.monotonic() - started_s)
             if is_asked and (not is_last or self._is_to_evaluate()):
                 stopping.stop(f"at step {step}/{self.num_steps}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_lora.checkpoint.saver import Saver
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader, MicroBatch, StepBatch
-from dist_lora.data.prefetch import on_device
+from dist_lora.data.prefetch import StepsAhead, on_device
 from dist_lora.errors import TrainingError
 from dist_lora.lora.attach import layers_of
 from dist_lora.profile.parts import mark
@@ -35,7 +35,8 @@ class TrainStep:
     def __init__(
         self, config: Config, trainee: Trainee, *, loader: Loader, num_steps: int, saver: Saver, world: World
     ) -> None:
-        self._config, self._trainee, self._loader, self._num_steps = config, trainee, loader, num_steps
+        self._config, self._trainee, self._num_steps = config, trainee, num_steps
+        self._batches = StepsAhead(loader, world.device)
         self._saver, self._world = saver, world
         self._adapters = trainee.adapters
         self.is_long = True  # until the first step is timed: ranks check for a stop between micro-batches
@@ -63,7 +64,7 @@ class TrainStep:
         started_s = time.monotonic()
         self._world.progress.now(f"step {step}, reading its data", kind="host")
         with mark("data"):
-            batch = self._loader.batch(step - 1)
+            batch = self._batches.take(step - 1)
         self._adapters.begin_step()
         losses = []
         for index, micro_batch in enumerate(on_device(batch.micro_batches, self._world.device)):
@@ -71,29 +72,43 @@ class TrainStep:
                 interrupt(step)
             losses.append(self._micro_batch(step, index, batch, micro_batch))
         self._world.progress.now(f"step {step}, its update")
-        loss_sum = torch.stack(losses).sum()
-        own = [is_asked(longest_s), self._saver.has_failed, time.monotonic() - started_s]
-        # Pinned, so that the host doesn't wait here for all that is computed, and then once more for the sums.
-        on_host = torch.tensor(own, dtype=loss_sum.dtype, pin_memory=loss_sum.is_cuda)
-        scalars = torch.cat((loss_sum[None], on_host.to(loss_sum.device, non_blocking=True)))
-        with mark("communication"):
-            self._adapters.reduce(scalars)
-        loss, num_asked, num_failed, total_s = scalars.tolist()
+        scalars = self._summed(losses, [is_asked(longest_s), self._saver.has_failed, time.monotonic() - started_s])
+        lr = lr_at(step, section=self._config.optim, num_steps=self._num_steps)
+        if lr > 0:
+            self._check_gradients(step, scalars[0])
+        with mark("optimizer"):
+            norm = self._adapters.step(lr)
+        self._prepare_next(step)
+        # The only place in a step where the host waits for the device.
+        loss, num_asked, num_failed, total_s, grad_norm = torch.cat((scalars.double(), norm[None])).tolist()
         if num_failed:
             self._saver.wait()  # raises on every rank
         self.is_long = total_s / self._world.world_size > LONG_STEP_S
         loss /= batch.target_tokens
-        lr = lr_at(step, section=self._config.optim, num_steps=self._num_steps)
-        if lr > 0 and math.isfinite(loss):
-            self._check_gradients(step)
-        with mark("optimizer"):
-            grad_norm = self._adapters.step(lr)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._stop_at_not_finite(step, batch, losses, loss, grad_norm)
         if step == 1 and self._world.is_first:
             _warn_of_first_loss(loss, vocab=self._trainee.base.shape.vocab)
         line = self._line(step, batch, {"loss": loss, "grad_norm": grad_norm, "lr": lr}, time.monotonic() - started_s)
         return line, bool(num_asked)
+
+    def _summed(self, losses: Sequence[Tensor], own: Sequence[float]) -> Tensor:
+        """The losses' sum and ``own`` numbers of this rank, summed over all ranks with the gradients: fp32, on the device."""
+        loss_sum = torch.stack(list(losses)).sum()
+        # Pinned, so that the host doesn't wait here for all that is computed, and then once more for the sums.
+        on_host = torch.tensor(own, dtype=loss_sum.dtype, pin_memory=loss_sum.is_cuda)
+        scalars = torch.cat((loss_sum[None], on_host.to(loss_sum.device, non_blocking=True)))
+        with mark("communication"):
+            self._adapters.reduce(scalars)
+        return scalars
+
+    def _prepare_next(self, step: int) -> None:
+        """Make the next step's batch while the device computes this one."""
+        if step < self._num_steps:
+            self._world.progress.now(f"step {step + 1}, reading its data", kind="host")
+            with mark("data"):
+                self._batches.prepare(step)
+            self._world.progress.now(f"step {step}, its update")
 
     def _line(self, step: int, batch: StepBatch, values: dict[str, float], step_s: float) -> dict[str, Any]:
         """The line of metrics of a step that took ``step_s`` seconds."""
@@ -140,13 +155,13 @@ class TrainStep:
         self._adapters.backward(loss / batch.target_tokens, is_last=index == len(batch.micro_batches) - 1)
         return loss.detach()
 
-    def _check_gradients(self, step: int) -> None:
+    def _check_gradients(self, step: int, loss_sum: Tensor) -> None:
         """Raise ``TrainingError`` naming the trained tensors that got no gradient in the first steps.
 
         In the first step only B gets one (A's gradient is zero as long as B is), in the second A does too.
         """
         half = {1: "lora_B", 2: "lora_A"}.get(step)
-        if half is None:
+        if half is None or not loss_sum.isfinite():
             return
         without = self._adapters.without_gradient(half)
         error = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -24,11 +25,13 @@ from dist_lora.data.loader import Loader
 from dist_lora.data.prefetch import on_device
 from dist_lora.doctor.compute import measure_compute
 from dist_lora.doctor.machine import ask_driver, examine_gpus, torch_build
+from dist_lora.engines.host_layers import HostLayers
 from dist_lora.errors import HangError
 from dist_lora.layout.choices import AttentionName
 from dist_lora.lora.state import Piece
 from dist_lora.supervision.hang import HangWatch
 from dist_lora.supervision.out_of_memory import out_of_memory
+from dist_lora.train.step import TrainStep
 from dist_lora.world.launcher import LaunchedRank
 from dist_lora.world.world import World, join
 from tests.ranks.test_frozen_base import step_of
@@ -105,6 +108,81 @@ def test_a_base_in_host_memory_is_pinned_and_has_the_same_numbers(world, tiny_ll
     assert all(share.device.type == "cpu" and share.is_pinned() for _, share in shares if share.numel())
     moments = [values for piece, values in trainee.adapters.share().items() if piece.kind != "adapter"]
     assert all(values.device.type == "cpu" for values in moments)
+
+
+def test_layers_in_host_memory_are_pinned_and_have_the_same_numbers(world, tiny_llama) -> None:
+    folder = tiny_llama("llama31", num_layers=4)
+    wanted = norms(world, folder, engine="none")
+    assert norms(world, folder, offload="base", engine="none") == pytest.approx(wanted, rel=1e-5)
+    assert norms(world, folder, offload="all", engine="none") == pytest.approx(wanted, rel=1e-5)
+    config = config_of(folder, model={"quant": "nf4"}, parallel={"offload": "base", "engine": "none"})
+    trainee = trainee_of(config, world)
+    for slot in trainee.engine.slots(trainee.model):
+        assert slot.destination.is_pinned() if trainee.engine.is_on_host(slot) else slot.destination.is_cuda, slot.name
+
+
+def test_a_layer_is_copied_while_the_one_before_it_computes(world, tiny_llama, monkeypatch) -> None:
+    """Events in the order that only two streams give: a layer begins, the next one's copy ends, and then the layer does."""
+    folder = tiny_llama("llama31", num_layers=4)
+    trainee = trainee_of(config_of(folder, parallel={"offload": "base", "engine": "none"}), world)
+    began: dict[int, torch.cuda.Event] = {}
+    arrived: dict[int, torch.cuda.Event] = {}
+    ended: dict[int, torch.cuda.Event] = {}
+    fetch, need = HostLayers._fetch, HostLayers._need
+
+    def mark() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def fetched_slowly(self: HostLayers, layer: int) -> object:
+        buffer = fetch(self, layer)
+        with torch.cuda.stream(self._stream):
+            torch.cuda._sleep(8_000_000)  # cycles
+            buffer.arrived = arrived[layer] = mark()
+        return buffer
+
+    def computed_slowly(self: HostLayers, layer: int, *, then: int) -> None:
+        need(self, layer, then=then)
+        began[layer] = mark()
+        torch.cuda._sleep(20_000_000)
+        ended[layer] = mark()
+
+    monkeypatch.setattr(HostLayers, "_fetch", fetched_slowly)
+    monkeypatch.setattr(HostLayers, "_need", computed_slowly)
+    with torch.no_grad():
+        trainee.run(loader_of_steps(1).batch(0).micro_batches[0])
+    torch.cuda.synchronize()
+    del arrived[0]  # that of the forward that would follow
+    for layer in (0, 1, 2):
+        assert began[layer].elapsed_time(arrived[layer + 1]) > 0
+        assert arrived[layer + 1].elapsed_time(ended[layer]) > 0
+
+
+def loader_of_steps(num_steps: int) -> Loader:
+    return Loader(
+        documents(seed=0, lengths=[20, 30, 9, 14] * num_steps), sequence_length=64, packing=False, global_batch=4,
+        micro_batch=2, seed=0, world_rank=0, world_size=1,
+    )  # fmt: skip
+
+
+def test_a_step_waits_for_the_gpu_once_and_the_next_ones_first_batch_is_on_its_way(world, tiny_llama) -> None:
+    config = config_of(tiny_llama("llama31"), model={"dtype": "auto"}, optim={"max_grad_norm": 1e-3})
+    trainee = trainee_of(config, world)
+    trainee.adapters.start_training(config.optim)
+    step = TrainStep(config, trainee, loader=loader_of_steps(4), num_steps=4, saver=Saver(world), world=world)
+    for number in (1, 2):  # what is made once may wait, and missing gradients are looked for
+        step.take(number)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            step.take(3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(warning.message) for warning in seen) == 1
+    first, second = step._batches.take(3).micro_batches
+    assert first.ids.is_cuda and second.ids.is_pinned()
 
 
 def test_a_gpu_in_fp32_has_the_losses_of_the_cpu(world, tiny_llama) -> None:
@@ -335,9 +413,13 @@ def test_a_rank_that_waits_for_its_gpu_too_long_is_found_to_hang(tmp_path) -> No
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 @pytest.mark.parametrize("recompute", [True, False])
-def test_the_memory_of_a_step_of_8b_is_the_plans(quant, recompute) -> None:
+@pytest.mark.parametrize("offload", ["none", "base"])
+def test_the_memory_of_a_step_of_8b_is_the_plans(quant, recompute, offload) -> None:
     """Four layers of 8B's shape, 2 x 4,096 tokens: within 5 %."""
-    found = bench.measure(bench.config_of(model={"quant": quant}, train={"activation_checkpointing": recompute}))
+    config = bench.config_of(
+        model={"quant": quant}, train={"activation_checkpointing": recompute}, parallel={"offload": offload}
+    )
+    found = bench.measure(config)
     assert found.peak_bytes == pytest.approx(found.planned_bytes, rel=0.05)
 
 

@@ -62,6 +62,9 @@ CASES = {
     "short": Case("3.1-8b", SHORT),
     "tied, short": Case("3.2-1b", SHORT, gpus_per_node=2),
     "one GPU, offload, short": Case("3.1-8b", {**SHORT, "parallel": {"offload": "all"}}, gpus_per_node=1),
+    "one GPU, offload by FSDP2, short": Case(
+        "3.1-8b", {**SHORT, "parallel": {"offload": "all", "engine": "fsdp2"}}, gpus_per_node=1
+    ),
     "first layer, sharded adapters": Case(
         "3.1-8b", {**SHORT, "lora": {"layers": [0]}, "parallel": {"adapters": "shard"}}, gpus_per_node=2
     ),
@@ -122,6 +125,7 @@ IN_EVERY_SUITE = (
     "one GPU",
     "nodes, sharded adapters",
     "offload",
+    "one GPU, offload, short",
     "rows that don't divide",
     "dropout, kept",
 )

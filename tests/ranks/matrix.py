@@ -146,7 +146,7 @@ def train_cell(world: World, folder: str, cell: Cell) -> tuple[list[float], list
     losses, norms = [], []
     for step in range(1, NUM_STEPS + 1):
         losses.append(accumulate(trainee, loader.batch(step - 1)))
-        norms.append(adapters.step(lr_at(step, section=config.optim, num_steps=NUM_STEPS)))
+        norms.append(float(adapters.step(lr_at(step, section=config.optim, num_steps=NUM_STEPS))))
     trainee.check_base()
     assert adapters.copies_agree()
     return (

@@ -59,7 +59,7 @@ def step_of(trainee: Trainee, world: World, *, micro_batches: int = 1):
 
     def step() -> float:
         accumulate(trainee, loader.batch(0))
-        return adapters.step(1e-3)
+        return float(adapters.step(1e-3))
 
     return step
 

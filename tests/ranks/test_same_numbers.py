@@ -40,7 +40,7 @@ def steps(world: World, folder: str, settings: dict, cut: dict, num_steps: int =
         if step == 1:
             result["gradient"] = torch.cat(adapters.gradients()).numpy().copy()
         result["losses"].append(loss)
-        result["norms"].append(adapters.step(lr_at(step, section=config.optim, num_steps=num_steps)))
+        result["norms"].append(float(adapters.step(lr_at(step, section=config.optim, num_steps=num_steps))))
     result["adapters"] = torch.cat([flat.detach() for flat in adapters.flat_parameters]).numpy().copy()
     return result
 

@@ -164,6 +164,7 @@ CASES = [
     ("nf4", "2 x 2", {"adapters": "shard"}, True),
     ("int8", "2 x 2", {"base_shard": "world"}, True),
     ("nf4", "2", {"offload": "all"}, False),
+    ("nf4", "1", {"offload": "all"}, True),
     ("none", "1", {"engine": "fsdp2"}, True),
 ]
 MORE_CASES = [

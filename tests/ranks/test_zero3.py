@@ -66,7 +66,7 @@ def with_b(trainee: Trainee) -> None:
 def one_step(trainee: Trainee, loader: Loader, step: int, config: Any, num_steps: int) -> tuple[float, float]:
     """Loss and gradient norm of one optimizer step."""
     loss = accumulate(trainee, loader.batch(step - 1))
-    return loss, trainee.adapters.step(lr_at(step, section=config.optim, num_steps=num_steps))
+    return loss, float(trainee.adapters.step(lr_at(step, section=config.optim, num_steps=num_steps)))
 
 
 def train(
@@ -372,7 +372,7 @@ def not_finite(world: World, folder: str, offload: str) -> tuple[list[float], bo
         for i, micro in enumerate(batch.micro_batches):
             factor = bad if world.world_rank == world.world_size - 1 and i == 0 else 1.0
             adapters.backward(trainee.run(micro) * factor, is_last=i == len(batch.micro_batches) - 1)
-        norms.append(adapters.step(1e-2))
+        norms.append(float(adapters.step(1e-2)))
     after = share_of(trainee)
     unchanged = all(values.tobytes() == after[key].tobytes() for key, values in before.items())
     adapters.begin_step()  # a step that is given up after its first backward

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from dist_lora.base.index import WeightIndex
 from dist_lora.base.quant.published import BaseOnDisk
 from dist_lora.data.loader import Loader, MicroBatch
-from dist_lora.data.prefetch import on_device
+from dist_lora.data.prefetch import StepsAhead, on_device
 from dist_lora.herd.shape import Shape
 from dist_lora.lora.origin import BaseIdentity
 from dist_lora.train.build import Base, Trainee, shard_model
@@ -33,13 +33,16 @@ TENSORS = ("ids", "positions", "starts", "target_index", "labels")
 META = torch.device("meta")
 
 
+def loader_of(*lengths: int, global_batch: int | None = None, world_size: int = 1) -> Loader:
+    return Loader(
+        documents(seed=0, lengths=list(lengths)), sequence_length=64, packing=False,
+        global_batch=global_batch or len(lengths), micro_batch=2, seed=0, world_rank=world_size - 1, world_size=world_size,
+    )  # fmt: skip
+
+
 def micro_batches(*lengths: int, world_size: int = 1) -> tuple[MicroBatch, ...]:
     """Those of the last of ``world_size`` ranks, each of two documents."""
-    loader = Loader(
-        documents(seed=0, lengths=list(lengths)), sequence_length=64, packing=False, global_batch=len(lengths),
-        micro_batch=2, seed=0, world_rank=world_size - 1, world_size=world_size,
-    )  # fmt: skip
-    return loader.batch(0).micro_batches
+    return loader_of(*lengths, world_size=world_size).batch(0).micro_batches
 
 
 class Copies(TorchDispatchMode):
@@ -76,6 +79,45 @@ def test_on_the_cpu_a_micro_batch_is_itself() -> None:
     with Copies() as copies:
         given = list(on_device(batches, torch.device("cpu")))
     assert all(a is b for a, b in zip(given, batches, strict=True)) and not copies.names
+
+
+def test_a_prepared_step_has_its_first_micro_batch_on_the_device_and_the_others_packed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loader = loader_of(5, 9, 30, 12, 8, 20, 7, 3, global_batch=6)
+    steps = StepsAhead(loader, META)
+    with Copies() as copies:
+        steps.prepare(1)
+    assert copies.names == ["aten._to_copy.default"]
+    (first,) = steps.take(1).micro_batches  # an epoch's last step has the rest
+    assert first.ids.device == META and first.sample_ids == loader.batch(1).micro_batches[0].sample_ids
+    steps.prepare(2)
+    first, second, third = steps.take(2).micro_batches
+    assert first.ids.is_meta and not second.ids.is_meta
+    for made, plain in zip((second, third), loader.batch(2).micro_batches[1:], strict=True):
+        assert made.whole is not None and made.ids.data_ptr() != plain.ids.data_ptr()
+        assert all(torch.equal(getattr(made, name), getattr(plain, name)) for name in TENSORS)
+    monkeypatch.setattr(MicroBatch, "packed", lambda *_, **__: pytest.fail("packed already"))
+    with Copies() as copies:
+        list(on_device((first, second, third), META))
+    assert len(copies.names) == 2
+
+
+def test_a_step_that_was_prepared_and_not_taken_changes_no_other() -> None:
+    loader = loader_of(5, 9, 30, 12, 8, 20, 7, 3, global_batch=3)
+    steps = StepsAhead(loader, META)
+    for prepared, taken in ((4, 1), (1, 4), (2, 2), (7, 0)):  # as after an interrupted step, or a resume
+        steps.prepare(prepared)
+        assert (
+            steps.take(taken).sample_ids == loader_of(5, 9, 30, 12, 8, 20, 7, 3, global_batch=3).batch(taken).sample_ids
+        )
+        assert not steps.take(taken).micro_batches[0].ids.is_meta  # taken once
+
+
+def test_on_the_cpu_a_step_is_read_when_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = StepsAhead(loader_of(5, 9), torch.device("cpu"))
+    monkeypatch.setattr(Loader, "batch", lambda self, step: pytest.fail("read ahead"))
+    steps.prepare(0)
 
 
 def test_a_step_copies_once_a_micro_batch_and_in_no_layer() -> None:

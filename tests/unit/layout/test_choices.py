@@ -35,11 +35,14 @@ def chosen(world_size: int, local_size: int, *, base_gib: float = 100, trained: 
     )
 
 
-def test_one_process_needs_no_engine_unless_the_base_waits_on_the_host() -> None:
+def test_one_process_needs_no_engine() -> None:
     assert chosen(1, 1).engine == "none"
     assert chosen(1, 1, offload="optimizer").engine == "none"
     layout = chosen(1, 1, offload="base")
-    assert (layout.engine, layout.base_on_host, layout.optimizer_on_host) == ("fsdp2", True, False)
+    assert (layout.engine, layout.base_on_host, layout.optimizer_on_host) == ("none", True, False)
+    assert layout.reasons[0] == "engine    none: one process, which fetches each layer while the one before it computes"
+    assert layout.reasons[1].endswith("100.00 GiB, layers in host memory, embedding and head on the device")
+    assert chosen(1, 1, offload="base", engine="fsdp2").engine == "fsdp2"
     assert chosen(8, 8).engine == "fsdp2"
 
 
@@ -78,7 +81,6 @@ def test_the_reasons_give_bytes() -> None:
     ("world", "settings", "told"),
     [
         ((2, 2), {"engine": "none"}, "none runs one process and 2 were started"),
-        ((1, 1), {"engine": "none", "offload": "base"}, "parallel.offload: base fetches the base layer by layer"),
         ((1, 1), {"engine": "none", "adapters": "shard"}, "parallel.adapters: shard needs several processes"),
         ((4, 2), {"engine": "zero3", "base_shard": "node"}, "node over 2 nodes isn't supported by engine zero3"),
         ((2, 2), {"engine": "zero3", "adapters": "replicate"}, "replicate isn't supported by engine zero3"),
@@ -93,7 +95,7 @@ def test_what_contradicts_itself_is_refused_with_a_way_out(world, settings, told
 def test_all_contradictions_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as raised:
         check_section(ParallelSection(engine="none", offload="all", adapters="shard"), world_size=2, local_size=2)
-    assert len(str(raised.value).splitlines()) == 3
+    assert len(str(raised.value).splitlines()) == 2
 
 
 def test_auto_is_bf16_on_a_gpu_and_fp32_on_a_cpu() -> None:

@@ -374,7 +374,7 @@ def test_a_plan_on_one_rank_for_hours_reads_as_a_person_writes_it() -> None:
     text = "\n".join(lines_of(make_plan(config, Machines(1, 1, GPUS["rtx4090-24gb"]))))
     assert re.search(r"takes \d+ min \d+ s to \d+ h \d+ min:", text), text
     assert re.search(r"  adapters  \d\.\d+ GiB with gradients and AdamW's moments\n", text)
-    assert "base      whole on the only rank of one node: " in text
+    assert re.search(r"base      not sharded: \S+ GiB, layers in host memory, embedding and head on the device\n", text)
     assert not re.search(r"\b1 (ranks|GPUs|nodes|steps)\b|\de\+\d", text)
 
 
@@ -388,6 +388,23 @@ def test_an_offloaded_base_lies_in_host_memory_and_comes_over_its_link() -> None
     assert plan.memory.host - plain.memory.host == plain.memory.base + plain.memory.optimizer
     assert plan.speed.host_s[0] == pytest.approx(2 * plain.setup.accumulation_steps * plain.memory.base / (64e9 * 0.85))
     assert make_plan(config, Machines(1, 8, H100, host_bytes=100 * GIB)).fits is False
+
+
+def test_on_one_gpu_layers_are_fetched_while_others_compute() -> None:
+    config = config_of(
+        model={"name": "3.1-70b"}, parallel={"offload": "all"}, train={"global_batch": 2, "micro_batch": 1}
+    )
+    plan = make_plan(config, Machines(1, 1, H100))
+    shape, memory = plan.setup.shape, plan.memory
+    ends = 2 * (2 * shape.vocab * shape.hidden + shape.hidden)  # embedding, head and last norm, in bf16
+    layer = 2 * (shape.weights_of_linears() + 2 * shape.hidden)
+    assert (memory.base, memory.gathered) == (ends, 2 * layer)
+    assert memory.host == 80 * layer + 20 * plan.setup.trained_weights  # moments, and what a checkpoint copies
+    # 80 layers but 2, twice per micro-batch, at 64 GB/s of which 85 % are reached at best.
+    assert plan.speed.host_s[0] == pytest.approx(2 * 2 * 78 * layer / (64e9 * 0.85))
+    assert plan.speed.step_s == (
+        max(plan.speed.compute_s[0], plan.speed.host_s[0]), max(plan.speed.compute_s[1], plan.speed.host_s[1])
+    )  # fmt: skip
 
 
 def test_products_take_as_long_as_the_gpu_was_measured_to_take_by_hand() -> None:

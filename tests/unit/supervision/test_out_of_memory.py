@@ -84,7 +84,8 @@ def test_pinned_memory_that_the_host_refuses_is_the_hosts_though_cuda_says_it_in
     assert refusals == ["out of memory on the host", "out of memory on the host", "out of memory on the GPU"]
 
 
-def test_pieces_of_a_gpus_memory_are_named_where_they_are_much() -> None:
+def test_pieces_of_a_gpus_memory_are_named_where_they_are_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     stats = {"allocated_bytes.all.current": 60 * GIB, "reserved_bytes.all.current": 78 * GIB, "num_alloc_retries": 3}
     whole = describe_device(stats, free_bytes=GIB, total_bytes=80 * GIB, name="cuda:0")
     assert whole == (
@@ -93,8 +94,10 @@ def test_pieces_of_a_gpus_memory_are_named_where_they_are_much() -> None:
     stats["inactive_split_bytes.all.current"] = 17 * GIB
     assert describe_device(stats, free_bytes=GIB, total_bytes=80 * GIB, name="cuda:0") == (
         f"{whole}; 17.00 GiB of what is reserved are free in pieces between tensors, after 3 retries: "
-        "PYTORCH_ALLOC_CONF=expandable_segments:True may join them"
+        "PYTORCH_ALLOC_CONF=expandable_segments:True, the default, may join them"
     )
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True,pinned_max_cached_size_mb:1")
+    assert describe_device(stats, free_bytes=GIB, total_bytes=80 * GIB, name="cuda:0").endswith("after 3 retries")
 
 
 def test_every_kind_of_refusal_is_recognised_and_other_errors_are_not() -> None:
