@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from dist_lora.base.llama import Llama, materialize
 from dist_lora.base.stream import Slot
 from dist_lora.engines.adapters import Adapters, ReplicatedAdapters
 from dist_lora.engines.engine import Engine
+from dist_lora.layout.choices import EngineName
 from dist_lora.lora.attach import AdapterTensor
 
 
 class Single(Engine):
     """Nothing is sharded and nothing is communicated."""
 
-    name = "none"
+    name: ClassVar[EngineName] = "none"
 
     def shard(self, model: Llama) -> str:
         """See ``Engine.shard``."""
