@@ -47,7 +47,7 @@ def crossing(simulation: Simulation, axis: str) -> int:
 @pytest.fixture(scope="module")
 def eight() -> Simulation:
     train = {"global_batch": 8, "micro_batch": 1, "activation_checkpointing": "all"}
-    config = config_of("3.1-8b", train=train, parallel={"adapters": "replicate"})
+    config = config_of("3.1-8b", train=train, parallel={"base_shard": "node", "adapters": "replicate"})
     return simulate(config, MEMBERS["3.1-8b"].shape, num_nodes=1, gpus_per_node=8, device_bytes=80 * GIB)
 
 
