@@ -478,9 +478,10 @@ class ParallelSection(Section):
     engine: Literal["auto", "fsdp2", "zero3", "none"] = Field(
         default="auto", description="What shards the model: auto is none on one GPU and fsdp2 on more."
     )
-    base_shard: Literal["auto", "node", "world"] = Field(
+    base_shard: Literal["auto", "gpu", "node", "world"] = Field(
         default="auto",
-        description="Shard the base over the GPUs of each node (replicated on every node), or over all GPUs.",
+        description="Keep the whole base on each GPU (gpu), shard it over the GPUs of each node (node: replicated on every "
+        "node), or over all GPUs (world); auto keeps it whole where it fits, so that only the adapters' gradients are sent.",
     )
     adapters: Literal["auto", "replicate", "shard"] = Field(
         default="auto",

@@ -10,6 +10,10 @@ from dist_lora.world.world import World
 
 def make_engine(layout: Layout, world: World) -> Engine:
     """An engine of the kind that a layout names."""
+    if layout.base_shard == "gpu":
+        from dist_lora.engines.replicated import Replicated
+
+        return Replicated(world, layout)
     if layout.engine == "fsdp2":
         from dist_lora.engines.fsdp2 import Fsdp2
 

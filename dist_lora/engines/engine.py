@@ -22,7 +22,8 @@ Forward = Callable[..., Any]
 class Engine(ABC):
     """How the base and the adapters are sharded over the ranks, and how a forward runs on the shards.
 
-    The methods are called in this order: ``shard``, ``materialize``, ``slots`` (which the caller fills), ``adapters``.
+    The methods are called in this order: ``shard``, ``materialize``, ``slots`` (which the caller fills), ``exchange_rows``,
+    ``adapters``.
     """
 
     name: ClassVar[EngineName]
@@ -41,7 +42,10 @@ class Engine(ABC):
 
     @abstractmethod
     def slots(self, model: Llama) -> list[Slot]:
-        """For each base parameter the elements that this rank holds, and their destination."""
+        """For each base parameter the elements that this rank reads, and their destination."""
+
+    def exchange_rows(self, model: Llama) -> None:  # noqa: B027
+        """Give and get what one rank has read and others hold too, once all slots are filled. All ranks call it."""
 
     def is_on_host(self, slot: Slot) -> bool:
         """Whether the elements of a slot are kept in host memory, and on the device only while they are needed."""

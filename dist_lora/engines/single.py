@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from dist_lora.base.llama import Llama, materialize
 from dist_lora.base.stream import Slot
 from dist_lora.engines.adapters import Adapters, ReplicatedAdapters
 from dist_lora.engines.engine import Engine
 from dist_lora.engines.host_layers import HostLayers
-from dist_lora.layout.choices import Layout
+from dist_lora.layout.choices import EngineName, Layout
 from dist_lora.lora.attach import AdapterTensor
 from dist_lora.world.world import World
 
@@ -17,7 +18,7 @@ from dist_lora.world.world import World
 class Single(Engine):
     """Nothing is sharded and nothing is communicated."""
 
-    name = "none"
+    name: ClassVar[EngineName] = "none"
 
     def __init__(self, world: World, layout: Layout) -> None:
         super().__init__(world, layout)

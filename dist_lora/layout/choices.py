@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,7 @@ from dist_lora.layout.storage import base_parts, check_quant
 from dist_lora.text import count, ranges, size
 
 EngineName = Literal["none", "fsdp2", "zero3"]
+BaseShard = Literal["gpu", "node", "world"]
 DtypeName = Literal["bf16", "fp32"]
 AttentionName = Literal["sdpa", "sdpa-repeated", "varlen", "eager"]
 ITEM_BYTES: Mapping[DtypeName, int] = {"bf16": 2, "fp32": 4}
@@ -30,11 +31,24 @@ class Layout:
     """The engine and where it keeps the base, the adapters and the optimizer state; ``reasons`` has a line for each."""
 
     engine: EngineName
-    base_shard: Literal["node", "world"]
+    base_shard: BaseShard
     adapters: Literal["replicate", "shard"]
     base_on_host: bool
     optimizer_on_host: bool
     reasons: tuple[str, ...]
+
+    @property
+    def has_whole_base(self) -> bool:
+        """Whether each rank keeps the whole base, so that nothing of it is ever gathered."""
+        return self.engine == "none" or self.base_shard == "gpu"
+
+
+@dataclass(frozen=True)
+class WholeBase:
+    """Whether ``base_shard: auto`` keeps the whole base on each GPU, and why."""
+
+    is_chosen: bool
+    because: str
 
 
 @dataclass(frozen=True)
@@ -64,10 +78,11 @@ def choose(
     device_bytes: int,
     on_gpu: bool,
     has_bf16: bool = True,
+    whole_base: WholeBase | None = None,
 ) -> Choices:
     """The choices of a config for a model on ``world_size`` ranks: all that doesn't depend on a step's memory.
 
-    No layer recomputes yet: ``memory.setup_of`` adds that choice.
+    No layer recomputes yet: ``memory.setup_of`` adds that choice, and decides on ``whole_base``.
 
     Args:
         name: the model's, for errors.
@@ -91,6 +106,7 @@ def choose(
         base_bytes=sum(part.num_bytes for part in parts),
         trained_weights=shape.trained_weights(config.lora),
         device_bytes=device_bytes,
+        whole_base=whole_base,
     )
     reasons = (
         *layout.reasons,
@@ -221,12 +237,14 @@ def choose_layout(
     base_bytes: int,
     trained_weights: int,
     device_bytes: int,
+    whole_base: WholeBase | None = None,
 ) -> Layout:
     """The layout of a run, ``auto`` resolved.
 
     Args:
         base_bytes: the whole frozen base, as stored.
         device_bytes: memory of one rank's device; on a CPU its share of the host's.
+        whole_base: what ``base_shard: auto`` decides by a step's memory; None shards.
 
     Raises:
         ConfigError: the settings contradict each other or the world.
@@ -234,9 +252,15 @@ def choose_layout(
     check_section(section, world_size=world_size, local_size=local_size)
     on_host = section.offload
     base_on_host, optimizer_on_host = on_host in ("base", "all"), on_host in ("optimizer", "all")
-    engine, why_engine = _engine(section, world_size, base_on_host=base_on_host)
-    base_shard, why_base = _base_shard(section, engine, world_size, local_size, base_bytes, device_bytes, base_on_host)
-    adapters, why_adapters = _adapters(section, engine, world_size, local_size, trained_weights, device_bytes)
+    if section.base_shard == "gpu":
+        whole_base = WholeBase(True, "as set")
+    engine, why_engine = _engine(section, world_size, base_on_host=base_on_host, whole_base=whole_base)
+    base_shard, why_base = _base_shard(
+        section, engine, world_size, local_size, base_bytes, device_bytes, base_on_host, whole_base
+    )
+    adapters, why_adapters = _adapters(
+        section, engine, world_size, local_size, trained_weights, device_bytes, is_base_whole=base_shard == "gpu"
+    )
     reasons = (why_engine, why_base, why_adapters)
     return Layout(engine, base_shard, adapters, base_on_host, optimizer_on_host, reasons)
 
@@ -275,16 +299,42 @@ def check_section(section: ParallelSection, *, world_size: int, local_size: int)
             "parallel.adapters: replicate isn't supported by engine zero3, which shards all trained weights over the "
             "ranks. Set parallel.adapters=shard (or auto), or parallel.engine=fsdp2."
         )
+    if section.base_shard == "gpu":
+        faults.extend(_conflicts_with_whole_base(section, world_size))
     if faults:
         raise ConfigError("\n".join(faults))
 
 
-def _engine(section: ParallelSection, world_size: int, *, base_on_host: bool) -> tuple[EngineName, str]:
+def _conflicts_with_whole_base(section: ParallelSection, world_size: int) -> Iterator[str]:
+    if section.engine == "zero3":
+        yield (
+            "parallel.base_shard: gpu isn't supported by engine zero3, which shards the base over all ranks. "
+            "Set parallel.base_shard=world, or parallel.engine=fsdp2."
+        )
+    elif section.adapters == "shard":
+        yield (
+            "parallel.adapters: shard isn't supported with parallel.base_shard: gpu, which keeps everything whole on each "
+            "GPU. Set parallel.adapters=replicate (or auto), or parallel.base_shard=node."
+        )
+    if section.offload in ("base", "all") and world_size > 1:
+        yield (
+            f"parallel.offload: {section.offload} keeps the base in host memory, and parallel.base_shard: gpu on each GPU. "
+            "Set parallel.base_shard=node, or parallel.offload=none (or optimizer)."
+        )
+
+
+def _engine(
+    section: ParallelSection, world_size: int, *, base_on_host: bool, whole_base: WholeBase | None
+) -> tuple[EngineName, str]:
     wanted = section.engine
     if wanted != "auto":
         return wanted, f"engine    {wanted}: as set"
     if world_size > 1:
-        return "fsdp2", f"engine    fsdp2: {world_size} processes share the base"
+        is_whole = whole_base is not None and whole_base.is_chosen
+        return (
+            "fsdp2",
+            f"engine    fsdp2: {world_size} processes {'hold the base each' if is_whole else 'share the base'}",
+        )
     if base_on_host:
         return "none", "engine    none: one process, which fetches each layer while the one before it computes"
     return "none", "engine    none: one process holds the whole base"
@@ -298,7 +348,8 @@ def _base_shard(
     base_bytes: int,
     device_bytes: int,
     base_on_host: bool,
-) -> tuple[Literal["node", "world"], str]:
+    whole_base: WholeBase | None,
+) -> tuple[BaseShard, str]:
     wanted = section.base_shard
     by_node, by_world = base_bytes / local_size, base_bytes / world_size
     num_nodes = world_size // local_size
@@ -307,14 +358,18 @@ def _base_shard(
         return "node", f"base      not sharded: {size(base_bytes)}{where}"
     if engine == "zero3":
         return "world", f"base      {_over_all(world_size, size(base_bytes), size(by_world))}: ZeRO-3 ignores nodes"
+    if whole_base is not None and whole_base.is_chosen and not base_on_host:
+        ranks = "on the only rank" if world_size == 1 else f"on each of {world_size} ranks"
+        return "gpu", f"base      whole {ranks}, {size(base_bytes)}: {whole_base.because}"
+    why_sharded = "" if whole_base is None or whole_base.is_chosen else f"; {whole_base.because}"
     if num_nodes == 1:
-        return "node", f"base      {_over_node(local_size, size(base_bytes), size(by_node), 'one node')}"
+        return "node", f"base      {_over_node(local_size, size(base_bytes), size(by_node), 'one node')}{why_sharded}"
     crossing = f"each receives {size(by_world * (world_size - local_size))} over the network, twice per micro-batch"
     if wanted == "auto":
         room = device_bytes * BASE_SHARE
         fits = base_on_host or by_node <= room
         wanted, result = ("node", "fit") if fits else ("world", "don't fit")
-        because = f"{size(by_node)} per rank {result} in {size(room)} of a device"
+        because = f"{size(by_node)} per rank {result} in {size(room)} of a device{why_sharded}"
     else:
         because = "as set"
     if wanted == "node":
@@ -332,6 +387,8 @@ def _adapters(
     local_size: int,
     trained_weights: int,
     device_bytes: int,
+    *,
+    is_base_whole: bool,
 ) -> tuple[Literal["replicate", "shard"], str]:
     wanted = section.adapters
     total = trained_weights * BYTES_PER_TRAINED_WEIGHT
@@ -343,7 +400,9 @@ def _adapters(
         )
     if world_size == 1:
         return "replicate" if wanted == "auto" else wanted, f"adapters  {footprint}"
-    if wanted == "auto" and local_size == 1:
+    if wanted == "auto" and is_base_whole:
+        wanted, because = "replicate", "like the base"
+    elif wanted == "auto" and local_size == 1:
         wanted, because = "replicate", "one rank per node"
     elif wanted == "auto":
         fits = total <= device_bytes * ADAPTERS_SHARE

@@ -13,19 +13,21 @@ from collections import Counter
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from dist_lora.config.schema import Config, Quant
+from dist_lora.config.schema import Config, ParallelSection, Quant
 from dist_lora.herd.shape import Shape
 from dist_lora.layout.choices import (
     ITEM_BYTES,
+    TIGHT,
     Choices,
     Layout,
+    WholeBase,
     check_node_size,
     choose,
     choose_recomputed,
     describe_recomputed,
 )
 from dist_lora.layout.storage import FP32, base_parts, quantized_linears
-from dist_lora.text import GIB
+from dist_lora.text import GIB, size
 
 # Only visible on a machine with such a GPU: CUDA's context and the libraries' kernels, NCCL's buffers, and fragmentation of
 # the caching allocator. Figures for CUDA 12 and NCCL 2: about 0.5 GiB, and 0.5 to 1 GiB for several communicators;
@@ -81,7 +83,7 @@ class Setup:
     @property
     def base_ranks(self) -> int:
         """Number of ranks over which the base is sharded."""
-        if self.layout.engine == "none":
+        if self.layout.has_whole_base:
             return 1
         return self.num_ranks if self.layout.base_shard == "world" else self.local_size
 
@@ -121,7 +123,8 @@ def setup_of(
     num_ranks = num_nodes * gpus_per_node
     local_size = config.parallel.node_size or gpus_per_node
     check_node_size(world_size=num_ranks, local_size=local_size)
-    choices = choose(
+    choices_with = functools.partial(
+        choose,
         config,
         shape,
         name=name or config.model.name,
@@ -131,8 +134,19 @@ def setup_of(
         on_gpu=on_gpu,
         has_bf16=has_bf16,
     )
+    gpu_bytes, wanted = device_bytes if on_gpu else None, config.train.activation_checkpointing
+    unresolved = _setup(config, shape, choices_with(), num_ranks=num_ranks, local_size=local_size)
+    setup = _with_recomputed(unresolved, wanted, gpu_bytes=gpu_bytes)
+    whole_base = _whole_base(setup, config.parallel, gpu_bytes=gpu_bytes)
+    if whole_base is None:
+        return setup
+    unresolved = replace(unresolved, choices=choices_with(whole_base=whole_base))
+    return _with_recomputed(unresolved, wanted, gpu_bytes=gpu_bytes)
+
+
+def _setup(config: Config, shape: Shape, choices: Choices, *, num_ranks: int, local_size: int) -> Setup:
     train = config.train
-    setup = Setup(
+    return Setup(
         shape=shape,
         quant=config.model.quant,
         choices=choices,
@@ -147,24 +161,51 @@ def setup_of(
         num_ranks=num_ranks,
         local_size=local_size,
     )
-    return _with_recomputed(setup, train.activation_checkpointing, device_bytes=device_bytes if on_gpu else None)
 
 
-def _with_recomputed(setup: Setup, wanted: Literal["auto", "none", "all"] | int, *, device_bytes: int | None) -> Setup:
+def _whole_base(setup: Setup, section: ParallelSection, *, gpu_bytes: int | None) -> WholeBase | None:
+    """Whether ``auto`` keeps the whole base on each GPU: where that fits, and no layer more recomputes for it.
+
+    A gathered layer crosses fast links while another computes; a layer that recomputes costs time on any machine.
+
+    Args:
+        setup: with the base sharded, and the layers that recompute then.
+        gpu_bytes: a GPU's memory, see ``choose_recomputed``; None on a CPU.
+
+    Returns:
+        None where there is nothing to decide: it is set, one rank holds all anyway, or the base isn't in the GPUs' memory.
+    """
+    layout = setup.layout
+    if section.base_shard != "auto" or setup.num_ranks == 1 or layout.engine != "fsdp2" or layout.base_on_host:
+        return None
+    if gpu_bytes is None:
+        return WholeBase(False, "not whole on each, since ranks on CPUs share the host's memory")
+    if section.adapters == "shard":
+        return WholeBase(False, "not whole on each, since the adapters are sharded (parallel.adapters)")
+    whole = replace(layout, base_shard="gpu", adapters="replicate")
+    needed, room = _needed_bytes(replace(setup, choices=replace(setup.choices, layout=whole))), TIGHT * gpu_bytes
+    compared = f"in {size(room)} ({TIGHT:.0%} of a GPU)"
+    if needed < room:
+        return WholeBase(True, f"{size(needed)} with all that a step holds fit {compared}")
+    return WholeBase(False, f"whole on each, {size(needed)} with all that a step holds don't fit {compared}")
+
+
+def _needed_bytes(setup: Setup) -> int:
+    held = memory_of(setup).device
+    return held + reserve_bytes(held)
+
+
+def _with_recomputed(setup: Setup, wanted: Literal["auto", "none", "all"] | int, *, gpu_bytes: int | None) -> Setup:
     def with_layers(layers: range) -> Setup:
         return replace(setup, choices=replace(setup.choices, recomputed=layers))
-
-    def needed_bytes(layers: range) -> int:
-        held = memory_of(with_layers(layers)).device
-        return held + reserve_bytes(held)
 
     num_layers = setup.shape.num_layers
     recomputed, because = choose_recomputed(
         wanted,
         num_layers=num_layers,
         first_adapted=min(setup.layers),
-        device_bytes=device_bytes,
-        needed_bytes=needed_bytes,
+        device_bytes=gpu_bytes,
+        needed_bytes=lambda layers: _needed_bytes(with_layers(layers)),
     )
     line = f"recompute {describe_recomputed(recomputed, num_layers)}: {because}"
     reasons = (*setup.choices.reasons, line)
@@ -362,12 +403,11 @@ class _Gathered:
 
 
 def _gathered(setup: Setup) -> _Gathered:
-    engine = setup.layout.engine
-    if engine == "none":
+    if setup.layout.has_whole_base:
         # Two buffers of a layer's size, for the whole run, if its layers are in host memory.
         buffers = 2 * block_bytes(setup) if setup.layout.base_on_host else 0
         return _Gathered(*(buffers,) * len(fields(_Gathered)))
-    return _gathered_by_zero3(setup) if engine == "zero3" else _gathered_by_fsdp2(setup)
+    return _gathered_by_zero3(setup) if setup.layout.engine == "zero3" else _gathered_by_fsdp2(setup)
 
 
 def _gathered_by_fsdp2(setup: Setup) -> _Gathered:

@@ -294,7 +294,9 @@ def _candidates(plan: Plan) -> Iterator[dict[str, Any]]:
     fewest = "auto" if plan.machines.gpu.is_gpu else "all"
     if train.activation_checkpointing != fewest:
         yield {"train.activation_checkpointing": fewest}
-    if plan.machines.num_nodes > 1 and layout.base_shard == "node" and layout.engine != "none":
+    if layout.base_shard == "gpu" and plan.setup.num_ranks > 1:
+        yield {"parallel.base_shard": "node"}
+    if plan.machines.num_nodes > 1 and layout.base_shard != "world" and layout.engine != "none":
         yield {"parallel.base_shard": "world"}
     if layout.adapters == "replicate" and plan.machines.gpus_per_node > 1 and layout.engine != "none":
         yield {"parallel.adapters": "shard"}
@@ -408,7 +410,8 @@ def sweep(config: Config, candidates: list[Machines], *, shape: Shape | None = N
 
 def _variants(config: Config, machines: Machines) -> Iterator[dict[str, Any]]:
     micros = {m for m in (1, 2, 4, 8, config.train.micro_batch) if m <= config.train.global_batch}
-    shards = ("node", "world") if machines.num_nodes > 1 else ("node",)
+    is_alone = machines.num_nodes * machines.gpus_per_node == 1
+    shards = ("node",) if is_alone else ("gpu", "node", "world") if machines.num_nodes > 1 else ("gpu", "node")
     for quant, shard, micro, recompute in itertools.product(
         ("none", "int8", "nf4"), shards, sorted(micros), ("auto", "all", "none")
     ):

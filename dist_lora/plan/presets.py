@@ -231,6 +231,9 @@ def _parallel(preset: Preset) -> Iterator[tuple[str, str, Any, str]]:
     if machine.num_gpus == 1:
         yield "parallel", "engine", "none", "one GPU holds the whole base"
         return
+    if preset.size in ("1b", "8b"):
+        yield "parallel", "base_shard", "auto", "the whole base on each GPU where it fits, else sharded by FSDP2"
+        return
     yield "parallel", "engine", "fsdp2", "shard the base over the GPUs"
     if machine.num_nodes > 1 and (preset.size != "405b" or preset.method == "qlora"):
         yield "parallel", "base_shard", "node", "shard within each node, so that no base weights cross the network"
@@ -286,8 +289,10 @@ def _base_of(preset: Preset) -> str:
         parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
         text += f", and {sum(part.num_bytes for part in parts) / 1e9:.1f} GB with its layers in NF4"
     share = f"{base_bytes_per_rank(setup) / 1e9:.1f} GB on each"
-    if setup.base_ranks == 1:
+    if machine.num_gpus == 1:
         return f"{text}."
+    if setup.base_ranks == 1:
+        return f"{text}; whole on each of {machine.num_gpus} GPUs, which exchange only the adapters' gradients."
     if machine.num_nodes == 1:
         return f"{text}; sharded over {machine.num_gpus} GPUs, {share}."
     if setup.base_ranks == setup.local_size:

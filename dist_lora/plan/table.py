@@ -34,7 +34,7 @@ def lines_of(plan: Plan) -> Iterator[str]:
     yield ""
     yield f"Peak memory of the fullest GPU, {memory.when}:"
     parts = {
-        "its shard of the base": memory.base,
+        "the base" if setup.layout.has_whole_base else "its shard of the base": memory.base,
         "adapters, gradients, AdamW": memory.adapters + memory.gradients + memory.optimizer,
         "all-gathered base weights": memory.gathered,
         "activations": memory.activations,

@@ -338,8 +338,9 @@ def _load(base: Base, model: Llama, engine: Engine, world: World, description: s
             ),
             os_error=lambda error: WeightsError(f"{base.folder}: {error}"),
         )
+    engine.exchange_rows(model)
     if world.is_first:
-        kept = sum(slot.destination.nbytes for slot in slots)
+        kept = sum(tensor.nbytes for _, tensor in engine.frozen_shards(model))
         log.info(
             f"loaded base: {description}; this rank read {report.bytes_read / 2**20:,.0f} MiB and keeps "
             f"{kept / 2**20:,.0f} MiB, in {time.monotonic() - started_s:.1f} s"

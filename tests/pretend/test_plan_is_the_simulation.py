@@ -100,6 +100,23 @@ CASES = {
         "3.2-1b", {"parallel": {"adapters": "shard"}, "train": {"activation_checkpointing": 1}}, gpus_per_node=2
     ),
     "high rank": Case("3.1-8b", {"lora": {"rank": 256}, "train": {"sequence_length": 256}}),
+    "whole, by auto": Case("3.1-8b", {"parallel": {"base_shard": "auto"}}),
+    "whole": Case("3.1-8b", {"model": {"quant": "int8"}, "parallel": {"base_shard": "gpu"}}, num_nodes=2),
+    "whole, tied, kept, nf4, AdamW on the host": Case(
+        "3.2-1b",
+        {
+            "model": {"quant": "nf4"},
+            "parallel": {"base_shard": "gpu", "offload": "optimizer"},
+            "train": {"activation_checkpointing": False},
+        },
+        gpus_per_node=3,
+    ),
+    "whole, fp32 on CPUs": Case(
+        "3.1-8b",
+        {"model": {"dtype": "fp32"}, "train": {"sequence_length": 256}, "parallel": {"base_shard": "gpu"}},
+        gpus_per_node=2,
+        device="cpu",
+    ),
 }
 
 
@@ -109,6 +126,8 @@ def planned_and_simulated(case: Case, *, num_layers: int = 3) -> tuple[Setup, Si
         tree[section] = {**tree.get(section, {}), **values}
     if case.device == "gpu":  # so few layers all fit, and auto would recompute none
         tree["train"].setdefault("activation_checkpointing", "all")
+        if tree.setdefault("parallel", {}).get("engine") != "zero3":  # and auto would shard no base
+            tree["parallel"] = {"base_shard": "node", **tree["parallel"]}
     tree["train"].setdefault("global_batch", 2 * 2 * case.num_nodes * case.gpus_per_node)
     config = Config.model_validate(tree)
     shape = dataclasses.replace(MEMBERS[case.member].shape, num_layers=num_layers)
@@ -128,8 +147,10 @@ IN_EVERY_SUITE = (
     "one GPU, offload, short",
     "rows that don't divide",
     "dropout, kept",
+    "whole, by auto",
 )
-IN_EVERY_CI = ("kept activations", "int8", "tied", "world", "405B on 128", "upper layers", "a small second slice of logits", "fp32 on CPUs")  # fmt: skip
+IN_EVERY_CI = ("kept activations", "int8", "tied", "world", "405B on 128", "upper layers", "a small second slice of logits", "fp32 on CPUs",
+               "whole, tied, kept, nf4, AdamW on the host")  # fmt: skip
 
 
 def marks_of(name: str) -> list[pytest.MarkDecorator]:
@@ -143,6 +164,8 @@ def test_the_plan_is_the_simulated_step(case: Case) -> None:
     setup, simulated = planned_and_simulated(case)
     assert memory_of(setup).device == pytest.approx(simulated.peak_bytes, rel=0.01)
     assert planned_traffic(setup) == simulated_traffic(simulated)
+    wanted = case.settings.get("parallel", {}).get("base_shard", "")
+    assert (setup.layout.base_shard == "gpu") is (wanted in ("auto", "gpu"))
 
 
 @pytest.mark.parametrize(("engine", "gpus_per_node"), [("fsdp2", 2), ("none", 1)])
@@ -152,7 +175,7 @@ def test_a_base_of_two_formats_is_planned_with_its_largest_layer(engine: str, gp
         "model": {"name": "3.1-8b", "quant": "nf4"},
         "data": {"train": "x"},
         "train": {"steps": 9, "global_batch": 4 * gpus_per_node},
-        "parallel": {"engine": engine},
+        "parallel": {"engine": engine, "base_shard": "node"},
     }
     left = frozenset({"model.layers.1.mlp.up_proj", *(f"model.layers.{layer}.self_attn.k_proj" for layer in range(3))})
     shape = dataclasses.replace(MEMBERS["3.1-8b"].shape, num_layers=3, unquantized=left)
@@ -189,6 +212,8 @@ def drawn(seed: int) -> Case:
             "node_size": draw([None, None, None, 1]),
         },
     }
+    if draw([False, False, False, True]):
+        settings["parallel"] |= {"base_shard": "gpu", "adapters": "auto", "offload": draw(["none", "optimizer"])}
     device: Literal["gpu", "cpu"] = draw(["gpu", "gpu", "cpu"])
     settings["lora"]["dropout"] = draw([0.0, 0.0, 0.1])
     return Case(draw(["3.2-1b", "3.1-8b", "3.1-70b", "3.1-405b"]), settings, num_nodes, gpus_per_node, device)

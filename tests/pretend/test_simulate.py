@@ -50,7 +50,7 @@ EIGHT_OF_8B = replace(MEMBERS["3.1-8b"].shape, num_layers=8)
 @pytest.fixture(scope="module")
 def eight() -> Simulation:
     train = {"global_batch": 8, "micro_batch": 1, "activation_checkpointing": "all"}
-    config = config_of("3.1-8b", train=train, parallel={"adapters": "replicate"})
+    config = config_of("3.1-8b", train=train, parallel={"base_shard": "node", "adapters": "replicate"})
     return simulate(config, EIGHT_OF_8B, num_nodes=1, gpus_per_node=8, device_bytes=80 * GIB)
 
 

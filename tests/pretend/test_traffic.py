@@ -40,6 +40,7 @@ def test_the_copies_around_gathers_are_those_that_fsdp2_makes(quant: str, monkey
             "model": {"name": "3.1-8b", "quant": quant},
             "data": {"train": "unused"},
             "train": {"micro_batch": 1, "global_batch": 8, "sequence_length": 64},
+            "parallel": {"base_shard": "node"},
         }
     )
     simulate.simulate(config, shape, num_nodes=1, gpus_per_node=8, device_bytes=80 * GIB)

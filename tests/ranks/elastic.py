@@ -83,14 +83,14 @@ class Move:
 def placements() -> list[Placement]:
     """Every placement that is not refused; what one node makes the same comes once."""
     found = []
-    for values in itertools.product(ENGINES, WORLDS, ("node", "world"), ("replicate", "shard")):
+    for values in itertools.product(ENGINES, WORLDS, ("gpu", "node", "world"), ("replicate", "shard")):
         placement = Placement(*values)
         size, node_size = WORLDS[placement.world]
         try:
             check_section(ParallelSection.model_validate(placement.section), world_size=size, local_size=node_size)
         except ConfigError:
             continue
-        if size > node_size or placement.base_shard == "world":
+        if size > node_size or placement.base_shard == "world" or (placement.base_shard == "gpu" and size > 1):
             found.append(placement)
     return found
 

@@ -78,7 +78,7 @@ class Outcome:
 def all_cells() -> list[Cell]:
     """The full product."""
     shards = itertools.product(
-        ENGINES, BASES, WORLDS, ("node", "world"), ("replicate", "shard"), OFFLOADS, (False, True)
+        ENGINES, BASES, WORLDS, ("gpu", "node", "world"), ("replicate", "shard"), OFFLOADS, (False, True)
     )
     return [Cell(*values) for values in shards]
 

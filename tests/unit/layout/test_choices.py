@@ -20,7 +20,7 @@ from dist_lora.layout.choices import (
     choose_layout,
     choose_recomputed,
 )
-from dist_lora.layout.memory import Setup, memory_of, setup_of
+from dist_lora.layout.memory import Setup, memory_of, reserve_bytes, setup_of
 from dist_lora.text import GIB
 
 
@@ -84,12 +84,114 @@ def test_the_reasons_give_bytes() -> None:
         ((1, 1), {"engine": "none", "adapters": "shard"}, "parallel.adapters: shard needs several processes"),
         ((4, 2), {"engine": "zero3", "base_shard": "node"}, "node over 2 nodes isn't supported by engine zero3"),
         ((2, 2), {"engine": "zero3", "adapters": "replicate"}, "replicate isn't supported by engine zero3"),
+        ((2, 2), {"engine": "zero3", "base_shard": "gpu"}, "parallel.base_shard: gpu isn't supported by engine zero3"),
+        (
+            (2, 2),
+            {"base_shard": "gpu", "adapters": "shard"},
+            "parallel.adapters: shard isn't supported with parallel.base_",
+        ),
+        (
+            (2, 2),
+            {"base_shard": "gpu", "offload": "base"},
+            "base keeps the base in host memory, and parallel.base_shard: gpu",
+        ),
+        (
+            (2, 1),
+            {"base_shard": "gpu", "offload": "all"},
+            "all keeps the base in host memory, and parallel.base_shard: gpu",
+        ),
     ],
 )
 def test_what_contradicts_itself_is_refused_with_a_way_out(world, settings, told) -> None:
     with pytest.raises(ConfigError, match=told) as raised:
         check_section(ParallelSection(**settings), world_size=world[0], local_size=world[1])
     assert "Set parallel." in str(raised.value)
+
+
+def test_the_whole_base_is_on_each_gpu_as_set_and_its_adapters_too() -> None:
+    layout = chosen(16, 8, base_gib=15, base_shard="gpu", trained=10**9)
+    assert (layout.engine, layout.base_shard, layout.adapters, layout.has_whole_base) == (
+        "fsdp2",
+        "gpu",
+        "replicate",
+        True,
+    )
+    assert layout.reasons == (
+        "engine    fsdp2: 16 processes hold the base each",
+        "base      whole on each of 16 ranks, 15.00 GiB: as set",
+        "adapters  replicated, 14.90 GiB with gradients and AdamW's moments: like the base",
+    )
+    assert chosen(16, 8, base_shard="gpu", offload="optimizer").optimizer_on_host
+    assert chosen(1, 1, base_shard="gpu").engine == "none"
+    alone = chosen(1, 1, base_shard="gpu", offload="base")  # one process holds it in any case, here on the host
+    assert (alone.engine, alone.base_shard, alone.base_on_host) == ("fsdp2", "node", True)
+    assert not chosen(8, 8).has_whole_base and chosen(1, 1).has_whole_base
+
+
+def setup_by_auto(*, device_gib: float, on_gpu: bool = True, parallel: dict[str, str], **train: object) -> Setup:
+    """8B in bf16 (14.96 GiB) on two nodes of two GPUs, with sequences of 2 x 4096 tokens."""
+    config = Config.model_validate({
+        "run": "it", "model": {"name": "3.1-8b", "dtype": "bf16"}, "data": {"train": "x"},
+        "train": {"micro_batch": 2, "sequence_length": 4096, **train}, "parallel": parallel,
+    })  # fmt: skip
+    machine = {"num_nodes": 2, "gpus_per_node": 2, "device_bytes": int(device_gib * GIB)}
+    return setup_of(config, MEMBERS["3.1-8b"].shape, **machine, on_gpu=on_gpu)
+
+
+def needed_bytes(setup: Setup) -> int:
+    held = memory_of(setup).device
+    return held + reserve_bytes(held)
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_auto_keeps_the_whole_base_on_each_gpu_from_the_byte_on_where_all_of_a_step_fits_in_nine_tenths(
+    recompute,
+) -> None:
+    train = {"activation_checkpointing": recompute}
+    as_set = setup_by_auto(device_gib=80, parallel={"base_shard": "gpu"}, **train)
+    enough_gib = needed_bytes(as_set) / TIGHT / GIB
+    above, below = (setup_by_auto(device_gib=enough_gib * f, parallel={}, **train) for f in (1.0001, 0.9999))
+    assert above.layout.base_shard == "gpu" and memory_of(above) == memory_of(as_set)
+    assert re.fullmatch(
+        r"base      whole on each of 4 ranks, 14.96 GiB: \S+ GiB with all that a step holds fit in \S+ GiB \(90% of a GPU\)",
+        above.layout.reasons[1],
+    )
+    assert below.layout.base_shard == "node"
+    assert re.search(
+        r"; whole on each, \S+ GiB with all that a step holds don't fit in \S+ GiB \(90% of a GPU\)$",
+        below.layout.reasons[1],
+    )
+    assert [reason.split()[0] for reason in below.choices.reasons][:3] == ["engine", "base", "adapters"]
+
+
+def test_auto_recomputes_no_layer_more_for_a_whole_base() -> None:
+    """Sharded, 36 GiB ask for some layers; the whole base would fit if more recomputed."""
+    sharded = setup_by_auto(device_gib=36, parallel={})
+    whole = setup_by_auto(device_gib=36, parallel={"base_shard": "gpu"})
+    assert sharded.layout.base_shard == "node"
+    assert 0 < len(sharded.recomputed) < len(whole.recomputed) and needed_bytes(whole) < TIGHT * 36 * GIB
+    assert setup_by_auto(device_gib=60, parallel={}).recomputed == range(0)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "because"),
+    [
+        ({"adapters": "shard"}, "not whole on each, since the adapters are sharded (parallel.adapters)"),
+        ({"offload": "base"}, "in 48.00 GiB of a device"),
+        ({"base_shard": "node"}, "none of it crosses the network: as set"),
+        ({"engine": "zero3"}, "ZeRO-3 ignores nodes"),
+    ],
+)
+def test_auto_shards_what_is_set_to_be_elsewhere(parallel, because) -> None:
+    layout = setup_by_auto(device_gib=80, parallel=parallel).layout
+    assert layout.base_shard in ("node", "world") and layout.reasons[1].endswith(because)
+
+
+def test_auto_shards_on_cpus_however_much_memory_there_is() -> None:
+    layout = setup_by_auto(device_gib=900, on_gpu=False, parallel={}).layout
+    assert layout.base_shard == "node"
+    assert layout.reasons[1].endswith("; not whole on each, since ranks on CPUs share the host's memory")
+    assert setup_by_auto(device_gib=900, on_gpu=False, parallel={"base_shard": "gpu"}).layout.base_shard == "gpu"
 
 
 def test_all_contradictions_are_told_at_once() -> None:

@@ -126,7 +126,9 @@ def test_processors_send_themselves_and_a_gpu_may_hide_it() -> None:
         products=(Product(1, 1, 1, (1e11, 1e11)),),
         links={"within a node": {"all-gather": slow, "all-reduce": slow}},
     )
-    on_cpu, on_gpu = seconds(both, ranks=2), seconds(replace(both, is_gpu=True, dtype="bf16"), ranks=2)
+    parallel = {"base_shard": "node"}
+    on_cpu = seconds(both, ranks=2, parallel=parallel)
+    on_gpu = seconds(replace(both, is_gpu=True, dtype="bf16"), ranks=2, parallel=parallel)
     assert on_gpu[0] < 0.8 * on_gpu[1] and on_cpu[0] == pytest.approx(on_cpu[1] / 1.1)
 
 

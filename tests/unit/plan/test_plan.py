@@ -77,7 +77,7 @@ def test_the_bytes_of_8b_are_those_of_its_card(quant: str, a_weight: float) -> N
 
 
 def test_the_shares_of_ranks_are_rounded_up_to_rows() -> None:
-    setup = setup_for(config_of(parallel={"engine": "fsdp2"}), TINY, gpus_per_node=3)
+    setup = setup_for(config_of(parallel={"engine": "fsdp2", "base_shard": "node"}), TINY, gpus_per_node=3)
     parts = {part.name: part.shard_bytes(3) for part in base_parts(TINY, quant="none", item_bytes=2)}
     assert parts["q_proj.weight"] == 86 * 256 * 2  # of 256 rows
     assert setup.base_ranks == 3
@@ -265,7 +265,8 @@ def test_the_largest_is_no_more_than_a_step_or_the_context_can_use() -> None:
 
 
 def test_nine_tenths_of_a_device_are_called_tight() -> None:
-    config = config_of(parallel={"adapters": "replicate"}, train={"activation_checkpointing": "all"})
+    parallel = {"base_shard": "node", "adapters": "replicate"}
+    config = config_of(parallel=parallel, train={"activation_checkpointing": "all"})
     needed = make_plan(config, Machines(1, 8, H100)).device_bytes
     for part, told in ((0.89, "fits"), (0.92, "fits, but is tight: 92% of it"), (1.01, "doesn't fit")):
         gpu = dataclasses.replace(H100, memory_gb=needed / part / GIB / H100.usable)
@@ -425,6 +426,32 @@ def test_a_sweep_holds_only_what_nothing_smaller_beats() -> None:
     assert memory == sorted(memory) and seconds == sorted(seconds, reverse=True)
 
 
+def test_where_gathering_limits_a_step_a_sweep_ends_with_the_whole_base_on_each_gpu() -> None:
+    config = config_of(train={"global_batch": 16, "sequence_length": 256})
+    smallest, *_, fastest = sweep(config, [Machines(1, 8, GPUS["a100-80gb"])])
+    assert (smallest.config.parallel.base_shard, fastest.config.parallel.base_shard) == ("node", "gpu")
+    alone = sweep(config, [Machines(1, 1, H100)])
+    assert {plan.config.parallel.base_shard for plan in alone} == {"node"}  # one GPU's plan, once
+
+
+def test_a_whole_base_that_does_not_fit_would_fit_sharded() -> None:
+    plan = make_plan(config_of(model={"name": "3.1-70b"}, parallel={"base_shard": "gpu"}), Machines(1, 8, H100))
+    assert not plan.fits
+    assert plan.memory.base == sum(part.num_bytes for part in base_parts(plan.setup.shape, quant="none", item_bytes=2))
+    assert any(change.settings == ("parallel.base_shard=node",) for change in plan.changes)
+
+
+def test_of_a_whole_base_only_the_adapters_gradients_are_sent() -> None:
+    plan = make_plan(config_of(parallel={"base_shard": "gpu"}), Machines(2, 8, H100))
+    trained = 4 * plan.setup.trained_weights
+    assert [(c.kind, c.what, c.num_ranks, c.num_bytes, c.count) for c in plan.collectives] == [
+        ("all-reduce", "adapters' gradients", 16, trained, 1), ("all-reduce", "loss and requests", 16, 16, 1)
+    ]  # fmt: skip
+    sharded = make_plan(config_of(parallel={"base_shard": "node"}), Machines(2, 8, H100))
+    assert plan.speed.inter_node_s == sharded.speed.inter_node_s
+    assert 0 < plan.speed.intra_node_s[0] < sharded.speed.intra_node_s[0] / 50
+
+
 def test_more_ranks_than_rows_or_sequences_or_layers_are_planned_and_said_to_be() -> None:
     config = config_of(parallel={"base_shard": "world"}, train={"global_batch": 16})
     plan = make_plan(config, Machines(512, 8, H100))
@@ -487,8 +514,8 @@ def config_file(tmp_path: Path) -> Path:
 def test_a_plan_that_fits_is_printed_with_what_was_chosen_and_why(config_file) -> None:
     done = plan_command(config_file)
     assert done.returncode == 0 and done.stderr == ""
-    for text in ("8,030,261,248 frozen weights, 41,943,040 trained", "engine    fsdp2: 8 processes share the base",
-                 "1.87 GiB", ": fits", "100 steps: ", "bound by compute"):  # fmt: skip
+    for text in ("8,030,261,248 frozen weights, 41,943,040 trained", "engine    fsdp2: 8 processes hold the base each",
+                 "  the base                          14.96 GiB", ": fits", "100 steps: ", "bound by compute"):  # fmt: skip
         assert text in done.stdout, done.stdout
 
 

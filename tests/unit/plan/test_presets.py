@@ -150,13 +150,15 @@ def test_the_costs_of_the_8b_on_eight_gpus_by_hand() -> None:
     text = " ".join(text_of(PRESETS["3.1-8b-instruct_lora_8x80gb"]).replace("#", " ").split())
     trained = 32 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)  # r (in + out) of q o, k v, gate up down
     assert trained == 41_943_040
-    assert f"base {2 * 8_030_261_248 / 8 / 2**30:.2f}, adapters {4 * trained / 2**30:.2f}" in text
+    assert f"base {2 * 8_030_261_248 / 2**30:.2f}, adapters {4 * trained / 2**30:.2f}" in text
     assert f"AdamW {8 * trained / 2**30:.2f}" in text
     assert (
         f"Disk: {12 * trained / 1e6:.0f} MB per checkpoint" in text
         and f"the adapter {4 * trained / 1e6:.0f} MB" in text
     )
-    assert "sharded over 8 GPUs, 2.0 GB on each" in text
+    assert "whole on each of 8 GPUs, which exchange only the adapters' gradients" in text
+    sharded = " ".join(text_of(PRESETS["3.1-70b-instruct_lora_8x80gb"]).replace("#", " ").split())
+    assert f"sharded over 8 GPUs, {2 * 70_553_706_496 / 8 / 1e9:.1f} GB on each" in sharded
 
 
 def test_the_bytes_of_the_8b_in_nf4_by_hand() -> None:
