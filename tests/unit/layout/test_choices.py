@@ -185,6 +185,7 @@ def test_auto_recomputes_no_layer_more_for_a_whole_base() -> None:
 def test_auto_shards_what_is_set_to_be_elsewhere(parallel, because) -> None:
     layout = setup_by_auto(device_gib=80, parallel=parallel).layout
     assert layout.base_shard in ("node", "world") and layout.reasons[1].endswith(because)
+    assert layout.reasons[0] in ("engine    fsdp2: 4 processes share the base", "engine    zero3: as set")
 
 
 def test_auto_shards_on_cpus_however_much_memory_there_is() -> None:
