@@ -124,7 +124,7 @@ def test_the_whole_base_is_on_each_gpu_as_set_and_its_adapters_too() -> None:
     assert chosen(16, 8, base_shard="gpu", offload="optimizer").optimizer_on_host
     assert chosen(1, 1, base_shard="gpu").engine == "none"
     alone = chosen(1, 1, base_shard="gpu", offload="base")  # one process holds it in any case, here on the host
-    assert (alone.engine, alone.base_shard, alone.base_on_host) == ("fsdp2", "node", True)
+    assert (alone.engine, alone.base_shard, alone.base_on_host) == ("none", "node", True)
     assert not chosen(8, 8).has_whole_base and chosen(1, 1).has_whole_base
 
 
