@@ -12,7 +12,7 @@ _TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels can't run on a CUDA device in a dtype; None if they can. Imports Triton, which takes a second."""
+    """Why the kernels can't run on a CUDA device in a dtype; None if they can: one was compiled and has run. Takes a second or two."""
     if torch.version.cuda is None:
         return "they are made for NVIDIA's GPUs"
     capability = torch.cuda.get_device_capability(device)
@@ -23,7 +23,9 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if find_spec("triton") is None:
         return "Triton isn't installed"
     try:
-        importlib.import_module("dist_lora.base.kernels.compiled")
-    except Exception as caught:  # a broken installation raises anything; the run can do without
-        return f"Triton can't be loaded: {type(caught).__name__}: {caught}"
+        compiled = importlib.import_module("dist_lora.base.kernels.compiled")
+        with torch.cuda.device(device):
+            compiled.silu_times(*torch.zeros(2, 1, 1, dtype=dtype, device=device))
+    except Exception as caught:  # anything: it needs a C compiler, a cache that can be written, a fitting driver
+        return f"Triton can't run: {type(caught).__name__}: {caught}"
     return None

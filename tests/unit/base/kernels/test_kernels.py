@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,12 +153,18 @@ def test_kernels_are_refused_by_name_where_they_cannot_run(monkeypatch: pytest.M
     monkeypatch.setattr(support, "find_spec", lambda name: None)
     assert reason((9, 0)) == "Triton isn't installed"
     monkeypatch.setattr(support, "find_spec", lambda name: "there")
-    loaded = []
-    monkeypatch.setattr(support.importlib, "import_module", loaded.append)
-    assert reason((9, 0)) is None and loaded == ["dist_lora.base.kernels.compiled"]
+    asked: list[str] = []
+    given: list[Tensor] = []
+    module = SimpleNamespace(silu_times=lambda *tensors: given.extend(tensors))
+    monkeypatch.setattr(support.importlib, "import_module", lambda name: (asked.append(name), module)[1])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device, **settings: zeros(*shape, **settings))
+    assert reason((9, 0)) is None
+    assert asked == ["dist_lora.base.kernels.compiled"] and [tensor.dtype for tensor in given] == [torch.bfloat16] * 2
 
-    def broken(name: str) -> None:
-        raise ImportError("libcuda.so.1: cannot open shared object file")
+    def broken(*tensors: Tensor) -> None:
+        raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(support.importlib, "import_module", broken)
-    assert reason((9, 0)) == "Triton can't be loaded: ImportError: libcuda.so.1: cannot open shared object file"
+    module.silu_times = broken
+    assert reason((9, 0)) == "Triton can't run: RuntimeError: Failed to find C compiler"
