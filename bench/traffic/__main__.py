@@ -113,10 +113,12 @@ def main() -> None:
         "--recompute", choices=RECOMPUTE, default="auto", help="of the step; a layer is shown with and without"
     )
     parser.add_argument("--gpus", type=int, default=default.gpus, help="over which the base is sharded")
+    parser.add_argument("--fused-kernels", choices=("auto", "none"), default=default.fused_kernels, help="of our own")
     given = parser.parse_args()
     case = Case(
-        given.model, given.quant, given.rank, given.sequences, given.tokens, RECOMPUTE[given.recompute], given.gpus
-    )
+        given.model, given.quant, given.rank, given.sequences, given.tokens, RECOMPUTE[given.recompute], given.gpus,
+        given.fused_kernels,
+    )  # fmt: skip
     try:
         print_layer(case)
         print_steps(GOALS if case == default else [case])

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+from dist_lora.base.kernels import rows_per_program
 
 # M rows, K inputs and N outputs of a product; T tokens, H heads and E width of a head in attention
 
@@ -136,8 +138,8 @@ def _fill(call: Call) -> list[Kernel]:
 
 
 def _copy(call: Call) -> list[Kernel]:
-    """``copy_``: the destination is not loaded."""
-    return [call.kernel("copies", load=[call.argument("src")])]
+    """``copy_``, of one tensor or of a list in one kernel: the destination is not loaded."""
+    return [call.kernel("copies", load=tensors_of(call.argument("src")))]
 
 
 def _pick(call: Call) -> list[Kernel]:
@@ -245,6 +247,46 @@ def _nf4(call: Call) -> list[Kernel]:
     return [call.kernel("dequantizing", load=[call.argument("codes"), call.argument("absmax")])]
 
 
+def _norm(call: Call) -> list[Kernel]:
+    """The weight is loaded once by each program, all else once."""
+    return [_with_weight(call, call.kernel("elementwise"), call.argument("weight"), is_backward=False)]
+
+
+def _norm_backward(call: Call) -> list[Kernel]:
+    """The gradient is overwritten; h, where it is wanted, is stored and not loaded."""
+    d_h, x, weight, inverse_rms, d_stream, h = map(
+        call.argument, ("d_h", "x", "weight", "inverse_rms", "d_stream", "h")
+    )
+    kernel = call.kernel(
+        "elementwise", load=tensors_of([d_h, x, weight, inverse_rms, d_stream]), store=tensors_of([d_h, h])
+    )
+    return [_with_weight(call, kernel, weight, is_backward=True)]
+
+
+def _with_weight(call: Call, kernel: Kernel, weight: Tensor, *, is_backward: bool) -> Kernel:
+    programs = -(-len(call.argument("x")) // rows_per_program(len(weight), is_backward=is_backward))
+    return replace(kernel, loaded_bytes=kernel.loaded_bytes + (programs - 1) * bytes_of(weight))
+
+
+def _silu_times_backward(call: Call) -> list[Kernel]:
+    """Gate and up are overwritten, and the gradient of h where that is wanted once more."""
+    d_h, gate, up, needs_h = map(call.argument, ("d_h", "gate", "up", "needs_h"))
+    return [call.kernel("elementwise", load=[d_h, gate, up], store=[gate, up, *([d_h] if needs_h else [])])]
+
+
+def _rotate(call: Call) -> list[Kernel]:
+    """Query and key are overwritten; a token's cosines and sines are loaded once for all heads."""
+    return [call.kernel("elementwise", store=[call.argument("query"), call.argument("key")])]
+
+
+def _cross_entropy(call: Call) -> list[Kernel]:
+    """Logits are loaded for the sum, and again for the gradient, which overwrites them; and each label's logit by itself."""
+    logits, labels, to_gradient = map(call.argument, ("logits", "labels", "to_gradient"))
+    whole, of_labels = bytes_of(logits), labels.numel() * logits.element_size()
+    loaded = (2 if to_gradient else 1) * whole + of_labels + bytes_of(labels)
+    return [Kernel(call.name, "elementwise", loaded, bytes_of(call.result) + (whole if to_gradient else 0))]
+
+
 # No kernel: memory is allocated, or seen otherwise.
 NOTHING = frozenset(
     {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "_unsafe_view", "detach_", "resize_", "set_", "_reshape_alias"}
@@ -264,7 +306,6 @@ _COPIES = (
     "flip",
     "roll",
     "contiguous",
-    "_foreach_copy_",
 )
 _FILLS = (
     "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "fill_", "zero_", "fill", "zero",
@@ -281,6 +322,7 @@ RULES: dict[str, Rule] = {
     **{f"aten::{name}": _part_of_zeros for name in ("slice_backward", "select_backward")},
     **{f"aten::{name}": _product for name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_")},
     "aten::copy_": _copy,
+    "aten::_foreach_copy_": _copy,
     "aten::logsumexp": _log_sum_exp,
     "aten::_fused_adamw_": _adamw,
     "torch_attn::_varlen_attn": _attention(2),
@@ -290,6 +332,13 @@ RULES: dict[str, Rule] = {
     "aten::_fused_rms_norm_backward": _one_pass("elementwise"),
     # Operators of ours: what their kernels load and store, whatever their inputs and results are.
     "dist_lora::dequantize_nf4": _nf4,
+    "dist_lora::norm": _norm,
+    "dist_lora::add_norm": _norm,
+    "dist_lora::norm_backward_": _norm_backward,
+    "dist_lora::silu_times": _one_pass("elementwise"),
+    "dist_lora::silu_times_backward_": _silu_times_backward,
+    "dist_lora::rotate_": _rotate,
+    "dist_lora::cross_entropy_": _cross_entropy,
 }
 # Operators of ours that are no kernel of their own: what they call is counted in their place, as the given kind.
 COMPOSED: dict[str, Kind] = {"dist_lora::dequantize_int8": "dequantizing"}

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dist_lora.base.before import FUSED_NORM_ON
+from dist_lora.base.kernels.plain import FUSED_NORM_ON
 
 # T rows, D width
 

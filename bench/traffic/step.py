@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -34,7 +34,7 @@ GPU = find_gpu("h100-80gb")
 class Case:
     """A run to count: one micro-batch of ``sequences`` full documents of ``length`` tokens per GPU and step.
 
-    ``recompute`` is ``train.activation_checkpointing``.
+    ``recompute`` is ``train.activation_checkpointing``, ``fused_kernels`` the setting of that name.
     """
 
     model: str = "3.1-8b"
@@ -44,6 +44,7 @@ class Case:
     length: int = 4096
     recompute: Any = "auto"
     gpus: int = 1
+    fused_kernels: Literal["auto", "none"] = "auto"
 
     @property
     def tokens(self) -> int:
@@ -74,6 +75,7 @@ class Case:
                     "global_batch": self.sequences * self.gpus,
                     "sequence_length": self.length,
                     "activation_checkpointing": self.recompute,
+                    "fused_kernels": self.fused_kernels,
                 },
             }
         )

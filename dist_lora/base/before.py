@@ -6,33 +6,44 @@ computed again where a gradient of A needs it, and no copy of it is kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dist_lora.base.kernels import operators, plain
+
 # T tokens, D width of the linears' input
 
-# Types of devices on which torch has a kernel for a norm's backward.
-FUSED_NORM_ON = {"cuda"}
+UseH = Callable[[Tensor], None]
+
+
+class Made(NamedTuple):
+    """What a ``Before`` makes of its inputs: ``h`` ``(T, D)``, the residual stream if it has one, what its backward needs."""
+
+    h: Tensor
+    stream: Tensor | None
+    saved: tuple[Tensor, ...]
 
 
 class Before(Protocol):
     """A function of tensors, with its derivative, that autograd doesn't see. A value without state."""
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """``h`` ``(T, D)`` of the inputs, and what else the backward needs."""
+    def __call__(self, *inputs: Tensor) -> Made:
+        """See ``Made``."""
         ...
 
-    def again(self, *saved: Tensor) -> Tensor:
-        """``h`` once more, of the inputs and what else was saved."""
-        ...
+    def backward(
+        self, d_h: Tensor, d_stream: Tensor | None, *saved: Tensor, use_h: UseH | None
+    ) -> tuple[Tensor | None, ...]:
+        """The gradient of each input, of those of ``h`` and of the stream. ``d_h`` may be overwritten.
 
-    def backward(self, d_h: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of each input, of that of ``h``, whose memory may be overwritten."""
+        Args:
+            use_h: called with ``h`` once more, which is gone when this returns.
+        """
         ...
 
 
@@ -40,75 +51,89 @@ class Before(Protocol):
 class Nothing:
     """``h`` is the one input."""
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def __call__(self, *inputs: Tensor) -> Made:
         """See ``Before``."""
-        return inputs[0], ()
+        return Made(inputs[0], None, inputs)
 
-    def again(self, *saved: Tensor) -> Tensor:
+    def backward(
+        self, d_h: Tensor, d_stream: Tensor | None, *saved: Tensor, use_h: UseH | None
+    ) -> tuple[Tensor | None, ...]:
         """See ``Before``."""
-        return saved[0]
-
-    def backward(self, d_h: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
-        """See ``Before``."""
+        if use_h is not None:
+            use_h(saved[0])
         return (d_h,)
 
 
 @dataclass(frozen=True)
 class Norm:
-    """Root-mean-square norm of ``x`` ``(T, D)`` with a frozen weight ``(D,)``, computed in fp32 at least.
+    """Root-mean-square norm with a frozen weight ``(D,)`` of the residual stream, which passes through.
 
-    Saved beside the inputs: 1 / rms of each row, ``(T, 1)``. Source: arXiv 1910.07467.
+    Of the stream ``x`` ``(T, D)`` and the weight. Saved are the stream and 1 / rms of each row, ``(T, 1)``: see ``plain.norm``.
+
+    Args:
+        adds: between these there is a third input, which is added to the stream first.
+        is_fused: by ``kernels.operators``.
     """
 
     eps: float
+    adds: bool = False
+    is_fused: bool = False
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """See ``Before``. In 16 bits the normed row is rounded before the weight is applied, as Llama was trained."""
-        x, weight = inputs
-        of_both = weight if _is_wide(x) else None
-        h, inverse_rms = torch.ops.aten._fused_rms_norm(x, weight.shape, of_both, self.eps)
-        return (h if _is_wide(x) else h.mul_(weight)), (inverse_rms,)
-
-    def again(self, *saved: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Made:
         """See ``Before``."""
-        return self(*saved[:2])[0]
+        stream, *delta, weight = inputs
+        if self.adds and self.is_fused:
+            stream, h, inverse_rms = operators.add_norm(stream, *delta, weight, self.eps)
+        else:
+            stream = stream + delta[0] if self.adds else stream
+            h, inverse_rms = (operators.norm if self.is_fused else plain.norm)(stream, weight, self.eps)
+        return Made(h, stream, (stream, weight, inverse_rms))
 
-    def backward(self, d_h: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
-        """See ``Before``: of ``x`` ``d_h w r - x r^3 mean(d_h w x)``, where ``r`` is 1 / rms."""
+    def backward(
+        self, d_h: Tensor, d_stream: Tensor | None, *saved: Tensor, use_h: UseH | None
+    ) -> tuple[Tensor | None, ...]:
+        """See ``Before``. The stream and what was added to it have the same gradient, one tensor."""
         x, weight, inverse_rms = saved
-        if x.device.type in FUSED_NORM_ON:
-            d_normed, scale = (d_h, weight) if _is_wide(x) else (d_h.mul_(weight), None)
-            backward = torch.ops.aten._fused_rms_norm_backward
-            return backward(d_normed, x, weight.shape, inverse_rms, scale, [True, False])[0], None
-        wide = x if _is_wide(x) else x.float()
-        d_x = d_h.mul_(weight) if _is_wide(x) else d_h.float().mul_(weight)
-        along = (d_x * wide).sum(-1, keepdim=True).mul_(inverse_rms.pow(3)).div_(-x.shape[-1])
-        return d_x.mul_(inverse_rms).addcmul_(wide, along).to(x.dtype), None
+        assert d_stream is not None
+        if self.is_fused:
+            h = None if use_h is None else torch.empty_like(x)
+            operators.norm_backward_(d_h, x, weight, inverse_rms, d_stream.contiguous(), h)
+            if use_h is not None and h is not None:
+                use_h(h)
+            return (d_h,) * (1 + self.adds) + (None,)
+        if use_h is not None:
+            use_h(plain.norm(x, weight, self.eps)[0])
+        d_x = plain.norm_backward(d_h, x, weight, inverse_rms).add_(d_stream)
+        return (d_x,) * (1 + self.adds) + (None,)
 
 
 @dataclass(frozen=True)
 class SiluTimes:
-    """``silu(gate) * up`` of gate and up, each ``(T, D)``. Source: SwiGLU, arXiv 2002.05202."""
+    """``silu(gate) * up`` of gate and up, each ``(T, D)``.
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    Args:
+        is_fused: by ``kernels.operators``, whose backward overwrites gate and up: nobody else may need them.
+    """
+
+    is_fused: bool = False
+
+    def __call__(self, *inputs: Tensor) -> Made:
         """See ``Before``."""
-        return self.again(*inputs), ()
+        return Made((operators.silu_times if self.is_fused else plain.silu_times)(*inputs), None, inputs)
 
-    def again(self, *saved: Tensor) -> Tensor:
+    def backward(
+        self, d_h: Tensor, d_stream: Tensor | None, *saved: Tensor, use_h: UseH | None
+    ) -> tuple[Tensor | None, ...]:
         """See ``Before``."""
-        gate, up = saved
-        return F.silu(gate).mul_(up)
-
-    def backward(self, d_h: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
-        """See ``Before``."""
-        gate, up = saved
-        d_up = F.silu(gate).mul_(d_h)
-        d_silu = d_h.mul_(up)
-        return torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=d_silu), d_up
-
-
-def _is_wide(x: Tensor) -> bool:
-    return x.dtype in (torch.float32, torch.float64)
+        gate, up = (tensor.detach() for tensor in saved)  # which become gradients, without a graph
+        if self.is_fused:
+            operators.silu_times_backward_(d_h, gate, up, use_h is not None)
+            if use_h is not None:
+                use_h(d_h)
+            return gate, up
+        if use_h is not None:
+            use_h(plain.silu_times(gate, up))
+        return plain.silu_times_backward(d_h, gate, up)
 
 
 class RMSNorm(nn.Module):
@@ -118,10 +143,15 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype), requires_grad=False)
         self.eps = eps
+        self.is_fused = False
+
+    def before(self, *, adds: bool = False) -> Norm:
+        """This norm as it is computed with the linears that follow."""
+        return Norm(self.eps, adds, self.is_fused)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(T, D)`` of ``x`` ``(T, D)``."""
-        h: Tensor = _Norm.apply(Norm(self.eps), x, self.weight)  # type: ignore[no-untyped-call]
+        h: Tensor = _Norm.apply(self.before(), x, self.weight)  # type: ignore[no-untyped-call]
         return h
 
 
@@ -130,13 +160,19 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, norm: Norm, x: Tensor, weight: Tensor) -> Tensor:
-        h, more = norm(x, weight)
+        made = norm(x, weight)
         ctx.norm = norm
-        ctx.save_for_backward(x, weight, *more)
-        return h
+        ctx.save_for_backward(*made.saved)
+        return made.h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_h: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse_rms = ctx.saved_tensors
+        if ctx.norm.is_fused:
+            d_x = d_h.clone(memory_format=torch.contiguous_format)  # may be another's, too
+            operators.norm_backward_(d_x, x, weight, inverse_rms, None, None)
+            return None, d_x, None
         # What is overwritten of it is ours: in 16 bits a copy in fp32.
-        return (None, *ctx.norm.backward(d_h.clone() if _is_wide(d_h) else d_h, *ctx.saved_tensors))
+        d_x = plain.norm_backward(d_h.clone() if plain.is_wide(d_h) else d_h, x, weight, inverse_rms)
+        return None, d_x, None

@@ -1,7 +1,8 @@
 """Frozen linears that share their input, with their LoRA adapters: ``y = h W^T + scale (h A^T) B^T`` for each.
 
 One autograd function computes a group (q, k, v; o; gate, up; down) and its whole backward. Saved are the tensors that
-``h`` is computed of, ``h A^T`` and weights; the gradient of ``h`` is added up in place, product by product.
+``h`` is computed of, ``h A^T`` and weights; the gradient of ``h`` is added up in place, product by product, and the residual
+stream passes through the function, so that its gradient is added to in the norm's own backward.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dist_lora.base.before import Before, Nothing
+from dist_lora.base.before import Before, Made, Nothing, UseH
 from dist_lora.base.quant.formats import Format
 from dist_lora.profile.parts import mark
 
@@ -67,7 +68,10 @@ class FrozenLinear(nn.Module):
 
 
 def linears_of(before: Before, inputs: tuple[Tensor, ...], linears: Sequence[FrozenLinear]) -> tuple[Tensor, ...]:
-    """``(T, D_out)`` of each linear; all have the input ``(T, D_in)`` that ``before`` makes of ``inputs``."""
+    """``(T, D_out)`` of each linear; all have the input ``(T, D_in)`` that ``before`` makes of ``inputs``.
+
+    Last the residual stream, where ``before`` has one.
+    """
     step: Callable[..., tuple[Tensor, ...]] = functools.partial(_step, before, linears)
     for linear in reversed(linears):
         if linear.adapter is not None:
@@ -80,12 +84,12 @@ def _step(before: Before, linears: Sequence[FrozenLinear], *inputs: Tensor) -> t
     adapters = [linear.adapter for linear in linears if linear.adapter is not None]
     parts = [linear.parts() for linear in linears]
     with torch.no_grad():
-        h, more = before(*inputs)
+        made = before(*inputs)
+        h = made.h.detach()
     outputs: tuple[Tensor, ...] = _Linears.apply(  # type: ignore[no-untyped-call]
         group,
-        h.detach(),
+        made._replace(h=h),
         *inputs,
-        *more,
         *(adapter.lora_A for adapter in adapters),
         *(adapter.lora_B for adapter in adapters),
         *(part for of_linear in parts for part in of_linear.values()),
@@ -93,7 +97,7 @@ def _step(before: Before, linears: Sequence[FrozenLinear], *inputs: Tensor) -> t
     # After the function has saved everything: a recomputation ends once the last tensor of its layer is saved, and so
     # never comes to the frozen product of the last linear, whose result no backward needs.
     with torch.no_grad():
-        for linear, of_linear, y in zip(linears, parts, outputs, strict=True):
+        for linear, of_linear, y in zip(linears, parts, outputs, strict=False):
             weight = _dense(linear.fmt, of_linear, h.dtype).t()
             with mark("frozen matmuls"):
                 if linear.adapter is None:
@@ -147,20 +151,15 @@ class _Group:
     def ranks(self) -> list[int]:
         return [spec.rank for _, spec in self.adapted]
 
-    def split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-        """Those that ``h`` is made of, those that are trained (each A, each B), and the parts of the weights."""
-        num_trained, num_parts = 2 * len(self.adapted), sum(len(spec.parts) for spec in self.linears)
-        first = len(tensors) - num_trained - num_parts
-        return tensors[:first], tensors[first : first + num_trained], tensors[first + num_trained :]
+    def split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Of the inputs and what follows: those that are trained (each A, each B), and the parts of the weights."""
+        num_trained = 2 * len(self.adapted)
+        tensors = tensors[self.num_inputs :]
+        return tensors[:num_trained], tensors[num_trained:]
 
     def cast(self, trained: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Each A and each B in ``dtype``: themselves, or copies one after the other in one tensor."""
-        if all(tensor.dtype == dtype for tensor in trained):
-            return tuple(trained)
-        flat = trained[0].new_empty(sum(tensor.numel() for tensor in trained), dtype=dtype)
-        for copy, tensor in zip(torch.split(flat, [tensor.numel() for tensor in trained]), trained, strict=True):
-            copy.copy_(tensor.reshape(-1))
-        return (flat,)
+        return tuple(trained) if all(tensor.dtype == dtype for tensor in trained) else (_flat(trained, dtype),)
 
     def stacked(self, cast: Sequence[Tensor], width: int) -> tuple[Tensor, list[Tensor]]:
         """All A as one ``(S, D_in)`` of ``width`` D_in, and each B ``(D_out, R)``."""
@@ -173,12 +172,20 @@ class _Group:
         return first.view(sum(ranks), width), [flat.view(shape) for flat, shape in zip(rest, shapes, strict=True)]
 
 
+def _flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """All numbers of some tensors in ``dtype``, one after the other: on a GPU in one kernel."""
+    flat = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors), dtype=dtype)
+    copies = torch.split(flat, [tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(copies, [tensor.reshape(-1) for tensor in tensors])
+    return flat
+
+
 class _Linears(torch.autograd.Function):
     """The adapters' part of each output, to which the frozen product is added after; and the backward of both."""
 
     @staticmethod
-    def forward(ctx: Any, group: _Group, h: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        of_h, trained, parts = group.split(tensors)
+    def forward(ctx: Any, group: _Group, made: Made, *tensors: Tensor) -> tuple[Tensor, ...]:
+        h, (trained, parts) = made.h, group.split(tensors)
         outputs = [h.new_empty(h.shape[0], spec.out_features) for spec in group.linears]
         needs_d_h = any(ctx.needs_input_grad[2 : 2 + group.num_inputs])
         saved: list[Tensor] = []
@@ -191,15 +198,19 @@ class _Linears(torch.autograd.Function):
                 for (place, spec), of_low, b in zip(group.adapted, columns, all_b, strict=True):
                     outputs[place].addmm_(of_low, b.t(), beta=0, alpha=spec.scale)
             saved = [low, *masks, *cast]
-            ctx.num_masks, ctx.num_cast = len(masks), len(cast)
+            ctx.num_masks, ctx.num_cast, ctx.width = len(masks), len(cast), h.shape[1]
             ctx.trained_dtype = trained[0].dtype
         # What h is made of is needed for its gradient; without one, h itself is less.
         ctx.group, ctx.before = group, group.before if needs_d_h else Nothing()
-        made_of = list(of_h) if needs_d_h else [h]
+        made_of = made.saved if needs_d_h else (h,)
         has_use = bool(group.adapted) or not isinstance(ctx.before, Nothing)
         ctx.num_made_of = len(made_of) if has_use else 0
         ctx.save_for_backward(*(made_of if has_use else ()), *saved, *(parts if needs_d_h else ()))
-        return tuple(outputs)
+        if made.stream is None:
+            return tuple(outputs)
+        if not needs_d_h:
+            ctx.mark_non_differentiable(made.stream)
+        return (*outputs, made.stream)
 
     @staticmethod
     @once_differentiable
@@ -208,26 +219,42 @@ class _Linears(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: a checkpoint refuses a second time
         made_of, rest = saved[: ctx.num_made_of], list(saved[ctx.num_made_of :])
         needs_d_h = any(ctx.needs_input_grad[2 : 2 + group.num_inputs])
+        d_outputs, d_stream = d_outputs[: len(group.linears)], (*d_outputs, None)[len(group.linears)]
+        d_inputs: tuple[Tensor | None, ...] = (None,) * group.num_inputs
         d_h: Tensor | None = None
-        d_trained: list[Tensor] = []
+        d_a: list[Tensor] = []
+        d_b: list[Tensor] = []
+        use_h: UseH | None = None
         if group.adapted:
             low, masks = rest[0], rest[1 : 1 + ctx.num_masks]
             cast, rest = rest[1 + ctx.num_masks :][: ctx.num_cast], rest[1 + ctx.num_masks + ctx.num_cast :]
-            h = ctx.before.again(*made_of)
             with mark("LoRA"):
-                all_a, all_b = group.stacked(cast, h.shape[1])
+                all_a, all_b = group.stacked(cast, ctx.width)
                 d_low, d_b = _through_b(group, d_outputs, low, all_b)
-                d_trained = [d.to(ctx.trained_dtype) for d in (*_gradients_of_a(group, d_low, h, masks), *d_b)]
-                del h
-                if needs_d_h:
-                    d_h = _through_a(group, d_low, all_a, masks)
+                d_h = _through_a(group, d_low, all_a, masks) if needs_d_h else None
+            use_h = functools.partial(_use_h, group, d_low, masks, d_a)
         if needs_d_h:
             d_h = _through_weights(group, d_outputs, rest, d_h)
-            d_inputs = ctx.before.backward(d_h, *made_of)
-        else:
-            d_inputs = (None,) * group.num_inputs
-        after = len(ctx.needs_input_grad) - 2 - len(d_inputs) - len(d_trained) - _num_parts(group)
-        return (None, None, *d_inputs, *(None,) * after, *d_trained, *(None,) * _num_parts(group))
+            # The last that is computed: h is there only while the gradients of A are.
+            d_inputs = ctx.before.backward(d_h, d_stream, *made_of, use_h=use_h)
+        elif use_h is not None:
+            use_h(made_of[0])
+        d_trained = _as_trained((*d_a, *d_b), ctx.trained_dtype) if group.adapted else []
+        return (None, None, *d_inputs, *d_trained, *(None,) * _num_parts(group))
+
+
+def _use_h(group: _Group, d_low: Tensor, masks: Sequence[Tensor], d_a: list[Tensor], h: Tensor) -> None:
+    """Appends the gradient of each A."""
+    with mark("LoRA"):
+        d_a += _gradients_of_a(group, d_low, h, masks)
+
+
+def _as_trained(gradients: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Gradients in the dtype of what is trained."""
+    if all(gradient.dtype == dtype for gradient in gradients):
+        return gradients
+    flat = torch.split(_flat(gradients, dtype), [gradient.numel() for gradient in gradients])
+    return [copy.view(gradient.shape) for copy, gradient in zip(flat, gradients, strict=True)]
 
 
 def _num_parts(group: _Group) -> int:

@@ -15,20 +15,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dist_lora.base.attention import Attention
-from dist_lora.base.before import Norm, RMSNorm, SiluTimes
+from dist_lora.base.before import RMSNorm, SiluTimes
+from dist_lora.base.kernels import operators, plain
 from dist_lora.base.linear import FrozenLinear, linears_of
 from dist_lora.base.quant.formats import Format, Plain
-from dist_lora.base.rope import inverse_frequencies, rotate, rotation
+from dist_lora.base.rope import inverse_frequencies, rotate_in_place, rotation
 from dist_lora.herd.shape import Shape, module_path
-from dist_lora.layout.memory import LOGITS_IN_FP32, fp32_rows_of_slice, rows_of_slice
+from dist_lora.layout.memory import fp32_rows_of_slice, rows_of_slice
 from dist_lora.profile.parts import layer as profiled_layer
 from dist_lora.profile.parts import mark
 
 # T tokens of a micro-batch, D model width, F feed-forward width, V vocabulary, K rows whose next token is predicted
 # H query heads, G key and value heads, E width of a head
-
-# Logits whose softmax is computed at once: on the CPU they stay in its caches, on a GPU largely in the second level.
-_LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**20, LOGITS_IN_FP32
 
 
 class SelfAttention(nn.Module):
@@ -42,16 +40,22 @@ class SelfAttention(nn.Module):
         self.k_proj = FrozenLinear(shape.hidden, shape.num_kv_heads * shape.head_dim, formats["k_proj"])
         self.v_proj = FrozenLinear(shape.hidden, shape.num_kv_heads * shape.head_dim, formats["v_proj"])
         self.o_proj = FrozenLinear(shape.num_heads * shape.head_dim, shape.hidden, formats["o_proj"])
+        self.is_fused = False
 
-    def forward(self, x: Tensor, norm: RMSNorm, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        """``(T, D)`` of ``x`` ``(T, D)``, which ``norm`` norms first."""
-        projected = linears_of(Norm(norm.eps), (x, norm.weight), [self.q_proj, self.k_proj, self.v_proj])
-        query, key, value = (heads.view(len(x), -1, self.head_dim) for heads in projected)
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
+    def forward(
+        self, x: Tensor, norm: RMSNorm, rotary: tuple[Tensor, Tensor], attention: Attention
+    ) -> tuple[Tensor, Tensor]:
+        """``(T, D)`` of ``x`` ``(T, D)``, which ``norm`` norms first; and ``x``, from which the residual stream goes on."""
+        linears = [self.q_proj, self.k_proj, self.v_proj]
+        query, key, value, x = linears_of(norm.before(), (x, norm.weight), linears)
+        if self.is_fused:
+            query, key = rotate_in_place(query, key, *rotary)
+        query, key, value = (heads.view(len(x), -1, self.head_dim) for heads in (query, key, value))
+        if not self.is_fused:
+            query, key = plain.rotate(query, *rotary), plain.rotate(key, *rotary)
         with mark("attention"):
             attended = attention(self.layer, query, key, value)
-        result: Tensor = self.o_proj(attended.flatten(-2))
-        return result
+        return self.o_proj(attended.flatten(-2)), x
 
 
 class FeedForward(nn.Module):
@@ -62,11 +66,12 @@ class FeedForward(nn.Module):
         self.gate_proj = FrozenLinear(shape.hidden, shape.ffn, formats["gate_proj"])
         self.up_proj = FrozenLinear(shape.hidden, shape.ffn, formats["up_proj"])
         self.down_proj = FrozenLinear(shape.ffn, shape.hidden, formats["down_proj"])
+        self.is_fused = False
 
-    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """``(T, D)`` of ``x`` ``(T, D)``, which ``norm`` norms first."""
-        gate_and_up = linears_of(Norm(norm.eps), (x, norm.weight), [self.gate_proj, self.up_proj])
-        return linears_of(SiluTimes(), gate_and_up, [self.down_proj])[0]
+    def forward(self, x: Tensor, delta: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """``(T, D)`` of ``x + delta`` ``(T, D)``, which ``norm`` norms first; and that sum, the residual stream."""
+        gate, up, x = linears_of(norm.before(adds=True), (x, delta, norm.weight), [self.gate_proj, self.up_proj])
+        return linears_of(SiluTimes(self.is_fused), (gate, up), [self.down_proj])[0], x
 
 
 class Block(nn.Module):
@@ -95,8 +100,9 @@ class Block(nn.Module):
 
     def _layer(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         with profiled_layer():
-            x = x + self.self_attn(x, self.input_layernorm, rotary, attention)
-            result: Tensor = x + self.mlp(x, self.post_attention_layernorm)
+            delta, x = self.self_attn(x, self.input_layernorm, rotary, attention)
+            delta, x = self.mlp(x, delta, self.post_attention_layernorm)
+            result: Tensor = x + delta
         return result
 
 
@@ -119,13 +125,14 @@ class Head(nn.Module):
     def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape.vocab, shape.hidden, dtype=dtype), requires_grad=False)
+        self.is_fused = False
 
     def forward(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
         """Sum of the cross entropy of ``hidden`` ``(K, D)`` over ``labels`` ``(K,)``, an fp32 scalar; or logits."""
         if labels is None:
             return F.linear(hidden, self.weight).float()
         with mark("loss"):
-            loss: Tensor = SumOfCrossEntropy.apply(hidden, self.weight, labels)  # type: ignore[no-untyped-call]
+            loss: Tensor = SumOfCrossEntropy.apply(hidden, self.weight, labels, self.is_fused)  # type: ignore[no-untyped-call]
         return loss
 
 
@@ -137,65 +144,34 @@ class SumOfCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, is_fused: bool = False) -> Tensor:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         vocab = weight.shape[0]
         rows = min(len(hidden), rows_of_slice(vocab, item_bytes=hidden.element_size()))
         memory = hidden.new_empty((rows, vocab))
-        is_fp32 = hidden.dtype == torch.float32
-        in_fp32 = (
-            None if is_fp32 else memory.new_empty((min(rows, fp32_rows_of_slice(vocab)), vocab), dtype=torch.float32)
-        )
+        in_fp32: Tensor | None = None
+        if hidden.dtype != torch.float32 and not is_fused:
+            in_fp32 = memory.new_empty((min(rows, fp32_rows_of_slice(vocab)), vocab), dtype=torch.float32)
+        to_gradient = gradient is not None
         for first in range(0, len(hidden), max(1, rows)):
             part = slice(first, first + rows)
             logits = torch.mm(hidden[part], weight.T, out=memory[: len(hidden[part])])
-            total += _cross_entropies(
-                logits, labels[part, None], in_fp32=in_fp32, to_gradient=gradient is not None
-            ).sum()
+            if is_fused:
+                losses = operators.cross_entropy_(logits, labels[part, None], to_gradient)
+            else:
+                losses = plain.cross_entropies(logits, labels[part, None], in_fp32=in_fp32, to_gradient=to_gradient)
+            total += losses.sum()
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         # By a matrix of one fp32 number: a scalar takes the gradient's dtype, and in 16 bits it is off by up to 0.2 %.
-        return torch.mul(gradient, d_total.view(1, 1), out=torch.empty_like(gradient)), None, None
-
-
-def _cross_entropies(logits: Tensor, labels: Tensor, *, in_fp32: Tensor | None, to_gradient: bool) -> Tensor:
-    """Cross entropies ``(K, 1)`` in fp32 of logits ``(K, V)``, whose memory then holds no logits any more.
-
-    With ``to_gradient`` it holds the gradient of their sum, ``softmax(logits)``, less one at each label. Five passes over some
-    rows at a time, in fp32; what is rounded to 16 bits is only the logits and the result.
-
-    Args:
-        labels: ``(K, 1)``.
-        in_fp32: ``(rows, V)``, memory for as many rows in fp32; None where the logits are in fp32 themselves.
-    """
-    of_label = logits.gather(-1, labels).float()
-    largest, sums = torch.empty_like(of_label), torch.empty_like(of_label)
-    if in_fp32 is not None:
-        step = len(in_fp32)
-    else:
-        at_once = _LOGITS_ON_CPU if logits.device.type == "cpu" else _LOGITS_ON_GPU
-        step = max(1, at_once // logits.shape[1])
-    for first in range(0, len(logits), step):
-        part = slice(first, first + step)
-        rows = logits[part]
-        values = rows if in_fp32 is None else in_fp32[: len(rows)]
-        largest[part] = rows.amax(-1, keepdim=True)
-        torch.sub(rows, largest[part], out=values)
-        torch.sum(values.exp_(), -1, keepdim=True, out=sums[part])
-        if to_gradient:
-            torch.mul(values, sums[part].reciprocal(), out=rows)
-    losses = largest + sums.log() - of_label
-    if to_gradient:
-        # From the loss, as exactly as it is: a label's probability near 1 in 16 bits would leave nothing of the difference.
-        logits.scatter_(-1, labels, torch.expm1(-losses).to(logits.dtype))
-    return losses
+        return torch.mul(gradient, d_total.view(1, 1), out=torch.empty_like(gradient)), None, None, None
 
 
 class Llama(nn.Module):
@@ -244,6 +220,12 @@ class Llama(nn.Module):
         hidden = self.model.norm(x.index_select(0, rows))
         result: Tensor = self.lm_head(hidden, labels)
         return result
+
+    def fuse_elementwise(self) -> None:
+        """Have norms, the rotary embedding, SiLU and the loss computed by ``kernels.operators`` from here on."""
+        for module in self.modules():
+            if isinstance(module, RMSNorm | SelfAttention | FeedForward | Head):
+                module.is_fused = True
 
     def blocks(self) -> list[Block]:
         """The layers, first to last."""

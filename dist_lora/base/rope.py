@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from dist_lora.base.kernels import operators
 from dist_lora.errors import WeightsError
 from dist_lora.herd.shape import Shape
 
-# T tokens, H heads, E width of a head
+# T tokens, H query heads, G key heads, E width of a head
 
 
 def inverse_frequencies(shape: Shape) -> Tensor:
@@ -65,7 +68,26 @@ def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tupl
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads ``(T, H, E)`` rotated by their positions' angles, in Hugging Face's layout (halves, not pairs)."""
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+def rotate_in_place(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Query ``(T, H * E)`` and key ``(T, G * E)`` rotated as ``kernels.plain.rotate`` does, in their own memory.
+
+    So do their gradients: nobody else may need these, nor may query and key have the same.
+    """
+    rotated: tuple[Tensor, Tensor] = _Rotated.apply(query, key, cos, sin)  # type: ignore[no-untyped-call]
+    return rotated
+
+
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        operators.rotate_(query, key, cos, sin, False)
+        ctx.mark_dirty(query, key)
+        ctx.save_for_backward(cos, sin)
+        return query, key
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_query: Tensor, d_key: Tensor) -> tuple[Tensor | None, ...]:
+        d_query, d_key = d_query.contiguous(), d_key.contiguous()
+        operators.rotate_(d_query, d_key, *ctx.saved_tensors, True)
+        return d_query, d_key, None, None

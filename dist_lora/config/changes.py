@@ -22,7 +22,7 @@ RULES = (
     Rule(("run", "runs_dir", "log", "checkpoint", "data.cache_dir"), "free", "locations and logging"),
     Rule(("machine",), "free", "describes the machines; training doesn't use it"),
     Rule(
-        ("parallel", "train.micro_batch", "train.activation_checkpointing", "train.deterministic", "model.attention"),
+        ("parallel", "train.micro_batch", "train.activation_checkpointing", "train.fused_kernels", "train.deterministic", "model.attention"),
         "free",
         "how the work is distributed: engine, ranks, nodes, offload. Global batches and losses (to 1e-5) stay the same",
     ),

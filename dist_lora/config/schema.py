@@ -418,6 +418,10 @@ class TrainSection(Section):
         default="auto",
         description="Layers that recompute their activations in the backward pass: less memory, more time. auto takes as few as fit.",
     )
+    fused_kernels: Literal["auto", "none"] = Field(
+        default="auto",
+        description="On GPUs, compute norms, RoPE, SwiGLU and the loss by our Triton kernels, in few passes over memory; none takes torch's.",
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the adapters, dropout and the order of the samples.")
     deterministic: bool = Field(
         default=False,

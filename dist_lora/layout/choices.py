@@ -57,12 +57,14 @@ class Choices:
 
     Args:
         dtype: of the base, where it is not quantized, and of the computation.
+        fused_kernels: elementwise work runs in kernels of our own (``base/kernels``), where the GPU's build of torch can.
         recomputed: the layers whose activations are recomputed in the backward pass, see ``choose_recomputed``.
         reasons: one line per choice.
     """
 
     dtype: DtypeName
     attention: AttentionName
+    fused_kernels: bool
     recomputed: range
     layout: Layout
     reasons: tuple[str, ...]
@@ -108,12 +110,14 @@ def choose(
         device_bytes=device_bytes,
         whole_base=whole_base,
     )
+    fused_kernels, why_kernels = choose_kernels(config.train.fused_kernels, on_gpu=on_gpu)
     reasons = (
         *layout.reasons,
         f"dtype     {dtype}: {why_dtype}",
         f"attention {attention}: {why_attention}",
+        f"kernels   {'fused' if fused_kernels else 'plain'}: {why_kernels}",
     )
-    return Choices(dtype, attention, range(0), layout, reasons)
+    return Choices(dtype, attention, fused_kernels, range(0), layout, reasons)
 
 
 def choose_dtype(
@@ -157,6 +161,13 @@ def choose_attention(
     if on_gpu:
         return "varlen", "flash attention over all documents of a micro-batch at once"
     return "sdpa", "flash attention needs a GPU"
+
+
+def choose_kernels(wanted: Literal["auto", "none"], *, on_gpu: bool) -> tuple[bool, str]:
+    """``train.fused_kernels`` resolved: whether norms, RoPE, SwiGLU and the loss run in kernels of our own; with the reason."""
+    if not on_gpu:
+        return False, "the fused ones need a GPU"
+    return (False, "as set") if wanted == "none" else (True, "norms, RoPE, SwiGLU and loss by Triton, on a GPU")
 
 
 def choose_recomputed(

@@ -333,9 +333,9 @@ def logit_rows(setup: Setup) -> int:
 
 
 def logits_bytes(setup: Setup) -> int:
-    """Bytes of logits: a slice, and in 16 bits some of its rows in fp32 too. All slices have the same memory."""
+    """Bytes of logits: a slice, and in 16 bits without fused kernels some of its rows in fp32. All slices have the same memory."""
     vocab, rows = setup.shape.vocab, logit_rows(setup)
-    in_fp32 = 0 if setup.item_bytes == FP32 else min(rows, fp32_rows_of_slice(vocab))
+    in_fp32 = 0 if setup.item_bytes == FP32 or setup.choices.fused_kernels else min(rows, fp32_rows_of_slice(vocab))
     return vocab * (rows * setup.item_bytes + in_fp32 * FP32)
 
 
@@ -475,16 +475,19 @@ def moments_of(setup: Setup) -> list[_Moment]:
     kept = kept_before(shape.num_layers)
     last_norm = stream + setup.micro_tokens * FP32
     in_fp32 = setup.micro_tokens * shape.hidden * FP32
-    gradients = wide + max(wide, dequantized_bytes(setup))  # of gate and up, or of down's input beside its weight
+    is_fused = setup.choices.fused_kernels
+    # Of down's input beside its weight, or of gate and up: fused, these lie where gate and up were.
+    gradients = wide + max(0 if is_fused else wide, dequantized_bytes(setup))
     of_last = made_again(last) if last in setup.recomputed else 0
-    at_end = stream + (2 * in_fp32 if setup.layout.engine == "zero3" else stream)
+    at_end = stream + (2 * in_fp32 if setup.layout.engine == "zero3" and not is_fused else stream)
+    of_norm = 3 * (stream if is_fused else in_fp32)  # the gradients of what it gives, of what it takes, and of all rows
     moments = [
         _Moment("at the embedding", gathered.at_embedding, 0, 0, stream),
         _Moment("in the first layer", gathered.in_first_layer, 0, 0, stream),
         _Moment("at the end of the forward", gathered.at_end_of_forward, kept + last_norm, 0, at_end),
         _Moment("at the loss", gathered.at_loss, kept + last_norm + stream, logits_bytes(setup), 2 * stream),
         _Moment(
-            "in the backward of the last norm", gathered.in_backward_of_norm, kept + last_norm, 0, 3 * in_fp32 + stream
+            "in the backward of the last norm", gathered.in_backward_of_norm, kept + last_norm, 0, of_norm + stream
         ),
         _Moment("in the backward of the last layer", gathered.in_backward, kept + of_last, 0, gradients + stream),
     ]

@@ -6,7 +6,14 @@ import math
 from dataclasses import dataclass
 
 from dist_lora.herd.shape import Shape
-from dist_lora.layout.memory import LOGITS_IN_FP32, Setup, base_bytes_on_host, block_bytes, logit_rows
+from dist_lora.layout.memory import (
+    LOGITS_IN_FP32,
+    Setup,
+    base_bytes_on_host,
+    block_bytes,
+    logit_rows,
+    logits_bytes,
+)
 from dist_lora.layout.storage import FP32, quantized_share
 from dist_lora.plan.hardware import REACHED_COMPUTE, REACHED_LINK, REACHED_MEMORY, Gpu
 from dist_lora.plan.measured import Measured, Range
@@ -255,27 +262,33 @@ def _attention(setup: Setup, measured: Measured, context: int) -> _Seconds:
 def _elementwise(setup: Setup, measured: Measured) -> _Seconds:
     """A layer's forward: numbers read and written per token, in the letters of ``layout.memory``.
 
-    Both norms (6 D each) and both residual sums (3 D each), RoPE of queries and keys (9 each of H E and G E), silu and the
+    Fused, the backward takes less than twice as many: the first norm (2 D), the second with the sum before it (4 D), the last
+    sum (3 D), RoPE in place (2 each of H E and G E), silu times up (3 F). Otherwise both norms (6 D each) and both residual sums (3 D each), RoPE of queries and keys (9 each of H E and G E), silu and the
     product with up (5 F), and per adapter the sum of both gradients of its input (3 times its width, of which half is counted
     here, since the backward counts twice).
     """
     shape, c = setup.shape, setup.item_bytes
+    widest = setup.micro_tokens * shape.ffn * c
+    if setup.choices.fused_kernels:
+        fused = 9 * shape.hidden + 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim + 3 * shape.ffn
+        return _at(setup.micro_tokens * fused * c, measured.elementwise_bytes_per_s(widest))
     numbers: float = 18 * shape.hidden + 9 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim + 5 * shape.ffn
     numbers += sum(1.5 * shape.linear_shapes()[name][1] for name in setup.targets)
-    widest = setup.micro_tokens * shape.ffn * c
     return _at(setup.micro_tokens * numbers * c, measured.elementwise_bytes_per_s(widest))
 
 
 def _loss(setup: Setup, measured: Measured) -> _Seconds:
-    """The head's two matmuls, in slices, and five passes over the logits, of which some rows at a time are in fp32.
+    """The head's two matmuls, in slices, and two passes over the logits, or five, of which some rows at a time are in fp32.
 
-    Largest (read), difference and ``exp`` (read and written), sum (read), product with its reciprocal (read and written).
+    Fused: read, and read and written. Otherwise largest (read), difference and ``exp`` (read and written), sum (read), product with its reciprocal (read and written).
     """
     shape, c = setup.shape, setup.item_bytes
     flops = 2 * 2 * setup.micro_tokens * shape.hidden * shape.vocab
     products = _at(flops, measured.product_flops_per_s(logit_rows(setup), shape.hidden, shape.vocab))
-    bytes_per_logit = c + (c + FP32) + 2 * FP32 + FP32 + (FP32 + c)
-    rate = measured.elementwise_bytes_per_s(FP32 * LOGITS_IN_FP32)
+    bytes_per_logit, at_once = c + (c + FP32) + 2 * FP32 + FP32 + (FP32 + c), FP32 * LOGITS_IN_FP32
+    if setup.choices.fused_kernels:
+        bytes_per_logit, at_once = 3 * c, logits_bytes(setup)
+    rate = measured.elementwise_bytes_per_s(at_once)
     return products + _at(bytes_per_logit * setup.micro_tokens * shape.vocab, rate)
 
 

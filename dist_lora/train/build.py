@@ -21,6 +21,7 @@ from dist_lora.base.checksum import check_untouched, checksums
 from dist_lora.base.flash import activate_flash
 from dist_lora.base.hub import fetch_model
 from dist_lora.base.index import WeightIndex, open_index
+from dist_lora.base.kernels.support import why_not
 from dist_lora.base.llama import Llama, build_on_meta
 from dist_lora.base.model_folder import QUANTIZED_FROM_FILE
 from dist_lora.base.quant.formats import format_of
@@ -278,10 +279,21 @@ def shard_model(
     tensors = attach_adapters(model, config.lora)
     for layer, block in enumerate(model.blocks()):
         block.recompute = layer in choices.recomputed
+    if choices.fused_kernels:
+        _fuse(model, dtype, world)
     world.progress.now("sharding the base", kind="unseen")  # may compile (DeepSpeed's kernels) and open a GPU
     engine = make_engine(choices.layout, world)
     precision = Precision(fmt, dtype, shape.unquantized if fmt.name != "none" else frozenset())
     return ShardedModel(model, tensors, engine, precision, choices, engine.shard(model))
+
+
+def _fuse(model: Llama, dtype: torch.dtype, world: World) -> None:
+    """Have the model use our kernels, or say why this GPU can't. Ranks needn't agree: the numbers are the same to rounding."""
+    reason = why_not(world.device, dtype) if world.device.type == "cuda" else None  # a simulated GPU can
+    if reason is None:
+        model.fuse_elementwise()
+    elif world.is_first:
+        log.warning(f"kernels   plain instead of fused: {reason}. The run is the same, and slower")
 
 
 def build(config: Config, base: Base, world: World) -> Trainee:

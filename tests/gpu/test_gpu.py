@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from bench import gpu as bench
 from dist_lora.base.attention import Documents
-from dist_lora.base.before import Norm
+from dist_lora.base.kernels import plain
 from dist_lora.base.linear import FrozenLinear
 from dist_lora.base.llama import SumOfCrossEntropy
 from dist_lora.base.quant.finite import NotFiniteError
@@ -289,13 +289,14 @@ def test_fp32_attention_with_grouped_heads_runs_in_the_memory_efficient_kernel_a
     assert torch.cuda.max_memory_allocated() - before < scores / 4
 
 
-def test_loss_and_gradient_over_llama_3s_vocabulary_are_those_of_float64() -> None:
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_loss_and_gradient_over_llama_3s_vocabulary_are_those_of_float64(is_fused: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(VOCAB, 256, generator=generator) * 0.1).cuda().bfloat16()
     hidden = torch.randn(600, 256, generator=generator).cuda().bfloat16()
     labels = torch.randint(0, VOCAB, (600,), generator=generator).cuda()
     ours = hidden.clone().requires_grad_()
-    loss = SumOfCrossEntropy.apply(ours, weight, labels)
+    loss = SumOfCrossEntropy.apply(ours, weight, labels, is_fused)
     (loss / 300).backward()  # a factor that bf16 rounds by 0.2 %
     wanted, gradient = exact_loss(hidden, weight, labels)
     # Logits are rounded to 8 bits, each by up to 2**-9 of itself, and of 600 rows' roundings little is left in the sum.
@@ -314,10 +315,9 @@ def test_the_backward_of_a_norm_is_float64s(dtype, bound) -> None:
     x.requires_grad_()
     F.rms_norm(x, weight.shape, weight, 1e-5).backward(d_h)
     on_gpu = [tensor.detach().to("cuda", dtype) for tensor in (x, weight, d_h)]
-    norm = Norm(1e-5)
-    (inverse_rms,) = norm(*on_gpu[:2])[1]
-    d_x, none = norm.backward(on_gpu[2], *on_gpu[:2], inverse_rms)
-    assert none is None and d_x is not None and d_x.dtype == dtype
+    inverse_rms = plain.norm(*on_gpu[:2], 1e-5)[1]
+    d_x = plain.norm_backward(on_gpu[2], *on_gpu[:2], inverse_rms)
+    assert d_x.dtype == dtype
     assert x.grad is not None
     assert (d_x.cpu().double() - x.grad).norm() < bound * x.grad.norm()
 

@@ -63,6 +63,7 @@ DOORS = {
     ),
     "deepspeed": ("engines.zero3",),
     "bitsandbytes": ("base.quant",),
+    "triton": ("base.kernels.compiled",),
     "matplotlib": ("simulation.timeline", "run_folder.report"),
 }
 # These run what they read, or let a file of the user's do so.

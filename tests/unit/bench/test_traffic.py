@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,9 @@ from bench.traffic.rates import seconds_of
 from bench.traffic.step import Case, count_step
 from bench.traffic.totals import StepTime, layer_sum, step_time
 from dist_lora.base.quant.nf4 import dequantize_nf4
+from dist_lora.plan import speed
+from dist_lora.plan.measured import AtSize
+from tests.unit.plan.test_measured import INSTANT
 
 M, K, N, R = 256, 64, 32, 4
 BF16, FP32 = 2, 4
@@ -305,3 +310,24 @@ def test_the_real_step_computes_the_products_that_the_shape_has(quant: str) -> N
         )
         == head
     )
+
+
+def test_a_layer_by_the_kernels_is_20_kernels_and_46_in_the_backward_and_the_plan_counts_their_bytes() -> None:
+    case = Case("3.2-1b", sequences=2, length=128, recompute=False)
+    counter = count_step(case, num_layers=3)
+    assert [layer_sum(counter, 1, phase).num_kernels for phase in ("forward", "backward")] == [20, 46]
+    setup = case.setup()
+    at_one_byte_per_s = replace(INSTANT, elementwise=(AtSize(1, (1.0, 1.0)),))
+    elementwise = layer_sum(counter, 1, "forward", "elementwise").num_bytes
+    # The plan leaves out a row's number of 1 / rms, and a norm's weight.
+    assert speed._elementwise(setup, at_one_byte_per_s).best == pytest.approx(elementwise, rel=0.02)
+    loss = [each.kernel for each in counter.kernels if each.kernel.name == "dist_lora::cross_entropy_"]
+    planned = speed._loss(setup, at_one_byte_per_s).best
+    assert planned == pytest.approx(sum(kernel.num_bytes for kernel in loss), rel=0.01)
+
+
+def test_without_the_kernels_the_same_layer_is_counted_in_torchs() -> None:
+    case = Case("3.2-1b", sequences=2, length=128, recompute=False, fused_kernels="none")
+    counter = count_step(case, num_layers=3)
+    assert not any(each.kernel.name.startswith("dist_lora::") for each in counter.kernels)
+    assert layer_sum(counter, 1, "forward").num_kernels > 30

@@ -17,6 +17,7 @@ from dist_lora.layout.choices import (
     choose,
     choose_attention,
     choose_dtype,
+    choose_kernels,
     choose_layout,
     choose_recomputed,
 )
@@ -234,7 +235,7 @@ def recompute_line(
     machine = {"num_nodes": 2, "gpus_per_node": 2, "device_bytes": int(device_gib * GIB)}
     setup = setup_of(config, MEMBERS["3.2-1b"].shape, **machine, on_gpu=on_gpu)
     assert [reason.split()[0] for reason in setup.choices.reasons] == [
-        "engine", "base", "adapters", "dtype", "attention", "recompute"
+        "engine", "base", "adapters", "dtype", "attention", "kernels", "recompute"
     ]  # fmt: skip
     # An auto that is resolved is the same as if it had been set.
     again = config.model_copy(
@@ -242,6 +243,12 @@ def recompute_line(
     )
     assert setup_of(again, MEMBERS["3.2-1b"].shape, **machine, on_gpu=on_gpu).recomputed == setup.recomputed
     return setup.choices.reasons[-1]
+
+
+def test_fused_kernels_are_taken_on_gpus_unless_set_otherwise() -> None:
+    assert choose_kernels("auto", on_gpu=True) == (True, "norms, RoPE, SwiGLU and loss by Triton, on a GPU")
+    assert choose_kernels("none", on_gpu=True) == (False, "as set")
+    assert choose_kernels("auto", on_gpu=False) == (False, "the fused ones need a GPU")
 
 
 @pytest.mark.parametrize(("setting", "on_gpu", "expected"), [
@@ -268,7 +275,7 @@ def test_auto_recomputes_the_fewest_layers_that_fit_in_nine_tenths_of_a_gpu() ->
     chosen, last, needed, one_less, more = (float(number) for number in found.groups())
     assert last == one_less == chosen - 1 and 0 < chosen < 16 and needed < 27 <= more
     assert re.fullmatch(
-        r"recompute 15 of 16 layers \(0-14\): a GPU can't need less than \S+ GiB, more than 7.20 GiB \(90% of a GPU\)",
+        r"recompute all 16 layers: a GPU can't need less than \S+ GiB, more than 7.20 GiB \(90% of a GPU\)",
         recompute_line("auto", device_gib=8),
     )
 
