@@ -168,6 +168,7 @@ CASES = [
     ("nf4", "2", {"offload": "all"}, False),
     ("none", "1", {"engine": "fsdp2"}, True),
     ("nf4", "2", {"adapters": "shard"}, False),
+    ("int8", "2 x 2", {"base_shard": "gpu"}, False),
 ]
 MORE_CASES = [
     ("nf4", "2", ZERO3, True),
