@@ -256,8 +256,10 @@ NOTES: dict[str, str] = {
     "logging_dir": "a run's folder is runs_dir/run",
     "val_size": "a fraction like 0.05, or a file",
     "val_set_size": "a fraction like 0.05, or a file",
-    "dp_shard_size": "node shards the base within each node, world over all GPUs",
-    "dp_replicate_size": "node shards the base within each node, world over all GPUs",
+    "dp_shard_size": "node shards the base within each node, world over all GPUs, gpu not at all",
+    "dp_replicate_size": "node shards the base within each node, world over all GPUs, gpu not at all",
+    "sharding_strategy": "NO_SHARD is gpu, HYBRID_SHARD node, FULL_SHARD world",
+    "fsdp_sharding_strategy": "NO_SHARD is gpu, HYBRID_SHARD node, FULL_SHARD world",
     "devices": "the number of local processes is the argument --nproc",
     "nproc_per_node": "the number of local processes is the argument --nproc",
 }

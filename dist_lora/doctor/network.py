@@ -157,7 +157,7 @@ def judge_links(rates: Sequence[AxisRate], pairs: Sequence[PairRate], *, has_gpu
             "note",
             "network",
             f"all-gather is {inside / between:.0f} times as fast within a node as between nodes",
-            "parallel.base_shard: node keeps the base off the network, if a node's GPUs can hold it.",
+            "parallel.base_shard: node keeps the base off the network, if a node's GPUs can hold it (gpu, if each can).",
         )
     if has_gpus and inside and inside < 2e9:
         answer.add(

@@ -33,7 +33,7 @@ _COLOURS: dict[Kind, str] = {
     "other": "#bab0ac",
 }
 _LABELS: dict[Kind, str] = {
-    "base shard": "base: this GPU's shard",
+    "base shard": "base: kept on this GPU",
     "adapters": "adapters",
     "optimizer": "AdamW's moments",
     "gradients": "gradients of the adapters",

@@ -132,15 +132,28 @@ def what_helps(config: Config, *, where: Where, phase: str, is_on_gpu: bool) -> 
         if train.activation_checkpointing != "all":
             changes.append(f"train.activation_checkpointing=all (is {train.activation_checkpointing})")
         changes.append(f"train.sequence_length={max(2, train.sequence_length // 2)} (is {train.sequence_length})")
+    base_shard, offload = config.parallel.base_shard, config.parallel.offload
+    if base_shard == "gpu":
+        changes.append("parallel.base_shard=node (is gpu)")
+    elif base_shard == "auto" and where == "device" and is_on_gpu and _may_be_whole(config):
+        changes.append("parallel.base_shard=node (is auto), if the base is whole on each GPU")
     if config.model.quant != "nf4":
         changes.append(f"model.quant=nf4 (is {config.model.quant})")
-    offload = config.parallel.offload
-    if where == "device" and offload != "all":
+    if where == "device" and base_shard == "gpu" and offload == "none":
+        changes.append("parallel.offload=optimizer (is none)")
+    elif where == "device" and base_shard != "gpu" and offload != "all":
         changes.append(f"parallel.offload={'base' if offload == 'none' else 'all'} (is {offload})")
     if where == "host" and is_on_gpu and offload != "none":
         changes.append(f"parallel.offload=none (is {offload}, which keeps it in the host's memory)")
     changes.append("more GPUs, so that each holds less" if where == "device" else "more nodes, so that each holds less")
     return changes
+
+
+def _may_be_whole(config: Config) -> bool:
+    """Whether ``base_shard: auto`` may keep the whole base on each GPU."""
+    section = config.parallel
+    is_elsewhere = section.offload in ("base", "all") or section.engine in ("none", "zero3")
+    return not is_elsewhere and section.adapters != "shard"
 
 
 # What the kernel counted

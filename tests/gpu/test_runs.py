@@ -90,12 +90,13 @@ def losses(folder: Path, run: str) -> list[float]:
 
 
 @two_gpus
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize(("engine", "base_shard"), [("fsdp2", "node"), ("fsdp2", "gpu"), ("zero3", "world")])
 @pytest.mark.parametrize("quant", ["none", "nf4"])
-def test_two_gpus_have_the_losses_of_one(tiny_llama, tmp_path, engine, quant) -> None:
+def test_two_gpus_have_the_losses_of_one(tiny_llama, tmp_path, engine, base_shard, quant) -> None:
     config = written(tmp_path, tiny_llama("llama31"), model={"dtype": "fp32", "quant": quant}, lora={"dropout": 0.0})
     one = dist_lora("train", config, "run=one", "--nproc", 1)
-    two = dist_lora("train", config, "run=two", f"parallel.engine={engine}", "--nproc", 2)
+    placed = f"parallel.engine={engine}", f"parallel.base_shard={base_shard}"
+    two = dist_lora("train", config, "run=two", *placed, "--nproc", 2)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     assert losses(tmp_path, "two") == pytest.approx(losses(tmp_path, "one"), rel=1e-3)
 

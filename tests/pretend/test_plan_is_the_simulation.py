@@ -212,10 +212,10 @@ def drawn(seed: int) -> Case:
             "node_size": draw([None, None, None, 1]),
         },
     }
-    if draw([False, False, False, True]):
-        settings["parallel"] |= {"base_shard": "gpu", "adapters": "auto", "offload": draw(["none", "optimizer"])}
     device: Literal["gpu", "cpu"] = draw(["gpu", "gpu", "cpu"])
     settings["lora"]["dropout"] = draw([0.0, 0.0, 0.1])
+    if draw([False, False, False, True]):
+        settings["parallel"] |= {"base_shard": "gpu", "adapters": "auto", "offload": draw(["none", "optimizer"])}
     return Case(draw(["3.2-1b", "3.1-8b", "3.1-70b", "3.1-405b"]), settings, num_nodes, gpus_per_node, device)
 
 

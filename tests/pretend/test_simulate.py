@@ -109,7 +109,7 @@ def test_the_timeline_is_written_as_numbers_and_as_a_picture_whose_texts_say_the
     peak = max(eight.timeline, key=lambda moment: moment.total_bytes)
     part = {"head": "loss", "recompute": "backward"}.get(peak.phase, peak.phase)
     assert f"peak {eight.peak_bytes / GIB:.2f} GiB, in the {part}" in texts
-    assert f"base: this GPU's shard: {eight.composition['base shard'] / GIB:.2f}" in texts
+    assert f"base: kept on this GPU: {eight.composition['base shard'] / GIB:.2f}" in texts
     assert any(
         "h100-80gb has 79.0 GiB (2.0 of it for CUDA, NCCL and fragmentation), far more" in text for text in texts
     )

@@ -166,6 +166,7 @@ CASES = [
     ("nf4", "2", {"offload": "all"}, False),
     ("nf4", "1", {"offload": "all"}, True),
     ("none", "1", {"engine": "fsdp2"}, True),
+    ("int8", "2 x 2", {"base_shard": "gpu"}, False),
 ]
 MORE_CASES = [
     *(("nf4", world, {}, False) for world in WORLDS),

@@ -119,8 +119,16 @@ def test_what_helps_comes_in_the_order_of_its_price_and_leaves_out_what_is_done(
         "train.micro_batch=2 (is 4)",
         "train.activation_checkpointing=all (is none)",
         "train.sequence_length=1024 (is 2048)",
+        "parallel.base_shard=node (is auto), if the base is whole on each GPU",
         "model.quant=nf4 (is none)",
         "parallel.offload=base (is none)",
+        "more GPUs, so that each holds less",
+    ]
+    whole = config_of(parallel={"base_shard": "gpu"})
+    assert what_helps(whole, where="device", phase="loading the base", is_on_gpu=True) == [
+        "parallel.base_shard=node (is gpu)",
+        "model.quant=nf4 (is none)",
+        "parallel.offload=optimizer (is none)",
         "more GPUs, so that each holds less",
     ]
     done = config_of(
