@@ -37,6 +37,7 @@ class Settings:
     model: Path
     turns: int
     threads: int
+    limit_s: float  # after which a row begins no further round
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def duel(row: Row, settings: Settings) -> list[str]:
             except Failed as failed:
                 lines.append(f"| {row.title} | {kind} | doesn't run: {str(failed).splitlines()[-1][:120]} | | | | | |")
         products = [begin("products", 1)] if row.has_products else []
-        in_turn([ours, *peers, *products], settings.turns)
+        in_turn([ours, *peers, *products], settings.turns, limit_s=settings.limit_s)
         share = f"{median(products[0], 'cpu_s') / median(ours, 'cpu_s'):.2f}" if products else ""
         for peer in peers:
             same = f"{largest_difference(ours, peer):.0e}"
@@ -132,7 +133,7 @@ def short_documents(settings: Settings) -> list[str]:
             )
             for work in works
         )
-        in_turn([many, one], settings.turns)
+        in_turn([many, one], settings.turns, limit_s=settings.limit_s)
         return [
             f"| 50 documents of 41 tokens | one of 2,048, ours | {median(many, 'cpu_s'):.1f} and {median(one, 'cpu_s'):.1f} | "
             f"**{ratio(many, one, 'cpu_s'):.2f}** ({ratio(many, one, 'wall_s'):.2f}) | | | | at least 0.91 |"
@@ -157,11 +158,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "smollm2-135m-instruct")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--minutes", type=float, default=60, help="after which a row begins no further round")
     given = parser.parse_args()
     unknown = set(given.rows) - {*ROWS, *apart}
     if unknown:
         parser.error(f"no such row: {' '.join(sorted(unknown))}")
-    settings = Settings(given.gsm8k, given.model.resolve(), given.turns, given.threads)
+    settings = Settings(given.gsm8k, given.model.resolve(), given.turns, given.threads, 60 * given.minutes)
     wanted = [name for name in (*ROWS, *apart) if not given.rows or name in given.rows]
     if set(wanted) != {"scaling"}:
         print(HEAD, flush=True)

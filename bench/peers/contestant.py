@@ -142,9 +142,15 @@ def _as_rank(rank: int, ranks: int, folder: Path) -> dict[str, str]:
     }
 
 
-def in_turn(contestants: list[Contestant], num_turns: int) -> None:
-    """Each takes a step that isn't counted, then ``num_turns``, one after the other (A B C, A B C, ...)."""
-    for _ in range(num_turns + 1):
+def in_turn(contestants: list[Contestant], num_turns: int, *, limit_s: float) -> None:
+    """Each takes a step that isn't counted, then ``num_turns``, one after the other (A B C, A B C, ...).
+
+    After ``limit_s`` no further round begins, but one is always counted.
+    """
+    started_s = time.monotonic()
+    for counted in range(num_turns + 1):
+        if counted > 1 and time.monotonic() - started_s > limit_s:
+            return
         for contestant in contestants:
             contestant.step()
 

@@ -51,7 +51,7 @@ def scaling(settings: Settings) -> list[str]:
                 job = work.prepare(gsm8k=settings.gsm8k, model=settings.model, folder=Path(name) / folder)
                 pair.append(running.enter_context(Contestant("ours", job, work.ranks, settings.threads)))
                 flops.append(flops_of(job))
-            in_turn(pair, settings.turns)
+            in_turn(pair, settings.turns, limit_s=settings.limit_s)
             times = median(pair[1], "cpu_s") / median(pair[0], "cpu_s")
             lines.append(f"| {title} | x {flops[1] / flops[0]:.2f} | x {times:.2f} |")
     return lines
