@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_lora.base.tiled import tiled_attention
 from dist_lora.layout.choices import AttentionName
 
 # T tokens of all documents, H query heads, G key and value heads (H is a multiple of G), E width of a head
@@ -32,7 +33,7 @@ class Documents:
 
     ``bounds`` are the documents' first tokens and, last, the number of tokens: ``(0, 5, 12)`` is two documents
     of 5 and 7 tokens. Backends: ``sdpa`` computes document by document, and so does ``sdpa-repeated``, which gives each
-    query head its own copy of key and value; ``varlen`` all at once by a flash kernel (CUDA, 16 bits); ``eager``
+    query head its own copy of key and value, and ``tiled`` by matrix products (see ``tiled.py``); ``varlen`` all at once by a flash kernel (CUDA, 16 bits); ``eager``
     materializes the ``(T, T)`` matrix and is for comparison only.
 
     ``starts`` are the same bounds as an int32 tensor on the device. Without it they are copied there once, when ``varlen`` or
@@ -49,6 +50,8 @@ class Documents:
             return self._varlen(query, key, value)
         if self.backend == "eager":
             return self._eager(query, key, value)
+        if self.backend == "tiled":
+            return tiled_attention(self.bounds, query, key, value)
         if self.backend == "sdpa-repeated":
             key, value = _repeated(key, query), _repeated(value, query)
         # By split, whose backward is one concatenation: a slice's writes a zero for every other token of the stream.

@@ -19,7 +19,7 @@ from dist_lora.base.before import RMSNorm, SiluTimes
 from dist_lora.base.kernels import operators, plain
 from dist_lora.base.linear import FrozenLinear, linears_of
 from dist_lora.base.quant.formats import Format, Plain
-from dist_lora.base.rope import inverse_frequencies, rotate_in_place, rotation
+from dist_lora.base.rope import inverse_frequencies, rotate, rotate_in_place, rotation
 from dist_lora.herd.shape import Shape, module_path
 from dist_lora.layout.memory import fp32_rows_of_slice, rows_of_slice
 from dist_lora.profile.parts import layer as profiled_layer
@@ -52,7 +52,7 @@ class SelfAttention(nn.Module):
             query, key = rotate_in_place(query, key, *rotary)
         query, key, value = (heads.view(len(x), -1, self.head_dim) for heads in (query, key, value))
         if not self.is_fused:
-            query, key = plain.rotate(query, *rotary), plain.rotate(key, *rotary)
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
         with mark("attention"):
             attended = attention(self.layer, query, key, value)
         return self.o_proj(attended.flatten(-2)), x

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dist_lora.base.kernels import operators
+from dist_lora.base.kernels import operators, plain
 from dist_lora.errors import WeightsError
 from dist_lora.herd.shape import Shape
 
@@ -68,16 +68,47 @@ def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tupl
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads ``(T, H, E)`` rotated as ``kernels.plain.rotate`` does."""
+    if heads.device.type == "cpu" and heads.dtype == torch.float32:
+        rotated: Tensor = _Rotated.apply(heads, cos, sin)  # type: ignore[no-untyped-call]
+        return rotated
+    return plain.rotate(heads, cos, sin)
+
+
+class _Rotated(torch.autograd.Function):
+    """``rotate`` in four passes without temporaries; its backward rotates by the opposite angles, in four more."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(heads, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_rotated: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(d_rotated, cos, sin, -1), None, None
+
+
+def _turned(heads: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    rotated = heads.new_empty(heads.shape)
+    (first, second), (out_first, out_second) = heads.chunk(2, dim=-1), rotated.chunk(2, dim=-1)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin, value=sign)
+    return rotated
+
+
 def rotate_in_place(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Query ``(T, H * E)`` and key ``(T, G * E)`` rotated as ``kernels.plain.rotate`` does, in their own memory.
 
     So do their gradients: nobody else may need these, nor may query and key have the same.
     """
-    rotated: tuple[Tensor, Tensor] = _Rotated.apply(query, key, cos, sin)  # type: ignore[no-untyped-call]
+    rotated: tuple[Tensor, Tensor] = _RotatedInPlace.apply(query, key, cos, sin)  # type: ignore[no-untyped-call]
     return rotated
 
 
-class _Rotated(torch.autograd.Function):
+class _RotatedInPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         operators.rotate_(query, key, cos, sin, False)

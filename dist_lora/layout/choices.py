@@ -15,7 +15,7 @@ from dist_lora.text import count, ranges, size
 EngineName = Literal["none", "fsdp2", "zero3"]
 BaseShard = Literal["gpu", "node", "world"]
 DtypeName = Literal["bf16", "fp32"]
-AttentionName = Literal["sdpa", "sdpa-repeated", "varlen", "eager"]
+AttentionName = Literal["sdpa", "sdpa-repeated", "tiled", "varlen", "eager"]
 ITEM_BYTES: Mapping[DtypeName, int] = {"bf16": 2, "fp32": 4}
 
 BYTES_PER_TRAINED_WEIGHT = 16  # fp32: the weight, its gradient and AdamW's two moments
@@ -160,6 +160,8 @@ def choose_attention(
         return wanted, "as set"
     if on_gpu:
         return "varlen", "flash attention over all documents of a micro-batch at once"
+    if dtype == "fp32":
+        return "tiled", "matrix products of tiles: flash attention needs a GPU"
     return "sdpa", "flash attention needs a GPU"
 
 

@@ -285,11 +285,12 @@ def saved_bytes_of_layer(setup: Setup, layer: int) -> int:
     if begin <= 0:  # the first norm's input, or what it gives
         numbers += shape.hidden
         fp32_numbers += begin < 0
-        is_repeated = setup.choices.attention == "sdpa-repeated"
-        numbers += 2 * heads + 2 * (heads if is_repeated else shape.num_kv_heads * shape.head_dim)
-        fp32_numbers += shape.num_heads
-        # Concatenated, and in parts.
-        numbers += heads * (setup.joins_documents and "o_proj" in targets)
+        is_repeated, is_tiled = (setup.choices.attention == name for name in ("sdpa-repeated", "tiled"))
+        numbers += heads + 2 * (heads if is_repeated else shape.num_kv_heads * shape.head_dim)
+        # The kernel keeps its result, and so does o_proj's adapter: concatenated, where documents are.
+        has_own = is_tiled or setup.joins_documents
+        numbers += heads * (not is_tiled) + heads * (has_own and "o_proj" in targets)
+        fp32_numbers += 0 if is_tiled else shape.num_heads
     elif begin == 1:
         numbers += heads
     if begin <= 2:  # the second norm's input, or what it gives

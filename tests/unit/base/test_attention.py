@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dist_lora.base import tiled
 from dist_lora.base.attention import Documents
 from dist_lora.layout.choices import AttentionName
 
@@ -23,7 +24,7 @@ def heads(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return query, key, value
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "sdpa-repeated", "eager"])
+@pytest.mark.parametrize("backend", ["sdpa", "sdpa-repeated", "tiled", "eager"])
 def test_a_document_among_others_attends_as_it_does_alone(backend) -> None:
     query, key, value = heads(0)
     together = Documents(BOUNDS, backend)(0, query, key, value)
@@ -34,7 +35,7 @@ def test_a_document_among_others_attends_as_it_does_alone(backend) -> None:
         torch.testing.assert_close(together[a:b], alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "sdpa-repeated", "eager"])
+@pytest.mark.parametrize("backend", ["sdpa", "sdpa-repeated", "tiled", "eager"])
 def test_a_change_in_one_document_leaves_every_other_bit_where_it_was(backend) -> None:
     query, key, value = heads(0)
     before = Documents(BOUNDS, backend)(0, query, key, value)
@@ -53,9 +54,10 @@ def values_and_gradients(backend: AttentionName, dtype: torch.dtype) -> list[tor
     return [tensor.double() for tensor in (attended.detach(), *(tensor.grad for tensor in inputs))]
 
 
-def test_both_backends_agree_on_values_and_gradients() -> None:
+def test_all_backends_agree_on_values_and_gradients(monkeypatch) -> None:
+    monkeypatch.setattr(tiled, "_QUERIES", 8)  # the longest document has a whole tile and a half
     exact_values, *exact_gradients = values_and_gradients("sdpa", torch.float64)
-    for backend in ("sdpa", "sdpa-repeated", "eager"):
+    for backend in ("sdpa", "sdpa-repeated", "tiled", "eager"):
         values, *gradients = values_and_gradients(backend, torch.float32)
         torch.testing.assert_close(values, exact_values, atol=1e-5, rtol=0)
         for found, exact in zip(gradients, exact_gradients, strict=True):

@@ -10,7 +10,7 @@ import torch
 
 from dist_lora.base.attention import Documents
 from dist_lora.base.llama import build_on_meta, materialize
-from dist_lora.base.rope import check_frequencies, inverse_frequencies
+from dist_lora.base.rope import check_frequencies, inverse_frequencies, rotate, rotation
 from dist_lora.errors import WeightsError
 from dist_lora.herd.members import MEMBERS
 from tests.shapes import rope_parameters
@@ -91,3 +91,18 @@ def test_frequencies_in_another_type_stop_the_start() -> None:
     shape = SHAPES["3.1-8b"]
     with pytest.raises(WeightsError, match="bfloat16"):
         check_frequencies(inverse_frequencies(shape).bfloat16(), shape)
+
+
+def test_heads_and_their_gradients_are_those_of_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    heads, d_rotated = torch.randn(2, 7, 3, 16, generator=generator, dtype=torch.float64)
+    cos, sin = rotation(torch.arange(7), torch.rand(8, generator=generator), torch.float64)
+    found: dict[torch.dtype, list[torch.Tensor]] = {}
+    for dtype in (torch.float32, torch.float64):
+        leaf = heads.to(dtype).requires_grad_()
+        rotated = rotate(leaf, cos.to(dtype), sin.to(dtype))
+        rotated.backward(d_rotated.to(dtype))
+        assert leaf.grad is not None
+        found[dtype] = [rotated.detach().double(), leaf.grad.double()]
+    for single, exact in zip(*found.values(), strict=True):
+        torch.testing.assert_close(single, exact, atol=2e-6, rtol=0)  # each a sum of two products below 4

@@ -212,12 +212,14 @@ def test_auto_is_bf16_on_a_gpu_and_fp32_on_a_cpu() -> None:
         choose_dtype("bf16", on_gpu=True, has_bf16=False)
 
 
-def test_auto_takes_flash_on_a_gpu_in_16_bits_and_sdpa_elsewhere() -> None:
+def test_auto_takes_flash_on_a_gpu_in_16_bits_and_tiles_on_a_cpu_in_fp32() -> None:
     assert choose_attention("auto", dtype="bf16", on_gpu=True)[0] == "varlen"
     assert choose_attention("auto", dtype="fp32", on_gpu=True)[0] == "sdpa-repeated"
     assert choose_attention("sdpa", dtype="fp32", on_gpu=True)[0] == "sdpa-repeated"
     assert choose_attention("sdpa", dtype="bf16", on_gpu=True)[0] == "sdpa"
-    assert choose_attention("auto", dtype="fp32", on_gpu=False)[0] == "sdpa"
+    assert choose_attention("auto", dtype="fp32", on_gpu=False)[0] == "tiled"
+    assert choose_attention("sdpa", dtype="fp32", on_gpu=False) == ("sdpa", "as set")
+    assert choose_attention("auto", dtype="bf16", on_gpu=False)[0] == "sdpa"
     assert choose_attention("eager", dtype="bf16", on_gpu=True) == ("eager", "as set")
     for dtype, on_gpu, found in (("fp32", True, "fp32 on GPUs"), ("bf16", False, "bf16 on CPUs")):
         with pytest.raises(ConfigError, match=f"model.attention: varlen .* and this run computes in {found}. Set"):

@@ -115,14 +115,18 @@ def test_layers_without_adapters_recompute_only_the_frozen_products() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype, on_gpu",
+    [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)],
+    ids=("fp32", "fp32 on a CPU", "bf16"),
+)
 @pytest.mark.parametrize(
     "targets, layers",
     [("all", "all"), (["q_proj", "v_proj"], "all"), (["down_proj"], [1]), ("all", [1, 2]), (["o_proj", "up_proj"], "all"),
      (["gate_proj"], "all"), (["up_proj", "down_proj"], [0, 2]), (["gate_proj", "up_proj"], "all")],
     ids=str,
 )  # fmt: skip
-def test_what_a_layer_keeps_for_its_backward_is_what_autograd_saves(dtype, targets, layers, dropout) -> None:
+def test_what_a_layer_keeps_for_its_backward_is_what_autograd_saves(dtype, on_gpu, targets, layers, dropout) -> None:
     """Counted are storages: what two operators save together is one."""
     tokens = 100
     config = config_of(
@@ -130,7 +134,7 @@ def test_what_a_layer_keeps_for_its_backward_is_what_autograd_saves(dtype, targe
         train={"micro_batch": 1, "sequence_length": tokens, "activation_checkpointing": False},
         model={"name": "3.1-8b", "dtype": "fp32" if dtype == torch.float32 else "bf16"},
     )
-    setup = setup_for(config, TINY, gpus_per_node=1)
+    setup = setup_for(config, TINY, gpus_per_node=1, on_gpu=on_gpu)
     model = build_on_meta(TINY, dtype=dtype, fmt=format_of("none", dtype))
     attach_adapters(model, config.lora)
     materialize(model, torch.device("cpu"))

@@ -1,0 +1,178 @@
+"""dist_lora beside PEFT, torchtune and TRL on this machine's CPU, in turn, on the same tokens, with their losses compared.
+
+    bash launch/quickstart.sh                              # once: SmolLM2-135M
+    python -m bench.peers --gsm8k FOLDER [ROW ...]         # all rows, or some: see --help
+
+Peers run in .cache/peers, which the first run makes (``pip``, by constraints.txt). Each contestant is a process (or one per rank)
+that waits until it is asked for a step, so that the steps of a row alternate: A B C A B C ... Medians are of ``--turns`` such
+rounds, after one that isn't counted; ratios are medians over the rounds. Beside wall time stands processor time (of all ranks, user
+and system): on a machine with other work only that one says much. ``of the products``: the processor time of the products with
+frozen weights alone, as a share of ours; no trainer can exceed 1. Memory is the peak resident set of the fullest rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.peers.contestant import Contestant, Failed, in_turn, largest_difference, median, ratio
+from bench.peers.environment import ROOT
+from bench.peers.scaling import scaling
+from bench.peers.start import start
+from bench.peers.work import Work
+from dist_lora.config.schema import ParallelSection
+
+LOSSES_DIFFER = 1e-3  # relative, over the steps of a row: more is other work
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line's."""
+
+    gsm8k: Path
+    model: Path
+    turns: int
+    threads: int
+    limit_s: float  # after which a row begins no further round
+
+
+@dataclass(frozen=True)
+class Row:
+    """Ours against ``peers``; ``goal`` in words."""
+
+    title: str
+    work: Work
+    peers: tuple[str, ...]
+    goal: str
+    has_products: bool = True
+    compares_documents: bool = False
+
+
+ROWS = {
+    "peft": Row("1 process", Work(), ("peft",), "1.5 x, products 0.76, memory 0.6"),
+    "others": Row("1 process", Work(), ("torchtune", "trl"), "1.5 x"),
+    "node": Row(
+        "2 ranks, base_shard=node",
+        Work(ranks=2, base_shard="node"),
+        ("fsdp2", "zero3"),
+        "1.2 x the better, memory 0.6",
+        has_products=False,
+    ),
+    "nf4": Row(
+        "2 ranks, base_shard=node, NF4",
+        Work(ranks=2, base_shard="node", quant="nf4"),
+        ("fsdp2", "zero3"),
+        "1.25 x the better, memory 0.6",
+        has_products=False,
+    ),
+    "gpu": Row(
+        "2 ranks, base_shard=gpu", Work(ranks=2, base_shard="gpu"), ("ddp",), "1.3 x", has_products=False
+    ),
+    "answers": Row(
+        "GSM8K's answers, prompts masked, 8 documents", Work("answers", batch=8), ("peft",), "1.6 x"
+    ),
+    "batches": Row(
+        "GSM8K, 16 documents, PEFT's padded", Work("whole", batch=16), ("peft",), "2.3 x", compares_documents=True
+    ),
+}  # fmt: skip
+
+
+def duel(row: Row, settings: Settings) -> list[str]:
+    """The row's lines, one for each peer."""
+    with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as name, contextlib.ExitStack() as running:
+        job = row.work.prepare(gsm8k=settings.gsm8k, model=settings.model, folder=Path(name) / "work")
+
+        def begin(kind: str, ranks: int) -> Contestant:
+            return running.enter_context(Contestant(kind, job, ranks, settings.threads))
+
+        ours, peers, lines = begin("ours", row.work.ranks), [], []
+        for kind in row.peers:
+            try:
+                peers.append(begin(kind, row.work.ranks))
+            except Failed as failed:
+                lines.append(f"| {row.title} | {kind} | doesn't run: {str(failed).splitlines()[-1][:120]} | | | | | |")
+        products = [begin("products", 1)] if row.has_products else []
+        in_turn([ours, *peers, *products], settings.turns, limit_s=settings.limit_s)
+        share = f"{median(products[0], 'cpu_s') / median(ours, 'cpu_s'):.2f}" if products else ""
+        for peer in peers:
+            same = f"{largest_difference(ours, peer):.0e}"
+            if row.compares_documents:
+                same += f" ({documents_differ(ours, peer):.0e} per document)"
+            if largest_difference(ours, peer) > LOSSES_DIFFER:
+                same += ": not the same work"
+            lines.append(
+                f"| {row.title} | {peer.kind} | {median(ours, 'cpu_s'):.1f} and {median(peer, 'cpu_s'):.1f} | "
+                f"**{ratio(ours, peer, 'cpu_s'):.2f}** ({ratio(ours, peer, 'wall_s'):.2f}) | {share} | "
+                f"{ours.turns[-1].peak_bytes / 2**30:.2f} and {peer.turns[-1].peak_bytes / 2**30:.2f}, "
+                f"**{ours.turns[-1].peak_bytes / peer.turns[-1].peak_bytes:.2f}** | {same} | {row.goal} |"
+            )
+        return lines
+
+
+def documents_differ(ours: Contestant, peer: Contestant) -> float:
+    """The largest relative difference of a document's loss, by the adapters as they are after the row's steps."""
+    losses = [contestant.ask("documents")[0]["losses"] for contestant in (ours, peer)]
+    return max(abs(theirs - mine) / mine for mine, theirs in zip(*losses, strict=True))
+
+
+def short_documents(settings: Settings) -> list[str]:
+    """50 documents of 41 tokens beside one of 2,048, both ours."""
+    works = (Work(batch=50, tokens=41), Work(batch=1, tokens=2048))
+    with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as name, contextlib.ExitStack() as running:
+        many, one = (
+            running.enter_context(
+                Contestant(
+                    "ours",
+                    work.prepare(gsm8k=settings.gsm8k, model=settings.model, folder=Path(name) / str(work.batch)),
+                    threads=settings.threads,
+                )
+            )
+            for work in works
+        )
+        in_turn([many, one], settings.turns, limit_s=settings.limit_s)
+        return [
+            f"| 50 documents of 41 tokens | one of 2,048, ours | {median(many, 'cpu_s'):.1f} and {median(one, 'cpu_s'):.1f} | "
+            f"**{ratio(many, one, 'cpu_s'):.2f}** ({ratio(many, one, 'wall_s'):.2f}) | | | | at least 0.91 |"
+        ]
+
+
+HEAD = """| work | peer | processor seconds per step, ours and the peer's | ours is faster by (wall time) | of the products | peak GiB, ours and the peer's | losses differ by | goal |
+|---|---|---|---|---|---|---|---|"""
+
+
+def has_base_shard(name: str) -> bool:
+    """Whether ``parallel.base_shard`` can be ``name``."""
+    return name in str(ParallelSection.model_fields["base_shard"].annotation)
+
+
+def main() -> None:
+    """The command: see the top of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    apart: dict[str, Callable[[Settings], list[str]]] = {"short": short_documents, "start": start, "scaling": scaling}
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"some of: {' '.join((*ROWS, *apart))}")
+    parser.add_argument("--gsm8k", type=Path, required=True, help="the folder of its train.jsonl")
+    parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "smollm2-135m-instruct")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--minutes", type=float, default=60, help="after which a row begins no further round")
+    given = parser.parse_args()
+    unknown = set(given.rows) - {*ROWS, *apart}
+    if unknown:
+        parser.error(f"no such row: {' '.join(sorted(unknown))}")
+    settings = Settings(given.gsm8k, given.model.resolve(), given.turns, given.threads, 60 * given.minutes)
+    wanted = [name for name in (*ROWS, *apart) if not given.rows or name in given.rows]
+    if set(wanted) != {"scaling"}:
+        print(HEAD, flush=True)
+    for name in wanted:
+        if name == "gpu" and not has_base_shard("gpu"):
+            continue
+        lines = apart[name](settings) if name in apart else duel(ROWS[name], settings)
+        print("\n".join(lines), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""What the comparison with other trainers prints is what its turns say, and all get the same tokens."""
+
+from __future__ import annotations
+
+from bench.peers.contestant import Contestant, Turn, largest_difference, median, ratio
+from bench.peers.padding import padded
+from bench.peers.turns import Job
+
+JOB = Job("", "", "", 16, 32, 1e-4, "none", "")
+
+
+def contestant(seconds: list[float], losses: list[float]) -> Contestant:
+    turns = [Turn(2 * cpu_s, cpu_s, 0, loss) for cpu_s, loss in zip(seconds, losses, strict=True)]
+    return Contestant("ours", JOB, turns=turns)
+
+
+def test_the_first_turn_is_not_timed_but_its_loss_is_compared() -> None:
+    ours, peer = contestant([100, 1, 2, 3], [2.0, 1, 1, 1]), contestant([1, 2, 5, 6], [2.5, 1, 1, 1])
+    assert (median(ours, "cpu_s"), median(peer, "wall_s")) == (2, 10)
+    assert ratio(ours, peer, "cpu_s") == 2  # the median of 2, 2.5 and 2, not the ratio of medians
+    assert largest_difference(ours, peer) == 0.25
+
+
+def test_documents_are_padded_to_the_longest_and_padding_is_masked_and_no_target() -> None:
+    batch = padded([([5, 6, 7], [-100, 6, 7]), ([8], [8])])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert "attention_mask" not in padded([([5, 6], [5, 6]), ([7, 8], [7, 8])])
