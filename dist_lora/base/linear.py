@@ -208,9 +208,10 @@ class _Linears(torch.autograd.Function):
         ctx.save_for_backward(*(made_of if has_use else ()), *saved, *(parts if needs_d_h else ()))
         if made.stream is None:
             return tuple(outputs)
+        stream = made.stream.detach()  # where it is an input, autograd would make a view of it, of which FSDP2 warns
         if not needs_d_h:
-            ctx.mark_non_differentiable(made.stream)
-        return (*outputs, made.stream)
+            ctx.mark_non_differentiable(stream)
+        return (*outputs, stream)
 
     @staticmethod
     @once_differentiable

@@ -68,10 +68,13 @@ class FeedForward(nn.Module):
         self.down_proj = FrozenLinear(shape.ffn, shape.hidden, formats["down_proj"])
         self.is_fused = False
 
-    def forward(self, x: Tensor, delta: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        """``(T, D)`` of ``x + delta`` ``(T, D)``, which ``norm`` norms first; and that sum, the residual stream."""
-        gate, up, x = linears_of(norm.before(adds=True), (x, delta, norm.weight), [self.gate_proj, self.up_proj])
-        return linears_of(SiluTimes(self.is_fused), (gate, up), [self.down_proj])[0], x
+    def gate_and_up(self, x: Tensor, delta: Tensor, norm: RMSNorm) -> tuple[Tensor, ...]:
+        """Gate and up ``(T, F)`` of ``x + delta`` ``(T, D)``, which ``norm`` norms first; and that sum, the residual stream."""
+        return linears_of(norm.before(adds=True), (x, delta, norm.weight), [self.gate_proj, self.up_proj])
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """``(T, D)`` of gate and up."""
+        return linears_of(SiluTimes(self.is_fused), (gate, up), [self.down_proj])[0]
 
 
 class Block(nn.Module):
@@ -101,8 +104,9 @@ class Block(nn.Module):
     def _layer(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         with profiled_layer():
             delta, x = self.self_attn(x, self.input_layernorm, rotary, attention)
-            delta, x = self.mlp(x, delta, self.post_attention_layernorm)
-            result: Tensor = x + delta
+            gate, up, x = self.mlp.gate_and_up(x, delta, self.post_attention_layernorm)
+            del delta  # before down's input is there, the widest tensor of all
+            result: Tensor = x + self.mlp(gate, up)
         return result
 
 

@@ -477,8 +477,9 @@ def moments_of(setup: Setup) -> list[_Moment]:
     last_norm = stream + setup.micro_tokens * FP32
     in_fp32 = setup.micro_tokens * shape.hidden * FP32
     is_fused = setup.choices.fused_kernels
-    # Of down's input beside its weight, or of gate and up: fused, these lie where gate and up were.
-    gradients = wide + max(0 if is_fused else wide, dequantized_bytes(setup))
+    dropped = wide if setup.has_dropout and "down_proj" in setup.targets else 0
+    # Of down's input beside its weight or its dropped copy, or of gate and up: fused, these lie where gate and up were.
+    gradients = wide + max(dropped if is_fused else wide + dropped, dequantized_bytes(setup))
     of_last = made_again(last) if last in setup.recomputed else 0
     at_end = stream + (2 * in_fp32 if setup.layout.engine == "zero3" and not is_fused else stream)
     of_norm = 3 * (stream if is_fused else in_fp32)  # the gradients of what it gives, of what it takes, and of all rows
