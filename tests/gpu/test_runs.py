@@ -58,9 +58,15 @@ def stop(config: Path, *overrides: str, after: int) -> str:
     return rest
 
 
-def test_with_deterministic_kernels_a_stopped_run_goes_on_to_the_bytes_of_a_straight_one(tiny_llama, tmp_path) -> None:
+@pytest.mark.parametrize("offload", ["none", "all"])
+def test_with_deterministic_kernels_a_stopped_run_goes_on_to_the_bytes_of_a_straight_one(
+    tiny_llama, tmp_path, offload
+) -> None:
     """Dropout draws the same masks, and nothing is added by atomics."""
-    config = written(tmp_path, tiny_llama("llama31"), num_steps=60, train={"deterministic": True}, log={"every": 1})
+    config = written(
+        tmp_path, tiny_llama("llama31"), num_steps=60, train={"deterministic": True}, log={"every": 1},
+        parallel={"offload": offload},
+    )  # fmt: skip
     train(config, "run=straight")
     assert "SIGTERM" in stop(config, "run=stopped", after=3)
     num_steps = len((tmp_path / "runs/stopped/metrics.jsonl").read_text().splitlines())

@@ -87,11 +87,13 @@ def test_dropout_changes_what_is_learned(runs) -> None:
     assert metrics(runs(0.0).straight)[-1]["loss"] != pytest.approx(metrics(runs(0.1).straight)[-1]["loss"], abs=1e-4)
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_a_run_that_goes_on_with_other_ranks_has_the_losses_of_a_straight_one(runs, ranks, tmp_path, size) -> None:
+@pytest.mark.parametrize(("size", "offload"), [(1, "none"), (1, "all"), (3, "none")])
+def test_a_run_that_goes_on_with_other_ranks_has_the_losses_of_a_straight_one(
+    runs, ranks, tmp_path, size, offload
+) -> None:
     made = runs(0.0)
     shutil.copytree(made.as_it_stopped, tmp_path / "it")
-    config = made.config | {"runs_dir": str(tmp_path)}
+    config = made.config | {"runs_dir": str(tmp_path), "parallel": {"offload": offload}}
     said = ranks(size).run(train_command, config) if size > 1 else [train_command(World.alone(), config)]
     assert said == [""] * size
     straight, found = metrics(made.straight), metrics(tmp_path / "it")
