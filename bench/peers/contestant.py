@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.peers.environment import ROOT, peers_python
+from bench.peers.environment import FOLDER, ROOT, peers_python
 from bench.peers.turns import Job
 from bench.peers.work import as_kind
 
@@ -63,6 +63,10 @@ class Contestant:
                 "DS_ACCELERATOR": "cpu",
                 "TOKENIZERS_PARALLELISM": "false",
             }
+            if self.kind not in ("ours", "products"):
+                environment["TORCH_EXTENSIONS_DIR"] = str(
+                    FOLDER / "extensions"
+                )  # DeepSpeed compiles one, for this torch
             if self.ranks > 1:
                 environment |= _as_rank(rank, self.ranks, Path(folder))
             self._errors = Path(folder) / "errors"
