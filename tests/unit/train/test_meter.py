@@ -33,7 +33,8 @@ def test_the_peak_is_this_processs_own_and_not_that_of_the_one_that_started_it()
     before, after, inherited = json.loads(done.stdout)
     assert inherited > 2**30  # what is to be avoided does happen here
     assert 2**26 < before < 2**30
-    assert 2**28 <= after - before < 2**28 + 2**26
+    noise = 2**22  # the kernel counts pages by batches of each thread
+    assert 2**28 - noise <= after - before < 2**28 + 2**26
 
 
 def test_without_linuxs_own_count_the_systems_is_taken(monkeypatch) -> None:

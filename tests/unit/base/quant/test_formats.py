@@ -196,6 +196,6 @@ def test_peak_memory_is_the_result_and_little_more_and_a_cpu_needs_no_library(fo
     quantizing, dequantizing, has_imported = json.loads(done.stdout)
     stored = stored_bytes(form, 256, 65536)
     # The kernel counts pages by batches of each thread: some megabytes of noise. A second copy would be 16 or more.
-    assert 0.9 * stored < quantizing < stored + 8_000_000
+    assert stored - 4_000_000 < quantizing < stored + 8_000_000
     assert 0.9 * 2 * 256 * 65536 < dequantizing < 2 * 256 * 65536 + 8_000_000
     assert not has_imported
