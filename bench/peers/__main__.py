@@ -24,7 +24,6 @@ from bench.peers.environment import ROOT
 from bench.peers.scaling import scaling
 from bench.peers.start import start
 from bench.peers.work import Work
-from dist_lora.config.schema import ParallelSection
 
 LOSSES_DIFFER = 1e-3  # relative, over the steps of a row: more is other work
 
@@ -144,11 +143,6 @@ HEAD = """| work | peer | processor seconds per step, ours and the peer's | ours
 |---|---|---|---|---|---|---|---|"""
 
 
-def has_base_shard(name: str) -> bool:
-    """Whether ``parallel.base_shard`` can be ``name``."""
-    return name in str(ParallelSection.model_fields["base_shard"].annotation)
-
-
 def main() -> None:
     """The command: see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -168,8 +162,6 @@ def main() -> None:
     if set(wanted) != {"scaling"}:
         print(HEAD, flush=True)
     for name in wanted:
-        if name == "gpu" and not has_base_shard("gpu"):
-            continue
         lines = apart[name](settings) if name in apart else duel(ROWS[name], settings)
         print("\n".join(lines), flush=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -32,8 +32,7 @@ from dist_lora.lora.state import Piece
 from dist_lora.supervision.hang import HangWatch
 from dist_lora.supervision.out_of_memory import out_of_memory
 from dist_lora.train.step import TrainStep
-from dist_lora.world.launcher import LaunchedRank
-from dist_lora.world.world import World, join
+from dist_lora.world.world import World
 from tests.ranks.test_frozen_base import step_of
 from tests.ranks.tiny import config_of, documents, trainee_of
 from tests.unit.base.quant.test_nf4 import random_rows
@@ -43,15 +42,6 @@ from tests.unit.base.test_llama import VOCAB, exact_loss
 pytestmark = pytest.mark.gpu
 
 QUANTIZED = [Nf4(), Int8()]
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    """A world of one process with a process group: what fsdp2 needs on one GPU."""
-    made = join(LaunchedRank(0, 1, 0, 1), {}, collective_timeout_s=60, join_timeout_s=60)
-    assert made.device.type == "cuda"
-    yield made
-    made.leave()
 
 
 @pytest.mark.parametrize("fmt", QUANTIZED, ids=lambda f: f.name)

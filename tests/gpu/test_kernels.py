@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,9 +16,8 @@ from dist_lora.base.quant.formats import Plain
 from dist_lora.base.rope import inverse_frequencies, rotation
 from dist_lora.lora.layer import LoraAdapter
 from dist_lora.train import build
-from dist_lora.world.launcher import LaunchedRank
-from dist_lora.world.world import World, join
-from tests.ranks.test_frozen_base import step_of
+from dist_lora.world.world import World
+from tests.ranks.test_frozen_base import losses_and_norms_of, step_of
 from tests.ranks.tiny import config_of, trainee_of
 from tests.unit.base.kernels.cases import CASES, MAKERS, Case, distance
 from tests.unit.base.test_linear import SMALL
@@ -38,15 +36,6 @@ LARGE = (
     Case("rotate_", (4099, 32, 8, 128), "bfloat16"),
     Case("cross_entropy_", (257, 128256), "bfloat16"),
 )
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    """A world of one process with a process group: what fsdp2 needs on one GPU."""
-    made = join(LaunchedRank(0, 1, 0, 1), {}, collective_timeout_s=60, join_timeout_s=60)
-    assert made.device.type == "cuda"
-    yield made
-    made.leave()
 
 
 def test_this_gpu_runs_the_kernels() -> None:
@@ -96,19 +85,9 @@ def losses_and_norms(world: World, folder: Any, *, kernels: str, dtype: str, rec
     )
     trainee = trainee_of(config, world)
     assert all(block.mlp.is_fused == (kernels == "auto") for block in trainee.model.blocks())
-    losses: list[float] = []
-    run = trainee.run
-
-    def noted(batch: Any) -> Tensor:
-        loss = run(batch)
-        losses.append(float(loss.detach()))
-        return loss
-
-    object.__setattr__(trainee, "run", noted)
-    step = step_of(trainee, world, micro_batches=2)
-    norms = [step() for _ in range(3)]
+    found = losses_and_norms_of(trainee, world)
     trainee.check_base()
-    return losses, norms
+    return found
 
 
 @pytest.mark.parametrize("recompute", [False, True])

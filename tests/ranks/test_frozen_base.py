@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dist_lora.base.llama import build_on_meta
 from dist_lora.base.quant.formats import format_of
 from dist_lora.base.quant.nf4 import BLOCK, LEVELS
-from dist_lora.data.loader import EvalBatches, Loader
+from dist_lora.data.loader import EvalBatches, Loader, MicroBatch
 from dist_lora.errors import WeightsError
 from dist_lora.herd.shape import read_shape
 from dist_lora.train.build import Trainee
@@ -62,6 +63,21 @@ def step_of(trainee: Trainee, world: World, *, micro_batches: int = 1):
         return float(adapters.step(1e-3))
 
     return step
+
+
+def losses_and_norms_of(trainee: Trainee, world: World) -> tuple[list[float], list[float]]:
+    """Three steps' losses, of two micro-batches each, and gradient norms."""
+    losses: list[float] = []
+    run = trainee.run
+
+    def noted(batch: MicroBatch) -> Tensor:
+        loss = run(batch)
+        losses.append(float(loss.detach()))
+        return loss
+
+    object.__setattr__(trainee, "run", noted)
+    step = step_of(trainee, world, micro_batches=2)
+    return losses, [step() for _ in range(3)]
 
 
 # What a rank keeps

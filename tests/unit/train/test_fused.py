@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from dist_lora.base.llama import build_on_meta
 from dist_lora.layout import choices
 from dist_lora.train import build
 from dist_lora.world.world import World
-from tests.ranks.test_frozen_base import step_of
+from tests.ranks.test_frozen_base import losses_and_norms_of
 from tests.ranks.tiny import config_of, trainee_of
 from tests.unit.base.test_linear import SMALL
 
@@ -23,17 +21,7 @@ def losses_and_norms(folder: Path, *, is_fused: bool, recompute: bool) -> tuple[
     """Of three steps on the CPU, where the operators are plain torch, which overwrites as the kernels do."""
     trainee = trainee_of(config_of(folder, train={"activation_checkpointing": recompute}), World.alone())
     assert all(block.mlp.is_fused == is_fused for block in trainee.model.blocks())
-    losses: list[float] = []
-    run = trainee.run
-
-    def noted(batch: Any) -> Tensor:
-        loss = run(batch)
-        losses.append(float(loss.detach()))
-        return loss
-
-    object.__setattr__(trainee, "run", noted)
-    step = step_of(trainee, World.alone(), micro_batches=2)
-    return losses, [step() for _ in range(3)]
+    return losses_and_norms_of(trainee, World.alone())
 
 
 @pytest.mark.parametrize("recompute", [False, True])
