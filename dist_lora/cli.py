@@ -275,6 +275,25 @@ def slurm(
     print(submit(job) if is_submitted else job.script, end="\n" if is_submitted else "")
 
 
+@app.command()
+def data(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=0, help="How many samples to show, with what is trained on marked.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run's data are: counts, lengths, targets, what is cut or dropped, duplicates, samples, steps and hours.
+
+    Tokenizes them into the cache that `train` reads. Needs the model's tokenizer and config.json, no weights and no GPU.
+    """
+    from dist_lora.lora.planned import with_adapter
+
+    loaded = with_adapter(_load(config, overrides))
+    from dist_lora.overview.command import look
+
+    look(loaded, num_samples=samples, as_json=as_json)
+
+
 @app.command(name="eval")
 def evaluate(
     config: ConfigFile,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from dist_lora.errors import ConfigError
@@ -10,13 +11,14 @@ WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 UNWANTED = ("original/*",)  # the same weights in Meta's own format
 
 
-def fetch_model(hub_id: str, *, revision: str | None = None) -> Path:
+def fetch_model(hub_id: str, *, revision: str | None = None, wanted: Sequence[str] = WANTED) -> Path:
     """The folder of a model in the hub's cache: downloaded, updated, or, without a network, as it is.
 
     Call it on one process of each node: the hub refuses hundreds of requests at once.
 
     Args:
         revision: the commit to take; None for the newest.
+        wanted: patterns of the files to fetch.
 
     Raises:
         ConfigError: it is gated or doesn't exist for this user, or there is neither a network nor a complete copy.
@@ -26,7 +28,7 @@ def fetch_model(hub_id: str, *, revision: str | None = None) -> Path:
 
     try:
         return Path(
-            snapshot_download(hub_id, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED))
+            snapshot_download(hub_id, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(UNWANTED))
         )
     except Exception as error:  # the hub's own errors, the HTTP library's and the disk's
         if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):

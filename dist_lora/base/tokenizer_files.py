@@ -22,6 +22,8 @@ TOKENIZER_FILES = (
 )
 TEMPLATE_FILE = "chat_template.jinja"  # transformers prefers it to the template in tokenizer_config.json
 _TEMPLATES = (TEMPLATE_FILE, "chat_template.json", "additional_chat_templates/*.jinja")
+WITHOUT_WEIGHTS = ("config.json", *TOKENIZER_FILES, *_TEMPLATES)
+"""Patterns of a model's files that its data depend on."""
 
 
 def hash_tokenizer_files(folder: Path) -> str:

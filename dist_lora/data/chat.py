@@ -216,20 +216,27 @@ def render_sample(
     from rich.text import Text
 
     text = Text()
-    start = 0
-    while start < len(ids):
-        end = start
-        while end < len(ids) and bool(is_target[end]) == bool(is_target[start]):
-            end += 1
-        piece = str(tokenizer.decode(list(ids[start:end]), skip_special_tokens=False))
-        if not is_target[start]:
+    for piece, is_trained in pieces_of(ids, is_target, tokenizer=tokenizer):
+        if not is_trained:
             text.append(piece, style="dim" if has_colour else "")
         elif has_colour:
             text.append(piece.replace("\n", "⏎\n"), style="bold green")
         else:
             text.append("⟦" + piece.replace("\n", "⏎\n") + "⟧")
-        start = end
     return text
+
+
+def pieces_of(
+    ids: Sequence[int], is_target: Sequence[bool], *, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[str, bool]]:
+    """The text of a document in pieces that are targets and pieces that aren't."""
+    start = 0
+    while start < len(ids):
+        end = start
+        while end < len(ids) and bool(is_target[end]) == bool(is_target[start]):
+            end += 1
+        yield str(tokenizer.decode(list(ids[start:end]), skip_special_tokens=False)), bool(is_target[start])
+        start = end
 
 
 def _is_template(chat_template: str) -> bool:

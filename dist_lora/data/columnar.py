@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_lora.data.json_text import parse_json
-from dist_lora.data.text_files import first_line
+from dist_lora.data.batches import ArrowBatches, ParquetBatches, Rows
+from dist_lora.data.json_text import first_line, parse_json
 from dist_lora.errors import DataError
 
 _Read = Callable[[Any], Any]
@@ -51,12 +51,12 @@ class ColumnarFile:
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        self._table = _read_parquet(path) if path.suffix == ".parquet" else _read_arrow(path)
-        _check_columns(self._table.schema, self.name)
-        self._rows = RowReader(self._table.schema)
+        self._file = ParquetBatches(path) if path.suffix == ".parquet" else _open_arrow(path)
+        _check_columns(self._file.schema, self.name)
+        self._rows, self._reader = Rows(self._file), RowReader(self._file.schema)
 
     def __len__(self) -> int:
-        return int(self._table.num_rows)
+        return len(self._rows)
 
     def where(self, index: int) -> str:
         """File and row; such a file has no lines."""
@@ -64,10 +64,10 @@ class ColumnarFile:
 
     def padding(self) -> str:
         """See ``padding_line``."""
-        return padding_line(self.name, self._table.schema, [self._table])
+        return padding_line(self.name, self._file.schema, self._rows.tables())
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows.record(self._table.slice(index, 1))
+        return self._reader.record(self._rows.row(index))
 
 
 def padding_line(name: str, schema: Any, tables: Iterable[Any]) -> str:
@@ -153,31 +153,11 @@ def _padding_in(array: Any, *, is_inside: bool) -> int:
     return _padding_in(array.flatten(), is_inside=is_inside) if _is_list(array.type) else 0
 
 
-def _read_parquet(path: Path) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        # From the file alone: no column is made of the names of its folders ("split=train/").
-        return pyarrow.parquet.ParquetFile(path, memory_map=True, arrow_extensions_enabled=True).read()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path}: not a complete parquet file: {error}") from None
-
-
-def _read_arrow(path: Path) -> Any:
-    """The table of an Arrow file, of either form, mapped into memory."""
-    import pyarrow
-
-    try:
-        source = pyarrow.memory_map(str(path))
-        if source.read(6) == b"ARROW1":
-            return pyarrow.ipc.open_file(source).read_all()
-        source.seek(0)
-        table = pyarrow.ipc.open_stream(source).read_all()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path}: not a complete Arrow file: {first_line(str(error))}") from None
-    check_end(path, end=source.tell())
-    return table
+def _open_arrow(path: Path) -> ArrowBatches:
+    file = ArrowBatches(path)
+    if file.end is not None:
+        check_end(path, end=file.end)
+    return file
 
 
 def check_end(path: Path, *, end: int | None = None) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from dist_lora.data.columnar import LoadedRows
-from dist_lora.data.text_files import first_line
+from dist_lora.data.json_text import first_line
 from dist_lora.errors import DataError
 
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?(?:@(?P<split>[\w.-]+))?")

@@ -7,6 +7,9 @@ from typing import Any
 
 from dist_lora.files import without_duplicates
 
+MAX_RECORD_BYTES = 32 * 2**20
+"""A longer line isn't a record but a file without newlines."""
+
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value; write a number, or null")
@@ -19,3 +22,14 @@ DECODER = json.JSONDecoder(object_pairs_hook=without_duplicates, parse_constant=
 def parse_json(text: str) -> Any:
     """The one value of a JSON text. Raises ValueError where it is none, or more than one; see ``DECODER``."""
     return DECODER.decode(text)
+
+
+def near(text: str, position: int) -> str:
+    """What stands around a position, for an error."""
+    piece = text[max(0, position - 15) : position + 15].strip()
+    return f"near {piece!r}" if piece else "at the end of the line"
+
+
+def first_line(text: str) -> str:
+    """The first line of a library's message."""
+    return text.strip().splitlines()[0] if text.strip() else "no reason given"

@@ -145,7 +145,7 @@ def left_out_of(chat: Chat, *, tokenizer: PreTrainedTokenizerBase) -> LeftOut:
     messages = [_without(turn.as_message(), _REFERENCES) for turn in marked.turns]
     key = json.dumps([messages, [turn.is_trained for turn in marked.turns], marked.tools], default=str)
     template = Renderer(chat, tokenizer).template
-    return _judged(_Key(key, template, lambda: _judge(chat, tokenizer)))
+    return _judged(_Key(key, template, [lambda: _judge(chat, tokenizer)]))
 
 
 def _without(value: Any, keys: Sequence[str]) -> Any:
@@ -156,11 +156,11 @@ def _without(value: Any, keys: Sequence[str]) -> Any:
 
 @dataclass(frozen=True)
 class _Key:
-    """A structure and a template, equal to those of another conversation; ``judge`` is called for the first of them."""
+    """A structure and a template, equal to those of another conversation; ``judge``, one function, is called for the first."""
 
     structure: str
     template: str
-    judge: Callable[[], LeftOut]
+    judge: list[Callable[[], LeftOut]]
 
     def __hash__(self) -> int:
         return hash((self.structure, self.template))
@@ -171,7 +171,7 @@ class _Key:
 
 @lru_cache(maxsize=4096)
 def _judged(key: _Key) -> LeftOut:
-    return key.judge()
+    return key.judge.pop()()  # taken out: the cache keeps keys, and would keep their conversations
 
 
 def _judge(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> LeftOut:

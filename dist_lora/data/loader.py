@@ -134,6 +134,11 @@ class Loader:
         return divmod(step, self.steps_in_epoch(0))
 
     @property
+    def num_sequences(self) -> int:
+        """Sequences of an epoch."""
+        return self._num_sequences
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """How the prompts of its documents are written; see ``Encoded.kind``."""
         return self._token_set.kinds
@@ -258,6 +263,7 @@ def _micro_batch(token_set: TokenSet, sequences: Sequence[np.ndarray]) -> MicroB
     is_target[bounds[:-1]] = False
     positions = np.arange(len(ids)) - np.repeat(bounds[:-1], lengths)
     targets = np.flatnonzero(is_target)
+    token_set.give_back()
     return MicroBatch(
         ids=torch.from_numpy(ids),
         positions=torch.from_numpy(positions),

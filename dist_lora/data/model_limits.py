@@ -11,7 +11,6 @@ from dist_lora.data.token_set import TokenSet
 from dist_lora.errors import ConfigError, DataError
 from dist_lora.world.world import World
 
-_TOKENS_AT_ONCE = 2**24
 log = logging.getLogger("dist_lora")
 
 
@@ -53,9 +52,8 @@ def _check_context(token_set: TokenSet, *, which: str, context: int) -> None:
 
 
 def _check_ids(token_set: TokenSet, *, which: str, vocab: int) -> None:
-    ids = np.asarray(token_set.ids)
-    for begin in range(0, len(ids), _TOKENS_AT_ONCE):
-        largest = int(ids[begin : begin + _TOKENS_AT_ONCE].max())
+    for _, ids in token_set.pieces(token_set.ids):
+        largest = int(ids.max())
         if largest >= vocab:
             raise DataError(
                 f"data.{which}: the tokenizer writes id {largest} and the model has {vocab:,} rows (ids 0 to "

@@ -13,7 +13,7 @@ def pack_best_fit(lengths: np.ndarray, *, capacity: int, order: np.ndarray) -> l
     ``order`` decides among documents of equal length, so that epochs mix them differently. The number of
     sequences, and the lengths in them, depend on the lengths alone: every epoch has the same number. All
     documents of one length are placed together, one value of remaining room at a time, so a million
-    documents take seconds.
+    documents take seconds, and about 40 bytes of memory each.
 
     Args:
         lengths: int ``(N,)``, each from 1 to ``capacity`` tokens.
@@ -28,12 +28,16 @@ def pack_best_fit(lengths: np.ndarray, *, capacity: int, order: np.ndarray) -> l
     )
     if len(lengths) == 0:
         return []
-    documents = order[np.argsort(-lengths[order], kind="stable")]
-    values, counts = np.unique(-lengths[documents], return_counts=True)
-    bins = _Bins(capacity)
-    placed = np.concatenate([bins.place(int(-value), int(count)) for value, count in zip(values, counts, strict=True)])
+    small = np.int32 if len(lengths) < 2**31 and capacity < 2**31 else np.int64
+    documents = order[np.argsort(-lengths[order].astype(small), kind="stable")]
+    counts = np.bincount(lengths)
+    bins, placed, done = _Bins(capacity), np.empty(len(lengths), small), 0
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        end = done + int(counts[length])
+        placed[done:end], done = bins.place(length, end - done), end
     by_bin = np.argsort(placed, kind="stable")
     bounds = np.cumsum(np.bincount(placed, minlength=bins.num_bins))[:-1]
+    del placed
     return np.split(documents[by_bin], bounds)
 
 

@@ -19,8 +19,9 @@ import xxhash
 from dist_lora.data.columnar import ColumnarFile, LoadedRows, is_saved, load_saved, splits_of
 from dist_lora.data.compressed import SUFFIXES as COMPRESSIONS
 from dist_lora.data.hub import HUB_ID, default_split, load_from_hub
+from dist_lora.data.json_documents import EXAMPLE
 from dist_lora.data.records import Format, check_columns, recognize_format
-from dist_lora.data.text_files import EXAMPLE, CsvRows, JsonLines, open_json
+from dist_lora.data.text_files import CsvRows, JsonLines, open_json
 from dist_lora.errors import DataError
 from dist_lora.text import nearest
 

@@ -28,7 +28,7 @@ import xxhash
 from dist_lora.data.chat import Encoded, TrainOn, check_template, encode_sample
 from dist_lora.data.records import Format
 from dist_lora.data.sources import Faults, Records, hash_sources, read_records
-from dist_lora.data.token_set import TokenSet
+from dist_lora.data.token_set import SampleCounts, TokenSet
 from dist_lora.errors import ConfigError, DataError, SaveError, cannot_write
 from dist_lora.files import lock, new_file, sync
 from dist_lora.pace import pace
@@ -183,6 +183,18 @@ class _Counts:
     def report(self, what: str, number: int = 1) -> None:
         if what in self.reported or len(self.reported) < MAX_REPORTED:
             self.reported[what] = self.reported.get(what, 0) + number
+
+    def plain(self) -> SampleCounts:
+        """As the token set has them."""
+        return SampleCounts(
+            num_samples=self.num_samples,
+            num_truncated=self.num_truncated,
+            num_cut_answers=self.num_cut_answers,
+            num_lost_answers=self.num_lost_answers,
+            num_too_long=self.too_long.count,
+            num_without_targets=self.no_target.count,
+            unused=dict(self.reported),
+        )
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -489,22 +501,16 @@ def _open_published(folder: Path) -> TokenSet | None:
     """The tokens of a published folder; None if there is none, or its files aren't as written."""
     try:
         summary = json.loads((folder / "summary.json").read_text())
-        sizes, kinds = summary["sizes"], tuple(sorted(summary["counts"]["kinds"]))
+        sizes, counts = summary["sizes"], _Counts.from_json(json.dumps(summary["counts"]).encode())
         if any((folder / name).stat().st_size != sizes[name] for name in _ARRAYS):
             return None
         arrays = {name: np.memmap(folder / name, dtype, "r") for name, dtype in _ARRAYS.items()}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    lengths = np.array(arrays["lengths"])
-    return TokenSet(
-        ids=arrays["ids"],
-        is_target=arrays["is_target"],
-        starts=np.cumsum(lengths) - lengths,
-        lengths=lengths,
-        num_targets=np.array(arrays["num_targets"]),
-        sample_ids=np.array(arrays["sample_ids"]),
-        kinds=kinds,
-    )
+    starts = np.cumsum(arrays["lengths"])
+    starts -= arrays["lengths"]
+    plain = {name: np.asarray(array) for name, array in arrays.items()}  # slices of a memmap are slow to make
+    return TokenSet(**plain, starts=starts, kinds=tuple(sorted(counts.kinds)), counts=counts.plain())
 
 
 def _counts_of(folder: Path) -> _Counts:

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import xxhash
 
+from dist_lora.data.mapped import give_back_arrays
 from dist_lora.errors import DataError
+
+_TOKENS_AT_ONCE = 2**24
+_DOCUMENTS_AT_ONCE = 10_000
+
+
+@dataclass(frozen=True)
+class SampleCounts:
+    """What happened to the samples of the sources, before they were a token set."""
+
+    num_samples: int = 0  # that were read
+    num_truncated: int = 0
+    num_cut_answers: int = 0  # samples that were cut within a part that is trained on
+    num_lost_answers: int = 0  # samples whose whole parts that are trained on begin beyond the cut
+    num_too_long: int = 0  # left out
+    num_without_targets: int = 0  # left out
+    unused: Mapping[str, int] = field(default_factory=dict)  # what records have and training doesn't use: samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +42,7 @@ class TokenSet:
     num_targets: np.ndarray  # int64 (N,), at least 1: its targets but the first token, which isn't predicted
     sample_ids: np.ndarray  # int64 (N,): the document's row in the source, from 0
     kinds: tuple[str, ...] = ()  # of ``Encoded.kind``, those that there are
+    counts: SampleCounts | None = None  # of all sources, also where only some documents are selected
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -45,8 +64,26 @@ class TokenSet:
         """
         digest = xxhash.xxh3_128()
         for values in (self.starts, self.lengths, self.sample_ids, self.ids, self.is_target):
-            digest.update(np.ascontiguousarray(values).data.cast("B"))
+            for _, some in self.pieces(values):
+                digest.update(np.ascontiguousarray(some).data.cast("B"))
         return f"xxh3_128:{digest.hexdigest()}"
+
+    def pieces(self, values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """One of its arrays from its begin to its end, in parts with their first index; no more of the file stays in memory."""
+        for begin in range(0, len(values), _TOKENS_AT_ONCE):
+            yield begin, values[begin : begin + _TOKENS_AT_ONCE]
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Take off this process what was read of the files, which counts as its memory and is read again where it is needed."""
+        give_back_arrays(self.ids, self.is_target, self.lengths, self.num_targets, self.sample_ids)
+
+    def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Each ``document``, in order; no more than some of them stay in memory."""
+        for index in range(len(self)):
+            yield self.document(index)
+            if index % _DOCUMENTS_AT_ONCE == 0:
+                self.give_back()
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids ``(n,)`` uint32 and targets ``(n,)`` bool of one document."""
@@ -55,14 +92,12 @@ class TokenSet:
 
     def select(self, documents: np.ndarray) -> TokenSet:
         """These documents alone, in this order; their tokens aren't copied."""
-        return TokenSet(
-            ids=self.ids,
-            is_target=self.is_target,
+        return replace(
+            self,
             starts=self.starts[documents],
             lengths=self.lengths[documents],
             num_targets=self.num_targets[documents],
             sample_ids=self.sample_ids[documents],
-            kinds=self.kinds,
         )
 
 
@@ -79,12 +114,10 @@ def split_eval(token_set: TokenSet, *, fraction: float, seed: int) -> tuple[Toke
         raise DataError(
             f"data.eval: {fraction} of {len(token_set)} document can't be held out; name a file, or add data"
         )
-    drawn = np.array(
-        [
-            xxhash.xxh3_64_intdigest(token_set.document(i)[0].tobytes(), seed=seed % 2**64)
-            for i in range(len(token_set))
-        ],
+    drawn = np.fromiter(
+        (xxhash.xxh3_64_intdigest(ids.tobytes(), seed=seed % 2**64) for ids, _ in token_set.documents()),
         dtype=np.uint64,
+        count=len(token_set),
     )
     num_eval = min(max(1, round(fraction * len(token_set))), len(token_set) - 1)
     order = np.argsort(drawn, kind="stable")

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 NEAR_ZERO = 1e-16
 """A row whose weights are all smaller was never trained: weight decay reduces the initial values to this."""
 
-_TOKENS_AT_ONCE = 2**24
 log = logging.getLogger("dist_lora")
 
 
@@ -93,8 +92,7 @@ def tokens_in_use(token_set: TokenSet, *, ids: Sequence[int], vocab: int) -> Tok
     starts = token_set.starts[order]
     ends = starts + token_set.lengths[order]
     all_ids, is_target = np.asarray(token_set.ids), np.asarray(token_set.is_target)
-    for begin in range(0, len(all_ids), _TOKENS_AT_ONCE):
-        some = all_ids[begin : begin + _TOKENS_AT_ONCE]
+    for begin, some in token_set.pieces(all_ids):
         positions = begin + np.flatnonzero(is_wanted[some])
         document = np.searchsorted(starts, positions, side="right") - 1
         inside = (document >= 0) & (positions < ends[document])

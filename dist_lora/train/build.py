@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -66,6 +66,25 @@ from dist_lora.text import size
 from dist_lora.world.world import World, computes_bf16, device_bytes
 
 log = logging.getLogger("dist_lora")
+
+
+class ModelFiles(Protocol):
+    """What of a base the tokens depend on."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        ...
+
+    @property
+    def shape(self) -> Shape:
+        """Its sizes."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, with the chat template of the run."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.config.changes import flat
 from dist_lora.config.schema import Config, MachineSection
 from dist_lora.data.chat import hash_tokenizer, render_sample
+from dist_lora.data.duplicates import warn_of_duplicates
 from dist_lora.data.loader import Loader
 from dist_lora.data.model_limits import check_limits, warn_of_context
 from dist_lora.data.token_cache import TokenRules, Which, prepare_tokens
@@ -36,7 +37,16 @@ from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, SUMMARY
 from dist_lora.run_folder.folder import open_run_folder, write_config
 from dist_lora.run_folder.log_file import to_log_file
 from dist_lora.text import count, gib, span
-from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
+from dist_lora.train.build import (
+    Base,
+    ModelFiles,
+    Trainee,
+    build,
+    check_adapter,
+    describe_trained,
+    load_adapter,
+    open_base,
+)
 from dist_lora.train.finished import describe_finished, finished_line
 from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.loop import Run
@@ -51,7 +61,7 @@ log = logging.getLogger("dist_lora")
 PeakOf = Callable[[str, DtypeName], float | None]
 
 
-def tokens_of(config: Config, base: Base, world: World) -> tuple[TokenSet, TokenSet | None]:
+def tokens_of(config: Config, base: ModelFiles, world: World) -> tuple[TokenSet, TokenSet | None]:
     """The training set and the held-out one, tokenized (by all ranks) or read from the cache.
 
     Raises:
@@ -78,7 +88,7 @@ def held_out_of(config: Config, base: Base, world: World) -> TokenSet:
     return held_out
 
 
-def _prepare(config: Config, base: Base, world: World, which: Which) -> TokenSet:
+def _prepare(config: Config, base: ModelFiles, world: World, which: Which) -> TokenSet:
     section = config.data
     names = section.train if which == "train" else section.eval
     assert names is not None and not isinstance(names, float)
@@ -162,6 +172,8 @@ def train(
         on_untrained=config.data.untrained_tokens,
         world=world,
     )
+    if held_out is not None:
+        warn_of_duplicates(held_out, tokens, name="data.eval", world=world)
     loader = loader_of(config, tokens, world)
     num_steps = num_steps_of(config, loader)
     if world.is_first:

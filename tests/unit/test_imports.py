@@ -40,6 +40,7 @@ ROAD = (
     "train",
     "chat",
     "prepare",
+    "overview",
     "doctor",
     "simulation",
     "slurm",
