@@ -163,17 +163,7 @@ def train(
         config = check_adapter(config.lora.start_from, config=config, base=base, world=world)
     folder = None if is_dry else open_run_folder(config, world)
     checkpoint = None if folder is None else find_checkpoint(config, folder, world)
-    tokens, held_out = tokens_of(config, base, world)
-    check_special_tokens(
-        tokens,
-        tokenizer=base.tokenizer,
-        index=base.on_disk.index,
-        is_tied=base.shape.tied,
-        on_untrained=config.data.untrained_tokens,
-        world=world,
-    )
-    if held_out is not None:
-        warn_of_duplicates(held_out, tokens, name="data.eval", world=world)
+    tokens, held_out = _checked_tokens(config, base, world)
     loader = loader_of(config, tokens, world)
     num_steps = num_steps_of(config, loader)
     if world.is_first:
@@ -206,6 +196,22 @@ def train(
     _train(run, folder, world, stop, peak_of)
     _check_base(trainee, world)
     _finish(run, folder, world, attempt, seconds=time.monotonic() - started_s)
+
+
+def _checked_tokens(config: Config, base: Base, world: World) -> tuple[TokenSet, TokenSet | None]:
+    """``tokens_of``, with special tokens that the base knows, and a warning where held-out samples are trained on."""
+    tokens, held_out = tokens_of(config, base, world)
+    check_special_tokens(
+        tokens,
+        tokenizer=base.tokenizer,
+        index=base.on_disk.index,
+        is_tied=base.shape.tied,
+        on_untrained=config.data.untrained_tokens,
+        world=world,
+    )
+    if held_out is not None:
+        warn_of_duplicates(held_out, tokens, name="data.eval", world=world)
+    return tokens, held_out
 
 
 def _is_finished(config: Config, world: World) -> bool:
