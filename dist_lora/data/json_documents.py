@@ -98,6 +98,8 @@ class _Documents:
                 raise DataError(f"{self._name}:{self._line}: not JSON: {first_line(str(error))}") from None
             if end == len(self._text) and self._read_on():
                 continue  # a number may go on
+            if end - self._at > MAX_RECORD_BYTES:
+                raise self._too_long()
             self._at = end
             return value
 
@@ -105,8 +107,11 @@ class _Documents:
         """Whether the fault may be that the window ends within the value; raises if the value is none that is read at all."""
         is_near = error.pos >= len(self._text) - _CUT or error.msg.startswith("Unterminated string")
         if is_near and not self._is_whole and len(self._text) - self._at > MAX_RECORD_BYTES:
-            raise self._error(f"a record of more than {MAX_RECORD_BYTES // 2**20} MiB begins here")
+            raise self._too_long()
         return is_near
+
+    def _too_long(self) -> DataError:
+        return self._error(f"a record of more than {MAX_RECORD_BYTES // 2**20} MiB begins here")
 
     def _skip(self) -> str:
         """Moves behind white space; returns the character there, or "" at the end."""

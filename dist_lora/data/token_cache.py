@@ -348,11 +348,7 @@ class _Builder:
         try:
             whole.mkdir()
             for name in _ARRAYS:
-                with new_file(whole / name) as append:
-                    for index in range(self._group.size):
-                        with (self._folder / f"{index}.{name}").open("rb") as part:
-                            while data := part.read(2**20):
-                                append(data)
+                _join([self._folder / f"{index}.{name}" for index in range(self._group.size)], whole / name)
             sizes = {name: (whole / name).stat().st_size for name in _ARRAYS}
             summary = json.loads(self._counts.to_json())
             with new_file(whole / "summary.json") as append:
@@ -455,6 +451,18 @@ def _unwritable(path: Path, error: OSError) -> SaveError:
         "Set it to a writable folder with room for the tokens",
         error,
     )
+
+
+def _join(parts: Sequence[Path], whole: Path) -> None:
+    """Moves a file and appends others, each of which is gone then: the disk never holds the tokens twice."""
+    parts[0].rename(whole)
+    with whole.open("ab") as file:
+        for path in parts[1:]:
+            with path.open("rb") as part:
+                shutil.copyfileobj(part, file, 2**20)
+            path.unlink()
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _write(files: Mapping[str, BinaryIO], document: Encoded, index: int) -> None:

@@ -120,5 +120,7 @@ def split_eval(token_set: TokenSet, *, fraction: float, seed: int) -> tuple[Toke
         count=len(token_set),
     )
     num_eval = min(max(1, round(fraction * len(token_set))), len(token_set) - 1)
-    order = np.argsort(drawn, kind="stable")
-    return token_set.select(np.sort(order[num_eval:])), token_set.select(np.sort(order[:num_eval]))
+    is_held_out = np.zeros(len(token_set), bool)
+    is_held_out[np.argsort(drawn, kind="stable")[:num_eval]] = True
+    del drawn
+    return token_set.select(np.flatnonzero(~is_held_out)), token_set.select(np.flatnonzero(is_held_out))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dist_lora.data import json_documents, text_files
 from dist_lora.data.sources import read_records
 from dist_lora.errors import DataError
 
@@ -79,3 +80,34 @@ def test_the_header_of_a_file_that_was_put_behind_another_is_told(tmp_path):
     records = read_records(str(tmp_path / "data.csv"), fmt=None, which="train")
     with pytest.raises(DataError, match="the header, prompt, completion, stands here again"):
         records[1]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        '{"text": "' + "a" * 3000 + '"}',  # which a window of 4,096 holds
+        '{"text": "' + "a" * 30_000 + '"}',
+        '{"text": [' + "12, " * 9000 + "1]}",
+    ],
+)
+def test_a_record_of_a_list_that_is_too_long_is_told(record, tmp_path, monkeypatch):
+    monkeypatch.setattr(json_documents, "MAX_RECORD_BYTES", 2**11)
+    monkeypatch.setattr(json_documents, "_AT_ONCE", 64)
+    with pytest.raises(DataError, match=r"data\.json:2: not JSON: a record of more than 0 MiB begins here, near '\{"):
+        read_all(tmp_path, "data.json", f'[{{"text": "b"}},\n{record}]')
+
+
+def test_a_csv_line_that_is_too_long_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "MAX_RECORD_BYTES", 2**20)
+    with pytest.raises(DataError, match=r"data\.csv:2: not CSV in UTF-8: a line of more than 1 MiB"):
+        read_all(tmp_path, "data.csv", "text\n" + "a," * 2**20)
+
+
+@pytest.mark.parametrize("now", [b"xxxxxxxxxxxxxxxxxx", b""])
+def test_a_file_that_changes_while_it_is_read_is_told(now, tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text('[{"text": "a"}]')
+    records = read_records(str(path), fmt=None, which="train")
+    path.write_bytes(now)
+    with pytest.raises(DataError, match="the file has changed since it was opened"):
+        records[0]

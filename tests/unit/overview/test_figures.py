@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_lora.data.token_set import SampleCounts
+from dist_lora.overview.command import spread
 from dist_lora.overview.figures import PERCENTS, Bar, figures_of, histogram, percentiles
 from tests.ranks.tiny import documents
 
@@ -50,3 +51,7 @@ def test_a_small_set_by_hand():
     assert [bar for bar in printed["histogram"] if bar[2]] == [[10, 11, 2], [20, 21, 1]] and len(
         printed["histogram"]
     ) == 6
+
+
+def test_samples_to_show_are_spread_over_the_set():
+    assert spread(10, 3) == [0, 4, 9] and spread(2, 5) == [0, 1] and spread(7, 1) == [0] and spread(7, 0) == []
