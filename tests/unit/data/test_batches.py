@@ -42,21 +42,27 @@ def test_rows_are_those_that_were_written_in_any_order(kind, compression, tmp_pa
             assert records[index] == ROWS[index]
 
 
-def test_rows_in_order_are_decoded_once(tmp_path, monkeypatch):
-    opened = []
+@pytest.fixture
+def opened(monkeypatch):
+    """The row groups that are read, each as often as it is."""
+    numbers = []
 
     def counting(self, part, read=ParquetBatches.batches):
-        opened.append(part)
+        numbers.append(part)
         return read(self, part)
 
     monkeypatch.setattr(ParquetBatches, "batches", counting)
+    return numbers
+
+
+def test_rows_in_order_are_decoded_once(tmp_path, opened):
     write(tmp_path / "a.parquet", "parquet")
     records = read_records(str(tmp_path / "a.parquet"), fmt=None, which="train")
     assert [records[index] for index in range(60)] == ROWS
     assert opened == [0, 1, 2]
 
 
-def test_a_damaged_row_group_is_told_for_its_rows_and_the_others_are_read(tmp_path):
+def test_a_damaged_row_group_is_told_for_its_rows_and_the_others_are_read(tmp_path, opened):
     path = tmp_path / "a.parquet"
     write(path, "parquet")
     place = pyarrow.parquet.read_metadata(path).row_group(1).column(0)
@@ -73,3 +79,4 @@ def test_a_damaged_row_group_is_told_for_its_rows_and_the_others_are_read(tmp_pa
             assert "the file is damaged in row group 2 of 3: " in str(error)
             read.append(None)
     assert read == [None if 25 <= index < 50 else row["text"] for index, row in enumerate(ROWS)]
+    assert opened == [0, 1, 2]

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from dist_lora.data.duplicates import duplicates_within
+from dist_lora.data.loader import Loader
 from dist_lora.data.mapped import give_back_arrays
 from dist_lora.data.model_limits import check_limits
 from dist_lora.data.sources import hash_sources, read_records
@@ -74,6 +75,22 @@ def mapped_set(folder: Path, num_documents: int, length: int) -> TokenSet:
     )
 
 
+def train_on(tokens: TokenSet) -> None:
+    """Every batch of an epoch."""
+    loader = Loader(
+        tokens,
+        sequence_length=1024,
+        packing=False,
+        global_batch=256,
+        micro_batch=64,
+        seed=0,
+        world_rank=0,
+        world_size=1,
+    )
+    for step in range(loader.steps_in_epoch(0)):
+        loader.batch(step)
+
+
 @pytest.mark.parametrize(
     "read",
     [
@@ -82,8 +99,9 @@ def mapped_set(folder: Path, num_documents: int, length: int) -> TokenSet:
         lambda tokens: tokens.fingerprint(),
         lambda tokens: split_eval(tokens, fraction=0.1, seed=0),
         duplicates_within,
+        lambda tokens: train_on(tokens),
     ],
-    ids=["limits", "special tokens", "fingerprint", "split", "duplicates"],
+    ids=["limits", "special tokens", "fingerprint", "split", "duplicates", "training"],
 )
 def test_tokens_are_read_in_pieces(read, tmp_path):
     tokens = mapped_set(tmp_path, num_documents=65536, length=1024)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import pytest
 
 from dist_lora.data import left_out
 from dist_lora.data.chat import encode_sample, load_tokenizer
-from dist_lora.data.left_out import LeftOutError
+from dist_lora.data.left_out import LeftOutError, left_out_of
+from dist_lora.data.records import Chat
 from dist_lora.data.token_cache import TokenRules, prepare_tokens
+from dist_lora.data.turns import Turn
 from dist_lora.errors import DataError
 from dist_lora.world.world import World
 from tests.conftest import save_byte_tokenizer
@@ -164,6 +168,16 @@ MARKED = (
     + "{% if m.role == 'assistant' %}{% generation %}{{ m.content }};{% endgeneration %}{% else %}{{ m.content }};{% endif %}"
     + TAIL
 )
+
+
+def test_a_conversation_that_was_judged_is_not_kept(tokenizer) -> None:
+    chat = Chat((Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")))
+    left_out._judged.cache_clear()
+    left_out_of(chat, tokenizer=tokenizer)
+    kept = weakref.ref(chat)
+    del chat
+    gc.collect()
+    assert left_out._judged.cache_info().currsize == 1 and kept() is None
 
 
 def test_what_a_template_marks_as_generated_is_the_target_as_in_transformers(shown, tokenizer) -> None:

@@ -111,3 +111,13 @@ def test_a_file_that_changes_while_it_is_read_is_told(now, tmp_path):
     path.write_bytes(now)
     with pytest.raises(DataError, match="the file has changed since it was opened"):
         records[0]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 4, 5])
+def test_a_number_that_is_no_record_is_told_whole_wherever_a_piece_ends(at_once, tmp_path, monkeypatch):
+    monkeypatch.setattr(json_documents, "_AT_ONCE", at_once)
+    (tmp_path / "data.json").write_text('[{"text": "a"}, 12345, 67]')
+    records = read_records(str(tmp_path / "data.json"), fmt=None, which="train")
+    assert len(records) == 3
+    with pytest.raises(DataError, match="12345 instead of an object"):
+        records[1]
