@@ -140,6 +140,8 @@ def recognize_format(columns: Collection[str]) -> Format:
         if _has_columns(columns, name, is_recognized=True):
             return name
     needs = "; ".join(f"{name} needs {_needs(name)}" for name in REQUIRED_COLUMNS)
+    if {"verdict", "is_safe", "toxicity"} & {*columns}:
+        needs += "; a Guard's samples need data.format: guard"
     raise DataError(f"columns {_listed(columns)} match no known format: {needs}")
 
 

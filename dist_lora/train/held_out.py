@@ -8,11 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
-from dist_lora.base.attention import Documents
 from dist_lora.config.schema import Config
-from dist_lora.data.loader import EvalBatches, MicroBatch
+from dist_lora.data.loader import EvalBatches
 from dist_lora.data.token_set import TokenSet
 from dist_lora.evaluation.evaluate import ExactMatch, HeldOut, exact_match, held_out_loss, never_stop
 from dist_lora.evaluation.generate import stop_ids_of
@@ -21,6 +18,7 @@ from dist_lora.evaluation.predictions import Predictions
 from dist_lora.evaluation.verdicts import guard_report
 from dist_lora.pace import Advance, pace
 from dist_lora.train.build import Trainee
+from dist_lora.train.guard import logits_of
 from dist_lora.world.world import World
 
 ANSWERS_AT_ONCE = 32  # per rank, if eval.batch is not set
@@ -54,19 +52,13 @@ def verdicts_of(
     held_out = read_verdicts(tokens, tokenizer=trainee.base.tokenizer)
     batches = _batches_of(tokens, config=config, world=world)
 
-    def logits(batch: MicroBatch, rows: Tensor) -> Tensor:
-        forward = trainee.engine.forward_of(trainee.model)
-        documents = Documents(batch.bounds, trainee.attention, batch.starts)
-        found: Tensor = forward(batch.ids, positions=batch.positions, attention=documents, rows=rows)
-        return found
-
     with pace("judging", is_shown=_is_shown(world, check_stop)) as advance:
         margins = verdict_margins(
             trainee.model,
             batches,
             held_out=held_out,
             tokenizer=trainee.base.tokenizer,
-            logits=logits,
+            logits=logits_of(trainee),
             world=world,
             check_stop=_counted(check_stop, advance, total=len(batches)),
         )

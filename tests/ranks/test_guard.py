@@ -12,11 +12,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dist_lora.chat.command import prompt_kind
 from dist_lora.config.guard import Category
 from dist_lora.config.schema import Config
 from dist_lora.data.guard import prompt_text
 from dist_lora.data.turns import Turn
+from dist_lora.errors import ConfigError
+from dist_lora.train.build import build, load_adapter, open_base
 from dist_lora.train.command import evaluate
+from dist_lora.train.guard import guard_rules, unsafe_samples
 from dist_lora.world.world import World
 from tests.ranks.runs import exact, metrics, train_command
 from tests.unit.evaluation.test_verdicts import by_hand
@@ -75,6 +79,20 @@ def report_of(world: World, settings: dict[str, Any], adapter: Path) -> dict[str
     return evaluate(Config.model_validate(settings), world, adapter=adapter)["guard"]
 
 
+def held_out_turns() -> list[list[Turn]]:
+    return [[Turn(turn["role"], turn["content"]) for turn in record(number)["messages"]] for number in HELD_OUT]
+
+
+def found_unsafe(world: World, settings: dict[str, Any], adapter: Path) -> list[bool]:
+    config = Config.model_validate(settings)
+    base = open_base(config, world)
+    trainee = build(config, base, world)
+    load_adapter(trainee.adapters, adapter, world=world)
+    rules = guard_rules(config, base, augments=False)
+    assert rules is not None
+    return unsafe_samples(trainee, held_out_turns(), rules=rules, batch=4, world=world)
+
+
 @torch.no_grad()
 def margins_of(base: str, adapter: Path) -> list[float]:
     """By transformers and PEFT, the logit of unsafe less that of safe, a sample after the other."""
@@ -84,8 +102,7 @@ def margins_of(base: str, adapter: Path) -> list[float]:
     categories = [Category(name) for name in LETTERS]
     safe, unsafe = tokenizer("su", add_special_tokens=False).input_ids
     margins = []
-    for number in HELD_OUT:
-        turns = [Turn(turn["role"], turn["content"]) for turn in record(number)["messages"]]
+    for turns in held_out_turns():
         text = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n" + prompt_text(
             turns, categories, version="8b"
         )
@@ -112,7 +129,11 @@ def test_three_categories_of_its_own_are_learned_and_the_table_is_that_of_peft(r
     report, second = ranks(2).run(report_of, settings, adapter)
     assert report == second == report_of(World.alone(), settings, adapter)
     assert report["f1"] > 0.7 and report["average_precision"] > 0.9 and report["false_positive_rate"] < 0.2
-    assert_is_by_hand(report, margins_of(settings["model"]["name"], adapter))
+    margins = margins_of(settings["model"]["name"], adapter)
+    assert_is_by_hand(report, margins)
+    assert ranks(2).run(found_unsafe, settings, adapter) == [[margin > 0 for margin in margins]] * 2
+    with pytest.raises(ConfigError, match="is a Guard's: it judges conversations"):
+        prompt_kind(adapter, has_template=True)
     evaluations = [json.loads(line) for line in (trained / "evaluations.jsonl").read_text().splitlines()]
     assert (evaluations[-1]["step"], evaluations[-1]["eval_f1"]) == (NUM_STEPS, report["f1"])
 

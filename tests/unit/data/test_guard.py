@@ -20,7 +20,7 @@ from dist_lora.data.guard import (
     verdict_text,
 )
 from dist_lora.data.guard_ids import encode_judged
-from dist_lora.data.records import read_sample
+from dist_lora.data.records import read_sample, recognize_format
 from dist_lora.data.token_cache import TokenRules
 from dist_lora.data.turns import Turn
 from dist_lora.errors import DataError
@@ -200,6 +200,12 @@ def test_a_verdict_beside_messages_is_not_lost_in_another_format() -> None:
     record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "verdict": "safe"}
     with pytest.raises(DataError, match=r"verdict is safe: a Guard's sample.* Set data\.format: guard"):
         encode_sample(record, tokenizer=byte_tokenizer(), fmt="messages", train_on="assistant")
+
+
+def test_a_guards_columns_are_not_detected_but_hinted_at() -> None:
+    with pytest.raises(DataError, match=r"match no known format: .*; a Guard's samples need data\.format: guard"):
+        recognize_format(["user_input", "toxicity"])
+    assert recognize_format(["messages", "verdict"]) == "messages"  # and each such record is refused
 
 
 # Forms
