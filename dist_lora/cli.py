@@ -535,8 +535,13 @@ def _load(config: Path, overrides: list[str] | None) -> Config:
 
 
 def _as_table(result: dict[str, Any]) -> str:
+    from dist_lora.evaluation.verdicts import guard_table
+
     lines = []
     for name, value in result.items():
+        if name == "guard":
+            lines += ["", *guard_table(value).splitlines(), ""]
+            continue
         if name == "exact_match":
             value = f"{value['correct']} of {value['total']} ({value['correct'] / value['total']:.1%})"
         lines.append(f"{name:14} {value:.6g}" if isinstance(value, float) else f"{name:14} {value}")

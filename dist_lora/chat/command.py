@@ -84,13 +84,22 @@ def answer(
 
 
 def prompt_kind(adapter: Path, *, has_template: bool) -> SampleKind:
-    """How a prompt is written for an adapter: as in its run; of several kinds, the first in ``SampleKind``."""
+    """How a prompt is written for an adapter: as in its run; of several kinds, the first in ``SampleKind``.
+
+    Raises:
+        ConfigError: the adapter is a Guard's, or of a kind that isn't known.
+    """
     kinds = origin_of(adapter).kinds
     if not kinds:
         log.info(
             f"{adapter} doesn't say how its prompts were written: {'a chat' if has_template else 'plain text'} is assumed"
         )
         return "chat" if has_template else "text"
+    if "guard" in kinds:
+        raise ConfigError(
+            f"{adapter} is a Guard's: it judges conversations by the categories of its config, and doesn't answer. `dist-lora eval` "
+            "says how well it judges"
+        )
     known: tuple[SampleKind, ...] = get_args(SampleKind)
     kind = next((kind for kind in known if kind in kinds), None)
     if kind is None:

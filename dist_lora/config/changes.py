@@ -28,7 +28,8 @@ RULES = (
     ),
     Rule(
         ("model.name", "data.train", "data.eval", "data.format", "data.train_on", "data.on_no_target",
-         "data.on_too_long", "data.untrained_tokens", "data.chat_template", "lora.start_from"),
+         "data.on_too_long", "data.untrained_tokens", "data.chat_template", "data.guard_version",
+         "data.guard_categories", "data.guard_augment", "lora.start_from"),
         "free",
         "what they name must be the same: weights and tokenized samples are compared by content",
     ),

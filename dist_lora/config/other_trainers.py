@@ -97,6 +97,10 @@ RENAMED: dict[str, str] = {
     "excess_length_strategy": "data.on_too_long",
     "truncation_strategy": "data.on_too_long",
     "dataset_prepared_path": "data.cache_dir",
+    "guidelines": "data.guard_categories",
+    "should_shuffle_category_codes": "data.guard_augment",
+    "should_add_examples_with_dropped_nonviolated_prompt_categories": "data.guard_augment",
+    "should_add_examples_with_dropped_violated_and_nonviolated_prompt_categories": "data.guard_augment",
     # training
     "max_steps": "train.steps",
     "num_steps": "train.steps",

@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from dist_lora.config.guard import Augmentation, Category, GuardVersion, fault_of, tidy_name
 from dist_lora.errors import ConfigError
 from dist_lora.text import count, nearest, ranges
 
@@ -359,6 +360,25 @@ def _no_such_layers(found: str, num_layers: int) -> str:
     return f"lora.layers: found {found}, expected 0-{num_layers - 1} (the model has {count(num_layers, 'layer')})"
 
 
+class GuardCategory(Section):
+    """A kind of content that a Guard is to find unsafe."""
+
+    name: Text = Field(description="Its name, one line, as prompts have it after the code: S1: NAME.")
+    description: str = Field(default="", description="What belongs to it, under its name in every prompt.")
+
+
+def _check_categories(categories: Any) -> Any:
+    """A Guard's categories with tidy names; a name alone is a category without a description."""
+    if categories is None:
+        return None
+    listed = [GuardCategory(name=found) if isinstance(found, str) else found for found in categories]
+    tidy = [GuardCategory(name=tidy_name(found.name), description=found.description.strip()) for found in listed]
+    fault = fault_of([Category(found.name, found.description) for found in tidy])
+    if fault:
+        raise ValueError(fault)
+    return tidy
+
+
 class DataSection(Section):
     """Training data and held-out data."""
 
@@ -369,8 +389,9 @@ class DataSection(Section):
         default=None,
         description="Held-out data: a file, a hub id, or the fraction of train to hold out, like 0.05.",
     )
-    format: Literal["auto", "messages", "alpaca", "prompt-completion", "text"] = Field(
-        default="auto", description="Format of the samples: auto detects it by their columns."
+    format: Literal["auto", "messages", "alpaca", "prompt-completion", "text", "guard"] = Field(
+        default="auto",
+        description="Format of the samples: auto detects it by their columns; guard is conversations with a verdict.",
     )
     train_on: Literal["assistant", "last", "all"] = Field(
         default="assistant",
@@ -393,6 +414,47 @@ class DataSection(Section):
     cache_dir: FilePath | None = Field(
         default=None, description="Folder for the tokenized data; null is the user's cache."
     )
+    guard_version: Literal["auto"] | GuardVersion = Field(
+        default="auto",
+        description="Format guard: the prompt of Llama Guard 3 8B or 1B; auto is 1b for a model of 1B's width, else 8b.",
+    )
+    guard_categories: Annotated[
+        list[Text | GuardCategory] | None,
+        AfterValidator(_check_categories),
+        Expected("a list of categories like {name: Privacy, description: what belongs to it}, or null"),
+    ] = Field(
+        default=None,
+        description="Format guard: categories of your own, names or {name, description}; null is Llama Guard 3's.",
+    )
+    guard_augment: Annotated[list[Augmentation], AfterValidator(_refuse_twice)] = Field(
+        default=["shuffle", "drop"],
+        description="Format guard, training only: shuffle the categories; repeat samples with some dropped; drop violated ones too.",
+    )
+
+    def categories(self) -> tuple[Category, ...] | None:
+        """A Guard's categories of one's own; None for Llama Guard 3's."""
+        if self.guard_categories is None:
+            return None
+        listed = [(one, "") if isinstance(one, str) else (one.name, one.description) for one in self.guard_categories]
+        return tuple(Category(name, description) for name, description in listed)
+
+    @model_validator(mode="after")
+    def _check_guard(self) -> DataSection:
+        faults: list[tuple[tuple[str, ...], str]] = []
+        if self.format == "guard" and self.train_on == "all":
+            faults.append(
+                (("train_on", "format"), "found all, and format guard trains on the verdict alone: leave train_on out")
+            )
+        if self.format == "guard" and self.chat_template is not None:
+            faults.append(
+                (("chat_template", "format"), "format guard writes Llama Guard's own prompt: leave chat_template out")
+            )
+        for name in ("guard_version", "guard_categories", "guard_augment"):
+            if self.format != "guard" and getattr(self, name) != type(self).model_fields[name].default:
+                faults.append(((name, "format"), "is for format guard only; set data.format: guard, or leave it out"))
+        if faults:
+            raise SettingFaults(faults)
+        return self
 
 
 class TrainSection(Section):

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import xxhash
 
 from dist_lora.base.tokenizer_files import TOKENIZER_FILES, hash_tokenizer_files
+from dist_lora.data.guard import Judged
 from dist_lora.data.left_out import LeftOutError, left_out_of
 from dist_lora.data.records import Chat, Continuation, Format, Instruction, read_sample, unused_columns
 from dist_lora.data.template import Renderer, Span, first_line, special_ids, special_pattern, template_source
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["assistant", "last", "all"]
-SampleKind = Literal["chat", "instruction", "text"]
+SampleKind = Literal["chat", "instruction", "text", "guard"]
 
 _BUNDLED: Mapping[str, tuple[str, ...]] = {
     "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -51,7 +52,7 @@ _MAX_TEMPLATE_BYTES = 2**20
 class Encoded:
     """A document: its ids and, for each, whether it is a target (part of the loss); ``reported``: what it leaves out.
 
-    ``kind`` says how its prompt is written: by the chat template, as Stanford Alpaca's plain text, or as it is.
+    ``kind`` says how its prompt is written: by the chat template, as Stanford Alpaca's plain text, as it is, or as Llama Guard's.
     """
 
     ids: list[int]
@@ -139,13 +140,15 @@ def encode_sample(
 
     ``train_on`` chooses the targets of a chat: every assistant turn, the last one, or all tokens but
     the first. Turns that the record leaves out (``turns.TRAIN_FLAGS``) are never targets. In plain text
-    everything after a prompt is a target; with ``all`` the prompt is too.
+    everything after a prompt is a target; with ``all`` the prompt is too. A Guard's samples have several forms, see
+    ``guard_ids.encode_judged``.
 
     Raises:
         DataError: the record isn't of format ``fmt``, or the template refuses it; the message doesn't
             include where the record is.
     """
     sample = read_sample(record, fmt=fmt)
+    assert not isinstance(sample, Judged), "of format guard"
     kind: SampleKind = "text"
     if isinstance(sample, Instruction):
         kind = "instruction"
@@ -319,8 +322,8 @@ def _encode_continuation(sample: Continuation, *, tokenizer: PreTrainedTokenizer
     """Prompt and completion are encoded separately: at inference there is only the prompt."""
     bos_id = _bos_id(tokenizer)
     prompt = [] if bos_id is None else [bos_id]
-    prompt += [token for token, _ in _encode_plain(sample.prompt, tokenizer)]
-    completion = [token for token, _ in _encode_plain(sample.completion, tokenizer)]
+    prompt += [token for token, _ in encode_plain(sample.prompt, tokenizer)]
+    completion = [token for token, _ in encode_plain(sample.completion, tokenizer)]
     completion.append(_end_of_text_id(tokenizer))
     is_target = [train_on == "all"] * len(prompt) + [True] * len(completion)
     is_target[0] = False
@@ -445,14 +448,14 @@ def _encode_rendered(text: str, *, tokenizer: PreTrainedTokenizerBase, mark: str
     for match in [*special_pattern(tokenizer).finditer(text), None]:
         piece = text[position : match.start() if match else len(text)]
         positions = [position + index for index, character in enumerate(piece) if character != mark]
-        for token, start in _encode_plain(piece.replace(mark, ""), tokenizer):
+        for token, start in encode_plain(piece.replace(mark, ""), tokenizer):
             yield token, positions[start]
         if match:
             yield ids_by_name[match[0]], match.start()
             position = match.end()
 
 
-def _encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int]]:
+def encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int]]:
     """Each token of a text in which nothing is a special token, with the character at which it begins."""
     return _with_starts(text, tokenizer=tokenizer, is_plain=True) if text else iter(())
 

@@ -1,4 +1,4 @@
-"""The four formats of a training record, recognized by columns and converted to one form.
+"""The formats of a training record, all but guard recognized by columns, converted to one form.
 
 ==================  =====================================  ==============================================
 format              columns                                becomes
@@ -22,6 +22,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from dist_lora.data.guard import COLUMNS as GUARD_COLUMNS
+from dist_lora.data.guard import EXAMPLE as GUARD_EXAMPLE
+from dist_lora.data.guard import Judged, check_guard_columns, read_judged
 from dist_lora.data.turns import (
     EXAMPLE,
     MAX_DEPTH,
@@ -36,7 +39,7 @@ from dist_lora.data.turns import (
 )
 from dist_lora.errors import DataError
 
-Format = Literal["messages", "alpaca", "prompt-completion", "text"]
+Format = Literal["messages", "alpaca", "prompt-completion", "text", "guard"]
 
 REQUIRED_COLUMNS: Mapping[Format, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages",), ("conversations",)),
@@ -44,13 +47,14 @@ REQUIRED_COLUMNS: Mapping[Format, tuple[tuple[str, ...], ...]] = {
     "prompt-completion": (("prompt", "completion"),),
     "text": (("text",),),
 }
-"""For each format the sets of columns, one of which must be complete."""
+"""For each format that is recognized the sets of columns, one of which must be complete; of guard see ``guard.COLUMNS``."""
 
 EXAMPLES: Mapping[Format, str] = {
     "messages": EXAMPLE,
     "alpaca": '{"instruction": "Translate to French", "input": "cat", "output": "chat"}',
     "prompt-completion": '{"prompt": "2 + 2 =", "completion": " 4"}',
     "text": '{"text": "Once upon a time"}',
+    "guard": GUARD_EXAMPLE,
 }
 """One record of each format, as an error shows it."""
 
@@ -70,6 +74,7 @@ USED_COLUMNS: Mapping[Format, tuple[str, ...]] = {
     ),
     "prompt-completion": ("prompt", "completion", "tools", "functions"),
     "text": ("text",),
+    "guard": GUARD_COLUMNS,
 }
 """What is read of a record of each format; other columns are reported."""
 
@@ -122,7 +127,7 @@ class Continuation:
     completion: str
 
 
-Sample = Chat | Instruction | Continuation
+Sample = Chat | Instruction | Continuation | Judged
 
 
 def recognize_format(columns: Collection[str]) -> Format:
@@ -135,11 +140,15 @@ def recognize_format(columns: Collection[str]) -> Format:
         if _has_columns(columns, name, is_recognized=True):
             return name
     needs = "; ".join(f"{name} needs {_needs(name)}" for name in REQUIRED_COLUMNS)
+    if {"verdict", "is_safe", "toxicity"} & {*columns}:
+        needs += "; a Guard's samples need data.format: guard"
     raise DataError(f"columns {_listed(columns)} match no known format: {needs}")
 
 
 def check_columns(columns: Collection[str], fmt: Format) -> None:
     """Raises DataError unless the columns of ``fmt`` are present."""
+    if fmt == "guard":
+        return check_guard_columns(columns)
     if not _has_columns(columns, fmt):
         raise DataError(f"columns {_listed(columns)} found; format {fmt} needs {_needs(fmt)}, e.g. {EXAMPLES[fmt]}")
 
@@ -162,6 +171,8 @@ def read_sample(record: Mapping[str, Any], *, fmt: Format) -> Sample:
         raise DataError(f"{_listed(record)}: all values are null")
     check_columns(columns, fmt)
     _refuse_columns(record, fmt)
+    if fmt == "guard":
+        return read_judged(record)
     if fmt == "messages":
         return _read_chat(record)
     if fmt == "alpaca" and not isinstance(record.get("prompt"), list):
@@ -189,10 +200,16 @@ def _refuse_columns(record: Mapping[str, Any], fmt: Format) -> None:
     for name in unused_columns(record, fmt=fmt):
         if name in _REFUSED_COLUMNS:
             remedy = (
-                f"Write the record as messages, e.g. {EXAMPLES['messages']}" if name in _TEXT_BESIDE else "Remove it"
+                f"Write the record as messages, e.g. {EXAMPLES['messages']}"
+                if name in _TEXT_BESIDE and fmt != "guard"
+                else "Remove it"
             )
             raise DataError(
                 f"{name} is {_REFUSED_COLUMNS[name]}, which format {fmt} can't take: it would be lost. {remedy}"
+            )
+        if name == "verdict" and record[name] in ("safe", "unsafe"):
+            raise DataError(
+                f"verdict is {record[name]}: a Guard's sample, which format {fmt} would train without it. Set data.format: guard"
             )
         is_label = name == "label" and isinstance(record[name], bool)  # KTO's: whether the answer is a good one
         if (name in _TARGET_COLUMNS or is_label) and record[name] not in (1, "1"):

@@ -20,12 +20,14 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 import xxhash
 
 from dist_lora.data.chat import Encoded, TrainOn, check_template, encode_sample
+from dist_lora.data.guard import GuardRules
+from dist_lora.data.guard_ids import encode_judged
 from dist_lora.data.records import Format
 from dist_lora.data.sources import Faults, Records, hash_sources, read_records
 from dist_lora.data.token_set import SampleCounts, TokenSet
@@ -67,6 +69,11 @@ class TokenRules:
     train_on: TrainOn = "assistant"
     on_no_target: Literal["error", "drop"] = "error"
     on_too_long: Literal["truncate", "drop", "error"] = "truncate"
+    guard: GuardRules | None = None  # of format guard
+
+    def recipe(self) -> dict[str, Any]:
+        """What of them is a part of the cache's key."""
+        return {name: value for name, value in asdict(self).items() if name != "guard" or value is not None}
 
 
 def default_cache_dir() -> Path:
@@ -235,7 +242,7 @@ def _agree_on_key(
 
     def make() -> bytes:
         cache.mkdir(parents=True, exist_ok=True)
-        recipe = [CACHE_VERSION, hash_sources(names, which=which), tokenizer_hash, asdict(rules)]
+        recipe = [CACHE_VERSION, hash_sources(names, which=which), tokenizer_hash, rules.recipe()]
         return xxhash.xxh3_128_hexdigest(json.dumps(recipe, sort_keys=True).encode()).encode()
 
     key = world.once_per_node(stage, make, os_error=lambda error: _unwritable(cache, error))
@@ -390,8 +397,9 @@ class _Builder:
                 name: opened.enter_context((self._folder / f"{group.index}.{name}").open("wb")) for name in _ARRAYS
             }
             for done, index in enumerate(part, start=1):
-                document = _encode_one(records, index, tokenizer=self._tokenizer, rules=self._rules, counts=counts)
-                if document is not None:
+                for document in _encode_one(
+                    records, index, tokenizer=self._tokenizer, rules=self._rules, counts=counts
+                ):
                     _write(files, document, index)
                 advance(done, len(part))
         return counts
@@ -399,36 +407,48 @@ class _Builder:
 
 def _encode_one(
     records: Records, index: int, *, tokenizer: PreTrainedTokenizerBase, rules: TokenRules, counts: _Counts
-) -> Encoded | None:
-    """The document of one record as the rules leave it, or None; counts what happened to it."""
-    counts.num_samples += 1
+) -> list[Encoded]:
+    """The documents of one record as the rules leave them: one at most, but for a Guard; counts what happened to each."""
     try:
-        document = encode_sample(
-            records[index], tokenizer=tokenizer, fmt=records.format_of(index), train_on=rules.train_on
-        )
+        if rules.guard is not None:
+            documents = encode_judged(records[index], tokenizer=tokenizer, rules=rules.guard, sample=index)
+        else:
+            fmt = records.format_of(index)
+            documents = [encode_sample(records[index], tokenizer=tokenizer, fmt=fmt, train_on=rules.train_on)]
     except DataError as error:
+        counts.num_samples += 1
         counts.broken.add(f"{records.where(index)}: {error}")
-        return None
+        return []
+    fitted = [_fit(document, where=records.where(index), rules=rules, counts=counts) for document in documents]
+    return [document for document in fitted if document is not None]
+
+
+def _fit(document: Encoded, *, where: str, rules: TokenRules, counts: _Counts) -> Encoded | None:
+    """A document as the rules leave it, or None; counts what happened to it."""
+    counts.num_samples += 1
     for what in document.reported:
         counts.report(what)
     num_tokens, limit = len(document.ids), rules.sequence_length
     if num_tokens > limit:
         if rules.on_too_long != "truncate":
-            counts.too_long.add(f"{records.where(index)}: {num_tokens:,} tokens")
+            counts.too_long.add(f"{where}: {num_tokens:,} tokens")
             return None
         counts.num_truncated += 1
         cut, lost = _what_is_lost(document.is_target, limit)
         counts.num_cut_answers += cut
         counts.num_lost_answers += lost
     had_targets = any(document.is_target[1:])
-    document = replace(document, ids=document.ids[:limit], is_target=document.is_target[:limit])
+    is_broken = document.kind == "guard" and num_tokens > limit  # a verdict comes last, and half of one is another one
+    is_target = [False] * limit if is_broken else document.is_target[:limit]
+    document = replace(document, ids=document.ids[:limit], is_target=is_target)
     if not any(document.is_target[1:]):
         reason = (
-            f"its {num_tokens:,} tokens are truncated to train.sequence_length = {limit:,}, before the first target"
+            f"its {num_tokens:,} tokens are truncated to train.sequence_length = {limit:,}, before "
+            f"{'its verdict ends' if is_broken else 'the first target'}"
             if had_targets
             else "it has nothing to train on (no assistant turn, or all of them weight 0)"
         )
-        counts.no_target.add(f"{records.where(index)}: {reason}")
+        counts.no_target.add(f"{where}: {reason}")
         return None
     counts.num_documents += 1
     if document.kind not in counts.kinds:

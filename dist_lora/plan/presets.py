@@ -191,6 +191,8 @@ def settings_of(preset: Preset, *, micro_batch: int) -> Iterator[tuple[str, str,
     yield "lora", "alpha", 32.0, "the adapters' output is scaled by alpha / rank = 2"
     yield "lora", "targets", "all", "an adapter on each of the seven linears of every layer"
     yield "data", "train", "train.jsonl", _sample_of(member)
+    if member.guard:
+        yield "data", "format", "guard", "Llama Guard 3's prompt; trained on is the verdict alone"
     yield "data", "eval", 0.02, "2 % of the samples are held out to measure the loss"
     yield "train", "epochs", 1.0, "one pass over the data"
     batch = preset.global_batch
@@ -220,7 +222,7 @@ def settings_of(preset: Preset, *, micro_batch: int) -> Iterator[tuple[str, str,
 
 def _sample_of(member: Member) -> str:
     if member.guard:
-        return 'one sample per line, as {"messages": [...]}: a chat, with the verdict as its answer'
+        return 'one sample per line: {"messages": [...], "verdict": "unsafe", "violated": ["Privacy"]}, or "safe"'
     if member.instruct:
         return 'one sample per line, as {"messages": [...]}'
     return 'one sample per line, as {"prompt": ..., "completion": ...} or {"text": ...}'

@@ -48,7 +48,8 @@ from dist_lora.train.build import (
     open_base,
 )
 from dist_lora.train.finished import describe_finished, finished_line
-from dist_lora.train.held_out import exact_match_of, loss_of
+from dist_lora.train.guard import guard_rules, split_judged
+from dist_lora.train.held_out import exact_match_of, loss_of, verdicts_of
 from dist_lora.train.loop import Run
 from dist_lora.train.meter import Meter, peak_bytes, reset_peak
 from dist_lora.train.resume import VerifiedCheckpoint, check_same_run, find_checkpoint, last_evaluated, warn_of_other_lr
@@ -68,6 +69,10 @@ def tokens_of(config: Config, base: ModelFiles, world: World) -> tuple[TokenSet,
         ConfigError: a sample is longer than the model's context.
         DataError: see ``prepare_tokens`` and ``check_limits``.
     """
+    if isinstance(config.data.eval, float) and config.data.format == "guard":
+        whole = _prepare(config, base, world, "train", augments=False)
+        forms = _prepare(config, base, world, "train") if config.data.guard_augment else whole
+        return split_judged(forms, whole, fraction=config.data.eval, seed=config.train.seed)
     if isinstance(config.data.eval, float):
         return split_eval(_prepare(config, base, world, "train"), fraction=config.data.eval, seed=config.train.seed)
     return _prepare(config, base, world, "train"), _prepare(config, base, world, "eval") if config.data.eval else None
@@ -88,7 +93,7 @@ def held_out_of(config: Config, base: Base, world: World) -> TokenSet:
     return held_out
 
 
-def _prepare(config: Config, base: ModelFiles, world: World, which: Which) -> TokenSet:
+def _prepare(config: Config, base: ModelFiles, world: World, which: Which, *, augments: bool = True) -> TokenSet:
     section = config.data
     names = section.train if which == "train" else section.eval
     assert names is not None and not isinstance(names, float)
@@ -101,6 +106,7 @@ def _prepare(config: Config, base: ModelFiles, world: World, which: Which) -> To
             train_on=section.train_on,
             on_no_target=section.on_no_target,
             on_too_long=section.on_too_long,
+            guard=guard_rules(config, base, augments=augments and which == "train"),
         ),
         tokenizer=base.tokenizer,
         tokenizer_hash=hash_tokenizer(base.folder, base.tokenizer),
@@ -446,6 +452,8 @@ def evaluate(
         result |= _loss(config, trainee, held_out, world) | {"base_loss": loss_of_base["loss"]}
         if result["loss"] == result["base_loss"]:
             log.warning(f"{adapter}: the loss equals the base's, bit for bit: this adapter changes nothing")
+    if config.data.format == "guard":
+        result["guard"] = verdicts_of(trainee, held_out, config=config, world=world)
     if config.eval.exact_match or predictions is not None:
         match = exact_match_of(trainee, held_out, config=config, world=world, predictions=predictions)
         result["exact_match"] = {"correct": match.correct, "total": match.total}

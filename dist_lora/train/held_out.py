@@ -6,15 +6,19 @@ import itertools
 import math
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import EvalBatches
 from dist_lora.data.token_set import TokenSet
 from dist_lora.evaluation.evaluate import ExactMatch, HeldOut, exact_match, held_out_loss, never_stop
 from dist_lora.evaluation.generate import stop_ids_of
+from dist_lora.evaluation.guard import read_verdicts, verdict_margins
 from dist_lora.evaluation.predictions import Predictions
+from dist_lora.evaluation.verdicts import guard_report
 from dist_lora.pace import Advance, pace
 from dist_lora.train.build import Trainee
+from dist_lora.train.guard import logits_of
 from dist_lora.world.world import World
 
 ANSWERS_AT_ONCE = 32  # per rank, if eval.batch is not set
@@ -24,7 +28,14 @@ def loss_of(
     trainee: Trainee, tokens: TokenSet, *, config: Config, world: World, check_stop: Callable[[], None] = never_stop
 ) -> HeldOut:
     """The held-out loss of the trainee as it is now. All ranks call it. ``check_stop``: see ``held_out_loss``."""
-    batches = EvalBatches(
+    batches = _batches_of(tokens, config=config, world=world)
+    with pace("evaluating", is_shown=_is_shown(world, check_stop)) as advance:
+        paced = _counted(check_stop, advance, total=len(batches))
+        return held_out_loss(trainee.model, batches, run=trainee.run, world=world, check_stop=paced)
+
+
+def _batches_of(tokens: TokenSet, *, config: Config, world: World) -> EvalBatches:
+    return EvalBatches(
         tokens,
         micro_batch=config.eval.batch or config.train.micro_batch,
         sequence_length=config.train.sequence_length,
@@ -32,9 +43,26 @@ def loss_of(
         world_rank=world.world_rank,
         world_size=world.world_size,
     )
-    with pace("evaluating", is_shown=_is_shown(world, check_stop)) as advance:
-        paced = _counted(check_stop, advance, total=len(batches))
-        return held_out_loss(trainee.model, batches, run=trainee.run, world=world, check_stop=paced)
+
+
+def verdicts_of(
+    trainee: Trainee, tokens: TokenSet, *, config: Config, world: World, check_stop: Callable[[], None] = never_stop
+) -> dict[str, Any]:
+    """How well the trainee judges a held-out set of format guard: see ``guard_report``. All ranks call it, and get the same."""
+    held_out = read_verdicts(tokens, tokenizer=trainee.base.tokenizer)
+    batches = _batches_of(tokens, config=config, world=world)
+
+    with pace("judging", is_shown=_is_shown(world, check_stop)) as advance:
+        margins = verdict_margins(
+            trainee.model,
+            batches,
+            held_out=held_out,
+            tokenizer=trainee.base.tokenizer,
+            logits=logits_of(trainee),
+            world=world,
+            check_stop=_counted(check_stop, advance, total=len(batches)),
+        )
+    return guard_report(held_out.samples, margins)
 
 
 def _is_shown(world: World, check_stop: Callable[[], None]) -> bool:

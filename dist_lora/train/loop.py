@@ -15,7 +15,7 @@ from dist_lora.profile.recorder import Recorder
 from dist_lora.train.build import Trainee
 from dist_lora.train.checkpoints import RunCheckpoints, RunProgress
 from dist_lora.train.garbage import collected_between_steps
-from dist_lora.train.held_out import exact_match_of, loss_of
+from dist_lora.train.held_out import exact_match_of, loss_of, verdicts_of
 from dist_lora.train.meter import Meter
 from dist_lora.train.resume import VerifiedCheckpoint
 from dist_lora.train.signals import Stopping, StopRequest
@@ -133,6 +133,9 @@ class Run:
         try:
             held_out = loss_of(self.trainee, self._held_out, **arguments)
             values = {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity}
+            if self.config.data.format == "guard":
+                report = verdicts_of(self.trainee, self._held_out, **arguments)
+                values |= {f"eval_{name}": value for name, value in report.items() if isinstance(value, float)}
             if self.config.eval.exact_match:
                 match = exact_match_of(self.trainee, self._held_out, **arguments)
                 values["eval_exact_match"] = match.correct / match.total

@@ -173,7 +173,8 @@ def test_the_bytes_of_the_8b_in_nf4_by_hand() -> None:
 def test_a_base_learns_from_texts_and_a_guard_from_verdicts() -> None:
     assert '{"text": ...}' in text_of(PRESETS["3-8b_lora_8x80gb"])
     assert '{"messages": [...]}\n' in text_of(PRESETS["3-8b-instruct_lora_8x80gb"])
-    assert "the verdict as its answer" in text_of(PRESETS["guard-3-8b_lora_8x80gb"])
+    for name in ("guard-3-8b_lora_8x80gb", "guard-3-1b_lora_1x24gb", "guard-3-1b_qlora_1x24gb"):
+        assert '"verdict": "unsafe"' in text_of(PRESETS[name]) and PRESETS[name].config.data.format == "guard"
 
 
 # The command that writes them
