@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dist_lora.text import count
+
 FEW_STEPS = 100
 MANY_TOKENS = 262_144
 
@@ -25,7 +27,7 @@ def advice_lines(*, num_steps: int, global_batch: int, target_tokens_per_step: f
         if global_batch > 1:
             more += f", or train.global_batch below {global_batch}"
         yield (
-            f"advice    {num_steps} steps are few for LoRA: B starts at zero and needs some to grow. At least {FEW_STEPS} are "
+            f"advice    {count(num_steps, 'step is', 'steps are')} few for LoRA: B starts at zero and needs some to grow. At least {FEW_STEPS} are "
             f"advised, better 1,000 ({_TINKER}): {more}"
         )
     if target_tokens_per_step > MANY_TOKENS:

@@ -30,6 +30,7 @@ from dist_lora.train.resume import (
     NOT_EVALUATED,
     VerifiedCheckpoint,
     best_of,
+    is_same_best,
     last_evaluated,
     stale_evaluations,
     warn_of_versions,
@@ -173,13 +174,16 @@ class RunCheckpoints:
                 f"{len(self._specs())}, or their names or shapes differ: the checkpoint is another run's"
             )
         adapters.restore(load_pieces(path, manifest, adapters.pieces()), num_steps=manifest.step)
-        progress = RunProgress(
-            manifest.step, *best_of(checkpoint), last_evaluated(checkpoint), stale_evaluations(checkpoint)
-        )
+        is_same = is_same_best(checkpoint, self._config)
+        best = best_of(checkpoint) if is_same else (None, math.inf)
+        stale = stale_evaluations(checkpoint, self._config)
+        progress = RunProgress(manifest.step, *best, last_evaluated(checkpoint), stale)
         self.saver.last, self.saved_step = path, manifest.step
         if self._world.is_first:
             truncate_metrics(self._run_folder, last_step=manifest.step, last_evaluation=progress.evaluated_step)
             log.info(f"resumed {path}: step {manifest.step} of {self._num_steps}")
+            if not is_same and best_of(checkpoint)[0] is not None:
+                log.warning("eval.best_set is another one than before: the best step is looked for anew from here on")
             warn_of_versions(path, manifest.versions)
         return progress
 
@@ -192,6 +196,7 @@ class RunCheckpoints:
                 "best_loss": progress.best_loss if math.isfinite(progress.best_loss) else None,
                 "evaluated_step": progress.evaluated_step,
                 "stale_evaluations": progress.stale_evaluations,
+                "best_set": self._config.eval.best_set,
                 "data": self._loader.fingerprint if self._world.is_first else None,
                 "num_steps": self._num_steps,
                 "origin": {**dataclasses.asdict(self._origin), "kinds": list(self._origin.kinds)},

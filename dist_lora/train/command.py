@@ -238,7 +238,7 @@ def _has_nothing_to_do(
     step, section = checkpoint.manifest.step, config.eval
     is_evaluated = config.data.eval is None and section.command is None
     is_evaluated = is_evaluated or last_evaluated(checkpoint) == step
-    is_out_of_patience = section.patience is not None and stale_evaluations(checkpoint) >= section.patience
+    is_out_of_patience = section.patience is not None and stale_evaluations(checkpoint, config) >= section.patience
     if not is_evaluated or (step != num_steps and not is_out_of_patience):
         return False
     line = world.once("the run's end", lambda: describe_finished(folder, num_steps).encode()).decode()

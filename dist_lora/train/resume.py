@@ -173,10 +173,16 @@ def last_evaluated(checkpoint: VerifiedCheckpoint) -> int:
     return step if isinstance(step, int) else NOT_EVALUATED
 
 
-def stale_evaluations(checkpoint: VerifiedCheckpoint) -> int:
-    """How many evaluations in a row had no lower loss than the best; 0 where it isn't recorded."""
+def is_same_best(checkpoint: VerifiedCheckpoint, config: Config) -> bool:
+    """Whether a checkpoint's best loss is one of the losses by which the config finds the best step."""
+    before: object = checkpoint.manifest.progress.get("best_set")
+    return before == config.eval.best_set
+
+
+def stale_evaluations(checkpoint: VerifiedCheckpoint, config: Config) -> int:
+    """How many evaluations in a row had no lower loss than the best; 0 where it isn't recorded, or by another set's loss."""
     number = checkpoint.manifest.progress.get("stale_evaluations", 0)
-    return number if isinstance(number, int) else 0
+    return number if isinstance(number, int) and is_same_best(checkpoint, config) else 0
 
 
 def warn_of_other_lr(checkpoint: VerifiedCheckpoint, config: Config, *, num_steps: int) -> None:
