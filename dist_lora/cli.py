@@ -540,12 +540,28 @@ def _as_table(result: dict[str, Any]) -> str:
     lines = []
     for name, value in result.items():
         if name == "guard":
-            lines += ["", *guard_table(value).splitlines(), ""]
+            for of_set, report in {"": value}.items() if "by_category" in value else value.items():
+                lines += ["", *([of_set] if of_set else []), *guard_table(report).splitlines(), ""]
+            continue
+        if name == "sets":
+            lines += _table_of_sets(value)
             continue
         if name == "exact_match":
             value = f"{value['correct']} of {value['total']} ({value['correct'] / value['total']:.1%})"
         lines.append(f"{name:14} {value:.6g}" if isinstance(value, float) else f"{name:14} {value}")
     return "\n".join(lines)
+
+
+def _table_of_sets(sets: dict[str, dict[str, Any]]) -> list[str]:
+    """A row for each held-out set."""
+    from dist_lora.text import in_columns
+
+    names = list(next(iter(sets.values())))
+    rows = [["set", *(name.replace("_", " ") for name in names)]]
+    for name, facts in sets.items():
+        cells = [f"{fact['correct']} of {fact['total']}" if isinstance(fact, dict) else fact for fact in facts.values()]
+        rows.append([name, *(f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells)])
+    return list(in_columns(rows))
 
 
 @contextmanager

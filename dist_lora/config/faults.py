@@ -104,7 +104,10 @@ def _from_schema(details: ErrorDetails, *, settings: Mapping[str, Any]) -> Itera
     """Faults with a message of the schema's own validators."""
     error = details["ctx"]["error"]
     loc = details["loc"]
-    if isinstance(error, SettingFaults):
+    if isinstance(error, SettingFaults) and not loc:  # between sections: the setting at fault, by its full name
+        for (at_fault, *_), message in error.faults:
+            yield Fault(tuple(at_fault.split(".")), message)
+    elif isinstance(error, SettingFaults):
         given = settings.get(str(loc[0]), {})
         for involved, message in error.faults:
             yield Fault((loc[0], _blamed(involved, given)), message)

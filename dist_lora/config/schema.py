@@ -7,6 +7,7 @@ for editors are generated from it.
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -181,6 +182,37 @@ LayerRange = Annotated[
     Expected("a range of layers like 8-15"),
 ]
 LayerIndex = Annotated[int, Field(ge=0)]
+
+
+def _check_set_names(sets: Any) -> Any:
+    """Refuse no held-out set at all, and names that would not be a part of a metric's name."""
+    if isinstance(sets, dict):
+        if not sets:
+            raise ValueError("has no set, expected at least one, like {gsm8k: FILE}")
+        for name in sets:
+            if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+                raise ValueError(f"{name!r} is not a valid name of a set: letters, digits, '.', '_' and '-' only")
+    return sets
+
+
+def _check_answer(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{pattern!r} is not a regular expression of Python: {error}") from None
+    return pattern
+
+
+def _check_command(text: str) -> str:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} can't be split into words as a shell would: {error}") from None
+    if not words:
+        raise ValueError("is empty")
+    return text
+
+
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -385,9 +417,13 @@ class DataSection(Section):
     train: Annotated[Text | list[Text], AfterValidator(_check_some)] = Field(
         description="Training data: a file (jsonl, json, csv, parquet, arrow), a folder of save_to_disk, a hub id, or a list."
     )
-    eval: Annotated[Text | Fraction | None, Expected("a path, a fraction between 0 and 1, or null")] = Field(
+    eval: Annotated[
+        Text | Fraction | dict[str, Text] | None,
+        AfterValidator(_check_set_names),
+        Expected("a path, a fraction between 0 and 1, named sets like {gsm8k: FILE}, or null"),
+    ] = Field(
         default=None,
-        description="Held-out data: a file, a hub id, or the fraction of train to hold out, like 0.05.",
+        description="Held-out data: a file, a hub id, the fraction of train to hold out, like 0.05, or several sets by name.",
     )
     format: Literal["auto", "messages", "alpaca", "prompt-completion", "text", "guard"] = Field(
         default="auto",
@@ -455,6 +491,12 @@ class DataSection(Section):
         if faults:
             raise SettingFaults(faults)
         return self
+
+    def eval_files(self) -> dict[str, str]:
+        """The held-out sets that are read from a source of their own, by name; a single one's name is empty."""
+        if isinstance(self.eval, dict):
+            return self.eval
+        return {"": self.eval} if isinstance(self.eval, str) else {}
 
 
 class TrainSection(Section):
@@ -524,7 +566,9 @@ class TrainSection(Section):
 class OptimSection(Section):
     """AdamW and its learning rate."""
 
-    lr: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
+    lr: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        default=2e-4, description="Peak learning rate; auto takes Tinker's for a Llama of this width (lora.alpha: 32)."
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="How the learning rate decays after the warm-up."
     )
@@ -536,6 +580,12 @@ class OptimSection(Section):
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay rate of the gradient's mean.")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay rate of the squared gradient's mean.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon, which keeps the division finite.")
+
+    @property
+    def peak_lr(self) -> float:
+        """``lr`` as a number: ``layout.choices.with_lr`` has resolved ``auto`` before anything is trained."""
+        assert self.lr != "auto", "optim.lr: auto was not resolved"
+        return self.lr
 
 
 class ParallelSection(Section):
@@ -637,13 +687,39 @@ class EvalSection(Section):
     """How the held-out data is evaluated."""
 
     every: int = Field(default=50, ge=1, description="Steps between two evaluations of data.eval.")
+    at_start: bool = Field(default=False, description="Evaluate before the first step too.")
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="End the run after this many evaluations in a row without a lower held-out loss; null trains all steps.",
+    )
+    best_set: Text | None = Field(
+        default=None,
+        description="The set of data.eval whose loss decides what is best; null is the loss over all sets' target tokens.",
+    )
     exact_match: bool = Field(default=False, description="Also generate answers and count exact matches.")
+    answer: Annotated[Text, AfterValidator(_check_answer)] | None = Field(
+        default=None,
+        description="Regular expression whose last match is the answer to compare in a text: its first group, or all of it.",
+    )
     max_new_tokens: int = Field(default=64, ge=1, description="Maximum length of a generated answer, in tokens.")
     batch: int | None = Field(
         default=None,
         ge=1,
         description="Sequences per GPU in one evaluation batch; null is train.micro_batch, and 32 for generated answers.",
     )
+    command: Annotated[Text, AfterValidator(_check_command)] | None = Field(
+        default=None,
+        description="Program to run at each evaluation on the gathered adapter; it prints numbers as JSON (docs/evaluate.md).",
+    )
+    command_timeout: float = Field(default=3600.0, gt=0, description="Seconds after which eval.command is killed.")
+
+    @model_validator(mode="after")
+    def _check_used(self) -> EvalSection:
+        if self.answer is not None and not self.exact_match:
+            fault = "has no effect without eval.exact_match: set eval.exact_match to true, or remove it"
+            raise SettingFaults([(("answer", "exact_match"), fault)])
+        return self
 
 
 class Config(Section):
@@ -670,3 +746,18 @@ class Config(Section):
     )
     log: LogSection = Field(default_factory=LogSection, description="What is logged during the run.")
     eval: EvalSection = Field(default_factory=EvalSection, description="How the held-out data is evaluated.")
+
+    @model_validator(mode="after")
+    def _check_conflicts(self) -> Config:
+        faults: list[tuple[tuple[str, ...], str]] = []
+        sets = list(self.data.eval) if isinstance(self.data.eval, dict) else []
+        if self.eval.patience is not None and self.data.eval is None:
+            faults.append(
+                (("eval.patience",), "counts evaluations of data.eval, which isn't set: set it, or remove this")
+            )
+        if self.eval.best_set is not None and self.eval.best_set not in sets:
+            named = f"data.eval has {', '.join(sets)}" if sets else "data.eval has no named sets"
+            faults.append((("eval.best_set",), f"found {self.eval.best_set!r}, and {named}"))
+        if faults:
+            raise SettingFaults(faults)
+        return self

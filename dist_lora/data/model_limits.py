@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
 
 import numpy as np
 
@@ -14,9 +13,7 @@ from dist_lora.world.world import World
 log = logging.getLogger("dist_lora")
 
 
-def check_limits(
-    token_set: TokenSet, *, which: Literal["train", "eval"], context: int, vocab: int, world: World
-) -> None:
+def check_limits(token_set: TokenSet, *, which: str, context: int, vocab: int, world: World) -> None:
     """Check that every document fits the model. All ranks call it; the first reads the ids once, on behalf of all.
 
     Documents that are packed into one sequence don't see each other, so that each is judged by its own length.

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
     from dist_lora.world.world import World
 
-Which = Literal["train", "eval"]
+Which = str
+"""The setting of a set in ``data``: ``train``, ``eval``, or ``eval.NAME`` of several held-out sets."""
 
 CACHE_VERSION = 2
 """Part of every key: raise it whenever the same record may become other ids."""

@@ -28,7 +28,7 @@ class AdamW:
         self._updated = [_host_copy(p) for p in parameters] if on_host else self._parameters
         self._optimizer = torch.optim.AdamW(
             self._updated,
-            lr=section.lr,
+            lr=section.peak_lr,
             betas=(section.beta1, section.beta2),
             eps=section.eps,
             weight_decay=section.weight_decay,

@@ -15,6 +15,7 @@ from dist_lora.data.loader import MicroBatch
 from dist_lora.data.prefetch import on_device
 from dist_lora.data.token_set import TokenSet
 from dist_lora.engines.engine import Engine
+from dist_lora.evaluation.answers import AnswerRule
 from dist_lora.evaluation.generate import base_fits_whole, generate
 from dist_lora.evaluation.predictions import Prediction, Predictions
 from dist_lora.world.world import World
@@ -69,7 +70,10 @@ def held_out_loss(
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """How many generated answers equal the expected ones, character by character, ignoring surrounding whitespace."""
+    """How many generated answers equal the expected ones, character by character, ignoring surrounding whitespace.
+
+    With an ``AnswerRule`` only what it finds in both is compared.
+    """
 
     correct: int
     total: int
@@ -87,11 +91,13 @@ def exact_match(
     world: World,
     check_stop: Callable[[], None] = never_stop,
     predictions: Predictions | None = None,
+    rule: AnswerRule | None = None,
 ) -> ExactMatch:
     """Generate the last answer of each sample from what comes before it, and compare. All ranks call it.
 
     Each rank takes every ``world_size``-th sample; if memory allows, the base stays gathered throughout. ``check_stop``
-    is called before each batch of answers, see ``held_out_loss``. ``predictions`` gets this rank's answers.
+    is called before each batch of answers, see ``held_out_loss``. ``predictions`` gets this rank's answers; ``rule``
+    says what of two texts is compared.
     """
     mine = [last_answer(*tokens.document(i)) for i in range(world.world_rank, len(tokens), world.world_size)]
     per_rank = math.ceil(len(tokens) / world.world_size)
@@ -111,9 +117,9 @@ def exact_match(
                 max_new_tokens=max_new_tokens,
                 world=world,
             )
-            for i, ((prompt, expected), answer) in enumerate(zip(samples, answers, strict=True), first):
-                wanted, found = (tokenizer.decode(ids) for ids in (_until_stop(expected, stop_ids), answer))
-                is_correct = found.strip() == wanted.strip()
+            for i, ((prompt, expected), ids) in enumerate(zip(samples, answers, strict=True), first):
+                wanted, found = (tokenizer.decode(ids) for ids in (until_stop(expected, stop_ids), ids))
+                is_correct = rule.is_match(found, wanted) if rule is not None else found.strip() == wanted.strip()
                 correct += is_correct
                 if predictions is not None:
                     predictions.of_samples[world.world_rank + i * world.world_size] = Prediction(
@@ -126,8 +132,8 @@ def exact_match(
     return ExactMatch(int(total), len(tokens))
 
 
-def _until_stop(ids: Sequence[int], stop_ids: frozenset[int]) -> list[int]:
-    # What a template puts after an end token (a newline) is not part of the answer.
+def until_stop(ids: Sequence[int], stop_ids: frozenset[int]) -> list[int]:
+    """The ids before the first that ends an answer: what a template puts after it (a newline) is not part of the answer."""
     for i, token in enumerate(ids):
         if token in stop_ids:
             return list(ids[:i])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from dist_lora.errors import cannot_write
@@ -19,6 +19,11 @@ class Prediction:
     expected: str
     generated: str
     is_correct: bool
+    set: str | None = None  # the set's name, where there are several
+
+    def to_json(self) -> dict[str, object]:
+        """For the file: without what there isn't."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass
@@ -32,13 +37,18 @@ class Predictions:
         """Raise ``ConfigError`` if the file exists, or can't be made."""
         refuse_file(self.path, option="--predictions")
 
+    def add_set(self, name: str, of_set: Predictions, *, num_before: int) -> None:
+        """Add this rank's predictions of a further set, of whose samples ``num_before`` of other sets come first."""
+        for index, prediction in of_set.of_samples.items():
+            self.of_samples[num_before + index] = replace(prediction, set=name or None)
+
     def write(self, world: World) -> None:
         """Write all ranks' predictions, a line of JSON each. All ranks call it.
 
         Raises:
             SaveError: the file can't be written.
         """
-        own = {index: asdict(prediction) for index, prediction in self.of_samples.items()}
+        own = {index: prediction.to_json() for index, prediction in self.of_samples.items()}
         world.share(f"predictions/{world.world_rank}", json.dumps(own).encode())
 
         def write() -> None:

@@ -116,8 +116,63 @@ def choose(
         f"dtype     {dtype}: {why_dtype}",
         f"attention {attention}: {why_attention}",
         f"kernels   {'fused' if fused_kernels else 'plain'}: {why_kernels}",
+        *lr_lines(config, shape),
     )
     return Choices(dtype, attention, fused_kernels, range(0), layout, reasons)
+
+
+LR_ALPHA = 32.0  # the alpha at which the formula of ``choose_lr`` was found
+
+
+def choose_lr(*, hidden: int, alphas: tuple[float, ...]) -> tuple[float, str]:
+    """``optim.lr: auto`` of a Llama of width ``hidden``, with the reason: ``5e-4 (2000 / hidden)^0.781``.
+
+    It doesn't depend on the rank: with alpha / rank before ``B A``, and A drawn with a variance of 1 / width, as here and in
+    PEFT, the first updates of the adapted weights are equal at any rank. On alpha they do depend, and the formula says nothing
+    about another one than the 32 it was found with.
+
+    Source: Tinker's documentation, "Supervised learning hyperparameters": a base of 5e-5, ten times that for LoRA, and an
+    exponent of 0.781 for Llama; alpha, the draw of A and one rate for A and B are those of "LoRA Without Regret" (Schulman and
+    Thinking Machines Lab, 2025).
+
+    Args:
+        alphas: all that an adapter has.
+
+    Raises:
+        ConfigError: one is not 32.
+    """
+    lr = float(f"{5e-4 * (2000 / hidden) ** 0.781:.3g}")
+    if alphas != (LR_ALPHA,):
+        found = ", ".join(f"{alpha:g}" for alpha in alphas)
+        near = f", about optim.lr={lr * LR_ALPHA / alphas[0]:.3g}, which begins as alike" if len(alphas) == 1 else ""
+        raise ConfigError(
+            f"optim.lr: auto is known for lora.alpha: 32 (at any rank), and alpha is {found}. Set lora.alpha=32, or a number{near}"
+        )
+    return lr, f"5e-4 x (2000 / {hidden:,})^0.781, Tinker's formula for LoRA on a Llama with alpha 32, at any rank"
+
+
+def lr_lines(config: Config, shape: Shape) -> tuple[str, ...]:
+    """The line about ``optim.lr: auto``; none where it is a number.
+
+    Raises:
+        ConfigError: see ``choose_lr``.
+    """
+    if config.optim.lr != "auto":
+        return ()
+    lr, why = choose_lr(hidden=shape.hidden, alphas=config.lora.alphas())
+    return (f"lr        {lr:g}: {why}",)
+
+
+def with_lr(config: Config, shape: Shape) -> Config:
+    """The config with a number for ``optim.lr: auto``, as everything that trains takes it.
+
+    Raises:
+        ConfigError: see ``choose_lr``.
+    """
+    if config.optim.lr != "auto":
+        return config
+    lr, _ = choose_lr(hidden=shape.hidden, alphas=config.lora.alphas())
+    return config.model_copy(update={"optim": config.optim.model_copy(update={"lr": lr})})
 
 
 def choose_dtype(

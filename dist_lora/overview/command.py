@@ -88,9 +88,11 @@ def open_data(config: Config) -> RunData:
     warn_of_context(sequence_length=config.train.sequence_length, context=model.shape.context, world=world)
     train, held_out = tokens_of(config, model, world)
     sets, section = {"data.train": train}, config.data
-    if held_out is not None:
-        sets["data.eval"] = held_out
-    names = {"data.train": section.train, "data.eval": section.eval}
+    sets |= {f"data.eval.{name}".rstrip("."): of_set for name, of_set in held_out.items()}
+    names: dict[str, str | list[str] | float] = {"data.train": section.train}
+    if isinstance(section.eval, float):
+        names["data.eval"] = section.eval
+    names |= {f"data.eval.{name}".rstrip("."): source for name, source in section.eval_files().items()}
     return RunData(model, sets, {name: _sources_of(names[name]) for name in sets})
 
 
@@ -128,10 +130,10 @@ def spread(num_documents: int, num_samples: int) -> list[int]:
     return sorted({int(index) for index in np.linspace(0, num_documents - 1, min(num_samples, num_documents))})
 
 
-def _sources_of(names: str | list[str] | float | None) -> tuple[str, ...]:
+def _sources_of(names: str | list[str] | float) -> tuple[str, ...]:
     if isinstance(names, float):
         return (f"{names:g} of data.train",)
-    return (names,) if isinstance(names, str) else tuple(names or ())
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _as_json(overview: Overview) -> dict[str, Any]:

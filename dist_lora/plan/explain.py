@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dist_lora.config.schema import LINEARS, Config, LoraSection
 from dist_lora.herd.models import KnownModel, known_model
-from dist_lora.layout.choices import BYTES_PER_TRAINED_WEIGHT, ITEM_BYTES, choose_dtype
+from dist_lora.layout.choices import BYTES_PER_TRAINED_WEIGHT, ITEM_BYTES, choose_dtype, choose_lr
 from dist_lora.layout.storage import FP32, base_parts
 from dist_lora.plan.command import default_gpus_per_node
 from dist_lora.plan.hardware import find_gpu
@@ -113,6 +113,9 @@ def _what_is_trained(config: Config, model: KnownModel) -> Iterator[str]:
         f"trained {trained:,}, frozen {total:,}: {trained / total:.3%}, {figure(trained / shape.weights_of_a_layer())} times "
         f"the weights of a layer; {2 * trained / 1e6:,.1f} MB in 16 bits"
     )
+    if config.optim.lr == "auto":
+        lr, why = choose_lr(hidden=shape.hidden, alphas=lora.alphas())
+        yield f"optim.lr: auto is {lr:g}: {why}."
     if model.is_by_hand:
         source = (
             "as given"

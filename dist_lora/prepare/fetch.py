@@ -36,9 +36,8 @@ def fetch_all(config: Config, *, report: Callable[[str], None]) -> None:
     report(f"tokenizer  {len(tokenizer):,} tokens, in {folder}")
     section = config.data
     fmt = None if section.format == "auto" else section.format
-    for which, names in (("train", section.train), ("eval", section.eval)):
-        if names is None or isinstance(names, float):
-            continue
+    held_out = [(f"eval.{name}".rstrip("."), source) for name, source in section.eval_files().items()]
+    for which, names in (("train", section.train), *held_out):
         records = read_records(names, fmt=fmt, which=which)
         check_template(tokenizer, formats=records.formats)
         for source, start, stop in zip(records.sources, records.starts, records.starts[1:], strict=False):

@@ -27,6 +27,8 @@ TEMPLATE = "report.html.jinja"
 MOST_POINTS = 1000  # per curve
 MOST_EVALUATIONS = 200  # the newest, as rows of the table
 
+DOT_COLOURS = ("#e15759", "#59a14f", "#f28e2b", "#b07aa1", "#76b7b2", "#9c755f", "#edc948", "#ff9da7")
+
 Line = Mapping[str, Any]
 
 
@@ -140,7 +142,7 @@ def _facts(
         yield "weights", f"{trained:,} trained, {frozen:,} frozen ({trained / frozen:.2%})"
     yield "steps", f"{steps[-1]['step']:,}" + (f" of {summary['steps']:,}" if "steps" in summary else "")
     yield "loss", f"{_number(steps[0], 'loss'):.4f} at the first step, {_number(steps[-1], 'loss'):.4f} at the last"
-    held_out = {int(line["step"]): _number(line, "eval_loss") for line in evaluations}
+    held_out = {int(line["step"]): _number(line, "eval_loss") for line in evaluations if "eval_loss" in line}
     if held_out:
         best = min(held_out, key=lambda step: (math.isnan(held_out[step]), held_out[step]))
         yield (
@@ -189,11 +191,35 @@ def _table(evaluations: Sequence[Line]) -> list[list[str]]:
 
 def _plots(steps: Sequence[Line], evaluations: Sequence[Line]) -> Iterator[str]:
     """SVG of each curve that has a point."""
-    for curve in CURVES:
+    for curve in [*CURVES, *_own_curves(evaluations)]:
         line = _points(steps, curve.key, divisor=curve.divisor)
-        dots = _points(evaluations, curve.of_evaluations, divisor=curve.divisor) if curve.of_evaluations else []
-        if any(math.isfinite(y) for _, y in [*line, *dots]):
+        dots = _dots(evaluations, curve)
+        if any(math.isfinite(y) for points in [line, *dots.values()] for _, y in points):
             yield _svg(curve, line, dots)
+
+
+def _names_of(evaluations: Sequence[Line]) -> list[str]:
+    """The names of all numbers that an evaluation has, in the order in which they first occur."""
+    return [name for name in dict.fromkeys(itertools.chain.from_iterable(evaluations)) if name != "step"]
+
+
+def _own_curves(evaluations: Sequence[Line]) -> Iterator[Curve]:
+    """A plot for each number that a judge of the user's (``eval.command``) has given."""
+    known = {curve.of_evaluations for curve in CURVES} | {"eval_perplexity"}
+    for name in _names_of(evaluations):
+        if name not in known and name.partition("/")[0] not in known:
+            yield Curve(name, f"{name.removeprefix('eval_').replace('_', ' ')}, by eval.command", of_evaluations=name)
+
+
+def _dots(evaluations: Sequence[Line], curve: Curve) -> dict[str, list[tuple[float, float]]]:
+    """The points of each held-out set by their label in the plot; where there are several, of all sets together first."""
+    key = curve.of_evaluations
+    if key is None:
+        return {}
+    sets = [name for name in _names_of(evaluations) if name.startswith(f"{key}/")]
+    named = {"all held-out sets" if sets else "held out": key} | {name.removeprefix(f"{key}/"): name for name in sets}
+    every = {label: _points(evaluations, name, divisor=curve.divisor) for label, name in named.items()}
+    return {label: points for label, points in every.items() if any(math.isfinite(y) for _, y in points)}
 
 
 def _points(lines: Sequence[Line], key: str, *, divisor: float) -> list[tuple[float, float]]:
@@ -206,7 +232,7 @@ def _points(lines: Sequence[Line], key: str, *, divisor: float) -> list[tuple[fl
     ]
 
 
-def _svg(curve: Curve, line: Sequence[tuple[float, float]], dots: Sequence[tuple[float, float]]) -> str:
+def _svg(curve: Curve, line: Sequence[tuple[float, float]], dots: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     # Imported here because it takes a second. No pyplot, which keeps global state.
     import matplotlib
     from matplotlib.figure import Figure
@@ -214,11 +240,13 @@ def _svg(curve: Curve, line: Sequence[tuple[float, float]], dots: Sequence[tuple
 
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes = figure.add_subplot()
-    finite = [y for _, y in [*line, *dots] if math.isfinite(y)]
+    finite = [y for points in [line, *dots.values()] for _, y in points if math.isfinite(y)]
     if any(math.isfinite(y) for _, y in line):
         axes.plot([x for x, _ in line], [y for _, y in line], color="#4e79a7", linewidth=1.2, label="training")
+    for number, (label, points) in enumerate(dots.items()):
+        colour = DOT_COLOURS[number % len(DOT_COLOURS)]
+        axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=colour, markersize=4, label=label)
     if dots:
-        axes.plot([x for x, _ in dots], [y for _, y in dots], "o-", color="#e15759", markersize=4, label="held out")
         axes.legend(frameon=False)
     if curve.is_log and all(y > 0 for y in finite):
         axes.set_yscale("log")

@@ -37,6 +37,7 @@ from dist_lora.errors import (
     exit_code_of,
 )
 from dist_lora.files import is_locked, write_whole
+from dist_lora.run_folder.attempt import read_summary
 from dist_lora.run_folder.records import LiveProgress, read_progress
 
 STATUS_FILE = "status"
@@ -135,7 +136,7 @@ class StatusWriter:
         step = self._step()
         has_progressed = code == EXIT_DONE or (before is not None and step > before.step)
         stalled = 0 if has_progressed else (before.stalled if before is not None else 0) + 1
-        reason = "done" if error is None else str(error) or type(error).__name__
+        reason = _done(self.folder) if error is None else str(error) or type(error).__name__
         self._write(Status(code, _is_final(code, error), step, stalled, self.attempt, reason))
 
     def _before(self) -> Status | None:
@@ -151,6 +152,12 @@ class StatusWriter:
     def _write(self, status: Status) -> None:
         with contextlib.suppress(OSError):
             write_whole(self.folder / STATUS_FILE, status.line())
+
+
+def _done(folder: Path) -> str:
+    """``done``, and why before all steps were, where a run has ended early."""
+    early = read_summary(folder).get("ended_early")
+    return f"done: {early}" if isinstance(early, str) else "done"
 
 
 @dataclass(frozen=True)

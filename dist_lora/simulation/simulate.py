@@ -28,7 +28,7 @@ from dist_lora.data.token_set import TokenSet
 from dist_lora.engines.adapters import FlatAdapters
 from dist_lora.errors import ConfigError
 from dist_lora.herd.shape import Shape
-from dist_lora.layout.choices import Layout, check_node_size
+from dist_lora.layout.choices import Layout, check_node_size, with_lr
 from dist_lora.lora.origin import BaseIdentity
 from dist_lora.simulation.collectives import Sent, Traffic, traffic
 from dist_lora.simulation.tracker import KINDS, Kind, Memory, Moment, Tracker, register_run
@@ -177,6 +177,7 @@ def _step(
         identity = BaseIdentity(config.model.name, None, None, None)
         base = Base(Path(), {}, shape, BaseOnDisk(WeightIndex(Path(), {}), {}), None, identity)
         trainee = Trainee(base, model, engine, adapters, sharded.choices.attention, sharded.precision, {})
+        config = with_lr(config, shape)
         adapters.start_training(config.optim)
         step = TrainStep(config, trainee, loader=loader, num_steps=STEP, saver=Saver(world), world=world)
         model.train()

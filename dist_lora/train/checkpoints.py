@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from dist_lora.checkpoint.folders import step_folder
+from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.checkpoint.manifest import TensorSpec
 from dist_lora.checkpoint.read import load_pieces
 from dist_lora.checkpoint.saver import Saver
@@ -20,11 +22,19 @@ from dist_lora.checkpoint.write import check_room, rotate, save_checkpoint
 from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader
-from dist_lora.errors import CheckpointError
+from dist_lora.errors import CheckpointError, DistLoraError, SaveError
 from dist_lora.lora.state import Piece
 from dist_lora.run_folder.records import sync_metrics, truncate_metrics
 from dist_lora.train.build import Trainee, run_origin
-from dist_lora.train.resume import VerifiedCheckpoint, best_of, last_evaluated, warn_of_versions
+from dist_lora.train.resume import (
+    NOT_EVALUATED,
+    VerifiedCheckpoint,
+    best_of,
+    is_same_best,
+    last_evaluated,
+    stale_evaluations,
+    warn_of_versions,
+)
 from dist_lora.world.world import World
 
 log = logging.getLogger("dist_lora")
@@ -37,7 +47,29 @@ class RunProgress:
     step: int = 0
     best_step: int | None = None
     best_loss: float = math.inf
-    evaluated_step: int = 0
+    evaluated_step: int = NOT_EVALUATED
+    stale_evaluations: int = 0  # in a row, without a lower loss than the best
+
+    def evaluated(self, loss: float | None) -> bool:
+        """Note an evaluation after the last step; whether its loss is the lowest so far.
+
+        One before the first step doesn't count: of a run that learns nothing, the base isn't the best that was trained.
+
+        Args:
+            loss: that decides; None if there is no held-out data.
+        """
+        self.evaluated_step = self.step
+        if self.step == 0 or loss is None:
+            return False
+        if loss < self.best_loss:
+            self.best_loss, self.best_step, self.stale_evaluations = loss, self.step, 0
+            return True
+        self.stale_evaluations += 1
+        return False
+
+    def is_out_of_patience(self, patience: int | None) -> bool:
+        """Whether the run is to end, by ``eval.patience``."""
+        return patience is not None and self.stale_evaluations >= patience
 
 
 class RunCheckpoints:
@@ -97,6 +129,37 @@ class RunCheckpoints:
         assert checkpoint is not None
         return checkpoint
 
+    def gather_now(self, step: int, *, root: Path, tokenizer: Path) -> Path:
+        """The adapter as it is now, in PEFT's format, in a new folder in ``root``. All ranks call it.
+
+        It takes the way of a save, in ``root``: no checkpoint of the run is made, replaced or deleted.
+
+        Raises:
+            SaveError, RankError: it can't be written.
+        """
+        world, out = self._world, (root / f"step-{step}").resolve()
+        self.saver.wait()  # the disk is asked for one of the two at a time
+
+        def begin() -> None:
+            if root.exists():
+                shutil.rmtree(root)  # of an evaluation that was killed
+
+        def cannot(error: OSError) -> DistLoraError:
+            return SaveError(f"{root}: the adapter to judge can't be written: {error}. The same command resumes")
+
+        world.on_first("the adapter to judge", begin, os_error=cannot)
+        share = {piece: values.detach().cpu().clone() for piece, values in self._trainee.adapters.share().items()}
+        progress = RunProgress(step)
+        saved = save_checkpoint(root, step=step, share=share, specs=self._specs(), world=world, **self._facts(progress))
+
+        def gather() -> None:
+            with world.progress.phase(f"step {step}, gathering the adapter", kind="long"):
+                gather_adapter(saved, out=out, verify=False, tokenizer=tokenizer)
+                shutil.rmtree(saved)
+
+        world.on_first("the adapter to judge", gather, os_error=cannot)
+        return out
+
     def resume(self, checkpoint: VerifiedCheckpoint) -> RunProgress:
         """Load a checkpoint from ``find_checkpoint``: the trained tensors, their moments and the run's progress.
 
@@ -111,11 +174,16 @@ class RunCheckpoints:
                 f"{len(self._specs())}, or their names or shapes differ: the checkpoint is another run's"
             )
         adapters.restore(load_pieces(path, manifest, adapters.pieces()), num_steps=manifest.step)
-        progress = RunProgress(manifest.step, *best_of(checkpoint), last_evaluated(checkpoint))
+        is_same = is_same_best(checkpoint, self._config)
+        best = best_of(checkpoint) if is_same else (None, math.inf)
+        stale = stale_evaluations(checkpoint, self._config)
+        progress = RunProgress(manifest.step, *best, last_evaluated(checkpoint), stale)
         self.saver.last, self.saved_step = path, manifest.step
         if self._world.is_first:
             truncate_metrics(self._run_folder, last_step=manifest.step, last_evaluation=progress.evaluated_step)
             log.info(f"resumed {path}: step {manifest.step} of {self._num_steps}")
+            if not is_same and best_of(checkpoint)[0] is not None:
+                log.warning("eval.best_set is another one than before: the best step is looked for anew from here on")
             warn_of_versions(path, manifest.versions)
         return progress
 
@@ -127,6 +195,8 @@ class RunCheckpoints:
                 "best_step": progress.best_step,
                 "best_loss": progress.best_loss if math.isfinite(progress.best_loss) else None,
                 "evaluated_step": progress.evaluated_step,
+                "stale_evaluations": progress.stale_evaluations,
+                "best_set": self._config.eval.best_set,
                 "data": self._loader.fingerprint if self._world.is_first else None,
                 "num_steps": self._num_steps,
                 "origin": {**dataclasses.asdict(self._origin), "kinds": list(self._origin.kinds)},

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from dist_lora.base.tokenizer_files import TEMPLATE_FILE
 from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.config.changes import flat
-from dist_lora.config.schema import Config, MachineSection
+from dist_lora.config.schema import Config, MachineSection, OptimSection
 from dist_lora.data.chat import hash_tokenizer, render_sample
 from dist_lora.data.duplicates import warn_of_duplicates
 from dist_lora.data.loader import Loader
@@ -28,7 +29,7 @@ from dist_lora.data.untrained import check_special_tokens
 from dist_lora.errors import ConfigError, SaveError, cannot_write
 from dist_lora.evaluation.predictions import Predictions
 from dist_lora.files import write_whole
-from dist_lora.layout.choices import DtypeName
+from dist_lora.layout.choices import DtypeName, lr_lines, with_lr
 from dist_lora.layout.machine import is_called
 from dist_lora.lora.attach import adapters_of
 from dist_lora.lora.origin import origin_of
@@ -37,6 +38,7 @@ from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, SUMMARY
 from dist_lora.run_folder.folder import open_run_folder, write_config
 from dist_lora.run_folder.log_file import to_log_file
 from dist_lora.text import count, gib, span
+from dist_lora.train.advice import advice_lines
 from dist_lora.train.build import (
     Base,
     ModelFiles,
@@ -47,12 +49,20 @@ from dist_lora.train.build import (
     load_adapter,
     open_base,
 )
+from dist_lora.train.evaluating import Evaluation, HeldOutSets, evaluate_sets, warn_of_answers
 from dist_lora.train.finished import describe_finished, finished_line
 from dist_lora.train.guard import guard_rules, split_judged
-from dist_lora.train.held_out import exact_match_of, loss_of, verdicts_of
+from dist_lora.train.judge import check_command
 from dist_lora.train.loop import Run
 from dist_lora.train.meter import Meter, peak_bytes, reset_peak
-from dist_lora.train.resume import VerifiedCheckpoint, check_same_run, find_checkpoint, last_evaluated, warn_of_other_lr
+from dist_lora.train.resume import (
+    VerifiedCheckpoint,
+    check_same_run,
+    find_checkpoint,
+    last_evaluated,
+    stale_evaluations,
+    warn_of_other_lr,
+)
 from dist_lora.train.signals import StopRequest
 from dist_lora.train.trackers import check_trackers
 from dist_lora.world.world import World, device_bytes
@@ -62,41 +72,48 @@ log = logging.getLogger("dist_lora")
 PeakOf = Callable[[str, DtypeName], float | None]
 
 
-def tokens_of(config: Config, base: ModelFiles, world: World) -> tuple[TokenSet, TokenSet | None]:
-    """The training set and the held-out one, tokenized (by all ranks) or read from the cache.
+def tokens_of(config: Config, base: ModelFiles, world: World) -> tuple[TokenSet, HeldOutSets]:
+    """The training set and the held-out ones, tokenized (by all ranks) or read from the cache.
 
     Raises:
         ConfigError: a sample is longer than the model's context.
         DataError: see ``prepare_tokens`` and ``check_limits``.
     """
     if isinstance(config.data.eval, float) and config.data.format == "guard":
-        whole = _prepare(config, base, world, "train", augments=False)
-        forms = _prepare(config, base, world, "train") if config.data.guard_augment else whole
-        return split_judged(forms, whole, fraction=config.data.eval, seed=config.train.seed)
+        whole = _prepare(config, config.data.train, base, world, "train", augments=False)
+        forms = _prepare(config, config.data.train, base, world, "train") if config.data.guard_augment else whole
+        train, held_out = split_judged(forms, whole, fraction=config.data.eval, seed=config.train.seed)
+        return train, {"": held_out}
     if isinstance(config.data.eval, float):
-        return split_eval(_prepare(config, base, world, "train"), fraction=config.data.eval, seed=config.train.seed)
-    return _prepare(config, base, world, "train"), _prepare(config, base, world, "eval") if config.data.eval else None
+        whole = _prepare(config, config.data.train, base, world, "train")
+        train, held_out = split_eval(whole, fraction=config.data.eval, seed=config.train.seed)
+        return train, {"": held_out}
+    return _prepare(config, config.data.train, base, world, "train"), _sets_of_files(config, base, world)
 
 
-def held_out_of(config: Config, base: Base, world: World) -> TokenSet:
-    """The held-out set alone; a file of its own is read without the training set.
+def held_out_of(config: Config, base: Base, world: World) -> HeldOutSets:
+    """The held-out sets alone; files of their own are read without the training set.
 
     Raises:
         ConfigError: ``data.eval`` is not set.
     """
     if config.data.eval is None:
         raise ConfigError("data.eval: not set; give a file, a hub id, or a fraction of data.train")
-    if isinstance(config.data.eval, str):
-        return _prepare(config, base, world, "eval")
-    held_out = tokens_of(config, base, world)[1]
-    assert held_out is not None
-    return held_out
+    return _sets_of_files(config, base, world) or tokens_of(config, base, world)[1]
 
 
-def _prepare(config: Config, base: ModelFiles, world: World, which: Which, *, augments: bool = True) -> TokenSet:
+def _sets_of_files(config: Config, base: ModelFiles, world: World) -> HeldOutSets:
+    """The held-out sets that have sources of their own; their settings are ``data.eval`` or ``data.eval.NAME``."""
+    return {
+        name: _prepare(config, source, base, world, f"eval.{name}".rstrip("."))
+        for name, source in config.data.eval_files().items()
+    }
+
+
+def _prepare(
+    config: Config, names: str | list[str], base: ModelFiles, world: World, which: Which, *, augments: bool = True
+) -> TokenSet:
     section = config.data
-    names = section.train if which == "train" else section.eval
-    assert names is not None and not isinstance(names, float)
     token_set = prepare_tokens(
         names,
         which=which,
@@ -162,20 +179,20 @@ def train(
     started_s, began_s = time.monotonic(), time.time()
     if not is_dry and _is_finished(config, world):
         return
-    _check_trackers(config, world)
+    _check_programs(config, world)
     base = open_base(config, world)
     warn_of_context(sequence_length=config.train.sequence_length, context=base.shape.context, world=world)
     if config.lora.start_from is not None:
         config = check_adapter(config.lora.start_from, config=config, base=base, world=world)
+    settings, config = config, world.agree_on("optim.lr", functools.partial(with_lr, config, base.shape))
     folder = None if is_dry else open_run_folder(config, world)
     checkpoint = None if folder is None else find_checkpoint(config, folder, world)
     tokens, held_out = _checked_tokens(config, base, world)
     loader = loader_of(config, tokens, world)
     num_steps = num_steps_of(config, loader)
     if world.is_first:
-        for line in plan_lines(config, base, tokens, held_out, num_steps=num_steps, world=world):
-            print(line, file=sys.stdout if is_dry else sys.stderr, flush=True)
-            to_log_file(line)
+        told = plan_lines(settings, base, tokens, held_out, num_steps=num_steps, world=world)
+        _tell([*told, *_advice_on(config, tokens, loader, num_steps=num_steps)], is_dry=is_dry)
     if is_dry:
         if world.is_first:
             _print_sample(tokens, base)
@@ -183,16 +200,14 @@ def train(
     assert folder is not None
     world.stacks = folder / "stacks"
     _check_resume(checkpoint, base, loader, num_steps=num_steps, world=world)
-    if checkpoint is not None and _has_nothing_to_do(checkpoint, folder, held_out, num_steps=num_steps, world=world):
+    if checkpoint is not None and _has_nothing_to_do(checkpoint, folder, config, num_steps=num_steps, world=world):
         return
-    attempt = _prepare_folder(checkpoint, config, num_steps=num_steps, folder=folder, began_s=began_s, world=world)
+    warn_of_answers(held_out, config=config, base=base, world=world)
+    attempt = _prepare_folder(
+        checkpoint, config, settings=settings, num_steps=num_steps, folder=folder, began_s=began_s, world=world
+    )
     trainee = build(config, base, world)
-    if world.is_first:
-        log.info(trainee.precision.line())
-        if world.device.type == "cuda":
-            log.info(
-                f"loading held at most {gib(peak_bytes(world.device))} on {world.device}; from here on peaks are the steps'"
-            )
+    _tell_of_loading(trainee, world)
     reset_peak(world.device)
     run = Run(config, trainee, loader=loader, held_out=held_out, num_steps=num_steps, folder=folder, world=world)
     if checkpoint is not None:
@@ -204,7 +219,7 @@ def train(
     _finish(run, folder, world, attempt, seconds=time.monotonic() - started_s)
 
 
-def _checked_tokens(config: Config, base: Base, world: World) -> tuple[TokenSet, TokenSet | None]:
+def _checked_tokens(config: Config, base: Base, world: World) -> tuple[TokenSet, HeldOutSets]:
     """``tokens_of``, with special tokens that the base knows, and a warning where held-out samples are trained on."""
     tokens, held_out = tokens_of(config, base, world)
     check_special_tokens(
@@ -215,9 +230,24 @@ def _checked_tokens(config: Config, base: Base, world: World) -> tuple[TokenSet,
         on_untrained=config.data.untrained_tokens,
         world=world,
     )
-    if held_out is not None:
-        warn_of_duplicates(held_out, tokens, name="data.eval", world=world)
+    for name, of_set in held_out.items():
+        warn_of_duplicates(of_set, tokens, name=f"data.eval.{name}".rstrip("."), world=world)
     return tokens, held_out
+
+
+def _tell(lines: Sequence[str], *, is_dry: bool) -> None:
+    for line in lines:
+        print(line, file=sys.stdout if is_dry else sys.stderr, flush=True)
+        to_log_file(line)
+
+
+def _tell_of_loading(trainee: Trainee, world: World) -> None:
+    if world.is_first:
+        log.info(trainee.precision.line())
+        if world.device.type == "cuda":
+            log.info(
+                f"loading held at most {gib(peak_bytes(world.device))} on {world.device}; from here on peaks are the steps'"
+            )
 
 
 def _is_finished(config: Config, world: World) -> bool:
@@ -229,11 +259,14 @@ def _is_finished(config: Config, world: World) -> bool:
 
 
 def _has_nothing_to_do(
-    checkpoint: VerifiedCheckpoint, folder: Path, held_out: TokenSet | None, *, num_steps: int, world: World
+    checkpoint: VerifiedCheckpoint, folder: Path, config: Config, *, num_steps: int, world: World
 ) -> bool:
     """Whether the run turns out to be finished once its steps are counted, which is then reported. All ranks call it."""
-    step = checkpoint.manifest.step
-    if step != num_steps or (held_out is not None and last_evaluated(checkpoint) != step):
+    step, section = checkpoint.manifest.step, config.eval
+    is_evaluated = config.data.eval is None and section.command is None
+    is_evaluated = is_evaluated or last_evaluated(checkpoint) == step
+    is_out_of_patience = section.patience is not None and stale_evaluations(checkpoint, config) >= section.patience
+    if not is_evaluated or (step != num_steps and not is_out_of_patience):
         return False
     line = world.once("the run's end", lambda: describe_finished(folder, num_steps).encode()).decode()
     if line and world.is_first:
@@ -259,15 +292,16 @@ def _prepare_folder(
     checkpoint: VerifiedCheckpoint | None,
     config: Config,
     *,
+    settings: Config,
     num_steps: int,
     folder: Path,
     began_s: float,
     world: World,
 ) -> Attempt | None:
-    """Write the config and the attempt to the run's folder; returns the attempt on the first rank."""
+    """Write ``settings``, as they were given, and the attempt to the run's folder; returns the attempt on the first rank."""
 
     def begin() -> Attempt:
-        write_config(folder, config)
+        write_config(folder, settings)
         if checkpoint is None:
             for name in (METRICS_FILE, EVALUATIONS_FILE):
                 (folder / name).unlink(missing_ok=True)
@@ -283,9 +317,16 @@ def _prepare_folder(
     )
 
 
-def _check_trackers(config: Config, world: World) -> None:
-    # Only the first rank has trackers.
+def _check_programs(config: Config, world: World) -> None:
+    # Only the first rank has trackers and a judge.
     world.on_first("log.trackers", lambda: check_trackers(config.log.trackers))
+    world.on_first("eval.command", lambda: check_command(config))
+
+
+def _advice_on(config: Config, tokens: TokenSet, loader: Loader, *, num_steps: int) -> Iterator[str]:
+    batch = config.train.global_batch
+    per_step = tokens.num_target_tokens / loader.steps_in_epoch(0)
+    return advice_lines(num_steps=num_steps, global_batch=batch, target_tokens_per_step=per_step)
 
 
 def _train(run: Run, folder: Path, world: World, stop: StopRequest, peak_of: PeakOf) -> None:
@@ -359,24 +400,39 @@ def _finish(run: Run, folder: Path, world: World, attempt: Attempt | None, *, se
         summary = _summary(run, folder, out, seconds=attempt.former_seconds + seconds)
         summary["peak_bytes"] = attempt.peaks_with(peaks)
         write_whole(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
-        log.info(f"done: {count(run.num_steps, 'step')} in {seconds:.0f} s; adapter: {out}")
+        early = f", {summary['ended_early']}" if "ended_early" in summary else ""
+        log.info(f"done: {count(run.progress.step, 'step')} in {seconds:.0f} s{early}; adapter: {out}")
 
     world.on_first("the adapter", finish, os_error=lambda e: SaveError(f"{folder}: the adapter can't be written: {e}"))
 
 
 def _summary(run: Run, folder: Path, out: Path, *, seconds: float) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return describe_trained(run.trainee) | {
-        "steps": run.num_steps,
-        "loss_first": lines[0]["loss"] if lines else None,
-        "loss_last": lines[-1]["loss"] if lines else None,
-        "adapter_bytes": (out / "adapter_model.safetensors").stat().st_size,
-        "seconds": round(seconds, 1),
-    }
+    early = {} if run.progress.step >= run.num_steps else {"ended_early": _why_early(run)}
+    return (
+        describe_trained(run.trainee)
+        | early
+        | {
+            "steps": run.num_steps,
+            "loss_first": lines[0]["loss"] if lines else None,
+            "loss_last": lines[-1]["loss"] if lines else None,
+            "adapter_bytes": (out / "adapter_model.safetensors").stat().st_size,
+            "seconds": round(seconds, 1),
+        }
+    )
+
+
+def _why_early(run: Run) -> str:
+    number = run.progress.stale_evaluations
+    best = f" than at step {run.progress.best_step:,}" if run.progress.best_step is not None else ""
+    return (
+        f"ended at step {run.progress.step:,} of {run.num_steps:,}: {count(number, 'evaluation')} in a row had no lower loss"
+        f"{best} (eval.patience)"
+    )
 
 
 def plan_lines(
-    config: Config, base: Base, tokens: TokenSet, held_out: TokenSet | None, *, num_steps: int, world: World
+    config: Config, base: Base, tokens: TokenSet, held_out: HeldOutSets, *, num_steps: int, world: World
 ) -> list[str]:
     """A few lines about what a run is going to do: model, trained weights, data, steps."""
     shape, lora, train = base.shape, config.lora, config.train
@@ -389,12 +445,20 @@ def plan_lines(
         f"adapters  rank {span(lora.ranks())}, alpha {span(lora.alphas())}, on {count(linears, 'linear layer')}: {trained:,} trained weights "
         f"({trained / frozen:.2%}), {trained * 4 / 2**20:,.1f} MiB in fp32",
         f"data      {count(len(tokens), 'sample')}, {count(tokens.num_tokens, 'token')}, {tokens.num_target_tokens:,} trained on"
-        + (f"; {len(held_out):,} held out" if held_out is not None else ""),
+        + _held_out_text(held_out),
         f"training  {count(num_steps, 'step')} of {count(train.global_batch, 'sequence')}"
         + (f" (packed to {train.sequence_length} tokens)" if train.packing else "")
         + f": {count(world.world_size, 'rank')} x micro_batch {train.micro_batch} x {count(accumulation, 'accumulation step')}",
+        *lr_lines(config, shape),
         *machine_lines(config.machine, world),
     ]
+
+
+def _held_out_text(sets: HeldOutSets) -> str:
+    if not sets:
+        return ""
+    by_name = f" ({', '.join(f'{name} {len(tokens):,}' for name, tokens in sets.items())})" if "" not in sets else ""
+    return f"; {sum(map(len, sets.values())):,} held out{by_name}"
 
 
 def machine_lines(section: MachineSection, world: World) -> list[str]:
@@ -440,23 +504,20 @@ def evaluate(
         if world.is_first:
             _warn_of_origin(adapter, config, base)
     held_out = held_out_of(config, base, world)
-    trainee = build(
-        config.model_copy(update={"lora": config.lora.model_copy(update={"start_from": None})}), base, world
-    )
+    # Nothing is trained: neither does it start from an adapter, nor has optim.lr: auto to fit this one's alpha.
+    unused = {"lora": config.lora.model_copy(update={"start_from": None}), "optim": OptimSection()}
+    trainee = build(config.model_copy(update=unused), base, world)
+    warn_of_answers(held_out, config=config, base=base, world=world)
     result: dict[str, Any] = {"model": base.identity.name}
-    loss_of_base = _loss(config, trainee, held_out, world)  # B is zero: this is the base, exactly
-    if adapter is None:
-        result |= loss_of_base
-    else:
+    of_base = None
+    if adapter is not None:
+        of_base = _losses(config, trainee, held_out, world)  # B is zero: this is the base, exactly
         load_adapter(trainee.adapters, adapter, world=world)
-        result |= _loss(config, trainee, held_out, world) | {"base_loss": loss_of_base["loss"]}
-        if result["loss"] == result["base_loss"]:
-            log.warning(f"{adapter}: the loss equals the base's, bit for bit: this adapter changes nothing")
-    if config.data.format == "guard":
-        result["guard"] = verdicts_of(trainee, held_out, config=config, world=world)
-    if config.eval.exact_match or predictions is not None:
-        match = exact_match_of(trainee, held_out, config=config, world=world, predictions=predictions)
-        result["exact_match"] = {"correct": match.correct, "total": match.total}
+    world.progress.now("evaluating")
+    found = evaluate_sets(trainee, held_out, config=config, world=world, predictions=predictions)
+    result |= found.to_json(of_base)
+    if of_base is not None and found.of_all.loss == of_base.of_all.loss:
+        log.warning(f"{adapter}: the loss equals the base's, bit for bit: this adapter changes nothing")
     if predictions is not None:
         predictions.write(world)
     return result | {"seconds": round(time.monotonic() - started_s, 1)}
@@ -477,7 +538,7 @@ def _warn_of_origin(adapter: Path, config: Config, base: Base) -> None:
         )
 
 
-def _loss(config: Config, trainee: Trainee, held_out: TokenSet, world: World) -> dict[str, Any]:
-    world.progress.now("evaluating")
-    held = loss_of(trainee, held_out, config=config, world=world)
-    return {"loss": held.loss, "perplexity": held.perplexity, "target_tokens": held.target_tokens}
+def _losses(config: Config, trainee: Trainee, held_out: HeldOutSets, world: World) -> Evaluation:
+    world.progress.now("evaluating the base")
+    losses_only = config.model_copy(update={"eval": config.eval.model_copy(update={"exact_match": False})})
+    return evaluate_sets(trainee, held_out, config=losses_only, world=world)

@@ -48,11 +48,17 @@ def finished_line(folder: Path, config: Config) -> str:
 
 def describe_finished(folder: Path, num_steps: object) -> str:
     """The message about a run that has done all of its ``num_steps`` and has written its adapter; else ""."""
-    adapter, steps = folder / "adapter", read_summary(folder).get("steps")
+    adapter, summary = folder / "adapter", read_summary(folder)
+    steps, early = summary.get("steps"), summary.get("ended_early")
     is_whole = all(file_exists(adapter / name) for name in (CONFIG_FILE, WEIGHTS_FILE))
     if not isinstance(steps, int) or steps != num_steps or not is_whole:
         return ""
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / SUMMARY_FILE).stat().st_mtime))
+    if isinstance(early, str):
+        return (
+            f"{folder}: finished already, on {when}: it {early}; adapter: {adapter}. Nothing is done. To train on, raise "
+            "eval.patience (or set it to null); for another run, set run=NAME; to start over, checkpoint.resume=never"
+        )
     return (
         f"{folder}: finished already, {steps:,} of {steps:,} steps, on {when}; adapter: {adapter}. Nothing is done. To train "
         "on, raise train.steps (or train.epochs); for another run, set run=NAME; to start over, checkpoint.resume=never"
@@ -79,8 +85,8 @@ def _with_adapter(config: Config) -> Config:
 
 def _changed_since(folder: Path, config: Config) -> bool:
     """Whether a local file of data, model or tokenizer, or of the adapter to start from, was written after the run had finished."""
-    train, held_out = config.data.train, config.data.eval
-    names = [*([train] if isinstance(train, str) else train), *([held_out] if isinstance(held_out, str) else [])]
+    train = config.data.train
+    names = [*([train] if isinstance(train, str) else train), *config.data.eval_files().values()]
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         finished_s = (folder / SUMMARY_FILE).stat().st_mtime
         paths = [Path(name).expanduser() for name in (*names, config.model.name)]

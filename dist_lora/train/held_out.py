@@ -11,6 +11,7 @@ from typing import Any
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import EvalBatches
 from dist_lora.data.token_set import TokenSet
+from dist_lora.evaluation.answers import AnswerRule
 from dist_lora.evaluation.evaluate import ExactMatch, HeldOut, exact_match, held_out_loss, never_stop
 from dist_lora.evaluation.generate import stop_ids_of
 from dist_lora.evaluation.guard import read_verdicts, verdict_margins
@@ -106,4 +107,5 @@ def exact_match_of(
             world=world,
             check_stop=_counted(check_stop, advance, total=total),
             predictions=predictions,
+            rule=AnswerRule.of(config.eval.answer),
         )

@@ -6,25 +6,21 @@ import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader
-from dist_lora.data.token_set import TokenSet
 from dist_lora.profile.recorder import Recorder
 from dist_lora.train.build import Trainee
 from dist_lora.train.checkpoints import RunCheckpoints, RunProgress
+from dist_lora.train.evaluating import HeldOutSets, evaluate_sets
 from dist_lora.train.garbage import collected_between_steps
-from dist_lora.train.held_out import exact_match_of, loss_of, verdicts_of
+from dist_lora.train.judge import OWN_NAMES, Interrupted, Judge
 from dist_lora.train.meter import Meter
 from dist_lora.train.resume import VerifiedCheckpoint
 from dist_lora.train.signals import Stopping, StopRequest
 from dist_lora.train.step import TrainStep
 from dist_lora.world.world import World
-
-
-class _EvaluationInterrupted(Exception):
-    """An evaluation ends early, on all ranks, since one was asked to stop."""
 
 
 class Run:
@@ -36,20 +32,25 @@ class Run:
         trainee: Trainee,
         *,
         loader: Loader,
-        held_out: TokenSet | None,
+        held_out: HeldOutSets | None,
         num_steps: int,
         folder: Path,
         world: World,
     ) -> None:
         self.config, self.trainee, self.num_steps = config, trainee, num_steps
         self.recorder: Recorder | None = None  # on a rank that makes a profile
-        self._world, self._held_out = world, held_out
+        self._world, self._held_out = world, held_out or {}
         trainee.adapters.start_training(config.optim)
         self.progress = RunProgress()
         self.checkpoints = RunCheckpoints(
             config, trainee, loader=loader, num_steps=num_steps, folder=folder, world=world
         )
         self.saver = self.checkpoints.saver
+        self._judge = None
+        if config.eval.command is not None:
+            self._judge = Judge(
+                config, folder, self.checkpoints, tokenizer=trainee.base.folder, save=self._save_and_wait, world=world
+            )
         self.step = TrainStep(config, trainee, loader=loader, num_steps=num_steps, saver=self.saver, world=world)
 
     def resume(self, checkpoint: VerifiedCheckpoint) -> None:
@@ -60,8 +61,18 @@ class Run:
         """Start writing the checkpoint of the last step; see ``RunCheckpoints.save``."""
         self.checkpoints.save(self.progress)
 
+    def _save_and_wait(self) -> None:
+        self.save()
+        self.saver.wait()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is left to train: all steps are done, or ``eval.patience`` is used up."""
+        is_out_of_patience = self.progress.is_out_of_patience(self.config.eval.patience)
+        return self.progress.step >= self.num_steps or is_out_of_patience
+
     def train(self, meter: Meter | None, request: StopRequest) -> None:
-        """Train to the last step.
+        """Train to the last step, or until ``eval.patience`` is used up.
 
         Raises:
             StoppedOnRequest: after a save, if any rank was asked to stop.
@@ -83,10 +94,12 @@ class Run:
             stopping.stop(f"during step {step}/{self.num_steps} (it will be redone)")
 
         longest_s = 0.0  # of a step with all that is done before the next one
-        # The previous attempt was asked to stop before it had evaluated.
+        # Before the first step, or the previous attempt was asked to stop before it had evaluated.
         if self._is_to_evaluate() and not self._evaluate(meter, stopping):
+            stopping.begin()
+            self.save()
             stopping.stop(f"at step {self.progress.step}/{self.num_steps}")
-        while self.progress.step < self.num_steps:
+        while not self.has_ended:
             started_s = time.monotonic()
             step = self.progress.step + 1
             with self.recorder.around(step) if self.recorder is not None else contextlib.nullcontext():
@@ -105,7 +118,7 @@ class Run:
                 is_asked = not self._evaluate(meter, stopping)
             if is_asked:
                 stopping.begin()
-            if is_to_save or is_asked:
+            if is_to_save or is_asked or self.has_ended:
                 self.save()
             collect_after(step)
             longest_s = max(longest_s, time.monotonic() - started_s)
@@ -114,38 +127,32 @@ class Run:
         self.checkpoints.finish(self.progress)
 
     def _is_to_evaluate(self) -> bool:
-        """Whether the held-out set is due to be evaluated after the last step, and wasn't yet."""
-        step = self.progress.step
-        is_due = step > 0 and (step == self.num_steps or step % self.config.eval.every == 0)
-        return self._held_out is not None and is_due and self.progress.evaluated_step != step
+        """Whether an evaluation is due after the last step, and wasn't done yet."""
+        section, step = self.config.eval, self.progress.step
+        is_due = section.at_start if step == 0 else step == self.num_steps or step % section.every == 0
+        has_any = bool(self._held_out) or self._judge is not None
+        return has_any and is_due and self.progress.evaluated_step != step
 
     def _evaluate(self, meter: Meter | None, stopping: Stopping) -> bool:
-        """Evaluate the held-out set; False if any rank was asked to stop during it, and the evaluation is discarded."""
-        assert self._held_out is not None
-        step = self.progress.step
+        """Evaluate all that there is; False if any rank was asked to stop during it, and the evaluation is discarded."""
+        section, step = self.config.eval, self.progress.step
         self._world.progress.now(f"step {step}, evaluating")
 
         def check_stop() -> None:
             if self._world.any(stopping.is_asked()):
-                raise _EvaluationInterrupted
+                raise Interrupted
 
-        arguments: dict[str, Any] = {"config": self.config, "world": self._world, "check_stop": check_stop}
         try:
-            held_out = loss_of(self.trainee, self._held_out, **arguments)
-            values = {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity}
-            if self.config.data.format == "guard":
-                report = verdicts_of(self.trainee, self._held_out, **arguments)
-                values |= {f"eval_{name}": value for name, value in report.items() if isinstance(value, float)}
-            if self.config.eval.exact_match:
-                match = exact_match_of(self.trainee, self._held_out, **arguments)
-                values["eval_exact_match"] = match.correct / match.total
-        except _EvaluationInterrupted:
+            evaluation = evaluate_sets(
+                self.trainee, self._held_out, config=self.config, world=self._world, check_stop=check_stop
+            )
+            values = evaluation.values()
+            if self._judge is not None:
+                values |= self._judge.numbers(step, is_asked=stopping.is_asked, taken=OWN_NAMES | values.keys())
+        except Interrupted:
             return False
-        self.progress.evaluated_step = step
-        if held_out.loss < self.progress.best_loss:
-            self.progress.best_loss, self.progress.best_step = held_out.loss, step
-            if self.config.checkpoint.keep_best:
-                self.save()
+        if self.progress.evaluated(evaluation.deciding_loss(section.best_set)) and self.config.checkpoint.keep_best:
+            self.save()
         if meter is not None:
             meter.evaluated(step, values)
         return True

@@ -25,6 +25,9 @@ from dist_lora.world.world import World
 
 log = logging.getLogger("dist_lora")
 
+NOT_EVALUATED = -1
+"""The step of the last evaluation where there was none yet: one may be before the first step."""
+
 
 @dataclass(frozen=True)
 class VerifiedCheckpoint:
@@ -165,9 +168,21 @@ def best_of(checkpoint: VerifiedCheckpoint) -> tuple[int | None, float]:
 
 
 def last_evaluated(checkpoint: VerifiedCheckpoint) -> int:
-    """The step of the last evaluation, 0 before the first; the checkpoint's own if it isn't recorded."""
+    """The step of the last evaluation, ``NOT_EVALUATED`` before the first; the checkpoint's own if it isn't recorded."""
     step = checkpoint.manifest.progress.get("evaluated_step", checkpoint.manifest.step)
-    return step if isinstance(step, int) else 0
+    return step if isinstance(step, int) else NOT_EVALUATED
+
+
+def is_same_best(checkpoint: VerifiedCheckpoint, config: Config) -> bool:
+    """Whether a checkpoint's best loss is one of the losses by which the config finds the best step."""
+    before: object = checkpoint.manifest.progress.get("best_set")
+    return before == config.eval.best_set
+
+
+def stale_evaluations(checkpoint: VerifiedCheckpoint, config: Config) -> int:
+    """How many evaluations in a row had no lower loss than the best; 0 where it isn't recorded, or by another set's loss."""
+    number = checkpoint.manifest.progress.get("stale_evaluations", 0)
+    return number if isinstance(number, int) and is_same_best(checkpoint, config) else 0
 
 
 def warn_of_other_lr(checkpoint: VerifiedCheckpoint, config: Config, *, num_steps: int) -> None:

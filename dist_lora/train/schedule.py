@@ -14,9 +14,9 @@ def lr_at(step: int, *, section: OptimSection, num_steps: int) -> float:
     or along half a cosine to 0 one step after the last: the last step still learns.
     """
     if step <= section.warmup_steps:
-        return section.lr * step / section.warmup_steps
+        return section.peak_lr * step / section.warmup_steps
     if section.schedule == "constant":
-        return section.lr
+        return section.peak_lr
     done = (step - section.warmup_steps - 1) / max(1, num_steps - section.warmup_steps)
     done = min(1.0, done)
-    return section.lr * ((1 - done) if section.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+    return section.peak_lr * ((1 - done) if section.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))

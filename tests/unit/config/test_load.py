@@ -125,8 +125,23 @@ def test_all_faults_come_in_one_error_in_the_order_of_the_file(tmp_path: Path) -
         ("parallel.hang_timeout", "10m", "found '10m', expected a number above 0"),
         ("data.train", [], "the list is empty, expected at least one"),
         ("data.train", " ", "is empty"),
-        ("data.eval", 1.5, "found 1.5, expected a path, a fraction between 0 and 1, or null"),
-        ("optim.lr", "fast", "found 'fast', expected a number above 0"),
+        (
+            "data.eval",
+            1.5,
+            "found 1.5, expected a path, a fraction between 0 and 1, named sets like {gsm8k: FILE}, or null",
+        ),
+        ("data.eval", {}, "has no set, expected at least one, like {gsm8k: FILE}"),
+        ("data.eval", {"a b": "x"}, "'a b' is not a valid name of a set: letters, digits, '.', '_' and '-' only"),
+        (
+            "data.eval",
+            {"a": 0.5},
+            "found {'a': 0.5}, expected a path, a fraction between 0 and 1, named sets like {gsm8k: FILE}, or null",
+        ),
+        ("optim.lr", "fast", "found 'fast', expected auto or a number above 0"),
+        ("optim.lr", "Auto", "found 'Auto', expected auto or a number above 0 (nearest: auto)"),
+        ("eval.command", "judge 'x", "\"judge 'x\" can't be split into words as a shell would: No closing quotation"),
+        ("eval.patience", 0, "found 0, expected a whole number of at least 1 or null"),
+        ("eval.answer", "a", "has no effect without eval.exact_match: set eval.exact_match to true, or remove it"),
         ("optim.max_grad_norm", 0, "found 0, expected a number above 0 or null"),
         ("checkpoint.resume", 5, "found 5, expected auto, never or a path"),
         ("checkpoint.keep_best", 1, "found 1, expected true or false"),
@@ -178,7 +193,7 @@ def test_head_and_embeddings_are_refused_as_targets(tmp_path: Path, frozen: str)
 
 def test_infinity_and_nan_are_no_numbers_here(tmp_path: Path) -> None:
     text = complaint(tmp_path, SHORTEST + "optim: {lr: .inf, weight_decay: .nan}\n")
-    assert "c.yaml:4: optim.lr: found inf, expected a number above 0" in text
+    assert "c.yaml:4: optim.lr: found inf, expected auto or a number above 0" in text
     assert "c.yaml:4: optim.weight_decay: found nan, expected a number of at least 0" in text
 
 
@@ -208,7 +223,10 @@ def test_an_unknown_section_and_a_setting_in_the_wrong_place_are_told_apart(tmp_
     assert "c.yaml:5: lr: no such setting (did you mean optim.lr?)" in text
     assert "c.yaml:6: lora.seed: no such setting (did you mean train.seed?)" in text
     assert "c.yaml:7: zzz: no such setting (there are run, runs_dir, model, lora, data, train" in text
-    assert "c.yaml:8: eval.zzz: no such setting (eval has every, exact_match, max_new_tokens, batch)" in text
+    assert (
+        "c.yaml:8: eval.zzz: no such setting (eval has every, at_start, patience, best_set, exact_match, answer, "
+        in text
+    )
     assert "c.yaml:9: sequence_lenght: no such setting (nearest: train.sequence_length)" in text
 
 
@@ -326,7 +344,7 @@ def test_an_argument_that_is_not_yaml_is_told_with_the_others(tmp_path: Path) ->
     assert text.startswith("3 settings of c.yaml are wrong:")
     assert "lora.targets=[q_proj (argument): not YAML: while parsing a flow sequence" in text
     assert "model.nam=x (argument): no such setting (nearest: name)" in text
-    assert "optim={lr: x} (argument): optim.lr: found 'x', expected a number above 0" in text
+    assert "optim={lr: x} (argument): optim.lr: found 'x', expected auto or a number above 0" in text
 
 
 def test_an_argument_below_a_setting_is_told_not_dropped(tmp_path: Path) -> None:
@@ -489,3 +507,33 @@ def test_a_quantization_by_another_name_is_told_ours(tmp_path: Path, quant: str,
 def test_options_of_trackers_are_checked(tmp_path: Path, options: object, told: str) -> None:
     complaint = complaint_about(tmp_path, "log", trackers=["wandb"], tracker_options=options)
     assert told in complaint
+
+
+def test_an_expression_that_is_none_is_refused_with_its_place(tmp_path: Path) -> None:
+    text = complaint(tmp_path, SHORTEST + "eval: {exact_match: true, answer: '([0-9]+'}\n")
+    assert "c.yaml:4: eval.answer: '([0-9]+' is not a regular expression of Python: missing ), unterminated" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("eval: {patience: 2}\n", ["c.yaml:4: eval.patience: counts evaluations of data.eval, which isn't set"]),
+        ("eval: {best_set: a}\n", ["c.yaml:4: eval.best_set: found 'a', and data.eval has no named sets"]),
+        (
+            "eval: {\n  patience: 2,\n  best_set: a}\n",
+            ["2 settings", "c.yaml:5: eval.patience: counts", "c.yaml:6: eval.best_set: found 'a'"],
+        ),
+    ],
+)
+def test_what_contradicts_another_section_is_told_with_its_line(tmp_path: Path, settings: str, told: list[str]) -> None:
+    text = complaint(tmp_path, SHORTEST + settings)
+    assert all(each in text for each in told), text
+    valid = SHORTEST.replace("{train: t.jsonl}", "{train: t.jsonl, eval: {a: a.jsonl, b: b.jsonl}}")
+    assert load_config(written(tmp_path, valid + settings)).data.eval_files() == {"a": "a.jsonl", "b": "b.jsonl"}
+
+
+def test_named_sets_are_read_back_and_one_of_them_may_be_replaced(tmp_path: Path) -> None:
+    overrides = ["data.eval={a: a.jsonl, b: b.jsonl}", "data.eval.b=c.jsonl", "eval.best_set=b", "optim.lr=auto"]
+    config = load_config(written(tmp_path, SHORTEST), overrides=overrides)
+    assert config.data.eval_files() == {"a": "a.jsonl", "b": "c.jsonl"} and config.optim.lr == "auto"
+    assert load_config(written(tmp_path, dump_config(config))) == config

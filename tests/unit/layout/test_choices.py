@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,8 @@ from dist_lora.layout.choices import (
     choose_kernels,
     choose_layout,
     choose_recomputed,
+    lr_lines,
+    with_lr,
 )
 from dist_lora.layout.memory import Setup, memory_of, reserve_bytes, setup_of
 from dist_lora.text import GIB
@@ -350,3 +353,37 @@ def test_one_rank_is_written_as_one(section: dict[str, str], world_size: int, lo
     text = "\n".join(layout.reasons)
     assert not re.search(r"\b1 (ranks|processes|nodes|GPUs)\b|\bover the 1\b|\bover all 1\b", text), text
     assert ("on the only rank" in text) is (local_size == 1 and (world_size == 1 or section["engine"] != "zero3"))
+
+
+@pytest.mark.parametrize(
+    ("member", "lr"), [("3.2-1b", 4.91e-4), ("3.1-8b", 2.86e-4), ("3.1-70b", 1.66e-4), ("3.1-405b", 9.67e-5)]
+)
+@pytest.mark.parametrize("rank", [1, 64])
+def test_a_rate_by_the_formula_is_tinker_s_at_any_rank(member: str, lr: float, rank: int) -> None:
+    config = lr_config(rank=rank)
+    resolved = with_lr(config, MEMBERS[member].shape)
+    assert (config.optim.lr, resolved.optim.lr, resolved.optim.peak_lr) == ("auto", lr, lr)
+    choices = choose(
+        config, MEMBERS[member].shape, name=member, world_size=1, local_size=1, device_bytes=2**40, on_gpu=True
+    )
+    width = f"{MEMBERS[member].shape.hidden:,}"
+    assert f"lr        {lr:g}: 5e-4 x (2000 / {width})^0.781, Tinker's formula" in choices.reasons[-1]
+
+
+def lr_config(**lora: Any) -> Config:
+    settings = {"run": "it", "model": {"name": "x"}, "data": {"train": "x"}, "lora": lora, "optim": {"lr": "auto"}}
+    return Config.model_validate(settings)
+
+
+def test_a_rate_by_the_formula_is_refused_for_another_alpha_and_a_number_is_as_set() -> None:
+    shape = MEMBERS["3.1-8b"].shape
+    with pytest.raises(
+        ConfigError, match=r"optim.lr: auto is known for lora.alpha: 32 \(at any rank\), and alpha is 16"
+    ) as told:
+        with_lr(lr_config(alpha=16), shape)
+    assert "or a number, about optim.lr=0.000572" in str(told.value)
+    mixed = [{"name": f"model.layers.{i}.self_attn.q_proj", "rank": 4, "alpha": a} for i, a in enumerate((16, 32))]
+    with pytest.raises(ConfigError, match=r"alpha is 16, 32. Set lora.alpha=32, or a number$"):
+        with_lr(lr_config(modules=mixed), shape)
+    as_set = Config.model_validate({"run": "it", "model": {"name": "x"}, "data": {"train": "x"}, "lora": {"alpha": 16}})
+    assert with_lr(as_set, shape) is as_set and lr_lines(as_set, shape) == ()

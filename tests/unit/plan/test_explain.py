@@ -223,3 +223,10 @@ def test_a_model_that_is_only_sizes_is_not_trained() -> None:
         "remove model.shape and set model.name to a member, a folder or a hub id"
     )
     assert caught.value.exit_code == 2
+
+
+def test_a_rate_by_the_formula_is_explained_with_its_number() -> None:
+    config = config_of(name="3-8b")
+    with_auto = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": "auto"})})
+    assert "optim.lr: auto is 0.000286: 5e-4 x (2000 / 4,096)^0.781" in explain(with_auto)
+    assert "optim.lr" not in explain(config)

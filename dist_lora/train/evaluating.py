@@ -1,0 +1,151 @@
+"""An evaluation of all held-out sets of a run: what is recorded of it, and which loss decides what is best."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dist_lora.config.schema import Config
+from dist_lora.data.token_set import TokenSet
+from dist_lora.evaluation.answers import AnswerRule
+from dist_lora.evaluation.evaluate import ExactMatch, HeldOut, last_answer, never_stop, until_stop
+from dist_lora.evaluation.generate import stop_ids_of
+from dist_lora.evaluation.predictions import Predictions
+from dist_lora.text import count
+from dist_lora.train.build import Base, Trainee
+from dist_lora.train.held_out import exact_match_of, loss_of, verdicts_of
+from dist_lora.world.world import World
+
+log = logging.getLogger("dist_lora")
+
+HeldOutSets = Mapping[str, TokenSet]
+"""The held-out sets by name, in the config's order; a single one's name is empty."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found on each held-out set, by name; ``matches`` is empty where no answers were generated.
+
+    ``verdicts``: a Guard's scores, see ``verdicts.guard_report``; empty for other formats.
+    """
+
+    losses: Mapping[str, HeldOut]
+    matches: Mapping[str, ExactMatch] = field(default_factory=dict)
+    verdicts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def of_all(self) -> HeldOut:
+        """The loss over the target tokens of all sets: a set counts by its tokens."""
+        total = sum(held.target_tokens for held in self.losses.values())
+        if len(self.losses) == 1:
+            return next(iter(self.losses.values()))
+        return HeldOut(sum(held.loss * held.target_tokens for held in self.losses.values()) / total, total)
+
+    @property
+    def matches_of_all(self) -> ExactMatch:
+        """The exact matches of all sets' samples."""
+        found = self.matches.values()
+        return ExactMatch(sum(match.correct for match in found), sum(match.total for match in found))
+
+    def deciding_loss(self, best_set: str | None) -> float | None:
+        """The loss by which the best step is found: of all sets, or of ``eval.best_set``; None without held-out data."""
+        if not self.losses:
+            return None
+        return self.of_all.loss if best_set is None else self.losses[best_set].loss
+
+    def values(self) -> dict[str, float]:
+        """The numbers under the names that files and trackers have: of all sets, then ``eval_loss/NAME`` of each named one."""
+        if not self.losses:
+            return {}
+        values = _values(self.of_all, self.matches_of_all if self.matches else None, suffix="")
+        for name, held in self.losses.items():
+            if name:
+                values |= _values(held, self.matches.get(name), suffix=f"/{name}")
+        for name, report in self.verdicts.items():
+            suffix = f"/{name}" if name else ""
+            values |= {f"eval_{score}{suffix}": value for score, value in report.items() if isinstance(value, float)}
+        return values
+
+    def to_json(self, of_base: Evaluation | None) -> dict[str, Any]:
+        """What ``eval`` prints: of all sets, and by name under ``sets`` where they have names; with the losses of the base."""
+        base = of_base.of_all if of_base is not None else None
+        result = _facts(self.of_all, self.matches_of_all if self.matches else None, base)
+        named = {
+            name: _facts(held, self.matches.get(name), None if of_base is None else of_base.losses[name])
+            for name, held in self.losses.items()
+            if name
+        }
+        result |= {"sets": named} if named else {}
+        if self.verdicts:
+            result["guard"] = self.verdicts[""] if "" in self.verdicts else dict(self.verdicts)
+        return result
+
+
+def _facts(held: HeldOut, match: ExactMatch | None, base: HeldOut | None) -> dict[str, Any]:
+    facts: dict[str, Any] = {"loss": held.loss, "perplexity": held.perplexity, "target_tokens": held.target_tokens}
+    if base is not None:
+        facts["base_loss"] = base.loss
+    if match is not None:
+        facts["exact_match"] = {"correct": match.correct, "total": match.total}
+    return facts
+
+
+def _values(held: HeldOut, match: ExactMatch | None, *, suffix: str) -> dict[str, float]:
+    values = {f"eval_loss{suffix}": held.loss, f"eval_perplexity{suffix}": held.perplexity}
+    if match is not None:
+        values[f"eval_exact_match{suffix}"] = match.correct / match.total
+    return values
+
+
+def evaluate_sets(
+    trainee: Trainee,
+    sets: HeldOutSets,
+    *,
+    config: Config,
+    world: World,
+    check_stop: Callable[[], None] = never_stop,
+    predictions: Predictions | None = None,
+) -> Evaluation:
+    """Losses, and exact matches if asked for, of the trainee as it is now. All ranks call it.
+
+    Args:
+        check_stop: see ``held_out_loss``.
+        predictions: gets this rank's answers of all sets; answers are then generated in any case.
+    """
+    arguments: dict[str, Any] = {"config": config, "world": world, "check_stop": check_stop}
+    losses = {name: loss_of(trainee, tokens, **arguments) for name, tokens in sets.items()}
+    verdicts: dict[str, Mapping[str, Any]] = {}
+    if config.data.format == "guard":
+        verdicts = {name: verdicts_of(trainee, tokens, **arguments) for name, tokens in sets.items()}
+    matches: dict[str, ExactMatch] = {}
+    if not config.eval.exact_match and predictions is None:
+        return Evaluation(losses, verdicts=verdicts)
+    num_before = 0
+    for name, tokens in sets.items():
+        of_set = None if predictions is None else Predictions(predictions.path)
+        matches[name] = exact_match_of(trainee, tokens, predictions=of_set, **arguments)
+        if predictions is not None and of_set is not None:
+            predictions.add_set(name, of_set, num_before=num_before)
+        num_before += len(tokens)
+    return Evaluation(losses, matches, verdicts)
+
+
+def warn_of_answers(sets: HeldOutSets, *, config: Config, base: Base, world: World) -> None:
+    """Warn if ``eval.answer`` finds nothing in expected answers, which are then compared whole. Only the first rank looks."""
+    rule = AnswerRule.of(config.eval.answer)
+    if rule is None or not world.is_first:
+        return
+    stop_ids = stop_ids_of(base.folder, base.tokenizer)
+    for name, tokens in sets.items():
+        expected = (
+            base.tokenizer.decode(until_stop(last_answer(*tokens.document(i))[1], stop_ids)) for i in range(len(tokens))
+        )
+        without = [text for text in expected if rule.answer_in(text) is None]
+        if without:
+            setting = f"data.eval.{name}".rstrip(".")
+            log.warning(
+                f"eval.answer: {config.eval.answer!r} matches nothing in {len(without):,} of "
+                f"{count(len(tokens), 'expected answer')} of {setting}, like {without[0][-80:]!r}: these are compared whole"
+            )
