@@ -31,12 +31,14 @@ from dist_lora.layout.choices import DtypeName
 from dist_lora.layout.machine import is_called
 from dist_lora.lora.attach import adapters_of
 from dist_lora.lora.origin import origin_of
+from dist_lora.lora.run_facts import RunFacts
 from dist_lora.profile.recorder import Recorder
 from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, SUMMARY_FILE, Attempt, begin_attempt
 from dist_lora.run_folder.folder import open_run_folder, write_config
 from dist_lora.run_folder.log_file import to_log_file
 from dist_lora.text import count, gib, span
 from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
+from dist_lora.train.data_facts import data_facts
 from dist_lora.train.finished import describe_finished, finished_line
 from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.loop import Run
@@ -187,6 +189,8 @@ def train(
             )
     reset_peak(world.device)
     run = Run(config, trainee, loader=loader, held_out=held_out, num_steps=num_steps, folder=folder, world=world)
+    if world.is_first:
+        run.checkpoints.data = _data_facts(config, tokens, held_out)
     if checkpoint is not None:
         run.resume(checkpoint)
     if makes_profile and world.is_first:
@@ -194,6 +198,11 @@ def train(
     _train(run, folder, world, stop, peak_of)
     _check_base(trainee, world)
     _finish(run, folder, world, attempt, seconds=time.monotonic() - started_s)
+
+
+def _data_facts(config: Config, tokens: TokenSet, held_out: TokenSet | None) -> RunFacts:
+    held_out_sets = [] if held_out is None else [held_out]
+    return data_facts(config.data.train, config.data.eval, train_sets=[tokens], held_out_sets=held_out_sets)
 
 
 def _is_finished(config: Config, world: World) -> bool:

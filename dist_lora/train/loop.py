@@ -93,7 +93,7 @@ class Run:
                 line, is_asked = self.step.take(
                     step, is_asked=stopping.is_asked, interrupt=interrupt, longest_s=longest_s
                 )
-            self.progress.step = step
+            self.progress.trained(step, tokens=line["tokens"], target_tokens=line["target_tokens"])
             is_last = step == self.num_steps
             is_to_save = is_last or is_asked or step % section.every == 0
             if step == 1 or is_to_save or self._is_to_evaluate():
@@ -138,7 +138,7 @@ class Run:
                 values["eval_exact_match"] = match.correct / match.total
         except _EvaluationInterrupted:
             return False
-        self.progress.evaluated_step = step
+        self.progress.evaluated_step, self.progress.evaluation = step, values
         if held_out.loss < self.progress.best_loss:
             self.progress.best_loss, self.progress.best_step = held_out.loss, step
             if self.config.checkpoint.keep_best:
