@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from dist_lora.errors import CheckpointError, ConfigError
 from dist_lora.files import no_folder
 from dist_lora.lora.adapter_writer import write_adapter
 from dist_lora.lora.origin import BaseIdentity, RunOrigin
-from dist_lora.lora.run_facts import RunFacts, SetFacts, names_in, shown_settings
+from dist_lora.lora.run_facts import RunFacts, SetFacts, names_in, shown_settings, tree_of
 from dist_lora.lora.state import Piece
 from dist_lora.text import count
 
@@ -111,10 +110,9 @@ def run_facts(folder: Path, manifest: Manifest) -> RunFacts:
 
 def _named(config: str, which: str) -> SetFacts | None:
     """A data set of which an older version recorded the name alone."""
-    with contextlib.suppress(yaml.YAMLError, AttributeError):
-        names = names_in(yaml.safe_load(config).get("data", {}).get(which))
-        return SetFacts(names) if names else None
-    return None
+    section = tree_of(config).get("data")
+    names = names_in(section.get(which)) if isinstance(section, Mapping) else ()
+    return SetFacts(names) if names else None
 
 
 def _tokenizer_of(run: RunOrigin, out: Path) -> Path | None:

@@ -78,7 +78,7 @@ def card(
     """
     name, member = public_name(base.name), member_of(base.name)
     hub_id = member.hub_id if member is not None else name if name and "/" in name else None
-    title = hub_id or name or "a Llama"
+    title = _cell(hub_id or name or "a Llama")
     sections = [
         _head(kind, title),
         *([_built_with(member)] if member is not None else []),

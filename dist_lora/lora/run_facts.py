@@ -102,11 +102,7 @@ def file_name(path: str) -> str:
 
 def shown_settings(config: str) -> dict[str, str | int | float | bool | None]:
     """The ``SHOWN_SETTINGS`` of a resolved config, which is YAML; {} for one that can't be read."""
-    try:
-        tree = yaml.safe_load(config)
-    except yaml.YAMLError:
-        return {}
-    settings = flat(tree) if isinstance(tree, Mapping) else {}
+    settings = flat(tree_of(config))
     found = {name: settings[name] for name in SHOWN_SETTINGS if isinstance(settings.get(name, ()), _SCALARS)}
     template = found.get("data.chat_template")
     if isinstance(template, str) and template not in _OWN_TEMPLATES:
@@ -115,6 +111,15 @@ def shown_settings(config: str) -> dict[str, str | int | float | bool | None]:
 
 
 _SCALARS = (str, int, float, bool, type(None))
+
+
+def tree_of(config: str) -> Mapping[str, Any]:
+    """The sections of a resolved config, which is YAML; {} for one that can't be read."""
+    try:
+        tree = yaml.safe_load(config)
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date that isn't one is a ValueError
+        return {}
+    return tree if isinstance(tree, Mapping) else {}
 
 
 def names_in(data: object) -> tuple[str, ...]:
