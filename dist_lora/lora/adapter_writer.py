@@ -82,23 +82,27 @@ def write_adapter(
     config = _peft_config(rank, alpha, dropout, targets=targets, layers=chosen, base=base, run=run)
     if modules is not None:
         config |= _patterns(modules, rank=rank, alpha=alpha)
+    recipe = Recipe.of(_adapters(tensors, modules, rank=rank, alpha=alpha), dropout=dropout, layers=chosen)
+    text = card("adapter", base=base, recipe=recipe, origin=run, facts=facts, software=_versions())
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_files(partial, tensors, config, base=base, run=run, facts=facts)
-        if tokenizer is not None:
-            copy_tokenizer(tokenizer, partial, chat_template=run.chat_template)
-        elif run.chat_template is not None:
-            set_template(partial, run.chat_template)
-        recipe = Recipe.of(_adapters(tensors, modules, rank=rank, alpha=alpha), dropout=dropout, layers=chosen)
-        text = card("adapter", base=base, recipe=recipe, origin=run, facts=facts, software=_versions())
         (partial / CARD_FILE).write_text(text, encoding="utf-8")
+        _write_tokenizer(partial, tokenizer, chat_template=run.chat_template)
         sync_folder(partial)
         swap_in(partial, folder, former=folder.with_name(f".{folder.name}.replaced"))
     except OSError as error:
         raise cannot_write(f"The adapter can't be written to {folder}: {error.strerror or error}.", error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_tokenizer(partial: Path, tokenizer: Path | None, *, chat_template: str | None) -> None:
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, partial, chat_template=chat_template)
+    elif chat_template is not None:
+        set_template(partial, chat_template)
 
 
 def _write_files(
