@@ -82,6 +82,11 @@ Exclusive = Annotated[
     bool | None,
     typer.Option(help="Whole nodes with all their memory; default: if the GPUs are all that a usual node has."),
 ]
+Push = Annotated[
+    str | None,
+    typer.Option(help="Also upload the folder to this repository of the hub (made if there is none): ORG/NAME."),
+]
+Public = Annotated[bool, typer.Option("--public", help="With --push: the repository that is made is public.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -329,19 +334,30 @@ def gather(
     verify: Annotated[
         bool, typer.Option("--verify", help="Verify the checkpoint, or each of the run's, byte by byte.")
     ] = False,
+    push: Push = None,
+    public: Public = False,
+    as_json: AsJson = False,
 ) -> None:
     """Gather the ranks' shards into one adapter folder, as PEFT and vLLM load it. Needs no GPU and no other process.
 
-    With --verify every byte is read first, and nothing is written if any checkpoint is damaged, or without --out.
+    It says which servers take the adapter. With --verify every byte is read first, and nothing is written if any checkpoint
+    is damaged, or without --out.
     """
-    if out is None and not verify:
-        raise ConfigError("gather: neither --out nor --verify is given: name the folder to make with --out DIR")
+    if out is None and (push is not None or as_json or not verify):
+        given = "neither --out nor --verify is given" if not verify else "--push and --json are about --out"
+        raise ConfigError(f"gather: {given}: name the folder to make with --out DIR")
     from dist_lora.checkpoint.gather import gather_adapter, verify_checkpoints
+    from dist_lora.lora.deliver import Delivery, deliver
+    from dist_lora.lora.push import check_push
+    from dist_lora.lora.served import servers_of_adapter
 
+    check_push(push, is_public=public)
     if verify:
-        verify_checkpoints(checkpoint, report=print)
+        verify_checkpoints(checkpoint, report=logging.getLogger("dist_lora").info if as_json else print)
     if out is not None:
-        print(gather_adapter(checkpoint, out=out))
+        gather_adapter(checkpoint, out=out)
+        delivery = Delivery(push, public, as_json, again="the same command does it again")
+        deliver(out, str(out), served=servers_of_adapter(out), delivery=delivery)
 
 
 @app.command()
@@ -369,16 +385,23 @@ def merge(
     dtype: Annotated[
         MergedDtype | None, typer.Option(help="Dtype of the result; default: that of each tensor.")
     ] = None,
+    push: Push = None,
+    public: Public = False,
+    as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base weights: a model that runs at the base's speed. Streams from file to file."""
     from dist_lora.lora.adapter_folder import check_adapter_folder
+    from dist_lora.lora.deliver import Delivery, deliver
     from dist_lora.lora.find_base import find_base
     from dist_lora.lora.merge import merge_adapter
     from dist_lora.lora.origin import origin_of
+    from dist_lora.lora.push import check_push
+    from dist_lora.lora.served import servers_of_merged
     from dist_lora.pace import pace
     from dist_lora.text import size
 
     check_adapter_folder(adapter)  # before a base is looked for, and perhaps downloaded
+    check_push(push, is_public=public)
     trained_quant = origin_of(adapter).quant
     folder = find_base(adapter, base)
     with pace("merging", unit=size) as advance:
@@ -396,7 +419,12 @@ def merge(
             f"{adapter} was trained on its base in {trained_quant}, and is merged into it in {report.quant}: "
             f"--quant {trained_quant} gives exactly the model that was trained"
         )
-    print(f"{out}: {report.changed_tensors} of the base's matrices changed, in {report.seconds:.1f} s")
+    deliver(
+        out,
+        f"{out}: {report.changed_tensors} of the base's matrices changed, in {report.seconds:.1f} s",
+        served=servers_of_merged(out, base=report.base, dtype=report.dtype),
+        delivery=Delivery(push, public, as_json, again=f"push it by: hf upload {push} {out}"),
+    )
 
 
 @app.command()

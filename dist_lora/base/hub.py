@@ -36,15 +36,15 @@ def fetch_model(hub_id: str, *, revision: str | None = None, wanted: Sequence[st
                 "the hub has no such model, or you have no access to it. Check the name; if it is private, log in with "
                 "`hf auth login` or set HF_TOKEN, on every node."
             )
-        elif _status(error) in (401, 403):
+        elif status_of(error) in (401, 403):
             reason = (
-                f"gated: you need access to download it ({_hub_message(error)}). Request it on "
+                f"gated: you need access to download it ({hub_message(error)}). Request it on "
                 f"https://huggingface.co/{hub_id} (accept the licence), then log in with `hf auth login` or set "
                 "HF_TOKEN, on every node; the token must be allowed to read gated models."
             )
         else:
             reason = (
-                f"incomplete in the local cache, and can't be downloaded ({_hub_message(error)}). Download it on a "
+                f"incomplete in the local cache, and can't be downloaded ({hub_message(error)}). Download it on a "
                 "machine with a network, and set model.name to the folder."
             )
         commit = "" if revision is None else f" (revision {revision})"
@@ -77,7 +77,7 @@ def missing_bytes(hub_id: str) -> tuple[int, Path]:
     return sum(file.file_size or 0 for file in files if file.will_download), Path(HF_HUB_CACHE)
 
 
-def _status(error: BaseException | None) -> int | None:
+def status_of(error: BaseException | None) -> int | None:
     """The HTTP status behind an error, if the hub answered at all: the library chains its errors."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None)
@@ -87,7 +87,7 @@ def _status(error: BaseException | None) -> int | None:
     return None
 
 
-def _hub_message(error: BaseException) -> str:
+def hub_message(error: BaseException) -> str:
     """The hub's own message in one line."""
     message = getattr(error, "server_message", None) or str(error)
     return " ".join(message.split()) or type(error).__name__

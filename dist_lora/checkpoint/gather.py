@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -23,6 +23,7 @@ from dist_lora.errors import CheckpointError, ConfigError
 from dist_lora.files import no_folder
 from dist_lora.lora.adapter_writer import write_adapter
 from dist_lora.lora.origin import BaseIdentity, RunOrigin
+from dist_lora.lora.run_facts import RunFacts, SetFacts, names_in, shown_settings, tree_of
 from dist_lora.lora.state import Piece
 from dist_lora.text import count
 
@@ -80,8 +81,38 @@ def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True, tokenize
         run=run,
         tokenizer=tokenizer or _tokenizer_of(run, out),
         modules=facts.modules,
+        facts=replace(run_facts(folder, manifest), num_layers=facts.num_layers),
     )
     return out
+
+
+def run_facts(folder: Path, manifest: Manifest) -> RunFacts:
+    """What a checkpoint's manifest knows about its run, for the model card; of an older version less.
+
+    Raises:
+        AdapterError: ``progress.card`` is damaged.
+    """
+    progress = manifest.progress
+    recorded = RunFacts.of_json(progress.get("card"), where=f"{folder / MANIFEST_FILE}: progress.card")
+    num_steps, best_loss = progress.get("num_steps"), progress.get("best_loss")
+    if not recorded.evaluation and progress.get("best_step") == manifest.step and isinstance(best_loss, float):
+        recorded = replace(recorded, evaluation={"eval_loss": best_loss}, evaluated_step=manifest.step)
+    return replace(
+        recorded,
+        step=manifest.step,
+        num_steps=num_steps if isinstance(num_steps, int) else None,
+        train=recorded.train or _named(manifest.config, "train"),
+        held_out=recorded.held_out or _named(manifest.config, "eval"),
+        settings=shown_settings(manifest.config),
+        versions=manifest.versions,
+    )
+
+
+def _named(config: str, which: str) -> SetFacts | None:
+    """A data set of which an older version recorded the name alone."""
+    section = tree_of(config).get("data")
+    names = names_in(section.get(which)) if isinstance(section, Mapping) else ()
+    return SetFacts(names) if names else None
 
 
 def _tokenizer_of(run: RunOrigin, out: Path) -> Path | None:

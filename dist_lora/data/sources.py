@@ -200,6 +200,15 @@ def _is_supported(path: Path) -> bool:
     return suffix in _TEXT or (suffix in _COLUMNAR and not compression)
 
 
+def is_of_hub(name: str, which: str) -> bool:
+    """Whether a name of ``data.train`` or ``data.eval`` is a data set of the hub, not a file or folder here.
+
+    Raises:
+        DataError: it is neither.
+    """
+    return _place_of(name, which).path is None
+
+
 def _place_of(name: str, which: str) -> _Place:
     """The file or folder of that name, or the hub.
 

@@ -43,12 +43,17 @@ def resolve_model(name: str) -> ResolvedModel:
         refuse_adapter_inside(folder)
         return ResolvedModel(name=name, folder=folder, hub_id=None, member=None)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        known = {_plain_hub_id(member.hub_id): member for member in MEMBERS.values()}
-        return ResolvedModel(name=name, folder=None, hub_id=name, member=known.get(_plain_hub_id(name)))
+        return ResolvedModel(name=name, folder=None, hub_id=name, member=member_of(name))
     raise ConfigError(
         f"model.name: found {name!r}, expected a herd member, an existing folder or a hub id (org/name); "
         f"{_nearest_members(name)}"
     )
+
+
+def member_of(hub_id: str | None) -> Member | None:
+    """The herd member that has this hub id; None for any other name: a folder may be called anything."""
+    known = {_plain_hub_id(member.hub_id): member for member in MEMBERS.values()}
+    return None if hub_id is None else known.get(_plain_hub_id(hub_id))
 
 
 def _existing_folder(name: str) -> Path | None:

@@ -7,7 +7,7 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -23,6 +23,7 @@ from dist_lora.errors import AdapterError, ConfigError, cannot_write
 from dist_lora.files import file_exists, is_empty_folder, swap_in, sync_folder
 from dist_lora.herd.shape import module_path
 from dist_lora.lora.adapter_reader import SEAL, SEALED, faults_of, layer_of, peft_key
+from dist_lora.lora.card import CARD_FILE, Recipe, card
 from dist_lora.lora.origin import (
     CONFIG_FILE,
     FORMAT,
@@ -32,6 +33,7 @@ from dist_lora.lora.origin import (
     RunOrigin,
     own_checksum,
 )
+from dist_lora.lora.run_facts import RunFacts, public_name
 from dist_lora.text import first_few
 
 
@@ -48,6 +50,7 @@ def write_adapter(
     run: RunOrigin | None = None,
     tokenizer: Path | None = None,
     modules: Sequence[ModuleAdapter] | None = None,
+    facts: RunFacts | None = None,
 ) -> None:
     """Writes the adapter folder, whole or not at all, replacing an adapter that is there.
 
@@ -61,6 +64,7 @@ def write_adapter(
         run: what its run decided, and a folder with it needs nothing else to be answered as it was trained.
         tokenizer: the base's folder, from which the tokenizer is copied, with the run's chat template.
         modules: the adapted linears where ``targets`` in ``layers`` don't say all, each with its own rank and alpha.
+        facts: what the run knows about itself, for the model card; no path may be in it.
 
     Raises:
         AdapterError: a tensor is not whole ("not gathered"), not finite, unexpected or lacks its other
@@ -73,20 +77,19 @@ def write_adapter(
     if file_exists(folder) and not file_exists(folder / CONFIG_FILE) and not is_empty_folder(folder):
         raise ConfigError(f"{folder} exists and isn't an adapter (it has no {CONFIG_FILE}). Choose another folder.")
     partial = folder.with_name(f".{folder.name}.partial")
-    base = BaseIdentity(_public_name(base.name), base.revision, base.content_hash, base.config_hash)
-    run = run or RunOrigin()
+    base = BaseIdentity(public_name(base.name), base.revision, base.content_hash, base.config_hash)
+    run, facts = run or RunOrigin(), facts or RunFacts()
     config = _peft_config(rank, alpha, dropout, targets=targets, layers=chosen, base=base, run=run)
     if modules is not None:
         config |= _patterns(modules, rank=rank, alpha=alpha)
+    recipe = Recipe.of(_adapters(tensors, modules, rank=rank, alpha=alpha), dropout=dropout, layers=chosen)
+    text = card("adapter", base=base, recipe=recipe, origin=run, facts=facts, software=_versions())
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write_files(partial, tensors, config, base=base, run=run)
-        if tokenizer is not None:
-            copy_tokenizer(tokenizer, partial, chat_template=run.chat_template)
-        elif run.chat_template is not None:
-            set_template(partial, run.chat_template)
-        (partial / "README.md").write_text(_card(base, rank=rank, alpha=alpha, targets=targets))
+        _write_files(partial, tensors, config, base=base, run=run, facts=facts)
+        (partial / CARD_FILE).write_text(text, encoding="utf-8")
+        _write_tokenizer(partial, tokenizer, chat_template=run.chat_template)
         sync_folder(partial)
         swap_in(partial, folder, former=folder.with_name(f".{folder.name}.replaced"))
     except OSError as error:
@@ -95,8 +98,21 @@ def write_adapter(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _write_tokenizer(partial: Path, tokenizer: Path | None, *, chat_template: str | None) -> None:
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, partial, chat_template=chat_template)
+    elif chat_template is not None:
+        set_template(partial, chat_template)
+
+
 def _write_files(
-    partial: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, base: BaseIdentity, run: RunOrigin
+    partial: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    base: BaseIdentity,
+    run: RunOrigin,
+    facts: RunFacts,
 ) -> None:
     """PEFT's two files, the weights with the seal that binds them to their settings, and ``dist_lora.json``."""
     content = {peft_key(key): tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()}
@@ -111,7 +127,19 @@ def _write_files(
     origin = {"format": FORMAT, "base": asdict(base), "software": _versions(), "weights": checksum}
     if run != RunOrigin():
         origin["run"] = {**asdict(run), "kinds": list(run.kinds)}
+    if facts != RunFacts():
+        origin["training"] = facts.to_json()
     _write_json(partial / ORIGIN_FILE, origin | {"checksum": own_checksum(origin)})
+
+
+def _adapters(
+    tensors: Mapping[str, Tensor], modules: Sequence[ModuleAdapter] | None, *, rank: int, alpha: float
+) -> list[ModuleAdapter]:
+    """Every adapted linear with its rank and alpha."""
+    if modules is not None:
+        return list(modules)
+    names = sorted({key.rpartition(".")[0] for key in tensors})
+    return [ModuleAdapter(name=name, rank=rank, alpha=alpha) for name in names]
 
 
 def _refuse_tensors(
@@ -197,16 +225,6 @@ def _peft_config(
     }
 
 
-def _card(base: BaseIdentity, *, rank: int, alpha: float, targets: Sequence[str]) -> str:
-    hub_id = f"base_model: {base.name}\n" if base.name and "/" in base.name else ""
-    return (
-        f"---\nlibrary_name: peft\n{hub_id}tags:\n- lora\n- llama\n---\n\n"
-        f"LoRA adapter of {base.name or 'a Llama'}: rank {rank}, alpha {alpha:g}, on {' '.join(targets)}. Made "
-        "by dist_lora; loads in PEFT (`PeftModel.from_pretrained(model, folder)`) and vLLM (`--lora-modules`).\n"
-        f"{ORIGIN_FILE} identifies the weights that it belongs to.\n"
-    )
-
-
 def _versions() -> dict[str, str]:
     return {
         "dist_lora": dist_lora.__version__,
@@ -214,13 +232,6 @@ def _versions() -> dict[str, str]:
         "safetensors": safetensors.__version__,
         "python": platform.python_version(),
     }
-
-
-def _public_name(name: str | None) -> str | None:
-    """The name, or its last component if it is a path on this machine."""
-    if name and (PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or name[0] in "~."):
-        return PureWindowsPath(name).name  # splits at both kinds of slash
-    return name
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

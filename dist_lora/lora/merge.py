@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+import dist_lora
 from dist_lora.base.index import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -47,7 +48,9 @@ from dist_lora.config.schema import LINEARS, Quant
 from dist_lora.errors import AdapterError, ConfigError
 from dist_lora.files import sync_folder
 from dist_lora.lora.adapter_reader import AdapterOnDisk, open_adapter
-from dist_lora.lora.origin import BaseIdentity, origin_of, original_of
+from dist_lora.lora.card import CARD_FILE, card
+from dist_lora.lora.origin import BaseIdentity, facts_of, identify_base, origin_of, original_of
+from dist_lora.lora.served import recipe_of
 from dist_lora.text import first_few
 
 log = logging.getLogger("dist_lora")
@@ -63,13 +66,16 @@ _WHAT = "merged model"
 class MergeReport:
     """What ``merge_adapter`` did: tensors that changed, bytes of weights written, seconds.
 
-    ``quant``: the base's values that were merged into; ``nf4`` for a base that was published so.
+    ``quant``: the base's values that were merged into; ``nf4`` for a base that was published so. ``base``: the model that
+    was merged into. ``dtype``: of the merged weights, as safetensors calls it.
     """
 
     changed_tensors: int
     bytes_written: int
     seconds: float
     quant: Quant
+    base: BaseIdentity
+    dtype: str
 
 
 def merge_adapter(
@@ -107,8 +113,7 @@ def merge_adapter(
     opened, whole = open_adapter(adapter), open_index(base, allow_bytes=True)
     on_disk, index, quant = _open_base(whole, quant)
     config_hash = hash_config(base)
-    if not force:
-        _check_identity(opened, index=whole, config_hash=config_hash)
+    identity = _identity_of_base(opened, index=whole, config_hash=config_hash, is_forced=force)
     _check_fit(opened, index=index)
     refuse_links(base, [str(path.relative_to(base)) for path in companions(base)])
     opened.verify()
@@ -120,8 +125,13 @@ def merge_adapter(
         _check_space(index, partial=partial, dtype=dtype)
         merger = _Merger(opened, index=index, on_disk=on_disk, dtype=dtype, quant=quant, on_progress=on_progress)
         merger.write(partial)
+        _write_card(partial, opened, base=identity, quant=quant)
         _write_companions(index, partial=partial, dtype=dtype, chat_template=origin.chat_template)
-    return MergeReport(len(opened.pairs), merger.bytes_written, time.perf_counter() - begin, quant)
+    merged = index.tensors[f"{next(iter(opened.pairs))}.weight"].dtype
+    seconds = time.perf_counter() - begin
+    return MergeReport(
+        len(opened.pairs), merger.bytes_written, seconds, quant, identity, _DTYPES[dtype] if dtype else merged
+    )
 
 
 class _Merger:
@@ -262,15 +272,31 @@ def _num_bytes(tensors: Iterable[TensorOnDisk], dtype: str | None) -> int:
     return sum(entry.num_bytes for entry in _entries(list(tensors), dtype))
 
 
-def _check_identity(adapter: AdapterOnDisk, *, index: WeightIndex, config_hash: str) -> None:
+def _identity_of_base(adapter: AdapterOnDisk, *, index: WeightIndex, config_hash: str, is_forced: bool) -> BaseIdentity:
+    """The model in ``index``, which is the one that the adapter was trained on, or this is forced."""
     trained_on = adapter.base
     here = original_of(index.folder) or BaseIdentity(None, None, index.content_hash(), config_hash)
     differing = trained_on.differences(here)
-    if differing:
+    if differing and not is_forced:
         raise ConfigError(
             f"{adapter.folder} was trained on {trained_on.name or 'another model'}, and {index.folder} differs from it "
             f"({'; '.join(differing)}). Merge it into the model that it was trained on, or use --force."
         )
+    return identify_base(index.folder) if differing or trained_on.name is None else trained_on
+
+
+def _write_card(partial: Path, adapter: AdapterOnDisk, *, base: BaseIdentity, quant: Quant) -> None:
+    """The model card, by what the adapter's folder tells of its training."""
+    text = card(
+        "merged",
+        base=base,
+        recipe=recipe_of(adapter),
+        origin=origin_of(adapter.folder),
+        facts=facts_of(adapter.folder),
+        software={"dist_lora": dist_lora.__version__, "torch": torch.__version__},
+        merged_quant=quant,
+    )
+    (partial / CARD_FILE).write_text(text, encoding="utf-8")
 
 
 def _check_fit(adapter: AdapterOnDisk, *, index: WeightIndex) -> None:

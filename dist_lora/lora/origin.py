@@ -17,6 +17,7 @@ from dist_lora.base.tokenizer_files import TEMPLATE_FILE, hash_vocabulary
 from dist_lora.config.schema import Quant
 from dist_lora.errors import AdapterError, WeightsError
 from dist_lora.files import file_exists, read_json
+from dist_lora.lora.run_facts import RunFacts
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -218,11 +219,27 @@ def origin_of(adapter: Path) -> RunOrigin:
     file = adapter / ORIGIN_FILE
     if not file_exists(file):
         return RunOrigin(chat_template=_own_template(adapter))
+    return RunOrigin.of_json(_checked_origin(file).get("run"), where=f"{file}: run")
+
+
+def facts_of(adapter: Path) -> RunFacts:
+    """What an adapter's own ``dist_lora.json`` tells of its training; empty where there is none, or of an older version.
+
+    Raises:
+        AdapterError: that file is damaged.
+    """
+    file = adapter / ORIGIN_FILE
+    recorded = _checked_origin(file).get("training") if file_exists(file) else None
+    return RunFacts.of_json(recorded, where=f"{file}: training")
+
+
+def _checked_origin(file: Path) -> dict[str, Any]:
+    """The content of a ``dist_lora.json`` without its checksum, which it matches."""
     origin = read_adapter_json(file)
     own = origin.pop("checksum", None)
     if own is not None and own != own_checksum(origin):
         raise AdapterError(f"{file} doesn't match its own checksum: it is damaged, or was edited by hand.")
-    return RunOrigin.of_json(origin.get("run"), where=f"{file}: run")
+    return origin
 
 
 def _own_template(adapter: Path) -> str | None:

@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_lora.checkpoint.folders import step_folder
 from dist_lora.checkpoint.gather import gather_adapter
-from dist_lora.checkpoint.manifest import TensorSpec
+from dist_lora.checkpoint.manifest import MANIFEST_FILE, Manifest, TensorSpec
 from dist_lora.checkpoint.read import load_pieces
 from dist_lora.checkpoint.saver import Saver
 from dist_lora.checkpoint.write import check_room, rotate, save_checkpoint
@@ -23,6 +23,7 @@ from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader
 from dist_lora.errors import CheckpointError, DistLoraError, SaveError
+from dist_lora.lora.run_facts import RunFacts
 from dist_lora.lora.state import Piece
 from dist_lora.run_folder.records import sync_metrics, truncate_metrics
 from dist_lora.train.build import Trainee, run_origin
@@ -49,6 +50,16 @@ class RunProgress:
     best_loss: float = math.inf
     evaluated_step: int = NOT_EVALUATED
     stale_evaluations: int = 0  # in a row, without a lower loss than the best
+    # For the model card. None where the run began with a version that didn't count.
+    tokens: int | None = 0
+    target_tokens: int | None = 0
+    evaluation: dict[str, float] = field(default_factory=dict)  # the last one's values
+
+    def trained(self, step: int, *, tokens: int, target_tokens: int) -> None:
+        """Note a step of all ranks."""
+        self.step = step
+        if self.tokens is not None and self.target_tokens is not None:
+            self.tokens, self.target_tokens = self.tokens + tokens, self.target_tokens + target_tokens
 
     def evaluated(self, loss: float | None) -> bool:
         """Note an evaluation after the last step; whether its loss is the lowest so far.
@@ -84,6 +95,7 @@ class RunCheckpoints:
         self.folder = folder / "checkpoints"
         self.saver = Saver(world)
         self.saved_step: int | None = None
+        self.data = RunFacts()  # about the data sets, on the first rank
 
     def check_room(self) -> None:
         """Raise on all ranks if the disk can't hold the checkpoints that this run keeps."""
@@ -178,6 +190,7 @@ class RunCheckpoints:
         best = best_of(checkpoint) if is_same else (None, math.inf)
         stale = stale_evaluations(checkpoint, self._config)
         progress = RunProgress(manifest.step, *best, last_evaluated(checkpoint), stale)
+        self._resume_facts(progress, path, manifest)
         self.saver.last, self.saved_step = path, manifest.step
         if self._world.is_first:
             truncate_metrics(self._run_folder, last_step=manifest.step, last_evaluation=progress.evaluated_step)
@@ -186,6 +199,26 @@ class RunCheckpoints:
                 log.warning("eval.best_set is another one than before: the best step is looked for anew from here on")
             warn_of_versions(path, manifest.versions)
         return progress
+
+    def _resume_facts(self, progress: RunProgress, path: Path, manifest: Manifest) -> None:
+        """What the model card tells goes on from the checkpoint's; it doesn't know all of a run of an older version."""
+        card = RunFacts.of_json(manifest.progress.get("card"), where=f"{path / MANIFEST_FILE}: progress.card")
+        progress.tokens, progress.target_tokens = card.tokens, card.target_tokens
+        if manifest.step == 0 and card.tokens is None:
+            progress.tokens = progress.target_tokens = 0
+        progress.evaluation = dict(card.evaluation)
+
+    def _card(self, progress: RunProgress) -> dict[str, Any]:
+        """What the model card tells besides the config; see ``checkpoint.gather.run_facts``."""
+        finite = {name: value for name, value in progress.evaluation.items() if math.isfinite(value)}
+        facts = dataclasses.replace(
+            self.data,
+            tokens=progress.tokens,
+            target_tokens=progress.target_tokens,
+            evaluation=finite,
+            evaluated_step=progress.evaluated_step if finite else None,
+        )
+        return facts.to_json()
 
     def _facts(self, progress: RunProgress) -> dict[str, Any]:
         """What a checkpoint saved now holds besides its tensors."""
@@ -199,6 +232,7 @@ class RunCheckpoints:
                 "best_set": self._config.eval.best_set,
                 "data": self._loader.fingerprint if self._world.is_first else None,
                 "num_steps": self._num_steps,
+                "card": self._card(progress),
                 "origin": {**dataclasses.asdict(self._origin), "kinds": list(self._origin.kinds)},
             },
             "config": dump_config(self._config),

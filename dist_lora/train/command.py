@@ -33,6 +33,7 @@ from dist_lora.layout.choices import DtypeName, lr_lines, with_lr
 from dist_lora.layout.machine import is_called
 from dist_lora.lora.attach import adapters_of
 from dist_lora.lora.origin import origin_of
+from dist_lora.lora.run_facts import RunFacts
 from dist_lora.profile.recorder import Recorder
 from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, SUMMARY_FILE, Attempt, begin_attempt
 from dist_lora.run_folder.folder import open_run_folder, write_config
@@ -49,6 +50,7 @@ from dist_lora.train.build import (
     load_adapter,
     open_base,
 )
+from dist_lora.train.data_facts import data_facts
 from dist_lora.train.evaluating import Evaluation, HeldOutSets, evaluate_sets, warn_of_answers
 from dist_lora.train.finished import describe_finished, finished_line
 from dist_lora.train.guard import guard_rules, split_judged
@@ -210,6 +212,8 @@ def train(
     _tell_of_loading(trainee, world)
     reset_peak(world.device)
     run = Run(config, trainee, loader=loader, held_out=held_out, num_steps=num_steps, folder=folder, world=world)
+    if world.is_first:
+        run.checkpoints.data = _data_facts(config, tokens, held_out)
     if checkpoint is not None:
         run.resume(checkpoint)
     if makes_profile and world.is_first:
@@ -248,6 +252,12 @@ def _tell_of_loading(trainee: Trainee, world: World) -> None:
             log.info(
                 f"loading held at most {gib(peak_bytes(world.device))} on {world.device}; from here on peaks are the steps'"
             )
+
+
+def _data_facts(config: Config, tokens: TokenSet, held_out: HeldOutSets) -> RunFacts:
+    section = config.data
+    names = list(section.eval.values()) if isinstance(section.eval, dict) else section.eval
+    return data_facts(section.train, names, train_sets=[tokens], held_out_sets=[*held_out.values()])
 
 
 def _is_finished(config: Config, world: World) -> bool:

@@ -106,7 +106,7 @@ class Run:
                 line, is_asked = self.step.take(
                     step, is_asked=stopping.is_asked, interrupt=interrupt, longest_s=longest_s
                 )
-            self.progress.step = step
+            self.progress.trained(step, tokens=line["tokens"], target_tokens=line["target_tokens"])
             is_last = step == self.num_steps
             is_to_save = is_last or is_asked or step % section.every == 0
             if step == 1 or is_to_save or self._is_to_evaluate():
@@ -151,6 +151,7 @@ class Run:
                 values |= self._judge.numbers(step, is_asked=stopping.is_asked, taken=OWN_NAMES | values.keys())
         except Interrupted:
             return False
+        self.progress.evaluation = values
         if self.progress.evaluated(evaluation.deciding_loss(section.best_set)) and self.config.checkpoint.keep_best:
             self.save()
         if meter is not None:

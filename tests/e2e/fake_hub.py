@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,11 +20,15 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 class Hub:
     """``repositories`` are folders by name, those of data as ``datasets/org/name``.
 
-    ``refusals`` are (status, X-Error-Code, message) by name, for their files.
+    ``refusals`` are (status, X-Error-Code, message) by name, for their files and for what is pushed to them.
+    ``pushed`` are the files of what was pushed by name, ``private`` says of each repository that was made here whether it is.
     """
 
     repositories: dict[str, Path]
     refusals: dict[str, tuple[int, str, str]] = field(default_factory=dict)
+    token: str | None = None  # the one that may push
+    pushed: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    private: dict[str, bool] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
     is_busy: bool = False  # answers 429 to everything
     url: str = ""
@@ -56,11 +61,54 @@ def serving(hub: Hub) -> Iterator[Hub]:
         def do_GET(self) -> None:
             self._answer()
 
+        def do_POST(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.requests.append((self.command, path))
+            content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if path == "/api/validate-yaml":
+                return self._send_json({"errors": [], "warnings": []})
+            if self.headers.get("Authorization") != f"Bearer {hub.token}":
+                return self._refuse(401, "", "Invalid user token.")
+            if path == "/api/repos/create":
+                return self._create(json.loads(content))
+            name, _, action = path.removeprefix("/api/models/").rpartition("/main")[0].rpartition("/")
+            if action == "preupload":
+                files = [
+                    {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for file in json.loads(content)["files"]
+                ]
+                return self._send_json({"files": files})
+            assert action == "commit", path
+            lines = [json.loads(line) for line in content.splitlines()]
+            files = [line["value"] for line in lines if line["key"] == "file"]
+            hub.pushed.setdefault(name, {}).update({file["path"]: b64decode(file["content"]) for file in files})
+            return self._send_json({"commitUrl": f"{hub.url}/{name}/commit/{SHA}", "commitOid": SHA})
+
+        def _create(self, asked: dict) -> None:
+            name = f"{asked['organization']}/{asked['name']}"
+            if name in hub.refusals:
+                return self._refuse(*hub.refusals[name])
+            if name in hub.private:
+                url = json.dumps({"error": "You already created this model repo", "url": f"{hub.url}/{name}"})
+                return self._send(409, url.encode(), {"Content-Type": "application/json"})
+            hub.private[name] = asked.get("visibility") == "private"
+            return self._send_json({"url": f"{hub.url}/{name}"})
+
+        def _send_json(self, content: object) -> None:
+            self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
         def _answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append((self.command, path))
             if hub.is_busy:
                 return self._refuse(429, "", "Too many requests")
+            if path == "/api/whoami-v2":
+                if self.headers.get("Authorization") != f"Bearer {hub.token}":
+                    return self._refuse(401, "", "Invalid user token.")
+                return self._send_json({"type": "user", "name": "me"})
+            for name, is_private in hub.private.items():
+                if path == f"/api/models/{name}":
+                    return self._send_json({"_id": "1", "id": name, "sha": SHA, "private": is_private, "siblings": []})
             for name, folder in hub.repositories.items():
                 kind = "" if name.startswith("datasets/") else "models/"
                 if path.startswith(f"/api/{kind}{name}"):

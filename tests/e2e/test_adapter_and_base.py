@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,7 +17,8 @@ from dist_lora.base.attention import Documents
 from dist_lora.base.index import hash_config, open_index
 from dist_lora.chat.command import open_for_answers
 from dist_lora.data.chat import encode_prompt, load_tokenizer
-from dist_lora.lora.origin import origin_of
+from dist_lora.lora.origin import facts_of, origin_of
+from dist_lora.lora.run_facts import SetFacts
 from dist_lora.world.world import World
 from tests.e2e.conftest import learn
 
@@ -226,6 +228,41 @@ def test_template_tokenizer_and_quantization_of_the_run_go_with_the_adapter_and_
     assert code == 0, err
     merged = load_tokenizer(tmp_path / "merged", chat_template=None)
     assert merged.chat_template == trainee.base.tokenizer.chat_template
+
+
+def test_the_card_tells_what_all_attempts_have_done_and_goes_with_gather_and_merge(here, base, tmp_path) -> None:
+    settings = [f"data.eval={tmp_path}/data.jsonl", "eval.exact_match=true", "eval.max_new_tokens=2", "eval.every=1"]
+    run = learn(tmp_path, base, RECORDS, "train.steps=1", *settings)
+    code, _, err, _ = here("train", tmp_path / "config.yaml", "train.steps=2", *settings)
+    assert code == 0 and "resumed" in err, err
+    facts = facts_of(run / "adapter")
+    lines, evaluations = (
+        [json.loads(line) for line in (run / name).read_text().splitlines()] for name in ("metrics.jsonl", "evaluations.jsonl")
+    )  # fmt: skip
+    assert [line["step"] for line in lines] == [1, 2] and evaluations[-1].pop("step") == 2
+    assert (facts.tokens, facts.target_tokens) == tuple(
+        sum(line[n] for line in lines) for n in ("tokens", "target_tokens")
+    )
+    assert (facts.step, facts.num_steps, facts.num_layers, facts.evaluated_step) == (2, 2, 2, 2)
+    assert dict(facts.evaluation) == evaluations[-1] and "eval_exact_match" in facts.evaluation
+    # The eight records are one sequence's documents each, and a step has all of them.
+    assert (
+        facts.train == SetFacts(("data.jsonl",), (), 8, lines[0]["tokens"], lines[0]["target_tokens"]) == facts.held_out
+    )
+    card = ModelCard.load(run / "adapter" / "README.md")
+    assert card.data.license == "unknown" and f"| {evaluations[-1]['eval_loss']:.4g} |" in card.text
+    gathered, merged = tmp_path / "gathered", tmp_path / "merged"
+    told = json.loads(here("gather", run, "--out", gathered, "--json")[1])
+    assert (told["folder"], told["pushed"]) == (str(gathered), None)
+    assert {each["server"]: each["verdict"] for each in told["servers"]} == dict.fromkeys(
+        ["vLLM", "TGI", "llama.cpp", "Ollama"], "yes"
+    )
+    assert facts_of(gathered) == facts
+    code, out, err, _ = here("merge", gathered, "--out", merged)
+    assert code == 0 and out.splitlines()[0].startswith(f"{merged}: 14 of the base's matrices changed"), err
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["vLLM", "TGI", "llama.cpp", "Ollama"]
+    assert "Ollama would load this" in err  # transformers 5 wrote the base's config.json, without rope_theta
+    assert f"| {evaluations[-1]['eval_loss']:.4g} |" in ModelCard.load(merged / "README.md").text
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "generate"])

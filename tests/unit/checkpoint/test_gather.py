@@ -19,8 +19,10 @@ from safetensors import safe_open
 from dist_lora.base.tokenizer_files import hash_tokenizer_files
 from dist_lora.checkpoint.gather import gather_adapter, verify_checkpoints
 from dist_lora.checkpoint.manifest import MANIFEST_FILE, Manifest, Piece, read_manifest, write_manifest
-from dist_lora.errors import CheckpointError, ConfigError
+from dist_lora.errors import AdapterError, CheckpointError, ConfigError
 from dist_lora.lora.adapter_reader import read_adapter
+from dist_lora.lora.origin import facts_of
+from dist_lora.lora.run_facts import RunFacts, SetFacts
 from tests import ROOT
 from tests.unit.checkpoint.thread_ranks import ADAPTER, BASE, SPECS, saved, whole_state
 
@@ -202,6 +204,58 @@ def test_no_file_of_the_adapter_tells_of_this_machine(tmp_path: Path) -> None:
     for file in (tmp_path / "adapter").iterdir():
         assert str(tmp_path).encode() not in file.read_bytes(), file
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 3
+
+
+# The model card
+
+
+def test_what_the_manifest_knows_of_the_run_is_in_the_card_and_goes_with_the_adapter(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "run" / "checkpoints", step=10)
+    card = RunFacts(
+        tokens=1234,
+        target_tokens=321,
+        train=SetFacts(("x.jsonl",), (), 8),
+        evaluation={"eval_loss": 0.75},
+        evaluated_step=10,
+    )
+    config = "run: a\ndata: {train: /home/me/x.jsonl}\noptim: {lr: 0.125}\n"
+    rewrite(folder, progress={"num_steps": 20, "card": card.to_json()}, config=config)
+    gather_adapter(folder, out=tmp_path / "adapter")
+    versions = read_manifest(folder).versions
+    assert facts_of(tmp_path / "adapter") == dataclasses.replace(
+        card, step=10, num_steps=20, num_layers=2, settings={"optim.lr": 0.125}, versions=versions
+    )
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    for row in (
+        "| steps | 10 of 20 |",
+        "| learning rate | 0.125 |",
+        "| held-out loss per trained token | 0.75 |",
+        "| trained on | x.jsonl (8 samples) |",
+    ):
+        assert row in text
+    assert f"| torch | {torch.__version__} |" in text
+
+
+def test_a_manifest_of_an_older_version_tells_what_it_has(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "run" / "checkpoints", step=10)
+    config = "run: a\ndata: {train: [/home/me/x.jsonl, y.csv], eval: 0.1}\n"
+    rewrite(folder, progress={"best_step": 10, "best_loss": 1.5}, config=config)
+    gather_adapter(folder, out=tmp_path / "adapter")
+    facts = facts_of(tmp_path / "adapter")
+    assert (facts.train, facts.held_out, facts.tokens) == (SetFacts(("x.jsonl", "y.csv")), None, None)
+    assert (dict(facts.evaluation), facts.evaluated_step) == ({"eval_loss": 1.5}, 10)
+    rewrite(folder, progress={"best_step": 5, "best_loss": 1.5}, config="[]")
+    gather_adapter(folder, out=tmp_path / "adapter")
+    facts = facts_of(tmp_path / "adapter")
+    assert (facts.train, dict(facts.evaluation), dict(facts.settings)) == (None, {}, {})
+
+
+def test_a_damaged_record_for_the_card_is_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path, step=10)
+    rewrite(folder, progress={"card": {"tokens": "many"}})
+    with pytest.raises(AdapterError, match=r"manifest\.json: progress\.card: tokens: Input should be a valid integer"):
+        gather_adapter(folder, out=tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 # Verifying

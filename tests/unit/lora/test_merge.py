@@ -436,7 +436,8 @@ def test_all_that_a_model_folder_needs_is_copied_and_no_other_weights(tmp_path, 
     (adapter / "tokenizer.json").write_text('{"of": "the adapter"}')
     merge_adapter(adapter, base=base, out=tmp_path / "merged")
     found = {str(path.relative_to(tmp_path / "merged")) for path in (tmp_path / "merged").rglob("*") if path.is_file()}
-    assert found == {*copied, "config.json", "generation_config.json", "model.safetensors"}
+    assert found == {*copied, "config.json", "generation_config.json", "model.safetensors", "README.md"}
+    assert "the base's card" not in (tmp_path / "merged" / "README.md").read_text()
     for name, content in copied.items():
         assert (tmp_path / "merged" / name).read_text() == content
     for name in ("config.json", "generation_config.json"):
