@@ -72,6 +72,16 @@ def test_model_and_data_are_fetched_by_one_rank_of_a_node(config, repository, da
     assert (origin["base"]["name"], origin["base"]["revision"]) == ("org/tiny", SHA)
 
 
+@pytest.mark.slow
+def test_data_fetches_no_weights(config, repository, tmp_path) -> None:
+    with serving(Hub({"org/tiny": repository})) as hub:
+        done = run("data", config, "--json", env={**os.environ, **hub.environment(tmp_path)})
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["sets"]["data.eval"]["in_train"]["samples"] == 8
+        needed = ["chat_template.jinja", "config.json", "tokenizer.json", "tokenizer_config.json"]
+        assert hub.fetched(hub.requests) == needed
+
+
 class TwoNodes:
     """Runs of four ranks on two nodes, each of which has a disk of its own for what it fetches."""
 
