@@ -18,8 +18,9 @@ from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, SaveError
 from dist_lora.run_folder.attempt import METRICS_FILE
 from dist_lora.run_folder.curves import MOST_POINTS
+from dist_lora.run_folder.records import read_lines
 from dist_lora.run_folder.report import write_report
-from dist_lora.run_folder.samples import write_samples
+from dist_lora.run_folder.samples import SAMPLES_FILE, write_samples
 from dist_lora.train.meter import Meter
 
 GIB = 2**30
@@ -241,3 +242,4 @@ def test_the_answers_of_the_first_and_the_last_evaluation_are_shown(tmp_path: Pa
     assert ["p", "yes", "<b>", "yes"] in page.rows
     write_samples(run, step=2, answers=[{"prompt": "p", "expected": "yes", "generated": "again"}])  # resumed before it
     assert ["p", "yes", "<b>", "again"] in Page(write_report(run)).rows
+    assert [line["generated"] for line in read_lines(run / SAMPLES_FILE)] == ["<b>", "again"]
