@@ -361,16 +361,37 @@ def gather(
 
 
 @app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="The folder of all runs: runs_dir.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """List all runs of a folder with their state, steps and losses, that which changed last first."""
+    from dist_lora.run_folder.runs import list_runs, runs_table
+    from dist_lora.text import in_columns
+
+    rows = list_runs(folder)
+    if as_json:
+        print(json.dumps({"runs": [row.to_json() for row in rows]}))
+    elif rows:
+        print("\n".join(in_columns([*runs_table(rows)])))
+    else:
+        print(f"{folder}: no runs yet (dist-lora train makes them)")
+
+
+@app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A run's folder, like runs/NAME.")],
+    runs: Annotated[list[Path], typer.Argument(help="A run's folder, like runs/NAME; several are laid side by side.")],
     out: Annotated[
-        Path | None, typer.Option(help="The page to write; default: report.html in the run's folder.")
+        Path | None,
+        typer.Option(
+            help="The page to write; default: report.html in the run's folder, comparison.html beside several."
+        ),
     ] = None,
 ) -> None:
-    """Write an HTML page about a run, finished or not: its curves, evaluations and settings."""
+    """Write an HTML page about a run, or about several side by side: curves, evaluations and settings."""
     from dist_lora.run_folder.report import write_report
 
-    print(write_report(run, out=out))
+    print(write_report(runs, out=out))
 
 
 @app.command()

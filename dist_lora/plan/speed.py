@@ -263,9 +263,9 @@ def _elementwise(setup: Setup, measured: Measured) -> _Seconds:
     """A layer's forward: numbers read and written per token, in the letters of ``layout.memory``.
 
     Fused, the backward takes less than twice as many: the first norm (2 D), the second with the sum before it (4 D), the last
-    sum (3 D), RoPE in place (2 each of H E and G E), silu times up (3 F). Otherwise both norms (6 D each) and both residual sums (3 D each), RoPE of queries and keys (9 each of H E and G E), silu and the
-    product with up (5 F), and per adapter the sum of both gradients of its input (3 times its width, of which half is counted
-    here, since the backward counts twice).
+    sum (3 D), RoPE in place (2 each of H E and G E), silu times up (3 F). Otherwise both norms (6 D each) and both residual
+    sums (3 D each), RoPE of queries and keys (9 each of H E and G E), silu and the product with up (5 F), and per adapter the
+    sum of both gradients of its input (3 times its width, of which half is counted here, since the backward counts twice).
     """
     shape, c = setup.shape, setup.item_bytes
     widest = setup.micro_tokens * shape.ffn * c
@@ -280,7 +280,8 @@ def _elementwise(setup: Setup, measured: Measured) -> _Seconds:
 def _loss(setup: Setup, measured: Measured) -> _Seconds:
     """The head's two matmuls, in slices, and two passes over the logits, or five, of which some rows at a time are in fp32.
 
-    Fused: read, and read and written. Otherwise largest (read), difference and ``exp`` (read and written), sum (read), product with its reciprocal (read and written).
+    Fused: read, and read and written. Otherwise largest (read), difference and ``exp`` (read and written), sum (read), product
+    with its reciprocal (read and written).
     """
     shape, c = setup.shape, setup.item_bytes
     flops = 2 * 2 * setup.micro_tokens * shape.hidden * shape.vocab

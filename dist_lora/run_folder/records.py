@@ -55,6 +55,16 @@ def _lines_of(content: str) -> Iterator[dict[str, Any]]:
             yield line
 
 
+def read_last_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines at a file's end, the last one first; at least one of those there are. Empty if it can't be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            return [*_lines_of(file.read().decode(errors="replace"))][::-1]
+    except OSError:
+        return []
+
+
 @dataclass(frozen=True)
 class LiveProgress:
     """Where a run is: its last step, that step's loss, and the time that the remaining steps will take."""
@@ -74,16 +84,13 @@ def read_progress(folder: Path) -> LiveProgress | None:
 
     The time left is the mean of the last steps times those to come; evaluations and saves come on top.
     """
-    attempt = read_attempt(folder)
+    attempt, lines = read_attempt(folder), read_last_lines(folder / METRICS_FILE)[:_MEAN_OF]
+    if attempt is None or not lines:
+        return None
     try:
-        with (folder / METRICS_FILE).open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = list(_lines_of(file.read().decode(errors="replace")))[-_MEAN_OF:]
-        if attempt is None or not lines:
-            return None
-        step, loss = int(lines[-1]["step"]), float(lines[-1]["loss"])
+        step, loss = int(lines[0]["step"]), float(lines[0]["loss"])
         step_s = statistics.fmean(float(line["step_s"]) for line in lines)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
     if not math.isfinite(step_s):
         return None

@@ -1,74 +1,65 @@
-"""A self-contained HTML page about a run: what was trained, its curves, evaluations and settings."""
+"""A self-contained HTML page about a run, or several side by side: what was trained, curves, evaluations, answers, settings."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dist_lora.checkpoint.folders import step_folders
+from dist_lora.config.changes import flat
 from dist_lora.config.load import load_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, cannot_write
 from dist_lora.files import file_exists, no_folder, write_output
 from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE
+from dist_lora.run_folder.curves import MOST_POINTS, Line, Series, number, plots
 from dist_lora.run_folder.records import read_lines
+from dist_lora.run_folder.samples import Samples, read_samples
 from dist_lora.run_folder.status import describe_status
 from dist_lora.text import GIB, duration, span
 
 REPORT_FILE = "report.html"
+COMPARISON_FILE = "comparison.html"
 TEMPLATE = "report.html.jinja"
-MOST_POINTS = 1000  # per curve
 MOST_EVALUATIONS = 200  # the newest, as rows of the table
-
-DOT_COLOURS = ("#e15759", "#59a14f", "#f28e2b", "#b07aa1", "#76b7b2", "#9c755f", "#edc948", "#ff9da7")
-
-Line = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One plot: a number of each step's line and, optionally, one of each evaluation as dots."""
+class _Run:
+    """What a page tells of one run."""
 
-    key: str
-    title: str
-    of_evaluations: str | None = None
-    is_log: bool = False
-    divisor: float = 1.0
-
-
-CURVES = (
-    Curve("loss", "loss per trained token", of_evaluations="eval_loss"),
-    Curve("eval_exact_match", "exact match on held-out samples", of_evaluations="eval_exact_match"),
-    Curve("grad_norm", "gradient norm, before clipping", is_log=True),
-    Curve("lr", "learning rate"),
-    Curve("tokens_per_s", "tokens/s, all ranks"),
-    Curve("step_s", "seconds per step"),
-    Curve("peak_bytes", "peak memory of the first rank, GiB", divisor=GIB),
-)
+    name: str
+    status: str
+    facts: dict[str, str]
+    series: Series
+    evaluations: list[list[str]]  # rows of a table, the first with its heads
+    samples: Samples | None
+    settings: str
+    flat_settings: dict[str, Any]
 
 
-def write_report(folder: Path, *, out: Path | None = None) -> Path:
-    """Write the page of a run, which may still be running; returns its file.
+def write_report(folders: Path | Sequence[Path], *, out: Path | None = None) -> Path:
+    """Write the page of a run, or of several side by side; they may still be running. Returns the page's file.
 
     Needs no torch, no GPU and no model. The page loads nothing from the network.
 
     Args:
-        folder: of the run, as ``runs/NAME``.
-        out: the page; default: ``report.html`` in the run's folder.
+        folders: of the runs, as ``runs/NAME``.
+        out: the page; default: ``report.html`` in the run's folder, or ``comparison.html`` beside the first of several.
 
     Raises:
         ConfigError: there is no run, or it has done no step; its ``config.yaml`` can't be read.
         SaveError: the page can't be written.
     """
-    path = out or folder / REPORT_FILE
-    page = _page(folder)
+    listed = [folders] if isinstance(folders, Path) else list(folders)
+    path = out or (listed[0] / REPORT_FILE if len(listed) == 1 else listed[0].parent / COMPARISON_FILE)
+    page = _page(listed)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_output(path, page)
@@ -79,25 +70,60 @@ def write_report(folder: Path, *, out: Path | None = None) -> Path:
     return path
 
 
-def _page(folder: Path) -> str:
+def _page(folders: Sequence[Path]) -> str:
     from jinja2 import Environment, PackageLoader
 
-    config = _config_of(folder)
-    steps, evaluations = _lines(folder / METRICS_FILE), _lines(folder / EVALUATIONS_FILE)
-    if not steps:
-        raise ConfigError(f"{folder}: {METRICS_FILE} has no step yet; a report needs at least one")
+    runs = _with_own_names([_read(folder) for folder in folders], folders)
     template = Environment(
         loader=PackageLoader("dist_lora", "run_folder"), autoescape=True, keep_trailing_newline=True
     ).get_template(TEMPLATE)
     return template.render(
-        title=config.run,
-        status=describe_status(folder).text.removeprefix(f"{folder}: "),
-        facts=list(_facts(folder, config, steps, evaluations)),
-        plots=list(_plots(steps, evaluations)),
-        mean_of=math.ceil(len(steps) / MOST_POINTS),
-        evaluations=_table(evaluations),
-        settings=(folder / "config.yaml").read_text(encoding="utf-8"),
+        title=", ".join(run.name for run in runs),
+        runs=runs,
+        facts=[(name, [run.facts.get(name, "") for run in runs]) for name in _names_of([run.facts for run in runs])],
+        plots=list(plots([run.series for run in runs])),
+        mean_of=max(math.ceil(len(run.series.steps) / MOST_POINTS) for run in runs),
+        differing=_differing(runs) if len(runs) > 1 else [],
     )
+
+
+def _read(folder: Path) -> _Run:
+    config = _config_of(folder)
+    steps, evaluations = _lines(folder / METRICS_FILE), _lines(folder / EVALUATIONS_FILE)
+    if not steps:
+        raise ConfigError(f"{folder}: {METRICS_FILE} has no step yet; a report needs at least one")
+    return _Run(
+        name=config.run,
+        status=describe_status(folder).text.removeprefix(f"{folder}: "),
+        facts=dict(_facts(folder, config, steps, evaluations)),
+        series=Series(config.run, steps, evaluations),
+        evaluations=_table(evaluations),
+        samples=read_samples(folder),
+        settings=(folder / "config.yaml").read_text(encoding="utf-8"),
+        flat_settings=flat(config.model_dump(mode="json")),
+    )
+
+
+def _with_own_names(runs: Sequence[_Run], folders: Sequence[Path]) -> list[_Run]:
+    """The runs; where two have the same name, all are named by their folders."""
+    if len({run.name for run in runs}) == len(runs):
+        return list(runs)
+    return [
+        replace(run, name=str(folder), series=replace(run.series, label=str(folder)))
+        for run, folder in zip(runs, folders, strict=True)
+    ]
+
+
+def _names_of(all_facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names that any has, each once, in the order of the first that has it."""
+    return list(dict.fromkeys(itertools.chain.from_iterable(all_facts)))
+
+
+def _differing(runs: Sequence[_Run]) -> list[tuple[str, list[str]]]:
+    """The settings in which the runs differ, besides their names."""
+    settings = [run.flat_settings for run in runs]
+    rows = [(name, [json.dumps(each.get(name)) for each in settings]) for name in _names_of(settings) if name != "run"]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
 def _config_of(folder: Path) -> Config:
@@ -113,15 +139,9 @@ def _lines(path: Path) -> list[Line]:
     return list(read_lines(path)) if path.exists() else []
 
 
-def _number(line: Line, key: str) -> float:
-    """A number of a line; NaN if it has none."""
-    value = line.get(key)
-    return float(value) if isinstance(value, int | float) and not abs(value) >= 2**1000 else math.nan
-
-
 def _all(lines: Sequence[Line], key: str) -> list[float]:
     """The finite numbers of all lines; a zero if there is none."""
-    return [number for line in lines if math.isfinite(number := _number(line, key))] or [0.0]
+    return [value for line in lines if math.isfinite(value := number(line, key))] or [0.0]
 
 
 # Facts
@@ -141,8 +161,8 @@ def _facts(
         trained, frozen = int(summary["trainable"]), int(summary["frozen"])
         yield "weights", f"{trained:,} trained, {frozen:,} frozen ({trained / frozen:.2%})"
     yield "steps", f"{steps[-1]['step']:,}" + (f" of {summary['steps']:,}" if "steps" in summary else "")
-    yield "loss", f"{_number(steps[0], 'loss'):.4f} at the first step, {_number(steps[-1], 'loss'):.4f} at the last"
-    held_out = {int(line["step"]): _number(line, "eval_loss") for line in evaluations if "eval_loss" in line}
+    yield "loss", f"{number(steps[0], 'loss'):.4f} at the first step, {number(steps[-1], 'loss'):.4f} at the last"
+    held_out = {int(line["step"]): number(line, "eval_loss") for line in evaluations if "eval_loss" in line}
     if held_out:
         best = min(held_out, key=lambda step: (math.isnan(held_out[step]), held_out[step]))
         yield (
@@ -180,83 +200,7 @@ def _table(evaluations: Sequence[Line]) -> list[list[str]]:
         return []
     names = list(dict.fromkeys(itertools.chain.from_iterable(evaluations)))
     rows = [
-        [f"{line['step']:,}" if name == "step" else f"{_number(line, name):.4f}" for name in names]
+        [f"{line['step']:,}" if name == "step" else f"{number(line, name):.4f}" for name in names]
         for line in evaluations[-MOST_EVALUATIONS:]
     ]
     return [[name.removeprefix("eval_").replace("_", " ") for name in names], *rows]
-
-
-# Curves
-
-
-def _plots(steps: Sequence[Line], evaluations: Sequence[Line]) -> Iterator[str]:
-    """SVG of each curve that has a point."""
-    for curve in [*CURVES, *_own_curves(evaluations)]:
-        line = _points(steps, curve.key, divisor=curve.divisor)
-        dots = _dots(evaluations, curve)
-        if any(math.isfinite(y) for points in [line, *dots.values()] for _, y in points):
-            yield _svg(curve, line, dots)
-
-
-def _names_of(evaluations: Sequence[Line]) -> list[str]:
-    """The names of all numbers that an evaluation has, in the order in which they first occur."""
-    return [name for name in dict.fromkeys(itertools.chain.from_iterable(evaluations)) if name != "step"]
-
-
-def _own_curves(evaluations: Sequence[Line]) -> Iterator[Curve]:
-    """A plot for each number that a judge of the user's (``eval.command``) has given."""
-    known = {curve.of_evaluations for curve in CURVES} | {"eval_perplexity"}
-    for name in _names_of(evaluations):
-        if name not in known and name.partition("/")[0] not in known:
-            yield Curve(name, f"{name.removeprefix('eval_').replace('_', ' ')}, by eval.command", of_evaluations=name)
-
-
-def _dots(evaluations: Sequence[Line], curve: Curve) -> dict[str, list[tuple[float, float]]]:
-    """The points of each held-out set by their label in the plot; where there are several, of all sets together first."""
-    key = curve.of_evaluations
-    if key is None:
-        return {}
-    sets = [name for name in _names_of(evaluations) if name.startswith(f"{key}/")]
-    named = {"all held-out sets" if sets else "held out": key} | {name.removeprefix(f"{key}/"): name for name in sets}
-    every = {label: _points(evaluations, name, divisor=curve.divisor) for label, name in named.items()}
-    return {label: points for label, points in every.items() if any(math.isfinite(y) for _, y in points)}
-
-
-def _points(lines: Sequence[Line], key: str, *, divisor: float) -> list[tuple[float, float]]:
-    """Steps and values, averaged to at most ``MOST_POINTS`` a curve; a mean of a NaN is NaN."""
-    size = math.ceil(len(lines) / MOST_POINTS) or 1
-    points = [(float(line["step"]), _number(line, key) / divisor) for line in lines]
-    return [
-        (statistics.fmean(x for x, _ in part), statistics.fmean(y for _, y in part))
-        for part in (points[at : at + size] for at in range(0, len(points), size))
-    ]
-
-
-def _svg(curve: Curve, line: Sequence[tuple[float, float]], dots: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    # Imported here because it takes a second. No pyplot, which keeps global state.
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    finite = [y for points in [line, *dots.values()] for _, y in points if math.isfinite(y)]
-    if any(math.isfinite(y) for _, y in line):
-        axes.plot([x for x, _ in line], [y for _, y in line], color="#4e79a7", linewidth=1.2, label="training")
-    for number, (label, points) in enumerate(dots.items()):
-        colour = DOT_COLOURS[number % len(DOT_COLOURS)]
-        axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=colour, markersize=4, label=label)
-    if dots:
-        axes.legend(frameon=False)
-    if curve.is_log and all(y > 0 for y in finite):
-        axes.set_yscale("log")
-    axes.set_title(curve.title, loc="left", fontsize=10)
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
-    drawn = io.StringIO()
-    # Text stays text; ids are unique to each curve, since all drawings are on one page.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": curve.key}):
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
-    text = drawn.getvalue()
-    return text[text.index("<svg") :]

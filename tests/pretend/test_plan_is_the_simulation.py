@@ -156,7 +156,7 @@ IN_EVERY_CI = ("kept activations", "int8", "tied", "world", "405B on 128", "uppe
 def marks_of(name: str) -> list[pytest.MarkDecorator]:
     if name in IN_EVERY_SUITE:
         return []
-    return [pytest.mark.slow] if name in IN_EVERY_CI else [pytest.mark.turn(of=2)]
+    return [pytest.mark.slow] if name in IN_EVERY_CI else [pytest.mark.turn(of=3)]
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=name, marks=marks_of(name)) for name, case in CASES.items()])

@@ -63,7 +63,7 @@ def test_those_that_are_simulated_whole_stand_for_every_member_method_and_machin
     }
 
 
-@pytest.mark.turn(of=4)
+@pytest.mark.turn(of=6)
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_config_and_those_like_it_are_planned_as_the_simulated_step(name: str) -> None:
     (group,) = (group for group in GROUPS if any(preset.name == name for preset in group))

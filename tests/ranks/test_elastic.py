@@ -20,7 +20,7 @@ def assert_equal(elastic: Elastic, move: Move) -> None:
     assert moved.is_bit_for_bit or move.saved != move.gone_on, (move, moved)
 
 
-@pytest.mark.slow
+@pytest.mark.turn(of=2)
 @pytest.mark.parametrize("move", pairwise(all_moves()), ids=lambda m: f"{m.base}: {m.saved} -> {m.gone_on}")
 def test_each_pair_of_settings_goes_on_to_the_numbers_of_the_run_that_stayed(elastic, move) -> None:
     assert_equal(elastic, move)
@@ -34,7 +34,7 @@ def test_a_run_that_goes_on_where_it_was_saved_has_the_bytes_of_one_that_nothing
             assert_equal(elastic, Move("nf4", *vars(placement).values(), *vars(placement).values()))
 
 
-@pytest.mark.turn(of=5)
+@pytest.mark.turn(of=9)
 @pytest.mark.parametrize("saved", placements(), ids=str)
 def test_all_placements_go_on_to_the_numbers_of_the_run_that_stayed(elastic, saved) -> None:
     moves = [move for move in all_moves() if move.base == "nf4" and move.saved == saved]

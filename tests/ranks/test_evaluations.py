@@ -132,7 +132,7 @@ def test_a_judge_gets_the_adapter_of_its_step_and_its_numbers_are_recorded(evalu
 
 def test_the_page_of_a_run_has_a_curve_for_each_set_and_for_each_number_of_the_judge(evaluated, tmp_path) -> None:
     page = write_report(evaluated / "it", out=tmp_path / "page.html").read_text()
-    for label in ("all held-out sets", "long", "short", "words/mean, by eval.command"):
+    for label in ("all held-out sets", "long", "short", "words, held out", "mean"):
         assert f">{label}</text>" in page
     assert all(f"<td>{line['eval_loss/long']:.4f}</td>" in page for line in evaluations(evaluated))
 

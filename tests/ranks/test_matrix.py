@@ -42,7 +42,7 @@ def test_each_pair_of_settings_has_the_numbers_of_one_process(matrix, cell) -> N
     assert_equal(matrix, cell)
 
 
-@pytest.mark.turn(of=8)
+@pytest.mark.turn(of=12)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("base", BASES)

@@ -65,7 +65,7 @@ DOORS = {
     "deepspeed": ("engines.zero3",),
     "bitsandbytes": ("base.quant",),
     "triton": ("base.kernels.compiled",),
-    "matplotlib": ("simulation.timeline", "run_folder.report"),
+    "matplotlib": ("simulation.timeline", "run_folder.curves"),
 }
 # These run what they read, or let a file of the user's do so.
 NOWHERE = {

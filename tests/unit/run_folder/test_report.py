@@ -17,7 +17,10 @@ from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, SaveError
 from dist_lora.run_folder.attempt import METRICS_FILE
-from dist_lora.run_folder.report import MOST_POINTS, write_report
+from dist_lora.run_folder.curves import MOST_POINTS
+from dist_lora.run_folder.records import read_lines
+from dist_lora.run_folder.report import write_report
+from dist_lora.run_folder.samples import SAMPLES_FILE, write_samples
 from dist_lora.train.meter import Meter
 
 GIB = 2**30
@@ -43,7 +46,7 @@ class Page(HTMLParser):
             self.open.append(tag)
         if tag == "tr":
             self.rows.append([])
-        elif tag == "td":
+        elif tag in ("td", "th"):
             self.rows[-1].append("")
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -54,7 +57,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag, tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "td":
+        if self.open and self.open[-1] in ("td", "th"):
             self.rows[-1][-1] += data
 
     @property
@@ -70,11 +73,18 @@ def line(step: int, **more: Any) -> dict[str, Any]:
 
 
 def run_of(
-    folder: Path, *, num_steps: int, evaluated: dict[int, float] | None = None, name: str = "mine", **more: Any
+    folder: Path,
+    *,
+    num_steps: int,
+    evaluated: dict[int, float] | None = None,
+    name: str = "mine",
+    lora: dict[str, Any] | None = None,
+    **more: Any,
 ) -> Path:
     """A run's folder, as a run leaves it before its end."""
     folder.mkdir()
-    config = Config.model_validate({"run": name, "model": {"name": "3.1-8b"}, "data": {"train": "x.jsonl"}})
+    settings = {"run": name, "model": {"name": "3.1-8b"}, "lora": lora or {}, "data": {"train": "x.jsonl"}}
+    config = Config.model_validate(settings)
     (folder / "config.yaml").write_text(dump_config(config))
     meter = Meter(folder, trackers=[], settings={}, every=10**6, first_step=1, num_steps=num_steps)
     for step in range(1, num_steps + 1):
@@ -199,7 +209,37 @@ def test_the_command_prints_the_pages_name_and_imports_no_torch(tmp_path: Path) 
     assert (done.returncode, done.stdout) == (0, f"{run / 'report.html'}\n"), done.stderr
 
 
-def test_nothing_on_the_page_is_wider_than_a_phone() -> None:
-    style = (Path(write_report.__code__.co_filename).parent / "report.html.jinja").read_text().partition("</style>")[0]
-    assert not re.search(r"minmax\(\d|min-width", style)  # what can't shrink below a width of its own
-    assert "h1, p, td { overflow-wrap: anywhere }" in style and "div.wide { overflow-x: auto }" in style
+def test_several_runs_lie_side_by_side(tmp_path: Path) -> None:
+    one = run_of(tmp_path / "one", num_steps=4, evaluated={2: 1.5, 4: 1.25}, name="one")
+    two = run_of(tmp_path / "two", num_steps=8, name="two", lora={"rank": 4})
+    path = write_report([one, two])
+    page = Page(path)
+    assert path == tmp_path / "comparison.html"
+    rows = {row[0]: row[1:] for row in page.rows if len(row) == 3}
+    assert rows["steps"] == ["4", "8"]
+    assert rows["loss"] == [
+        "4.0000 at the first step, 1.0000 at the last",
+        "4.0000 at the first step, 0.5000 at the last",
+    ]
+    assert rows["held-out loss"] == ["1.2500 at the last evaluation, best 1.2500 at step 4", ""]
+    assert rows["lora.rank"] == ["16", "4"] and "run" not in rows and "optim.lr" not in rows
+    svg = page.text[page.text.index("<svg") : page.text.index("</svg>")]
+    assert ">one<" in svg and ">two<" in svg and ">one, held out<" in svg and ">two, held out<" not in svg
+
+
+def test_runs_of_one_name_are_named_by_their_folders(tmp_path: Path) -> None:
+    folders = [run_of(tmp_path / name, num_steps=2) for name in ("a", "b")]
+    page = Page(write_report(folders))
+    assert ["", str(folders[0]), str(folders[1])] in page.rows
+
+
+def test_the_answers_of_the_first_and_the_last_evaluation_are_shown(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "mine", num_steps=4)
+    for step, generated in ((0, "<b>"), (2, "no"), (4, "yes")):
+        write_samples(run, step=step, answers=[{"prompt": "p", "expected": "yes", "generated": generated}])
+    page = Page(write_report(run))
+    assert ["prompt", "expected", "before training", "after step 4"] in page.rows
+    assert ["p", "yes", "<b>", "yes"] in page.rows
+    write_samples(run, step=2, answers=[{"prompt": "p", "expected": "yes", "generated": "again"}])  # resumed before it
+    assert ["p", "yes", "<b>", "again"] in Page(write_report(run)).rows
+    assert [line["generated"] for line in read_lines(run / SAMPLES_FILE)] == ["<b>", "again"]
