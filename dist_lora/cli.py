@@ -288,7 +288,7 @@ def evaluate(
     nproc: NumRanks = None,
     as_json: AsJson = False,
 ) -> None:
-    """Held-out loss, perplexity, and exact match of generated answers if eval.exact_match is set."""
+    """Held-out loss, perplexity, and of generated answers exact matches and tool calls, if eval.exact_match and eval.tool_calls are set."""
     loaded = _load(config, overrides)
     if adapter is not None:
         from dist_lora.lora.adapter_folder import check_adapter_folder
@@ -516,8 +516,13 @@ def _load(config: Path, overrides: list[str] | None) -> Config:
 
 
 def _as_table(result: dict[str, Any]) -> str:
-    lines = []
+    lines: list[str] = []
     for name, value in result.items():
+        if name == "tool_calls":
+            from dist_lora.evaluation.tool_calls import lines_of
+
+            lines += lines_of(value)
+            continue
         if name == "exact_match":
             value = f"{value['correct']} of {value['total']} ({value['correct'] / value['total']:.1%})"
         lines.append(f"{name:14} {value:.6g}" if isinstance(value, float) else f"{name:14} {value}")

@@ -384,7 +384,7 @@ class DataSection(Section):
     )
     chat_template: Text | None = Field(
         default=None,
-        description="llama3, chatml, a Jinja file, or a template's text; null is the tokenizer's own template.",
+        description="llama3, llama3.1, llama3.2, chatml, a Jinja file, or a template's text; null is the tokenizer's own.",
     )
     untrained_tokens: Literal["error", "allow"] = Field(
         default="error",
@@ -576,6 +576,10 @@ class EvalSection(Section):
 
     every: int = Field(default=50, ge=1, description="Steps between two evaluations of data.eval.")
     exact_match: bool = Field(default=False, description="Also generate answers and count exact matches.")
+    tool_calls: bool = Field(
+        default=False,
+        description="Also generate answers and count their tool calls: valid, right name, right arguments.",
+    )
     max_new_tokens: int = Field(default=64, ge=1, description="Maximum length of a generated answer, in tokens.")
     batch: int | None = Field(
         default=None,

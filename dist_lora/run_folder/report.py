@@ -44,6 +44,11 @@ class Curve:
 CURVES = (
     Curve("loss", "loss per trained token", of_evaluations="eval_loss"),
     Curve("eval_exact_match", "exact match on held-out samples", of_evaluations="eval_exact_match"),
+    Curve(
+        "eval_tool_right_arguments",
+        "wanted tool calls with the right name and arguments",
+        of_evaluations="eval_tool_right_arguments",
+    ),
     Curve("grad_norm", "gradient norm, before clipping", is_log=True),
     Curve("lr", "learning rate"),
     Curve("tokens_per_s", "tokens/s, all ranks"),

@@ -38,7 +38,7 @@ from dist_lora.run_folder.log_file import to_log_file
 from dist_lora.text import count, gib, span
 from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
 from dist_lora.train.finished import describe_finished, finished_line
-from dist_lora.train.held_out import exact_match_of, loss_of
+from dist_lora.train.held_out import check_tool_calls, exact_match_of, loss_of
 from dist_lora.train.loop import Run
 from dist_lora.train.meter import Meter, peak_bytes, reset_peak
 from dist_lora.train.resume import VerifiedCheckpoint, check_same_run, find_checkpoint, last_evaluated, warn_of_other_lr
@@ -154,6 +154,7 @@ def train(
     folder = None if is_dry else open_run_folder(config, world)
     checkpoint = None if folder is None else find_checkpoint(config, folder, world)
     tokens, held_out = tokens_of(config, base, world)
+    check_tool_calls(held_out, config=config, base=base, world=world)
     check_special_tokens(
         tokens,
         tokenizer=base.tokenizer,
@@ -416,6 +417,7 @@ def evaluate(
         if world.is_first:
             _warn_of_origin(adapter, config, base)
     held_out = held_out_of(config, base, world)
+    check_tool_calls(held_out, config=config, base=base, world=world)
     trainee = build(
         config.model_copy(update={"lora": config.lora.model_copy(update={"start_from": None})}), base, world
     )
@@ -428,9 +430,12 @@ def evaluate(
         result |= _loss(config, trainee, held_out, world) | {"base_loss": loss_of_base["loss"]}
         if result["loss"] == result["base_loss"]:
             log.warning(f"{adapter}: the loss equals the base's, bit for bit: this adapter changes nothing")
-    if config.eval.exact_match or predictions is not None:
+    if config.eval.exact_match or config.eval.tool_calls or predictions is not None:
         match = exact_match_of(trainee, held_out, config=config, world=world, predictions=predictions)
-        result["exact_match"] = {"correct": match.correct, "total": match.total}
+        if config.eval.exact_match or predictions is not None:
+            result["exact_match"] = {"correct": match.correct, "total": match.total}
+        if match.tool_calls is not None:
+            result["tool_calls"] = match.tool_calls.as_json()
     if predictions is not None:
         predictions.write(world)
     return result | {"seconds": round(time.monotonic() - started_s, 1)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import sys
 from collections.abc import Callable
@@ -10,12 +11,22 @@ from collections.abc import Callable
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import EvalBatches
 from dist_lora.data.token_set import TokenSet
-from dist_lora.evaluation.evaluate import ExactMatch, HeldOut, exact_match, held_out_loss, never_stop
+from dist_lora.evaluation.evaluate import (
+    ExactMatch,
+    HeldOut,
+    exact_match,
+    expected_answers,
+    held_out_loss,
+    never_stop,
+)
 from dist_lora.evaluation.generate import stop_ids_of
 from dist_lora.evaluation.predictions import Predictions
+from dist_lora.evaluation.tool_calls import check_expected
 from dist_lora.pace import Advance, pace
-from dist_lora.train.build import Trainee
+from dist_lora.train.build import Base, Trainee
 from dist_lora.world.world import World
+
+log = logging.getLogger("dist_lora")
 
 ANSWERS_AT_ONCE = 32  # per rank, if eval.batch is not set
 
@@ -78,4 +89,16 @@ def exact_match_of(
             world=world,
             check_stop=_counted(check_stop, advance, total=total),
             predictions=predictions,
+            counts_calls=config.eval.tool_calls,
         )
+
+
+def check_tool_calls(tokens: TokenSet | None, *, config: Config, base: Base, world: World) -> None:
+    """Before anything is loaded: see ``check_expected``, of the held-out answers if ``eval.tool_calls`` is set. All ranks call it."""
+    if tokens is None or not config.eval.tool_calls:
+        return
+    stop_ids = stop_ids_of(base.folder, base.tokenizer)
+    answers = expected_answers(tokens, tokenizer=base.tokenizer, stop_ids=stop_ids)
+    warning = world.on_first("eval.tool_calls", lambda: check_expected(answers))
+    if warning is not None:
+        log.warning(warning)

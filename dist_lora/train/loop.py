@@ -133,9 +133,12 @@ class Run:
         try:
             held_out = loss_of(self.trainee, self._held_out, **arguments)
             values = {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity}
-            if self.config.eval.exact_match:
+            if self.config.eval.exact_match or self.config.eval.tool_calls:
                 match = exact_match_of(self.trainee, self._held_out, **arguments)
-                values["eval_exact_match"] = match.correct / match.total
+                if self.config.eval.exact_match:
+                    values["eval_exact_match"] = match.correct / match.total
+                if match.tool_calls is not None:
+                    values |= match.tool_calls.values()
         except _EvaluationInterrupted:
             return False
         self.progress.evaluated_step = step
