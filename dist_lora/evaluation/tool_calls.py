@@ -144,8 +144,8 @@ def check_expected(answers: Iterable[str]) -> str | None:
     first = f"; the first is sample {broken[0][0]}: {broken[0][1][:100]!r}" if broken else ""
     if not num_calls:
         raise DataError(
-            f"eval.tool_calls: none of the {count(num_answers, 'expected answer')} of data.eval calls a tool "
-            f"({len(broken)} begin a call that can't be read{first}). The last answer of a sample is judged. Set "
+            f"eval.tool_calls: data.eval has {count(num_answers, 'expected answer')}, and none calls a tool "
+            f"(begun and not readable: {len(broken)}{first}). The last answer of a sample is judged. Set "
             "eval.tool_calls: false, or hold out samples that end with a call"
         )
     if not broken:
