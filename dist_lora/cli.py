@@ -312,7 +312,7 @@ def evaluate(
     nproc: NumRanks = None,
     as_json: AsJson = False,
 ) -> None:
-    """Held-out loss, perplexity, and exact match of generated answers if eval.exact_match is set."""
+    """Held-out loss, perplexity, and of generated answers exact matches and tool calls, if eval.exact_match and eval.tool_calls are set."""
     loaded = _load(config, overrides)
     if adapter is not None:
         from dist_lora.lora.adapter_folder import check_adapter_folder
@@ -584,13 +584,18 @@ def _load(config: Path, overrides: list[str] | None) -> Config:
 
 
 def _as_table(result: dict[str, Any]) -> str:
+    from dist_lora.evaluation.tool_calls import lines_of
     from dist_lora.evaluation.verdicts import guard_table
 
-    lines = []
+    lines: list[str] = []
     for name, value in result.items():
         if name == "guard":
             for of_set, report in {"": value}.items() if "by_category" in value else value.items():
                 lines += ["", *([of_set] if of_set else []), *guard_table(report).splitlines(), ""]
+            continue
+        if name == "tool_calls":
+            for of_set, calls in {"": value}.items() if "wanted" in value else value.items():
+                lines += [*([of_set] if of_set else []), *lines_of(calls)]
             continue
         if name == "sets":
             lines += _table_of_sets(value)

@@ -18,6 +18,7 @@ from rich.table import Table
 
 MB = 10**6
 GIB = 2**30
+OF_CALLS = ("valid", "right_name", "right_arguments")
 NEXT_STEPS = """\
 To chat with the result:  .venv/bin/dist-lora generate {run}/adapter
 To see the curves:        .venv/bin/dist-lora report {run}    (or .venv/bin/tensorboard --logdir {runs})
@@ -30,6 +31,7 @@ def rows_of(before: dict[str, Any], after: dict[str, Any], summary: dict[str, An
     peaks = ", ".join(f"{peak / GIB:.2f}" for peak in summary["peak_bytes"])
     return [
         ("held-out requests answered exactly", _exact(before), _exact(after)),
+        *((f"tool calls: {name.replace('_', ' ')}", _calls(before, name), _calls(after, name)) for name in OF_CALLS),
         ("held-out loss per trained token", f"{before['loss']:.4f}", f"{after['loss']:.4f}"),
         ("trainable weights", "", f"{summary['trainable']:,} ({share:.1%})"),
         ("frozen weights", "", f"{summary['frozen']:,}"),
@@ -42,6 +44,11 @@ def rows_of(before: dict[str, Any], after: dict[str, Any], summary: dict[str, An
 def _exact(evaluation: dict[str, Any]) -> str:
     match = evaluation["exact_match"]
     return f"{match['correct']} of {match['total']}"
+
+
+def _calls(evaluation: dict[str, Any], name: str) -> str:
+    calls = evaluation["tool_calls"]
+    return f"{calls[name]} of {calls['wanted']}"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def encode_prompts(
     return encoded
 
 
-_BESIDE = ("system", "system_prompt", "tools", "functions")  # what a chat has beside its turns
+_BESIDE = ("system", "system_prompt", "tools", "functions", "builtin_tools")  # what a chat has beside its turns
 
 
 def _encode(record: dict[str, Any], *, tokenizer: Any, kind: SampleKind, system: str | None) -> list[int]:

@@ -441,7 +441,7 @@ class DataSection(Section):
     )
     chat_template: Text | None = Field(
         default=None,
-        description="llama3, chatml, a Jinja file, or a template's text; null is the tokenizer's own template.",
+        description="llama3, llama3.1, llama3.2, chatml, a Jinja file, or a template's text; null is the tokenizer's own.",
     )
     untrained_tokens: Literal["error", "allow"] = Field(
         default="error",
@@ -698,6 +698,10 @@ class EvalSection(Section):
         description="The set of data.eval whose loss decides what is best; null is the loss over all sets' target tokens.",
     )
     exact_match: bool = Field(default=False, description="Also generate answers and count exact matches.")
+    tool_calls: bool = Field(
+        default=False,
+        description="Also generate answers and count their tool calls: valid, right name, right arguments.",
+    )
     answer: Annotated[Text, AfterValidator(_check_answer)] | None = Field(
         default=None,
         description="Regular expression whose last match is the answer to compare in a text: its first group, or all of it.",

@@ -29,7 +29,7 @@ from dist_lora.base.tokenizer_files import TOKENIZER_FILES, hash_tokenizer_files
 from dist_lora.data.guard import Judged
 from dist_lora.data.left_out import LeftOutError, left_out_of
 from dist_lora.data.records import Chat, Continuation, Format, Instruction, read_sample, unused_columns
-from dist_lora.data.template import Renderer, Span, first_line, special_ids, special_pattern, template_source
+from dist_lora.data.template import BUNDLED, Renderer, Span, first_line, special_ids, special_pattern, template_source
 from dist_lora.data.turns import Turn
 from dist_lora.errors import DataError, WeightsError
 
@@ -39,11 +39,6 @@ if TYPE_CHECKING:
 
 TrainOn = Literal["assistant", "last", "all"]
 SampleKind = Literal["chat", "instruction", "text", "guard"]
-
-_BUNDLED: Mapping[str, tuple[str, ...]] = {
-    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-}
 
 _MAX_TEMPLATE_BYTES = 2**20
 
@@ -68,7 +63,7 @@ def load_tokenizer(folder: Path, *, chat_template: str | None, text: str | None 
 
     Args:
         folder: a folder with ``tokenizer.json`` and the other tokenizer files.
-        chat_template: None for the tokenizer's own, "llama3" or "chatml" for ours, a Jinja file, or a template itself.
+        chat_template: None for the tokenizer's own, a name of ``BUNDLED`` for ours, a Jinja file, or a template itself.
         text: a template's text, in place of the tokenizer's own.
 
     Raises:
@@ -98,7 +93,7 @@ def load_tokenizer(folder: Path, *, chat_template: str | None, text: str | None 
         tokenizer.chat_template = _template_text(chat_template)
         named = "the text in the config" if _is_template(chat_template) else chat_template
         tokenizer.template_source = f"data.chat_template: {named}"
-        lacking = [token for token in _BUNDLED.get(chat_template, ()) if token not in special_ids(tokenizer)]
+        lacking = [token for token in BUNDLED.get(chat_template, ()) if token not in special_ids(tokenizer)]
         if lacking:
             raise DataError(
                 f"data.chat_template: {chat_template} needs the special tokens {', '.join(lacking)}, "
@@ -169,7 +164,7 @@ def encode_prompt(
 ) -> list[int]:
     """The ids of a conversation up to the assistant's answer, as training saw them before an answer.
 
-    ``beside``: what a record has beside its messages, ``tools`` and ``system``.
+    ``beside``: what a record has beside its messages, ``tools``, ``builtin_tools`` and ``system``.
 
     Raises:
         DataError: the tokenizer has no chat template, or the template refuses the turns.
@@ -205,7 +200,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, *, formats: Sequence[Form
     if "messages" in formats and tokenizer.chat_template is None:
         raise DataError(
             "the data are conversations (format messages) and the model's tokenizer has no chat template. "
-            "Use the model's Instruct version, or set data.chat_template: llama3 | chatml | FILE"
+            f"Use the model's Instruct version, or set data.chat_template: {' | '.join(BUNDLED)} | FILE"
         )
 
 
@@ -248,7 +243,7 @@ def _is_template(chat_template: str) -> bool:
 
 
 def _template_text(chat_template: str) -> str:
-    if chat_template in _BUNDLED:
+    if chat_template in BUNDLED:
         return (Path(__file__).parent / "templates" / f"{chat_template}.jinja").read_text(encoding="utf-8")
     if _is_template(chat_template):
         return chat_template
@@ -258,7 +253,7 @@ def _template_text(chat_template: str) -> str:
     except (OSError, ValueError, RuntimeError):  # too long, a NUL, an unknown home
         is_file = False
     if not is_file:
-        raise DataError(f"data.chat_template: {chat_template} is neither a file nor one of {', '.join(_BUNDLED)}")
+        raise DataError(f"data.chat_template: {chat_template} is neither a file nor one of {', '.join(BUNDLED)}")
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_TEMPLATE_BYTES + 1)
@@ -306,7 +301,7 @@ def _instruction_as(sample: Instruction, *, has_template: bool) -> Chat | Contin
     if beside:
         raise DataError(
             f"{', '.join(beside)}: lost, since the model's tokenizer has no chat template, and an instruction in plain text has "
-            "no place for it. Use the model's Instruct version, or set data.chat_template: llama3 | chatml | FILE"
+            f"no place for it. Use the model's Instruct version, or set data.chat_template: {' | '.join(BUNDLED)} | FILE"
         )
     context = ", paired with an input that provides further context" if sample.input else ""
     extra = f"### Input:\n{sample.input}\n\n" if sample.input else ""
@@ -396,7 +391,7 @@ def _without_special_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> t
     so that a template's own trimming and joining work as on the text itself.
     """
     special = special_pattern(tokenizer)
-    strings = list(_strings([turn.as_message() for turn in chat.turns])) + list(_strings(chat.tools))
+    strings = list(_strings([[turn.as_message() for turn in chat.turns], chat.tools, chat.builtin_tools]))
     if not any(special.search(text) for text in strings):
         return chat, None
     used = set().union(*strings, *special_ids(tokenizer))
@@ -419,7 +414,7 @@ def _without_special_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> t
         )
         for turn in chat.turns
     )
-    return Chat(turns=turns, tools=tuple(broken(chat.tools))), mark
+    return Chat(turns, tuple(broken(chat.tools)), tuple(broken(chat.builtin_tools))), mark
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -57,12 +57,14 @@ class _Marks:
     def __init__(self, chat: Chat, *, null: str | None) -> None:
         self.marks: list[_Mark] = []
         self._names: dict[str, str] = {}  # of functions: a template may look one up among the tools
+        self._builtin = chat.builtin_tools
         self._null = null
         answers = [index for index, turn in enumerate(chat.turns) if turn.role == "assistant"]
         self._last = answers[-1] if answers else -1
         self._reasons = self._last >= 0 and chat.turns[self._last].is_trained
         tools = tuple(self._tool(tool, index) for index, tool in enumerate(chat.tools))
-        self.chat = Chat(tuple(self._turn(turn, index) for index, turn in enumerate(chat.turns)), tools)
+        turns = tuple(self._turn(turn, index) for index, turn in enumerate(chat.turns))
+        self.chat = Chat(turns, tools, chat.builtin_tools)
 
     def _word(self, what: str, *, is_refused: bool) -> str:
         word = f"xq{len(self.marks):04d}qx"
@@ -102,7 +104,9 @@ class _Marks:
             key: self._leaves(value, f"the argument {key!r} of {where}", is_refused=True)
             for key, value in function["arguments"].items()
         }
-        name = self._name(function["name"], f"the name of {where}", is_refused=True)
+        name = function["name"]
+        if name not in self._builtin:  # how it is called may depend on its name, which need not be written
+            name = self._name(name, f"the name of {where}", is_refused=True)
         return {**call, "function": {**function, "name": name, "arguments": arguments}}
 
     def _tool(self, tool: dict[str, Any], index: int) -> dict[str, Any]:
@@ -143,7 +147,9 @@ def left_out_of(chat: Chat, *, tokenizer: PreTrainedTokenizerBase) -> LeftOut:
     marked = _Marks(chat, null=None).chat
     # Without what refers to a call, which is another word in each record.
     messages = [_without(turn.as_message(), _REFERENCES) for turn in marked.turns]
-    key = json.dumps([messages, [turn.is_trained for turn in marked.turns], marked.tools], default=str)
+    key = json.dumps(
+        [messages, [turn.is_trained for turn in marked.turns], marked.tools, chat.builtin_tools], default=str
+    )
     template = Renderer(chat, tokenizer).template
     return _judged(_Key(key, template, [lambda: _judge(chat, tokenizer)]))
 
@@ -189,6 +195,9 @@ def _judge(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> LeftOut:
     missing = [mark for mark in marked.marks if mark.word not in text]
     refused = dict.fromkeys(mark.what for mark in missing if mark.is_refused)
     refused |= dict.fromkeys(_lost_calls(marked.chat, text, null=None if asks_for_null else "", tokenizer=tokenizer))
+    without = replace(chat, builtin_tools=())
+    if chat.builtin_tools and _rendered(_Marks(without, null=None if asks_for_null else ""), tokenizer) == text:
+        refused["builtin_tools"] = None
     reported = dict.fromkeys(mark.what for mark in missing if not mark.is_refused)
     return LeftOut(tuple(refused), tuple(reported), asks_for_null)
 
@@ -207,7 +216,7 @@ def _lost_calls(chat: Chat, text: str, *, null: str | None, tokenizer: PreTraine
             calls = (*turn.tool_calls[:number], other, *turn.tool_calls[number + 1 :])
             renamed = [*turns[:index], replace(turn, tool_calls=calls), *turns[index + 1 :]]
             try:
-                again = Renderer(Chat(tuple(renamed), chat.tools), tokenizer).upto(len(turns))
+                again = Renderer(replace(chat, turns=tuple(renamed)), tokenizer).upto(len(turns))
             except DataError:  # it looks the name up
                 continue
             if again == text:
@@ -229,7 +238,8 @@ def _lost_texts(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]
         if turn.content and turn.content.strip() not in text:
             yield f"the text of the {turn.role} turn {index}"
         for number, call in enumerate(turn.tool_calls):
-            if call["function"]["name"] not in text:
+            name = call["function"]["name"]
+            if name not in text and name not in chat.builtin_tools:
                 yield f"the {turn.role} turn {index}, call {number}"
 
 

@@ -4,11 +4,12 @@
 format              columns                                becomes
 ==================  =====================================  ==============================================
 messages            messages | conversations               Chat (OpenAI's or ShareGPT's spelling)
-                    [system, tools]
+                    [system, tools, builtin_tools]
 alpaca              instruction, output                    Instruction, or Chat with a system or history
                     [input, system, history]
                     prompt, completion, system             the same
-prompt-completion   prompt, completion [tools]             Continuation, or Chat for lists of messages
+prompt-completion   prompt, completion [tools,             Continuation, or Chat for lists of messages
+                    builtin_tools]
 text                text                                   Continuation with an empty prompt
 ==================  =====================================  ==============================================
 
@@ -32,6 +33,7 @@ from dist_lora.data.turns import (
     Turn,
     decoded,
     depth,
+    read_builtin_tools,
     read_tools,
     read_turns,
     shown,
@@ -59,7 +61,7 @@ EXAMPLES: Mapping[Format, str] = {
 """One record of each format, as an error shows it."""
 
 USED_COLUMNS: Mapping[Format, tuple[str, ...]] = {
-    "messages": ("messages", "conversations", "system", "system_prompt", "tools", "functions"),
+    "messages": ("messages", "conversations", "system", "system_prompt", "tools", "functions", "builtin_tools"),
     "alpaca": (
         "instruction",
         "input",
@@ -72,13 +74,13 @@ USED_COLUMNS: Mapping[Format, tuple[str, ...]] = {
         "tools",
         "functions",
     ),
-    "prompt-completion": ("prompt", "completion", "tools", "functions"),
+    "prompt-completion": ("prompt", "completion", "tools", "functions", "builtin_tools"),
     "text": ("text",),
     "guard": GUARD_COLUMNS,
 }
 """What is read of a record of each format; other columns are reported."""
 
-_TEXT_BESIDE = ("tools", "functions", "system", "system_prompt", "history", "reasoning_content")
+_TEXT_BESIDE = ("tools", "functions", "builtin_tools", "system", "system_prompt", "history", "reasoning_content")
 # Columns that would change what is trained, and can't be honoured.
 _REFUSED_COLUMNS: Mapping[str, str] = {
     **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), "a preference pair"),
@@ -101,10 +103,11 @@ _TARGET_COLUMNS = (
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation with the tools its assistant may call."""
+    """A conversation with the tools its assistant may call; ``builtin_tools``: names of those that the model brings along."""
 
     turns: tuple[Turn, ...]
     tools: tuple[dict[str, Any], ...] = ()
+    builtin_tools: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -250,7 +253,7 @@ def _read_chat(record: Mapping[str, Any]) -> Chat:
         raise DataError(f"{column} has system turns at {systems}; one, at the start, is expected")
     if systems and systems != [0]:
         raise DataError(f"{column}[{systems[0]}] is a system turn; it is expected at the start")
-    return Chat(turns=turns, tools=read_tools(record))
+    return Chat(turns=turns, tools=read_tools(record), builtin_tools=read_builtin_tools(record))
 
 
 def _system_of(record: Mapping[str, Any]) -> str:
@@ -289,9 +292,10 @@ def _is_given(record: Mapping[str, Any], *names: str) -> bool:
 def _read_prompt_completion(record: Mapping[str, Any]) -> Sample:
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        if read_tools(record):
+        named = [name for name in ("tools", "functions", "builtin_tools") if record.get(name)]
+        if named:
             raise DataError(
-                "tools: lost, since plain text has no place for them. Set data.format: alpaca, or write messages"
+                f"{named[0]}: lost, since plain text has no place for them. Set data.format: alpaca, or write messages"
             )
         return Continuation(prompt=prompt, completion=completion)
     if record.get("history"):
@@ -305,7 +309,11 @@ def _read_prompt_completion(record: Mapping[str, Any]) -> Sample:
             raise DataError(f"system is {shown(system)}, and prompt has a system turn; one of them is expected")
         if system:
             context = (Turn("system", system, is_trained=False), *context)
-        return Chat(turns=context + read_turns(completion, "completion"), tools=read_tools(record))
+        return Chat(
+            turns=context + read_turns(completion, "completion"),
+            tools=read_tools(record),
+            builtin_tools=read_builtin_tools(record),
+        )
     raise DataError(
         f"prompt is {shown(prompt)} and completion is {shown(completion)}; "
         "both as strings, or both as lists of messages, are expected"

@@ -21,6 +21,23 @@ if TYPE_CHECKING:
 TEMPLATE_DATE = "26 Jul 2024"
 """The date that Llama 3.1's own template falls back to."""
 
+BUNDLED: Mapping[str, tuple[str, ...]] = {
+    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    **dict.fromkeys(
+        ("llama3.1", "llama3.2"),
+        (
+            "<|begin_of_text|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+            "<|eom_id|>",
+            "<|python_tag|>",
+        ),
+    ),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+}
+"""Our own templates, in ``templates/``, each with the special tokens that it writes."""
+
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -113,6 +130,8 @@ class Renderer:
 
         template = self.template
         names: dict[str, Any] = {**self.tokenizer.special_tokens_map, "date_string": TEMPLATE_DATE}
+        if self.chat.builtin_tools:  # Llama 3.1's template asks whether it is defined
+            names["builtin_tools"] = list(self.chat.builtin_tools)
         try:
             rendered: Any = render_jinja_template(
                 [messages],
@@ -127,17 +146,31 @@ class Renderer:
             source = template_source(self.tokenizer)
             if type(error) in (TemplateError, TypeError, UndefinedError):
                 roles = " ".join(str(message["role"]) for message in messages)
-                raise DataError(f"the chat template ({source}) refuses the turns '{roles}': {error}") from None
+                raise DataError(
+                    f"the chat template ({source}) refuses the turns '{roles}': {error}{_several_calls(messages, source)}"
+                ) from None
             line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
             raise DataError(
                 f"the chat template ({source}{line}) can't be used: {type(error).__name__}: {first_line(error)}. Set "
-                "data.chat_template to another: llama3, chatml or a FILE"
+                f"data.chat_template to another: {', '.join(BUNDLED)} or a FILE"
             ) from None
 
 
 def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
     """Where the template in use comes from: the setting, or the model's folder."""
     return str(getattr(tokenizer, "template_source", "") or tokenizer.name_or_path)
+
+
+def _several_calls(messages: Sequence[Mapping[str, Any]], source: str) -> str:
+    """What to do where a turn has several calls, which most of Llama's own templates refuse."""
+    several = [index for index, message in enumerate(messages) if len(message.get("tool_calls", ())) > 1]
+    is_ours = any(source.endswith(f": {name}") for name in BUNDLED)
+    if not several or is_ours:  # ours write several calls: something else is refused
+        return ""
+    return (
+        f" (turn {several[0]} has {len(messages[several[0]]['tool_calls'])} calls). For several calls in a turn set "
+        "data.chat_template: llama3.1 (JSON) or llama3.2 (a Python list)"
+    )
 
 
 # A macro shadows the global of the same name, so that no template gets the current day.

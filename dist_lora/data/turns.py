@@ -254,3 +254,11 @@ def read_tools(record: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
             raise DataError(f"{column}[{index}] is {shown(item)}; a JSON schema (an object) is expected")
     found = cast(list[dict[str, Any]], schemas)
     return tuple({"type": "function", "function": item} if older else item for item in found)
+
+
+def read_builtin_tools(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of ``builtin_tools``, which Llama 3.1 calls without a schema: brave_search, wolfram_alpha, code_interpreter."""
+    items = decoded(record.get("builtin_tools") or [], "builtin_tools")
+    if not isinstance(items, list) or not all(isinstance(item, str) and item for item in items):
+        raise DataError(f"builtin_tools is {shown(items)}; a list of names is expected, such as brave_search")
+    return tuple(items)

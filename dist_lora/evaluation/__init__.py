@@ -1,1 +1,1 @@
-"""Held-out loss, exact match and generation."""
+"""Held-out loss, exact match, tool calls and generation."""

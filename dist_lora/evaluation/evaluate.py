@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from dist_lora.engines.engine import Engine
 from dist_lora.evaluation.answers import AnswerRule
 from dist_lora.evaluation.generate import base_fits_whole, generate
 from dist_lora.evaluation.predictions import Prediction, Predictions
+from dist_lora.evaluation.tool_calls import ToolCalls, summed
 from dist_lora.world.world import World
 
 
@@ -77,6 +78,7 @@ class ExactMatch:
 
     correct: int
     total: int
+    tool_calls: ToolCalls | None = None  # of the same answers, where they are counted
 
 
 def exact_match(
@@ -92,6 +94,7 @@ def exact_match(
     check_stop: Callable[[], None] = never_stop,
     predictions: Predictions | None = None,
     rule: AnswerRule | None = None,
+    counts_calls: bool = False,
 ) -> ExactMatch:
     """Generate the last answer of each sample from what comes before it, and compare. All ranks call it.
 
@@ -106,6 +109,7 @@ def exact_match(
     is_gathered = base_fits_whole(model, world)
     engine.keep_gathered(model, is_gathered)
     correct = 0
+    calls = ToolCalls() if counts_calls else None
     try:
         for first in range(0, per_rank, batch):
             check_stop()
@@ -121,6 +125,8 @@ def exact_match(
                 wanted, found = (tokenizer.decode(ids) for ids in (until_stop(expected, stop_ids), ids))
                 is_correct = rule.is_match(found, wanted) if rule is not None else found.strip() == wanted.strip()
                 correct += is_correct
+                if calls is not None:
+                    calls.add(wanted, found)
                 if predictions is not None:
                     predictions.of_samples[world.world_rank + i * world.world_size] = Prediction(
                         tokenizer.decode(prompt), wanted, found, is_correct
@@ -129,7 +135,7 @@ def exact_match(
         engine.keep_gathered(model, False)
         model.train(was_training)
     total = world.sum(torch.tensor([float(correct)], device=world.device))
-    return ExactMatch(int(total), len(tokens))
+    return ExactMatch(int(total), len(tokens), None if calls is None else summed(calls, world))
 
 
 def until_stop(ids: Sequence[int], stop_ids: frozenset[int]) -> list[int]:
@@ -138,6 +144,12 @@ def until_stop(ids: Sequence[int], stop_ids: frozenset[int]) -> list[int]:
         if token in stop_ids:
             return list(ids[:i])
     return list(ids)
+
+
+def expected_answers(tokens: TokenSet, *, tokenizer: Any, stop_ids: frozenset[int]) -> Iterator[str]:
+    """The text of each sample's last answer, with which the generated one is compared."""
+    for index in range(len(tokens)):
+        yield tokenizer.decode(until_stop(last_answer(*tokens.document(index))[1], stop_ids))
 
 
 def last_answer(ids: np.ndarray, is_target: np.ndarray) -> tuple[list[int], list[int]]:

@@ -54,6 +54,7 @@ from dist_lora.train.data_facts import data_facts
 from dist_lora.train.evaluating import Evaluation, HeldOutSets, evaluate_sets, warn_of_answers
 from dist_lora.train.finished import describe_finished, finished_line
 from dist_lora.train.guard import guard_rules, split_judged
+from dist_lora.train.held_out import check_tool_calls, loss_of
 from dist_lora.train.judge import check_command
 from dist_lora.train.loop import Run
 from dist_lora.train.meter import Meter, peak_bytes, reset_peak
@@ -226,6 +227,7 @@ def train(
 def _checked_tokens(config: Config, base: Base, world: World) -> tuple[TokenSet, HeldOutSets]:
     """``tokens_of``, with special tokens that the base knows, and a warning where held-out samples are trained on."""
     tokens, held_out = tokens_of(config, base, world)
+    check_tool_calls(held_out, config=config, base=base, world=world)
     check_special_tokens(
         tokens,
         tokenizer=base.tokenizer,
@@ -514,6 +516,7 @@ def evaluate(
         if world.is_first:
             _warn_of_origin(adapter, config, base)
     held_out = held_out_of(config, base, world)
+    check_tool_calls(held_out, config=config, base=base, world=world)
     # Nothing is trained: neither does it start from an adapter, nor has optim.lr: auto to fit this one's alpha.
     unused = {"lora": config.lora.model_copy(update={"start_from": None}), "optim": OptimSection()}
     trainee = build(config.model_copy(update=unused), base, world)
@@ -550,5 +553,4 @@ def _warn_of_origin(adapter: Path, config: Config, base: Base) -> None:
 
 def _losses(config: Config, trainee: Trainee, held_out: HeldOutSets, world: World) -> Evaluation:
     world.progress.now("evaluating the base")
-    losses_only = config.model_copy(update={"eval": config.eval.model_copy(update={"exact_match": False})})
-    return evaluate_sets(trainee, held_out, config=losses_only, world=world)
+    return Evaluation({name: loss_of(trainee, tokens, config=config, world=world) for name, tokens in held_out.items()})

@@ -13,6 +13,7 @@ from dist_lora.evaluation.answers import AnswerRule
 from dist_lora.evaluation.evaluate import ExactMatch, HeldOut, last_answer, never_stop, until_stop
 from dist_lora.evaluation.generate import stop_ids_of
 from dist_lora.evaluation.predictions import Predictions
+from dist_lora.evaluation.tool_calls import ToolCalls
 from dist_lora.text import count
 from dist_lora.train.build import Base, Trainee
 from dist_lora.train.held_out import exact_match_of, loss_of, verdicts_of
@@ -26,14 +27,15 @@ HeldOutSets = Mapping[str, TokenSet]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found on each held-out set, by name; ``matches`` is empty where no answers were generated.
+    """What was found on each held-out set, by name; empty is what wasn't asked for.
 
-    ``verdicts``: a Guard's scores, see ``verdicts.guard_report``; empty for other formats.
+    ``verdicts``: a Guard's scores, see ``verdicts.guard_report``.
     """
 
     losses: Mapping[str, HeldOut]
     matches: Mapping[str, ExactMatch] = field(default_factory=dict)
     verdicts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tool_calls: Mapping[str, ToolCalls] = field(default_factory=dict)
 
     @property
     def of_all(self) -> HeldOut:
@@ -66,6 +68,9 @@ class Evaluation:
         for name, report in self.verdicts.items():
             suffix = f"/{name}" if name else ""
             values |= {f"eval_{score}{suffix}": value for score, value in report.items() if isinstance(value, float)}
+        for name, calls in self.tool_calls.items():
+            suffix = f"/{name}" if name else ""
+            values |= {f"{share}{suffix}": value for share, value in calls.values().items()}
         return values
 
     def to_json(self, of_base: Evaluation | None) -> dict[str, Any]:
@@ -80,6 +85,9 @@ class Evaluation:
         result |= {"sets": named} if named else {}
         if self.verdicts:
             result["guard"] = self.verdicts[""] if "" in self.verdicts else dict(self.verdicts)
+        if self.tool_calls:
+            calls = {name: of_set.as_json() for name, of_set in self.tool_calls.items()}
+            result["tool_calls"] = calls.get("", calls)
         return result
 
 
@@ -119,9 +127,9 @@ def evaluate_sets(
     verdicts: dict[str, Mapping[str, Any]] = {}
     if config.data.format == "guard":
         verdicts = {name: verdicts_of(trainee, tokens, **arguments) for name, tokens in sets.items()}
-    matches: dict[str, ExactMatch] = {}
-    if not config.eval.exact_match and predictions is None:
+    if not config.eval.exact_match and not config.eval.tool_calls and predictions is None:
         return Evaluation(losses, verdicts=verdicts)
+    matches: dict[str, ExactMatch] = {}
     num_before = 0
     for name, tokens in sets.items():
         of_set = None if predictions is None else Predictions(predictions.path)
@@ -129,7 +137,9 @@ def evaluate_sets(
         if predictions is not None and of_set is not None:
             predictions.add_set(name, of_set, num_before=num_before)
         num_before += len(tokens)
-    return Evaluation(losses, matches, verdicts)
+    calls = {name: match.tool_calls for name, match in matches.items() if match.tool_calls is not None}
+    compares = config.eval.exact_match or predictions is not None
+    return Evaluation(losses, matches if compares else {}, verdicts, calls)
 
 
 def warn_of_answers(sets: HeldOutSets, *, config: Config, base: Base, world: World) -> None:

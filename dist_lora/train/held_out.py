@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import EvalBatches
 from dist_lora.data.token_set import TokenSet
 from dist_lora.evaluation.answers import AnswerRule
-from dist_lora.evaluation.evaluate import ExactMatch, HeldOut, exact_match, held_out_loss, never_stop
+from dist_lora.evaluation.evaluate import (
+    ExactMatch,
+    HeldOut,
+    exact_match,
+    expected_answers,
+    held_out_loss,
+    never_stop,
+)
 from dist_lora.evaluation.generate import stop_ids_of
 from dist_lora.evaluation.guard import read_verdicts, verdict_margins
 from dist_lora.evaluation.predictions import Predictions
+from dist_lora.evaluation.tool_calls import check_expected
 from dist_lora.evaluation.verdicts import guard_report
 from dist_lora.pace import Advance, pace
-from dist_lora.train.build import Trainee
+from dist_lora.train.build import Base, Trainee
 from dist_lora.train.guard import logits_of
 from dist_lora.world.world import World
+
+log = logging.getLogger("dist_lora")
 
 ANSWERS_AT_ONCE = 32  # per rank, if eval.batch is not set
 
@@ -108,4 +119,18 @@ def exact_match_of(
             check_stop=_counted(check_stop, advance, total=total),
             predictions=predictions,
             rule=AnswerRule.of(config.eval.answer),
+            counts_calls=config.eval.tool_calls,
         )
+
+
+def check_tool_calls(sets: Mapping[str, TokenSet], *, config: Config, base: Base, world: World) -> None:
+    """Before anything is loaded: see ``check_expected``, of the answers of all held-out sets together. All ranks call it."""
+    if not sets or not config.eval.tool_calls:
+        return
+    stop_ids = stop_ids_of(base.folder, base.tokenizer)
+    answers = itertools.chain.from_iterable(
+        expected_answers(tokens, tokenizer=base.tokenizer, stop_ids=stop_ids) for tokens in sets.values()
+    )
+    warning = world.on_first("eval.tool_calls", lambda: check_expected(answers))
+    if warning is not None:
+        log.warning(warning)

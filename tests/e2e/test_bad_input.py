@@ -106,7 +106,7 @@ CASES = [
     Case("held-out data that are missing", ("data.eval={bad}/nowhere.jsonl",), 2,
          ("data.eval: {bad}/nowhere.jsonl doesn't exist",)),
     Case("a chat template that is missing", ("data.chat_template={bad}/nowhere.jinja",), 2,
-         ("data.chat_template: {bad}/nowhere.jinja is neither a file nor one of llama3, chatml",)),
+         ("data.chat_template: {bad}/nowhere.jinja is neither a file nor one of llama3, llama3.1, llama3.2, chatml",)),
     Case("a cache that can't be written", ("data.cache_dir={bad}/empty.jsonl/cache",), 2,
          ("data.cache_dir: {bad}/empty.jsonl/cache", "Not a directory")),
     # the model
@@ -127,7 +127,7 @@ CASES = [
     Case("a model without its tokenizer", ("model.name={bad}/no_tokenizer",), 4,
          ("{bad}/no_tokenizer: the tokenizer can't be loaded",)),
     Case("chats and no chat template", ("model.name={bad}/no_template",), 2,
-         ("the model's tokenizer has no chat template", "data.chat_template: llama3 | chatml | FILE")),
+         ("the model's tokenizer has no chat template", "data.chat_template: llama3 | llama3.1 | llama3.2 | chatml | FILE")),
     # the run
     Case("runs that can't be written", ("runs_dir={bad}/empty.jsonl",), 2,
          ("the run's folder can't be written: Not a directory", "Set runs_dir")),

@@ -6,15 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
-import llama_models
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_models.datatypes import RawMessage, StopReason
 from llama_models.llama3.chat_format import ChatFormat
-from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from dist_lora.data.chat import (
     check_template,
@@ -56,24 +53,6 @@ TEMPLATE_31 = """{{- bos_token }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ turn("assistant", "", "") }}{% endif %}"""
-
-
-@pytest.fixture(scope="module")
-def meta():
-    return MetaTokenizer.get_instance()
-
-
-@pytest.fixture(scope="module")
-def llama3_folder(tmp_path_factory, meta):
-    """Meta's tokenizer in the form that transformers reads."""
-    file = Path(llama_models.__file__).parent / "llama3" / "tokenizer.model"
-    converted = TikTokenConverter(vocab_file=str(file), extra_special_tokens=list(meta.special_tokens)).converted()
-    folder = tmp_path_factory.mktemp("llama3")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=converted, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"
-    )
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -389,8 +368,8 @@ def test_a_template_that_writes_no_answer_is_told_where_one_is_asked_for(with_te
     [
         ("t.jinja", b"\xff", "not text in UTF-8 (byte 0)"),
         ("t.jinja", b" " * (2**20 + 1), "is longer than 1,048,576 bytes"),
-        ("x" * 300, None, "is neither a file nor one of llama3, chatml"),
-        ("~nobody-of-this-name/t.jinja", None, "is neither a file nor one of llama3, chatml"),
+        ("x" * 300, None, "is neither a file nor one of llama3, llama3.1, llama3.2, chatml"),
+        ("~nobody-of-this-name/t.jinja", None, "is neither a file nor one of llama3, llama3.1, llama3.2, chatml"),
     ],
 )
 def test_a_template_that_can_not_be_read_is_told(name, content, told, small_folder, tmp_path):
@@ -408,7 +387,9 @@ def test_half_a_surrogate_pair_is_an_error(llama3):
 
 
 def test_chats_without_a_template_name_the_ways_out(with_template):
-    with pytest.raises(DataError, match=r"no chat template.*data\.chat_template: llama3 \| chatml \| FILE"):
+    with pytest.raises(
+        DataError, match=r"no chat template.*data\.chat_template: llama3 \| llama3\.1 \| llama3\.2 \| chatml \| FILE"
+    ):
         check_template(with_template(None), formats=["text", "messages"])
     check_template(with_template(None), formats=["text", "alpaca"])
 
@@ -456,7 +437,7 @@ def test_a_bundled_template_needs_its_tokens(llama3_folder):
 def test_a_template_file_is_taken_and_a_missing_one_told(llama3_folder, tmp_path):
     (tmp_path / "own.jinja").write_text("{{ messages }}")
     assert load_tokenizer(llama3_folder, chat_template=str(tmp_path / "own.jinja")).chat_template == "{{ messages }}"
-    with pytest.raises(DataError, match="lama3 is neither a file nor one of llama3, chatml"):
+    with pytest.raises(DataError, match=r"lama3 is neither a file nor one of llama3, llama3\.1, llama3\.2, chatml"):
         load_tokenizer(llama3_folder, chat_template="lama3")
 
 

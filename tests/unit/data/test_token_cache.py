@@ -383,7 +383,7 @@ def test_a_tokenizer_without_a_template_ends_all_before_anything_is_encoded(tmp_
         return prepare(name, tmp_path / "cache", world=world, tokenizer=tokenizer)
 
     errors = on_ranks(2, run)
-    assert all("data.chat_template: llama3 | chatml | FILE" in str(error) for error in errors)
+    assert all("data.chat_template: llama3 | llama3.1 | llama3.2 | chatml | FILE" in str(error) for error in errors)
     assert encoded_samples == []
 
 

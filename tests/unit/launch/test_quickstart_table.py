@@ -11,8 +11,20 @@ from tests import ROOT
 
 SCRIPT = ROOT / "launch" / "quickstart_table.py"
 
-BEFORE = {"loss": 2.25, "perplexity": 9.48, "exact_match": {"correct": 0, "total": 40}, "seconds": 20.0}
-AFTER = {"loss": 0.0123, "perplexity": 1.01, "exact_match": {"correct": 39, "total": 40}, "seconds": 20.0}
+BEFORE = {
+    "loss": 2.25,
+    "perplexity": 9.48,
+    "exact_match": {"correct": 0, "total": 40},
+    "tool_calls": {"wanted": 41, "valid": 7, "right_name": 3, "right_arguments": 1},
+    "seconds": 20.0,
+}
+AFTER = {
+    "loss": 0.0123,
+    "perplexity": 1.01,
+    "exact_match": {"correct": 39, "total": 40},
+    "tool_calls": {"wanted": 41, "valid": 40, "right_name": 38, "right_arguments": 37},
+    "seconds": 20.0,
+}
 SUMMARY = {
     "trainable": 4_884_480,
     "frozen": 134_515_008,
@@ -41,6 +53,9 @@ def test_the_table_shows_both_evaluations_and_the_summary(tmp_path: Path) -> Non
     for words in (
         "0 of 40",
         "39 of 40",
+        "tool calls: valid │ 7 of 41 │ 40 of 41 │",
+        "tool calls: right name │ 3 of 41 │ 38 of 41 │",
+        "tool calls: right arguments │ 1 of 41 │ 37 of 41 │",
         "2.2500",
         "0.0123",
         "4,884,480 (3.5%)",
@@ -49,7 +64,7 @@ def test_the_table_shows_both_evaluations_and_the_summary(tmp_path: Path) -> Non
         "32 steps in 152 s",
         "1.00, 1.50 GiB",
     ):
-        assert words in done.stdout
+        assert words in " ".join(done.stdout.split())
     assert "dist-lora generate run/adapter\n" in done.stdout
     assert "dist-lora merge run/adapter --out run/merged\n" in done.stdout
 
