@@ -27,10 +27,10 @@ RULES = (
         "how the work is distributed: engine, ranks, nodes, offload. Global batches and losses (to 1e-5) stay the same",
     ),
     Rule(
-        ("model.name", "data.train", "data.eval", "data.format", "data.train_on", "data.on_no_target",
-         "data.on_too_long", "data.untrained_tokens", "data.chat_template", "lora.start_from"),
+        ("model.name", "data.train", "data.mix", "data.eval", "data.format", "data.columns", "data.train_on",
+         "data.on_no_target", "data.on_too_long", "data.untrained_tokens", "data.chat_template", "lora.start_from"),
         "free",
-        "what they name must be the same: weights and tokenized samples are compared by content",
+        "what they name must be the same: the base's weights, tokenized samples and shares of a mixture are compared",
     ),
     Rule(("eval",), "free", "has no effect on training"),
     Rule(("train.steps", "train.epochs"), "logged", "stretches the schedule: other learning rates from here on"),

@@ -1,4 +1,4 @@
-"""The four formats of a training record, recognized by columns and converted to one form.
+"""The formats of a training record, recognized by columns and converted to one form.
 
 ==================  =====================================  ==============================================
 format              columns                                becomes
@@ -10,6 +10,7 @@ alpaca              instruction, output                    Instruction, or Chat 
                     prompt, completion, system             the same
 prompt-completion   prompt, completion [tools]             Continuation, or Chat for lists of messages
 text                text                                   Continuation with an empty prompt
+tokens              input_ids [labels | a mask]            Tokens (ids that are taken as they are)
 ==================  =====================================  ==============================================
 
 Other columns are named by ``unused_columns``. Nothing here knows files or tokenizers. Errors say what is wrong with one record;
@@ -22,6 +23,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from dist_lora.data.pretokenized import COLUMNS, Tokens, read_tokens
 from dist_lora.data.turns import (
     EXAMPLE,
     MAX_DEPTH,
@@ -36,13 +38,14 @@ from dist_lora.data.turns import (
 )
 from dist_lora.errors import DataError
 
-Format = Literal["messages", "alpaca", "prompt-completion", "text"]
+Format = Literal["messages", "alpaca", "prompt-completion", "text", "tokens"]
 
 REQUIRED_COLUMNS: Mapping[Format, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages",), ("conversations",)),
     "alpaca": (("instruction", "output"), ("prompt", "completion", "system")),
     "prompt-completion": (("prompt", "completion"),),
     "text": (("text",),),
+    "tokens": (("input_ids",),),
 }
 """For each format the sets of columns, one of which must be complete."""
 
@@ -51,6 +54,7 @@ EXAMPLES: Mapping[Format, str] = {
     "alpaca": '{"instruction": "Translate to French", "input": "cat", "output": "chat"}',
     "prompt-completion": '{"prompt": "2 + 2 =", "completion": " 4"}',
     "text": '{"text": "Once upon a time"}',
+    "tokens": '{"input_ids": [128000, 17, 128001], "labels": [-100, 17, 128001]}',
 }
 """One record of each format, as an error shows it."""
 
@@ -70,6 +74,7 @@ USED_COLUMNS: Mapping[Format, tuple[str, ...]] = {
     ),
     "prompt-completion": ("prompt", "completion", "tools", "functions"),
     "text": ("text",),
+    "tokens": COLUMNS,
 }
 """What is read of a record of each format; other columns are reported."""
 
@@ -122,7 +127,7 @@ class Continuation:
     completion: str
 
 
-Sample = Chat | Instruction | Continuation
+Sample = Chat | Instruction | Continuation | Tokens
 
 
 def recognize_format(columns: Collection[str]) -> Format:
@@ -135,7 +140,10 @@ def recognize_format(columns: Collection[str]) -> Format:
         if _has_columns(columns, name, is_recognized=True):
             return name
     needs = "; ".join(f"{name} needs {_needs(name)}" for name in REQUIRED_COLUMNS)
-    raise DataError(f"columns {_listed(columns)} match no known format: {needs}")
+    raise DataError(
+        f"columns {_listed(columns)} match no known format: {needs}. If they have other names, map them, like "
+        "data.columns: {prompt: question, completion: answer}"
+    )
 
 
 def check_columns(columns: Collection[str], fmt: Format) -> None:
@@ -170,6 +178,8 @@ def read_sample(record: Mapping[str, Any], *, fmt: Format) -> Sample:
         return _read_prompt_completion(record)
     if fmt == "prompt-completion":
         return _read_prompt_completion(record)
+    if fmt == "tokens":
+        return read_tokens(record)
     return Continuation(prompt="", completion=text_of(record["text"], "text"))
 
 

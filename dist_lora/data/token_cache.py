@@ -20,12 +20,13 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 import xxhash
 
 from dist_lora.data.chat import Encoded, TrainOn, check_template, encode_sample
+from dist_lora.data.columns import Reading
 from dist_lora.data.records import Format
 from dist_lora.data.sources import Faults, Records, hash_sources, read_records
 from dist_lora.data.token_set import TokenSet
@@ -67,6 +68,11 @@ class TokenRules:
     train_on: TrainOn = "assistant"
     on_no_target: Literal["error", "drop"] = "error"
     on_too_long: Literal["truncate", "drop", "error"] = "truncate"
+    readings: tuple[Reading, ...] = ()  # of each source, where ``format`` alone doesn't say how all are read
+
+    def recipe(self) -> dict[str, Any]:
+        """What the key of the cache holds of them; without readings as in earlier versions, whose caches stay valid."""
+        return {name: value for name, value in asdict(self).items() if name != "readings" or value}
 
 
 def default_cache_dir() -> Path:
@@ -83,6 +89,7 @@ def prepare_tokens(
     tokenizer_hash: str,
     cache_dir: Path | None,
     world: World,
+    vocab: int | None = None,
 ) -> TokenSet:
     """The data set as token ids, from the cache or made now. All ranks call it, once for each ``which``.
 
@@ -93,6 +100,7 @@ def prepare_tokens(
         names: files or hub ids, as ``read_records`` takes them.
         tokenizer_hash: by ``hash_tokenizer``.
         cache_dir: None for ``default_cache_dir()``. Nodes may share it or each have their own.
+        vocab: rows of the model's embedding, for records of ids; None checks none.
 
     Raises:
         DataError: sources can't be read, records are invalid, samples have no target (or are too long)
@@ -108,7 +116,7 @@ def prepare_tokens(
         building = _begin(cache / key, group=group, which=which, world=world, held=held)
         if building is not None:
             world.progress.now(f"tokenizing data.{which}", kind="long")
-            builder = _Builder(names, which, rules, tokenizer, building, group, world)
+            builder = _Builder(names, which, rules, tokenizer, building, group, world, vocab)
             builder.encode_part()
         else:
             builder = None
@@ -223,7 +231,7 @@ def _agree_on_key(
 
     def make() -> bytes:
         cache.mkdir(parents=True, exist_ok=True)
-        recipe = [CACHE_VERSION, hash_sources(names, which=which), tokenizer_hash, asdict(rules)]
+        recipe = [CACHE_VERSION, hash_sources(names, which=which), tokenizer_hash, rules.recipe()]
         return xxhash.xxh3_128_hexdigest(json.dumps(recipe, sort_keys=True).encode()).encode()
 
     key = world.once_per_node(stage, make, os_error=lambda error: _unwritable(cache, error))
@@ -312,10 +320,12 @@ class _Builder:
         folder: Path,
         group: _Group,
         world: World,
+        vocab: int | None,
     ) -> None:
         self._names, self._which, self._rules, self._tokenizer = names, which, rules, tokenizer
-        self._folder, self._group, self._world = folder, group, world
+        self._folder, self._group, self._world, self._vocab = folder, group, world, vocab
         self._counts = _Counts()
+        self._set_starts: tuple[int, ...] = ()
         self.error: Exception | None = None
 
     def encode_part(self) -> None:
@@ -344,7 +354,8 @@ class _Builder:
             sizes = {name: (whole / name).stat().st_size for name in _ARRAYS}
             summary = json.loads(self._counts.to_json())
             with new_file(whole / "summary.json") as append:
-                append(json.dumps({"sizes": sizes, "counts": summary}).encode())
+                starts = {"set_starts": self._set_starts} if self._set_starts else {}
+                append(json.dumps({"sizes": sizes, "counts": summary, **starts}).encode())
             sync(whole)
             try:
                 whole.rename(folder)
@@ -370,7 +381,8 @@ class _Builder:
 
     def _encode(self) -> _Counts:
         fmt = None if self._rules.format == "auto" else self._rules.format
-        records = read_records(self._names, fmt=fmt, which=self._which, is_fetched=True)
+        records = read_records(self._names, fmt=fmt, which=self._which, is_fetched=True, readings=self._rules.readings)
+        self._set_starts = records.starts[:-1] if self._rules.readings else ()
         check_template(self._tokenizer, formats=records.formats)
         group = self._group
         part = range(len(records) * group.index // group.size, len(records) * (group.index + 1) // group.size)
@@ -382,7 +394,9 @@ class _Builder:
                 name: opened.enter_context((self._folder / f"{group.index}.{name}").open("wb")) for name in _ARRAYS
             }
             for done, index in enumerate(part, start=1):
-                document = _encode_one(records, index, tokenizer=self._tokenizer, rules=self._rules, counts=counts)
+                document = _encode_one(
+                    records, index, tokenizer=self._tokenizer, rules=self._rules, counts=counts, vocab=self._vocab
+                )
                 if document is not None:
                     _write(files, document, index)
                 advance(done, len(part))
@@ -390,13 +404,19 @@ class _Builder:
 
 
 def _encode_one(
-    records: Records, index: int, *, tokenizer: PreTrainedTokenizerBase, rules: TokenRules, counts: _Counts
+    records: Records,
+    index: int,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TokenRules,
+    counts: _Counts,
+    vocab: int | None,
 ) -> Encoded | None:
     """The document of one record as the rules leave it, or None; counts what happened to it."""
     counts.num_samples += 1
     try:
         document = encode_sample(
-            records[index], tokenizer=tokenizer, fmt=records.format_of(index), train_on=rules.train_on
+            records[index], tokenizer=tokenizer, fmt=records.format_of(index), train_on=rules.train_on, vocab=vocab
         )
     except DataError as error:
         counts.broken.add(f"{records.where(index)}: {error}")
@@ -423,7 +443,7 @@ def _encode_one(
         counts.no_target.add(f"{records.where(index)}: {reason}")
         return None
     counts.num_documents += 1
-    if document.kind not in counts.kinds:
+    if document.kind is not None and document.kind not in counts.kinds:
         counts.kinds.append(document.kind)
     return document
 
@@ -504,6 +524,7 @@ def _open_published(folder: Path) -> TokenSet | None:
         num_targets=np.array(arrays["num_targets"]),
         sample_ids=np.array(arrays["sample_ids"]),
         kinds=kinds,
+        set_starts=tuple(summary.get("set_starts", ())),
     )
 
 

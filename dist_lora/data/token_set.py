@@ -24,6 +24,7 @@ class TokenSet:
     num_targets: np.ndarray  # int64 (N,), at least 1: its targets but the first token, which isn't predicted
     sample_ids: np.ndarray  # int64 (N,): the document's row in the source, from 0
     kinds: tuple[str, ...] = ()  # of ``Encoded.kind``, those that there are
+    set_starts: tuple[int, ...] = ()  # the row at which each source begins, where they are read differently or weighed
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -63,6 +64,7 @@ class TokenSet:
             num_targets=self.num_targets[documents],
             sample_ids=self.sample_ids[documents],
             kinds=self.kinds,
+            set_starts=self.set_starts,
         )
 
 

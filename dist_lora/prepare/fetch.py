@@ -6,17 +6,20 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from dist_lora.base.hub import fetch_model, missing_bytes
 from dist_lora.base.index import open_index
 from dist_lora.config.schema import Config
 from dist_lora.data.chat import check_template, load_tokenizer
 from dist_lora.data.columnar import LoadedRows
+from dist_lora.data.columns import sources_of
 from dist_lora.data.sources import read_records
 from dist_lora.errors import SaveError
 from dist_lora.herd.models import refuse_shape, resolve_model
 from dist_lora.text import gib, size
 
+_READ: tuple[Literal["train", "eval"], ...] = ("train", "eval")
 OFFLINE = "HF_HUB_OFFLINE=1"
 
 
@@ -36,10 +39,11 @@ def fetch_all(config: Config, *, report: Callable[[str], None]) -> None:
     report(f"tokenizer  {len(tokenizer):,} tokens, in {folder}")
     section = config.data
     fmt = None if section.format == "auto" else section.format
-    for which, names in (("train", section.train), ("eval", section.eval)):
-        if names is None or isinstance(names, float):
+    for which in _READ:
+        if which == "eval" and not isinstance(section.eval, str):
             continue
-        records = read_records(names, fmt=fmt, which=which)
+        names, readings = sources_of(section, which)
+        records = read_records(names, fmt=fmt, which=which, readings=readings)
         check_template(tokenizer, formats=records.formats)
         for source, start, stop in zip(records.sources, records.starts, records.starts[1:], strict=False):
             where = source.folder if isinstance(source, LoadedRows) else Path(source.name).absolute()

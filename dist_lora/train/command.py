@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.config.changes import flat
 from dist_lora.config.schema import Config, MachineSection
 from dist_lora.data.chat import hash_tokenizer, render_sample
+from dist_lora.data.columns import sources_of
 from dist_lora.data.loader import Loader
+from dist_lora.data.mixture import Mixture
 from dist_lora.data.model_limits import check_limits, warn_of_context
 from dist_lora.data.token_cache import TokenRules, Which, prepare_tokens
 from dist_lora.data.token_set import TokenSet, split_eval
@@ -80,8 +82,7 @@ def held_out_of(config: Config, base: Base, world: World) -> TokenSet:
 
 def _prepare(config: Config, base: Base, world: World, which: Which) -> TokenSet:
     section = config.data
-    names = section.train if which == "train" else section.eval
-    assert names is not None and not isinstance(names, float)
+    names, readings = sources_of(section, which)
     token_set = prepare_tokens(
         names,
         which=which,
@@ -91,11 +92,13 @@ def _prepare(config: Config, base: Base, world: World, which: Which) -> TokenSet
             train_on=section.train_on,
             on_no_target=section.on_no_target,
             on_too_long=section.on_too_long,
+            readings=readings,
         ),
         tokenizer=base.tokenizer,
         tokenizer_hash=hash_tokenizer(base.folder, base.tokenizer),
         cache_dir=section.cache_dir,
         world=world,
+        vocab=base.shape.vocab,
     )
     check_limits(token_set, which=which, context=base.shape.context, vocab=base.shape.vocab, world=world)
     return token_set
@@ -103,7 +106,9 @@ def _prepare(config: Config, base: Base, world: World, which: Which) -> TokenSet
 
 def loader_of(config: Config, tokens: TokenSet, world: World, kind: type[Loader] = Loader) -> Loader:
     """The order of the batches of a run."""
-    section = config.train
+    section, sets = config.train, config.data.train_sets()
+    weights = tuple(one.weight for one in sets if one.weight)
+    mixture = Mixture(tuple(one.path for one in sets), weights, config.data.mix) if weights else None
     return kind(
         tokens,
         sequence_length=section.sequence_length,
@@ -113,6 +118,7 @@ def loader_of(config: Config, tokens: TokenSet, world: World, kind: type[Loader]
         seed=section.seed,
         world_rank=world.world_rank,
         world_size=world.world_size,
+        mixture=mixture,
     )
 
 
@@ -165,7 +171,8 @@ def train(
     loader = loader_of(config, tokens, world)
     num_steps = num_steps_of(config, loader)
     if world.is_first:
-        for line in plan_lines(config, base, tokens, held_out, num_steps=num_steps, world=world):
+        shares = shares_lines(config, loader, num_steps=num_steps)
+        for line in plan_lines(config, base, tokens, held_out, shares, num_steps=num_steps, world=world):
             print(line, file=sys.stdout if is_dry else sys.stderr, flush=True)
             to_log_file(line)
     if is_dry:
@@ -351,8 +358,26 @@ def _summary(run: Run, folder: Path, out: Path, *, seconds: float) -> dict[str, 
     }
 
 
+def shares_lines(config: Config, loader: Loader, *, num_steps: int) -> list[str]:
+    """A line for each set of a mixture, with its share; warns of those that a run repeats often."""
+    if loader.mixed is None:
+        return []
+    num_sequences = num_steps * loader.global_batch
+    for line in loader.mixed.repeated(num_sequences):
+        log.warning(line)
+    left_out = [path for path, share in config.data.shares().items() if not share]
+    return [*loader.mixed.lines(num_sequences), *(f"mixture   nothing from {path}: weight 0" for path in left_out)]
+
+
 def plan_lines(
-    config: Config, base: Base, tokens: TokenSet, held_out: TokenSet | None, *, num_steps: int, world: World
+    config: Config,
+    base: Base,
+    tokens: TokenSet,
+    held_out: TokenSet | None,
+    shares: Sequence[str],
+    *,
+    num_steps: int,
+    world: World,
 ) -> list[str]:
     """A few lines about what a run is going to do: model, trained weights, data, steps."""
     shape, lora, train = base.shape, config.lora, config.train
@@ -366,6 +391,7 @@ def plan_lines(
         f"({trained / frozen:.2%}), {trained * 4 / 2**20:,.1f} MiB in fp32",
         f"data      {count(len(tokens), 'sample')}, {count(tokens.num_tokens, 'token')}, {tokens.num_target_tokens:,} trained on"
         + (f"; {len(held_out):,} held out" if held_out is not None else ""),
+        *shares,
         f"training  {count(num_steps, 'step')} of {count(train.global_batch, 'sequence')}"
         + (f" (packed to {train.sequence_length} tokens)" if train.packing else "")
         + f": {count(world.world_size, 'rank')} x micro_batch {train.micro_batch} x {count(accumulation, 'accumulation step')}",

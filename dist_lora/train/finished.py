@@ -79,8 +79,8 @@ def _with_adapter(config: Config) -> Config:
 
 def _changed_since(folder: Path, config: Config) -> bool:
     """Whether a local file of data, model or tokenizer, or of the adapter to start from, was written after the run had finished."""
-    train, held_out = config.data.train, config.data.eval
-    names = [*([train] if isinstance(train, str) else train), *([held_out] if isinstance(held_out, str) else [])]
+    sets, held_out = config.data.train_sets(), config.data.eval
+    names = [*(one.path for one in sets), *([held_out] if isinstance(held_out, str) else [])]
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         finished_s = (folder / SUMMARY_FILE).stat().st_mtime
         paths = [Path(name).expanduser() for name in (*names, config.model.name)]
