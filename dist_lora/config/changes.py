@@ -68,9 +68,12 @@ def short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
+_WHOLE = ("data.columns",)  # settings whose value is a mapping: setting one where none was is a change
+
+
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Settings by full name: ``{"lora": {"rank": 16}}`` becomes ``{"lora.rank": 16}``."""
-    if not isinstance(tree, Mapping):
+    if not isinstance(tree, Mapping) or prefix in _WHOLE:
         return {prefix: tree}
     return {k: v for name, value in tree.items() for k, v in flat(value, f"{prefix}.{name}".strip(".")).items()}
 

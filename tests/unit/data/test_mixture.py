@@ -11,11 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader
 from dist_lora.data.mixture import MixedSequences, Mixture
 from dist_lora.data.pack import pack_best_fit
 from dist_lora.data.token_set import TokenSet, split_eval
 from dist_lora.errors import ConfigError, DataError
+from dist_lora.simulation.simulate import full_batches
+from dist_lora.world.world import World
 
 
 def token_set(*lengths_of_sets) -> TokenSet:
@@ -191,3 +194,17 @@ def test_an_epoch_that_never_ends_is_refused_and_a_number_of_steps_is_not():
         ConfigError, match=r"until each set was seen 1 time there are about 1,000,000,001,000 sequences, .* weight of a"
     ):
         run.steps_in_epoch(0)
+
+
+def test_a_simulation_has_full_sequences_whatever_sets_its_config_has():
+    sets = [{"path": "a", "weight": 1}, {"path": "b", "weight": 2}]
+    config = Config.model_validate(
+        {
+            "run": "it",
+            "model": {"name": "3.2-1b"},
+            "data": {"train": sets},
+            "train": {"global_batch": 3, "micro_batch": 1},
+        }
+    )
+    made = full_batches(config, World.alone())
+    assert made.mixed is None and made.batch(0).tokens == 3 * 2048
