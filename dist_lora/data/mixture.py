@@ -28,7 +28,7 @@ import xxhash
 from dist_lora.data.pack import pack_best_fit, permutation
 from dist_lora.data.token_set import TokenSet
 from dist_lora.errors import ConfigError, DataError
-from dist_lora.text import count
+from dist_lora.text import count, figure
 
 MANY_PASSES = 4
 """A set that is seen more often is reported. Up to 4 passes repeated data teaches nearly as much as new (arXiv 2305.16264)."""
@@ -140,7 +140,7 @@ class MixedSequences:
         rows = zip(self._mixture.names, self._parts, self._sets, self.passes(num_sequences), strict=True)
         return [
             f"mixture   {part / total:.2%} of the {what} from {name}: "
-            f"{count(own.num_documents, 'sample')}, seen {passes:,.3g} times"
+            f"{count(own.num_documents, 'sample')}, seen {figure(passes)} times"
             for name, part, own, passes in rows
         ]
 
