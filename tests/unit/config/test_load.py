@@ -73,7 +73,8 @@ def test_all_faults_come_in_one_error_in_the_order_of_the_file(tmp_path: Path) -
     assert complaint(tmp_path, text, "train.step=10").split("\n") == [
         "9 settings of c.yaml are wrong:",
         "  c.yaml: data.train: is missing. Training data: a file (jsonl, json, csv, parquet, arrow), "
-        "a folder of save_to_disk, a hub id, or a list.",
+        "a folder of save_to_disk, a hub id, or a list of them, or of sets like {path: a.jsonl, weight: 0.7, format: text, "
+        "columns: {text: story}}.",
         "  c.yaml:1: run: 'a/b' is not a valid run name: letters, digits, '.', '_' and '-' only "
         "(its parent folder is set by runs_dir)",
         "  c.yaml:2: model.quant: found 'fp4', expected none, nf4 or int8 (nearest: nf4)",
