@@ -415,19 +415,19 @@ def test_modules_that_cannot_be_are_told(tmp_path: Path, settings: dict[str, obj
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"train": [{"path": "a", "weight": 1}, {"path": "b"}]}, "data.train: b: without a weight, and other sets have one"),
-        ({"train": [{"path": "a", "weight": 1}, "b"]}, "data.train: b: without a weight"),
-        ({"train": [{"path": "a", "weight": 0}, {"path": "b", "weight": 0}]}, "data.train: all weights are 0, expected at least one above 0"),
-        ({"train": [{"path": "a"}, "a"]}, "data.train: a: named more than once"),
+        ({"train": [{"path": "a", "weight": 1}, {"path": "b"}]}, "b: without a weight, and other sets have one"),
+        ({"train": [{"path": "a", "weight": 1}, "b"]}, "b: without a weight"),
+        ({"train": [{"path": "a", "weight": 0}, {"path": "b", "weight": 0}]}, "all weights are 0, expected at least one above 0"),
+        ({"train": [{"path": "a"}, "a"]}, "a: named more than once"),
         (
             {"train": ["b", {"weight": -1, "wieght": 2, "format": "txt", "columns": {"text": 1}}]},
             "data.train[1]: wieght: no such setting of a set (nearest: weight); path is None; expected a file, a folder or a hub id; "
             "weight is -1; expected a number of at least 0, like 0.7; format is 'txt'; expected one of auto, messages, alpaca, "
             "prompt-completion, text, tokens; columns is {'text': 1}; expected our names with yours",
         ),
-        ({"train": 3}, "data.train: found 3, expected a path, a list of paths, or a list of sets like {path: a.jsonl, weight: 0.7"),
-        ({"train": "a", "columns": {}}, "data.columns: {}; expected our names with yours, like {prompt: question"),
-        ({"train": "a", "mix": "target_tokens"}, "data.mix: has no effect, since no set of data.train has a weight"),
+        ({"train": 3}, "found 3, expected a path, a list of paths, or a list of sets like {path: a.jsonl, weight: 0.7"),
+        ({"train": "a", "columns": {}}, "{}; expected our names with yours, like {prompt: question"),
+        ({"train": "a", "mix": "target_tokens"}, "has no effect, since no set of data.train has a weight"),
     ],
 )  # fmt: skip
 def test_sets_that_make_no_mixture_are_told(tmp_path: Path, settings: dict[str, object], told: str) -> None:
