@@ -27,11 +27,11 @@ RULES = (
         "how the work is distributed: engine, ranks, nodes, offload. Global batches and losses (to 1e-5) stay the same",
     ),
     Rule(
-        ("model.name", "data.train", "data.eval", "data.format", "data.train_on", "data.on_no_target",
-         "data.on_too_long", "data.untrained_tokens", "data.chat_template", "data.guard_version",
+        ("model.name", "data.train", "data.mix", "data.eval", "data.format", "data.columns", "data.train_on",
+         "data.on_no_target", "data.on_too_long", "data.untrained_tokens", "data.chat_template", "data.guard_version",
          "data.guard_categories", "data.guard_augment", "lora.start_from"),
         "free",
-        "what they name must be the same: weights and tokenized samples are compared by content",
+        "what they name must be the same: the base's weights, tokenized samples and shares of a mixture are compared",
     ),
     Rule(("eval",), "free", "has no effect on a step; `eval.patience` decides when the run ends"),
     Rule(("train.steps", "train.epochs"), "logged", "stretches the schedule: other learning rates from here on"),
@@ -69,9 +69,12 @@ def short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
+_WHOLE = ("data.columns",)  # settings whose value is a mapping: setting one where none was is a change
+
+
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Settings by full name: ``{"lora": {"rank": 16}}`` becomes ``{"lora.rank": 16}``."""
-    if not isinstance(tree, Mapping):
+    if not isinstance(tree, Mapping) or prefix in _WHOLE:
         return {prefix: tree}
     return {k: v for name, value in tree.items() for k, v in flat(value, f"{prefix}.{name}".strip(".")).items()}
 

@@ -81,6 +81,11 @@ RENAMED: dict[str, str] = {
     "val_size": "data.eval",
     "val_set_size": "data.eval",
     "split_dataset_ratio": "data.eval",
+    "interleave_prob": "data.train",
+    "interleave_probs": "data.train",
+    "column_map": "data.columns",
+    "column_mapping": "data.columns",
+    "dataset_text_field": "data.columns",
     "dataset_type": "data.format",
     "formatting": "data.format",
     "train_on_input": "data.train_on",
@@ -232,6 +237,9 @@ RENAMED: dict[str, str] = {
 """Another trainer's name -> the setting (or section) that does it here."""
 
 NOTES: dict[str, str] = {
+    "interleave_prob": "a weight for each set, like [{path: a.jsonl, weight: 0.7}, {path: b.jsonl, weight: 0.3}]",
+    "interleave_probs": "a weight for each set, like [{path: a.jsonl, weight: 0.7}, {path: b.jsonl, weight: 0.3}]",
+    "dataset_text_field": "like {text: FIELD}",
     "gradient_accumulation_steps": "the number of accumulation steps is global_batch / (micro_batch x GPUs)",
     "gradient_accumulation": "the number of accumulation steps is global_batch / (micro_batch x GPUs)",
     "accumulate_grad_batches": "the number of accumulation steps is global_batch / (micro_batch x GPUs)",

@@ -6,6 +6,7 @@ for editors are generated from it.
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections import Counter
@@ -411,11 +412,98 @@ def _check_categories(categories: Any) -> Any:
     return tidy
 
 
+FormatName = Literal["auto", "messages", "alpaca", "prompt-completion", "text", "tokens", "guard"]
+
+
+class TrainSet(Section):
+    """One of several training sets, with what is set for it alone."""
+
+    path: Text = Field(description="A file, a folder of save_to_disk, or a hub id.")
+    weight: float | None = Field(
+        default=None,
+        ge=0,
+        description="Its share of the samples (see data.mix), relative to the other sets' weights; 0 leaves it out.",
+    )
+    format: FormatName | None = Field(default=None, description="Format of its samples; null is data.format.")
+    columns: dict[Text, Text] | None = Field(default=None, description="Names of its columns; null is data.columns.")
+
+
+def _check_set(value: Any) -> Any:
+    """Refuse a mapping that is no training set, with all of its faults in one sentence each."""
+    if not isinstance(value, dict):
+        return value
+    faults = []
+    for key in value:
+        if key not in TrainSet.model_fields:
+            near = nearest(str(key), TrainSet.model_fields)
+            faults.append(
+                f"{key}: no such setting of a set ({f'nearest: {near}' if near else 'path, weight, format, columns'})"
+            )
+    path, weight, fmt = value.get("path"), value.get("weight"), value.get("format")
+    if not isinstance(path, str) or not path.strip() or INVALID_TEXT.search(path):
+        faults.append(f"path is {path!r}; expected a file, a folder or a hub id")
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if weight is not None and not (is_number and 0 <= weight < math.inf):
+        faults.append(f"weight is {weight!r}; expected a number of at least 0, like 0.7")
+    if fmt == "guard":
+        faults.append("format is guard, which holds for all sets: set data.format: guard")
+    elif fmt is not None and fmt not in get_args(FormatName):
+        faults.append(f"format is {fmt!r}; expected one of {', '.join(get_args(FormatName))}")
+    if problem := _fault_of_columns(value.get("columns")):
+        faults.append(problem)
+    if faults:
+        raise ValueError("; ".join(faults))
+    return value
+
+
+def _fault_of_columns(columns: Any) -> str:
+    """What is wrong with a mapping of columns; "" if nothing is."""
+    is_right = (
+        isinstance(columns, dict)
+        and columns
+        and all(isinstance(name, str) and name.strip() for pair in columns.items() for name in pair)
+    )
+    if columns is None or is_right:
+        return ""
+    return f"columns is {columns!r}; expected our names with yours, like {{prompt: question, completion: answer}}"
+
+
+def _check_columns(columns: Any) -> Any:
+    if problem := _fault_of_columns(columns):
+        raise ValueError(problem.removeprefix("columns is "))
+    return columns
+
+
+def _check_sets(train: Any) -> Any:
+    """Refuse an empty list, a path that is named twice, and weights that make no shares."""
+    if not isinstance(train, list):
+        return train
+    sets = [TrainSet(path=entry) if isinstance(entry, str) else entry for entry in train]
+    _check_some([entry.path for entry in sets])
+    without = [entry.path for entry in sets if entry.weight is None]
+    if without and len(without) < len(sets):
+        raise ValueError(
+            f"{', '.join(without)}: without a weight, and other sets have one; give each a weight, or none"
+        )
+    if not without and not any(entry.weight for entry in sets):
+        raise ValueError("all weights are 0, expected at least one above 0")
+    return train
+
+
 class DataSection(Section):
     """Training data and held-out data."""
 
-    train: Annotated[Text | list[Text], AfterValidator(_check_some)] = Field(
-        description="Training data: a file (jsonl, json, csv, parquet, arrow), a folder of save_to_disk, a hub id, or a list."
+    train: Annotated[
+        Text | list[Annotated[Text | TrainSet, BeforeValidator(_check_set)]],
+        AfterValidator(_check_sets),
+        Expected("a path, a list of paths, or a list of sets like {path: a.jsonl, weight: 0.7, format: text}"),
+    ] = Field(
+        description="Training data: a file (jsonl, json, csv, parquet, arrow), a folder of save_to_disk, a hub id, or a list "
+        "of them, or of sets like {path: a.jsonl, weight: 0.7, format: text, columns: {text: story}}."
+    )
+    mix: Literal["samples", "target_tokens"] = Field(
+        default="samples",
+        description="What the weights of data.train are shares of: the samples, or the tokens that are trained on.",
     )
     eval: Annotated[
         Text | Fraction | dict[str, Text] | None,
@@ -425,9 +513,17 @@ class DataSection(Section):
         default=None,
         description="Held-out data: a file, a hub id, the fraction of train to hold out, like 0.05, or several sets by name.",
     )
-    format: Literal["auto", "messages", "alpaca", "prompt-completion", "text", "guard"] = Field(
+    format: FormatName = Field(
         default="auto",
         description="Format of the samples: auto detects it by their columns; guard is conversations with a verdict.",
+    )
+    columns: Annotated[
+        dict[Text, Text] | None,
+        BeforeValidator(_check_columns),
+        Expected("our names of columns with yours, like {prompt: question, completion: answer}, or null"),
+    ] = Field(
+        default=None,
+        description="Names of the data's columns by those of the format, like {prompt: question, completion: answer}.",
     )
     train_on: Literal["assistant", "last", "all"] = Field(
         default="assistant",
@@ -497,6 +593,29 @@ class DataSection(Section):
         if isinstance(self.eval, dict):
             return self.eval
         return {"": self.eval} if isinstance(self.eval, str) else {}
+
+    @model_validator(mode="after")
+    def _check_mix(self) -> DataSection:
+        if self.mix != "samples" and not any(entry.weight for entry in self.train_sets()):
+            message = "has no effect, since no set of data.train has a weight; give each one, or remove it"
+            raise SettingFaults([(("mix", "train"), message)])
+        return self
+
+    def shares(self) -> dict[str, float]:
+        """The share of each set of ``train``, by its path, 0 to 1; none if the sets have no weights."""
+        sets = [entry for entry in self.train if isinstance(entry, TrainSet)] if isinstance(self.train, list) else []
+        total = sum(entry.weight or 0.0 for entry in sets)
+        return {entry.path: (entry.weight or 0.0) / total for entry in sets} if total else {}
+
+    def train_sets(self) -> tuple[TrainSet, ...]:
+        """The sets of ``train``, each with the format and the columns that apply to it; none of weight 0."""
+        entries = self.train if isinstance(self.train, list) else [self.train]
+        sets = [TrainSet(path=entry) if isinstance(entry, str) else entry for entry in entries]
+        return tuple(
+            entry.model_copy(update={"format": entry.format or self.format, "columns": entry.columns or self.columns})
+            for entry in sets
+            if entry.weight != 0
+        )
 
 
 class TrainSection(Section):

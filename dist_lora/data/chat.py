@@ -28,6 +28,7 @@ import xxhash
 from dist_lora.base.tokenizer_files import TOKENIZER_FILES, hash_tokenizer_files
 from dist_lora.data.guard import Judged
 from dist_lora.data.left_out import LeftOutError, left_out_of
+from dist_lora.data.pretokenized import Tokens, check_vocabulary, targets_of
 from dist_lora.data.records import Chat, Continuation, Format, Instruction, read_sample, unused_columns
 from dist_lora.data.template import BUNDLED, Renderer, Span, first_line, special_ids, special_pattern, template_source
 from dist_lora.data.turns import Turn
@@ -47,13 +48,14 @@ _MAX_TEMPLATE_BYTES = 2**20
 class Encoded:
     """A document: its ids and, for each, whether it is a target (part of the loss); ``reported``: what it leaves out.
 
-    ``kind`` says how its prompt is written: by the chat template, as Stanford Alpaca's plain text, as it is, or as Llama Guard's.
+    ``kind`` says how its prompt is written: by the chat template, as Stanford Alpaca's plain text, as it is, or as Llama Guard's;
+    None for ids that were given, which don't say.
     """
 
     ids: list[int]
     is_target: list[bool]
     reported: tuple[str, ...] = ()
-    kind: SampleKind = "chat"
+    kind: SampleKind | None = "chat"
 
 
 def load_tokenizer(folder: Path, *, chat_template: str | None, text: str | None = None) -> PreTrainedTokenizerBase:
@@ -129,14 +131,20 @@ def hash_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def encode_sample(
-    record: Mapping[str, Any], *, tokenizer: PreTrainedTokenizerBase, fmt: Format, train_on: TrainOn
+    record: Mapping[str, Any],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    fmt: Format,
+    train_on: TrainOn,
+    vocab: int | None = None,
 ) -> Encoded:
     """Ids and targets of one record, not truncated.
 
     ``train_on`` chooses the targets of a chat: every assistant turn, the last one, or all tokens but
     the first. Turns that the record leaves out (``turns.TRAIN_FLAGS``) are never targets. In plain text
     everything after a prompt is a target; with ``all`` the prompt is too. A Guard's samples have several forms, see
-    ``guard_ids.encode_judged``.
+    ``guard_ids.encode_judged``. Ids of a pretokenized record are taken as they are, and checked against a vocabulary of ``vocab``
+    tokens; None checks none.
 
     Raises:
         DataError: the record isn't of format ``fmt``, or the template refuses it; the message doesn't
@@ -148,12 +156,25 @@ def encode_sample(
     if isinstance(sample, Instruction):
         kind = "instruction"
         sample = _instruction_as(sample, has_template=tokenizer.chat_template is not None)
-    if isinstance(sample, Chat):
+    if isinstance(sample, Tokens):
+        encoded = _encode_tokens(sample, tokenizer=tokenizer, train_on=train_on, vocab=vocab)
+    elif isinstance(sample, Chat):
         encoded = _encode_chat(sample, tokenizer=tokenizer, train_on=train_on)
     else:
         encoded = replace(_encode_continuation(sample, tokenizer=tokenizer, train_on=train_on), kind=kind)
     unused = tuple(f"column {name!r} is not used" for name in unused_columns(record, fmt=fmt))
     return replace(encoded, reported=unused + encoded.reported) if unused else encoded
+
+
+def _encode_tokens(
+    sample: Tokens, *, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn, vocab: int | None
+) -> Encoded:
+    if vocab is not None:
+        check_vocabulary(sample.ids, vocab=vocab)
+    bos_id = _bos_id(tokenizer)
+    begins_otherwise = bos_id is not None and sample.ids[0] != bos_id
+    reported = (f"input_ids doesn't begin with the model's first token, {bos_id}",) if begins_otherwise else ()
+    return Encoded(list(sample.ids), targets_of(sample, train_on=train_on), reported, kind=None)
 
 
 def encode_prompt(

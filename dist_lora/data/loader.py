@@ -1,8 +1,8 @@
 """The batches of a run, each a pure function of its step: any step can be asked for at any time.
 
 The order of the documents comes from (seed, epoch), the sequences of a global batch from that order;
-only their assignment to ranks depends on the number of ranks. There is no padding: a micro-batch is
-the documents of its sequences, one after another.
+only their assignment to ranks depends on the number of ranks. Where sets have weights, the order is that of ``data.mixture``.
+There is no padding: a micro-batch is the documents of its sequences, one after another.
 
 Letters: T tokens of a micro-batch, D documents in it, K targets in it.
 """
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_lora.data.pack import pack_best_fit
+from dist_lora.data.mixture import MixedSequences, Mixture
+from dist_lora.data.pack import pack_best_fit, permutation
 from dist_lora.data.token_set import TokenSet
 
 _KEPT_EPOCHS = 2
@@ -94,6 +95,11 @@ class Loader:
         packing: False makes each document a sequence of its own.
         global_batch: sequences per step, over all ranks; the last step of an epoch has the rest.
         micro_batch: sequences per forward pass and rank.
+        mixture: the shares of the token set's sets. Every batch is full then, and an epoch ends with the step in which each set
+            was seen once.
+
+    Raises:
+        DataError: a set of the mixture has no documents.
     """
 
     def __init__(
@@ -107,30 +113,51 @@ class Loader:
         seed: int,
         world_rank: int,
         world_size: int,
+        mixture: Mixture | None = None,
     ) -> None:
         assert len(token_set) > 0, "a token set without documents"
         self._token_set = token_set
         self._sequence_length = sequence_length
         self._packing = packing
-        self._global_batch = global_batch
+        self.global_batch = global_batch
         self._micro_batch = micro_batch
         self._seed = seed
         self._world_rank, self._world_size = world_rank, world_size
+        self._mixture = mixture
+        self.mixed: MixedSequences | None = None  # the sequences of a mixture
+        if mixture is not None:
+            self.mixed = MixedSequences(token_set, mixture, sequence_length=sequence_length, packing=packing, seed=seed)
+            return
         self._plan_of = lru_cache(maxsize=_KEPT_EPOCHS)(self._make_plan)
         self._num_sequences = len(self._plan_of(0))
 
     @cached_property
     def fingerprint(self) -> str:
-        """The training set's (see ``TokenSet.fingerprint``)."""
-        return self._token_set.fingerprint()
+        """The training set's (see ``TokenSet.fingerprint``), with the shares of a mixture."""
+        return self._mixture.fingerprint(self._token_set) if self._mixture else self._token_set.fingerprint()
 
     def steps_in_epoch(self, epoch: int) -> int:
-        """Steps of an epoch, of which the last may be smaller. The same for every epoch (see ``pack_best_fit``)."""
+        """Steps of an epoch.
+
+        The last one may be smaller, and every epoch has as many (see ``pack_best_fit``). In a mixture no step is smaller, and
+        epochs may differ.
+
+        Raises:
+            ConfigError: a mixture's epochs can't be counted (see ``MixedSequences.end_of``).
+        """
         assert epoch >= 0, epoch
-        return _ceil_div(self._num_sequences, self._global_batch)
+        if self.mixed is not None:
+            return self._steps_until(self.mixed, epoch + 1) - self._steps_until(self.mixed, epoch)
+        return _ceil_div(self._num_sequences, self.global_batch)
+
+    def _steps_until(self, mixed: MixedSequences, epoch: int) -> int:
+        return _ceil_div(mixed.end_of(epoch), self.global_batch)
 
     def locate(self, step: int) -> tuple[int, int]:
         """Epoch and step within it, both from 0, of a step counted from 0 over the run."""
+        if self.mixed is not None:
+            epoch = self.mixed.epoch_of(step * self.global_batch)
+            return epoch, step - self._steps_until(self.mixed, epoch)
         return divmod(step, self.steps_in_epoch(0))
 
     @property
@@ -145,10 +172,7 @@ class Loader:
 
     def batch(self, step: int) -> StepBatch:
         """The batch of a step, counted from 0 over the run. The first one of an epoch computes its plan."""
-        epoch, index = self.locate(step)
-        plan = self._plan_of(epoch)
-        assert len(plan) == self._num_sequences, f"epoch {epoch} has {len(plan)} sequences, not {self._num_sequences}"
-        sequences = list(plan[index * self._global_batch : (index + 1) * self._global_batch])
+        epoch, sequences = self._sequences_of(step)
         documents = np.concatenate(sequences)
         lengths = self._token_set.lengths[documents].astype(np.int64)
         tokens = [int(self._token_set.lengths[sequence].sum()) for sequence in sequences]
@@ -164,14 +188,24 @@ class Loader:
             epoch=epoch,
         )
 
+    def _sequences_of(self, step: int) -> tuple[int, list[np.ndarray]]:
+        """The epoch of a step and the documents of its sequences."""
+        if self.mixed is not None:
+            first = step * self.global_batch
+            return self.mixed.epoch_of(first), self.mixed.sequences(first, first + self.global_batch)
+        epoch, index = self.locate(step)
+        plan = self._plan_of(epoch)
+        assert len(plan) == self._num_sequences, f"epoch {epoch} has {len(plan)} sequences, not {self._num_sequences}"
+        return epoch, list(plan[index * self.global_batch : (index + 1) * self.global_batch])
+
     def _make_plan(self, epoch: int) -> list[np.ndarray] | np.ndarray:
         """The documents of each sequence of an epoch, in the order of training."""
         draws = np.random.Philox(key=np.array([self._seed % 2**64, epoch], np.uint64))
-        order = _permutation(draws, len(self._token_set))
+        order = permutation(draws, len(self._token_set))
         if not self._packing:
             return order[:, None]
         packed = pack_best_fit(self._token_set.lengths, capacity=self._sequence_length, order=order)
-        return [packed[index] for index in _permutation(draws, len(packed))]
+        return [packed[index] for index in permutation(draws, len(packed))]
 
 
 class EvalBatches:
@@ -240,11 +274,6 @@ def deal(tokens: Sequence[int], *, world_size: int) -> list[list[int]]:
 
 def _ceil_div(amount: int, divisor: int) -> int:
     return -(-amount // divisor)
-
-
-def _permutation(draws: np.random.Philox, size: int) -> np.ndarray:
-    """A permutation by sorting raw draws: numpy keeps the bit stream between versions, but not ``shuffle``."""
-    return np.argsort(np.asarray(draws.random_raw(size), np.uint64), kind="stable")
 
 
 def _micro_batch(token_set: TokenSet, sequences: Sequence[np.ndarray]) -> MicroBatch:

@@ -41,6 +41,11 @@ def pack_best_fit(lengths: np.ndarray, *, capacity: int, order: np.ndarray) -> l
     return np.split(documents[by_bin], bounds)
 
 
+def permutation(draws: np.random.Philox, size: int) -> np.ndarray:
+    """A permutation by sorting raw draws: numpy keeps the bit stream between versions, but not ``shuffle``."""
+    return np.argsort(np.asarray(draws.random_raw(size), np.uint64), kind="stable")
+
+
 class _Bins:
     """Open sequences, by the room that is left in them."""
 

@@ -11,6 +11,7 @@ alpaca              instruction, output                    Instruction, or Chat 
 prompt-completion   prompt, completion [tools,             Continuation, or Chat for lists of messages
                     builtin_tools]
 text                text                                   Continuation with an empty prompt
+tokens              input_ids [labels | a mask]            Tokens (ids that are taken as they are)
 ==================  =====================================  ==============================================
 
 Other columns are named by ``unused_columns``. Nothing here knows files or tokenizers. Errors say what is wrong with one record;
@@ -26,6 +27,7 @@ from typing import Any, Literal
 from dist_lora.data.guard import COLUMNS as GUARD_COLUMNS
 from dist_lora.data.guard import EXAMPLE as GUARD_EXAMPLE
 from dist_lora.data.guard import Judged, check_guard_columns, read_judged
+from dist_lora.data.pretokenized import COLUMNS, Tokens, read_tokens
 from dist_lora.data.turns import (
     EXAMPLE,
     MAX_DEPTH,
@@ -41,13 +43,14 @@ from dist_lora.data.turns import (
 )
 from dist_lora.errors import DataError
 
-Format = Literal["messages", "alpaca", "prompt-completion", "text", "guard"]
+Format = Literal["messages", "alpaca", "prompt-completion", "text", "tokens", "guard"]
 
 REQUIRED_COLUMNS: Mapping[Format, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages",), ("conversations",)),
     "alpaca": (("instruction", "output"), ("prompt", "completion", "system")),
     "prompt-completion": (("prompt", "completion"),),
     "text": (("text",),),
+    "tokens": (("input_ids",),),
 }
 """For each format that is recognized the sets of columns, one of which must be complete; of guard see ``guard.COLUMNS``."""
 
@@ -56,6 +59,7 @@ EXAMPLES: Mapping[Format, str] = {
     "alpaca": '{"instruction": "Translate to French", "input": "cat", "output": "chat"}',
     "prompt-completion": '{"prompt": "2 + 2 =", "completion": " 4"}',
     "text": '{"text": "Once upon a time"}',
+    "tokens": '{"input_ids": [128000, 17, 128001], "labels": [-100, 17, 128001]}',
     "guard": GUARD_EXAMPLE,
 }
 """One record of each format, as an error shows it."""
@@ -76,6 +80,7 @@ USED_COLUMNS: Mapping[Format, tuple[str, ...]] = {
     ),
     "prompt-completion": ("prompt", "completion", "tools", "functions", "builtin_tools"),
     "text": ("text",),
+    "tokens": COLUMNS,
     "guard": GUARD_COLUMNS,
 }
 """What is read of a record of each format; other columns are reported."""
@@ -130,7 +135,7 @@ class Continuation:
     completion: str
 
 
-Sample = Chat | Instruction | Continuation | Judged
+Sample = Chat | Instruction | Continuation | Tokens | Judged
 
 
 def recognize_format(columns: Collection[str]) -> Format:
@@ -145,7 +150,10 @@ def recognize_format(columns: Collection[str]) -> Format:
     needs = "; ".join(f"{name} needs {_needs(name)}" for name in REQUIRED_COLUMNS)
     if {"verdict", "is_safe", "toxicity"} & {*columns}:
         needs += "; a Guard's samples need data.format: guard"
-    raise DataError(f"columns {_listed(columns)} match no known format: {needs}")
+    raise DataError(
+        f"columns {_listed(columns)} match no known format: {needs}. If they have other names, map them, like "
+        "data.columns: {prompt: question, completion: answer}"
+    )
 
 
 def check_columns(columns: Collection[str], fmt: Format) -> None:
@@ -184,6 +192,8 @@ def read_sample(record: Mapping[str, Any], *, fmt: Format) -> Sample:
         return _read_prompt_completion(record)
     if fmt == "prompt-completion":
         return _read_prompt_completion(record)
+    if fmt == "tokens":
+        return read_tokens(record)
     return Continuation(prompt="", completion=text_of(record["text"], "text"))
 
 

@@ -6,9 +6,10 @@ no column's type is guessed ("007" stays a string); the hub and folders of ``sav
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ import numpy as np
 import xxhash
 
 from dist_lora.data.columnar import ColumnarFile, LoadedRows, is_saved, load_saved, splits_of
+from dist_lora.data.columns import Reading, check_names, check_there, readings_for, renamed
 from dist_lora.data.compressed import SUFFIXES as COMPRESSIONS
 from dist_lora.data.hub import HUB_ID, default_split, load_from_hub
 from dist_lora.data.json_documents import EXAMPLE
@@ -32,6 +34,7 @@ _TEXT = (".jsonl", ".ndjson", ".json", ".csv")
 _COLUMNAR = (".parquet", ".arrow")
 _LISTED = f"{' '.join((*_TEXT, *_COLUMNAR))}, and text with {' '.join(COMPRESSIONS)}"
 _HASH_CHUNK_BYTES = 16 * 2**20
+_NUM_LOOKED_AT = 100  # records, for their columns
 
 
 @dataclass
@@ -78,13 +81,16 @@ class Records:
     formats: tuple[Format, ...]
     starts: tuple[int, ...]
     """The index of the first record of each source and, last, the number of records."""
+    columns: tuple[Mapping[str, str], ...]
+    """Of each source our names of columns with its own, where they differ."""
 
     def __len__(self) -> int:
         return self.starts[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         source = self._source_of(index)
-        return self.sources[source][index - self.starts[source]]
+        record, columns = self.sources[source][index - self.starts[source]], self.columns[source]
+        return renamed(record, columns) if columns else record
 
     def where(self, index: int) -> str:
         """Where a record is, "file.jsonl:7"."""
@@ -106,26 +112,36 @@ class Records:
         return int(np.searchsorted(self.starts, index, side="right")) - 1
 
 
-def read_records(names: str | Sequence[str], *, fmt: Format | None, which: str, is_fetched: bool = False) -> Records:
+def read_records(
+    names: str | Sequence[str],
+    *,
+    fmt: Format | None,
+    which: str,
+    is_fetched: bool = False,
+    readings: Sequence[Reading] = (),
+) -> Records:
     """Opens the sources and finds their formats; the records themselves are read later, one by one.
 
     Args:
         names: files (``.jsonl .json .csv .parquet .arrow``, text also compressed), folders of ``save_to_disk``
             (``PATH[@SPLIT]``) or hub ids ``ORG/NAME[:CONFIG][@SPLIT]``.
         fmt: the format of all sources; None recognizes each by the columns of its first record.
+        readings: for each source how it is read, instead of ``fmt``; empty if all are read alike.
         which: "train" or "eval": the setting that errors name, and the hub's split.
         is_fetched: ``hash_sources`` has read the same names on this node, so the hub isn't queried again.
 
     Raises:
-        DataError: a source is missing, empty, of an unknown kind, or lacks required columns.
+        DataError: a source is missing, empty, of an unknown kind, lacks required columns, or has no column of a name that is set.
     """
     listed = [names] if isinstance(names, str) else list(names)
     if not listed:
         raise DataError(f"data.{which} is an empty list; at least one file or hub id is expected")
     sources = tuple(_open(_place_of(name, which), which, is_fetched=is_fetched) for name in listed)
-    formats = tuple(_format_of(source, fmt) for source in sources)
+    each = readings_for(listed, readings, fmt)
+    columns = tuple(dict(reading.columns) for reading in each)
+    formats = tuple(_format_of(source, reading) for source, reading in zip(sources, each, strict=True))
     starts = tuple(itertools.accumulate((len(source) for source in sources), initial=0))
-    return Records(sources=sources, formats=formats, starts=starts)
+    return Records(sources=sources, formats=formats, starts=starts, columns=columns)
 
 
 def hash_sources(names: str | Sequence[str], *, which: str) -> str:
@@ -268,24 +284,47 @@ def _saved_folder(name: str, folder: Path, split: str | None, which: str) -> Pat
     return folder / chosen
 
 
-def _format_of(source: Source, fmt: Format | None) -> Format:
+def _format_of(source: Source, reading: Reading) -> Format:
     """The format by the first record that can be read; a broken file is reported when its lines are read."""
-    for index in range(min(len(source), 100)):
+    fmt, names = None if reading.format == "auto" else reading.format, dict(reading.columns)
+    if names:
+        return _format_of_renamed(source, fmt, names)
+    for index in range(min(len(source), _NUM_LOOKED_AT)):
         try:
             record = source[index]
         except DataError:
             continue
-        # A CSV's empty field is what null is elsewhere: no system message.
-        columns = [key for key, value in record.items() if value is not None and (key, value) != ("system", "")]
-        columns = columns or list(record)
         try:
-            if fmt is None:
-                return recognize_format(columns)
-            check_columns(columns, fmt)
-            return fmt
+            return _recognized(record, fmt)
         except DataError as error:
             raise DataError(f"{source.where(index)}: {error}{_wrapped_hint(source, record)}") from None
     return fmt or "messages"
+
+
+def _recognized(record: dict[str, Any], fmt: Format | None) -> Format:
+    # A CSV's empty field is what null is elsewhere: no system message.
+    columns = [key for key, value in record.items() if value is not None and (key, value) != ("system", "")]
+    columns = columns or list(record)
+    if fmt is None:
+        return recognize_format(columns)
+    check_columns(columns, fmt)
+    return fmt
+
+
+def _format_of_renamed(source: Source, fmt: Format | None, names: Mapping[str, str]) -> Format:
+    """The format by the first record with its columns renamed; all names of the mapping must be right."""
+    readable = []
+    for index in range(min(len(source), _NUM_LOOKED_AT)):
+        with contextlib.suppress(DataError):
+            readable.append(source[index])
+    try:
+        check_names(names, fmt)
+        check_there(names, readable)
+        found = _recognized(renamed(readable[0], names), fmt) if readable else fmt or "messages"
+        check_names(names, found)
+        return found
+    except DataError as error:
+        raise DataError(f"{source.name}: {error}") from None
 
 
 def _wrapped_hint(source: Source, record: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ import numpy as np
 import xxhash
 
 from dist_lora.data.chat import Encoded, TrainOn, check_template, encode_sample
+from dist_lora.data.columns import Reading
 from dist_lora.data.guard import GuardRules
 from dist_lora.data.guard_ids import encode_judged
 from dist_lora.data.records import Format
@@ -70,11 +71,13 @@ class TokenRules:
     train_on: TrainOn = "assistant"
     on_no_target: Literal["error", "drop"] = "error"
     on_too_long: Literal["truncate", "drop", "error"] = "truncate"
+    readings: tuple[Reading, ...] = ()  # of each source, where ``format`` alone doesn't say how all are read
     guard: GuardRules | None = None  # of format guard
 
     def recipe(self) -> dict[str, Any]:
-        """What of them is a part of the cache's key."""
-        return {name: value for name, value in asdict(self).items() if name != "guard" or value is not None}
+        """What the key of the cache holds of them; what isn't used is left out, so that earlier caches stay valid."""
+        given = {"readings": bool(self.readings), "guard": self.guard is not None}
+        return {name: value for name, value in asdict(self).items() if given.get(name, True)}
 
 
 def default_cache_dir() -> Path:
@@ -91,6 +94,7 @@ def prepare_tokens(
     tokenizer_hash: str,
     cache_dir: Path | None,
     world: World,
+    vocab: int | None = None,
 ) -> TokenSet:
     """The data set as token ids, from the cache or made now. All ranks call it, once for each ``which``.
 
@@ -101,6 +105,7 @@ def prepare_tokens(
         names: files or hub ids, as ``read_records`` takes them.
         tokenizer_hash: by ``hash_tokenizer``.
         cache_dir: None for ``default_cache_dir()``. Nodes may share it or each have their own.
+        vocab: rows of the model's embedding, for records of ids; None checks none.
 
     Raises:
         DataError: sources can't be read, records are invalid, samples have no target (or are too long)
@@ -116,7 +121,7 @@ def prepare_tokens(
         building = _begin(cache / key, group=group, which=which, world=world, held=held)
         if building is not None:
             world.progress.now(f"tokenizing data.{which}", kind="long")
-            builder = _Builder(names, which, rules, tokenizer, building, group, world)
+            builder = _Builder(names, which, rules, tokenizer, building, group, world, vocab)
             builder.encode_part()
         else:
             builder = None
@@ -332,10 +337,12 @@ class _Builder:
         folder: Path,
         group: _Group,
         world: World,
+        vocab: int | None,
     ) -> None:
         self._names, self._which, self._rules, self._tokenizer = names, which, rules, tokenizer
-        self._folder, self._group, self._world = folder, group, world
+        self._folder, self._group, self._world, self._vocab = folder, group, world, vocab
         self._counts = _Counts()
+        self._set_starts: tuple[int, ...] = ()
         self.error: Exception | None = None
 
     def encode_part(self) -> None:
@@ -360,7 +367,8 @@ class _Builder:
             sizes = {name: (whole / name).stat().st_size for name in _ARRAYS}
             summary = json.loads(self._counts.to_json())
             with new_file(whole / "summary.json") as append:
-                append(json.dumps({"sizes": sizes, "counts": summary}).encode())
+                starts = {"set_starts": self._set_starts} if self._set_starts else {}
+                append(json.dumps({"sizes": sizes, "counts": summary, **starts}).encode())
             sync(whole)
             try:
                 whole.rename(folder)
@@ -386,7 +394,8 @@ class _Builder:
 
     def _encode(self) -> _Counts:
         fmt = None if self._rules.format == "auto" else self._rules.format
-        records = read_records(self._names, fmt=fmt, which=self._which, is_fetched=True)
+        records = read_records(self._names, fmt=fmt, which=self._which, is_fetched=True, readings=self._rules.readings)
+        self._set_starts = records.starts[:-1] if self._rules.readings else ()
         check_template(self._tokenizer, formats=records.formats)
         group = self._group
         part = range(len(records) * group.index // group.size, len(records) * (group.index + 1) // group.size)
@@ -398,16 +407,23 @@ class _Builder:
                 name: opened.enter_context((self._folder / f"{group.index}.{name}").open("wb")) for name in _ARRAYS
             }
             for done, index in enumerate(part, start=1):
-                for document in _encode_one(
-                    records, index, tokenizer=self._tokenizer, rules=self._rules, counts=counts
-                ):
+                documents = _encode_one(
+                    records, index, tokenizer=self._tokenizer, rules=self._rules, counts=counts, vocab=self._vocab
+                )
+                for document in documents:
                     _write(files, document, index)
                 advance(done, len(part))
         return counts
 
 
 def _encode_one(
-    records: Records, index: int, *, tokenizer: PreTrainedTokenizerBase, rules: TokenRules, counts: _Counts
+    records: Records,
+    index: int,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TokenRules,
+    counts: _Counts,
+    vocab: int | None,
 ) -> list[Encoded]:
     """The documents of one record as the rules leave them: one at most, but for a Guard; counts what happened to each."""
     try:
@@ -415,7 +431,9 @@ def _encode_one(
             documents = encode_judged(records[index], tokenizer=tokenizer, rules=rules.guard, sample=index)
         else:
             fmt = records.format_of(index)
-            documents = [encode_sample(records[index], tokenizer=tokenizer, fmt=fmt, train_on=rules.train_on)]
+            documents = [
+                encode_sample(records[index], tokenizer=tokenizer, fmt=fmt, train_on=rules.train_on, vocab=vocab)
+            ]
     except DataError as error:
         counts.num_samples += 1
         counts.broken.add(f"{records.where(index)}: {error}")
@@ -452,7 +470,7 @@ def _fit(document: Encoded, *, where: str, rules: TokenRules, counts: _Counts) -
         counts.no_target.add(f"{where}: {reason}")
         return None
     counts.num_documents += 1
-    if document.kind not in counts.kinds:
+    if document.kind is not None and document.kind not in counts.kinds:
         counts.kinds.append(document.kind)
     return document
 
@@ -539,7 +557,13 @@ def _open_published(folder: Path) -> TokenSet | None:
     starts = np.cumsum(arrays["lengths"])
     starts -= arrays["lengths"]
     plain = {name: np.asarray(array) for name, array in arrays.items()}  # slices of a memmap are slow to make
-    return TokenSet(**plain, starts=starts, kinds=tuple(sorted(counts.kinds)), counts=counts.plain())
+    return TokenSet(
+        **plain,
+        starts=starts,
+        kinds=tuple(sorted(counts.kinds)),
+        counts=counts.plain(),
+        set_starts=tuple(summary.get("set_starts", ())),
+    )
 
 
 def _counts_of(folder: Path) -> _Counts:

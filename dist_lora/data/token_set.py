@@ -43,6 +43,7 @@ class TokenSet:
     sample_ids: np.ndarray  # int64 (N,): the document's row in the source, from 0
     kinds: tuple[str, ...] = ()  # of ``Encoded.kind``, those that there are
     counts: SampleCounts | None = None  # of all sources, also where only some documents are selected
+    set_starts: tuple[int, ...] = ()  # the row at which each source begins, where they are read differently or weighed
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -89,7 +89,7 @@ def open_data(config: Config) -> RunData:
     train, held_out = tokens_of(config, model, world)
     sets, section = {"data.train": train}, config.data
     sets |= {f"data.eval.{name}".rstrip("."): of_set for name, of_set in held_out.items()}
-    names: dict[str, str | list[str] | float] = {"data.train": section.train}
+    names: dict[str, str | list[str] | float] = {"data.train": [one.path for one in section.train_sets()]}
     if isinstance(section.eval, float):
         names["data.eval"] = section.eval
     names |= {f"data.eval.{name}".rstrip("."): source for name, source in section.eval_files().items()}

@@ -251,15 +251,18 @@ def _plan(config: Config, machines: Machines, shape: Shape) -> Plan:
 
 
 def _steps(config: Config) -> int | None:
-    """Steps of the run: as set, or estimated from the size of local training files; None if unknown."""
-    train, data = config.train, config.data.train
+    """Steps of the run: as set, or estimated from the size of local training files; None if unknown.
+
+    An epoch of a mixture ends when its slowest set was seen, estimated as if the shares were of bytes.
+    """
+    train, shares = config.train, config.data.shares()
     if train.steps is not None:
         return train.steps
-    files = [Path(name) for name in ([data] if isinstance(data, str) else data)]
     try:
-        num_bytes = sum(file.stat().st_size for file in files)
+        sizes = {one.path: Path(one.path).stat().st_size for one in config.data.train_sets()}
     except (OSError, ValueError):
         return None
+    num_bytes = max(sizes[path] / shares[path] for path in sizes) if shares else sum(sizes.values())
     tokens = num_bytes / BYTES_PER_TOKEN * (train.epochs or 1)
     return max(1, math.ceil(tokens / (train.global_batch * train.sequence_length)))
 

@@ -31,6 +31,7 @@ def lines_of(plan: Plan) -> Iterator[str]:
         f"  batch     {train.micro_batch} x {train.sequence_length:,} tokens per micro-batch on each GPU, "
         f"{count(setup.accumulation_steps, 'accumulation step')}"
     )
+    yield from _of_mixture(plan)
     yield ""
     yield f"Peak memory of the fullest GPU, {memory.when}:"
     parts = {
@@ -57,6 +58,16 @@ def lines_of(plan: Plan) -> Iterator[str]:
         yield ""
         yield "It would fit with:" if plan.changes else "No change that was tried makes it fit."
         yield from (f"  {change}" for change in plan.changes)
+
+
+def _of_mixture(plan: Plan) -> Iterator[str]:
+    data = plan.config.data
+    what = {"samples": "samples", "target_tokens": "trained tokens"}[data.mix]
+    shares = data.shares()
+    for path, share in shares.items():
+        yield f"  mixture   {share:.2%} of the {what} from {path}"
+    if shares and plan.config.train.steps is None and plan.steps is not None:
+        yield "  mixture   the steps until each set was seen are estimated by the sizes of the files"
 
 
 def _largest(plan: Plan) -> str:

@@ -12,6 +12,7 @@ from dist_lora.base.index import open_index
 from dist_lora.config.schema import Config
 from dist_lora.data.chat import check_template, load_tokenizer
 from dist_lora.data.columnar import LoadedRows
+from dist_lora.data.columns import sources_of
 from dist_lora.data.sources import read_records
 from dist_lora.errors import SaveError
 from dist_lora.herd.models import refuse_shape, resolve_model
@@ -36,9 +37,9 @@ def fetch_all(config: Config, *, report: Callable[[str], None]) -> None:
     report(f"tokenizer  {len(tokenizer):,} tokens, in {folder}")
     section = config.data
     fmt = None if section.format == "auto" else section.format
-    held_out = [(f"eval.{name}".rstrip("."), source) for name, source in section.eval_files().items()]
-    for which, names in (("train", section.train), *held_out):
-        records = read_records(names, fmt=fmt, which=which)
+    for which in ("train", *(f"eval.{name}".rstrip(".") for name in section.eval_files())):
+        names, readings = sources_of(section, which)
+        records = read_records(names, fmt=fmt, which=which, readings=readings)
         check_template(tokenizer, formats=records.formats)
         for source, start, stop in zip(records.sources, records.starts, records.starts[1:], strict=False):
             where = source.folder if isinstance(source, LoadedRows) else Path(source.name).absolute()

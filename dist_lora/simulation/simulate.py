@@ -232,6 +232,8 @@ def full_batches(
         num_targets=lengths - 1,
         sample_ids=np.arange(count),
     )
+    # They are of no set, whatever sets the config has.
+    config = config.model_copy(update={"data": config.data.model_copy(update={"train": "full sequences"})})
     return loader_of(config, documents, world, kind)
 
 

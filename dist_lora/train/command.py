@@ -20,8 +20,10 @@ from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.config.changes import flat
 from dist_lora.config.schema import Config, MachineSection, OptimSection
 from dist_lora.data.chat import hash_tokenizer, render_sample
+from dist_lora.data.columns import sources_of
 from dist_lora.data.duplicates import warn_of_duplicates
 from dist_lora.data.loader import Loader
+from dist_lora.data.mixture import Mixture
 from dist_lora.data.model_limits import check_limits, warn_of_context
 from dist_lora.data.token_cache import TokenRules, Which, prepare_tokens
 from dist_lora.data.token_set import TokenSet, split_eval
@@ -83,15 +85,15 @@ def tokens_of(config: Config, base: ModelFiles, world: World) -> tuple[TokenSet,
         DataError: see ``prepare_tokens`` and ``check_limits``.
     """
     if isinstance(config.data.eval, float) and config.data.format == "guard":
-        whole = _prepare(config, config.data.train, base, world, "train", augments=False)
-        forms = _prepare(config, config.data.train, base, world, "train") if config.data.guard_augment else whole
+        whole = _prepare(config, base, world, "train", augments=False)
+        forms = _prepare(config, base, world, "train") if config.data.guard_augment else whole
         train, held_out = split_judged(forms, whole, fraction=config.data.eval, seed=config.train.seed)
         return train, {"": held_out}
     if isinstance(config.data.eval, float):
-        whole = _prepare(config, config.data.train, base, world, "train")
+        whole = _prepare(config, base, world, "train")
         train, held_out = split_eval(whole, fraction=config.data.eval, seed=config.train.seed)
         return train, {"": held_out}
-    return _prepare(config, config.data.train, base, world, "train"), _sets_of_files(config, base, world)
+    return _prepare(config, base, world, "train"), _sets_of_files(config, base, world)
 
 
 def held_out_of(config: Config, base: Base, world: World) -> HeldOutSets:
@@ -107,16 +109,12 @@ def held_out_of(config: Config, base: Base, world: World) -> HeldOutSets:
 
 def _sets_of_files(config: Config, base: ModelFiles, world: World) -> HeldOutSets:
     """The held-out sets that have sources of their own; their settings are ``data.eval`` or ``data.eval.NAME``."""
-    return {
-        name: _prepare(config, source, base, world, f"eval.{name}".rstrip("."))
-        for name, source in config.data.eval_files().items()
-    }
+    return {name: _prepare(config, base, world, f"eval.{name}".rstrip(".")) for name in config.data.eval_files()}
 
 
-def _prepare(
-    config: Config, names: str | list[str], base: ModelFiles, world: World, which: Which, *, augments: bool = True
-) -> TokenSet:
+def _prepare(config: Config, base: ModelFiles, world: World, which: Which, *, augments: bool = True) -> TokenSet:
     section = config.data
+    names, readings = sources_of(section, which)
     token_set = prepare_tokens(
         names,
         which=which,
@@ -126,12 +124,14 @@ def _prepare(
             train_on=section.train_on,
             on_no_target=section.on_no_target,
             on_too_long=section.on_too_long,
+            readings=readings,
             guard=guard_rules(config, base, augments=augments and which == "train"),
         ),
         tokenizer=base.tokenizer,
         tokenizer_hash=hash_tokenizer(base.folder, base.tokenizer),
         cache_dir=section.cache_dir,
         world=world,
+        vocab=base.shape.vocab,
     )
     check_limits(token_set, which=which, context=base.shape.context, vocab=base.shape.vocab, world=world)
     return token_set
@@ -139,7 +139,9 @@ def _prepare(
 
 def loader_of(config: Config, tokens: TokenSet, world: World, kind: type[Loader] = Loader) -> Loader:
     """The order of the batches of a run."""
-    section = config.train
+    section, sets = config.train, config.data.train_sets()
+    weights = tuple(one.weight for one in sets if one.weight)
+    mixture = Mixture(tuple(one.path for one in sets), weights, config.data.mix) if weights else None
     return kind(
         tokens,
         sequence_length=section.sequence_length,
@@ -149,6 +151,7 @@ def loader_of(config: Config, tokens: TokenSet, world: World, kind: type[Loader]
         seed=section.seed,
         world_rank=world.world_rank,
         world_size=world.world_size,
+        mixture=mixture,
     )
 
 
@@ -194,7 +197,8 @@ def train(
     loader = loader_of(config, tokens, world)
     num_steps = num_steps_of(config, loader)
     if world.is_first:
-        told = plan_lines(settings, base, tokens, held_out, num_steps=num_steps, world=world)
+        shares = shares_lines(config, loader, num_steps=num_steps)
+        told = plan_lines(settings, base, tokens, held_out, shares, num_steps=num_steps, world=world)
         _tell([*told, *_advice_on(config, tokens, loader, num_steps=num_steps)], is_dry=is_dry)
     if is_dry:
         if world.is_first:
@@ -259,7 +263,8 @@ def _tell_of_loading(trainee: Trainee, world: World) -> None:
 def _data_facts(config: Config, tokens: TokenSet, held_out: HeldOutSets) -> RunFacts:
     section = config.data
     names = list(section.eval.values()) if isinstance(section.eval, dict) else section.eval
-    return data_facts(section.train, names, train_sets=[tokens], held_out_sets=[*held_out.values()])
+    trained = [one.path for one in section.train_sets()]
+    return data_facts(trained, names, train_sets=[tokens], held_out_sets=[*held_out.values()])
 
 
 def _is_finished(config: Config, world: World) -> bool:
@@ -443,8 +448,26 @@ def _why_early(run: Run) -> str:
     )
 
 
+def shares_lines(config: Config, loader: Loader, *, num_steps: int) -> list[str]:
+    """A line for each set of a mixture, with its share; warns of those that a run repeats often."""
+    if loader.mixed is None:
+        return []
+    num_sequences = num_steps * loader.global_batch
+    for line in loader.mixed.repeated(num_sequences):
+        log.warning(line)
+    left_out = [path for path, share in config.data.shares().items() if not share]
+    return [*loader.mixed.lines(num_sequences), *(f"mixture   nothing from {path}: weight 0" for path in left_out)]
+
+
 def plan_lines(
-    config: Config, base: Base, tokens: TokenSet, held_out: HeldOutSets, *, num_steps: int, world: World
+    config: Config,
+    base: Base,
+    tokens: TokenSet,
+    held_out: HeldOutSets,
+    shares: Sequence[str],
+    *,
+    num_steps: int,
+    world: World,
 ) -> list[str]:
     """A few lines about what a run is going to do: model, trained weights, data, steps."""
     shape, lora, train = base.shape, config.lora, config.train
@@ -458,6 +481,7 @@ def plan_lines(
         f"({trained / frozen:.2%}), {trained * 4 / 2**20:,.1f} MiB in fp32",
         f"data      {count(len(tokens), 'sample')}, {count(tokens.num_tokens, 'token')}, {tokens.num_target_tokens:,} trained on"
         + _held_out_text(held_out),
+        *shares,
         f"training  {count(num_steps, 'step')} of {count(train.global_batch, 'sequence')}"
         + (f" (packed to {train.sequence_length} tokens)" if train.packing else "")
         + f": {count(world.world_size, 'rank')} x micro_batch {train.micro_batch} x {count(accumulation, 'accumulation step')}",

@@ -85,8 +85,7 @@ def _with_adapter(config: Config) -> Config:
 
 def _changed_since(folder: Path, config: Config) -> bool:
     """Whether a local file of data, model or tokenizer, or of the adapter to start from, was written after the run had finished."""
-    train = config.data.train
-    names = [*([train] if isinstance(train, str) else train), *config.data.eval_files().values()]
+    names = [*(one.path for one in config.data.train_sets()), *config.data.eval_files().values()]
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         finished_s = (folder / SUMMARY_FILE).stat().st_mtime
         paths = [Path(name).expanduser() for name in (*names, config.model.name)]

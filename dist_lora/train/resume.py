@@ -121,7 +121,7 @@ def check_same_run(
         if trained_on not in (None, data):
             raise ConfigError(
                 f"data.train: {checkpoint.path} was trained on other samples: their fingerprint is {data} now and was "
-                f"{trained_on}: a file was edited, or the tokenizer, its template or a setting of data changed. {_WHAT_TO_DO}"
+                f"{trained_on}: a file was edited, or the tokenizer, its template, a setting of data or a weight of its sets changed. {_WHAT_TO_DO}"
             )
 
     world.on_first("the base and the data of the checkpoint", check)

@@ -52,3 +52,8 @@ def test_changes_are_named_with_both_values_and_a_setting_of_another_version_is_
 
 def test_the_table_of_the_documents_is_this_one() -> None:
     assert markdown() in (ROOT / "docs/resume.md").read_text()
+
+
+def test_columns_are_one_value_of_which_none_is_another() -> None:
+    before, now = {"data": {"columns": None}}, {"data": {"columns": {"prompt": "question"}}}
+    assert [(change.name, change.now) for change in changes(before, now)] == [("data.columns", {"prompt": "question"})]

@@ -73,7 +73,8 @@ def test_all_faults_come_in_one_error_in_the_order_of_the_file(tmp_path: Path) -
     assert complaint(tmp_path, text, "train.step=10").split("\n") == [
         "9 settings of c.yaml are wrong:",
         "  c.yaml: data.train: is missing. Training data: a file (jsonl, json, csv, parquet, arrow), "
-        "a folder of save_to_disk, a hub id, or a list.",
+        "a folder of save_to_disk, a hub id, or a list of them, or of sets like {path: a.jsonl, weight: 0.7, format: text, "
+        "columns: {text: story}}.",
         "  c.yaml:1: run: 'a/b' is not a valid run name: letters, digits, '.', '_' and '-' only "
         "(its parent folder is set by runs_dir)",
         "  c.yaml:2: model.quant: found 'fp4', expected none, nf4 or int8 (nearest: nf4)",
@@ -427,6 +428,28 @@ def module(name: str = "model.layers.1.self_attn.q_proj", **changes: object) -> 
 )  # fmt: skip
 def test_modules_that_cannot_be_are_told(tmp_path: Path, settings: dict[str, object], told: str) -> None:
     assert told in complaint_about(tmp_path, "lora", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"train": [{"path": "a", "weight": 1}, {"path": "b"}]}, "b: without a weight, and other sets have one"),
+        ({"train": [{"path": "a", "weight": 1}, "b"]}, "b: without a weight"),
+        ({"train": [{"path": "a", "weight": 0}, {"path": "b", "weight": 0}]}, "all weights are 0, expected at least one above 0"),
+        ({"train": [{"path": "a"}, "a"]}, "a: named more than once"),
+        (
+            {"train": ["b", {"weight": -1, "wieght": 2, "format": "txt", "columns": {"text": 1}}]},
+            "data.train[1]: wieght: no such setting of a set (nearest: weight); path is None; expected a file, a folder or a hub id; "
+            "weight is -1; expected a number of at least 0, like 0.7; format is 'txt'; expected one of auto, messages, alpaca, "
+            "prompt-completion, text, tokens; columns is {'text': 1}; expected our names with yours",
+        ),
+        ({"train": 3}, "found 3, expected a path, a list of paths, or a list of sets like {path: a.jsonl, weight: 0.7"),
+        ({"train": "a", "columns": {}}, "{}; expected our names with yours, like {prompt: question"),
+        ({"train": "a", "mix": "target_tokens"}, "has no effect, since no set of data.train has a weight"),
+    ],
+)  # fmt: skip
+def test_sets_that_make_no_mixture_are_told(tmp_path: Path, settings: dict[str, object], told: str) -> None:
+    assert told in complaint_about(tmp_path, "data", **settings)
 
 
 def test_modules_stand_for_targets_layers_and_ranks() -> None:

@@ -389,7 +389,8 @@ def test_unknown_columns_name_what_each_format_needs(tmp_path):
         f"{tmp_path / 'd.jsonl'}:1: columns 'question', 'answer' match no known format: "
         "messages needs messages or conversations; alpaca needs instruction and output or prompt and completion and system; "
         "prompt-completion needs prompt and completion; "
-        "text needs text"
+        "text needs text; tokens needs input_ids. If they have other names, map them, like "
+        "data.columns: {prompt: question, completion: answer}"
     )
     with pytest.raises(DataError, match=r":1: columns 'question', 'answer' found; format text needs text, e\.g\. "):
         read_records(str(tmp_path / "d.jsonl"), fmt="text", which="train")

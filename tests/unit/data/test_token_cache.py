@@ -70,7 +70,9 @@ def conversation(question, answer):
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def prepare(names, cache_dir, *, world=None, rules=RULES, tokenizer_hash="t", which="train", tokenizer=None):
+def prepare(
+    names, cache_dir, *, world=None, rules=RULES, tokenizer_hash="t", which="train", tokenizer=None, vocab=None
+):
     return prepare_tokens(
         names,
         which=which,
@@ -79,6 +81,7 @@ def prepare(names, cache_dir, *, world=None, rules=RULES, tokenizer_hash="t", wh
         tokenizer_hash=tokenizer_hash,
         cache_dir=cache_dir,
         world=world or World.alone(torch.device("cpu")),
+        vocab=vocab,
     )
 
 

@@ -622,3 +622,25 @@ def test_the_shape_is_the_folders_where_there_is_one(tiny_llama) -> None:
     plan = make_plan(config_of(model={"name": str(tiny_llama("llama31"))}), Machines(1, 1, H100))
     assert plan.setup.shape.hidden == 64 and plan.fits
     assert dataclasses.replace(plan.setup.shape, hidden=64) == plan.setup.shape
+
+
+def test_the_steps_of_a_mixture_last_until_its_slowest_set_was_seen_and_shares_are_told(tmp_path: Path) -> None:
+    sizes = {"a.txt": 64_000, "b.txt": 16_000, "c.txt": 10**9}
+    for name, num_bytes in sizes.items():
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(num_bytes)
+    sets = [{"path": str(tmp_path / name), "weight": weight} for name, weight in zip(sizes, (1, 3, 0), strict=True)]
+    train = {"global_batch": 2, "sequence_length": 1000, "micro_batch": 1}
+    config = config_of(data={"train": sets}, train=train)
+    plan = make_plan(config, Machines(1, 2, H100), shape=TINY)
+    assert plan.steps == 64_000 * 4 / 4 / 2000  # bytes of a / its share / bytes a token / tokens a step
+    lines = [line for line in lines_of(plan) if "mixture" in line]
+    assert lines == [
+        f"  mixture   25.00% of the samples from {tmp_path / 'a.txt'}",
+        f"  mixture   75.00% of the samples from {tmp_path / 'b.txt'}",
+        f"  mixture   0.00% of the samples from {tmp_path / 'c.txt'}",
+        "  mixture   the steps until each set was seen are estimated by the sizes of the files",
+    ]
+    tokens = config_of(data={"train": sets, "mix": "target_tokens"}, train=train | {"steps": 3})
+    told = [line for line in lines_of(make_plan(tokens, Machines(1, 2, H100), shape=TINY)) if "mixture" in line]
+    assert told[0].startswith("  mixture   25.00% of the trained tokens from ") and len(told) == 3
