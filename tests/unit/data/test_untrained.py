@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dist_lora.base.index import open_index
 from dist_lora.base.stored_shape import EMBEDDING, HEAD
-from dist_lora.data import untrained
+from dist_lora.data import token_set
 from dist_lora.data.chat import load_tokenizer
 from dist_lora.data.token_cache import TokenRules, prepare_tokens
 from dist_lora.data.token_set import TokenSet
@@ -175,7 +175,7 @@ def test_a_file_that_became_shorter_is_told_as_damage(base) -> None:
 
 @pytest.mark.parametrize("tokens_at_once", [1, 3, 7, 2**24])
 def test_tokens_in_use_are_those_of_the_chosen_documents_read_and_written(monkeypatch, tokens_at_once) -> None:
-    monkeypatch.setattr(untrained, "_TOKENS_AT_ONCE", tokens_at_once)
+    monkeypatch.setattr(token_set, "_TOKENS_AT_ONCE", tokens_at_once)
     generator = np.random.default_rng(0)
     lengths = generator.integers(1, 6, 40)
     ids = generator.integers(0, 60, lengths.sum()).astype(np.uint32)
