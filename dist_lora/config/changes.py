@@ -32,7 +32,7 @@ RULES = (
         "free",
         "what they name must be the same: weights and tokenized samples are compared by content",
     ),
-    Rule(("eval",), "free", "has no effect on training"),
+    Rule(("eval", "train.callbacks"), "free", "has no effect on training"),
     Rule(("train.steps", "train.epochs"), "logged", "stretches the schedule: other learning rates from here on"),
     Rule(("optim",), "logged", "other updates from here on"),
     Rule(("lora.dropout",), "logged", "other masks from here on"),

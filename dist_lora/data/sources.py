@@ -19,6 +19,7 @@ import xxhash
 from dist_lora.data.columnar import ColumnarFile, LoadedRows, is_saved, load_saved, splits_of
 from dist_lora.data.compressed import SUFFIXES as COMPRESSIONS
 from dist_lora.data.hub import HUB_ID, default_split, load_from_hub
+from dist_lora.data.own_format import OwnFormat
 from dist_lora.data.records import Format, check_columns, recognize_format
 from dist_lora.data.text_files import EXAMPLE, CsvRows, JsonLines, open_json
 from dist_lora.errors import DataError
@@ -105,7 +106,14 @@ class Records:
         return int(np.searchsorted(self.starts, index, side="right")) - 1
 
 
-def read_records(names: str | Sequence[str], *, fmt: Format | None, which: str, is_fetched: bool = False) -> Records:
+def read_records(
+    names: str | Sequence[str],
+    *,
+    fmt: Format | None,
+    which: str,
+    is_fetched: bool = False,
+    own: OwnFormat | None = None,
+) -> Records:
     """Opens the sources and finds their formats; the records themselves are read later, one by one.
 
     Args:
@@ -114,6 +122,8 @@ def read_records(names: str | Sequence[str], *, fmt: Format | None, which: str, 
         fmt: the format of all sources; None recognizes each by the columns of its first record.
         which: "train" or "eval": the setting that errors name, and the hub's split.
         is_fetched: ``hash_sources`` has read the same names on this node, so the hub isn't queried again.
+        own: the user's own format, in place of ``fmt``. A source's format is then that of its first record, converted; the
+            records are as they are in the source.
 
     Raises:
         DataError: a source is missing, empty, of an unknown kind, or lacks required columns.
@@ -122,7 +132,7 @@ def read_records(names: str | Sequence[str], *, fmt: Format | None, which: str, 
     if not listed:
         raise DataError(f"data.{which} is an empty list; at least one file or hub id is expected")
     sources = tuple(_open(_place_of(name, which), which, is_fetched=is_fetched) for name in listed)
-    formats = tuple(_format_of(source, fmt) for source in sources)
+    formats = tuple(_format_of(source, fmt, own) for source in sources)
     starts = tuple(itertools.accumulate((len(source) for source in sources), initial=0))
     return Records(sources=sources, formats=formats, starts=starts)
 
@@ -258,7 +268,7 @@ def _saved_folder(name: str, folder: Path, split: str | None, which: str) -> Pat
     return folder / chosen
 
 
-def _format_of(source: Source, fmt: Format | None) -> Format:
+def _format_of(source: Source, fmt: Format | None, own: OwnFormat | None = None) -> Format:
     """The format by the first record that can be read; a broken file is reported when its lines are read."""
     for index in range(min(len(source), 100)):
         try:
@@ -269,6 +279,8 @@ def _format_of(source: Source, fmt: Format | None) -> Format:
         columns = [key for key, value in record.items() if value is not None and (key, value) != ("system", "")]
         columns = columns or list(record)
         try:
+            if own is not None:
+                return own.read(record)[1]
             if fmt is None:
                 return recognize_format(columns)
             check_columns(columns, fmt)

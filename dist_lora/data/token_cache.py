@@ -26,11 +26,13 @@ import numpy as np
 import xxhash
 
 from dist_lora.data.chat import Encoded, TrainOn, check_template, encode_sample
-from dist_lora.data.records import Format
+from dist_lora.data.own_format import SETTING, own_format
+from dist_lora.data.records import Format, named_format
 from dist_lora.data.sources import Faults, Records, hash_sources, read_records
 from dist_lora.data.token_set import TokenSet
 from dist_lora.errors import ConfigError, DataError, SaveError, cannot_write
 from dist_lora.files import lock, new_file, sync
+from dist_lora.own_code import hash_of, is_own
 from dist_lora.pace import pace
 from dist_lora.text import count
 
@@ -60,10 +62,13 @@ _ARRAYS = {
 
 @dataclass(frozen=True)
 class TokenRules:
-    """The settings, by their names, that ids and targets depend on besides text and tokenizer."""
+    """The settings, by their names, that ids and targets depend on besides text and tokenizer.
+
+    ``format`` may be the path of a user's own; the key of the cache then also holds the hash of its module.
+    """
 
     sequence_length: int
-    format: Literal["auto"] | Format = "auto"
+    format: Literal["auto"] | Format | str = "auto"
     train_on: TrainOn = "assistant"
     on_no_target: Literal["error", "drop"] = "error"
     on_too_long: Literal["truncate", "drop", "error"] = "truncate"
@@ -224,6 +229,8 @@ def _agree_on_key(
     def make() -> bytes:
         cache.mkdir(parents=True, exist_ok=True)
         recipe = [CACHE_VERSION, hash_sources(names, which=which), tokenizer_hash, asdict(rules)]
+        if is_own(rules.format):
+            recipe.append(hash_of(rules.format, setting=SETTING))
         return xxhash.xxh3_128_hexdigest(json.dumps(recipe, sort_keys=True).encode()).encode()
 
     key = world.once_per_node(stage, make, os_error=lambda error: _unwritable(cache, error))
@@ -232,7 +239,7 @@ def _agree_on_key(
     def compare() -> None:
         if key != first:
             raise DataError(
-                f"data.{which}: {names} (or the tokenizer's files) differ between this node, that of rank "
+                f"data.{which}: {names} (or the tokenizer's files, or a format of your own) differ between this node, that of rank "
                 f"{world.world_rank}, and the first. Give every node the same files"
             )
 
@@ -369,8 +376,9 @@ class _Builder:
         return own
 
     def _encode(self) -> _Counts:
-        fmt = None if self._rules.format == "auto" else self._rules.format
-        records = read_records(self._names, fmt=fmt, which=self._which, is_fetched=True)
+        own = own_format(self._rules.format)
+        fmt = None if own is not None else named_format(self._rules.format)
+        records = read_records(self._names, fmt=fmt, which=self._which, is_fetched=True, own=own)
         check_template(self._tokenizer, formats=records.formats)
         group = self._group
         part = range(len(records) * group.index // group.size, len(records) * (group.index + 1) // group.size)
@@ -394,10 +402,12 @@ def _encode_one(
 ) -> Encoded | None:
     """The document of one record as the rules leave it, or None; counts what happened to it."""
     counts.num_samples += 1
+    own = own_format(rules.format)
     try:
-        document = encode_sample(
-            records[index], tokenizer=tokenizer, fmt=records.format_of(index), train_on=rules.train_on
-        )
+        record, fmt = records[index], records.format_of(index)
+        if own is not None:
+            record, fmt = own.read(record)
+        document = encode_sample(record, tokenizer=tokenizer, fmt=fmt, train_on=rules.train_on)
     except DataError as error:
         counts.broken.add(f"{records.where(index)}: {error}")
         return None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from dist_lora.data.prefetch import on_device
 from dist_lora.data.token_set import TokenSet
 from dist_lora.engines.engine import Engine
 from dist_lora.evaluation.generate import base_fits_whole, generate
+from dist_lora.evaluation.own_metrics import OwnMetric, Scores
 from dist_lora.evaluation.predictions import Prediction, Predictions
 from dist_lora.world.world import World
 
@@ -69,10 +70,14 @@ def held_out_loss(
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """How many generated answers equal the expected ones, character by character, ignoring surrounding whitespace."""
+    """How many generated answers equal the expected ones, character by character, ignoring surrounding whitespace.
+
+    ``metrics``: the mean of each metric of the user's own, by name.
+    """
 
     correct: int
     total: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def exact_match(
@@ -87,11 +92,13 @@ def exact_match(
     world: World,
     check_stop: Callable[[], None] = never_stop,
     predictions: Predictions | None = None,
+    metrics: Sequence[OwnMetric] = (),
 ) -> ExactMatch:
     """Generate the last answer of each sample from what comes before it, and compare. All ranks call it.
 
     Each rank takes every ``world_size``-th sample; if memory allows, the base stays gathered throughout. ``check_stop``
-    is called before each batch of answers, see ``held_out_loss``. ``predictions`` gets this rank's answers.
+    is called before each batch of answers, see ``held_out_loss``. ``predictions`` gets this rank's answers, and ``metrics``
+    judge each.
     """
     mine = [last_answer(*tokens.document(i)) for i in range(world.world_rank, len(tokens), world.world_size)]
     per_rank = math.ceil(len(tokens) / world.world_size)
@@ -99,7 +106,7 @@ def exact_match(
     model.eval()
     is_gathered = base_fits_whole(model, world)
     engine.keep_gathered(model, is_gathered)
-    correct = 0
+    correct, scores = 0, Scores(metrics, num_samples=len(tokens), world=world)
     try:
         for first in range(0, per_rank, batch):
             check_stop()
@@ -115,15 +122,17 @@ def exact_match(
                 wanted, found = (tokenizer.decode(ids) for ids in (_until_stop(expected, stop_ids), answer))
                 is_correct = found.strip() == wanted.strip()
                 correct += is_correct
-                if predictions is not None:
-                    predictions.of_samples[world.world_rank + i * world.world_size] = Prediction(
-                        tokenizer.decode(prompt), wanted, found, is_correct
-                    )
+                if predictions is not None or metrics:
+                    sample = world.world_rank + i * world.world_size
+                    prediction = Prediction(tokenizer.decode(prompt), wanted, found, is_correct)
+                    scores.add(sample, prediction)
+                    if predictions is not None:
+                        predictions.of_samples[sample] = prediction
     finally:
         engine.keep_gathered(model, False)
         model.train(was_training)
     total = world.sum(torch.tensor([float(correct)], device=world.device))
-    return ExactMatch(int(total), len(tokens))
+    return ExactMatch(int(total), len(tokens), scores.means())
 
 
 def _until_stop(ids: Sequence[int], stop_ids: frozenset[int]) -> list[int]:

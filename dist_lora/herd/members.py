@@ -186,9 +186,7 @@ def _all_members() -> dict[str, Member]:
                 )
             )
     # Of 3.3 there is no base: it was tuned anew from 3.1 70B.
-    members.append(
-        _member("3.3-70b-instruct", "Llama-3.3-70B-Instruct", release="3.3", size="70b", kind="instruct")
-    )
+    members.append(_member("3.3-70b-instruct", "Llama-3.3-70B-Instruct", release="3.3", size="70b", kind="instruct"))
     members.append(_member("guard-3-8b", "Llama-Guard-3-8B", release="3.1", size="8b", kind="guard"))
     members.append(_member("guard-3-1b", "Llama-Guard-3-1B", release="3.2", size="1b", kind="guard"))
     return {member.name: member for member in members}

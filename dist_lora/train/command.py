@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from dist_lora.data.model_limits import check_limits, warn_of_context
 from dist_lora.data.token_cache import TokenRules, Which, prepare_tokens
 from dist_lora.data.token_set import TokenSet, split_eval
 from dist_lora.data.untrained import check_special_tokens
-from dist_lora.errors import ConfigError, SaveError, cannot_write
+from dist_lora.errors import ConfigError, SaveError, StoppedOnRequest, cannot_write
 from dist_lora.evaluation.predictions import Predictions
 from dist_lora.files import write_whole
 from dist_lora.layout.choices import DtypeName
@@ -37,10 +37,12 @@ from dist_lora.run_folder.folder import open_run_folder, write_config
 from dist_lora.run_folder.log_file import to_log_file
 from dist_lora.text import count, gib, span
 from dist_lora.train.build import Base, Trainee, build, check_adapter, describe_trained, load_adapter, open_base
+from dist_lora.train.callbacks import Callbacks, StartedRun
 from dist_lora.train.finished import describe_finished, finished_line
 from dist_lora.train.held_out import exact_match_of, loss_of
 from dist_lora.train.loop import Run
 from dist_lora.train.meter import Meter, peak_bytes, reset_peak
+from dist_lora.train.own_code import check_own_code, own_code_facts, warn_of_other_code
 from dist_lora.train.resume import VerifiedCheckpoint, check_same_run, find_checkpoint, last_evaluated, warn_of_other_lr
 from dist_lora.train.signals import StopRequest
 from dist_lora.train.trackers import check_trackers
@@ -136,10 +138,12 @@ def train(
     peak_of: PeakOf,
     is_dry: bool = False,
     makes_profile: bool = False,
+    callbacks: Sequence[Any] = (),
 ) -> None:
     """``dist-lora train``. All ranks call it.
 
     Args:
+        callbacks: objects with hooks, besides those of ``train.callbacks``.
         peak_of: operations per second that a GPU of this name can reach in this dtype; None where that isn't known.
         makes_profile: of one step, see ``Recorder``.
     """
@@ -147,6 +151,7 @@ def train(
     if not is_dry and _is_finished(config, world):
         return
     _check_trackers(config, world)
+    check_own_code(config, world, callbacks=callbacks)
     base = open_base(config, world)
     warn_of_context(sequence_length=config.train.sequence_length, context=base.shape.context, world=world)
     if config.lora.start_from is not None:
@@ -191,9 +196,14 @@ def train(
         run.resume(checkpoint)
     if makes_profile and world.is_first:
         run.recorder = _recorder(run, folder, world)
+    has_callbacks = bool(config.train.callbacks or callbacks)
+    if has_callbacks:
+        world.on_first("the callbacks", lambda: _start_callbacks(run, folder, world, callbacks))
     _train(run, folder, world, stop, peak_of)
     _check_base(trainee, world)
-    _finish(run, folder, world, attempt, seconds=time.monotonic() - started_s)
+    summary = _finish(run, folder, world, attempt, seconds=time.monotonic() - started_s)
+    if has_callbacks:
+        world.on_first("the callbacks", lambda: _end_callbacks(run, summary))
 
 
 def _is_finished(config: Config, world: World) -> bool:
@@ -249,6 +259,7 @@ def _prepare_folder(
                 (folder / name).unlink(missing_ok=True)
         else:
             warn_of_other_lr(checkpoint, config, num_steps=num_steps)
+            warn_of_other_code(checkpoint, config)
         is_restart = config.checkpoint.resume != "never"
         return begin_attempt(
             folder, num_steps=num_steps, is_new=checkpoint is None, keeps_trackers=is_restart, began_s=began_s
@@ -264,6 +275,17 @@ def _check_trackers(config: Config, world: World) -> None:
     world.on_first("log.trackers", lambda: check_trackers(config.log.trackers))
 
 
+def _start_callbacks(run: Run, folder: Path, world: World, given: Sequence[Any]) -> None:
+    run.callbacks = Callbacks.of(run.config, given, world)
+    first_step = run.progress.step + 1
+    run.callbacks.start(StartedRun(run.config, folder, first_step, run.num_steps), last_saved=run.saver.last)
+
+
+def _end_callbacks(run: Run, summary: dict[str, Any] | None) -> None:
+    assert run.callbacks is not None and summary is not None  # this is the first rank
+    run.callbacks.end(summary)
+
+
 def _train(run: Run, folder: Path, world: World, stop: StopRequest, peak_of: PeakOf) -> None:
     def open_meter() -> Meter:
         world.progress.now("opening the trackers", kind="unseen")
@@ -276,6 +298,7 @@ def _train(run: Run, folder: Path, world: World, stop: StopRequest, peak_of: Pea
             first_step=run.progress.step + 1,
             num_steps=run.num_steps,
             peak_flops_per_s=_peak_flops_per_s(run, world, peak_of),
+            callbacks=run.callbacks,
         )
 
     with contextlib.ExitStack() as opened:
@@ -285,7 +308,11 @@ def _train(run: Run, folder: Path, world: World, stop: StopRequest, peak_of: Pea
             os_error=lambda error: cannot_write(f"{folder}: can't be written: {error}", error),
         )
         with stop.deferred(folder if world.is_first else None):
-            run.train(meter, stop)
+            try:
+                run.train(meter, stop)
+            except StoppedOnRequest:
+                run.tell_of_saves()
+                raise
 
 
 def _peak_flops_per_s(run: Run, world: World, peak_of: PeakOf) -> float | None:
@@ -321,13 +348,13 @@ def _check_base(trainee: Trainee, world: World) -> None:
     world.agree_on("the frozen base", trainee.check_base)
 
 
-def _finish(run: Run, folder: Path, world: World, attempt: Attempt | None, *, seconds: float) -> None:
-    """Write the adapter in PEFT's format and a summary, on the first rank; the others wait outside collectives."""
+def _finish(run: Run, folder: Path, world: World, attempt: Attempt | None, *, seconds: float) -> dict[str, Any] | None:
+    """Write the adapter in PEFT's format and a summary, on the first rank, which returns it; the others wait outside collectives."""
     out = folder / "adapter"
     world.progress.now("writing the adapter", kind="long")
     world.share(f"finish/peak/{world.world_rank}", str(peak_bytes(world.device)).encode())
 
-    def finish() -> None:
+    def finish() -> dict[str, Any]:
         gather_adapter(run.checkpoints.of_adapter(run.progress), out=out, tokenizer=run.trainee.base.folder)
         peaks = [peak_bytes(world.device)]
         peaks += [int(world.fetch(f"finish/peak/{rank}")) for rank in range(1, world.world_size)]
@@ -336,19 +363,26 @@ def _finish(run: Run, folder: Path, world: World, attempt: Attempt | None, *, se
         summary["peak_bytes"] = attempt.peaks_with(peaks)
         write_whole(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         log.info(f"done: {count(run.num_steps, 'step')} in {seconds:.0f} s; adapter: {out}")
+        return summary
 
-    world.on_first("the adapter", finish, os_error=lambda e: SaveError(f"{folder}: the adapter can't be written: {e}"))
+    return world.on_first(
+        "the adapter", finish, os_error=lambda e: SaveError(f"{folder}: the adapter can't be written: {e}")
+    )
 
 
 def _summary(run: Run, folder: Path, out: Path, *, seconds: float) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return describe_trained(run.trainee) | {
-        "steps": run.num_steps,
-        "loss_first": lines[0]["loss"] if lines else None,
-        "loss_last": lines[-1]["loss"] if lines else None,
-        "adapter_bytes": (out / "adapter_model.safetensors").stat().st_size,
-        "seconds": round(seconds, 1),
-    }
+    return (
+        describe_trained(run.trainee)
+        | {
+            "steps": run.num_steps,
+            "loss_first": lines[0]["loss"] if lines else None,
+            "loss_last": lines[-1]["loss"] if lines else None,
+            "adapter_bytes": (out / "adapter_model.safetensors").stat().st_size,
+            "seconds": round(seconds, 1),
+        }
+        | own_code_facts(run.config)
+    )
 
 
 def plan_lines(
@@ -410,6 +444,7 @@ def evaluate(
     predictions = None if predictions_file is None else Predictions(predictions_file)
     if predictions is not None:
         world.on_first("the predictions' file", predictions.refuse_existing)
+    check_own_code(config, world, is_training=False)
     base = open_base(config, world)
     if adapter is not None:
         config = check_adapter(adapter, config=config, base=base, world=world)
@@ -428,9 +463,9 @@ def evaluate(
         result |= _loss(config, trainee, held_out, world) | {"base_loss": loss_of_base["loss"]}
         if result["loss"] == result["base_loss"]:
             log.warning(f"{adapter}: the loss equals the base's, bit for bit: this adapter changes nothing")
-    if config.eval.exact_match or predictions is not None:
+    if config.eval.exact_match or config.eval.metrics or predictions is not None:
         match = exact_match_of(trainee, held_out, config=config, world=world, predictions=predictions)
-        result["exact_match"] = {"correct": match.correct, "total": match.total}
+        result |= {"exact_match": {"correct": match.correct, "total": match.total}, **match.metrics}
     if predictions is not None:
         predictions.write(world)
     return result | {"seconds": round(time.monotonic() - started_s, 1)}

@@ -12,6 +12,7 @@ from dist_lora.data.loader import EvalBatches
 from dist_lora.data.token_set import TokenSet
 from dist_lora.evaluation.evaluate import ExactMatch, HeldOut, exact_match, held_out_loss, never_stop
 from dist_lora.evaluation.generate import stop_ids_of
+from dist_lora.evaluation.own_metrics import own_metrics
 from dist_lora.evaluation.predictions import Predictions
 from dist_lora.pace import Advance, pace
 from dist_lora.train.build import Trainee
@@ -63,7 +64,7 @@ def exact_match_of(
     check_stop: Callable[[], None] = never_stop,
     predictions: Predictions | None = None,
 ) -> ExactMatch:
-    """How many of the trainee's answers match exactly. All ranks call it. See ``evaluation.evaluate.exact_match``."""
+    """How many of the trainee's answers match exactly, and what ``eval.metrics`` find. All ranks call it. See ``evaluation.evaluate.exact_match``."""
     batch = config.eval.batch or ANSWERS_AT_ONCE
     total = math.ceil(math.ceil(len(tokens) / world.world_size) / batch)
     with pace("generating answers, batch by batch", is_shown=_is_shown(world, check_stop)) as advance:
@@ -78,4 +79,5 @@ def exact_match_of(
             world=world,
             check_stop=_counted(check_stop, advance, total=total),
             predictions=predictions,
+            metrics=own_metrics(config),
         )

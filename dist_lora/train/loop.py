@@ -13,6 +13,7 @@ from dist_lora.data.loader import Loader
 from dist_lora.data.token_set import TokenSet
 from dist_lora.profile.recorder import Recorder
 from dist_lora.train.build import Trainee
+from dist_lora.train.callbacks import Callbacks
 from dist_lora.train.checkpoints import RunCheckpoints, RunProgress
 from dist_lora.train.garbage import collected_between_steps
 from dist_lora.train.held_out import exact_match_of, loss_of
@@ -43,6 +44,7 @@ class Run:
     ) -> None:
         self.config, self.trainee, self.num_steps = config, trainee, num_steps
         self.recorder: Recorder | None = None  # on a rank that makes a profile
+        self.callbacks: Callbacks | None = None  # on the first rank, where there are any
         self._world, self._held_out = world, held_out
         trainee.adapters.start_training(config.optim)
         self.progress = RunProgress()
@@ -107,11 +109,18 @@ class Run:
                 stopping.begin()
             if is_to_save or is_asked:
                 self.save()
+            self.tell_of_saves()
             collect_after(step)
             longest_s = max(longest_s, time.monotonic() - started_s)
             if is_asked and (not is_last or self._is_to_evaluate()):
                 stopping.stop(f"at step {step}/{self.num_steps}")
         self.checkpoints.finish(self.progress)
+        self.tell_of_saves()
+
+    def tell_of_saves(self) -> None:
+        """Tell the callbacks of a checkpoint that has become complete."""
+        if self.callbacks is not None:
+            self.callbacks.look_at(self.saver.last)
 
     def _is_to_evaluate(self) -> bool:
         """Whether the held-out set is due to be evaluated after the last step, and wasn't yet."""
@@ -133,9 +142,11 @@ class Run:
         try:
             held_out = loss_of(self.trainee, self._held_out, **arguments)
             values = {"eval_loss": held_out.loss, "eval_perplexity": held_out.perplexity}
-            if self.config.eval.exact_match:
+            if self.config.eval.exact_match or self.config.eval.metrics:
                 match = exact_match_of(self.trainee, self._held_out, **arguments)
-                values["eval_exact_match"] = match.correct / match.total
+                if self.config.eval.exact_match:
+                    values["eval_exact_match"] = match.correct / match.total
+                values |= {f"eval_{name}": mean for name, mean in match.metrics.items()}
         except _EvaluationInterrupted:
             return False
         self.progress.evaluated_step = step

@@ -23,6 +23,7 @@ ROAD = (
     "text",
     "files",
     "pace",
+    "own_code",
     "profile",
     "config",
     "herd",
@@ -43,6 +44,8 @@ ROAD = (
     "doctor",
     "simulation",
     "slurm",
+    "work",
+    "api",
     "cli",
     "__main__",
 )

@@ -208,7 +208,7 @@ def test_an_unknown_section_and_a_setting_in_the_wrong_place_are_told_apart(tmp_
     assert "c.yaml:5: lr: no such setting (did you mean optim.lr?)" in text
     assert "c.yaml:6: lora.seed: no such setting (did you mean train.seed?)" in text
     assert "c.yaml:7: zzz: no such setting (there are run, runs_dir, model, lora, data, train" in text
-    assert "c.yaml:8: eval.zzz: no such setting (eval has every, exact_match, max_new_tokens, batch)" in text
+    assert "c.yaml:8: eval.zzz: no such setting (eval has every, exact_match, metrics, max_new_tokens, batch)" in text
     assert "c.yaml:9: sequence_lenght: no such setting (nearest: train.sequence_length)" in text
 
 
