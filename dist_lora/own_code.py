@@ -125,7 +125,12 @@ def all_of(loads: Sequence[Callable[[], Any]]) -> list[Any]:
 
 
 def _source_of(module: str, *, setting: str, path: str) -> tuple[Path, str]:
-    """The source file of a module, and its SHA-256."""
+    """The source file of a module, and its SHA-256.
+
+    Python's own modules are refused: a function like ``subprocess.call`` would take a text of the data for a command.
+    """
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        raise ConfigError(f"{setting}: {path}: {module} is a module of Python's own; a module of yours is expected")
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)  # last, so that nothing there hides an installed package

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_lora.data.records import EXAMPLES, Format, recognize_format
-from dist_lora.data.turns import shown
 from dist_lora.errors import DataError
 from dist_lora.own_code import OwnCode, check_arguments, is_own, load_code
 
@@ -33,7 +32,7 @@ class OwnFormat:
             raise DataError(self.code.raised(error)) from error
         if not isinstance(made, Mapping) or not made or not all(isinstance(key, str) for key in made):
             raise DataError(
-                f"{self.code.path} returned {shown(made)}; a record is expected, e.g. {EXAMPLES['messages']}"
+                f"{self.code.path} returned {made!r:.80}; a record is expected, e.g. {EXAMPLES['messages']}"
             )
         return dict(made)
 

@@ -10,7 +10,7 @@ from typing import Any
 from dist_lora.config.schema import Config
 from dist_lora.data.own_format import own_format
 from dist_lora.evaluation.own_metrics import own_metrics
-from dist_lora.own_code import all_of, hash_of, is_own
+from dist_lora.own_code import all_of, hash_of, is_own, load_code
 from dist_lora.train.callbacks import check_hooks, code_of_object, own_callbacks
 from dist_lora.train.resume import VerifiedCheckpoint
 from dist_lora.world.world import World
@@ -35,9 +35,14 @@ def check_own_code(config: Config, world: World, *, is_training: bool = True, ca
             loads.append(lambda: own_callbacks(config))
         all_of([*loads, *(functools.partial(check_hooks, code_of_object(callback)) for callback in callbacks)])
 
-    if _named(config) or callbacks:
+    named = [(setting, path) for setting, path in _named(config) if is_training or setting != "train.callbacks"]
+    if named or callbacks:
         world.progress.now("importing code of your own", kind="unseen")
         world.agree_on("code of your own", check)
+        if world.is_first:
+            for setting, path in named:
+                code = load_code(path, setting=setting)
+                log.info(f"{setting}: {path}, of {code.file} (SHA-256 {code.sha256[:12]})")
 
 
 def _named(config: Config) -> list[tuple[str, str]]:

@@ -27,7 +27,9 @@ class Best(api.Callback):
 
 
 if __name__ == "__main__":  # rank by rank; the module is imported again for its format and metric
-    config = api.load(sys.argv[1], "data.format=library_example:as_chat", "eval.metrics=[library_example:share_of_words]")
+    config = api.load(
+        sys.argv[1], "data.format=library_example:as_chat", "eval.metrics=[library_example:share_of_words]"
+    )
     best = Best()
     run = api.train(config, callbacks=[best])
     values = api.evaluate(config, adapter=run.adapter)

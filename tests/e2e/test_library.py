@@ -14,9 +14,11 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
+from dist_lora import api
 from dist_lora.checkpoint.manifest import read_manifest
+from dist_lora.errors import OwnCodeError
 from tests import ROOT
-from tests.e2e.runs import environment, write_config, write_lines
+from tests.e2e.runs import environment, losses, run_each_rank, write_config, write_lines
 
 EXAMPLE = Path(__file__).with_name("library_example.py")
 METRIC = "eval_share_of_words"
@@ -83,3 +85,52 @@ def test_the_example_is_short_and_stands_on_the_page() -> None:
     assert text in (ROOT / "docs" / "library.md").read_text()
     statements = [line for line in text.splitlines() if line.strip() and '"""' not in line]
     assert len(statements) <= 31
+
+
+def test_a_callback_that_raises_ends_all_ranks_and_is_named_once(config) -> None:
+    codes, ended = run_each_rank("train", config, "run=raises", "train.callbacks=[tests.own:RaisesAtTwo]", timeout_s=60)
+    assert codes == [2, 2]
+    assert len(re.findall("error: ", ended.stderr)) == 1
+    assert re.search(
+        r"^error: train\.callbacks: tests\.own:RaisesAtTwo\.on_step raised ZeroDivisionError: two is too much "
+        r"\(.*tests/own\.py:\d+\)$",
+        ended.stderr,
+        re.MULTILINE,
+    ), ended.stderr
+    assert [step for step, _ in losses(config.parent / "runs" / "raises")] == [1, 2]
+
+
+def test_code_that_cannot_be_used_is_refused_by_all_ranks_before_the_base_is_opened(config) -> None:
+    names = ("data.format=nowhere:f", "eval.metrics=[tests.own:one_argument]", "train.callbacks=[tests.own:Misspelt]")
+    codes, ended = run_each_rank("train", config, "run=refused", "model.name=./none", *names, timeout_s=60)
+    assert codes == [2, 2]
+    error = ended.stderr[ended.stderr.index("error: ") :]
+    for told in (
+        "data.format: nowhere:f: there is no module nowhere",
+        "eval.metrics: tests.own:one_argument takes",
+        "train.callbacks: tests.own:Misspelt: on_stpe is no hook (nearest: on_step)",
+    ):
+        assert error.count(told) == 1, error
+    assert "model.name" not in error
+
+
+def test_a_single_process_raises_what_is_wrong_and_the_next_call_goes_on(config, monkeypatch, capsys) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    alone = api.load(config, "run=alone", "train.steps=2", "checkpoint.every=1")
+
+    class Fails(api.Callback):
+        def on_step(self, line: dict) -> None:
+            raise OSError("no network")
+
+    with pytest.raises(OwnCodeError, match=r"Fails\.on_step raised OSError: no network") as caught:
+        api.train(alone, callbacks=[Fails()])
+    assert isinstance(caught.value.__cause__, OSError) and "error: " not in capsys.readouterr().err
+    run = api.train(alone)
+    assert run.summary["steps"] == 2 and (run.adapter / "adapter_model.safetensors").is_file()
+    assert api.train(alone) == run, "a run that is done is left alone"
+    answers = api.generate(run.adapter, ["say 1", [{"role": "user", "content": "say 2"}]], max_new_tokens=3)
+    assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
+    gathered = api.gather(run.folder, out=config.parent / "gathered")
+    weights = "adapter_model.safetensors"
+    assert (gathered / weights).read_bytes() == (run.adapter / weights).read_bytes()
