@@ -11,6 +11,7 @@ A request to stop (a signal, a file STOP) ends a process with ``SystemExit``: 75
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -236,3 +237,4 @@ def _joined(config: Config, *, end: work.End = lambda error: None, needs_all: bo
             yield world
     finally:
         _logger.setLevel(before)
+        gc.collect()  # a model whose parts refer to each other would lie beside that of the next call

@@ -184,26 +184,17 @@ def train(
         return
     attempt = _prepare_folder(checkpoint, config, num_steps=num_steps, folder=folder, began_s=began_s, world=world)
     trainee = build(config, base, world)
-    if world.is_first:
-        log.info(trainee.precision.line())
-        if world.device.type == "cuda":
-            log.info(
-                f"loading held at most {gib(peak_bytes(world.device))} on {world.device}; from here on peaks are the steps'"
-            )
-    reset_peak(world.device)
+    _tell_of_loading(trainee, world)
     run = Run(config, trainee, loader=loader, held_out=held_out, num_steps=num_steps, folder=folder, world=world)
     if checkpoint is not None:
         run.resume(checkpoint)
     if makes_profile and world.is_first:
         run.recorder = _recorder(run, folder, world)
-    has_callbacks = bool(config.train.callbacks or callbacks)
-    if has_callbacks:
-        world.on_first("the callbacks", lambda: _start_callbacks(run, folder, world, callbacks))
+    _start_callbacks(run, folder, world, callbacks)
     _train(run, folder, world, stop, peak_of)
     _check_base(trainee, world)
     summary = _finish(run, folder, world, attempt, seconds=time.monotonic() - started_s)
-    if has_callbacks:
-        world.on_first("the callbacks", lambda: _end_callbacks(run, summary))
+    _end_callbacks(run, summary, world, callbacks)
 
 
 def _is_finished(config: Config, world: World) -> bool:
@@ -275,15 +266,38 @@ def _check_trackers(config: Config, world: World) -> None:
     world.on_first("log.trackers", lambda: check_trackers(config.log.trackers))
 
 
+def _tell_of_loading(trainee: Trainee, world: World) -> None:
+    """Log how the trainee computes and what loading it took; peaks are the steps' from here on."""
+    if world.is_first:
+        log.info(trainee.precision.line())
+        if world.device.type == "cuda":
+            log.info(
+                f"loading held at most {gib(peak_bytes(world.device))} on {world.device}; from here on peaks are the steps'"
+            )
+    reset_peak(world.device)
+
+
 def _start_callbacks(run: Run, folder: Path, world: World, given: Sequence[Any]) -> None:
-    run.callbacks = Callbacks.of(run.config, given, world)
-    first_step = run.progress.step + 1
-    run.callbacks.start(StartedRun(run.config, folder, first_step, run.num_steps), last_saved=run.saver.last)
+    """Make the callbacks on the first rank, if there are any, and tell them of the run. All ranks call it."""
+
+    def start() -> None:
+        run.callbacks = Callbacks.of(run.config, given, world)
+        first_step = run.progress.step + 1
+        run.callbacks.start(StartedRun(run.config, folder, first_step, run.num_steps), last_saved=run.saver.last)
+
+    if run.config.train.callbacks or given:
+        world.on_first("the callbacks", start)
 
 
-def _end_callbacks(run: Run, summary: dict[str, Any] | None) -> None:
-    assert run.callbacks is not None and summary is not None  # this is the first rank
-    run.callbacks.end(summary)
+def _end_callbacks(run: Run, summary: dict[str, Any] | None, world: World, given: Sequence[Any]) -> None:
+    """Tell the callbacks, if there are any, of the end. All ranks call it; ``summary`` is the first's."""
+
+    def end() -> None:
+        assert run.callbacks is not None and summary is not None  # this is the first rank
+        run.callbacks.end(summary)
+
+    if run.config.train.callbacks or given:
+        world.on_first("the callbacks", end)
 
 
 def _train(run: Run, folder: Path, world: World, stop: StopRequest, peak_of: PeakOf) -> None:

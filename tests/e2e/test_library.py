@@ -60,6 +60,7 @@ def lines_of(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (folder / "runs" / "it" / name).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_example_trains_evaluates_and_merges_on_two_ranks_under_torchrun(done) -> None:
     folder, printed = done
     told = re.fullmatch(r"best loss (\S+), (\S+), (\d+) matrices merged\n", printed)
@@ -71,6 +72,7 @@ def test_the_example_trains_evaluates_and_merges_on_two_ranks_under_torchrun(don
     AutoModelForCausalLM.from_pretrained(folder / "merged")
 
 
+@pytest.mark.slow
 def test_the_hash_of_its_module_is_kept_with_the_run_and_the_checkpoint(done) -> None:
     folder = done[0] / "runs" / "it"
     expected = hashlib.sha256(EXAMPLE.read_bytes()).hexdigest()

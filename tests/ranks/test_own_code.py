@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from dist_lora.checkpoint.manifest import read_manifest
 from dist_lora.config.schema import Config
 from dist_lora.evaluation.own_metrics import Scores, own_metrics
 from dist_lora.evaluation.predictions import Prediction
 from dist_lora.train import command
 from dist_lora.world.world import World
+from tests import own
 from tests.ranks.runs import chats_settings, metrics, train_command
 
 
@@ -54,6 +57,14 @@ def test_each_hook_is_called_once_in_order_with_what_the_run_has_written(setting
         ["on_evaluation", evaluation],
         ["on_end", json.loads((folder / "summary.json").read_text())],
     ]
+
+
+def test_the_hash_of_each_module_is_kept_with_the_run_and_the_checkpoint(settings) -> None:
+    folder = Path(settings["runs_dir"]) / "it"
+    expected = hashlib.sha256(Path(own.__file__).read_bytes()).hexdigest()
+    named = dict.fromkeys(("eval.metrics tests.own:length", "train.callbacks tests.own:Notes"), expected)
+    assert json.loads((folder / "summary.json").read_text())["own_code"] == named
+    assert read_manifest(folder / "checkpoints" / "step-00000004").progress["own_code"] == named
 
 
 def test_the_mean_of_a_metric_is_that_of_the_answers_of_one_process(settings, tmp_path) -> None:
