@@ -90,7 +90,7 @@ def test_the_example_is_short_and_stands_on_the_page() -> None:
 
 
 def test_a_callback_that_raises_ends_all_ranks_and_is_named_once(config) -> None:
-    codes, ended = run_each_rank("train", config, "run=raises", "train.callbacks=[tests.own:RaisesAtTwo]", timeout_s=60)
+    codes, ended = run_each_rank("train", config, "run=raises", "train.callbacks=[tests.own:RaisesAtTwo]")
     assert codes == [2, 2]
     assert len(re.findall("error: ", ended.stderr)) == 1
     assert re.search(
@@ -104,7 +104,7 @@ def test_a_callback_that_raises_ends_all_ranks_and_is_named_once(config) -> None
 
 def test_code_that_cannot_be_used_is_refused_by_all_ranks_before_the_base_is_opened(config) -> None:
     names = ("data.format=nowhere:f", "eval.metrics=[tests.own:one_argument]", "train.callbacks=[tests.own:Misspelt]")
-    codes, ended = run_each_rank("train", config, "run=refused", "model.name=./none", *names, timeout_s=60)
+    codes, ended = run_each_rank("train", config, "run=refused", "model.name=./none", *names)
     assert codes == [2, 2]
     error = ended.stderr[ended.stderr.index("error: ") :]
     for told in (

@@ -53,3 +53,10 @@ def test_a_mapping_is_refused_as_a_file_is_and_stays_as_it_was() -> None:
         "[my_pkg.my_mod:MyCallback]",
     ]
     assert json.dumps(settings) == before
+    kept = SETTINGS | {"log": {"tracker_options": {"tensorboard": {"max_queue": 1}}}}
+    before = json.dumps(kept)
+    assert (
+        api.load(kept, "log.tracker_options.tensorboard.max_queue=2").log.tracker_options["tensorboard"]["max_queue"]
+        == 2
+    )
+    assert json.dumps(kept) == before
