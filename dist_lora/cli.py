@@ -9,20 +9,21 @@ import json
 import logging
 import os
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from dist_lora.errors import EXIT_FAILED, ConfigError, DistLoraError, RunInUse, StopNow, StoppedOnRequest, exit_code_of
-from dist_lora.text import without_cpp_stack
+from dist_lora.errors import EXIT_FAILED, ConfigError, DistLoraError, StopNow, exit_code_of
+from dist_lora.supervision.told import report_error
 
 if TYPE_CHECKING:
     from dist_lora.config.schema import Config
+    from dist_lora.work import End
     from dist_lora.world.world import World
 
 _HELP = {"help_option_names": ["-h", "--help"]}
@@ -118,32 +119,15 @@ def train(
     ] = False,
 ) -> None:
     """Train adapters; the same command resumes from the last checkpoint."""
+    from dist_lora.work import EndedBefore
+    from dist_lora.work import train as train_here
+
     loaded = _load(config, overrides)
-    from dist_lora.run_folder.log_file import append_to_log
-    from dist_lora.run_folder.status import StatusWriter
-    from dist_lora.train.signals import StopRequest
-
-    status_writer = StatusWriter(loaded.runs_dir / loaded.run)
-    before = None if dry_run else status_writer.ended_before()
-    if before is not None:
-        print(f"not restarted, since it ended with exit code {before.code}: {before.reason}", file=sys.stderr)
-        sys.exit(before.code)
-
-    def end(error: BaseException | None) -> None:
-        if not dry_run:
-            if error is not None and not isinstance(error, RunInUse):
-                append_to_log(status_writer.folder, error_text(error))
-            status_writer.end(error)
-
-    # Entered before the imports below, which take long on some file systems.
-    with StopRequest() as stop, _joined(loaded, nproc, needs_all=not dry_run, end=end) as world:
-        from dist_lora.plan.hardware import peak_flops_per_s
-        from dist_lora.train.command import train as train_here
-
-        train_here(loaded, world, stop, is_dry=dry_run, makes_profile=profile, peak_of=peak_flops_per_s)
-        stop.close()
-        if world.is_first:
-            end(None)
+    try:
+        train_here(loaded, enter=partial(_joined, nproc), is_dry=dry_run, makes_profile=profile)
+    except EndedBefore as before:
+        print(before, file=sys.stderr)
+        sys.exit(before.exit_code)
 
 
 @app.command()
@@ -314,17 +298,12 @@ def evaluate(
 ) -> None:
     """Held-out loss, perplexity, and of generated answers exact matches and tool calls, if eval.exact_match and eval.tool_calls are set."""
     loaded = _load(config, overrides)
-    if adapter is not None:
-        from dist_lora.lora.adapter_folder import check_adapter_folder
+    from dist_lora.work import evaluate as evaluate_here
 
-        check_adapter_folder(adapter)
+    def show(result: dict[str, Any]) -> None:
+        print(json.dumps(result) if as_json else _as_table(result), flush=True)
 
-    with _joined(loaded, nproc) as world:
-        from dist_lora.train.command import evaluate as evaluate_here
-
-        result = evaluate_here(loaded, world, adapter=adapter, predictions_file=predictions)
-        if world.is_first:
-            print(json.dumps(result) if as_json else _as_table(result), flush=True)
+    evaluate_here(loaded, enter=partial(_joined, nproc), adapter=adapter, predictions=predictions, show=show)
 
 
 @app.command()
@@ -411,35 +390,15 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base weights: a model that runs at the base's speed. Streams from file to file."""
-    from dist_lora.lora.adapter_folder import check_adapter_folder
     from dist_lora.lora.deliver import Delivery, deliver
-    from dist_lora.lora.find_base import find_base
-    from dist_lora.lora.merge import merge_adapter
-    from dist_lora.lora.origin import origin_of
     from dist_lora.lora.push import check_push
     from dist_lora.lora.served import servers_of_merged
-    from dist_lora.pace import pace
-    from dist_lora.text import size
+    from dist_lora.work import merge as merge_here
 
-    check_adapter_folder(adapter)  # before a base is looked for, and perhaps downloaded
     check_push(push, is_public=public)
-    trained_quant = origin_of(adapter).quant
-    folder = find_base(adapter, base)
-    with pace("merging", unit=size) as advance:
-        report = merge_adapter(
-            adapter,
-            base=folder,
-            out=out,
-            force=force,
-            dtype=dtype.value if dtype else None,
-            quant=quant.value,
-            on_progress=advance,
-        )
-    if trained_quant not in (None, report.quant):
-        logging.getLogger("dist_lora").warning(
-            f"{adapter} was trained on its base in {trained_quant}, and is merged into it in {report.quant}: "
-            f"--quant {trained_quant} gives exactly the model that was trained"
-        )
+    report = merge_here(
+        adapter, out=out, base=base, force=force, quant=quant.value, dtype=None if dtype is None else dtype.value
+    )
     deliver(
         out,
         f"{out}: {report.changed_tensors} of the base's matrices changed, in {report.seconds:.1f} s",
@@ -574,13 +533,9 @@ def doctor(
 
 
 def _load(config: Path, overrides: list[str] | None) -> Config:
-    from dist_lora.config.load import load_config
-    from dist_lora.world.allocator import allocator_settings
+    from dist_lora.work import load
 
-    loaded = load_config(config, overrides=overrides or ())
-    # torch, which reads them, isn't imported yet
-    os.environ.update(allocator_settings(os.environ, is_offloaded=loaded.parallel.offload != "none"))
-    return loaded
+    return load(config, overrides or ())
 
 
 def _as_table(result: dict[str, Any]) -> str:
@@ -620,11 +575,7 @@ def _table_of_sets(sets: dict[str, dict[str, Any]]) -> list[str]:
 
 @contextmanager
 def _joined(
-    config: Config,
-    nproc: int | None,
-    *,
-    needs_all: bool = True,
-    end: Callable[[BaseException | None], None] = lambda error: None,
+    nproc: int | None, config: Config, *, end: End = lambda error: None, needs_all: bool = True
 ) -> Iterator[World]:
     """The ``World`` of this rank, started by a launcher or alone; else it starts local ranks.
 
@@ -676,31 +627,6 @@ def _num_gpus() -> int:
     import torch
 
     return max(1, torch.cuda.device_count())
-
-
-def report_error(error: BaseException, who: str = "") -> None:
-    """Print an error; see ``error_text``. Under torchrun also leave it the text, which it shows last."""
-    text = error_text(error, who)
-    print(text, file=sys.stderr, flush=True)
-    from dist_lora.world.launcher import note_for_torchrun
-
-    note_for_torchrun(os.environ, text)
-
-
-def error_text(error: BaseException, who: str = "") -> str:
-    """An error as it is shown: a user's error as one message, an internal error with its stack.
-
-    ``who`` is the rank that failed, where that is of use.
-    """
-    if isinstance(error, StoppedOnRequest | StopNow | KeyboardInterrupt):
-        return str(error) or "interrupted"
-    message, stack = without_cpp_stack(str(error)), ""
-    if not isinstance(error, DistLoraError):
-        formatted = traceback.TracebackException.from_exception(error)
-        last = list(formatted.format_exception_only())
-        message = without_cpp_stack("".join(last).strip())
-        stack = "\n" + "".join(list(formatted.format())[: -len(last)]).rstrip()
-    return f"error: {who + ': ' if who else ''}{message}{stack}"
 
 
 class _Lines(logging.Formatter):

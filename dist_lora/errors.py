@@ -36,6 +36,12 @@ class DataError(DistLoraError, ValueError):
     exit_code = EXIT_USER
 
 
+class OwnCodeError(DistLoraError, RuntimeError):
+    """A format, metric or callback of the user's own raised an error, or returned what it must not."""
+
+    exit_code = EXIT_USER
+
+
 class PlanError(DistLoraError, MemoryError):
     """The run doesn't fit the machines it is given."""
 

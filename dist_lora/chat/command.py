@@ -10,7 +10,7 @@ from typing import get_args
 from dist_lora.base.index import WeightIndex, open_index
 from dist_lora.base.quant.published import open_base_on_disk
 from dist_lora.chat.chat import ChatModel, chat, continue_text
-from dist_lora.chat.prompts import encode_prompts, read_prompts, write_answers
+from dist_lora.chat.prompts import Prompt, encode_prompts, read_prompts, write_answers
 from dist_lora.config.schema import Config
 from dist_lora.data.chat import SampleKind
 from dist_lora.engines.precision import set_products
@@ -19,6 +19,7 @@ from dist_lora.evaluation.generate import generate, stop_ids_of
 from dist_lora.files import refuse_file
 from dist_lora.lora.find_base import find_base
 from dist_lora.lora.origin import origin_of
+from dist_lora.pace import pace
 from dist_lora.train.build import Trainee, build, check_adapter, load_adapter, open_base
 from dist_lora.world.world import World
 
@@ -131,12 +132,32 @@ def answer_file(
 
     Raises:
         ConfigError: ``out`` exists, or ``prompts`` can't be read.
-        DataError: lines are no prompts, or the chat template refuses them.
-        AdapterError, WeightsError: the adapter or its base is damaged, or they don't belong together.
         SaveError: ``out`` can't be written.
+        what ``answers_to`` raises.
     """
     refuse_file(out, option="--out")
     asked = read_prompts(prompts)
+    answers = answers_to(asked, adapter, base=base, system=system, is_plain=is_plain, max_new_tokens=max_new_tokens)
+    write_answers(asked, answers, out=out)
+    return len(asked)
+
+
+def answers_to(
+    asked: Sequence[Prompt],
+    adapter: Path,
+    *,
+    base: str | None,
+    system: str | None,
+    is_plain: bool,
+    max_new_tokens: int,
+) -> list[str]:
+    """The answers to some prompts, in their order, by an adapter and its base in this process.
+
+    Raises:
+        ConfigError: a system message is given for plain text.
+        DataError: the chat template refuses prompts, or they don't fit the context; names each.
+        AdapterError, WeightsError: the adapter or its base is damaged, or they don't belong together.
+    """
     world = World.alone()
     trainee = open_for_answers(adapter, base=base, world=world)
     tokenizer = trainee.base.tokenizer
@@ -145,16 +166,16 @@ def answer_file(
         raise ConfigError("--system: plain text is continued here, which has no system message; leave the option out")
     context = trainee.base.shape.context
     encoded = encode_prompts(asked, tokenizer=tokenizer, kind=kind, system=system, context=context)
-    num_cut = 0
     stop_ids = stop_ids_of(trainee.base.folder, tokenizer)
-
-    def answers_to(some: Sequence[list[int]]) -> list[str]:
-        nonlocal num_cut
-        ids = generate(trainee.model, some, stop_ids=stop_ids, max_new_tokens=max_new_tokens, world=world)
-        num_cut += sum(len(prompt) + len(answer) >= context for prompt, answer in zip(some, ids, strict=True))
-        return [str(tokenizer.decode(answer)) for answer in ids]
-
-    write_answers(asked, encoded, out=out, batch=PROMPTS_AT_ONCE, answer=answers_to)
+    answers: list[str] = []
+    num_cut = 0
+    with pace("answering prompts") as advance:
+        for first in range(0, len(encoded), PROMPTS_AT_ONCE):
+            some = encoded[first : first + PROMPTS_AT_ONCE]
+            ids = generate(trainee.model, some, stop_ids=stop_ids, max_new_tokens=max_new_tokens, world=world)
+            num_cut += sum(len(prompt) + len(answer) >= context for prompt, answer in zip(some, ids, strict=True))
+            answers += [str(tokenizer.decode(answer)) for answer in ids]
+            advance(len(answers), len(encoded))
     if num_cut:
         log.warning(f"{num_cut:,} of {len(asked):,} answers end at the model's context of {context:,} tokens")
-    return len(asked)
+    return answers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from dist_lora.data.sources import Faults
 from dist_lora.data.text_files import JsonLines
 from dist_lora.errors import ConfigError, DataError, cannot_write
 from dist_lora.files import write_whole
-from dist_lora.pace import pace
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson")
 _NO_LINES = (".json", ".csv", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst")
@@ -136,27 +135,12 @@ def _encode(record: dict[str, Any], *, tokenizer: Any, kind: SampleKind, system:
     return encode_prompt(messages, tokenizer=tokenizer, beside=beside)
 
 
-def write_answers(
-    prompts: Sequence[Prompt],
-    encoded: Sequence[list[int]],
-    *,
-    out: Path,
-    batch: int,
-    answer: Callable[[Sequence[list[int]]], list[str]],
-) -> None:
+def write_answers(prompts: Sequence[Prompt], answers: Sequence[str], *, out: Path) -> None:
     """Write ``out``, whole or not at all: each record with its answer as ``generated``, in the order of the prompts.
-
-    Args:
-        answer: the answers to some prompts' ids, at most ``batch`` of them.
 
     Raises:
         SaveError: it can't be written.
     """
-    answers: list[str] = []
-    with pace("answering prompts") as advance:
-        for first in range(0, len(encoded), batch):
-            answers += answer(encoded[first : first + batch])
-            advance(len(answers), len(encoded))
     lines = [
         json.dumps({**prompt.record, ANSWER: text}, ensure_ascii=False) + "\n"
         for prompt, text in zip(prompts, answers, strict=True)
@@ -165,6 +149,22 @@ def write_answers(
         write_whole(out, "".join(lines))
     except OSError as error:
         raise cannot_write(f"{out}: the answers can't be written: {error.strerror or error}", error) from error
+
+
+def given_prompts(asked: Sequence[str | Sequence[Mapping[str, Any]]]) -> list[Prompt]:
+    """Prompts that a script gives: texts, and chats as lists of messages.
+
+    Raises:
+        DataError: some are neither; names each by its place in the list.
+    """
+    prompts, faults = [], Faults()
+    for index, given in enumerate(asked):
+        record: dict[str, Any] = {"prompt": given} if isinstance(given, str) else {"messages": list(given)}
+        if fault := _fault(record):
+            faults.add(f"prompts[{index}]: {fault}")
+        prompts.append(Prompt(f"prompts[{index}]", record))
+    _raise(faults)
+    return prompts
 
 
 def _raise(faults: Faults) -> None:

@@ -33,7 +33,7 @@ RULES = (
         "free",
         "what they name must be the same: the base's weights, tokenized samples and shares of a mixture are compared",
     ),
-    Rule(("eval",), "free", "has no effect on a step; `eval.patience` decides when the run ends"),
+    Rule(("eval", "train.callbacks"), "free", "has no effect on a step; `eval.patience` decides when the run ends"),
     Rule(("train.steps", "train.epochs"), "logged", "stretches the schedule: other learning rates from here on"),
     Rule(("optim",), "logged", "other updates from here on"),
     Rule(("lora.dropout",), "logged", "other masks from here on"),

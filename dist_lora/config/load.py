@@ -7,6 +7,7 @@ the JSON schema with which editors complete a config:
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -114,7 +115,20 @@ def load_config(path: Path, *, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file can't be read, or settings are wrong: all faults, with line and nearest name.
     """
-    source, unreadable = _read(path)
+    return _accepted(*_read(path), path=path, overrides=overrides)
+
+
+def load_settings(settings: Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Config:
+    """The settings of a run from a mapping, as ``load_config`` reads them from a file.
+
+    Raises:
+        ConfigError: settings are wrong: all faults, with the nearest name.
+    """
+    source = _Source(settings=_with_text_keys(copy.deepcopy(dict(settings))), root=None)
+    return _accepted(source, [], path=Path("the given settings"), overrides=overrides)
+
+
+def _accepted(source: _Source, unreadable: list[str], *, path: Path, overrides: Sequence[str]) -> Config:
     faults = unreadable + list(_apply(overrides, source=source))
     in_order = sorted(faults_of(source.settings), key=lambda fault: source.order_of(fault.path))
     faults += [_located(fault, source=source, path=path) for fault in in_order]

@@ -107,6 +107,19 @@ def _refuse_twice(values: Any) -> Any:
     return values
 
 
+_VALUES = ("model", "loss", "base_loss", "perplexity", "target_tokens", "exact_match", "seconds")
+
+
+def _check_metrics(paths: list[str]) -> list[str]:
+    """Refuse metrics that would be reported under one name, or under that of a value of ours."""
+    _refuse_twice(paths)
+    names = Counter(path.rpartition(":")[2].rpartition(".")[2] for path in paths)
+    twice = [name for name, count in names.items() if count > 1 or name in _VALUES]
+    if twice:
+        raise ValueError(f"{', '.join(twice)}: the name of another value of an evaluation; name the function otherwise")
+    return paths
+
+
 def _check_modules(modules: Any) -> Any:
     if modules is not None:
         if not modules:
@@ -393,6 +406,11 @@ def _no_such_layers(found: str, num_layers: int) -> str:
     return f"lora.layers: found {found}, expected 0-{num_layers - 1} (the model has {count(num_layers, 'layer')})"
 
 
+_PYTHON_PATH = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
+OwnPath = Annotated[str, Field(pattern=_PYTHON_PATH)]
+"""The Python path of a user's own function or class (``own_code.py``)."""
+
+
 class GuardCategory(Section):
     """A kind of content that a Guard is to find unsafe."""
 
@@ -513,9 +531,9 @@ class DataSection(Section):
         default=None,
         description="Held-out data: a file, a hub id, the fraction of train to hold out, like 0.05, or several sets by name.",
     )
-    format: FormatName = Field(
+    format: FormatName | Annotated[OwnPath, Expected("a function of your own, like my_pkg.my_mod:my_format")] = Field(
         default="auto",
-        description="Format of the samples: auto detects it by their columns; guard is conversations with a verdict.",
+        description="Format of the samples: auto detects it by their columns; guard is conversations with a verdict; or a function of your own, MODULE:FUNCTION.",
     )
     columns: Annotated[
         dict[Text, Text] | None,
@@ -646,6 +664,11 @@ class TrainSection(Section):
         description="On GPUs, compute norms, RoPE, SwiGLU and the loss by our Triton kernels, in few passes over memory; none takes torch's.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of the adapters, dropout and the order of the samples.")
+    callbacks: Annotated[
+        list[OwnPath],
+        AfterValidator(_refuse_twice),
+        Expected("a list of classes of your own, like [my_pkg.my_mod:MyCallback]"),
+    ] = Field(default=[], description="Classes of your own, MODULE:CLASS, whose hooks the first rank calls.")
     deterministic: bool = Field(
         default=False,
         description="On GPUs, use kernels that give the same bytes each time, as CPUs do anyway: slower, mostly in attention.",
@@ -824,6 +847,14 @@ class EvalSection(Section):
     answer: Annotated[Text, AfterValidator(_check_answer)] | None = Field(
         default=None,
         description="Regular expression whose last match is the answer to compare in a text: its first group, or all of it.",
+    )
+    metrics: Annotated[
+        list[OwnPath],
+        AfterValidator(_check_metrics),
+        Expected("a list of functions of your own, like [my_pkg.my_mod:my_metric]"),
+    ] = Field(
+        default=[],
+        description="Functions of your own, MODULE:FUNCTION, that judge generated answers; their means are reported.",
     )
     max_new_tokens: int = Field(default=64, ge=1, description="Maximum length of a generated answer, in tokens.")
     batch: int | None = Field(

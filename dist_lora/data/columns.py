@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dist_lora.config.schema import DataSection
-from dist_lora.data.records import USED_COLUMNS, Format
+from dist_lora.data.records import USED_COLUMNS, Format, named_format
 from dist_lora.errors import DataError
 from dist_lora.text import nearest_few
 
@@ -25,14 +25,18 @@ def sources_of(section: DataSection, which: str) -> tuple[str | list[str], tuple
 
     No readings where ``data.format`` alone says how all are read: as the caches of earlier versions were made.
     """
+    fmt = named_format(section.format) or "auto"  # where it is a function of the user's own, that decides
     if which != "train":
         columns = tuple(sorted((section.columns or {}).items()))
         name = which.removeprefix("eval").removeprefix(".")
-        return section.eval_files()[name], (Reading(section.format, columns),) if columns else ()
+        return section.eval_files()[name], (Reading(fmt, columns),) if columns else ()
     sets = section.train_sets()
-    readings = tuple(Reading(one.format or "auto", tuple(sorted((one.columns or {}).items()))) for one in sets)
+    readings = tuple(
+        Reading(named_format(one.format or "auto") or "auto", tuple(sorted((one.columns or {}).items())))
+        for one in sets
+    )
     names = section.train if isinstance(section.train, str) else [one.path for one in sets]
-    is_plain = all(one == Reading(section.format) for one in readings) and not any(one.weight for one in sets)
+    is_plain = all(one == Reading(fmt) for one in readings) and not any(one.weight for one in sets)
     return names, () if is_plain else readings
 
 

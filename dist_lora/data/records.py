@@ -138,6 +138,11 @@ class Continuation:
 Sample = Chat | Instruction | Continuation | Tokens | Judged
 
 
+def named_format(name: str) -> Format | None:
+    """The format of that name; None for auto."""
+    return next((fmt for fmt in REQUIRED_COLUMNS if fmt == name), None)
+
+
 def recognize_format(columns: Collection[str]) -> Format:
     """The format whose columns are all present; the first of the table above if several are.
 

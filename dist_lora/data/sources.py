@@ -22,6 +22,7 @@ from dist_lora.data.columns import Reading, check_names, check_there, readings_f
 from dist_lora.data.compressed import SUFFIXES as COMPRESSIONS
 from dist_lora.data.hub import HUB_ID, default_split, load_from_hub
 from dist_lora.data.json_documents import EXAMPLE
+from dist_lora.data.own_format import OwnFormat
 from dist_lora.data.records import Format, check_columns, recognize_format
 from dist_lora.data.text_files import CsvRows, JsonLines, open_json
 from dist_lora.errors import DataError
@@ -119,6 +120,7 @@ def read_records(
     which: str,
     is_fetched: bool = False,
     readings: Sequence[Reading] = (),
+    own: OwnFormat | None = None,
 ) -> Records:
     """Opens the sources and finds their formats; the records themselves are read later, one by one.
 
@@ -129,6 +131,8 @@ def read_records(
         readings: for each source how it is read, instead of ``fmt``; empty if all are read alike.
         which: "train" or "eval": the setting that errors name, and the hub's split.
         is_fetched: ``hash_sources`` has read the same names on this node, so the hub isn't queried again.
+        own: the user's own format, in place of ``fmt``. A source's format is then that of its first record, converted; the
+            records are as they are in the source.
 
     Raises:
         DataError: a source is missing, empty, of an unknown kind, lacks required columns, or has no column of a name that is set.
@@ -139,7 +143,7 @@ def read_records(
     sources = tuple(_open(_place_of(name, which), which, is_fetched=is_fetched) for name in listed)
     each = readings_for(listed, readings, fmt)
     columns = tuple(dict(reading.columns) for reading in each)
-    formats = tuple(_format_of(source, reading) for source, reading in zip(sources, each, strict=True))
+    formats = tuple(_format_of(source, reading, own) for source, reading in zip(sources, each, strict=True))
     starts = tuple(itertools.accumulate((len(source) for source in sources), initial=0))
     return Records(sources=sources, formats=formats, starts=starts, columns=columns)
 
@@ -284,10 +288,10 @@ def _saved_folder(name: str, folder: Path, split: str | None, which: str) -> Pat
     return folder / chosen
 
 
-def _format_of(source: Source, reading: Reading) -> Format:
+def _format_of(source: Source, reading: Reading, own: OwnFormat | None) -> Format:
     """The format by the first record that can be read; a broken file is reported when its lines are read."""
     fmt, names = None if reading.format == "auto" else reading.format, dict(reading.columns)
-    if names:
+    if names and own is None:
         return _format_of_renamed(source, fmt, names)
     for index in range(min(len(source), _NUM_LOOKED_AT)):
         try:
@@ -295,6 +299,8 @@ def _format_of(source: Source, reading: Reading) -> Format:
         except DataError:
             continue
         try:
+            if own is not None:
+                return own.read(renamed(record, names))[1]
             return _recognized(record, fmt)
         except DataError as error:
             raise DataError(f"{source.where(index)}: {error}{_wrapped_hint(source, record)}") from None

@@ -29,11 +29,13 @@ from dist_lora.data.chat import Encoded, TrainOn, check_template, encode_sample
 from dist_lora.data.columns import Reading
 from dist_lora.data.guard import GuardRules
 from dist_lora.data.guard_ids import encode_judged
-from dist_lora.data.records import Format
+from dist_lora.data.own_format import SETTING, own_format
+from dist_lora.data.records import Format, named_format
 from dist_lora.data.sources import Faults, Records, hash_sources, read_records
 from dist_lora.data.token_set import SampleCounts, TokenSet
 from dist_lora.errors import ConfigError, DataError, SaveError, cannot_write
 from dist_lora.files import lock, new_file, sync
+from dist_lora.own_code import hash_of, is_own
 from dist_lora.pace import pace
 from dist_lora.text import count
 
@@ -64,10 +66,13 @@ _ARRAYS = {
 
 @dataclass(frozen=True)
 class TokenRules:
-    """The settings, by their names, that ids and targets depend on besides text and tokenizer."""
+    """The settings, by their names, that ids and targets depend on besides text and tokenizer.
+
+    ``format`` may be the path of a user's own; the key of the cache then also holds the hash of its module.
+    """
 
     sequence_length: int
-    format: Literal["auto"] | Format = "auto"
+    format: Literal["auto"] | Format | str = "auto"
     train_on: TrainOn = "assistant"
     on_no_target: Literal["error", "drop"] = "error"
     on_too_long: Literal["truncate", "drop", "error"] = "truncate"
@@ -249,6 +254,8 @@ def _agree_on_key(
     def make() -> bytes:
         cache.mkdir(parents=True, exist_ok=True)
         recipe = [CACHE_VERSION, hash_sources(names, which=which), tokenizer_hash, rules.recipe()]
+        if is_own(rules.format):
+            recipe.append(hash_of(rules.format, setting=SETTING))
         return xxhash.xxh3_128_hexdigest(json.dumps(recipe, sort_keys=True).encode()).encode()
 
     key = world.once_per_node(stage, make, os_error=lambda error: _unwritable(cache, error))
@@ -257,7 +264,7 @@ def _agree_on_key(
     def compare() -> None:
         if key != first:
             raise DataError(
-                f"data.{which}: {names} (or the tokenizer's files) differ between this node, that of rank "
+                f"data.{which}: {names} (or the tokenizer's files, or a format of your own) differ between this node, that of rank "
                 f"{world.world_rank}, and the first. Give every node the same files"
             )
 
@@ -393,8 +400,11 @@ class _Builder:
         return own
 
     def _encode(self) -> _Counts:
-        fmt = None if self._rules.format == "auto" else self._rules.format
-        records = read_records(self._names, fmt=fmt, which=self._which, is_fetched=True, readings=self._rules.readings)
+        own = own_format(self._rules.format)
+        fmt = None if own is not None else named_format(self._rules.format)
+        records = read_records(
+            self._names, fmt=fmt, which=self._which, is_fetched=True, readings=self._rules.readings, own=own
+        )
         self._set_starts = records.starts[:-1] if self._rules.readings else ()
         check_template(self._tokenizer, formats=records.formats)
         group = self._group
@@ -426,14 +436,14 @@ def _encode_one(
     vocab: int | None,
 ) -> list[Encoded]:
     """The documents of one record as the rules leave them: one at most, but for a Guard; counts what happened to each."""
+    own = own_format(rules.format)
     try:
+        record = records[index]
         if rules.guard is not None:
-            documents = encode_judged(records[index], tokenizer=tokenizer, rules=rules.guard, sample=index)
+            documents = encode_judged(record, tokenizer=tokenizer, rules=rules.guard, sample=index)
         else:
-            fmt = records.format_of(index)
-            documents = [
-                encode_sample(records[index], tokenizer=tokenizer, fmt=fmt, train_on=rules.train_on, vocab=vocab)
-            ]
+            record, fmt = own.read(record) if own is not None else (record, records.format_of(index))
+            documents = [encode_sample(record, tokenizer=tokenizer, fmt=fmt, train_on=rules.train_on, vocab=vocab)]
     except DataError as error:
         counts.num_samples += 1
         counts.broken.add(f"{records.where(index)}: {error}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from dist_lora.data.token_set import TokenSet
 from dist_lora.engines.engine import Engine
 from dist_lora.evaluation.answers import AnswerRule
 from dist_lora.evaluation.generate import base_fits_whole, generate
+from dist_lora.evaluation.own_metrics import OwnMetric, Scores
 from dist_lora.evaluation.predictions import Prediction, Predictions
 from dist_lora.evaluation.tool_calls import ToolCalls, summed
 from dist_lora.world.world import World
@@ -73,12 +74,13 @@ def held_out_loss(
 class ExactMatch:
     """How many generated answers equal the expected ones, character by character, ignoring surrounding whitespace.
 
-    With an ``AnswerRule`` only what it finds in both is compared.
+    With an ``AnswerRule`` only what it finds in both is compared. ``metrics``: the mean of each metric of the user's own, by name.
     """
 
     correct: int
     total: int
     tool_calls: ToolCalls | None = None  # of the same answers, where they are counted
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def exact_match(
@@ -95,12 +97,13 @@ def exact_match(
     predictions: Predictions | None = None,
     rule: AnswerRule | None = None,
     counts_calls: bool = False,
+    metrics: Sequence[OwnMetric] = (),
 ) -> ExactMatch:
     """Generate the last answer of each sample from what comes before it, and compare. All ranks call it.
 
     Each rank takes every ``world_size``-th sample; if memory allows, the base stays gathered throughout. ``check_stop``
-    is called before each batch of answers, see ``held_out_loss``. ``predictions`` gets this rank's answers; ``rule``
-    says what of two texts is compared.
+    is called before each batch of answers, see ``held_out_loss``. ``predictions`` gets this rank's answers, and ``metrics``
+    judge each; ``rule`` says what of two texts is compared.
     """
     mine = [last_answer(*tokens.document(i)) for i in range(world.world_rank, len(tokens), world.world_size)]
     per_rank = math.ceil(len(tokens) / world.world_size)
@@ -108,7 +111,7 @@ def exact_match(
     model.eval()
     is_gathered = base_fits_whole(model, world)
     engine.keep_gathered(model, is_gathered)
-    correct = 0
+    correct, scores = 0, Scores(metrics, num_samples=len(tokens), world=world)
     calls = ToolCalls() if counts_calls else None
     try:
         for first in range(0, per_rank, batch):
@@ -127,15 +130,17 @@ def exact_match(
                 correct += is_correct
                 if calls is not None:
                     calls.add(wanted, found)
-                if predictions is not None:
-                    predictions.of_samples[world.world_rank + i * world.world_size] = Prediction(
-                        tokenizer.decode(prompt), wanted, found, is_correct
-                    )
+                if predictions is not None or metrics:
+                    sample = world.world_rank + i * world.world_size
+                    prediction = Prediction(tokenizer.decode(prompt), wanted, found, is_correct)
+                    scores.add(sample, prediction)
+                    if predictions is not None:
+                        predictions.of_samples[sample] = prediction
     finally:
         engine.keep_gathered(model, False)
         model.train(was_training)
     total = world.sum(torch.tensor([float(correct)], device=world.device))
-    return ExactMatch(int(total), len(tokens), None if calls is None else summed(calls, world))
+    return ExactMatch(int(total), len(tokens), None if calls is None else summed(calls, world), scores.means())
 
 
 def until_stop(ids: Sequence[int], stop_ids: frozenset[int]) -> list[int]:

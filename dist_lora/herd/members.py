@@ -88,6 +88,7 @@ _SIZES = {
     # name: hidden, ffn, layers, heads, head_dim, tied. All members have 8 kv heads (405B: Meta's newer
     # release, on the hub since August 2024; the first one had 16).
     "1b": (2048, 8192, 16, 32, 64, True),
+    "3b": (3072, 8192, 28, 24, 128, True),
     "8b": (4096, 14336, 32, 32, 128, False),
     "70b": (8192, 28672, 80, 64, 128, False),
     "405b": (16384, 53248, 126, 128, 128, False),
@@ -136,6 +137,7 @@ _RELEASES = {
     "3": _Release("Meta Llama 3 Community License", date(2024, 4, 18), _ENGLISH, None),
     "3.1": _Release("Llama 3.1 Community License", date(2024, 7, 23), _EIGHT, 8.0),
     "3.2": _Release("Llama 3.2 Community License", date(2024, 9, 25), _EIGHT, 32.0),
+    "3.3": _Release("Llama 3.3 Community License", date(2024, 12, 6), _EIGHT, 8.0),
 }
 
 
@@ -170,7 +172,7 @@ def _member(name: str, hub_name: str, *, release: str, size: str, kind: str) -> 
 
 def _all_members() -> dict[str, Member]:
     members = []
-    for release, sizes in {"3": ("8b", "70b"), "3.1": ("8b", "70b", "405b"), "3.2": ("1b",)}.items():
+    for release, sizes in {"3": ("8b", "70b"), "3.1": ("8b", "70b", "405b"), "3.2": ("1b", "3b")}.items():
         for size in sizes:
             hub_name = f"{'Meta-' if release == '3' else ''}Llama-{release}-{size.upper()}"
             members.append(_member(f"{release}-{size}", hub_name, release=release, size=size, kind="base"))
@@ -183,6 +185,8 @@ def _all_members() -> dict[str, Member]:
                     kind="instruct",
                 )
             )
+    # Of 3.3 there is no base: it was tuned anew from 3.1 70B.
+    members.append(_member("3.3-70b-instruct", "Llama-3.3-70B-Instruct", release="3.3", size="70b", kind="instruct"))
     members.append(_member("guard-3-8b", "Llama-Guard-3-8B", release="3.1", size="8b", kind="guard"))
     members.append(_member("guard-3-1b", "Llama-Guard-3-1B", release="3.2", size="1b", kind="guard"))
     return {member.name: member for member in members}

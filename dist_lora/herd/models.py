@@ -87,9 +87,12 @@ class KnownModel:
 def known_model(section: ModelSection) -> KnownModel:
     """The model that a config names, without reading weights or using the network.
 
+    A hub id that is no member of the herd is known once its config.json is in the hub's cache.
+
     Raises:
-        ConfigError: no such model, sizes that no Llama can have, or a hub id of which nothing but the name is known.
-        WeightsError: its folder's config.json is damaged.
+        ConfigError: no such model, one that is no Llama, sizes that no Llama can have, or a hub id of which nothing but the
+            name is known.
+        WeightsError: its config.json is damaged.
     """
     if section.shape is not None:
         shape = _shape_by_hand(section)
@@ -103,11 +106,28 @@ def known_model(section: ModelSection) -> KnownModel:
     if resolved.folder is not None:
         return KnownModel(section.name, read_shape(resolved.folder))
     if resolved.member is None:
+        assert resolved.hub_id is not None
+        cached = _cached_folder(resolved.hub_id)
+        if cached is not None:
+            return KnownModel(section.name, read_shape(cached))
         raise ConfigError(
-            f"model.name: {resolved.hub_id} is not a herd member, and its sizes are on the hub. Expected a member, "
-            "a folder with config.json, or sizes given by hand: model.shape: {hidden_size: 4096, ...}, as in its config.json"
+            f"model.name: {resolved.hub_id} is not a herd member, and its sizes are on the hub. Fetch them: hf download "
+            f"{resolved.hub_id} config.json. Or name a member, a folder with config.json, or give the sizes by hand: "
+            "model.shape: {hidden_size: 4096, ...}, as in its config.json"
         )
     return KnownModel(resolved.member.title, resolved.member.shape)
+
+
+def _cached_folder(hub_id: str) -> Path | None:
+    """The folder in the hub's cache that holds the config.json of a model's main revision; None where it isn't there."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(hub_id, "config.json", cache_dir=constants.HF_HUB_CACHE)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def refuse_shape(section: ModelSection) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from dist_lora.config.schema import LoraSection
 from dist_lora.errors import ConfigError, WeightsError
 from dist_lora.herd.config_keys import unsupported_keys
+from dist_lora.herd.foreign import differences_from_llama
 from dist_lora.herd.rope import CONTEXT, SCALING, RopeScaling, rope_of, rope_type, scaling_of, unsupported_rope
 from dist_lora.herd.skipped import skipped_linears
 
@@ -203,6 +204,7 @@ def _unsupported_parts(config: Mapping[str, Any]) -> list[str]:
     architectures = config.get("architectures")
     if architectures and not (isinstance(architectures, list) and "LlamaForCausalLM" in architectures):
         faults.append(f"architectures: found {architectures}, expected ['LlamaForCausalLM']")
+    faults += differences_from_llama(config)
     faults += unsupported_keys(config)
     quantization = config.get("quantization_config")
     if quantization and not _is_nf4(quantization):

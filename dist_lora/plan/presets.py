@@ -68,11 +68,13 @@ MACHINES = {
 # 70B, 812 for 405B), and QLoRA where plain LoRA fits too, without the quantization's error.
 SENSIBLE: dict[str, dict[Method, tuple[str, ...]]] = {
     "1b": {"lora": ("1x24gb", "2x24gb", "8x80gb"), "qlora": ("1x24gb",)},
+    "3b": {"lora": ("1x24gb", "2x24gb", "8x80gb"), "qlora": ("1x24gb",)},
     "8b": {"lora": ("1x24gb", "2x24gb", "8x80gb", "4x8x80gb"), "qlora": ("1x24gb", "2x24gb")},
     "70b": {"lora": ("8x80gb", "4x8x80gb"), "qlora": ("2x24gb", "1x80gb", "8x80gb")},
     "405b": {"lora": ("8x141gb", "4x8x80gb"), "qlora": ("8x80gb", "4x8x80gb")},
 }
-# The files of configs/: LoRA and QLoRA for each size, one over several nodes for each of the large ones, and Guard.
+# The files of configs/: LoRA and QLoRA for each size (but 3B, whose are those of 1B), one over several nodes for each of the
+# large ones, and Guard.
 SHIPPED = (
     "3.2-1b-instruct_lora_1x24gb",
     "3.2-1b-instruct_qlora_1x24gb",
@@ -233,7 +235,7 @@ def _parallel(preset: Preset) -> Iterator[tuple[str, str, Any, str]]:
     if machine.num_gpus == 1:
         yield "parallel", "engine", "none", "one GPU holds the whole base"
         return
-    if preset.size in ("1b", "8b"):
+    if preset.size in ("1b", "3b", "8b"):
         yield "parallel", "base_shard", "auto", "the whole base on each GPU where it fits, else sharded by FSDP2"
         return
     yield "parallel", "engine", "fsdp2", "shard the base over the GPUs"

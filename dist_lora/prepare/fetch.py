@@ -13,6 +13,8 @@ from dist_lora.config.schema import Config
 from dist_lora.data.chat import check_template, load_tokenizer
 from dist_lora.data.columnar import LoadedRows
 from dist_lora.data.columns import sources_of
+from dist_lora.data.own_format import own_format
+from dist_lora.data.records import named_format
 from dist_lora.data.sources import read_records
 from dist_lora.errors import SaveError
 from dist_lora.herd.models import refuse_shape, resolve_model
@@ -36,10 +38,11 @@ def fetch_all(config: Config, *, report: Callable[[str], None]) -> None:
     tokenizer = load_tokenizer(folder, chat_template=config.data.chat_template)
     report(f"tokenizer  {len(tokenizer):,} tokens, in {folder}")
     section = config.data
-    fmt = None if section.format == "auto" else section.format
+    own = own_format(section.format)
+    fmt = None if own is not None else named_format(section.format)
     for which in ("train", *(f"eval.{name}".rstrip(".") for name in section.eval_files())):
         names, readings = sources_of(section, which)
-        records = read_records(names, fmt=fmt, which=which, readings=readings)
+        records = read_records(names, fmt=fmt, which=which, readings=readings, own=own)
         check_template(tokenizer, formats=records.formats)
         for source, start, stop in zip(records.sources, records.starts, records.starts[1:], strict=False):
             where = source.folder if isinstance(source, LoadedRows) else Path(source.name).absolute()

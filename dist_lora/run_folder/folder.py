@@ -13,7 +13,7 @@ from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, RunInUse, SaveError, cannot_write
 from dist_lora.files import lock, write_whole
-from dist_lora.run_folder.log_file import open_log
+from dist_lora.run_folder.log_file import close_log, open_log
 from dist_lora.run_folder.status import StatusWriter
 from dist_lora.world.world import World
 
@@ -96,6 +96,13 @@ def _lock(folder: Path) -> None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _locks.append(file)
+
+
+def close_run_folder() -> None:
+    """Give back the locks that this process has, and close its log: it goes on after the run."""
+    close_log()
+    while _locks:
+        _locks.pop().close()
 
 
 def write_config(folder: Path, config: Config) -> None:

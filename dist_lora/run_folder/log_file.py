@@ -42,12 +42,17 @@ def open_log(folder: Path) -> None:
     Raises:
         OSError: it can't be opened.
     """
-    for former in [handler for handler in _logger.handlers if isinstance(handler, _LogFile)]:
-        _logger.removeHandler(former)
-        former.close()
+    close_log()
     _logger.addHandler(_LogFile(folder / LOG_FILE))
     command = shlex.join(["dist-lora", *sys.argv[1:]])
     to_log_file(f"=== dist-lora {software_version()}: {command} (process {os.getpid()} on {socket.gethostname()})")
+
+
+def close_log() -> None:
+    """Write nothing more to a run's log, if this process has one."""
+    for former in [handler for handler in _logger.handlers if isinstance(handler, _LogFile)]:
+        _logger.removeHandler(former)
+        former.close()
 
 
 def to_log_file(text: str) -> None:

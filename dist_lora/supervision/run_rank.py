@@ -30,7 +30,11 @@ PR_SET_PDEATHSIG = 1
 
 @contextmanager
 def joined(
-    launched: LaunchedRank | None, config: Config, *, report: Callable[[BaseException, str], None]
+    launched: LaunchedRank | None,
+    config: Config,
+    *,
+    report: Callable[[BaseException, str], None],
+    raises_alone: bool = False,
 ) -> Iterator[World]:
     """The world of this rank (alone where ``launched`` is None), for the work inside the ``with``.
 
@@ -40,6 +44,7 @@ def joined(
 
     Args:
         report: shows the user an error and the rank that raised it: "" where no rank needs to be named.
+        raises_alone: a single process raises its error, for whoever called it, in place of ``SystemExit``.
 
     Raises:
         SystemExit: the work failed, or was stopped on request.
@@ -63,10 +68,15 @@ def joined(
         if watch is not None:
             watch.stop()
         where = "" if world is None else world.progress.where(error)
-        code = _fail(launched, world, watch, _as_reported(error, world, config), where, report)
+        reported = _as_reported(error, world, config)
+        code = _fail(launched, world, watch, reported, where, report)
         if launched is None or launched.world_size == 1:
             if world is not None:
                 world.leave()
+            if raises_alone and isinstance(error, Exception):
+                if reported is error:
+                    raise
+                raise reported from error
             sys.exit(code)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -27,6 +27,7 @@ from dist_lora.lora.run_facts import RunFacts
 from dist_lora.lora.state import Piece
 from dist_lora.run_folder.records import sync_metrics, truncate_metrics
 from dist_lora.train.build import Trainee, run_origin
+from dist_lora.train.own_code import own_code_facts
 from dist_lora.train.resume import (
     NOT_EVALUATED,
     VerifiedCheckpoint,
@@ -92,6 +93,7 @@ class RunCheckpoints:
         self._config, self._trainee, self._loader, self._num_steps = config, trainee, loader, num_steps
         self._run_folder, self._world = folder, world
         self._origin = run_origin(config, trainee.base, loader.kinds)
+        self._own_code = own_code_facts(config)
         self.folder = folder / "checkpoints"
         self.saver = Saver(world)
         self.saved_step: int | None = None
@@ -234,6 +236,7 @@ class RunCheckpoints:
                 "num_steps": self._num_steps,
                 "card": self._card(progress),
                 "origin": {**dataclasses.asdict(self._origin), "kinds": list(self._origin.kinds)},
+                **self._own_code,
             },
             "config": dump_config(self._config),
             "base": dataclasses.asdict(self._trainee.base.identity),

@@ -28,7 +28,7 @@ from dist_lora.data.model_limits import check_limits, warn_of_context
 from dist_lora.data.token_cache import TokenRules, Which, prepare_tokens
 from dist_lora.data.token_set import TokenSet, split_eval
 from dist_lora.data.untrained import check_special_tokens
-from dist_lora.errors import ConfigError, SaveError, cannot_write
+from dist_lora.errors import ConfigError, SaveError, StoppedOnRequest, cannot_write
 from dist_lora.evaluation.predictions import Predictions
 from dist_lora.files import write_whole
 from dist_lora.layout.choices import DtypeName, lr_lines, with_lr
@@ -52,6 +52,7 @@ from dist_lora.train.build import (
     load_adapter,
     open_base,
 )
+from dist_lora.train.callbacks import Callbacks, StartedRun
 from dist_lora.train.data_facts import data_facts
 from dist_lora.train.evaluating import Evaluation, HeldOutSets, evaluate_sets, warn_of_answers
 from dist_lora.train.finished import describe_finished, finished_line
@@ -60,6 +61,7 @@ from dist_lora.train.held_out import check_tool_calls, loss_of
 from dist_lora.train.judge import check_command
 from dist_lora.train.loop import Run
 from dist_lora.train.meter import Meter, peak_bytes, reset_peak
+from dist_lora.train.own_code import check_own_code, own_code_facts, warn_of_other_code
 from dist_lora.train.resume import (
     VerifiedCheckpoint,
     check_same_run,
@@ -175,10 +177,12 @@ def train(
     peak_of: PeakOf,
     is_dry: bool = False,
     makes_profile: bool = False,
+    callbacks: Sequence[Any] = (),
 ) -> None:
     """``dist-lora train``. All ranks call it.
 
     Args:
+        callbacks: objects with hooks, besides those of ``train.callbacks``.
         peak_of: operations per second that a GPU of this name can reach in this dtype; None where that isn't known.
         makes_profile: of one step, see ``Recorder``.
     """
@@ -186,6 +190,7 @@ def train(
     if not is_dry and _is_finished(config, world):
         return
     _check_programs(config, world)
+    check_own_code(config, world, callbacks=callbacks)
     base = open_base(config, world)
     warn_of_context(sequence_length=config.train.sequence_length, context=base.shape.context, world=world)
     if config.lora.start_from is not None:
@@ -200,32 +205,30 @@ def train(
         shares = shares_lines(config, loader, num_steps=num_steps)
         told = plan_lines(settings, base, tokens, held_out, shares, num_steps=num_steps, world=world)
         _tell([*told, *_advice_on(config, tokens, loader, num_steps=num_steps)], is_dry=is_dry)
-    if is_dry:
-        if world.is_first:
+        if is_dry:
             _print_sample(tokens, base)
+    if is_dry:
         return
     assert folder is not None
     world.stacks = folder / "stacks"
     _check_resume(checkpoint, base, loader, num_steps=num_steps, world=world)
     if checkpoint is not None and _has_nothing_to_do(checkpoint, folder, config, num_steps=num_steps, world=world):
         return
-    warn_of_answers(held_out, config=config, base=base, world=world)
     attempt = _prepare_folder(
         checkpoint, config, settings=settings, num_steps=num_steps, folder=folder, began_s=began_s, world=world
     )
     trainee = build(config, base, world)
     _tell_of_loading(trainee, world)
-    reset_peak(world.device)
     run = Run(config, trainee, loader=loader, held_out=held_out, num_steps=num_steps, folder=folder, world=world)
-    if world.is_first:
-        run.checkpoints.data = _data_facts(config, tokens, held_out)
+    run.checkpoints.data = _data_facts(config, tokens, held_out)
     if checkpoint is not None:
         run.resume(checkpoint)
-    if makes_profile and world.is_first:
-        run.recorder = _recorder(run, folder, world)
+    run.recorder = _recorder(run, folder, world) if makes_profile and world.is_first else None
+    _start_callbacks(run, folder, world, callbacks)
     _train(run, folder, world, stop, peak_of)
     _check_base(trainee, world)
-    _finish(run, folder, world, attempt, seconds=time.monotonic() - started_s)
+    summary = _finish(run, folder, world, attempt, seconds=time.monotonic() - started_s)
+    _end_callbacks(run, summary, world, callbacks)
 
 
 def _checked_tokens(config: Config, base: Base, world: World) -> tuple[TokenSet, HeldOutSets]:
@@ -242,6 +245,7 @@ def _checked_tokens(config: Config, base: Base, world: World) -> tuple[TokenSet,
     )
     for name, of_set in held_out.items():
         warn_of_duplicates(of_set, tokens, name=f"data.eval.{name}".rstrip("."), world=world)
+    warn_of_answers(held_out, config=config, base=base, world=world)
     return tokens, held_out
 
 
@@ -249,15 +253,6 @@ def _tell(lines: Sequence[str], *, is_dry: bool) -> None:
     for line in lines:
         print(line, file=sys.stdout if is_dry else sys.stderr, flush=True)
         to_log_file(line)
-
-
-def _tell_of_loading(trainee: Trainee, world: World) -> None:
-    if world.is_first:
-        log.info(trainee.precision.line())
-        if world.device.type == "cuda":
-            log.info(
-                f"loading held at most {gib(peak_bytes(world.device))} on {world.device}; from here on peaks are the steps'"
-            )
 
 
 def _data_facts(config: Config, tokens: TokenSet, held_out: HeldOutSets) -> RunFacts:
@@ -324,6 +319,7 @@ def _prepare_folder(
                 (folder / name).unlink(missing_ok=True)
         else:
             warn_of_other_lr(checkpoint, config, num_steps=num_steps)
+            warn_of_other_code(checkpoint, config)
         is_restart = config.checkpoint.resume != "never"
         return begin_attempt(
             folder, num_steps=num_steps, is_new=checkpoint is None, keeps_trackers=is_restart, began_s=began_s
@@ -346,6 +342,40 @@ def _advice_on(config: Config, tokens: TokenSet, loader: Loader, *, num_steps: i
     return advice_lines(num_steps=num_steps, global_batch=batch, target_tokens_per_step=per_step)
 
 
+def _tell_of_loading(trainee: Trainee, world: World) -> None:
+    """Log how the trainee computes and what loading it took; peaks are the steps' from here on."""
+    if world.is_first:
+        log.info(trainee.precision.line())
+        if world.device.type == "cuda":
+            log.info(
+                f"loading held at most {gib(peak_bytes(world.device))} on {world.device}; from here on peaks are the steps'"
+            )
+    reset_peak(world.device)
+
+
+def _start_callbacks(run: Run, folder: Path, world: World, given: Sequence[Any]) -> None:
+    """Make the callbacks on the first rank, if there are any, and tell them of the run. All ranks call it."""
+
+    def start() -> None:
+        run.callbacks = Callbacks.of(run.config, given, world)
+        first_step = run.progress.step + 1
+        run.callbacks.start(StartedRun(run.config, folder, first_step, run.num_steps), last_saved=run.saver.last)
+
+    if run.config.train.callbacks or given:
+        world.on_first("the callbacks", start)
+
+
+def _end_callbacks(run: Run, summary: dict[str, Any] | None, world: World, given: Sequence[Any]) -> None:
+    """Tell the callbacks, if there are any, of the end. All ranks call it; ``summary`` is the first's."""
+
+    def end() -> None:
+        assert run.callbacks is not None and summary is not None  # this is the first rank
+        run.callbacks.end(summary)
+
+    if run.config.train.callbacks or given:
+        world.on_first("the callbacks", end)
+
+
 def _train(run: Run, folder: Path, world: World, stop: StopRequest, peak_of: PeakOf) -> None:
     def open_meter() -> Meter:
         world.progress.now("opening the trackers", kind="unseen")
@@ -358,6 +388,7 @@ def _train(run: Run, folder: Path, world: World, stop: StopRequest, peak_of: Pea
             first_step=run.progress.step + 1,
             num_steps=run.num_steps,
             peak_flops_per_s=_peak_flops_per_s(run, world, peak_of),
+            callbacks=run.callbacks,
         )
 
     with contextlib.ExitStack() as opened:
@@ -367,7 +398,11 @@ def _train(run: Run, folder: Path, world: World, stop: StopRequest, peak_of: Pea
             os_error=lambda error: cannot_write(f"{folder}: can't be written: {error}", error),
         )
         with stop.deferred(folder if world.is_first else None):
-            run.train(meter, stop)
+            try:
+                run.train(meter, stop)
+            except StoppedOnRequest:
+                run.tell_of_saves()
+                raise
 
 
 def _peak_flops_per_s(run: Run, world: World, peak_of: PeakOf) -> float | None:
@@ -403,13 +438,13 @@ def _check_base(trainee: Trainee, world: World) -> None:
     world.agree_on("the frozen base", trainee.check_base)
 
 
-def _finish(run: Run, folder: Path, world: World, attempt: Attempt | None, *, seconds: float) -> None:
-    """Write the adapter in PEFT's format and a summary, on the first rank; the others wait outside collectives."""
+def _finish(run: Run, folder: Path, world: World, attempt: Attempt | None, *, seconds: float) -> dict[str, Any] | None:
+    """Write the adapter in PEFT's format and a summary, on the first rank, which returns it; the others wait outside collectives."""
     out = folder / "adapter"
     world.progress.now("writing the adapter", kind="long")
     world.share(f"finish/peak/{world.world_rank}", str(peak_bytes(world.device)).encode())
 
-    def finish() -> None:
+    def finish() -> dict[str, Any]:
         gather_adapter(run.checkpoints.of_adapter(run.progress), out=out, tokenizer=run.trainee.base.folder)
         peaks = [peak_bytes(world.device)]
         peaks += [int(world.fetch(f"finish/peak/{rank}")) for rank in range(1, world.world_size)]
@@ -419,8 +454,11 @@ def _finish(run: Run, folder: Path, world: World, attempt: Attempt | None, *, se
         write_whole(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         early = f", {summary['ended_early']}" if "ended_early" in summary else ""
         log.info(f"done: {count(run.progress.step, 'step')} in {seconds:.0f} s{early}; adapter: {out}")
+        return summary
 
-    world.on_first("the adapter", finish, os_error=lambda e: SaveError(f"{folder}: the adapter can't be written: {e}"))
+    return world.on_first(
+        "the adapter", finish, os_error=lambda e: SaveError(f"{folder}: the adapter can't be written: {e}")
+    )
 
 
 def _summary(run: Run, folder: Path, out: Path, *, seconds: float) -> dict[str, Any]:
@@ -436,6 +474,7 @@ def _summary(run: Run, folder: Path, out: Path, *, seconds: float) -> dict[str, 
             "adapter_bytes": (out / "adapter_model.safetensors").stat().st_size,
             "seconds": round(seconds, 1),
         }
+        | own_code_facts(run.config)
     )
 
 
@@ -534,6 +573,7 @@ def evaluate(
     predictions = None if predictions_file is None else Predictions(predictions_file)
     if predictions is not None:
         world.on_first("the predictions' file", predictions.refuse_existing)
+    check_own_code(config, world, is_training=False)
     base = open_base(config, world)
     if adapter is not None:
         config = check_adapter(adapter, config=config, base=base, world=world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,8 @@ HeldOutSets = Mapping[str, TokenSet]
 class Evaluation:
     """What was found on each held-out set, by name; empty is what wasn't asked for.
 
+    ``matches``: of generated answers exact matches, which are shown if ``compares``, and the metrics of the user's own.
+
     ``verdicts``: a Guard's scores, see ``verdicts.guard_report``.
     """
 
@@ -36,6 +39,7 @@ class Evaluation:
     matches: Mapping[str, ExactMatch] = field(default_factory=dict)
     verdicts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tool_calls: Mapping[str, ToolCalls] = field(default_factory=dict)
+    compares: bool = True
 
     @property
     def of_all(self) -> HeldOut:
@@ -47,9 +51,14 @@ class Evaluation:
 
     @property
     def matches_of_all(self) -> ExactMatch:
-        """The exact matches of all sets' samples."""
-        found = self.matches.values()
-        return ExactMatch(sum(match.correct for match in found), sum(match.total for match in found))
+        """The exact matches of all sets' samples, and the means of the metrics over them."""
+        found = list(self.matches.values())
+        total = sum(match.total for match in found)
+        names = found[0].metrics if found else ()
+        means = {name: math.fsum(match.metrics[name] * match.total for match in found) / total for name in names}
+        if len(found) == 1:
+            means = dict(found[0].metrics)
+        return ExactMatch(sum(match.correct for match in found), total, metrics=means)
 
     def deciding_loss(self, best_set: str | None) -> float | None:
         """The loss by which the best step is found: of all sets, or of ``eval.best_set``; None without held-out data."""
@@ -61,10 +70,10 @@ class Evaluation:
         """The numbers under the names that files and trackers have: of all sets, then ``eval_loss/NAME`` of each named one."""
         if not self.losses:
             return {}
-        values = _values(self.of_all, self.matches_of_all if self.matches else None, suffix="")
+        values = self._values(self.of_all, self.matches_of_all if self.matches else None, suffix="")
         for name, held in self.losses.items():
             if name:
-                values |= _values(held, self.matches.get(name), suffix=f"/{name}")
+                values |= self._values(held, self.matches.get(name), suffix=f"/{name}")
         for name, report in self.verdicts.items():
             suffix = f"/{name}" if name else ""
             values |= {f"eval_{score}{suffix}": value for score, value in report.items() if isinstance(value, float)}
@@ -76,9 +85,9 @@ class Evaluation:
     def to_json(self, of_base: Evaluation | None) -> dict[str, Any]:
         """What ``eval`` prints: of all sets, and by name under ``sets`` where they have names; with the losses of the base."""
         base = of_base.of_all if of_base is not None else None
-        result = _facts(self.of_all, self.matches_of_all if self.matches else None, base)
+        result = self._facts(self.of_all, self.matches_of_all if self.matches else None, base)
         named = {
-            name: _facts(held, self.matches.get(name), None if of_base is None else of_base.losses[name])
+            name: self._facts(held, self.matches.get(name), None if of_base is None else of_base.losses[name])
             for name, held in self.losses.items()
             if name
         }
@@ -90,21 +99,20 @@ class Evaluation:
             result["tool_calls"] = calls.get("", calls)
         return result
 
+    def _facts(self, held: HeldOut, match: ExactMatch | None, base: HeldOut | None) -> dict[str, Any]:
+        facts: dict[str, Any] = {"loss": held.loss, "perplexity": held.perplexity, "target_tokens": held.target_tokens}
+        if base is not None:
+            facts["base_loss"] = base.loss
+        if match is not None and self.compares:
+            facts["exact_match"] = {"correct": match.correct, "total": match.total}
+        return facts | (dict(match.metrics) if match is not None else {})
 
-def _facts(held: HeldOut, match: ExactMatch | None, base: HeldOut | None) -> dict[str, Any]:
-    facts: dict[str, Any] = {"loss": held.loss, "perplexity": held.perplexity, "target_tokens": held.target_tokens}
-    if base is not None:
-        facts["base_loss"] = base.loss
-    if match is not None:
-        facts["exact_match"] = {"correct": match.correct, "total": match.total}
-    return facts
-
-
-def _values(held: HeldOut, match: ExactMatch | None, *, suffix: str) -> dict[str, float]:
-    values = {f"eval_loss{suffix}": held.loss, f"eval_perplexity{suffix}": held.perplexity}
-    if match is not None:
-        values[f"eval_exact_match{suffix}"] = match.correct / match.total
-    return values
+    def _values(self, held: HeldOut, match: ExactMatch | None, *, suffix: str) -> dict[str, float]:
+        values = {f"eval_loss{suffix}": held.loss, f"eval_perplexity{suffix}": held.perplexity}
+        if match is not None and self.compares:
+            values[f"eval_exact_match{suffix}"] = match.correct / match.total
+        own = match.metrics if match is not None else {}
+        return values | {f"eval_{name}{suffix}": mean for name, mean in own.items()}
 
 
 def evaluate_sets(
@@ -127,7 +135,8 @@ def evaluate_sets(
     verdicts: dict[str, Mapping[str, Any]] = {}
     if config.data.format == "guard":
         verdicts = {name: verdicts_of(trainee, tokens, **arguments) for name, tokens in sets.items()}
-    if not config.eval.exact_match and not config.eval.tool_calls and predictions is None:
+    section = config.eval
+    if not (section.exact_match or section.tool_calls or section.metrics or predictions is not None):
         return Evaluation(losses, verdicts=verdicts)
     matches: dict[str, ExactMatch] = {}
     num_before = 0
@@ -138,8 +147,7 @@ def evaluate_sets(
             predictions.add_set(name, of_set, num_before=num_before)
         num_before += len(tokens)
     calls = {name: match.tool_calls for name, match in matches.items() if match.tool_calls is not None}
-    compares = config.eval.exact_match or predictions is not None
-    return Evaluation(losses, matches if compares else {}, verdicts, calls)
+    return Evaluation(losses, matches, verdicts, calls, config.eval.exact_match or predictions is not None)
 
 
 def warn_of_answers(sets: HeldOutSets, *, config: Config, base: Base, world: World) -> None:

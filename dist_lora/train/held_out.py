@@ -23,6 +23,7 @@ from dist_lora.evaluation.evaluate import (
 )
 from dist_lora.evaluation.generate import stop_ids_of
 from dist_lora.evaluation.guard import read_verdicts, verdict_margins
+from dist_lora.evaluation.own_metrics import own_metrics
 from dist_lora.evaluation.predictions import Predictions
 from dist_lora.evaluation.tool_calls import check_expected
 from dist_lora.evaluation.verdicts import guard_report
@@ -103,7 +104,7 @@ def exact_match_of(
     check_stop: Callable[[], None] = never_stop,
     predictions: Predictions | None = None,
 ) -> ExactMatch:
-    """How many of the trainee's answers match exactly. All ranks call it. See ``evaluation.evaluate.exact_match``."""
+    """How many of the trainee's answers match exactly, and what ``eval.metrics`` find. All ranks call it. See ``evaluation.evaluate.exact_match``."""
     batch = config.eval.batch or ANSWERS_AT_ONCE
     total = math.ceil(math.ceil(len(tokens) / world.world_size) / batch)
     with pace("generating answers, batch by batch", is_shown=_is_shown(world, check_stop)) as advance:
@@ -120,6 +121,7 @@ def exact_match_of(
             predictions=predictions,
             rule=AnswerRule.of(config.eval.answer),
             counts_calls=config.eval.tool_calls,
+            metrics=own_metrics(config),
         )
 
 

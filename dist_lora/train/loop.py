@@ -12,6 +12,7 @@ from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader
 from dist_lora.profile.recorder import Recorder
 from dist_lora.train.build import Trainee
+from dist_lora.train.callbacks import Callbacks
 from dist_lora.train.checkpoints import RunCheckpoints, RunProgress
 from dist_lora.train.evaluating import HeldOutSets, evaluate_sets
 from dist_lora.train.garbage import collected_between_steps
@@ -39,6 +40,7 @@ class Run:
     ) -> None:
         self.config, self.trainee, self.num_steps = config, trainee, num_steps
         self.recorder: Recorder | None = None  # on a rank that makes a profile
+        self.callbacks: Callbacks | None = None  # on the first rank, where there are any
         self._world, self._held_out = world, held_out or {}
         trainee.adapters.start_training(config.optim)
         self.progress = RunProgress()
@@ -120,11 +122,18 @@ class Run:
                 stopping.begin()
             if is_to_save or is_asked or self.has_ended:
                 self.save()
+            self.tell_of_saves()
             collect_after(step)
             longest_s = max(longest_s, time.monotonic() - started_s)
             if is_asked and (not is_last or self._is_to_evaluate()):
                 stopping.stop(f"at step {step}/{self.num_steps}")
         self.checkpoints.finish(self.progress)
+        self.tell_of_saves()
+
+    def tell_of_saves(self) -> None:
+        """Tell the callbacks of a checkpoint that has become complete."""
+        if self.callbacks is not None:
+            self.callbacks.look_at(self.saver.last)
 
     def _is_to_evaluate(self) -> bool:
         """Whether an evaluation is due after the last step, and wasn't done yet."""

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: metrics.jsonl, evaluations.jsonl, a progress bar, and the configured trackers."""
+"""What a run reports while it trains: metrics.jsonl, evaluations.jsonl, a progress bar, the configured trackers, callbacks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from dist_lora.errors import SaveError
 from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE
 from dist_lora.run_folder.log_file import to_log_file
+from dist_lora.train.callbacks import Callbacks
 from dist_lora.train.trackers import Options, start_tracker
 
 log = logging.getLogger("dist_lora")
@@ -71,8 +72,9 @@ class Meter:
         num_steps: int,
         options: Options | None = None,
         peak_flops_per_s: float | None = None,
+        callbacks: Callbacks | None = None,
     ) -> None:
-        self._folder = folder
+        self._folder, self._callbacks = folder, callbacks
         self._files = {METRICS_FILE: (folder / METRICS_FILE).open("a")}
         self._every = every
         self._peak_flops_per_s = peak_flops_per_s
@@ -90,6 +92,7 @@ class Meter:
 
         Raises:
             SaveError: it can't be written.
+            OwnCodeError: a callback raised an error.
         """
         self._write(METRICS_FILE, line, label="step")
         step = int(line["step"])
@@ -106,6 +109,8 @@ class Meter:
             to_log_file(text)
             if self._bar is None:
                 print(text, file=sys.stderr, flush=True)
+        if self._callbacks is not None:
+            self._callbacks.step(line)
 
     def _reached(self, flops_per_s: float) -> str:
         """Operations per second of a rank, and their share of its GPU's peak where that is known."""
@@ -117,12 +122,15 @@ class Meter:
 
         Raises:
             SaveError: it can't be written.
+            OwnCodeError: a callback raised an error.
         """
         self._write(EVALUATIONS_FILE, {"step": step, **values}, label="the evaluation at step")
         self._track(step, values)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         to_log_file(f"step {step}: {shown}")
         print(f"step {step}: {shown}", file=sys.stderr, flush=True)
+        if self._callbacks is not None:
+            self._callbacks.evaluated({"step": step, **values})
 
     def close(self) -> None:
         """Close the progress bar, the files and the trackers."""

@@ -18,10 +18,12 @@ from tests.pretend.shipped import alike, compared, sizes_of
 
 PRESETS = presets()
 GROUPS = alike(PRESETS.values())
-# Of each size a plain and a quantized one, on every machine: 3 minutes of one core together.
+# Of each size a plain and a quantized one, on every machine: 4 minutes of one core together.
 WHOLE = (
     "3.2-1b_lora_2x24gb",
     "3.2-1b_qlora_1x24gb",
+    "3.2-3b_lora_2x24gb",
+    "3.2-3b_qlora_1x24gb",
     "3.1-8b_lora_8x80gb",
     "3.1-8b_qlora_2x24gb",
     "3.1-70b_lora_8x80gb",

@@ -3,7 +3,7 @@
 Kept as they are: the vocabulary of 128,256 and its special tokens, RoPE's theta and scaling, the context, the norms' eps,
 whether the head is tied, the ids of begin, end and padding; and of the sizes their ratios: heads to heads of keys and
 values, feed-forward to width, head_dim x heads = width, and the 1B's heads half as wide as the 8B's. Smaller: the width
-(128; 64 in the 1B), with it the heads (8 to 16, of 8 or 16 numbers), and the layers (2).
+(128; 64 in the 1B, 96 in the 3B), with it the heads (6 to 16, of 8 or 16 numbers), and the layers (2).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ NUM_LAYERS = 2
 
 def tiny_shape(shape: Shape) -> Shape:
     """A member's shape with the sizes of this file."""
-    hidden = 64 if shape.tied else 128
     group = shape.num_heads // shape.num_kv_heads
+    hidden = 128 if not shape.tied else 96 if group == 3 else 64
     num_kv_heads = 2 if group < 16 else 1
     return dataclasses.replace(
         shape,

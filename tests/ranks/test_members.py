@@ -36,7 +36,7 @@ CLOSE = 1e-4
 ROPE_OF_3 = {"rope_type": "default", "rope_theta": 500_000.0}
 # One for each configuration, among them a base, an Instruct and a Guard: the others differ from theirs in the ids of stops
 # alone, which no training reads.
-FIRST = ("3-8b", "3-70b-instruct", "guard-3-8b", "3.1-70b", "3.1-405b-instruct", "3.2-1b")
+FIRST = ("3-8b", "3-70b-instruct", "guard-3-8b", "3.1-70b", "3.1-405b-instruct", "3.2-1b", "3.2-3b")
 IN_SUITE = ("3-8b", "3.2-1b")  # RoPE plain and scaled, a head of its own and a tied one
 
 

@@ -23,6 +23,7 @@ ROAD = (
     "text",
     "files",
     "pace",
+    "own_code",
     "profile",
     "config",
     "herd",
@@ -44,6 +45,8 @@ ROAD = (
     "doctor",
     "simulation",
     "slurm",
+    "work",
+    "api",
     "cli",
     "__main__",
 )

@@ -28,7 +28,7 @@ def printed(*arguments: str) -> str:
 
 def test_the_herd_is_listed_with_what_each_member_is_and_does() -> None:
     head, *rows = printed("herd").splitlines()
-    assert head.split("  ")[0] == "name" and len(rows) == len(MEMBERS) == 14
+    assert head.split("  ")[0] == "name" and len(rows) == len(MEMBERS) == 17
     columns = [name.strip() for name in head.split("  ") if name.strip()]
     assert columns == [
         "name", "parameters", "finetuned", "multilingual", "long context", "tool use", "tokens", "release", "licence", "purpose",

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dist_lora.chat.prompts import encode_prompts, read_prompts, write_answers
+from dist_lora.chat.prompts import encode_prompts, given_prompts, read_prompts, write_answers
 from dist_lora.errors import ConfigError, DataError
 from dist_lora.files import refuse_file
 
@@ -58,13 +58,15 @@ def test_chats_are_refused_where_plain_text_is_continued(tmp_path) -> None:
 
 def test_answers_stand_in_the_order_of_the_prompts_each_in_its_record(tmp_path) -> None:
     (tmp_path / "a.txt").write_text("0\n1\n2\n3\n4\n")
-    prompts, batches = read_prompts(tmp_path / "a.txt"), []
-
-    def answer(ids):
-        batches.append(len(ids))
-        return [f"answer {first}" for (first,) in ids]
-
-    write_answers(prompts, [[i] for i in range(5)], out=tmp_path / "out.jsonl", batch=2, answer=answer)
+    write_answers(read_prompts(tmp_path / "a.txt"), [f"answer {i}" for i in range(5)], out=tmp_path / "out.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert batches == [2, 2, 1]
     assert lines == [{"prompt": str(i), "generated": f"answer {i}"} for i in range(5)]
+
+
+def test_what_a_script_asks_is_a_text_or_a_chat() -> None:
+    chat = [{"role": "user", "content": "a"}]
+    assert [prompt.record for prompt in given_prompts(["a", chat])] == [{"prompt": "a"}, {"messages": chat}]
+    with pytest.raises(DataError) as raised:
+        given_prompts(["a", " ", [*chat, {"role": "assistant", "content": "b"}]])
+    assert "prompts[1]: prompt: found ' ', expected a text" in str(raised.value)
+    assert "prompts[2]: messages: the last one is the assistant's" in str(raised.value)

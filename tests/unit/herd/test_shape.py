@@ -106,13 +106,13 @@ def test_each_members_shape_is_that_of_metas_own_list(member: Member) -> None:
     assert shape.context == meta.max_seq_length
     # Guard 3 8B is a tuned 3.1 8B; the list alone says that it is unscaled.
     assert (shape.rope_scaling is not None) == (arch["use_scaled_rope"] or member.name == "guard-3-8b")
-    assert shape.tied == (arch["dim"] == 2048)
+    assert shape.tied == (arch["dim"] in (2048, 3072))
 
 
 def test_the_herd_is_complete() -> None:
-    sizes = {"3": ["8b", "70b"], "3.1": ["8b", "70b", "405b"], "3.2": ["1b"]}
+    sizes = {"3": ["8b", "70b"], "3.1": ["8b", "70b", "405b"], "3.2": ["1b", "3b"]}
     models = [f"{release}-{size}{kind}" for release in sizes for size in sizes[release] for kind in ("", "-instruct")]
-    assert list(MEMBERS) == [*models, "guard-3-8b", "guard-3-1b"]
+    assert list(MEMBERS) == [*models, "3.3-70b-instruct", "guard-3-8b", "guard-3-1b"]
     assert all(member.name == name for name, member in MEMBERS.items())
 
 
@@ -123,6 +123,8 @@ def test_the_herd_is_complete() -> None:
         ("3.1-70b", 70_553_706_496),
         ("3.1-405b", 405_853_388_800),
         ("3.2-1b", 1_235_814_400),
+        ("3.2-3b", 3_212_749_824),
+        ("3.3-70b-instruct", 70_553_706_496),
         ("guard-3-1b", 1_235_814_400),
     ],
 )
@@ -141,6 +143,7 @@ def test_rope_stretches_as_the_release_says(member: Member) -> None:
             "3": None,
             "3.1": RopeScaling(8.0, 1.0, 4.0, 8192),
             "3.2": RopeScaling(32.0, 1.0, 4.0, 8192),
+            "3.3": RopeScaling(8.0, 1.0, 4.0, 8192),
         }[release]
     )
 
@@ -167,12 +170,15 @@ def test_a_members_purpose_says_what_it_can() -> None:
     assert MEMBERS["3.1-8b-instruct"].purpose == "answers, in chats (multilingual, long context, tool use)"
     assert MEMBERS["guard-3-1b"].purpose.startswith("judges whether a prompt or an answer is safe")
     assert [m.name for m in MEMBERS.values() if not m.is_finetuned] == [
-        "3-8b", "3-70b", "3.1-8b", "3.1-70b", "3.1-405b", "3.2-1b",
+        "3-8b", "3-70b", "3.1-8b", "3.1-70b", "3.1-405b", "3.2-1b", "3.2-3b",
     ]  # fmt: skip
     assert {m.licence for m in MEMBERS.values() if m.guard} == {
         "Llama 3.1 Community License",
         "Llama 3.2 Community License",
     }
+    newest = MEMBERS["3.3-70b-instruct"]
+    assert (newest.licence, str(newest.released)) == ("Llama 3.3 Community License", "2024-12-06")
+    assert newest.purpose == "answers, in chats (multilingual, long context, tool use)"
     assert str(MEMBERS["3-70b"].released) == "2024-04-18" and str(MEMBERS["guard-3-8b"].released) == "2024-07-23"
 
 
@@ -299,7 +305,7 @@ def test_a_model_that_is_nf4_by_bitsandbytes_has_the_shape_of_the_plain_one() ->
 
 def test_all_foreign_parts_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        Shape.from_config(config_of(mlp_bias=True, hidden_act="relu", model_type="gemma"), where="c")
+        Shape.from_config(config_of(mlp_bias=True, hidden_act="relu", model_type="mistral"), where="c")
     assert len(str(caught.value).split("\n")) == 4
 
 

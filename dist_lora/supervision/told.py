@@ -1,0 +1,35 @@
+"""Errors as they are told to the user, by a command or by a rank on behalf of all. Needs no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+from dist_lora.errors import DistLoraError, StopNow, StoppedOnRequest
+from dist_lora.text import without_cpp_stack
+
+
+def report_error(error: BaseException, who: str = "") -> None:
+    """Print an error; see ``error_text``. Under torchrun also leave it the text, which it shows last."""
+    text = error_text(error, who)
+    print(text, file=sys.stderr, flush=True)
+    from dist_lora.world.launcher import note_for_torchrun
+
+    note_for_torchrun(os.environ, text)
+
+
+def error_text(error: BaseException, who: str = "") -> str:
+    """An error as it is shown: a user's error as one message, an internal error with its stack.
+
+    ``who`` is the rank that failed, where that is of use.
+    """
+    if isinstance(error, StoppedOnRequest | StopNow | KeyboardInterrupt):
+        return str(error) or "interrupted"
+    message, stack = without_cpp_stack(str(error)), ""
+    if not isinstance(error, DistLoraError):
+        formatted = traceback.TracebackException.from_exception(error)
+        last = list(formatted.format_exception_only())
+        message = without_cpp_stack("".join(last).strip())
+        stack = "\n" + "".join(list(formatted.format())[: -len(last)]).rstrip()
+    return f"error: {who + ': ' if who else ''}{message}{stack}"
