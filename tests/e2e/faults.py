@@ -24,7 +24,7 @@ from dist_lora.checkpoint import write as write_module
 from dist_lora.data import token_cache
 from dist_lora.data.loader import Loader
 from dist_lora.doctor import command
-from dist_lora.train import build, loop
+from dist_lora.train import build, evaluating
 from dist_lora.train import command as train_command
 from dist_lora.train import step as step_module
 from tests.e2e import points
@@ -209,7 +209,7 @@ def boom_while_the_other_loads() -> None:
 
 
 def boom_while_the_other_evaluates() -> None:
-    _boom_of_rank_1_while_rank_0_is_busy(loop, "loss_of")
+    _boom_of_rank_1_while_rank_0_is_busy(evaluating, "loss_of")
 
 
 def boom_while_the_other_saves() -> None:

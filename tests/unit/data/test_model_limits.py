@@ -83,6 +83,6 @@ def test_train_and_eval_refuse_long_samples_and_take_them_truncated_or_packed(sh
         ):
             tokens(packed, base, World.alone())
     truncated = config_of(short, data=data, train={"sequence_length": 48})
-    assert tokens_of(truncated, base, World.alone())[1].lengths.tolist() == [48]
+    assert tokens_of(truncated, base, World.alone())[1][""].lengths.tolist() == [48]
     alone = config_of(short, data={**data, "eval": None}, train={"sequence_length": 200, "packing": True})
     assert tokens_of(alone, base, World.alone())[0].lengths.max() < 48

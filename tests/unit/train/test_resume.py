@@ -241,7 +241,7 @@ def test_the_best_checkpoint_is_kept_and_becomes_the_adapter(begun, tmp_path, mo
     from dist_lora.evaluation.evaluate import HeldOut
 
     told = iter([3.0, 1.0, 2.0, 4.0])
-    monkeypatch.setattr("dist_lora.train.loop.loss_of", lambda *a, **k: HeldOut(next(told), 10))
+    monkeypatch.setattr("dist_lora.train.evaluating.loss_of", lambda *a, **k: HeldOut(next(told), 10))
     settings = with_(
         begun,
         run="best",
