@@ -280,7 +280,7 @@ def test_a_dry_run_shows_plan_and_targets_with_their_end_token_and_leaves_nothin
     done = here("train", config, "run=dry", f"data.train={data}", *arguments, "--dry-run")
     assert done.returncode == 0, done.stderr
     plan, _, sample = done.stdout.partition("\n\n")
-    assert [line.split()[0] for line in plan.splitlines()] == ["model", "adapters", "data", "training"]
+    assert [line.split()[0] for line in plan.splitlines()] == ["model", "adapters", "data", "training", "advice"]
     assert "139,584 frozen weights, 2 layers" in plan
     # rank 4; widths 64 and 128, 32 of keys and values: 4 (in + out) for each of the seven linears, in two layers
     sizes = [64 + 64, 64 + 32, 64 + 32, 64 + 64, 64 + 128, 64 + 128, 128 + 64]
