@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dist_lora.data.guard import COLUMNS as GUARD_COLUMNS
 from dist_lora.data.guard import EXAMPLE as GUARD_EXAMPLE
@@ -140,7 +140,7 @@ Sample = Chat | Instruction | Continuation | Tokens | Judged
 
 def named_format(name: str) -> Format | None:
     """The format of that name; None for auto."""
-    return next((fmt for fmt in REQUIRED_COLUMNS if fmt == name), None)
+    return next((fmt for fmt in get_args(Format) if fmt == name), None)
 
 
 def recognize_format(columns: Collection[str]) -> Format:

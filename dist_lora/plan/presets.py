@@ -224,7 +224,7 @@ def settings_of(preset: Preset, *, micro_batch: int) -> Iterator[tuple[str, str,
 
 def _sample_of(member: Member) -> str:
     if member.guard:
-        return 'one sample per line: {"messages": [...], "verdict": "unsafe", "violated": ["Privacy"]}, or "safe"'
+        return 'per line {"messages": [...], "verdict": "unsafe", "violated": ["Privacy"]} or "safe"'
     if member.instruct:
         return 'one sample per line, as {"messages": [...]}'
     return 'one sample per line, as {"prompt": ..., "completion": ...} or {"text": ...}'

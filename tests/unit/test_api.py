@@ -47,8 +47,8 @@ def test_a_mapping_is_refused_as_a_file_is_and_stays_as_it_was() -> None:
     assert str(caught.value).splitlines() == [
         "3 settings of the given settings are wrong:",
         "  the given settings: lora.rnak: no such setting (nearest: rank)",
-        "  the given settings: data.format: found 'alpacca', expected auto, messages, alpaca, prompt-completion, text or "
-        "a function of your own, like my_pkg.my_mod:my_format (nearest: alpaca)",
+        "  the given settings: data.format: found 'alpacca', expected auto, messages, alpaca, prompt-completion, text, "
+        "tokens, guard or a function of your own, like my_pkg.my_mod:my_format (nearest: alpaca)",
         "  train.callbacks=[a.b] (argument): found ['a.b'], expected a list of classes of your own, like "
         "[my_pkg.my_mod:MyCallback]",
     ]

@@ -441,7 +441,7 @@ def test_modules_that_cannot_be_are_told(tmp_path: Path, settings: dict[str, obj
             {"train": ["b", {"weight": -1, "wieght": 2, "format": "txt", "columns": {"text": 1}}]},
             "data.train[1]: wieght: no such setting of a set (nearest: weight); path is None; expected a file, a folder or a hub id; "
             "weight is -1; expected a number of at least 0, like 0.7; format is 'txt'; expected one of auto, messages, alpaca, "
-            "prompt-completion, text, tokens; columns is {'text': 1}; expected our names with yours",
+            "prompt-completion, text, tokens, guard; columns is {'text': 1}; expected our names with yours",
         ),
         ({"train": 3}, "found 3, expected a path, a list of paths, or a list of sets like {path: a.jsonl, weight: 0.7"),
         ({"train": "a", "columns": {}}, "{}; expected our names with yours, like {prompt: question"),

@@ -29,7 +29,13 @@ def token_set(*lengths_of_sets) -> TokenSet:
     num_targets = np.array([n - 1 - (n - 1) // 2 for n in lengths])
     set_starts = tuple(itertools.accumulate((len(own) for own in lengths_of_sets[:-1]), initial=0))
     return TokenSet(
-        ids, is_target, np.cumsum(lengths) - lengths, lengths, num_targets, np.arange(len(lengths)), (), set_starts
+        ids,
+        is_target,
+        np.cumsum(lengths) - lengths,
+        lengths,
+        num_targets,
+        np.arange(len(lengths)),
+        set_starts=set_starts,
     )
 
 

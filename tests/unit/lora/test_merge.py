@@ -499,5 +499,5 @@ def test_a_single_file_that_counts_does_not_bring_the_index_beside_it(tmp_path, 
     (base / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-00001-of-00001.safetensors"}}')
     merge_adapter(adapter, base=base, out=tmp_path / "merged")
     assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors",
+        "README.md", "config.json", "generation_config.json", "model.safetensors",
     ]  # fmt: skip

@@ -57,7 +57,7 @@ def test_the_meter_is_closed_where_another_rank_fails_while_it_opens(tmp_path: P
 
     monkeypatch.setattr(command, "Meter", lambda *_, **__: SimpleNamespace(close=lambda: closed.append(True)))
     monkeypatch.setattr(world, "agree", refuse)
-    run = SimpleNamespace(config=config, progress=SimpleNamespace(step=0), num_steps=1)
+    run = SimpleNamespace(config=config, callbacks=None, progress=SimpleNamespace(step=0), num_steps=1)
     with pytest.raises(RankError, match="rank 1 failed"), StopRequest({}) as stop:
         command._train(cast(Any, run), tmp_path, world, stop, lambda device, dtype: None)
     assert closed == [True]

@@ -43,9 +43,10 @@ def test_a_fraction_holds_out_samples_in_one_form_each(tiny_llama, tmp_path) -> 
     data = {"train": str(tmp_path / "d.jsonl"), "eval": 0.25, "format": "guard", "guard_categories": ["A", "B"]}
     config = config_of(tiny_llama("llama31"), data={**data, "cache_dir": str(tmp_path / "cache")})
     base, world = open_base(config, World.alone()), World.alone()
-    train, held_out = tokens_of(config, base, world)
-    assert held_out is not None and (len(train), len(held_out)) == (18, 3)
+    train, sets = tokens_of(config, base, world)
+    held_out = sets[""]
+    assert (len(train), len(held_out)) == (18, 3)
     assert not {*train.sample_ids.tolist()} & {*held_out.sample_ids.tolist()}
     samples = read_verdicts(held_out, tokenizer=base.tokenizer).samples
     assert {sample.categories for sample in samples} == {("A", "B")}  # in their order
-    assert held_out_of(config, base, world).sample_ids.tolist() == held_out.sample_ids.tolist()
+    assert held_out_of(config, base, world)[""].sample_ids.tolist() == held_out.sample_ids.tolist()
