@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from dist_lora.errors import cannot_write
 from dist_lora.files import refuse_file, write_whole
@@ -41,6 +42,18 @@ class Predictions:
         """Add this rank's predictions of a further set, of whose samples ``num_before`` of other sets come first."""
         for index, prediction in of_set.of_samples.items():
             self.of_samples[num_before + index] = replace(prediction, set=name or None)
+
+    def first(self, number: int, world: World) -> list[dict[str, Any]]:
+        """Those of the first ``number`` samples, of all ranks, in order; empty but on the first rank. All ranks call it."""
+        key = world.fresh_key("answers")
+        own = {index: prediction.to_json() for index, prediction in self.of_samples.items() if index < number}
+        if not world.is_first:
+            world.share(f"{key}/{world.world_rank}", json.dumps(own).encode())
+            return []
+        every = dict(own)
+        for rank in range(1, world.world_size):
+            every |= {int(index): answer for index, answer in json.loads(world.fetch(f"{key}/{rank}")).items()}
+        return [every[index] for index in sorted(every)]
 
     def write(self, world: World) -> None:
         """Write all ranks' predictions, a line of JSON each. All ranks call it.

@@ -12,6 +12,7 @@ from dist_lora.files import write_whole
 from dist_lora.run_folder.records import read_lines
 
 SAMPLES_FILE = "samples.jsonl"  # a line per sample and evaluation
+NUM_KEPT = 8  # of the first held-out samples, from each evaluation that generates answers
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from dist_lora.profile.recorder import Recorder
 from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, SUMMARY_FILE, Attempt, begin_attempt
 from dist_lora.run_folder.folder import open_run_folder, write_config
 from dist_lora.run_folder.log_file import to_log_file
+from dist_lora.run_folder.samples import SAMPLES_FILE
 from dist_lora.text import count, gib, span
 from dist_lora.train.advice import advice_lines
 from dist_lora.train.build import (
@@ -315,7 +316,7 @@ def _prepare_folder(
     def begin() -> Attempt:
         write_config(folder, settings)
         if checkpoint is None:
-            for name in (METRICS_FILE, EVALUATIONS_FILE):
+            for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE):
                 (folder / name).unlink(missing_ok=True)
         else:
             warn_of_other_lr(checkpoint, config, num_steps=num_steps)

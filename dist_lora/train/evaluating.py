@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dist_lora.config.schema import Config
@@ -123,12 +124,14 @@ def evaluate_sets(
     world: World,
     check_stop: Callable[[], None] = never_stop,
     predictions: Predictions | None = None,
+    samples: Predictions | None = None,
 ) -> Evaluation:
     """Losses, and exact matches if asked for, of the trainee as it is now. All ranks call it.
 
     Args:
         check_stop: see ``held_out_loss``.
         predictions: gets this rank's answers of all sets; answers are then generated in any case.
+        samples: gets them too, if any are generated.
     """
     arguments: dict[str, Any] = {"config": config, "world": world, "check_stop": check_stop}
     losses = {name: loss_of(trainee, tokens, **arguments) for name, tokens in sets.items()}
@@ -141,10 +144,11 @@ def evaluate_sets(
     matches: dict[str, ExactMatch] = {}
     num_before = 0
     for name, tokens in sets.items():
-        of_set = None if predictions is None else Predictions(predictions.path)
+        of_set = Predictions(Path())
         matches[name] = exact_match_of(trainee, tokens, predictions=of_set, **arguments)
-        if predictions is not None and of_set is not None:
-            predictions.add_set(name, of_set, num_before=num_before)
+        for kept in (predictions, samples):
+            if kept is not None:
+                kept.add_set(name, of_set, num_before=num_before)
         num_before += len(tokens)
     calls = {name: match.tool_calls for name, match in matches.items() if match.tool_calls is not None}
     return Evaluation(losses, matches, verdicts, calls, config.eval.exact_match or predictions is not None)

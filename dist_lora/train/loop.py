@@ -10,7 +10,10 @@ from typing import NoReturn
 
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader
+from dist_lora.errors import cannot_write
+from dist_lora.evaluation.predictions import Predictions
 from dist_lora.profile.recorder import Recorder
+from dist_lora.run_folder.samples import NUM_KEPT, SAMPLES_FILE, write_samples
 from dist_lora.train.build import Trainee
 from dist_lora.train.callbacks import Callbacks
 from dist_lora.train.checkpoints import RunCheckpoints, RunProgress
@@ -41,7 +44,7 @@ class Run:
         self.config, self.trainee, self.num_steps = config, trainee, num_steps
         self.recorder: Recorder | None = None  # on a rank that makes a profile
         self.callbacks: Callbacks | None = None  # on the first rank, where there are any
-        self._world, self._held_out = world, held_out or {}
+        self._world, self._held_out, self._folder = world, held_out or {}, folder
         trainee.adapters.start_training(config.optim)
         self.progress = RunProgress()
         self.checkpoints = RunCheckpoints(
@@ -152,8 +155,14 @@ class Run:
                 raise Interrupted
 
         try:
+            samples = Predictions(self._folder / SAMPLES_FILE)
             evaluation = evaluate_sets(
-                self.trainee, self._held_out, config=self.config, world=self._world, check_stop=check_stop
+                self.trainee,
+                self._held_out,
+                config=self.config,
+                world=self._world,
+                check_stop=check_stop,
+                samples=samples,
             )
             values = evaluation.values()
             if self._judge is not None:
@@ -163,6 +172,17 @@ class Run:
         self.progress.evaluation = values
         if self.progress.evaluated(evaluation.deciding_loss(section.best_set)) and self.config.checkpoint.keep_best:
             self.save()
+        if evaluation.matches:
+            self._keep_samples(step, samples)
         if meter is not None:
             meter.evaluated(step, values)
         return True
+
+    def _keep_samples(self, step: int, samples: Predictions) -> None:
+        """Write some answers to the run's folder, for its report. All ranks call it."""
+        answers = samples.first(NUM_KEPT, self._world)
+        self._world.on_first(
+            "the answers of samples",
+            lambda: write_samples(self._folder, step=step, answers=answers),
+            os_error=lambda error: cannot_write(f"{samples.path}: can't be written: {error}", error),
+        )

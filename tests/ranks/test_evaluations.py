@@ -14,6 +14,7 @@ import pytest
 
 from dist_lora.config.schema import Config
 from dist_lora.lora.adapter_reader import read_adapter
+from dist_lora.run_folder.records import read_lines
 from dist_lora.run_folder.report import write_report
 from dist_lora.train import judge as judge_module
 from dist_lora.train.command import evaluate
@@ -128,6 +129,15 @@ def test_a_judge_gets_the_adapter_of_its_step_and_its_numbers_are_recorded(evalu
     assert sorted(path.name for path in (evaluated / "it" / "judge").iterdir()) == ["stderr.txt", "stdout.txt"]
     assert (evaluated / "it" / "judge" / "stdout.txt").read_text().startswith("judging ...\n")
     assert read_adapter(adapter).tensors
+
+
+def test_the_answers_of_the_first_samples_are_kept_from_each_evaluation(evaluated) -> None:
+    kept = list(read_lines(evaluated / "it" / "samples.jsonl"))
+    steps = [line["step"] for line in evaluations(evaluated)]
+    assert [line["step"] for line in kept] == [step for step in steps for _ in range(8)]
+    assert len({line["prompt"] for line in kept}) == 8, "the samples are those of both ranks, each once"
+    by_step = [[line["prompt"] for line in kept if line["step"] == step] for step in steps]
+    assert all(prompts == by_step[0] for prompts in by_step)
 
 
 def test_the_page_of_a_run_has_a_curve_for_each_set_and_for_each_number_of_the_judge(evaluated, tmp_path) -> None:
