@@ -119,7 +119,7 @@ def test_code_that_cannot_be_used_is_refused_by_all_ranks_before_the_base_is_ope
 def test_a_single_process_raises_what_is_wrong_and_the_next_call_goes_on(config, monkeypatch, capsys) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    alone = api.load(config, "run=alone", "train.steps=2", "checkpoint.every=1")
+    alone = api.load(config, "run=of-a-script", "train.steps=2", "checkpoint.every=1")
 
     class Fails(api.Callback):
         def on_step(self, line: dict) -> None:
