@@ -109,8 +109,9 @@ def write_samples(member: Member, path: Path, *, num_samples: int = 12) -> None:
     lines = []
     for i in range(num_samples):
         question, answer = f"How much is {i} and {i * 7 % 5}?", f"It is {i + i * 7 % 5}. " * (1 + i % 4)
-        if member.guard:
-            answer = f"unsafe\nS{i}" if i % 2 else "safe"
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        lines.append(json.dumps({"messages": turns} if member.is_finetuned else {"text": f"{question} {answer}"}))
+        sample: dict[str, object] = {"messages": turns} if member.is_finetuned else {"text": f"{question} {answer}"}
+        if member.guard:
+            sample |= {"verdict": "unsafe", "violated": [f"S{i}"]} if i % 2 else {"verdict": "safe"}
+        lines.append(json.dumps(sample))
     path.write_text("\n".join(lines) + "\n")

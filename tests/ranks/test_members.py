@@ -76,8 +76,15 @@ def settings_of(member: Member, folder: Path, work: Path) -> dict[str, Any]:
     tree |= {"runs_dir": str(work / "runs"), "log": {"trackers": []}}
     tree["model"] |= {"name": str(folder), "dtype": "fp32"}
     tree["data"] |= {"train": str(work / "train.jsonl"), "eval": None, "cache_dir": str(work / "cache")}
-    tree["data"]["chat_template"] = "llama3" if member.is_finetuned else None
-    tree["train"] |= {"epochs": None, "steps": NUM_STEPS, "global_batch": 4, "micro_batch": 1, "sequence_length": 128}
+    tree["data"]["chat_template"] = "llama3" if member.is_finetuned and not member.guard else None
+    length = 512 if member.guard else 128  # a Guard's prompt lists its categories
+    tree["train"] |= {
+        "epochs": None,
+        "steps": NUM_STEPS,
+        "global_batch": 4,
+        "micro_batch": 1,
+        "sequence_length": length,
+    }
     tree["optim"] |= {"lr": 5e-3, "warmup_steps": 0}
     return tree
 
