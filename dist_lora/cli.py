@@ -545,12 +545,12 @@ def _as_table(result: dict[str, Any]) -> str:
     lines: list[str] = []
     for name, value in result.items():
         if name == "guard":
-            for of_set, report in {"": value}.items() if "by_category" in value else value.items():
-                lines += ["", *([of_set] if of_set else []), *guard_table(report).splitlines(), ""]
+            for of_set, report in _by_set(value, "by_category"):
+                lines += ["", *of_set, *guard_table(report).splitlines(), ""]
             continue
         if name == "tool_calls":
-            for of_set, calls in {"": value}.items() if "wanted" in value else value.items():
-                lines += [*([of_set] if of_set else []), *lines_of(calls)]
+            for of_set, calls in _by_set(value, "by_tool"):
+                lines += [*of_set, *lines_of(calls)]
             continue
         if name == "sets":
             lines += _table_of_sets(value)
@@ -559,6 +559,11 @@ def _as_table(result: dict[str, Any]) -> str:
             value = f"{value['correct']} of {value['total']} ({value['correct'] / value['total']:.1%})"
         lines.append(f"{name:14} {value:.6g}" if isinstance(value, float) else f"{name:14} {value}")
     return "\n".join(lines)
+
+
+def _by_set(value: dict[str, Any], key: str) -> list[tuple[list[str], dict[str, Any]]]:
+    """Reports, each with its held-out set's name as a line before it; of a single set, whose report has ``key``, none."""
+    return [([], value)] if key in value else [([name], report) for name, report in value.items()]
 
 
 def _table_of_sets(sets: dict[str, dict[str, Any]]) -> list[str]:

@@ -95,8 +95,12 @@ def nearest_few(name: str, names: Iterable[str], *, otherwise: str, cutoff: floa
     return f"nearest: {', '.join(matches)}" if matches else otherwise
 
 
-def in_columns(rows: Sequence[Sequence[str]], *, indent: str = "") -> Iterator[str]:
-    """One line per row, with left-aligned columns."""
+def in_columns(rows: Sequence[Sequence[str]], *, indent: str = "", has_numbers: bool = False) -> Iterator[str]:
+    """One line per row, with left-aligned columns; with ``has_numbers`` all but the first are aligned at their right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        yield (indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip()
+        cells = zip(row, widths, strict=True)
+        aligned = [
+            cell.rjust(width) if has_numbers and at else cell.ljust(width) for at, (cell, width) in enumerate(cells)
+        ]
+        yield (indent + "  ".join(aligned)).rstrip()

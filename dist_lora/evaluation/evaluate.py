@@ -18,7 +18,7 @@ from dist_lora.engines.engine import Engine
 from dist_lora.evaluation.answers import AnswerRule
 from dist_lora.evaluation.generate import base_fits_whole, generate
 from dist_lora.evaluation.own_metrics import OwnMetric, Scores
-from dist_lora.evaluation.predictions import Prediction, Predictions
+from dist_lora.evaluation.predictions import Prediction
 from dist_lora.evaluation.tool_calls import ToolCalls, summed
 from dist_lora.world.world import World
 
@@ -94,7 +94,7 @@ def exact_match(
     batch: int,
     world: World,
     check_stop: Callable[[], None] = never_stop,
-    predictions: Predictions | None = None,
+    predictions: dict[int, Prediction] | None = None,
     rule: AnswerRule | None = None,
     counts_calls: bool = False,
     metrics: Sequence[OwnMetric] = (),
@@ -102,7 +102,7 @@ def exact_match(
     """Generate the last answer of each sample from what comes before it, and compare. All ranks call it.
 
     Each rank takes every ``world_size``-th sample; if memory allows, the base stays gathered throughout. ``check_stop``
-    is called before each batch of answers, see ``held_out_loss``. ``predictions`` gets this rank's answers, and ``metrics``
+    is called before each batch of answers, see ``held_out_loss``. ``predictions`` gets this rank's answers by their sample, and ``metrics``
     judge each; ``rule`` says what of two texts is compared.
     """
     mine = [last_answer(*tokens.document(i)) for i in range(world.world_rank, len(tokens), world.world_size)]
@@ -135,7 +135,7 @@ def exact_match(
                     prediction = Prediction(tokenizer.decode(prompt), wanted, found, is_correct)
                     scores.add(sample, prediction)
                     if predictions is not None:
-                        predictions.of_samples[sample] = prediction
+                        predictions[sample] = prediction
     finally:
         engine.keep_gathered(model, False)
         model.train(was_training)

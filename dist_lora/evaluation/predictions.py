@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +39,10 @@ class Predictions:
         """Raise ``ConfigError`` if the file exists, or can't be made."""
         refuse_file(self.path, option="--predictions")
 
-    def add_set(self, name: str, of_set: Predictions, *, num_before: int) -> None:
-        """Add this rank's predictions of a further set, of whose samples ``num_before`` of other sets come first."""
-        for index, prediction in of_set.of_samples.items():
-            self.of_samples[num_before + index] = replace(prediction, set=name or None)
-
     def first(self, number: int, world: World) -> list[dict[str, Any]]:
         """Those of the first ``number`` samples, of all ranks, in order; empty but on the first rank. All ranks call it."""
-        key = world.fresh_key("answers")
-        own = {index: prediction.to_json() for index, prediction in self.of_samples.items() if index < number}
-        if not world.is_first:
-            world.share(f"{key}/{world.world_rank}", json.dumps(own).encode())
-            return []
-        every = dict(own)
-        for rank in range(1, world.world_size):
-            every |= {int(index): answer for index, answer in json.loads(world.fetch(f"{key}/{rank}")).items()}
-        return [every[index] for index in sorted(every)]
+        chosen = {index: prediction for index, prediction in self.of_samples.items() if index < number}
+        return world.on_first("the answers", self._gathering(chosen, world)) or []
 
     def write(self, world: World) -> None:
         """Write all ranks' predictions, a line of JSON each. All ranks call it.
@@ -61,18 +50,28 @@ class Predictions:
         Raises:
             SaveError: the file can't be written.
         """
-        own = {index: prediction.to_json() for index, prediction in self.of_samples.items()}
-        world.share(f"predictions/{world.world_rank}", json.dumps(own).encode())
+        gathered = self._gathering(self.of_samples, world)
 
         def write() -> None:
-            lines = {int(index): line for index, line in json.loads(json.dumps(own)).items()}
-            for rank in range(1, world.world_size):
-                lines |= {int(index): line for index, line in json.loads(world.fetch(f"predictions/{rank}")).items()}
-            text = "".join(json.dumps(lines[index], ensure_ascii=False) + "\n" for index in sorted(lines))
-            write_whole(self.path, text)
+            write_whole(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in gathered()))
 
         world.on_first(
             "the predictions",
             write,
             os_error=lambda error: cannot_write(f"{self.path}: can't be written: {error}", error),
         )
+
+    @staticmethod
+    def _gathering(own: Mapping[int, Prediction], world: World) -> Callable[[], list[dict[str, Any]]]:
+        """Publish this rank's; returns what makes a list of all ranks', in order, on the first rank. All ranks call it."""
+        key = world.fresh_key("predictions")
+        lines = {index: prediction.to_json() for index, prediction in own.items()}
+        world.share(f"{key}/{world.world_rank}", json.dumps(lines).encode())
+
+        def gathered() -> list[dict[str, Any]]:
+            every = dict(lines)
+            for rank in range(1, world.world_size):
+                every |= {int(index): line for index, line in json.loads(world.fetch(f"{key}/{rank}")).items()}
+            return [every[index] for index in sorted(every)]
+
+        return gathered

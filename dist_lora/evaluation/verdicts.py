@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from dist_lora.text import in_columns
+
 # N samples
 
 
@@ -106,14 +108,7 @@ def guard_table(report: Mapping[str, Any]) -> str:
     """A report as text: a line over all, and one for each category that a sample violates."""
     rows = [["", *_COLUMNS.values()], ["all", *_cells(report)]]
     rows += [[name, *_cells(scores)] for name, scores in report["by_category"].items() if scores["unsafe"]]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if at else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    return "\n".join(in_columns(rows, has_numbers=True))
 
 
 def _cells(scores: Mapping[str, Any]) -> list[str]:

@@ -74,7 +74,7 @@ def _of_set(name: str, figures: SetFigures, config: Config) -> Iterator[str]:
     rows = [["tokens of a sample", *heads]]
     for title, values in (("all", figures.lengths), ("trained on", figures.targets)):
         rows.append([title, *(f"{value:,}" for value in values.values())])
-    yield from in_columns(_right(rows), indent="  ")
+    yield from in_columns(rows, indent="  ", has_numbers=True)
     yield ""
     yield from _histogram(figures.bars)
 
@@ -113,12 +113,6 @@ def _duplicates(duplicates: Duplicates, num_documents: int) -> str:
 
 def _in_train(shared: Duplicates, num_documents: int) -> str:
     return shared_line(shared, num_documents) if shared.num_documents else "none"
-
-
-def _right(rows: list[list[str]]) -> list[list[str]]:
-    """The cells but the first of each row, aligned at their right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [[row[0], *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))] for row in rows]
 
 
 def _histogram(bars: tuple[Bar, ...]) -> Iterator[str]:

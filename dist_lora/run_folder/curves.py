@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from dist_lora.run_folder.records import number_of
 from dist_lora.text import GIB
 
 MOST_POINTS = 1000  # per curve
@@ -62,8 +63,8 @@ class Series:
 
 def number(line: Line, key: str) -> float:
     """A number of a line; NaN if it has none."""
-    value = line.get(key)
-    return float(value) if isinstance(value, int | float) and not abs(value) >= 2**1000 else math.nan
+    value = number_of(line, key)
+    return math.nan if value is None else value
 
 
 def plots(runs: Sequence[Series]) -> Iterator[str]:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,13 @@ def _lines_of(content: str) -> Iterator[dict[str, Any]]:
             continue
         if is_whole:
             yield line
+
+
+def number_of(line: Mapping[str, Any], key: str) -> float | None:
+    """A number of a line, which may be NaN; None if it has none, or one that no float can hold."""
+    value = line.get(key)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and not abs(value) >= 2**1000 else None  # type: ignore[arg-type]
 
 
 def read_last_lines(path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from dist_lora.config.load import load_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, cannot_write
 from dist_lora.files import file_exists, no_folder, write_output
-from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE
+from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, read_summary
 from dist_lora.run_folder.curves import MOST_POINTS, Line, Series, number, plots
 from dist_lora.run_folder.records import read_lines
 from dist_lora.run_folder.samples import Samples, read_samples
@@ -151,7 +151,7 @@ def _facts(
     folder: Path, config: Config, steps: Sequence[Line], evaluations: Sequence[Line]
 ) -> Iterator[tuple[str, str]]:
     """Names and values, in the order of interest."""
-    summary = _summary_of(folder)
+    summary = read_summary(folder)
     yield "model", f"{config.model.name} ({'unquantized' if config.model.quant == 'none' else config.model.quant})"
     yield (
         "adapters",
@@ -185,20 +185,11 @@ def _facts(
         yield "adapter", f"{adapter}: {adapter.stat().st_size / 1e6:.1f} MB"
 
 
-def _summary_of(folder: Path) -> dict[str, Any]:
-    """The summary that a run writes at its end; empty before."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
-
-
 def _table(evaluations: Sequence[Line]) -> list[list[str]]:
     """The evaluations' numbers as rows under a row of their names; empty if there are none."""
     if not evaluations:
         return []
-    names = list(dict.fromkeys(itertools.chain.from_iterable(evaluations)))
+    names = _names_of(evaluations)
     rows = [
         [f"{line['step']:,}" if name == "step" else f"{number(line, name):.4f}" for name in names]
         for line in evaluations[-MOST_EVALUATIONS:]

@@ -14,7 +14,7 @@ from dist_lora.config.load import load_config
 from dist_lora.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from dist_lora.files import is_locked, no_folder
 from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, read_attempt, read_summary
-from dist_lora.run_folder.records import read_last_lines, read_lines
+from dist_lora.run_folder.records import number_of, read_last_lines, read_lines
 from dist_lora.run_folder.status import read_status
 from dist_lora.text import duration
 
@@ -91,7 +91,7 @@ def _row(folder: Path) -> RunRow:
         state=state,
         step=int(last.get("step", 0)),
         num_steps=None if attempt is None else attempt.num_steps,
-        loss=_number(last.get("loss")),
+        loss=number_of(last, "loss"),
         eval_loss=losses[-1] if losses else None,
         best_eval_loss=min((loss for loss in losses if not math.isnan(loss)), default=None),
         model=model,
@@ -117,7 +117,7 @@ def _state(folder: Path) -> tuple[State, str]:
 
 def _losses(path: Path) -> list[float]:
     try:
-        losses = [_number(line.get("eval_loss")) for line in read_lines(path)]
+        losses = [number_of(line, "eval_loss") for line in read_lines(path)]
     except OSError:
         return []
     return [loss for loss in losses if loss is not None]
@@ -129,11 +129,6 @@ def _changed_s(folder: Path) -> float:
         with contextlib.suppress(OSError):
             changed_s = max(changed_s, path.stat().st_mtime)
     return changed_s
-
-
-def _number(value: object) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and not abs(value) >= 2**1000 else None  # type: ignore[arg-type]
 
 
 def _is_not_finite(value: object) -> bool:

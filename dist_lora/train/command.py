@@ -54,6 +54,7 @@ from dist_lora.train.build import (
     open_base,
 )
 from dist_lora.train.callbacks import Callbacks, StartedRun
+from dist_lora.train.checkpoints import RunProgress
 from dist_lora.train.data_facts import data_facts
 from dist_lora.train.evaluating import Evaluation, HeldOutSets, evaluate_sets, warn_of_answers
 from dist_lora.train.finished import describe_finished, finished_line
@@ -199,7 +200,7 @@ def train(
     settings, config = config, world.agree_on("optim.lr", functools.partial(with_lr, config, base.shape))
     folder = None if is_dry else open_run_folder(config, world)
     checkpoint = None if folder is None else find_checkpoint(config, folder, world)
-    tokens, held_out = _checked_tokens(config, base, world)
+    tokens, held_out = _checked_tokens(config, base, world, is_new=checkpoint is None)
     loader = loader_of(config, tokens, world)
     num_steps = num_steps_of(config, loader)
     if world.is_first:
@@ -232,8 +233,12 @@ def train(
     _end_callbacks(run, summary, world, callbacks)
 
 
-def _checked_tokens(config: Config, base: Base, world: World) -> tuple[TokenSet, HeldOutSets]:
-    """``tokens_of``, with special tokens that the base knows, and a warning where held-out samples are trained on."""
+def _checked_tokens(config: Config, base: Base, world: World, *, is_new: bool) -> tuple[TokenSet, HeldOutSets]:
+    """``tokens_of``, with special tokens that the base knows, and a warning where held-out samples are trained on.
+
+    Args:
+        is_new: not resumed. That warning reads all of the training set, so a run makes it once.
+    """
     tokens, held_out = tokens_of(config, base, world)
     check_tool_calls(held_out, config=config, base=base, world=world)
     check_special_tokens(
@@ -244,7 +249,7 @@ def _checked_tokens(config: Config, base: Base, world: World) -> tuple[TokenSet,
         on_untrained=config.data.untrained_tokens,
         world=world,
     )
-    for name, of_set in held_out.items():
+    for name, of_set in held_out.items() if is_new else ():
         warn_of_duplicates(of_set, tokens, name=f"data.eval.{name}".rstrip("."), world=world)
     warn_of_answers(held_out, config=config, base=base, world=world)
     return tokens, held_out
@@ -278,7 +283,8 @@ def _has_nothing_to_do(
     step, section = checkpoint.manifest.step, config.eval
     is_evaluated = config.data.eval is None and section.command is None
     is_evaluated = is_evaluated or last_evaluated(checkpoint) == step
-    is_out_of_patience = section.patience is not None and stale_evaluations(checkpoint, config) >= section.patience
+    progress = RunProgress(step, stale_evaluations=stale_evaluations(checkpoint, config))
+    is_out_of_patience = progress.is_out_of_patience(section.patience)
     if not is_evaluated or (step != num_steps and not is_out_of_patience):
         return False
     line = world.once("the run's end", lambda: describe_finished(folder, num_steps).encode()).decode()
@@ -571,9 +577,8 @@ def evaluate(
         predictions_file: a new file for each sample's generated answer, whether or not ``eval.exact_match`` is set.
     """
     started_s = time.monotonic()
-    predictions = None if predictions_file is None else Predictions(predictions_file)
-    if predictions is not None:
-        world.on_first("the predictions' file", predictions.refuse_existing)
+    if predictions_file is not None:
+        world.on_first("the predictions' file", Predictions(predictions_file).refuse_existing)
     check_own_code(config, world, is_training=False)
     base = open_base(config, world)
     if adapter is not None:
@@ -592,12 +597,12 @@ def evaluate(
         of_base = _losses(config, trainee, held_out, world)  # B is zero: this is the base, exactly
         load_adapter(trainee.adapters, adapter, world=world)
     world.progress.now("evaluating")
-    found = evaluate_sets(trainee, held_out, config=config, world=world, predictions=predictions)
+    found = evaluate_sets(trainee, held_out, config=config, world=world, keeps_predictions=predictions_file is not None)
     result |= found.to_json(of_base)
     if of_base is not None and found.of_all.loss == of_base.of_all.loss:
         log.warning(f"{adapter}: the loss equals the base's, bit for bit: this adapter changes nothing")
-    if predictions is not None:
-        predictions.write(world)
+    if predictions_file is not None:
+        Predictions(predictions_file, found.answers).write(world)
     return result | {"seconds": round(time.monotonic() - started_s, 1)}
 
 

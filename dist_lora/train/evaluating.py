@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dist_lora.config.schema import Config
 from dist_lora.data.token_set import TokenSet
 from dist_lora.evaluation.answers import AnswerRule
-from dist_lora.evaluation.evaluate import ExactMatch, HeldOut, last_answer, never_stop, until_stop
+from dist_lora.evaluation.evaluate import ExactMatch, HeldOut, expected_answers, never_stop
 from dist_lora.evaluation.generate import stop_ids_of
-from dist_lora.evaluation.predictions import Predictions
+from dist_lora.evaluation.predictions import Prediction
 from dist_lora.evaluation.tool_calls import ToolCalls
 from dist_lora.text import count
 from dist_lora.train.build import Base, Trainee
@@ -31,16 +30,16 @@ HeldOutSets = Mapping[str, TokenSet]
 class Evaluation:
     """What was found on each held-out set, by name; empty is what wasn't asked for.
 
-    ``matches``: of generated answers exact matches, which are shown if ``compares``, and the metrics of the user's own.
-
-    ``verdicts``: a Guard's scores, see ``verdicts.guard_report``.
+    ``matches``: of generated answers exact matches, which are shown if ``compares``, tool calls, and metrics of the user's own.
+    ``verdicts``: a Guard's scores, see ``verdicts.guard_report``. ``answers``: this rank's, by the number of their sample over
+    all sets.
     """
 
     losses: Mapping[str, HeldOut]
     matches: Mapping[str, ExactMatch] = field(default_factory=dict)
     verdicts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    tool_calls: Mapping[str, ToolCalls] = field(default_factory=dict)
     compares: bool = True
+    answers: dict[int, Prediction] = field(default_factory=dict)
 
     @property
     def of_all(self) -> HeldOut:
@@ -54,11 +53,11 @@ class Evaluation:
     def matches_of_all(self) -> ExactMatch:
         """The exact matches of all sets' samples, and the means of the metrics over them."""
         found = list(self.matches.values())
+        if len(found) == 1:
+            return found[0]
         total = sum(match.total for match in found)
         names = found[0].metrics if found else ()
         means = {name: math.fsum(match.metrics[name] * match.total for match in found) / total for name in names}
-        if len(found) == 1:
-            means = dict(found[0].metrics)
         return ExactMatch(sum(match.correct for match in found), total, metrics=means)
 
     def deciding_loss(self, best_set: str | None) -> float | None:
@@ -75,13 +74,19 @@ class Evaluation:
         for name, held in self.losses.items():
             if name:
                 values |= self._values(held, self.matches.get(name), suffix=f"/{name}")
-        for name, report in self.verdicts.items():
-            suffix = f"/{name}" if name else ""
-            values |= {f"eval_{score}{suffix}": value for score, value in report.items() if isinstance(value, float)}
-        for name, calls in self.tool_calls.items():
-            suffix = f"/{name}" if name else ""
-            values |= {f"{share}{suffix}": value for share, value in calls.values().items()}
+        scores = {
+            name: {f"eval_{score}": value for score, value in report.items() if isinstance(value, float)}
+            for name, report in self.verdicts.items()
+        }
+        for of_sets in (scores, {name: calls.values() for name, calls in self.tool_calls.items()}):
+            for name, numbers in of_sets.items():
+                values |= {f"{key}/{name}" if name else key: value for key, value in numbers.items()}
         return values
+
+    @property
+    def tool_calls(self) -> dict[str, ToolCalls]:
+        """The tool calls of the answers, where they were counted."""
+        return {name: match.tool_calls for name, match in self.matches.items() if match.tool_calls is not None}
 
     def to_json(self, of_base: Evaluation | None) -> dict[str, Any]:
         """What ``eval`` prints: of all sets, and by name under ``sets`` where they have names; with the losses of the base."""
@@ -123,35 +128,32 @@ def evaluate_sets(
     config: Config,
     world: World,
     check_stop: Callable[[], None] = never_stop,
-    predictions: Predictions | None = None,
-    samples: Predictions | None = None,
+    keeps_predictions: bool = False,
 ) -> Evaluation:
-    """Losses, and exact matches if asked for, of the trainee as it is now. All ranks call it.
+    """Losses, and what else is asked for, of the trainee as it is now. All ranks call it.
 
     Args:
         check_stop: see ``held_out_loss``.
-        predictions: gets this rank's answers of all sets; answers are then generated in any case.
-        samples: gets them too, if any are generated.
+        keeps_predictions: answers are generated and compared in any case.
     """
+    section = config.eval
     arguments: dict[str, Any] = {"config": config, "world": world, "check_stop": check_stop}
     losses = {name: loss_of(trainee, tokens, **arguments) for name, tokens in sets.items()}
     verdicts: dict[str, Mapping[str, Any]] = {}
     if config.data.format == "guard":
         verdicts = {name: verdicts_of(trainee, tokens, **arguments) for name, tokens in sets.items()}
-    section = config.eval
-    if not (section.exact_match or section.tool_calls or section.metrics or predictions is not None):
+    compares = section.exact_match or keeps_predictions
+    if not (compares or section.tool_calls or section.metrics):
         return Evaluation(losses, verdicts=verdicts)
     matches: dict[str, ExactMatch] = {}
+    answers: dict[int, Prediction] = {}
     num_before = 0
     for name, tokens in sets.items():
-        of_set = Predictions(Path())
+        of_set: dict[int, Prediction] = {}
         matches[name] = exact_match_of(trainee, tokens, predictions=of_set, **arguments)
-        for kept in (predictions, samples):
-            if kept is not None:
-                kept.add_set(name, of_set, num_before=num_before)
+        answers |= {num_before + index: replace(answer, set=name or None) for index, answer in of_set.items()}
         num_before += len(tokens)
-    calls = {name: match.tool_calls for name, match in matches.items() if match.tool_calls is not None}
-    return Evaluation(losses, matches, verdicts, calls, config.eval.exact_match or predictions is not None)
+    return Evaluation(losses, matches, verdicts, compares, answers)
 
 
 def warn_of_answers(sets: HeldOutSets, *, config: Config, base: Base, world: World) -> None:
@@ -161,9 +163,7 @@ def warn_of_answers(sets: HeldOutSets, *, config: Config, base: Base, world: Wor
         return
     stop_ids = stop_ids_of(base.folder, base.tokenizer)
     for name, tokens in sets.items():
-        expected = (
-            base.tokenizer.decode(until_stop(last_answer(*tokens.document(i))[1], stop_ids)) for i in range(len(tokens))
-        )
+        expected = expected_answers(tokens, tokenizer=base.tokenizer, stop_ids=stop_ids)
         without = [text for text in expected if rule.answer_in(text) is None]
         if without:
             setting = f"data.eval.{name}".rstrip(".")

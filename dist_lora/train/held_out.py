@@ -24,7 +24,7 @@ from dist_lora.evaluation.evaluate import (
 from dist_lora.evaluation.generate import stop_ids_of
 from dist_lora.evaluation.guard import read_verdicts, verdict_margins
 from dist_lora.evaluation.own_metrics import own_metrics
-from dist_lora.evaluation.predictions import Predictions
+from dist_lora.evaluation.predictions import Prediction
 from dist_lora.evaluation.tool_calls import check_expected
 from dist_lora.evaluation.verdicts import guard_report
 from dist_lora.pace import Advance, pace
@@ -102,7 +102,7 @@ def exact_match_of(
     config: Config,
     world: World,
     check_stop: Callable[[], None] = never_stop,
-    predictions: Predictions | None = None,
+    predictions: dict[int, Prediction] | None = None,
 ) -> ExactMatch:
     """How many of the trainee's answers match exactly, and what ``eval.metrics`` find. All ranks call it. See ``evaluation.evaluate.exact_match``."""
     batch = config.eval.batch or ANSWERS_AT_ONCE

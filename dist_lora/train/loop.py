@@ -155,14 +155,8 @@ class Run:
                 raise Interrupted
 
         try:
-            samples = Predictions(self._folder / SAMPLES_FILE)
             evaluation = evaluate_sets(
-                self.trainee,
-                self._held_out,
-                config=self.config,
-                world=self._world,
-                check_stop=check_stop,
-                samples=samples,
+                self.trainee, self._held_out, config=self.config, world=self._world, check_stop=check_stop
             )
             values = evaluation.values()
             if self._judge is not None:
@@ -173,7 +167,7 @@ class Run:
         if self.progress.evaluated(evaluation.deciding_loss(section.best_set)) and self.config.checkpoint.keep_best:
             self.save()
         if evaluation.matches:
-            self._keep_samples(step, samples)
+            self._keep_samples(step, Predictions(self._folder / SAMPLES_FILE, evaluation.answers))
         if meter is not None:
             meter.evaluated(step, values)
         return True
