@@ -225,6 +225,18 @@ def check_template(tokenizer: PreTrainedTokenizerBase, *, formats: Sequence[Form
         )
 
 
+def print_sample(
+    ids: Sequence[int], is_target: Sequence[bool], *, tokenizer: PreTrainedTokenizerBase, title: str
+) -> None:
+    """Print a document under a title, with its targets in green, or between ⟦ and ⟧ where there is no colour."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(title)
+    has_colour = console.color_system is not None
+    console.print(render_sample(ids, is_target, tokenizer=tokenizer, has_colour=has_colour))
+
+
 def render_sample(
     ids: Sequence[int], is_target: Sequence[bool], *, tokenizer: PreTrainedTokenizerBase, has_colour: bool
 ) -> Text:

@@ -34,7 +34,7 @@ MANY_PASSES = 4
 """A set that is seen more often is reported. Up to 4 passes repeated data teaches nearly as much as new (arXiv 2305.16264)."""
 
 _MAX_SEQUENCES = 2**27
-"""Of the whole epochs that can be counted: about two minutes, and 2 bytes each."""
+"""Of the whole epochs that can be counted: about six minutes, and 2 bytes each."""
 
 _EVERY = 4096  # sequences between two of which the counts are kept
 _KEPT_PASSES = 2  # of each set
@@ -76,7 +76,7 @@ class Mixture:
 class MixedSequences:
     """The sequences of a run in the order of training, each a pure function of its number.
 
-    To know a sequence the ones before it are counted, once: about a second per million.
+    To know a sequence the ones before it are counted, once: two to three seconds per million.
 
     Args:
         token_set: with a set for each of the mixture's (see ``TokenSet.set_starts``).

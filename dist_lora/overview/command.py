@@ -22,7 +22,7 @@ from dist_lora.herd.models import refuse_shape, resolve_model
 from dist_lora.herd.shape import Shape, read_shape
 from dist_lora.overview.duration import Hours, Steps, hours_of, steps_of
 from dist_lora.overview.figures import SetFigures, figures_of
-from dist_lora.overview.pictures import lines_of, print_sample
+from dist_lora.overview.pictures import lines_of, print_document
 from dist_lora.train.command import loader_of, num_steps_of, tokens_of
 from dist_lora.world.world import World
 
@@ -72,7 +72,7 @@ def look(config: Config, *, num_samples: int, as_json: bool) -> None:
         return
     print("\n".join(lines_of(config, overview.sets, overview.steps, overview.hours)))
     for index in chosen:
-        print_sample(tokens, index, tokenizer=data.model.tokenizer)
+        print_document(tokens, index, tokenizer=data.model.tokenizer)
 
 
 def open_data(config: Config) -> RunData:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from dist_lora.config.schema import Config
-from dist_lora.data.chat import render_sample
+from dist_lora.data.chat import print_sample
 from dist_lora.data.duplicates import Duplicates, shared_line
 from dist_lora.data.token_set import TokenSet
 from dist_lora.overview.duration import Hours, Steps
@@ -29,26 +29,18 @@ def lines_of(config: Config, sets: Mapping[str, SetFigures], steps: Steps, hours
     yield from _of_training(config, steps, hours)
 
 
-def print_sample(tokens: TokenSet, index: int, *, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Print a document with its targets in green, or between ⟦ and ⟧; of a long one the begin."""
-    from rich.console import Console
-
+def print_document(tokens: TokenSet, index: int, *, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Print a document with what is trained on marked; of a long one the begin."""
     ids, is_target = tokens.document(index)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    rest = len(ids) - MAX_SHOWN
-    shown = render_sample(
+    print_sample(
         ids[:MAX_SHOWN].tolist(),
         is_target[:MAX_SHOWN].tolist(),
         tokenizer=tokenizer,
-        has_colour=console.color_system is not None,
+        title=f"\nSample {tokens.sample_ids[index] + 1:,}: {count(len(ids), 'token')}, {tokens.num_targets[index]:,} trained on "
+        "(green, or between ⟦ and ⟧)\n",
     )
-    console.print(
-        f"\nSample {tokens.sample_ids[index] + 1:,}: {count(len(ids), 'token')}, {tokens.num_targets[index]:,} trained on "
-        "(green, or between ⟦ and ⟧)\n"
-    )
-    console.print(shown)
-    if rest > 0:
-        console.print(f"... and {count(rest, 'token')} more")
+    if len(ids) > MAX_SHOWN:
+        print(f"... and {count(len(ids) - MAX_SHOWN, 'token')} more")
 
 
 def _of_set(name: str, figures: SetFigures, config: Config) -> Iterator[str]:

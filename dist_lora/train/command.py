@@ -19,7 +19,7 @@ from dist_lora.base.tokenizer_files import TEMPLATE_FILE
 from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.config.changes import flat
 from dist_lora.config.schema import Config, MachineSection, OptimSection
-from dist_lora.data.chat import hash_tokenizer, render_sample
+from dist_lora.data.chat import hash_tokenizer, print_sample
 from dist_lora.data.columns import sources_of
 from dist_lora.data.duplicates import warn_of_duplicates
 from dist_lora.data.loader import Loader
@@ -559,13 +559,9 @@ def machine_lines(section: MachineSection, world: World) -> list[str]:
 
 
 def _print_sample(tokens: TokenSet, base: Base) -> None:
-    from rich.console import Console
-
     ids, is_target = tokens.document(0)
-    console = Console(soft_wrap=True, highlight=False)
-    console.print("\nThe first sample; what is trained on is green, or between ⟦ and ⟧:\n")
-    has_colour = console.color_system is not None
-    console.print(render_sample(ids.tolist(), is_target.tolist(), tokenizer=base.tokenizer, has_colour=has_colour))
+    title = "\nThe first sample; what is trained on is green, or between ⟦ and ⟧:\n"
+    print_sample(ids.tolist(), is_target.tolist(), tokenizer=base.tokenizer, title=title)
 
 
 def evaluate(
