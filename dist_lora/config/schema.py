@@ -430,6 +430,9 @@ def _check_categories(categories: Any) -> Any:
     return tidy
 
 
+OWN_TEMPLATES = ("llama3", "llama3.1", "llama3.2", "chatml")
+"""What ``data.chat_template`` may name: templates of our own (see ``data.template.BUNDLED``)."""
+
 FormatName = Literal["auto", "messages", "alpaca", "prompt-completion", "text", "tokens", "guard"]
 
 

@@ -16,6 +16,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from dist_lora.config.changes import flat
+from dist_lora.config.schema import OWN_TEMPLATES
 from dist_lora.errors import AdapterError
 
 # The settings that a card shows, by full name; those that a config lacks (of another version) are left out.
@@ -24,7 +25,6 @@ SHOWN_SETTINGS = (
     "train.sequence_length", "train.packing", "train.seed", "data.format", "data.train_on", "data.chat_template",
     "model.quant", "model.dtype",
 )  # fmt: skip
-_OWN_TEMPLATES = ("llama3", "chatml")  # what data.chat_template may name
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def shown_settings(config: str) -> dict[str, str | int | float | bool | None]:
     settings = flat(tree_of(config))
     found = {name: settings[name] for name in SHOWN_SETTINGS if isinstance(settings.get(name, ()), _SCALARS)}
     template = found.get("data.chat_template")
-    if isinstance(template, str) and template not in _OWN_TEMPLATES:
+    if isinstance(template, str) and template not in OWN_TEMPLATES:
         found["data.chat_template"] = "its own"  # a file of this machine, or the text itself
     return found
 

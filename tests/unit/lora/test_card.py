@@ -10,7 +10,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from dist_lora.config.schema import ModuleAdapter
+from dist_lora.config.schema import OWN_TEMPLATES, ModuleAdapter
+from dist_lora.data.template import BUNDLED
 from dist_lora.errors import AdapterError
 from dist_lora.herd.members import MEMBERS
 from dist_lora.herd.models import member_of
@@ -160,7 +161,9 @@ def test_facts_of_a_newer_version_are_read_as_far_as_they_are_known_and_damaged_
 def test_settings_are_shown_without_paths() -> None:
     config = {"optim": {"lr": 0.1}, "data": {"train": "/home/me/x.jsonl", "chat_template": "/home/me/t.jinja"}, "x": 1}
     assert shown_settings(yaml.safe_dump(config)) == {"optim.lr": 0.1, "data.chat_template": "its own"}
-    for template, shown in (("chatml", "chatml"), (None, None), ("{{ messages }}", "its own")):
+    assert tuple(BUNDLED) == OWN_TEMPLATES
+    own = [(name, name) for name in OWN_TEMPLATES]
+    for template, shown in (*own, ("chatml", "chatml"), (None, None), ("{{ messages }}", "its own")):
         assert shown_settings(yaml.safe_dump({"data": {"chat_template": template}})) == {"data.chat_template": shown}
     assert shown_settings(": [") == shown_settings("- 1") == {}
 
