@@ -82,7 +82,7 @@ class Run:
         Raises:
             StoppedOnRequest: after a save, if any rank was asked to stop.
         """
-        with collected_between_steps(is_on_cpu=self._world.device.type == "cpu") as collect_after:
+        with collected_between_steps() as collect_after:
             self._train(meter, request, collect_after)
 
     def _train(self, meter: Meter | None, request: StopRequest, collect_after: Callable[[int], None]) -> None:

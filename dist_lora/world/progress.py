@@ -84,7 +84,9 @@ class Progress:
 
     def notes(self) -> list[Note]:
         """The notes of all live threads, the main thread's first."""
-        alive = sys._current_frames()
+        # Their ids alone: kept, the frames would hold this one, which holds them, and all tensors of the others until the next
+        # collection of garbage.
+        alive = frozenset(sys._current_frames())
         main = threading.main_thread().ident
         return sorted((n for t, n in list(self._notes.items()) if t in alive), key=lambda n: n.thread != main)
 

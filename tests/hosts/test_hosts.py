@@ -260,7 +260,7 @@ def test_doctor_names_the_slow_host_and_measures_each_axis(four: Runs) -> None:
     four.hosts.slow(2, "200mbit")
     four.port += 1
     try:
-        command = [sys.executable, "-m", "dist_lora", "doctor", "--deadline", 30, "--json", "--out", machine]
+        command = [sys.executable, "-m", "dist_lora", "doctor", "--deadline", 120, "--json", "--out", machine]
         ranks = Ranks(
             four.hosts, command, on_each=2, port=four.port, folder=four.folder, environment={"HF_HUB_OFFLINE": "1"}
         )

@@ -30,7 +30,7 @@ def test_nothing_is_collected_within_a_step_and_all_after_every_tenth() -> None:
     def note(phase: str, info: dict[str, int]) -> None:
         collections.append(f"{phase} {info['generation']}")
 
-    with collected_between_steps(is_on_cpu=False) as collect_after:
+    with collected_between_steps() as collect_after:
         assert not gc.isenabled() and gc.get_freeze_count() > 10_000
         gc.callbacks.append(note)
         try:
@@ -46,11 +46,11 @@ def test_nothing_is_collected_within_a_step_and_all_after_every_tenth() -> None:
 
 def test_the_collector_is_given_back_as_it_was_after_an_error_too() -> None:
     gc.disable()
-    with pytest.raises(KeyError), collected_between_steps(is_on_cpu=False):
+    with pytest.raises(KeyError), collected_between_steps():
         raise KeyError
     assert not gc.isenabled() and gc.get_freeze_count() == 0
     gc.enable()
-    with pytest.raises(KeyError), collected_between_steps(is_on_cpu=False):
+    with pytest.raises(KeyError), collected_between_steps():
         raise KeyError
     assert gc.isenabled()
 
@@ -83,13 +83,3 @@ def test_thirty_steps_with_recomputation_leave_as_many_objects_as_ten(
     grown = num_objects[2 * EVERY + 1] - num_objects[EVERY + 1]
     assert abs(grown) < 20, num_objects
     assert gc.isenabled()
-
-
-@pytest.mark.parametrize(("is_on_cpu", "expected"), [(True, [0, 0, 0]), (False, [])])
-def test_on_a_cpu_freed_memory_goes_back_to_the_system_after_each_step(monkeypatch, is_on_cpu, expected) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr("dist_lora.train.garbage._malloc_trim", lambda: asked.append)
-    with collected_between_steps(is_on_cpu=is_on_cpu) as collect_after:
-        for step in (1, 2, 3):
-            collect_after(step)
-    assert asked == expected
