@@ -269,18 +269,25 @@ def data(
     config: ConfigFile,
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(min=0, help="How many samples to show, with what is trained on marked.")] = 3,
+    guard: Annotated[
+        str | None,
+        typer.Option(
+            help="Say what of data.train this Guard finds unsafe: an adapter's folder, or a Guard's name, folder or hub id.",
+            metavar="ADAPTER",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a run's data are: counts, lengths, targets, what is cut or dropped, duplicates, samples, steps and hours.
 
-    Tokenizes them into the cache that `train` reads. Needs the model's tokenizer and config.json, no weights and no GPU.
+    Tokenizes them into the cache that `train` reads. Needs the model's tokenizer and config.json, no weights and no GPU but with --guard.
     """
     from dist_lora.lora.planned import with_adapter
 
     loaded = with_adapter(_load(config, overrides))
     from dist_lora.overview.command import look
 
-    look(loaded, num_samples=samples, as_json=as_json)
+    look(loaded, num_samples=samples, as_json=as_json, guard=guard)
 
 
 @app.command(name="eval")

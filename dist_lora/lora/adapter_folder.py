@@ -18,12 +18,17 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _STEP = "step-*"  # the folders of checkpoints
 
 
+def is_adapter_folder(path: Path) -> bool:
+    """Whether a path is an adapter's folder, or was meant to be one: if it lacks a file, it is damaged."""
+    return any(file_exists(path / name) for name in _OF_ADAPTERS)
+
+
 def check_adapter_folder(path: Path) -> None:
     """Raise ``ConfigError`` if a path is no adapter's folder: mistyped, moved, or what an adapter is yet to be made from.
 
     The files inside aren't read. Local; costs a look into the folder.
     """
-    if any(file_exists(path / name) for name in _OF_ADAPTERS):
+    if is_adapter_folder(path):
         return
     problem = no_folder(path)
     if problem is not None:

@@ -126,7 +126,7 @@ def _write_files(
     _write_json(partial / CONFIG_FILE, config)
     origin = {"format": FORMAT, "base": asdict(base), "software": _versions(), "weights": checksum}
     if run != RunOrigin():
-        origin["run"] = {**asdict(run), "kinds": list(run.kinds)}
+        origin["run"] = run.to_json()
     if facts != RunFacts():
         origin["training"] = facts.to_json()
     _write_json(partial / ORIGIN_FILE, origin | {"checksum": own_checksum(origin)})

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import xxhash
+from pydantic import TypeAdapter
 
 from dist_lora.base.index import hash_config, open_index, read_model_json
 from dist_lora.base.model_folder import QUANTIZED_FROM_FILE
 from dist_lora.base.tokenizer_files import TEMPLATE_FILE, hash_vocabulary
+from dist_lora.config.guard import GuardVersion
 from dist_lora.config.schema import Quant
 from dist_lora.errors import AdapterError, WeightsError
 from dist_lora.files import file_exists, read_json
-from dist_lora.lora.run_facts import RunFacts
+from dist_lora.lora.run_facts import RunFacts, validated
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -164,15 +166,18 @@ class RunOrigin:
         chat_template: the template's text; None where the tokenizer had none, or several.
         tokenizer: ``hash_tokenizer_files`` of the base's tokenizer.
         vocabulary: ``hash_vocabulary`` of it.
+        guard_version, guard_categories: how a Guard was asked: by whose prompt, and (name, description) of each category.
     """
 
     model: str | None = None
     revision: str | None = None
-    quant: str | None = None
+    quant: Quant | None = None
     kinds: tuple[str, ...] = ()
     chat_template: str | None = None
     tokenizer: str | None = None
     vocabulary: str | None = None
+    guard_version: GuardVersion | None = None
+    guard_categories: tuple[tuple[str, str], ...] = ()
 
     def other_vocabulary(self, base: Path) -> str:
         """How the tokenizer of the model in ``base`` gives other ids than the run's; "" if it doesn't, or one is unknown.
@@ -197,17 +202,17 @@ class RunOrigin:
         """
         if recorded is None:
             return RunOrigin()
-        names = [field.name for field in fields(RunOrigin)]
-        values = {name: recorded.get(name) for name in names} if isinstance(recorded, dict) else {}
-        kinds = values.pop("kinds", None)
-        if (
-            not isinstance(kinds, list | tuple)
-            or not all(isinstance(kind, str) for kind in kinds)
-            or not all(value is None or isinstance(value, str) for value in values.values())
-            or values["quant"] not in (None, *get_args(Quant))
-        ):
-            raise AdapterError(f"{where}: found {recorded!r}, expected {', '.join(names)}. The file is damaged.")
-        return RunOrigin(kinds=tuple(kinds), **values)
+        return validated(_ORIGIN, recorded, where=where)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON; without what only a Guard has, for other adapters."""
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        if not self.guard_categories:
+            del found["guard_version"], found["guard_categories"]
+        return found
+
+
+_ORIGIN = TypeAdapter(RunOrigin)
 
 
 def origin_of(adapter: Path) -> RunOrigin:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -18,6 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 from dist_lora.config.changes import flat
 from dist_lora.config.schema import OWN_TEMPLATES
 from dist_lora.errors import AdapterError
+
+T = TypeVar("T")
 
 # The settings that a card shows, by full name; those that a config lacks (of another version) are left out.
 SHOWN_SETTINGS = (
@@ -77,15 +79,24 @@ class RunFacts:
         """
         if recorded is None:
             return RunFacts()
-        try:
-            return _FACTS.validate_json(json.dumps(recorded))
-        except (ValidationError, TypeError, ValueError) as error:
-            faults = error.errors() if isinstance(error, ValidationError) else []
-            named = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults) or str(error)
-            raise AdapterError(f"{where}: {named}. The file is damaged.") from error
+        return validated(_FACTS, recorded, where=where)
 
 
 _FACTS = TypeAdapter(RunFacts)
+
+
+def validated(kind: TypeAdapter[T], recorded: object, *, where: str) -> T:
+    """What a file recorded, which the error names as ``where``. Names that this version doesn't know are left out.
+
+    Raises:
+        AdapterError: a value is of another type.
+    """
+    try:
+        return kind.validate_json(json.dumps(recorded))
+    except (ValidationError, TypeError, ValueError) as error:
+        faults = error.errors() if isinstance(error, ValidationError) else []
+        named = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults) or str(error)
+        raise AdapterError(f"{where}: {named}. The file is damaged.") from error
 
 
 def public_name(name: str | None) -> str | None:

@@ -23,6 +23,7 @@ from dist_lora.herd.shape import Shape, read_shape
 from dist_lora.overview.duration import Hours, Steps, hours_of, steps_of
 from dist_lora.overview.figures import SetFigures, figures_of
 from dist_lora.overview.pictures import lines_of, print_document
+from dist_lora.overview.unsafe import UnsafeSamples, open_guard, unsafe_of
 from dist_lora.train.command import loader_of, num_steps_of, tokens_of
 from dist_lora.world.world import World
 
@@ -56,23 +57,37 @@ class Overview:
     hours: Hours
 
 
-def look(config: Config, *, num_samples: int, as_json: bool) -> None:
-    """``dist-lora data``: print what the data of a run are.
+def look(config: Config, *, num_samples: int, as_json: bool, guard: str | None = None) -> None:
+    """``dist-lora data``: print what the data of a run are, and what of them ``guard`` finds unsafe (see ``open_guard``).
 
     Raises:
         ConfigError, DataError, WeightsError: as ``train`` does, of the config, the data and the tokenizer.
+        AdapterError: the Guard's adapter is damaged.
     """
     data = open_data(config)
+    unsafe = None if guard is None else _judged(config, guard)
     overview = overview_of(config, data)
     tokens = data.sets["data.train"]
     chosen = spread(len(tokens), num_samples)
     if as_json:
+        guarded = {} if unsafe is None else {"guard": unsafe.to_json()}
         samples = [_sample(tokens, index, data.model) for index in chosen]
-        print(json.dumps({"run": config.run, "model": config.model.name, **_as_json(overview), "samples": samples}))
+        print(
+            json.dumps(
+                {"run": config.run, "model": config.model.name, **_as_json(overview), **guarded, "samples": samples}
+            )
+        )
         return
     print("\n".join(lines_of(config, overview.sets, overview.steps, overview.hours)))
+    if unsafe is not None:
+        print("\n" + "\n".join(unsafe.lines()))
     for index in chosen:
         print_document(tokens, index, tokenizer=data.model.tokenizer)
+
+
+def _judged(config: Config, guard: str) -> UnsafeSamples:
+    world = World.alone()
+    return unsafe_of(config, open_guard(guard, world), world)
 
 
 def open_data(config: Config) -> RunData:

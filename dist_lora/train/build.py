@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,6 @@ from dist_lora.base.hub import fetch_model
 from dist_lora.base.index import WeightIndex, open_index
 from dist_lora.base.kernels.support import why_not
 from dist_lora.base.llama import Llama, build_on_meta
-from dist_lora.base.model_folder import QUANTIZED_FROM_FILE
 from dist_lora.base.quant.formats import format_of
 from dist_lora.base.quant.published import BaseOnDisk, open_base_on_disk
 from dist_lora.base.rope import check_frequencies
@@ -36,7 +35,6 @@ from dist_lora.base.stored_shape import (
     unquantized_line,
 )
 from dist_lora.base.stream import fill_slots
-from dist_lora.base.tokenizer_files import hash_tokenizer_files, hash_vocabulary
 from dist_lora.config.schema import Config, LoraSection
 from dist_lora.data.chat import load_tokenizer
 from dist_lora.data.loader import MicroBatch
@@ -45,7 +43,6 @@ from dist_lora.engines.choose import make_engine
 from dist_lora.engines.engine import Engine
 from dist_lora.engines.precision import TORCH_TYPES, Precision
 from dist_lora.errors import ConfigError, DistLoraError, WeightsError
-from dist_lora.files import file_exists
 from dist_lora.herd.config_keys import remarks_on
 from dist_lora.herd.models import ResolvedModel, refuse_shape, resolve_model
 from dist_lora.herd.shape import Shape, read_config
@@ -60,7 +57,7 @@ from dist_lora.layout.memory import setup_of
 from dist_lora.lora.adapter_reader import open_adapter, read_adapter
 from dist_lora.lora.attach import AdapterTensor, attach_adapters
 from dist_lora.lora.fit import check_fit, with_settings_of
-from dist_lora.lora.origin import BaseIdentity, RunOrigin, identify_base, origin_of
+from dist_lora.lora.origin import BaseIdentity, identify_base, origin_of
 from dist_lora.pace import pace
 from dist_lora.text import size
 from dist_lora.world.world import World, computes_bf16, device_bytes
@@ -423,22 +420,6 @@ def load_adapter(adapters: Adapters, folder: Path, *, world: World) -> None:
         AdapterError: a value is NaN or infinite, or the folder has changed since.
     """
     world.agree_on(f"loading {folder}", lambda: adapters.load(read_adapter(folder).tensors.items()))
-
-
-def run_origin(config: Config, base: Base, kinds: Sequence[str]) -> RunOrigin:
-    """What an adapter records of its run; ``kinds``: see ``Encoded.kind``."""
-    template = getattr(base.tokenizer, "chat_template", None)
-    # A quantized copy has its original's identity, and is the base all the same.
-    is_of_hub = base.identity.revision is not None and not file_exists(base.folder / QUANTIZED_FROM_FILE)
-    return RunOrigin(
-        model=base.identity.name if is_of_hub else str(base.folder.resolve()),
-        revision=base.identity.revision if is_of_hub else None,
-        quant=config.model.quant,
-        kinds=tuple(kinds),
-        chat_template=template if isinstance(template, str) else None,
-        tokenizer=hash_tokenizer_files(base.folder),
-        vocabulary=hash_vocabulary(base.folder),
-    )
 
 
 def describe_trained(trainee: Trainee) -> dict[str, int]:

@@ -6,13 +6,15 @@ import dataclasses
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from dist_lora.base.model_folder import QUANTIZED_FROM_FILE
+from dist_lora.base.tokenizer_files import hash_tokenizer_files, hash_vocabulary
 from dist_lora.checkpoint.folders import step_folder
 from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.checkpoint.manifest import MANIFEST_FILE, Manifest, TensorSpec
@@ -23,10 +25,13 @@ from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader
 from dist_lora.errors import CheckpointError, DistLoraError, SaveError
+from dist_lora.files import file_exists
+from dist_lora.lora.origin import RunOrigin
 from dist_lora.lora.run_facts import RunFacts
 from dist_lora.lora.state import Piece
 from dist_lora.run_folder.records import sync_metrics, truncate_metrics
-from dist_lora.train.build import Trainee, run_origin
+from dist_lora.train.build import Base, Trainee
+from dist_lora.train.guard import guard_rules
 from dist_lora.train.own_code import own_code_facts
 from dist_lora.train.resume import (
     NOT_EVALUATED,
@@ -235,7 +240,7 @@ class RunCheckpoints:
                 "data": self._loader.fingerprint if self._world.is_first else None,
                 "num_steps": self._num_steps,
                 "card": self._card(progress),
-                "origin": {**dataclasses.asdict(self._origin), "kinds": list(self._origin.kinds)},
+                "origin": self._origin.to_json(),
                 **self._own_code,
             },
             "config": dump_config(self._config),
@@ -260,3 +265,22 @@ class RunCheckpoints:
 
     def _specs(self) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(name, shape) for name, shape in self._trainee.adapters.shapes.items())
+
+
+def run_origin(config: Config, base: Base, kinds: Sequence[str]) -> RunOrigin:
+    """What an adapter records of its run; ``kinds``: see ``Encoded.kind``."""
+    template = getattr(base.tokenizer, "chat_template", None)
+    # A quantized copy has its original's identity, and is the base all the same.
+    is_of_hub = base.identity.revision is not None and not file_exists(base.folder / QUANTIZED_FROM_FILE)
+    guard = guard_rules(config, base, augments=False)
+    return RunOrigin(
+        model=base.identity.name if is_of_hub else str(base.folder.resolve()),
+        revision=base.identity.revision if is_of_hub else None,
+        quant=config.model.quant,
+        kinds=tuple(kinds),
+        chat_template=template if isinstance(template, str) else None,
+        tokenizer=hash_tokenizer_files(base.folder),
+        vocabulary=hash_vocabulary(base.folder),
+        guard_version=guard.version if guard is not None else None,
+        guard_categories=tuple((one.name, one.description) for one in guard.categories) if guard is not None else (),
+    )

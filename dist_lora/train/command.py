@@ -615,6 +615,13 @@ def _warn_of_origin(adapter: Path, config: Config, base: Base) -> None:
             f"{adapter} was trained with another chat template than this config's: data.chat_template={adapter}/{TEMPLATE_FILE} "
             "is its own"
         )
+    rules = guard_rules(config, base, augments=False)
+    asked = [(one.name, one.description) for one in rules.categories] if rules is not None else []
+    if asked and origin.guard_categories and asked != [*origin.guard_categories]:
+        log.warning(
+            f"{adapter} was trained with the categories {', '.join(name for name, _ in origin.guard_categories)}, and is asked with "
+            f"{', '.join(name for name, _ in asked)}: their order or descriptions differ if nothing else does (data.guard_categories)"
+        )
 
 
 def _losses(config: Config, trainee: Trainee, held_out: HeldOutSets, world: World) -> Evaluation:

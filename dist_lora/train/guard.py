@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -11,12 +12,12 @@ from dist_lora.base.attention import Documents
 from dist_lora.config.guard import CATEGORIES, GuardVersion
 from dist_lora.config.schema import Config
 from dist_lora.data.guard import GuardRules
-from dist_lora.data.guard_ids import encode_guard_prompt, first_ids
+from dist_lora.data.guard_ids import first_ids
 from dist_lora.data.loader import EvalBatches, MicroBatch
 from dist_lora.data.token_set import TokenSet, split_eval
-from dist_lora.data.turns import Turn
 from dist_lora.evaluation.guard import HeldOutVerdicts, verdict_margins
 from dist_lora.evaluation.verdicts import Sample
+from dist_lora.herd.shape import Shape
 from dist_lora.train.build import ModelFiles, Trainee
 from dist_lora.world.world import World
 
@@ -32,15 +33,20 @@ def guard_rules(config: Config, base: ModelFiles, *, augments: bool) -> GuardRul
     section = config.data
     if section.format != "guard":
         return None
-    version: GuardVersion = "1b" if base.shape.hidden == WIDTH_OF_1B else "8b"
-    if section.guard_version != "auto":
-        version = section.guard_version
+    version = guard_version(section.guard_version, base.shape)
     return GuardRules(
         version=version,
         categories=section.categories() or CATEGORIES[version],
         augment=tuple(sorted(section.guard_augment)) if augments else (),
         seed=config.train.seed if augments and section.guard_augment else 0,
     )
+
+
+def guard_version(chosen: GuardVersion | Literal["auto"], shape: Shape) -> GuardVersion:
+    """Whose prompt a Guard is asked with; ``auto`` goes by the model's width."""
+    if chosen != "auto":
+        return chosen
+    return "1b" if shape.hidden == WIDTH_OF_1B else "8b"
 
 
 def split_judged(forms: TokenSet, whole: TokenSet, *, fraction: float, seed: int) -> tuple[TokenSet, TokenSet]:
@@ -70,27 +76,20 @@ def logits_of(trainee: Trainee) -> Callable[[MicroBatch, Tensor], Tensor]:
     return logits
 
 
-def unsafe_samples(
-    trainee: Trainee, conversations: Sequence[Sequence[Turn]], *, rules: GuardRules, batch: int, world: World
-) -> list[bool]:
-    """Which conversations a Guard finds unsafe, each by its last turn. All ranks call it with the same, and get the same.
+def unsafe_prompts(trainee: Trainee, prompts: Sequence[Sequence[int]], *, batch: int, world: World) -> list[bool]:
+    """Which prompts a Guard answers with unsafe. All ranks call it with the same, and get the same.
 
     Args:
         trainee: a Guard, with its adapter loaded.
-        conversations: of user and assistant by turns; with its list of categories each fits the model's context.
-        rules: those that the Guard was trained with (``guard_rules`` with ``augments=False``).
-        batch: conversations in a forward pass of a rank.
+        prompts: ids of ``encode_guard_prompt``, none longer than the model's context.
+        batch: prompts in a forward pass of a rank.
 
     Raises:
         DataError: the tokenizer isn't Llama 3's.
     """
-    tokenizer = trainee.base.tokenizer
-    prompts = [
-        encode_guard_prompt(turns, rules.categories, tokenizer=tokenizer, version=rules.version)
-        for turns in conversations
-    ]
     if not prompts:
         return []
+    tokenizer = trainee.base.tokenizer
     tokens = _asked(prompts, answer=first_ids(tokenizer)[0])
     margins = verdict_margins(
         trainee.model,

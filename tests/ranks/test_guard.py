@@ -13,14 +13,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dist_lora.chat.command import prompt_kind
-from dist_lora.config.guard import Category
+from dist_lora.config.guard import CATEGORIES, Category
 from dist_lora.config.schema import Config
 from dist_lora.data.guard import prompt_text
+from dist_lora.data.guard_ids import encode_guard_prompt
 from dist_lora.data.turns import Turn
 from dist_lora.errors import ConfigError
+from dist_lora.overview.command import look
 from dist_lora.train.build import build, load_adapter, open_base
 from dist_lora.train.command import evaluate
-from dist_lora.train.guard import guard_rules, unsafe_samples
+from dist_lora.train.guard import guard_rules, unsafe_prompts
 from dist_lora.world.world import World
 from tests.ranks.runs import exact, metrics, train_command
 from tests.unit.evaluation.test_verdicts import by_hand
@@ -90,19 +92,24 @@ def found_unsafe(world: World, settings: dict[str, Any], adapter: Path) -> list[
     load_adapter(trainee.adapters, adapter, world=world)
     rules = guard_rules(config, base, augments=False)
     assert rules is not None
-    return unsafe_samples(trainee, held_out_turns(), rules=rules, batch=4, world=world)
+    prompts = [
+        encode_guard_prompt(turns, rules.categories, tokenizer=base.tokenizer, version=rules.version)
+        for turns in held_out_turns()
+    ]
+    return unsafe_prompts(trainee, prompts, batch=4, world=world)
 
 
 @torch.no_grad()
-def margins_of(base: str, adapter: Path) -> list[float]:
-    """By transformers and PEFT, the logit of unsafe less that of safe, a sample after the other."""
+def margins_of(base: str, adapter: Path | None, conversations: list[list[Turn]]) -> list[float]:
+    """By transformers and PEFT, the logit of unsafe less that of safe, a conversation after the other; a base alone is asked with
+    Llama Guard 3's categories."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, adapter).eval()
-    categories = [Category(name) for name in LETTERS]
+    model = model.eval() if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
+    categories = CATEGORIES["8b"] if adapter is None else [Category(name) for name in LETTERS]
     safe, unsafe = tokenizer("su", add_special_tokens=False).input_ids
     margins = []
-    for turns in held_out_turns():
+    for turns in conversations:
         text = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n" + prompt_text(
             turns, categories, version="8b"
         )
@@ -129,7 +136,7 @@ def test_three_categories_of_its_own_are_learned_and_the_table_is_that_of_peft(r
     report, second = ranks(2).run(report_of, settings, adapter)
     assert report == second == report_of(World.alone(), settings, adapter)
     assert report["f1"] > 0.7 and report["average_precision"] > 0.9 and report["false_positive_rate"] < 0.2
-    margins = margins_of(settings["model"]["name"], adapter)
+    margins = margins_of(settings["model"]["name"], adapter, held_out_turns())
     assert_is_by_hand(report, margins)
     assert ranks(2).run(found_unsafe, settings, adapter) == [[margin > 0 for margin in margins]] * 2
     with pytest.raises(ConfigError, match="is a Guard's: it judges conversations"):
@@ -149,3 +156,40 @@ def test_a_run_that_is_stopped_and_goes_on_alone_has_the_samples_of_one_that_was
     found, wanted = exact(metrics(tmp_path / "it")), exact(metrics(trained))[: STOP_AT + 1]
     assert found[:STOP_AT] == wanted[:STOP_AT]
     assert found[STOP_AT] == pytest.approx(wanted[STOP_AT], rel=1e-5)
+
+
+def test_an_adapter_that_is_asked_with_other_categories_than_its_own_is_said(settings, trained, caplog) -> None:
+    report_of(World.alone(), settings, trained / "adapter")
+    assert caplog.messages == []
+    report_of(
+        World.alone(),
+        settings | {"data": settings["data"] | {"guard_categories": [*LETTERS][::-1]}},
+        trained / "adapter",
+    )
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "with the categories Queues, Zebras, Jokes, and is asked with Jokes, Zebras, Queues" in warning
+
+
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_data_says_which_samples_a_guard_finds_unsafe(settings, trained, capsys, is_alone) -> None:
+    """Each message after those before it, as PEFT's logits say; an adapter's categories are read from its folder."""
+    base, adapter = settings["model"]["name"], trained / "adapter"
+    config = settings | {"data": settings["data"] | {"guard_categories": None}}
+    look(Config.model_validate(config), num_samples=0, as_json=True, guard=str(base if is_alone else adapter))
+    told = json.loads(capsys.readouterr().out)["guard"]
+    found: dict[str, set[str]] = {"user": set(), "assistant": set()}
+    messages: list[tuple[int, list[Turn]]] = []
+    for number in TRAINED:
+        turns = [Turn(turn["role"], turn["content"]) for turn in record(number)["messages"]]
+        messages += [(number, turns[: end + 1]) for end in range(len(turns))]
+    margins = margins_of(base, None if is_alone else adapter, [turns for _, turns in messages])
+    for (number, turns), margin in zip(messages, margins, strict=True):
+        if margin > 0:
+            found[turns[-1].role].add(f"{settings['data']['train']}:{number + 1}")
+    unsafe = found["user"] | found["assistant"]
+    assert 0 < len(unsafe) < len(TRAINED) or is_alone
+    assert sorted(told.pop("where")) == sorted(unsafe)
+    assert told == {
+        "by": str(base if is_alone else adapter), "samples": len(TRAINED), "judged": len(TRAINED), "unsafe": len(unsafe),
+        "unsafe_by_user": len(found["user"]), "unsafe_by_assistant": len(found["assistant"]), "too_long": 0, "without_text": 0,
+    }  # fmt: skip

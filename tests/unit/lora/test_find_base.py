@@ -35,7 +35,16 @@ def test_what_its_run_decided_is_in_the_folder_and_a_config_beside_it_is_not_bel
 
 
 @pytest.mark.parametrize(
-    "change", [{"quant": "int3"}, {"kinds": "chat"}, {"kinds": [1]}, {"model": 7}, {"chat_template": ["a"]}], ids=str
+    "change",
+    [
+        {"quant": "int3"},
+        {"kinds": "chat"},
+        {"kinds": [1]},
+        {"model": 7},
+        {"chat_template": ["a"]},
+        {"guard_categories": [["a"]]},
+    ],
+    ids=str,
 )
 def test_a_damaged_origin_is_refused(tmp_path, change: dict[str, Any]) -> None:
     file = written(tmp_path / "a", RUN) / "dist_lora.json"
@@ -45,7 +54,7 @@ def test_a_damaged_origin_is_refused(tmp_path, change: dict[str, Any]) -> None:
     file.write_text(json.dumps(origin | {"checksum": own_checksum(origin)}))
     with pytest.raises(
         AdapterError,
-        match=r"expected model, revision, quant, kinds, chat_template, tokenizer, vocabulary. The file is damaged",
+        match=rf"dist_lora.json: run: {next(iter(change))}.*: .*. The file is damaged",
     ):
         origin_of(tmp_path / "a")
     file.write_text(json.dumps(origin | {"checksum": "xxh3_128:0"}))

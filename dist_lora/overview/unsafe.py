@@ -1,0 +1,247 @@
+"""What of a run's training samples a Guard finds unsafe: each message of a conversation is judged, after those before it."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_lora.base.hub import fetch_model
+from dist_lora.base.index import open_index
+from dist_lora.base.quant.published import open_base_on_disk
+from dist_lora.chat.command import open_for_answers
+from dist_lora.config.guard import CATEGORIES, Category
+from dist_lora.config.schema import Config
+from dist_lora.data.columns import sources_of
+from dist_lora.data.guard import GuardRules, Judged
+from dist_lora.data.guard_ids import encode_guard_prompt
+from dist_lora.data.own_format import own_format
+from dist_lora.data.records import Chat, Continuation, Instruction, Sample, named_format, read_sample
+from dist_lora.data.sources import Records, read_records
+from dist_lora.data.turns import Role, Turn
+from dist_lora.engines.precision import set_products
+from dist_lora.errors import ConfigError, DataError
+from dist_lora.herd.models import resolve_model
+from dist_lora.lora.adapter_folder import check_adapter_folder, is_adapter_folder
+from dist_lora.lora.origin import origin_of
+from dist_lora.pace import pace
+from dist_lora.text import count
+from dist_lora.train.build import Trainee, build, open_base
+from dist_lora.train.guard import guard_version, unsafe_prompts
+from dist_lora.world.world import World
+
+log = logging.getLogger("dist_lora")
+
+SAMPLES_AT_ONCE = 64
+BATCH = 4  # prompts in a forward pass
+NUM_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class UnsafeSamples:
+    """What a Guard found in the records of ``data.train``, all that are there.
+
+    Args:
+        guard: its name, as it was given.
+        num_samples: all records, ``num_judged`` those of which every message was judged.
+        where: of each record with an unsafe message "file.jsonl:7"; of these ``by_user`` have one of the user's, ``by_assistant`` one
+            of the assistant's.
+        num_too_long: records with a message that doesn't fit the Guard's context together with those before it.
+        num_empty: records without a message that is text.
+    """
+
+    guard: str
+    num_samples: int
+    num_judged: int
+    where: tuple[str, ...]
+    by_user: int
+    by_assistant: int
+    num_too_long: int
+    num_empty: int
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return {
+            "by": self.guard,
+            "samples": self.num_samples,
+            "judged": self.num_judged,
+            "unsafe": len(self.where),
+            "unsafe_by_user": self.by_user,
+            "unsafe_by_assistant": self.by_assistant,
+            "too_long": self.num_too_long,
+            "without_text": self.num_empty,
+            "where": list(self.where),
+        }
+
+    def lines(self) -> Iterator[str]:
+        """As a paragraph of ``dist-lora data``."""
+        yield f"unsafe  by {self.guard}"
+        share = f" ({len(self.where) / self.num_judged:.1%})" if self.num_judged else ""
+        by = f": {self.by_user:,} by a user's message, {self.by_assistant:,} by an assistant's" if self.where else ""
+        yield f"  samples     {len(self.where):,} of {self.num_judged:,}{share}{by}"
+        if self.where:
+            rest = len(self.where) - NUM_SHOWN
+            yield f"  at          {', '.join(self.where[:NUM_SHOWN])}" + (
+                f" and {rest:,} more (--json: all)" * (rest > 0)
+            )
+        if self.num_too_long:
+            yield f"  not judged  {count(self.num_too_long, 'sample')} longer than the Guard's context"
+        if self.num_empty:
+            yield f"  not judged  {count(self.num_empty, 'sample')} without a message that is text"
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A Guard in this process, and how it is asked."""
+
+    name: str
+    trainee: Trainee
+    rules: GuardRules
+
+
+def open_guard(name: str, world: World) -> Guard:
+    """An adapter's folder with its base, or a whole Guard by its member's name, folder or hub id.
+
+    An adapter is asked with the categories that it was trained on, if its ``dist_lora.json`` has them; else with Llama Guard 3's.
+
+    Raises:
+        ConfigError: there is neither, or the adapter is no Guard's.
+        AdapterError, WeightsError: the adapter or its base is damaged, or they don't belong together.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        check_adapter_folder(folder)
+    if not is_adapter_folder(folder):
+        trainee = _open_model(name, world)
+        version = guard_version("auto", trainee.base.shape)
+        return Guard(name, trainee, GuardRules(version, CATEGORIES[version]))
+    origin = origin_of(folder)
+    if origin.kinds and "guard" not in origin.kinds:
+        raise ConfigError(
+            f"--guard: {name} was trained on {', '.join(origin.kinds)}, so it answers and doesn't judge. Name the adapter of a run with "
+            "data.format: guard, or a Llama Guard 3"
+        )
+    trainee = open_for_answers(folder, base=None, world=world)
+    version = origin.guard_version or guard_version("auto", trainee.base.shape)
+    categories = tuple(Category(*pair) for pair in origin.guard_categories)
+    if not categories:
+        log.warning(f"{name} doesn't say which categories it was trained on: it is asked with Llama Guard 3's own")
+    return Guard(name, trainee, GuardRules(version, categories or CATEGORIES[version]))
+
+
+def _open_model(name: str, world: World) -> Trainee:
+    """A whole model, with adapters that change nothing."""
+    set_products(is_deterministic=False)
+    resolved = resolve_model(name)
+    folder = resolved.folder or fetch_model(resolved.hub_id or name)
+    index = open_index(folder, allow_bytes=True)
+    is_nf4 = bool(open_base_on_disk(folder, quant="nf4", index=index).nf4)
+    model = {"name": str(folder), "quant": "nf4" if is_nf4 else "none"}
+    config = Config.model_validate({"run": "data", "model": model, "data": {"train": "-"}})
+    trainee = build(config, open_base(config, world, index=index), world)
+    trainee.model.eval()
+    return trainee
+
+
+def unsafe_of(config: Config, guard: Guard, world: World) -> UnsafeSamples:
+    """Judge all records of ``data.train``, whatever of them is then cut, dropped or held out.
+
+    Raises:
+        DataError: a record can't be read, or holds token ids and no text; names its place.
+    """
+    records, own = _records_of(config), own_format(config.data.format)
+    context = guard.trainee.base.shape.context
+    where: list[str] = []
+    by: Counter[Role] = Counter()
+    num_judged = num_too_long = num_empty = 0
+    with pace("judging samples") as advance:
+        for first in range(0, len(records), SAMPLES_AT_ONCE):
+            chosen = range(first, min(first + SAMPLES_AT_ONCE, len(records)))
+            asked: list[tuple[int, Role, list[int]]] = []
+            for index in chosen:
+                prompts = [
+                    (index, turns[-1].role, _prompt(turns, guard))
+                    for turns in prefixes(_turns_at(records, index, own=own))
+                ]
+                if any(len(ids) > context for *_, ids in prompts):
+                    num_too_long += 1
+                elif not prompts:
+                    num_empty += 1
+                else:
+                    num_judged += 1
+                    asked += prompts
+            found = unsafe_prompts(guard.trainee, [ids for *_, ids in asked], batch=BATCH, world=world)
+            unsafe = [(index, role) for (index, role, _), is_unsafe in zip(asked, found, strict=True) if is_unsafe]
+            where += [records.where(index) for index in dict.fromkeys(index for index, _ in unsafe)]
+            by.update(role for _, role in dict.fromkeys(unsafe))
+            advance(chosen.stop, len(records))
+    return UnsafeSamples(
+        guard.name, len(records), num_judged, tuple(where), by["user"], by["assistant"], num_too_long, num_empty
+    )
+
+
+def _records_of(config: Config) -> Records:
+    section = config.data
+    names, readings = sources_of(section, "train")
+    return read_records(
+        names,
+        fmt=named_format(section.format),
+        which="train",
+        is_fetched=True,
+        readings=readings,
+        own=own_format(section.format),
+    )
+
+
+def _turns_at(records: Records, index: int, *, own: Any) -> list[Turn]:
+    try:
+        record = records[index]
+        record, fmt = own.read(record) if own is not None else (record, records.format_of(index))
+        return judged_turns(read_sample(record, fmt=fmt))
+    except DataError as error:
+        raise DataError(f"{records.where(index)}: {error}") from None
+
+
+def _prompt(turns: Sequence[Turn], guard: Guard) -> list[int]:
+    return encode_guard_prompt(
+        turns, guard.rules.categories, tokenizer=guard.trainee.base.tokenizer, version=guard.rules.version
+    )
+
+
+def judged_turns(sample: Sample) -> list[Turn]:
+    """A sample as a Guard reads it: messages with text, of user and assistant by turns.
+
+    System messages, answers of tools and calls without text are left out; messages of one role that then follow each other are
+    joined by a blank line. A text without a prompt is one message of the user's, as Llama Guard judges a text alone.
+
+    Raises:
+        DataError: the sample is token ids.
+    """
+    said: list[tuple[Role, str]]
+    if isinstance(sample, Chat | Judged):
+        said = [(turn.role, turn.content or "") for turn in sample.turns]
+    elif isinstance(sample, Instruction):
+        said = [(role, text) for pair in sample.history for role, text in zip(_ROLES, pair, strict=True)]
+        asked = "\n\n".join(part for part in (sample.instruction, sample.input) if part.strip())
+        said += [("user", asked), ("assistant", sample.output)]
+    elif isinstance(sample, Continuation):
+        said = [("user", sample.prompt), ("assistant" if sample.prompt.strip() else "user", sample.completion)]
+    else:
+        raise DataError("it holds token ids, and a Guard judges texts: leave --guard out, or name the texts' own file")
+    spoken = [(role, text.strip()) for role, text in said if role in _ROLES and text.strip()]
+    return [
+        Turn(role, "\n\n".join(text for _, text in group))
+        for role, group in itertools.groupby(spoken, key=lambda turn: turn[0])
+    ]
+
+
+_ROLES: tuple[Role, Role] = ("user", "assistant")
+
+
+def prefixes(turns: Sequence[Turn]) -> Iterator[Sequence[Turn]]:
+    """The conversation up to each of its messages."""
+    return (turns[:end] for end in range(1, len(turns) + 1))

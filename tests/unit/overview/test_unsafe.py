@@ -1,0 +1,68 @@
+"""A sample as a Guard reads it, what it can't read, and what is no Guard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dist_lora.data.records import read_sample, recognize_format
+from dist_lora.errors import ConfigError, DataError
+from dist_lora.overview.unsafe import UnsafeSamples, judged_turns, open_guard
+from dist_lora.world.world import World
+from tests.unit.lora.test_find_base import RUN, written
+
+CALL = {"function": {"name": "f", "arguments": {}}}
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (
+            {"messages": [
+                {"role": "system", "content": "Be brief."}, {"role": "user", "content": " a "}, {"role": "user", "content": "b"},
+                {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "42"},
+                {"role": "assistant", "content": "c"}, {"role": "user", "content": " "},
+            ]},
+            [("user", "a\n\nb"), ("assistant", "c")],
+        ),
+        ({"conversations": [{"from": "gpt", "value": "hello"}, {"from": "human", "value": "a"}]},
+         [("assistant", "hello"), ("user", "a")]),
+        ({"instruction": "add", "input": "1 1", "output": "2", "history": [["q", "a"]]},
+         [("user", "q"), ("assistant", "a"), ("user", "add\n\n1 1"), ("assistant", "2")]),
+        ({"prompt": "1+1=", "completion": " 2"}, [("user", "1+1="), ("assistant", "2")]),
+        ({"text": "a story"}, [("user", "a story")]),
+        ({"messages": [{"role": "tool", "content": "42"}]}, []),
+    ],
+)  # fmt: skip
+def test_a_guard_reads_the_texts_of_user_and_assistant_by_turns(record: dict[str, Any], expected: Any) -> None:
+    turns = judged_turns(read_sample(record, fmt=recognize_format(list(record))))
+    assert [(turn.role, turn.content) for turn in turns] == expected
+
+
+def test_token_ids_are_no_text_to_judge() -> None:
+    with pytest.raises(DataError, match="holds token ids, and a Guard judges texts"):
+        judged_turns(read_sample({"input_ids": [1, 2]}, fmt="tokens"))
+
+
+def test_an_adapter_that_answers_and_a_folder_that_is_none_are_refused(tmp_path) -> None:
+    adapter = written(tmp_path / "a", RUN)
+    with pytest.raises(ConfigError, match=r"--guard: .*/a was trained on chat, so it answers and doesn't judge"):
+        open_guard(str(adapter), World.alone())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"empty: is empty; expected an adapter's folder"):
+        open_guard(str(tmp_path / "empty"), World.alone())
+    with pytest.raises(ConfigError, match="lama-Guard-3-7B"):
+        open_guard("Llama-Guard-3-7B", World.alone())
+
+
+def test_the_paragraph_counts_places_and_what_was_not_judged() -> None:
+    where = tuple(f"a.jsonl:{line}" for line in range(1, 8))
+    assert list(UnsafeSamples("g", 1003, 1000, where, 5, 4, 2, 1).lines()) == [
+        "unsafe  by g",
+        "  samples     7 of 1,000 (0.7%): 5 by a user's message, 4 by an assistant's",
+        "  at          a.jsonl:1, a.jsonl:2, a.jsonl:3, a.jsonl:4, a.jsonl:5 and 2 more (--json: all)",
+        "  not judged  2 samples longer than the Guard's context",
+        "  not judged  1 sample without a message that is text",
+    ]
+    assert list(UnsafeSamples("g", 1, 1, (), 0, 0, 0, 0).lines()) == ["unsafe  by g", "  samples     0 of 1 (0.0%)"]
