@@ -1,6 +1,6 @@
 """Runs that are killed by SIGKILL at random instants and started again until they end, against one that nothing killed.
 
-    python -m tests.e2e.kills --kills 200 --seed 7 [--engine fsdp2|zero3] [--exec]
+    python -m tests.e2e.kills --kills 200 --seed 7 [--engine fsdp2|zero3] [--data chats|mixture|guard] [--exec]
 
 prints a short table. What is killed: one rank, all ranks, the launcher, or all of them. When: at any time of the run;
 when something is seen in the run's folder, which is looked at every millisecond; or at a point within a rank (see
@@ -32,7 +32,7 @@ from typing import Any
 
 from dist_lora.checkpoint.read import verify
 from tests.e2e.points import INSIDE, VICTIMS, Aim, Victim, came_by, doomed
-from tests.e2e.runs import chats_config, environment, starter_of
+from tests.e2e.runs import chats_config, environment, guard_config, mixture_config, starter_of
 from tests.e2e.starter import Start
 
 STEPS = 22
@@ -43,6 +43,7 @@ EXACT = ("step", "epoch", "loss", "grad_norm", "lr", "target_tokens", "tokens")
 ADAPTER = Path("adapter", "adapter_model.safetensors")
 ENDS_S = 60.0  # from the start of a run, or a kill, to the end of its last process
 ONE_RANK = ("rename", "deletion", "gathering")  # what rank 0 alone does
+CONFIGS = {"chats": chats_config, "mixture": mixture_config, "guard": guard_config}
 LEFT = re.compile(r"\.partial|\.deleted|\.replaced|\.building|probe|^aside-")
 
 
@@ -360,6 +361,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--engine", choices=("fsdp2", "zero3"), default="fsdp2")
+    parser.add_argument("--data", choices=CONFIGS, default="chats")
     parser.add_argument("--exec", action="store_true", help="start each process as a user does")
     wanted = parser.parse_args()
     print(f"seed {wanted.seed}", file=sys.stderr, flush=True)
@@ -367,7 +369,7 @@ def main() -> None:
         folder = Path(name)
         (folder / "base").mkdir()
         save_tiny_llama(folder / "base", "llama31")
-        config = chats_config(folder, folder / "base")
+        config = CONFIGS[wanted.data](folder, folder / "base")
         hunt = Hunt(folder, config, seed=wanted.seed, engine=wanted.engine, is_forking=not wanted.exec)
         try:
             hunt.run(wanted.kills)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -200,24 +200,47 @@ def write_lines(path: Path, records: Sequence[object]) -> Path:
     return path
 
 
-def chats_config(folder: Path, model: Path) -> Path:
-    """A config, in ``folder``, that trains ``model`` on 24 chats; its run is called whole."""
+def chats_config(folder: Path, model: Path, *, sequence_length: int = 64, **data: Any) -> Path:
+    """A config, in ``folder``, that trains ``model`` on 24 chats, or on other ``data``; its run is called whole."""
     chats = [
         {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * (i % 5 + 1)}]}
         for i in range(24)
     ]
+    train = write_lines(folder / "train.jsonl", chats)
     return write_config(
         folder / "config.yaml",
         run="whole",
         runs_dir=str(folder / "runs"),
         model={"name": str(model)},
         lora={"rank": 4},
-        data={"train": str(write_lines(folder / "train.jsonl", chats)), "cache_dir": str(folder / "cache")},
-        train={"steps": 8, "global_batch": 4, "micro_batch": 1, "sequence_length": 64},
+        data={"train": str(train), "cache_dir": str(folder / "cache"), **data},
+        train={"steps": 8, "global_batch": 4, "micro_batch": 1, "sequence_length": sequence_length},
         optim={"lr": 1e-2, "warmup_steps": 2},
         checkpoint={"every": 2},
         log={"trackers": []},
     )
+
+
+def mixture_config(folder: Path, model: Path) -> Path:
+    """As ``chats_config``, on a mixture by target tokens of the chats, renamed columns and token ids, each used up several times."""
+    questions = [{"question": f"{i} + {i}?", "answer": f"It is {2 * i}."} for i in range(9)]
+    ids = [{"input_ids": [1 + (7 * i + k) % 50 for k in range(3 + 5 * i % 17)]} for i in range(6)]
+    columns = {"prompt": "question", "completion": "answer"}
+    sets = [
+        {"path": str(folder / "train.jsonl"), "weight": 0.5},
+        {"path": str(write_lines(folder / "questions.jsonl", questions)), "columns": columns, "weight": 0.3},
+        {"path": str(write_lines(folder / "ids.jsonl", ids)), "format": "tokens", "weight": 0.2},
+    ]
+    return chats_config(folder, model, train=sets, mix="target_tokens")
+
+
+def guard_config(folder: Path, model: Path) -> Path:
+    """As ``chats_config``, on a Guard's samples in all their forms."""
+    verdicts = [{"verdict": "safe"}, {"verdict": "unsafe", "violated": ["Queues"]}]
+    samples = [{"prompt": f"q {i} " * (i % 4 + 1), **verdicts[i % 2]} for i in range(24)]
+    train = write_lines(folder / "verdicts.jsonl", samples)
+    names = ["Queues", "Zebras"]
+    return chats_config(folder, model, sequence_length=700, train=str(train), format="guard", guard_categories=names)
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:

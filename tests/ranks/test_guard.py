@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,21 @@ def trained(ranks, settings, tmp_path_factory) -> Path:
     return folder / "it"
 
 
+def stopped_settings(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One step more than until the stop, without evaluations; the rate is constant."""
+    config = settings | {"runs_dir": str(folder), "data": settings["data"] | {"eval": None}}
+    return config | {"train": settings["train"] | {"steps": STOP_AT + 1}}
+
+
+@pytest.fixture(scope="module")
+def stopped(ranks, settings, tmp_path_factory) -> Path:
+    """The folder of the runs, of one that was asked to stop on two ranks."""
+    folder = tmp_path_factory.mktemp("stopped")
+    said = ranks(2).run(train_command, stopped_settings(settings, folder), STOP_AT)
+    assert all(text.startswith("interrupted by SIGUSR1") for text in said)
+    return folder
+
+
 def report_of(world: World, settings: dict[str, Any], adapter: Path) -> dict[str, Any]:
     return evaluate(Config.model_validate(settings), world, adapter=adapter)["guard"]
 
@@ -145,14 +161,13 @@ def test_three_categories_of_its_own_are_learned_and_the_table_is_that_of_peft(r
     assert (evaluations[-1]["step"], evaluations[-1]["eval_f1"]) == (NUM_STEPS, report["f1"])
 
 
-def test_a_run_that_is_stopped_and_goes_on_alone_has_the_samples_of_one_that_was_not(
-    ranks, settings, trained, tmp_path
+@pytest.mark.parametrize(("size", "engine"), [(1, "none"), (3, "fsdp2"), (2, "zero3")])
+def test_a_run_that_is_stopped_and_goes_on_elsewhere_has_the_samples_of_one_that_was_not(
+    ranks, settings, trained, stopped, tmp_path, size, engine
 ) -> None:
-    config = settings | {"runs_dir": str(tmp_path), "data": settings["data"] | {"eval": None}}
-    config["train"] = settings["train"] | {"steps": STOP_AT + 1}  # the rate is constant
-    stopped = ranks(2).run(train_command, config, STOP_AT)
-    assert all(text.startswith("interrupted by SIGUSR1") for text in stopped)
-    assert train_command(World.alone(), config) == ""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    config = stopped_settings(settings, tmp_path) | {"parallel": {"engine": engine}}
+    assert ranks(size).run(train_command, config) == [""] * size
     found, wanted = exact(metrics(tmp_path / "it")), exact(metrics(trained))[: STOP_AT + 1]
     assert found[:STOP_AT] == wanted[:STOP_AT]
     assert found[STOP_AT] == pytest.approx(wanted[STOP_AT], rel=1e-5)
@@ -174,7 +189,7 @@ def test_an_adapter_that_is_asked_with_other_categories_than_its_own_is_said(set
 def test_data_says_which_samples_a_guard_finds_unsafe(settings, trained, capsys, is_alone) -> None:
     """Each message after those before it, as PEFT's logits say; an adapter's categories are read from its folder."""
     base, adapter = settings["model"]["name"], trained / "adapter"
-    config = settings | {"data": settings["data"] | {"guard_categories": None}}
+    config = settings | {"data": settings["data"] | {"guard_categories": [*LETTERS][::-1]}}
     look(Config.model_validate(config), num_samples=0, as_json=True, guard=str(base if is_alone else adapter))
     told = json.loads(capsys.readouterr().out)["guard"]
     found: dict[str, set[str]] = {"user": set(), "assistant": set()}

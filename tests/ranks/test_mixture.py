@@ -34,7 +34,7 @@ def settings_of(base: Path, folder: Path, weights: tuple[float, ...] = (0.5, 0.3
     }
 
 
-def test_a_mixture_saved_on_two_ranks_goes_on_with_the_same_batches_on_one_and_three(
+def test_a_mixture_saved_on_two_ranks_goes_on_with_the_same_batches_on_one_three_and_zero3(
     ranks, tiny_llama, tmp_path
 ) -> None:
     base = tiny_llama("llama31")
@@ -43,9 +43,10 @@ def test_a_mixture_saved_on_two_ranks_goes_on_with_the_same_batches_on_one_and_t
     straight = metrics(tmp_path / "straight" / "it")
     said = ranks(2).run(train_command, settings | {"runs_dir": str(tmp_path / "stopped")}, STOP_AT)
     assert all(f"at step {STOP_AT}/{NUM_STEPS}" in text for text in said)
-    for size in (1, 3):
+    for size, engine in ((1, "none"), (3, "fsdp2"), (2, "zero3")):
         shutil.copytree(tmp_path / "stopped", tmp_path / str(size))
-        ranks(size).run(train_command, settings | {"runs_dir": str(tmp_path / str(size))})
+        other = {"runs_dir": str(tmp_path / str(size)), "parallel": {"engine": engine}}
+        ranks(size).run(train_command, settings | other)
         found = metrics(tmp_path / str(size) / "it")
         for name in ("step", "epoch", "target_tokens", "tokens"):
             assert [line[name] for line in found] == [line[name] for line in straight]
