@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_lora.errors import ConfigError
+from dist_lora.errors import ConfigError, DistLoraError
+from dist_lora.herd.shape import read_shape
 
 WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 UNWANTED = ("original/*",)  # the same weights in Meta's own format
@@ -14,22 +15,27 @@ UNWANTED = ("original/*",)  # the same weights in Meta's own format
 def fetch_model(hub_id: str, *, revision: str | None = None, wanted: Sequence[str] = WANTED) -> Path:
     """The folder of a model in the hub's cache: downloaded, updated, or, without a network, as it is.
 
-    Call it on one process of each node: the hub refuses hundreds of requests at once.
+    Call it on one process of each node: the hub refuses hundreds of requests at once. Its config.json comes first, so that a
+    model that is no Llama is refused without its weights.
 
     Args:
         revision: the commit to take; None for the newest.
         wanted: patterns of the files to fetch.
 
     Raises:
-        ConfigError: it is gated or doesn't exist for this user, or there is neither a network nor a complete copy.
+        ConfigError: it is gated or doesn't exist for this user, there is neither a network nor a complete copy, or it is no Llama.
+        WeightsError: its config.json is damaged.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
+        _refuse_foreign(hub_id, revision=revision)
         return Path(
             snapshot_download(hub_id, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(UNWANTED))
         )
+    except DistLoraError:
+        raise
     except Exception as error:  # the hub's own errors, the HTTP library's and the disk's
         if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
             reason = (
@@ -49,6 +55,22 @@ def fetch_model(hub_id: str, *, revision: str | None = None, wanted: Sequence[st
             )
         commit = "" if revision is None else f" (revision {revision})"
         raise ConfigError(f"model.name: {hub_id}{commit}: {reason}") from error
+
+
+def _refuse_foreign(hub_id: str, *, revision: str | None) -> None:
+    """Fetch the config.json of a model of which there is nothing yet, and raise if it is no Llama's."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    if try_to_load_from_cache(hub_id, "config.json", revision=revision) is not None:
+        return
+    try:
+        path = hf_hub_download(hub_id, "config.json", revision=revision)
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:  # it has none: told when all is there
+        return
+    read_shape(Path(path).parent)
 
 
 def cached_model(hub_id: str, *, revision: str | None = None) -> Path | None:

@@ -107,7 +107,12 @@ def _refuse_twice(values: Any) -> Any:
     return values
 
 
-_VALUES = ("model", "loss", "base_loss", "perplexity", "target_tokens", "exact_match", "seconds")
+# Names of an evaluation's own values: of losses and answers, of a Guard's verdicts, and of tool calls.
+_VALUES = (
+    *("model", "loss", "base_loss", "perplexity", "target_tokens", "exact_match", "seconds"),
+    *("unsafe", "safe", "precision", "recall", "f1", "false_positive_rate", "average_precision", "guard", "tool_calls"),
+    *("tool_valid", "tool_right_name", "tool_right_arguments", "tool_missing", "tool_unwanted"),
+)
 
 
 def _check_metrics(paths: list[str]) -> list[str]:
@@ -446,7 +451,9 @@ class TrainSet(Section):
         description="Its share of the samples (see data.mix), relative to the other sets' weights; 0 leaves it out.",
     )
     format: FormatName | None = Field(default=None, description="Format of its samples; null is data.format.")
-    columns: dict[Text, Text] | None = Field(default=None, description="Names of its columns; null is data.columns.")
+    columns: dict[Text, Text] | None = Field(
+        default=None, description="Names of its columns; null is data.columns, {} none."
+    )
 
 
 def _check_set(value: Any) -> Any:
@@ -470,7 +477,7 @@ def _check_set(value: Any) -> Any:
         faults.append("format is guard, which holds for all sets: set data.format: guard")
     elif fmt is not None and fmt not in get_args(FormatName):
         faults.append(f"format is {fmt!r}; expected one of {', '.join(get_args(FormatName))}")
-    if problem := _fault_of_columns(value.get("columns")):
+    if value.get("columns") != {} and (problem := _fault_of_columns(value.get("columns"))):
         faults.append(problem)
     if faults:
         raise ValueError("; ".join(faults))
@@ -633,7 +640,12 @@ class DataSection(Section):
         entries = self.train if isinstance(self.train, list) else [self.train]
         sets = [TrainSet(path=entry) if isinstance(entry, str) else entry for entry in entries]
         return tuple(
-            entry.model_copy(update={"format": entry.format or self.format, "columns": entry.columns or self.columns})
+            entry.model_copy(
+                update={
+                    "format": entry.format or self.format,
+                    "columns": self.columns if entry.columns is None else entry.columns,
+                }
+            )
             for entry in sets
             if entry.weight != 0
         )

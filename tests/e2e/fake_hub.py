@@ -41,7 +41,9 @@ class Hub:
     def fetched(requests: list[tuple[str, str]]) -> list[str]:
         """The files that were downloaded by these requests, each as often as it was."""
         return sorted(
-            path.rpartition(f"/{SHA}/")[2] for method, path in requests if method == "GET" and "/resolve/" in path
+            path.partition("/resolve/")[2].partition("/")[2]
+            for method, path in requests
+            if method == "GET" and "/resolve/" in path
         )
 
 

@@ -96,7 +96,7 @@ def test_tensorboard_shows_each_step_once_with_its_loss_also_after_a_resume(conf
     assert [step for step, _ in curve(folder, "eval_loss")] == [4, 8]
 
 
-@pytest.mark.slow
+@pytest.mark.turn(of=2)
 def test_another_tracker_is_one_word_and_is_finished_and_a_terminal_has_a_bar(config, fake_wandb) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 140, 0, 0))

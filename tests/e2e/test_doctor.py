@@ -92,7 +92,7 @@ def test_a_rank_that_hangs_in_the_links_ends_the_others_waiting() -> None:
     assert "ok       versions: Python" in first.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.turn(of=2)
 def test_a_rank_that_is_gone_is_named() -> None:
     first, second = two_ranks("gone_in_links")
     assert (first.returncode, second.returncode) == (1, 9)

@@ -116,10 +116,10 @@ def test_every_b_has_a_gradient_after_the_first_step_and_every_a_after_the_secon
     ("fault", "phase"),
     [
         ("boom_of_rank_1_in_step_3", "step 3, micro-batch 1 of 2"),
-        pytest.param("boom_while_the_other_tokenizes", "tokenizing data.train", marks=pytest.mark.slow),
-        pytest.param("boom_while_the_other_loads", "loading the base", marks=pytest.mark.slow),
-        pytest.param("boom_while_the_other_evaluates", "step 2, evaluating", marks=pytest.mark.slow),
-        pytest.param("boom_while_the_other_saves", "saving the checkpoint of step 0", marks=pytest.mark.slow),
+        pytest.param("boom_while_the_other_tokenizes", "tokenizing data.train", marks=pytest.mark.turn(of=2)),
+        pytest.param("boom_while_the_other_loads", "loading the base", marks=pytest.mark.turn(of=2)),
+        pytest.param("boom_while_the_other_evaluates", "step 2, evaluating", marks=pytest.mark.turn(of=2)),
+        pytest.param("boom_while_the_other_saves", "saving the checkpoint of step 0", marks=pytest.mark.turn(of=2)),
     ],
 )
 def test_an_error_of_one_rank_ends_all_and_is_told_once_with_rank_host_and_phase(
@@ -138,7 +138,7 @@ def test_an_error_of_one_rank_ends_all_and_is_told_once_with_rank_host_and_phase
     assert not [path for path in folder.glob("step-*") if path.name not in ("step-00000000", "step-00000002")]
 
 
-@pytest.mark.slow
+@pytest.mark.turn(of=2)
 def test_an_error_of_one_rank_under_torchrun_is_told_once(config) -> None:
     done = run_under_torchrun("train", config, "run=boom-torchrun", fault="boom_of_rank_1_in_step_3")
     assert done.returncode == 1
@@ -195,7 +195,7 @@ def test_a_run_that_is_asked_to_stop_twice_is_the_run_that_nothing_interrupted(c
     assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.turn(of=2)
 def test_a_request_to_torchrun_is_obeyed_by_its_ranks_and_the_run_goes_on_under_ours(config, whole) -> None:
     done = run_under_torchrun("train", config, "run=asked-torchrun", fault="request_to_the_launcher_in_step_3")
     folder = folder_of(config, "asked-torchrun")
@@ -245,7 +245,7 @@ def evaluated(config, tmp_path_factory) -> tuple[tuple[object, ...], Path]:
     return arguments, folder_of(config, "evaluated")
 
 
-@pytest.mark.parametrize("step", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [4, pytest.param(8, marks=pytest.mark.turn(of=2))])
 def test_a_run_that_is_stopped_in_an_evaluation_leaves_it_and_the_next_start_makes_up_for_it(
     step, config, evaluated
 ) -> None:
@@ -293,7 +293,7 @@ def test_phases_of_three_times_the_timeout_in_which_one_rank_gets_on_end_no_run(
 # Full disks
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.turn(of=2)), 1])
 def test_a_disk_that_fills_up_in_a_save_ends_all_ranks_and_the_same_command_goes_on(
     rank, config, whole, small_disk, here
 ) -> None:

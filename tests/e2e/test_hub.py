@@ -51,7 +51,7 @@ def dataset(config, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.turn(of=2)
 def test_model_and_data_are_fetched_by_one_rank_of_a_node(config, repository, dataset, tmp_path) -> None:
     with serving(Hub({"org/tiny": repository, "datasets/org/data": dataset})) as hub:
         environment = {**os.environ, **hub.environment(tmp_path)}
@@ -72,7 +72,7 @@ def test_model_and_data_are_fetched_by_one_rank_of_a_node(config, repository, da
     assert (origin["base"]["name"], origin["base"]["revision"]) == ("org/tiny", SHA)
 
 
-@pytest.mark.slow
+@pytest.mark.turn(of=2)
 def test_data_fetches_no_weights(config, repository, tmp_path) -> None:
     with serving(Hub({"org/tiny": repository})) as hub:
         done = run("data", config, "--json", env={**os.environ, **hub.environment(tmp_path)})
@@ -112,7 +112,7 @@ def two_nodes(config, repository, dataset, tmp_path_factory) -> Iterator[tuple[T
         yield nodes, hub.requests[:]
 
 
-@pytest.mark.slow
+@pytest.mark.turn(of=2)
 def test_one_rank_of_each_node_asks_the_hub(two_nodes, repository) -> None:
     nodes, asked = two_nodes
     needed = [p.name for p in repository.iterdir() if p.suffix in (".json", ".safetensors", ".jinja")]
@@ -120,7 +120,7 @@ def test_one_rank_of_each_node_asks_the_hub(two_nodes, repository) -> None:
     assert set(Counter(asked).values()) == {2}  # each question once by each of the nodes
 
 
-@pytest.mark.slow
+@pytest.mark.turn(of=2)
 def test_a_hub_that_answers_too_many_requests_stops_nobody_who_has_it_all(two_nodes) -> None:
     nodes, _ = two_nodes
     nodes.hub.requests.clear()
@@ -152,6 +152,18 @@ def test_a_refusal_says_how_to_get_access(repository, tmp_path, kind) -> None:
     text = fetched(Hub({"org/tiny": repository}, refusals={"org/tiny": refusal}), "org/tiny", tmp_path)
     assert text.startswith("model.name: org/tiny: ") and told in text
     assert ("gated" in text) == (refusal[0] != 400)
+
+
+def test_a_model_that_is_no_llama_is_refused_by_its_config_alone(repository, tmp_path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(repository, other)
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(
+        json.dumps(settings | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]})
+    )
+    with serving(Hub({"org/tiny": other})) as hub:
+        text = fetch({**os.environ, **hub.environment(tmp_path)}, "org/tiny")
+        assert "qwen3" in text and hub.fetched(hub.requests) == ["config.json"]
 
 
 def test_a_name_that_the_hub_does_not_know_is_told_as_that(repository, tmp_path) -> None:
@@ -242,7 +254,7 @@ def test_the_watch_sees_what_the_hubs_library_does(watched) -> None:
     assert Path(watched["CONNECTIONS"]).read_text().startswith("resolve huggingface.co")
 
 
-@pytest.mark.slow
+@pytest.mark.turn(of=2)
 def test_with_local_files_no_other_machine_is_asked_for_anything(config, tiny_llama, tmp_path, watched) -> None:
     base, runs = tiny_llama("llama31"), tmp_path / "runs"
     settings = [f"model.name={base}", f"runs_dir={runs}", "log.trackers=[tensorboard]", "eval.exact_match=true"]
@@ -272,7 +284,7 @@ for arguments in {commands!r}:
     assert Path(watched["CONNECTIONS"]).read_text() == ""
 
 
-@pytest.mark.slow
+@pytest.mark.turn(of=2)
 def test_what_fetch_has_fetched_is_all_that_a_run_needs(config, repository, dataset, tmp_path) -> None:
     settings = ("data.train=org/data", "data.eval=null", f"data.cache_dir={tmp_path}/cache", "run=fetched")
     with serving(Hub({"org/tiny": repository, "datasets/org/data": dataset})) as hub:

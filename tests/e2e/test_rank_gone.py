@@ -105,10 +105,10 @@ def _run(config: Path, name: str) -> Ended:
 @pytest.mark.parametrize(
     ("name", "phase"),
     [
-        pytest.param("data", "step 3, reading its data", marks=pytest.mark.slow),
+        pytest.param("data", "step 3, reading its data", marks=pytest.mark.turn(of=2)),
         ("data, alone", "step 3, reading its data"),
         ("forward", "step 3, micro-batch 1 of 2"),
-        pytest.param("forward, torchrun", "step 3, micro-batch 1 of 2", marks=pytest.mark.slow),
+        pytest.param("forward, torchrun", "step 3, micro-batch 1 of 2", marks=pytest.mark.turn(of=2)),
     ],
 )
 def test_a_rank_that_hangs_in_a_step_is_named_and_ends_all(name, phase, ended) -> None:
@@ -135,7 +135,8 @@ def test_of_two_ranks_in_the_same_micro_batch_the_one_that_the_other_waits_for_i
 
 
 @pytest.mark.parametrize(
-    "name", ["save", *(pytest.param(name, marks=pytest.mark.slow) for name in ("save, 10 s", "save, 10 s, alone"))]
+    "name",
+    ["save", *(pytest.param(name, marks=pytest.mark.turn(of=2)) for name in ("save, 10 s", "save, 10 s, alone"))],
 )
 def test_a_rank_that_hangs_in_a_save_is_named_and_ends_all(name, ended) -> None:
     found = ended(name)
@@ -227,7 +228,7 @@ def control_group() -> Iterator[Path]:
     pytest.skip("no control group can be made here")
 
 
-@pytest.mark.slow
+@pytest.mark.turn(of=2)
 def test_a_rank_that_the_kernel_kills_for_want_of_memory_is_told_so_as_a_fact(config, control_group) -> None:
     arguments = command("train", config, "run=hang-killed-for-memory", "--nproc", 2)
     done = subprocess.run(

@@ -27,7 +27,9 @@ def share(folder: Path, *arguments: object) -> dict[str, int]:
     return measured
 
 
-@pytest.mark.parametrize("quant", ["nf4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "int8"))])
+@pytest.mark.parametrize(
+    "quant", ["nf4", *(pytest.param(name, marks=pytest.mark.turn(of=2)) for name in ("none", "int8"))]
+)
 def test_a_rank_of_128_keeps_its_part_of_8b_and_hardly_more_while_it_loads(tmp_path, quant) -> None:
     shape = MEMBERS["3.1-8b"].shape
     write_sparse(tmp_path, shape)
@@ -41,7 +43,7 @@ def test_a_rank_of_128_keeps_its_part_of_8b_and_hardly_more_while_it_loads(tmp_p
     assert found["peak_growth_bytes"] <= found["share_bytes"] + 3 * found["slice_bytes"] + 150 * MIB
 
 
-@pytest.mark.slow
+@pytest.mark.turn(of=2)
 def test_a_rank_of_128_really_loads_its_part_of_405b(tmp_path) -> None:
     write_sparse(tmp_path, MEMBERS["3.1-405b"].shape)
     found = share(tmp_path, "--ranks", 128, "--quant", "nf4")

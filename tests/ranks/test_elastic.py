@@ -26,7 +26,7 @@ def test_each_pair_of_settings_goes_on_to_the_numbers_of_the_run_that_stayed(ela
     assert_equal(elastic, move)
 
 
-@pytest.mark.slow
+@pytest.mark.turn(of=2)
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_a_run_that_goes_on_where_it_was_saved_has_the_bytes_of_one_that_nothing_interrupted(elastic, engine) -> None:
     for placement in placements():

@@ -452,6 +452,12 @@ def test_sets_that_make_no_mixture_are_told(tmp_path: Path, settings: dict[str, 
     assert told in complaint_about(tmp_path, "data", **settings)
 
 
+def test_a_set_can_have_none_of_the_columns_that_hold_for_the_others() -> None:
+    sets = [{"path": "a", "columns": {}}, {"path": "b"}, {"path": "c", "columns": {"text": "body"}}]
+    section = DataSection.model_validate({"train": sets, "columns": {"text": "story"}})
+    assert [one.columns for one in section.train_sets()] == [{}, {"text": "story"}, {"text": "body"}]
+
+
 def test_modules_stand_for_targets_layers_and_ranks() -> None:
     section = LoraSection.model_validate({"modules": [module(), module("model.layers.3.mlp.up_proj", rank=2)]})
     assert (section.target_names(), section.layer_indices(4)) == (("q_proj", "up_proj"), (1, 3))

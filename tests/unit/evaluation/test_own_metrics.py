@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, OwnCodeError
 from dist_lora.evaluation.own_metrics import Scores, own_metrics
 from dist_lora.evaluation.predictions import Prediction
+from dist_lora.evaluation.tool_calls import Counts, ToolCalls
+from dist_lora.evaluation.verdicts import Sample, guard_report
 from dist_lora.world.world import World
 
 
@@ -56,6 +59,15 @@ def test_one_that_takes_too_little_is_refused_before_anything_is_generated() -> 
 
 
 def test_two_of_one_name_or_one_of_ours_are_refused() -> None:
-    for metrics, name in ((("a:f", "b:f"), "f"), (("a:loss",), "loss")):
+    calls = ToolCalls({"f": Counts(wanted=1)}, answers=2, without=1)
+    verdicts = guard_report([Sample((), ())], np.zeros(1))
+    ours = [
+        "loss",
+        "exact_match",
+        *(name.removeprefix("eval_") for name in calls.values()),
+        *{*verdicts} - {"by_category"},
+    ]
+    assert {"tool_valid", "tool_unwanted", "average_precision"} <= {*ours}
+    for metrics, name in ((("a:f", "b:f"), "f"), *(((f"a:{name}",), name) for name in ours)):
         with pytest.raises(ValueError, match=f"{name}: the name of another value of an evaluation"):
             config_of(*metrics)
