@@ -224,12 +224,13 @@ def chats_config(folder: Path, model: Path, *, sequence_length: int = 64, **data
 def mixture_config(folder: Path, model: Path) -> Path:
     """As ``chats_config``, on a mixture by target tokens of the chats, renamed columns and token ids, each used up several times."""
     questions = [{"question": f"{i} + {i}?", "answer": f"It is {2 * i}."} for i in range(9)]
-    ids = [{"input_ids": [1 + (7 * i + k) % 50 for k in range(3 + 5 * i % 17)]} for i in range(6)]
+    ids = [[1 + (7 * i + k) % 50 for k in range(3 + 5 * i % 17)] for i in range(6)]
+    masked = [{"input_ids": one, "loss_mask": [0, *[1] * (len(one) - 1)]} for one in ids]
     columns = {"prompt": "question", "completion": "answer"}
     sets = [
         {"path": str(folder / "train.jsonl"), "weight": 0.5},
         {"path": str(write_lines(folder / "questions.jsonl", questions)), "columns": columns, "weight": 0.3},
-        {"path": str(write_lines(folder / "ids.jsonl", ids)), "format": "tokens", "weight": 0.2},
+        {"path": str(write_lines(folder / "ids.jsonl", masked)), "format": "tokens", "weight": 0.2},
     ]
     return chats_config(folder, model, train=sets, mix="target_tokens")
 

@@ -23,13 +23,22 @@ def test_a_run_that_is_killed_a_few_times_is_the_run_that_nothing_killed(config,
     assert hunted(config, tmp_path, 4).kills.total() == 4
 
 
-@pytest.mark.turn(of=6)
+@pytest.mark.turn(of=2)
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-@pytest.mark.parametrize("data", CONFIGS)
 def test_runs_that_are_killed_twenty_times_wherever_they_are_are_the_run_that_nothing_killed(
-    tiny_llama, tmp_path, engine, data
+    config, tmp_path, engine
 ) -> None:
-    tally = hunted(CONFIGS[data](tmp_path, tiny_llama("llama31")), tmp_path, 20, engine=engine)
+    tally = hunted(config, tmp_path, 20, engine=engine)
     assert tally.kills.total() == 20
     assert {where for where, _ in tally.kills} >= {*INSIDE, "time"}
     assert tally.repeated > 0
+
+
+@pytest.mark.turn(of=4)
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("data", ["mixture", "guard"])
+def test_a_mixture_and_a_guard_that_are_killed_are_those_that_nothing_killed(
+    tiny_llama, tmp_path, engine, data
+) -> None:
+    tally = hunted(CONFIGS[data](tmp_path, tiny_llama("llama31")), tmp_path, 5, engine=engine)
+    assert tally.kills.total() == 5
