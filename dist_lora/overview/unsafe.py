@@ -167,7 +167,7 @@ def unsafe_of(config: Config, guard: Guard, world: World) -> UnsafeSamples:
                     (index, turns[-1].role, _prompt(turns, guard))
                     for turns in prefixes(_turns_at(records, index, own=own))
                 ]
-                if any(len(ids) > context for *_, ids in prompts):
+                if any(len(ids) >= context for *_, ids in prompts):
                     num_too_long += 1
                 elif not prompts:
                     num_empty += 1
