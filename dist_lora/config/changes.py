@@ -39,7 +39,7 @@ RULES = (
     Rule(("lora.dropout",), "logged", "other masks from here on"),
     Rule(("model.shape", "model.quant", "model.dtype"), "refused", "training would continue on another base"),
     Rule(
-        ("lora.rank", "lora.alpha", "lora.targets", "lora.layers", "lora.modules"),
+        ("lora.rank", "lora.alpha", "lora.scaling", "lora.ranks", "lora.alphas", "lora.targets", "lora.layers", "lora.modules"),
         "refused",
         "they set the shape and the scale of the adapters",
     ),

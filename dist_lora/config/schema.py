@@ -313,7 +313,20 @@ class LoraSection(Section):
     """The adapters that are trained on the frozen base."""
 
     rank: int = Field(default=16, ge=1, description="Rank r of the adapters: A is (r, in), B is (out, r).")
-    alpha: float = Field(default=32.0, gt=0, description="The adapters' output is scaled by alpha / rank.")
+    alpha: float = Field(
+        default=32.0, gt=0, description="The adapters' output is scaled by alpha / rank (see scaling)."
+    )
+    scaling: Literal["rank", "sqrt_rank"] = Field(
+        default="rank", description="What alpha is divided by: the rank, or its square root (rsLoRA)."
+    )
+    ranks: dict[Text, Annotated[int, Field(ge=1)]] | None = Field(
+        default=None,
+        description="Ranks of some linears by a regular expression for the end of their names, as PEFT's rank_pattern: "
+        "{down_proj: 32, 'layers.0.*': 8}; the first that matches counts.",
+    )
+    alphas: dict[Text, Annotated[float, Field(gt=0)]] | None = Field(
+        default=None, description="Alphas of some linears, as lora.ranks has ranks."
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout probability of the adapters' inputs.")
     targets: Annotated[
         Literal["all"] | list[Annotated[LinearName, BeforeValidator(_check_target)]],
@@ -338,9 +351,21 @@ class LoraSection(Section):
 
     @model_validator(mode="after")
     def _check_conflicts(self) -> LoraSection:
-        if self.modules is None:
-            return self
         faults: list[tuple[tuple[str, ...], str]] = []
+        for other, what in (
+            ("start_from", "the adapter has its ranks and scales"),
+            ("modules", "names each linear's rank and alpha"),
+        ):
+            if getattr(self, other) is not None:
+                faults += [
+                    ((name, other), f"lora.{other} is set, and {what}: leave lora.{name} out")
+                    for name in ("scaling", "ranks", "alphas")
+                    if getattr(self, name) not in (None, "rank")
+                ]
+        if self.modules is None:
+            if faults:
+                raise SettingFaults(faults)
+            return self
         linears = {module.linear for module in self.modules}
         if self.targets != "all" and linears != {*self.targets}:
             named = ", ".join(name for name in LINEARS if name in linears)
@@ -385,15 +410,15 @@ class LoraSection(Section):
             raise ConfigError(_no_such_layers(outside, num_layers))
         return tuple(named)
 
-    def ranks(self) -> tuple[int, ...]:
-        """All ranks that an adapter has, ascending."""
+    def all_ranks(self) -> tuple[int, ...]:
+        """All ranks that an adapter has, ascending; after ``lora.patterns.with_patterns``, as the next two."""
         return tuple(sorted({self.rank} if self.modules is None else {module.rank for module in self.modules}))
 
-    def alphas(self) -> tuple[float, ...]:
+    def all_alphas(self) -> tuple[float, ...]:
         """All alphas that an adapter has, ascending."""
         return tuple(sorted({self.alpha} if self.modules is None else {module.alpha for module in self.modules}))
 
-    def scales(self) -> tuple[float, ...]:
+    def all_scales(self) -> tuple[float, ...]:
         """All alpha / rank that an adapter has, ascending."""
         own = {self.alpha / self.rank} if self.modules is None else {module.scale for module in self.modules}
         return tuple(sorted(own))
@@ -725,6 +750,11 @@ class OptimSection(Section):
 
     lr: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         default=2e-4, description="Peak learning rate; auto takes Tinker's for a Llama of this width (lora.alpha: 32)."
+    )
+    lr_ratio: float = Field(
+        default=1.0,
+        gt=0,
+        description="Learning rate of the B matrices over that of the A matrices, which is lr (LoRA+).",
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="How the learning rate decays after the warm-up."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,15 @@ from dist_lora.config.schema import OptimSection
 _NORM_WIDTH = 4096  # elements that are summed in fp32
 
 
+@dataclass(frozen=True)
+class Span:
+    """Elements ``[start, stop)`` of a flat parameter, and the factor of their learning rate."""
+
+    start: int
+    stop: int
+    rate: float = 1.0
+
+
 class AdamW:
     """AdamW over some flat fp32 parameters ``(N,)``; its state is named tensors, without pickle.
 
@@ -23,29 +33,56 @@ class AdamW:
     Source: arXiv 1711.05101; the arithmetic is ``torch.optim.AdamW``'s.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], section: OptimSection, *, on_host: bool = False) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        section: OptimSection,
+        *,
+        on_host: bool = False,
+        parts: Sequence[tuple[Span, ...]] | None = None,
+    ) -> None:
+        """Zero moments.
+
+        Args:
+            parts: of each parameter the elements that have a learning rate of their own; None where one rate is all's. Elements of no
+                part (padding) are left as they are.
+        """
         self._parameters = list(parameters)
         self._updated = [_host_copy(p) for p in parameters] if on_host else self._parameters
+        spans = parts or [(Span(0, p.numel()),) for p in self._updated]
+        self._spans = [(flat, span) for flat, of_flat in enumerate(spans) for span in of_flat]
+        # Without parts a parameter is its own only piece, and nothing is a view.
+        whole = parts is None
+        self._pieces = [
+            u if whole else nn.Parameter(u.detach()[s.start : s.stop]) for u, s in self._placed(self._updated)
+        ]
+        self.exp_avg = [torch.zeros_like(p.data) for p in self._updated]
+        self.exp_avg_sq = [torch.zeros_like(p.data) for p in self._updated]
+        self._rates = sorted({span.rate for _, span in self._spans})
         self._optimizer = torch.optim.AdamW(
-            self._updated,
+            [
+                {"params": [p for p, (_, s) in zip(self._pieces, self._spans, strict=True) if s.rate == rate]}
+                for rate in self._rates
+            ]
+            or [{"params": []}],
             lr=section.peak_lr,
             betas=(section.beta1, section.beta2),
             eps=section.eps,
             weight_decay=section.weight_decay,
             fused=True,
         )
-        self.exp_avg: list[Tensor] = []
-        self.exp_avg_sq: list[Tensor] = []
         self._num_steps: list[Tensor] = []
-        for parameter in self._updated:
-            state = self._optimizer.state[parameter]
+        moments = zip(self._placed(self.exp_avg), self._placed(self.exp_avg_sq), strict=True)
+        for piece, ((first, span), (second, _)) in zip(self._pieces, moments, strict=True):
+            state = self._optimizer.state[piece]
             # fused AdamW needs the step count on the parameter's device, as a tensor.
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter.data)
-            state["exp_avg_sq"] = torch.zeros_like(parameter.data)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=piece.device)
+            state["exp_avg"] = first[span.start : span.stop]
+            state["exp_avg_sq"] = second[span.start : span.stop]
             self._num_steps.append(state["step"])
-            self.exp_avg.append(state["exp_avg"])
-            self.exp_avg_sq.append(state["exp_avg_sq"])
+
+    def _placed(self, flats: Sequence[Tensor]) -> list[tuple[Tensor, Span]]:
+        return [(flats[flat], span) for flat, span in self._spans]
 
     def state(self) -> list[Tensor]:
         """All tensors besides the parameters: moments, step counts, and copies in host memory."""
@@ -58,16 +95,18 @@ class AdamW:
         Args:
             is_valid: a boolean scalar on the gradients' device, which the host needn't know: where it is false, nothing changes.
         """
-        self._optimizer.param_groups[0]["lr"] = lr
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = lr * rate
         # What the fused kernel reads for torch.amp's scaler (torch 2.13): with a 1 there it leaves all as it is, the count too.
         if is_valid is not None and self._updated:
             self._optimizer.found_inf = (~is_valid).float().to(self._updated[0].device)  # type: ignore[attr-defined]
-        for parameter, gradient in zip(self._updated, gradients, strict=True):
-            parameter.grad = gradient if parameter.device == gradient.device else gradient.to(parameter.device)
+        for piece, (gradient, span) in zip(self._pieces, self._placed(gradients), strict=True):
+            part = gradient[span.start : span.stop]
+            piece.grad = part if piece.device == part.device else part.to(piece.device)
         self._optimizer.step()
         self._optimizer.found_inf = None  # type: ignore[attr-defined]
-        for parameter in self._updated:
-            parameter.grad = None
+        for piece in self._pieces:
+            piece.grad = None
         self._copy_back()
 
     def _copy_back(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dist_lora.base.checksum import checksums
 from dist_lora.config.schema import OptimSection
-from dist_lora.engines.adamw import AdamW, norm_of
+from dist_lora.engines.adamw import AdamW, Span, norm_of
 from dist_lora.lora.attach import AdapterTensor
 from dist_lora.lora.layer import initial_a
 from dist_lora.lora.state import KINDS, Kind, Piece
@@ -161,8 +161,20 @@ class FlatAdapters(Adapters):
 
     def start_training(self, section: OptimSection) -> None:
         """See ``Adapters``."""
-        self._optimizer = AdamW(self.flat_parameters, section, on_host=self._optimizer_on_host)
+        self._optimizer = AdamW(
+            self.flat_parameters, section, on_host=self._optimizer_on_host, parts=self._spans(section.lr_ratio)
+        )
         self._max_norm = section.max_grad_norm
+
+    def _spans(self, lr_ratio: float) -> list[tuple[Span, ...]] | None:
+        """The parts of each flat parameter with their learning rates; None where all have one."""
+        if lr_ratio == 1.0:
+            return None
+        spans: list[list[Span]] = [[] for _ in self.flat_parameters]
+        for part in self.parts:
+            rate = lr_ratio if part.name.endswith(".lora_B") else 1.0
+            spans[part.flat_index].append(Span(part.offset, part.offset + part.stop - part.start, rate))
+        return [tuple(of_flat) for of_flat in spans]
 
     @property
     def optimizer(self) -> AdamW:

@@ -52,8 +52,11 @@ class Engine(ABC):
         return self.layout.base_on_host
 
     @abstractmethod
-    def adapters(self, tensors: Sequence[AdapterTensor]) -> Adapters:
-        """The trained tensors on this rank's device, not yet initialized. All ranks call it."""
+    def adapters(self, tensors: Sequence[AdapterTensor], *, has_two_rates: bool = False) -> Adapters:
+        """The trained tensors on this rank's device, not yet initialized. All ranks call it.
+
+        ``has_two_rates``: A and B have learning rates of their own (``optim.lr_ratio``).
+        """
 
     @abstractmethod
     def keep_gathered(self, model: Llama, gathered: bool) -> None:

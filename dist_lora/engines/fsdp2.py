@@ -95,7 +95,7 @@ class Fsdp2(Engine):
             module.reshard()
         return super().frozen_shards(model)
 
-    def adapters(self, tensors: Sequence[AdapterTensor]) -> Adapters:
+    def adapters(self, tensors: Sequence[AdapterTensor], *, has_two_rates: bool = False) -> Adapters:
         """See ``Engine.adapters``."""
         on_host = self.layout.optimizer_on_host
         if self.layout.adapters == "replicate":

@@ -44,7 +44,7 @@ class Single(Engine):
         """See ``Engine.is_on_host``."""
         return super().is_on_host(slot) and slot.name.startswith("model.layers.")
 
-    def adapters(self, tensors: Sequence[AdapterTensor]) -> Adapters:
+    def adapters(self, tensors: Sequence[AdapterTensor], *, has_two_rates: bool = False) -> Adapters:
         """See ``Engine.adapters``."""
         return ReplicatedAdapters(tensors, self.world, optimizer_on_host=self.layout.optimizer_on_host)
 

@@ -114,11 +114,13 @@ class Zero3(Engine):
         held = _held(parameter, self.world.world_rank)
         return Slot(tensor, part, tuple(parameter.ds_shape), held.start, parameter.ds_tensor[: len(held)])
 
-    def adapters(self, tensors: Sequence[AdapterTensor]) -> Adapters:
+    def adapters(self, tensors: Sequence[AdapterTensor], *, has_two_rates: bool = False) -> Adapters:
         """See ``Engine.adapters``. All ranks call it."""
         assert self._model is not None, "shard was not called"
         # Its settings from the config, and its state, are set by start_training.
-        optimizer = torch.optim.AdamW([tensor.parameter for tensor in tensors], lr=0.0, fused=True)
+        halves = ("lora_A", "lora_B") if has_two_rates else ("",)
+        groups = [{"params": [t.parameter for t in tensors if t.attribute.startswith(half)]} for half in halves]
+        optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
         self._engine = self._deepspeed.initialize(
             model=self._model, optimizer=optimizer, config=self._settings, dist_init_required=False
         )[0]
@@ -224,6 +226,7 @@ class Zero3Adapters(FlatAdapters):
     def start_training(self, section: OptimSection) -> None:
         """See ``Adapters``."""
         optimizer = self._zero.optimizer
+        self._rates = (1.0, section.lr_ratio)[: len(optimizer.param_groups)]
         for group in optimizer.param_groups:
             group["betas"], group["eps"] = (section.beta1, section.beta2), section.eps
             group["weight_decay"] = section.weight_decay
@@ -259,7 +262,8 @@ class Zero3Adapters(FlatAdapters):
 
     def step(self, lr: float) -> Tensor:
         """See ``Adapters``. DeepSpeed reads the norm itself."""
-        self._zero.set_lr(lr)
+        for group, rate in zip(self._zero.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = lr * rate
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())  # infinity also where it is NaN
         return torch.tensor(norm, dtype=torch.float64, device=self.world.device)

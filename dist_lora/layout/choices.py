@@ -159,7 +159,7 @@ def lr_lines(config: Config, shape: Shape) -> tuple[str, ...]:
     """
     if config.optim.lr != "auto":
         return ()
-    lr, why = choose_lr(hidden=shape.hidden, alphas=config.lora.alphas())
+    lr, why = choose_lr(hidden=shape.hidden, alphas=config.lora.all_alphas())
     return (f"lr        {lr:g}: {why}",)
 
 
@@ -171,7 +171,7 @@ def with_lr(config: Config, shape: Shape) -> Config:
     """
     if config.optim.lr != "auto":
         return config
-    lr, _ = choose_lr(hidden=shape.hidden, alphas=config.lora.alphas())
+    lr, _ = choose_lr(hidden=shape.hidden, alphas=config.lora.all_alphas())
     return config.model_copy(update={"optim": config.optim.model_copy(update={"lr": lr})})
 
 

@@ -150,7 +150,7 @@ def _setup(config: Config, shape: Shape, choices: Choices, *, num_ranks: int, lo
         shape=shape,
         quant=config.model.quant,
         choices=choices,
-        lora_rank=max(config.lora.ranks()),
+        lora_rank=max(config.lora.all_ranks()),
         trained_weights=shape.trained_weights(config.lora),
         targets=config.lora.target_names(),
         layers=config.lora.layer_indices(shape.num_layers),

@@ -50,7 +50,7 @@ _Number = TypeVar("_Number", int, float)
 _OF_A_LLAMA = frozenset(("q_proj", "v_proj"))  # PEFT's choice for a Llama without target_modules
 
 
-class _Pattern:
+class Pattern:
     """A regular expression of an adapter's author, with a limit on the time that it takes for all names together.
 
     Python's ``re``, which PEFT uses, has no limit: nested repetitions may take hours for one name.
@@ -146,22 +146,22 @@ class PeftConfig:
         matches = (self._pattern(pattern).match(module) for pattern in patterns)
         return next((int(match["idx"]) for match in matches if match), None)
 
-    def _pattern(self, text: str) -> _Pattern:
+    def _pattern(self, text: str) -> Pattern:
         if text not in self._patterns:
-            self._patterns[text] = _Pattern(text, file=self.file)
+            self._patterns[text] = Pattern(text, file=self.file)
         return self._patterns[text]
 
     @cached_property
-    def _patterns(self) -> dict[str, _Pattern]:
+    def _patterns(self) -> dict[str, Pattern]:
         return {}
 
     @cached_property
-    def _ranks(self) -> list[tuple[_Pattern, int]]:
-        return [(self._pattern(_end_of_name(key)), rank) for key, rank in self.rank_pattern.items()]
+    def _ranks(self) -> list[tuple[Pattern, int]]:
+        return [(self._pattern(end_of_name(key)), rank) for key, rank in self.rank_pattern.items()]
 
     @cached_property
-    def _alphas(self) -> list[tuple[_Pattern, float]]:
-        return [(self._pattern(_end_of_name(key)), alpha) for key, alpha in self.alpha_pattern.items()]
+    def _alphas(self) -> list[tuple[Pattern, float]]:
+        return [(self._pattern(end_of_name(key)), alpha) for key, alpha in self.alpha_pattern.items()]
 
 
 def read_peft_config(config: Mapping[str, Any], *, folder: Path) -> PeftConfig:
@@ -208,12 +208,13 @@ def _is_named(module: str, names: frozenset[str]) -> bool:
     return any(".".join(parts[first:]) in names for first in range(len(parts)))
 
 
-def _of_pattern(patterns: Iterable[tuple[_Pattern, _Number]], module: str, default: _Number) -> _Number:
+def _of_pattern(patterns: Iterable[tuple[Pattern, _Number]], module: str, default: _Number) -> _Number:
     """The number of the first pattern that matches."""
     return next((number for pattern, number in patterns if pattern.match(module)), default)
 
 
-def _end_of_name(pattern: str) -> str:
+def end_of_name(pattern: str) -> str:
+    """The expression by which PEFT finds a key of its patterns: at the end of a name, after a dot."""
     return rf"(.*\.)?({pattern})$"
 
 

@@ -8,21 +8,25 @@ from dist_lora.config.schema import Config
 from dist_lora.files import file_exists
 from dist_lora.herd.models import known_model
 from dist_lora.lora.origin import CONFIG_FILE
+from dist_lora.lora.patterns import with_patterns
 
 log = logging.getLogger("dist_lora")
 
 
 def with_adapter(config: Config) -> Config:
-    """The config with the settings that it leaves to the adapter of ``lora.start_from``.
+    """The config with the settings that it leaves to the adapter of ``lora.start_from``, and with its patterns resolved.
 
     An adapter that isn't on this machine, on which nothing is trained, is a warning.
 
     Raises:
-        ConfigError, AdapterError: see ``open_adapter`` and ``check_fit``.
+        ConfigError, AdapterError: see ``open_adapter``, ``check_fit`` and ``with_patterns``.
     """
     folder = config.lora.start_from
     if folder is None:
-        return config
+        if config.lora.scaling == "rank" and not config.lora.ranks and not config.lora.alphas:
+            return config
+        resolved = with_patterns(config.lora, num_layers=known_model(config.model).shape.num_layers)
+        return config.model_copy(update={"lora": resolved})
     if not file_exists(folder / CONFIG_FILE):
         log.warning(
             f"lora.start_from: {folder} isn't on this machine. The plan takes rank {config.lora.rank} on "

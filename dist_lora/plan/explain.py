@@ -91,8 +91,8 @@ def _what_is_trained(config: Config, model: KnownModel) -> Iterator[str]:
     of_all = "all" if len(layers) == shape.num_layers else f"{len(layers)} of"
     of_all = "the only layer" if shape.num_layers == 1 else f"{of_all} {shape.num_layers} layers"
     yield (
-        f"{model.title}: in {of_all} W becomes W + (alpha / r) B A, with r = {span(lora.ranks())} and alpha / r = "
-        f"{span(lora.scales())}"
+        f"{model.title}: in {of_all} W becomes W + (alpha / r) B A, with r = {span(lora.all_ranks())} and alpha / r = "
+        f"{span(lora.all_scales())}"
     )
     linears = shape.linear_shapes()
     alike: dict[tuple[int, int, int], list[str]] = {}
@@ -114,7 +114,7 @@ def _what_is_trained(config: Config, model: KnownModel) -> Iterator[str]:
         f"the weights of a layer; {2 * trained / 1e6:,.1f} MB in 16 bits"
     )
     if config.optim.lr == "auto":
-        lr, why = choose_lr(hidden=shape.hidden, alphas=lora.alphas())
+        lr, why = choose_lr(hidden=shape.hidden, alphas=lora.all_alphas())
         yield f"optim.lr: auto is {lr:g}: {why}."
     if model.is_by_hand:
         source = (

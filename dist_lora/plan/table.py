@@ -18,7 +18,7 @@ def lines_of(plan: Plan) -> Iterator[str]:
     shape, train = setup.shape, plan.config.train
     kind = {2: "bf16", 4: "fp32"}[setup.item_bytes]
     stored = f"{setup.quant} base, computed in {kind}" if setup.quant != "none" else kind
-    yield f"{plan.config.run}: {plan.config.model.name} ({stored}) with LoRA rank {span(plan.config.lora.ranks())} on {machines}"
+    yield f"{plan.config.run}: {plan.config.model.name} ({stored}) with LoRA rank {span(plan.config.lora.all_ranks())} on {machines}"
     note = "" if shape.given_parameters is None else " (as given; computed as a Llama of these sizes)"
     yield f"  {shape.num_parameters():,} frozen weights{note}, {setup.trained_weights:,} trained"
     if machines.assumed:

@@ -155,7 +155,7 @@ def _facts(
     yield "model", f"{config.model.name} ({'unquantized' if config.model.quant == 'none' else config.model.quant})"
     yield (
         "adapters",
-        f"rank {span(config.lora.ranks())}, alpha {span(config.lora.alphas())}, on {', '.join(config.lora.target_names())}",
+        f"rank {span(config.lora.all_ranks())}, alpha {span(config.lora.all_alphas())}, on {', '.join(config.lora.target_names())}",
     )
     if {"trainable", "frozen"} <= summary.keys():
         trained, frozen = int(summary["trainable"]), int(summary["frozen"])

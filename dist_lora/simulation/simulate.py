@@ -172,7 +172,7 @@ def _step(
     model, engine = sharded.model, sharded.engine
     with engine.simulating(), fake, _ZeroValues():  # type: ignore[no-untyped-call]
         engine.materialize(model)
-        adapters = engine.adapters(sharded.tensors)
+        adapters = engine.adapters(sharded.tensors, has_two_rates=config.optim.lr_ratio != 1.0)
         assert isinstance(adapters, FlatAdapters)
         identity = BaseIdentity(config.model.name, None, None, None)
         base = Base(Path(), {}, shape, BaseOnDisk(WeightIndex(Path(), {}), {}), None, identity)

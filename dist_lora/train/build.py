@@ -332,7 +332,7 @@ def build(config: Config, base: Base, world: World) -> Trainee:
     _load(base, model, engine, world, sharded.description)
     check_frequencies(model.inv_freq, base.shape)
     world.progress.now("sharding the adapters", kind="unseen")
-    adapters = engine.adapters(sharded.tensors)
+    adapters = engine.adapters(sharded.tensors, has_two_rates=config.optim.lr_ratio != 1.0)
     adapters.initialize(config.train.seed)
     if config.lora.start_from is not None:
         load_adapter(adapters, config.lora.start_from, world=world)

@@ -31,10 +31,12 @@ from dist_lora.data.untrained import check_special_tokens
 from dist_lora.errors import ConfigError, SaveError, StoppedOnRequest, cannot_write
 from dist_lora.evaluation.predictions import Predictions
 from dist_lora.files import write_whole
+from dist_lora.herd.shape import Shape
 from dist_lora.layout.choices import DtypeName, lr_lines, with_lr
 from dist_lora.layout.machine import is_called
 from dist_lora.lora.attach import adapters_of
 from dist_lora.lora.origin import origin_of
+from dist_lora.lora.patterns import with_patterns
 from dist_lora.lora.run_facts import RunFacts
 from dist_lora.profile.recorder import Recorder
 from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, SUMMARY_FILE, Attempt, begin_attempt
@@ -197,7 +199,7 @@ def train(
     warn_of_context(sequence_length=config.train.sequence_length, context=base.shape.context, world=world)
     if config.lora.start_from is not None:
         config = check_adapter(config.lora.start_from, config=config, base=base, world=world)
-    settings, config = config, world.agree_on("optim.lr", functools.partial(with_lr, config, base.shape))
+    settings, config = config, world.agree_on("the config", functools.partial(_resolved, config, base.shape))
     folder = None if is_dry else open_run_folder(config, world)
     checkpoint = None if folder is None else find_checkpoint(config, folder, world)
     tokens, held_out = _checked_tokens(config, base, world, is_new=checkpoint is None)
@@ -205,7 +207,8 @@ def train(
     num_steps = num_steps_of(config, loader)
     if world.is_first:
         shares = shares_lines(config, loader, num_steps=num_steps)
-        told = plan_lines(settings, base, tokens, held_out, shares, num_steps=num_steps, world=world)
+        as_set = config.model_copy(update={"optim": settings.optim})
+        told = plan_lines(as_set, base, tokens, held_out, shares, num_steps=num_steps, world=world)
         _tell([*told, *_advice_on(config, tokens, loader, num_steps=num_steps)], is_dry=is_dry)
         if is_dry:
             _print_sample(tokens, base)
@@ -231,6 +234,15 @@ def train(
     _check_base(trainee, world)
     summary = _finish(run, folder, world, attempt, seconds=time.monotonic() - started_s)
     _end_callbacks(run, summary, world, callbacks)
+
+
+def _with_patterns(config: Config, shape: Shape) -> Config:
+    return config.model_copy(update={"lora": with_patterns(config.lora, num_layers=shape.num_layers)})
+
+
+def _resolved(config: Config, shape: Shape) -> Config:
+    """The config as everything that trains takes it: with each linear's rank and alpha, and a number for the learning rate."""
+    return with_lr(_with_patterns(config, shape), shape)
 
 
 def _checked_tokens(config: Config, base: Base, world: World, *, is_new: bool) -> tuple[TokenSet, HeldOutSets]:
@@ -523,7 +535,7 @@ def plan_lines(
     linears = len(adapters_of(lora, num_layers=shape.num_layers))
     return [
         f"model     {base.identity.name}: {frozen:,} frozen weights, {count(shape.num_layers, 'layer')}",
-        f"adapters  rank {span(lora.ranks())}, alpha {span(lora.alphas())}, on {count(linears, 'linear layer')}: {trained:,} trained weights "
+        f"adapters  rank {span(lora.all_ranks())}, alpha {span(lora.all_alphas())}, on {count(linears, 'linear layer')}: {trained:,} trained weights "
         f"({trained / frozen:.2%}), {trained * 4 / 2**20:,.1f} MiB in fp32",
         f"data      {count(len(tokens), 'sample')}, {count(tokens.num_tokens, 'token')}, {tokens.num_target_tokens:,} trained on"
         + _held_out_text(held_out),
@@ -578,6 +590,7 @@ def evaluate(
     check_own_code(config, world, is_training=False)
     base = open_base(config, world)
     if adapter is not None:
+        config = world.agree_on("lora", functools.partial(_with_patterns, config, base.shape))
         config = check_adapter(adapter, config=config, base=base, world=world)
         if world.is_first:
             _warn_of_origin(adapter, config, base)

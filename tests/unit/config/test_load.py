@@ -461,7 +461,7 @@ def test_a_set_can_have_none_of_the_columns_that_hold_for_the_others() -> None:
 def test_modules_stand_for_targets_layers_and_ranks() -> None:
     section = LoraSection.model_validate({"modules": [module(), module("model.layers.3.mlp.up_proj", rank=2)]})
     assert (section.target_names(), section.layer_indices(4)) == (("q_proj", "up_proj"), (1, 3))
-    assert (section.ranks(), section.alphas(), section.scales()) == ((2, 4), (8,), (2, 4))
+    assert (section.all_ranks(), section.all_alphas(), section.all_scales()) == ((2, 4), (8,), (2, 4))
     with pytest.raises(ConfigError, match=r"lora\.layers: found layer 3 in lora\.modules, expected 0-2"):
         section.layer_indices(3)
 

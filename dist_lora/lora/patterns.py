@@ -1,0 +1,77 @@
+"""Ranks and alphas by patterns, and the scale of rsLoRA, as the rank and alpha of each linear. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from dist_lora.config.schema import LoraSection, ModuleAdapter
+from dist_lora.errors import ConfigError
+from dist_lora.herd.shape import module_path
+from dist_lora.lora.peft_config import Pattern, end_of_name
+
+
+def with_patterns(section: LoraSection, *, num_layers: int) -> LoraSection:
+    """The section with ``scaling``, ``ranks`` and ``alphas`` resolved: everything that computes takes it so.
+
+    An alpha is then the one that gives the scale when it is divided by the rank: for ``scaling: sqrt_rank`` alpha times the rank's
+    square root. ``modules`` lists the linears where they differ; else ``rank`` and ``alpha`` say all.
+
+    Source: rsLoRA, arXiv 2312.03732. Patterns are matched as PEFT 0.21 does (``get_pattern_key``): the first that matches counts.
+
+    Raises:
+        ConfigError: a pattern is no regular expression, takes too long, or matches none of the adapted linears; or a layer is named
+            that the model doesn't have.
+    """
+    if section.scaling == "rank" and not section.ranks and not section.alphas:
+        return section
+    names = [
+        module_path(target, layer=layer)
+        for layer in section.layer_indices(num_layers)
+        for target in section.target_names()
+    ]
+    ranks = _matched(section.ranks or {}, names, setting="lora.ranks")
+    alphas = _matched(section.alphas or {}, names, setting="lora.alphas")
+
+    def alpha_of(alpha: float, rank: int) -> float:
+        return alpha * math.sqrt(rank) if section.scaling == "sqrt_rank" else alpha
+
+    modules = []
+    for name in names:
+        rank = int(ranks.get(name, section.rank))
+        modules.append(ModuleAdapter(name=name, rank=rank, alpha=alpha_of(alphas.get(name, section.alpha), rank)))
+    is_alike = len({(module.rank, module.alpha) for module in modules}) == 1
+    return section.model_copy(
+        update={
+            "scaling": "rank",
+            "ranks": None,
+            "alphas": None,
+            "rank": modules[0].rank if is_alike else section.rank,
+            "alpha": modules[0].alpha if is_alike else alpha_of(section.alpha, section.rank),
+            "modules": None if is_alike else modules,
+        }
+    )
+
+
+def _matched(patterns: Mapping[str, float], names: list[str], *, setting: str) -> dict[str, float]:
+    """The number of the first pattern that matches, for each name that one does."""
+    found: dict[str, float] = {}
+    unused = []
+    for text, number in patterns.items():
+        try:
+            pattern = Pattern(end_of_name(text), file=Path(setting))
+        except re.error as error:
+            raise ConfigError(f"{setting}: {text!r} is no regular expression: {error}") from None
+        matching = [name for name in names if pattern.match(name)]
+        if not matching:
+            unused.append(text)
+        for name in matching:
+            found.setdefault(name, number)
+    if unused:
+        raise ConfigError(
+            f"{setting}: {', '.join(map(repr, unused))} matches none of the adapted linears; expected the end of a name like "
+            f"{names[0]}, or a regular expression for it"
+        )
+    return found
