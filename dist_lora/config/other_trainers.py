@@ -45,6 +45,11 @@ RENAMED: dict[str, str] = {
     "lora_rank": "lora.rank",
     "adapter_rank": "lora.rank",
     "lora_alpha": "lora.alpha",
+    "use_rslora": "lora.scaling",
+    "peft_use_rslora": "lora.scaling",
+    "rank_pattern": "lora.ranks",
+    "alpha_pattern": "lora.alphas",
+    "loraplus_lr_ratio": "optim.lr_ratio",
     "lora_dropout": "lora.dropout",
     "target_modules": "lora.targets",
     "match_all_linear": "lora.targets",
@@ -285,6 +290,7 @@ NOTES: dict[str, str] = {
     "fsdp_sharding_strategy": "NO_SHARD is gpu, HYBRID_SHARD node, FULL_SHARD world",
     "devices": "the number of local processes is the argument --nproc",
     "nproc_per_node": "the number of local processes is the argument --nproc",
+    **dict.fromkeys(("use_rslora", "peft_use_rslora"), "true is lora.scaling: sqrt_rank"),
 }
 """What else to know when a setting is carried over."""
 
@@ -294,10 +300,15 @@ ABSENT: dict[str, str] = {
     "tensor_model_parallel_size": "the base is sharded instead (parallel.base_shard)",
     "pipeline_model_parallel_size": "the base is sharded instead (parallel.base_shard)",
     "context_parallel_size": "sequences are not split over GPUs here",
-    "use_dora": "only plain LoRA is trained here",
-    "use_rslora": "only plain LoRA is trained here: set lora.alpha to alpha x sqrt(rank) for the same scale",
-    "rank_pattern": "name each linear in lora.modules with its own rank and alpha; lora.start_from reads PEFT's patterns",
-    "alpha_pattern": "name each linear in lora.modules with its own rank and alpha; lora.start_from reads PEFT's patterns",
+    **dict.fromkeys(
+        ("use_dora", "peft_use_dora", "lora_use_dora"),
+        "DoRA trains slower, at no gain in PEFT's own comparison of methods: take lora.scaling: sqrt_rank, which is ahead of it there",
+    ),
+    **dict.fromkeys(
+        ("init_lora_weights", "peft_init_lora_weights", "loftq_config", "pissa_init", "pissa_iter", "loftq_init"),
+        "PiSSA, LoftQ and their like change the base, so that the adapter fits no other copy of it: B begins at zero, and A as "
+        "PEFT draws it; take a higher lora.rank with lora.scaling: sqrt_rank",
+    ),
     "modules_to_save": "only the seven linears of a layer are adapted; nothing else is trained",
     "additional_target": "only the seven linears of a layer are adapted; nothing else is trained",
     "lora_modules_to_save": "only the seven linears of a layer are adapted; nothing else is trained",

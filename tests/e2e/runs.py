@@ -200,7 +200,15 @@ def write_lines(path: Path, records: Sequence[object]) -> Path:
     return path
 
 
-def chats_config(folder: Path, model: Path, *, sequence_length: int = 64, **data: Any) -> Path:
+def chats_config(
+    folder: Path,
+    model: Path,
+    *,
+    sequence_length: int = 64,
+    lora: Mapping[str, Any] = MappingProxyType({}),
+    optim: Mapping[str, Any] = MappingProxyType({}),
+    **data: Any,
+) -> Path:
     """A config, in ``folder``, that trains ``model`` on 24 chats, or on other ``data``; its run is called whole."""
     chats = [
         {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * (i % 5 + 1)}]}
@@ -212,17 +220,20 @@ def chats_config(folder: Path, model: Path, *, sequence_length: int = 64, **data
         run="whole",
         runs_dir=str(folder / "runs"),
         model={"name": str(model)},
-        lora={"rank": 4},
+        lora={"rank": 4, **lora},
         data={"train": str(train), "cache_dir": str(folder / "cache"), **data},
         train={"steps": 8, "global_batch": 4, "micro_batch": 1, "sequence_length": sequence_length},
-        optim={"lr": 1e-2, "warmup_steps": 2},
+        optim={"lr": 1e-2, "warmup_steps": 2, **optim},
         checkpoint={"every": 2},
         log={"trackers": []},
     )
 
 
 def mixture_config(folder: Path, model: Path) -> Path:
-    """As ``chats_config``, on a mixture by target tokens of the chats, renamed columns and token ids, each used up several times."""
+    """As ``chats_config``, on a mixture by target tokens of the chats, renamed columns and token ids, each used up several times.
+
+    Ranks differ by linear, alpha is divided by their roots, and B has a rate of its own.
+    """
     questions = [{"question": f"{i} + {i}?", "answer": f"It is {2 * i}."} for i in range(9)]
     ids = [[1 + (7 * i + k) % 50 for k in range(3 + 5 * i % 17)] for i in range(6)]
     masked = [{"input_ids": one, "loss_mask": [0, *[1] * (len(one) - 1)]} for one in ids]
@@ -232,7 +243,8 @@ def mixture_config(folder: Path, model: Path) -> Path:
         {"path": str(write_lines(folder / "questions.jsonl", questions)), "columns": columns, "weight": 0.3},
         {"path": str(write_lines(folder / "ids.jsonl", masked)), "format": "tokens", "weight": 0.2},
     ]
-    return chats_config(folder, model, train=sets, mix="target_tokens")
+    lora = {"scaling": "sqrt_rank", "ranks": {"down_proj": 6, "q_proj": 2}, "alphas": {"up_proj": 12.0}}
+    return chats_config(folder, model, train=sets, mix="target_tokens", lora=lora, optim={"lr_ratio": 4.0})
 
 
 def guard_config(folder: Path, model: Path) -> Path:

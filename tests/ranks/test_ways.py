@@ -127,3 +127,16 @@ def test_a_way_that_is_stopped_on_two_ranks_goes_on_on_one_and_three(ranks, tiny
         assert [line["loss"] for line in metrics(tmp_path / str(size) / "it")] == pytest.approx(wanted, rel=1e-5), (
             engine
         )
+
+
+def test_on_a_quantized_base_all_engines_have_the_numbers_of_one_process(ranks, tiny_llama, tmp_path) -> None:
+    settings = settings_of(tiny_llama("llama31"), tmp_path, "patterns")
+    settings["optim"]["lr_ratio"] = 8.0
+    found = []
+    for number, (size, parallel) in enumerate(PLACES):
+        place = {"runs_dir": str(tmp_path / str(number)), "parallel": parallel}
+        quantized = settings | place | {"model": settings["model"] | {"quant": "nf4"}}
+        assert ranks(size).run(train_command, quantized) == [""] * size
+        found.append([line["loss"] for line in metrics(tmp_path / str(number) / "it")])
+    for losses in found[1:]:
+        assert losses == pytest.approx(found[0], rel=1e-5)

@@ -88,6 +88,16 @@ def test_a_plan_and_an_explanation_take_ranks_and_targets_from_the_adapter(adapt
     assert planned.device_bytes <= make_plan(largest, machines, shape=shape).device_bytes
 
 
+def test_a_plan_takes_ranks_by_pattern_with_each_linears_own_weights() -> None:
+    config = with_adapter(config_of(rank=2, ranks={"down_proj": 6}, targets=["q_proj", "down_proj"], layers=[0, 1]))
+    shape = known_model(config.model).shape
+    sizes = {name: sum(size) for name, size in shape.linear_shapes().items()}
+    trained = 2 * (2 * sizes["q_proj"] + 6 * sizes["down_proj"])
+    planned = make_plan(config, Machines(1, 1, find_gpu("h100-80gb")), shape=shape)
+    assert planned.setup.trained_weights == trained and planned.setup.lora_rank == 6
+    assert "r = 2-6" in explain(config)
+
+
 def test_what_is_attached_is_what_was_counted(adapter) -> None:
     config = with_adapter(config_of(start_from=str(adapter)))
     shape = known_model(config.model).shape

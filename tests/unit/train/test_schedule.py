@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dist_lora.config.schema import OptimSection
-from dist_lora.engines.adamw import AdamW, norm_of
+from dist_lora.engines.adamw import AdamW, Span, norm_of
 from dist_lora.engines.adapters import ReplicatedAdapters
 from dist_lora.lora.attach import AdapterTensor
 from dist_lora.lora.layer import LoraAdapter
@@ -42,6 +42,26 @@ def test_without_a_warm_up_the_first_step_has_the_full_rate_and_the_last_still_l
 def test_a_run_that_ends_within_its_warm_up_never_reaches_the_full_rate() -> None:
     section = OptimSection(lr=0.006, schedule="cosine", warmup_steps=10)
     assert [lr_at(step, section=section, num_steps=2) for step in (1, 2)] == pytest.approx([0.0006, 0.0012])
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_parts_with_a_rate_of_their_own_are_updated_as_torchs_groups_and_padding_is_left(on_host) -> None:
+    section = OptimSection(weight_decay=0.1, lr_ratio=4.0)
+    generator = torch.Generator().manual_seed(0)
+    start, gradients = torch.randn(12, generator=generator), torch.randn(3, 12, generator=generator)
+    first, second = nn.Parameter(start[:5].clone()), nn.Parameter(start[5:10].clone())
+    theirs = torch.optim.AdamW([{"params": [first]}, {"params": [second]}], weight_decay=0.1, foreach=False)
+    flat = nn.Parameter(start.clone())
+    optimizer = AdamW([flat], section, on_host=on_host, parts=[(Span(0, 5), Span(5, 10, rate=4.0))])
+    for step, gradient in enumerate(gradients, start=1):
+        first.grad, second.grad = gradient[:5].clone(), gradient[5:10].clone()
+        for group, rate in zip(theirs.param_groups, (1.0, 4.0), strict=True):
+            group["lr"] = 0.01 * step * rate
+        theirs.step()
+        optimizer.step([gradient.clone()], 0.01 * step)
+        torch.testing.assert_close(flat.detach()[:10], torch.cat([first, second]).detach(), atol=1e-6, rtol=1e-5)
+    assert torch.equal(flat.detach()[10:], start[10:])
+    assert [tuple(moment.shape) for moment in (*optimizer.exp_avg, *optimizer.exp_avg_sq)] == [(12,), (12,)]
 
 
 def test_updates_after_a_resume_are_those_of_torchs_optimizer_that_went_on() -> None:
