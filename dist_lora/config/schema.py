@@ -411,15 +411,19 @@ class LoraSection(Section):
         return tuple(named)
 
     def all_ranks(self) -> tuple[int, ...]:
-        """All ranks that an adapter has, ascending; after ``lora.patterns.with_patterns``, as the next two."""
-        return tuple(sorted({self.rank} if self.modules is None else {module.rank for module in self.modules}))
+        """All ranks that an adapter may have, ascending."""
+        if self.modules is not None:
+            return tuple(sorted({module.rank for module in self.modules}))
+        return tuple(sorted({self.rank, *(self.ranks or {}).values()}))
 
     def all_alphas(self) -> tuple[float, ...]:
-        """All alphas that an adapter has, ascending."""
-        return tuple(sorted({self.alpha} if self.modules is None else {module.alpha for module in self.modules}))
+        """All alphas that an adapter may have, ascending, as they are set."""
+        if self.modules is not None:
+            return tuple(sorted({module.alpha for module in self.modules}))
+        return tuple(sorted({self.alpha, *(self.alphas or {}).values()}))
 
     def all_scales(self) -> tuple[float, ...]:
-        """All alpha / rank that an adapter has, ascending."""
+        """All that B A is multiplied by, ascending; after ``lora.patterns.with_patterns``."""
         own = {self.alpha / self.rank} if self.modules is None else {module.scale for module in self.modules}
         return tuple(sorted(own))
 

@@ -153,9 +153,10 @@ def _facts(
     """Names and values, in the order of interest."""
     summary = read_summary(folder)
     yield "model", f"{config.model.name} ({'unquantized' if config.model.quant == 'none' else config.model.quant})"
+    by_root = " / sqrt(rank)" if config.lora.scaling == "sqrt_rank" else ""
     yield (
         "adapters",
-        f"rank {span(config.lora.all_ranks())}, alpha {span(config.lora.all_alphas())}, on {', '.join(config.lora.target_names())}",
+        f"rank {span(config.lora.all_ranks())}, alpha {span(config.lora.all_alphas())}{by_root}, on {', '.join(config.lora.target_names())}",
     )
     if {"trainable", "frozen"} <= summary.keys():
         trained, frozen = int(summary["trainable"]), int(summary["frozen"])

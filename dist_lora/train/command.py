@@ -207,8 +207,7 @@ def train(
     num_steps = num_steps_of(config, loader)
     if world.is_first:
         shares = shares_lines(config, loader, num_steps=num_steps)
-        as_set = config.model_copy(update={"optim": settings.optim})
-        told = plan_lines(as_set, base, tokens, held_out, shares, num_steps=num_steps, world=world)
+        told = plan_lines(settings, base, tokens, held_out, shares, num_steps=num_steps, world=world)
         _tell([*told, *_advice_on(config, tokens, loader, num_steps=num_steps)], is_dry=is_dry)
         if is_dry:
             _print_sample(tokens, base)
@@ -529,13 +528,15 @@ def plan_lines(
 ) -> list[str]:
     """A few lines about what a run is going to do: model, trained weights, data, steps."""
     shape, lora, train = base.shape, config.lora, config.train
-    trained = shape.trained_weights(lora)
+    by_root = " / sqrt(rank)" if lora.scaling == "sqrt_rank" else ""
+    resolved = with_patterns(lora, num_layers=shape.num_layers)
+    trained = shape.trained_weights(resolved)
     frozen = shape.num_parameters()
     accumulation = math.ceil(math.ceil(train.global_batch / world.world_size) / train.micro_batch)
-    linears = len(adapters_of(lora, num_layers=shape.num_layers))
+    linears = len(adapters_of(resolved, num_layers=shape.num_layers))
     return [
         f"model     {base.identity.name}: {frozen:,} frozen weights, {count(shape.num_layers, 'layer')}",
-        f"adapters  rank {span(lora.all_ranks())}, alpha {span(lora.all_alphas())}, on {count(linears, 'linear layer')}: {trained:,} trained weights "
+        f"adapters  rank {span(lora.all_ranks())}, alpha {span(lora.all_alphas())}{by_root}, on {count(linears, 'linear layer')}: {trained:,} trained weights "
         f"({trained / frozen:.2%}), {trained * 4 / 2**20:,.1f} MiB in fp32",
         f"data      {count(len(tokens), 'sample')}, {count(tokens.num_tokens, 'token')}, {tokens.num_target_tokens:,} trained on"
         + _held_out_text(held_out),
