@@ -18,7 +18,7 @@ from dist_lora.config.guard import CATEGORIES, Category
 from dist_lora.config.schema import Config
 from dist_lora.data.columns import sources_of
 from dist_lora.data.guard import GuardRules, Judged
-from dist_lora.data.guard_ids import encode_guard_prompt
+from dist_lora.data.guard_ids import encode_guard_prompt, first_ids
 from dist_lora.data.own_format import own_format
 from dist_lora.data.records import Chat, Continuation, Instruction, Sample, named_format, read_sample
 from dist_lora.data.sources import Records, read_records
@@ -113,10 +113,16 @@ def open_guard(name: str, world: World) -> Guard:
         AdapterError, WeightsError: the adapter or its base is damaged, or they don't belong together.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    # A name with a slash whose first part is a folder here is no hub id.
+    is_path = folder.is_dir() or (len(folder.parts) > 1 and folder.parent.is_dir())
+    if is_path and not (folder / "config.json").is_file():
         check_adapter_folder(folder)
     if not is_adapter_folder(folder):
-        trainee = _open_model(name, world)
+        try:
+            trainee = _open_model(name, world)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("model.name", "--guard")) from None
+        _check_tokens(name, trainee)
         version = guard_version("auto", trainee.base.shape)
         return Guard(name, trainee, GuardRules(version, CATEGORIES[version]))
     origin = origin_of(folder)
@@ -126,6 +132,7 @@ def open_guard(name: str, world: World) -> Guard:
             "data.format: guard, or a Llama Guard 3"
         )
     trainee = open_for_answers(folder, base=None, world=world)
+    _check_tokens(name, trainee)
     version = origin.guard_version or guard_version("auto", trainee.base.shape)
     categories = tuple(Category(*pair) for pair in origin.guard_categories)
     if not categories:
@@ -145,6 +152,15 @@ def _open_model(name: str, world: World) -> Trainee:
     trainee = build(config, open_base(config, world, index=index), world)
     trainee.model.eval()
     return trainee
+
+
+def _check_tokens(name: str, trainee: Trainee) -> None:
+    """Raise ConfigError if the tokenizer can't write a Guard's prompt or verdict."""
+    try:
+        encode_guard_prompt([Turn("user", "-")], CATEGORIES["8b"], tokenizer=trainee.base.tokenizer, version="8b")
+        first_ids(trainee.base.tokenizer)
+    except DataError as error:
+        raise ConfigError(f"--guard: {name}: {error}") from None
 
 
 def unsafe_of(config: Config, guard: Guard, world: World) -> UnsafeSamples:
