@@ -4,7 +4,7 @@
 #     bash launch/quickstart.sh
 #
 # Sets up the project, makes a small model and its data, evaluates, trains with a sharded base, evaluates again. Takes
-# about 4 minutes on 2 cores after the set-up. Run again, it starts over: the results of the previous run are removed.
+# 4 to 7 minutes on 2 cores after the set-up. Run again, it starts over: the results of the previous run are removed.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 exec < /dev/null

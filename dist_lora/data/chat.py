@@ -322,14 +322,19 @@ def _end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
+def chat_of(sample: Instruction) -> Chat:
+    """An instruction as a conversation: its history, the instruction with its input, and the answer."""
+    question = f"{sample.instruction}\n\n{sample.input}" if sample.input else sample.instruction
+    turns = [Turn("system", sample.system)] if sample.system else []
+    for asked, answered in sample.history:
+        turns += [Turn("user", asked), Turn("assistant", answered)]
+    return Chat((*turns, Turn("user", question), Turn("assistant", sample.output)), sample.tools)
+
+
 def _instruction_as(sample: Instruction, *, has_template: bool) -> Chat | Continuation:
     """A user's turn and its answer, or without a chat template Stanford Alpaca's own plain text."""
     if has_template:
-        question = f"{sample.instruction}\n\n{sample.input}" if sample.input else sample.instruction
-        turns = [Turn("system", sample.system)] if sample.system else []
-        for asked, answered in sample.history:
-            turns += [Turn("user", asked), Turn("assistant", answered)]
-        return Chat((*turns, Turn("user", question), Turn("assistant", sample.output)), sample.tools)
+        return chat_of(sample)
     beside = [name for name in ("system", "history", "tools") if getattr(sample, name)]
     if beside:
         raise DataError(

@@ -202,6 +202,10 @@ class RunOrigin:
         """
         if recorded is None:
             return RunOrigin()
+        if not isinstance(recorded, Mapping) or "kinds" not in recorded:
+            raise AdapterError(
+                f"{where}: found {recorded!r}, expected kinds and what else a run records. The file is damaged."
+            )
         return validated(_ORIGIN, recorded, where=where)
 
     def to_json(self) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from dist_lora.base.quant.published import open_base_on_disk
 from dist_lora.chat.command import open_for_answers
 from dist_lora.config.guard import CATEGORIES, Category
 from dist_lora.config.schema import Config
+from dist_lora.data.chat import chat_of
 from dist_lora.data.columns import sources_of
 from dist_lora.data.guard import GuardRules, Judged
-from dist_lora.data.guard_ids import encode_guard_prompt
-from dist_lora.data.own_format import own_format
+from dist_lora.data.guard_ids import encode_guard_prompt, first_ids
+from dist_lora.data.own_format import OwnFormat, own_format
 from dist_lora.data.records import Chat, Continuation, Instruction, Sample, named_format, read_sample
 from dist_lora.data.sources import Records, read_records
 from dist_lora.data.turns import Role, Turn
@@ -27,7 +28,7 @@ from dist_lora.engines.precision import set_products
 from dist_lora.errors import ConfigError, DataError
 from dist_lora.herd.models import resolve_model
 from dist_lora.lora.adapter_folder import check_adapter_folder, is_adapter_folder
-from dist_lora.lora.origin import origin_of
+from dist_lora.lora.origin import RunOrigin, origin_of
 from dist_lora.pace import pace
 from dist_lora.text import count
 from dist_lora.train.build import Trainee, build, open_base
@@ -113,24 +114,25 @@ def open_guard(name: str, world: World) -> Guard:
         AdapterError, WeightsError: the adapter or its base is damaged, or they don't belong together.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    # A name with a slash whose first part is a folder here is no hub id.
+    is_path = folder.is_dir() or (len(folder.parts) > 1 and folder.parent.is_dir())
+    if is_path and not (folder / "config.json").is_file():
         check_adapter_folder(folder)
     if not is_adapter_folder(folder):
-        trainee = _open_model(name, world)
-        version = guard_version("auto", trainee.base.shape)
-        return Guard(name, trainee, GuardRules(version, CATEGORIES[version]))
+        try:
+            trainee = _open_model(name, world)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("model.name", "--guard")) from None
+        return _guard(name, trainee, RunOrigin())
     origin = origin_of(folder)
     if origin.kinds and "guard" not in origin.kinds:
         raise ConfigError(
             f"--guard: {name} was trained on {', '.join(origin.kinds)}, so it answers and doesn't judge. Name the adapter of a run with "
             "data.format: guard, or a Llama Guard 3"
         )
-    trainee = open_for_answers(folder, base=None, world=world)
-    version = origin.guard_version or guard_version("auto", trainee.base.shape)
-    categories = tuple(Category(*pair) for pair in origin.guard_categories)
-    if not categories:
+    if not origin.guard_categories:
         log.warning(f"{name} doesn't say which categories it was trained on: it is asked with Llama Guard 3's own")
-    return Guard(name, trainee, GuardRules(version, categories or CATEGORIES[version]))
+    return _guard(name, open_for_answers(folder, base=None, world=world), origin)
 
 
 def _open_model(name: str, world: World) -> Trainee:
@@ -147,13 +149,26 @@ def _open_model(name: str, world: World) -> Trainee:
     return trainee
 
 
+def _guard(name: str, trainee: Trainee, origin: RunOrigin) -> Guard:
+    """Raises ConfigError if the tokenizer can't write a Guard's prompt or verdict."""
+    version = origin.guard_version or guard_version("auto", trainee.base.shape)
+    categories = tuple(Category(*pair) for pair in origin.guard_categories) or CATEGORIES[version]
+    try:
+        encode_guard_prompt([Turn("user", "-")], categories, tokenizer=trainee.base.tokenizer, version=version)
+        first_ids(trainee.base.tokenizer)
+    except DataError as error:
+        raise ConfigError(f"--guard: {name}: {error}") from None
+    return Guard(name, trainee, GuardRules(version, categories))
+
+
 def unsafe_of(config: Config, guard: Guard, world: World) -> UnsafeSamples:
     """Judge all records of ``data.train``, whatever of them is then cut, dropped or held out.
 
     Raises:
         DataError: a record can't be read, or holds token ids and no text; names its place.
     """
-    records, own = _records_of(config), own_format(config.data.format)
+    own = own_format(config.data.format)
+    records = _records_of(config, own)
     context = guard.trainee.base.shape.context
     where: list[str] = []
     by: Counter[Role] = Counter()
@@ -184,20 +199,13 @@ def unsafe_of(config: Config, guard: Guard, world: World) -> UnsafeSamples:
     )
 
 
-def _records_of(config: Config) -> Records:
-    section = config.data
-    names, readings = sources_of(section, "train")
-    return read_records(
-        names,
-        fmt=named_format(section.format),
-        which="train",
-        is_fetched=True,
-        readings=readings,
-        own=own_format(section.format),
-    )
+def _records_of(config: Config, own: OwnFormat | None) -> Records:
+    names, readings = sources_of(config.data, "train")
+    fmt = named_format(config.data.format)
+    return read_records(names, fmt=fmt, which="train", is_fetched=True, readings=readings, own=own)
 
 
-def _turns_at(records: Records, index: int, *, own: Any) -> list[Turn]:
+def _turns_at(records: Records, index: int, *, own: OwnFormat | None) -> list[Turn]:
     try:
         record = records[index]
         record, fmt = own.read(record) if own is not None else (record, records.format_of(index))
@@ -222,24 +230,19 @@ def judged_turns(sample: Sample) -> list[Turn]:
         DataError: the sample is token ids.
     """
     said: list[tuple[Role, str]]
+    if isinstance(sample, Instruction):
+        sample = chat_of(sample)
     if isinstance(sample, Chat | Judged):
         said = [(turn.role, turn.content or "") for turn in sample.turns]
-    elif isinstance(sample, Instruction):
-        said = [(role, text) for pair in sample.history for role, text in zip(_ROLES, pair, strict=True)]
-        asked = "\n\n".join(part for part in (sample.instruction, sample.input) if part.strip())
-        said += [("user", asked), ("assistant", sample.output)]
     elif isinstance(sample, Continuation):
         said = [("user", sample.prompt), ("assistant" if sample.prompt.strip() else "user", sample.completion)]
     else:
         raise DataError("it holds token ids, and a Guard judges texts: leave --guard out, or name the texts' own file")
-    spoken = [(role, text.strip()) for role, text in said if role in _ROLES and text.strip()]
+    spoken = [(role, text.strip()) for role, text in said if role in ("user", "assistant") and text.strip()]
     return [
         Turn(role, "\n\n".join(text for _, text in group))
         for role, group in itertools.groupby(spoken, key=lambda turn: turn[0])
     ]
-
-
-_ROLES: tuple[Role, Role] = ("user", "assistant")
 
 
 def prefixes(turns: Sequence[Turn]) -> Iterator[Sequence[Turn]]:

@@ -178,7 +178,9 @@ def train_with_peft(trial: Trial) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", [n if n != "smollm2" else pytest.param(n, marks=pytest.mark.slow) for n in TRIALS])
+@pytest.mark.parametrize(
+    "name", [n if n != "smollm2" else pytest.param(n, marks=pytest.mark.turn(of=2)) for n in TRIALS]
+)
 def test_losses_norms_and_the_adapter_of_ten_steps_are_those_of_peft(trial, name) -> None:
     from safetensors.torch import load_file
 

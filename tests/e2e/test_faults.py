@@ -273,7 +273,7 @@ def test_a_run_that_is_stopped_in_an_evaluation_leaves_it_and_the_next_start_mak
 # Slowness, which is no fault
 
 
-@pytest.mark.turn(of=2)
+@pytest.mark.turn(of=4)
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_phases_of_three_times_the_timeout_in_which_one_rank_gets_on_end_no_run(engine, config, tmp_path) -> None:
     arguments = ("train", config, f"run=slow-{engine}", f"data.cache_dir={tmp_path}", f"parallel.engine={engine}",

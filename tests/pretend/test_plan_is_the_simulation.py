@@ -156,7 +156,7 @@ IN_EVERY_CI = ("kept activations", "int8", "tied", "world", "405B on 128", "uppe
 def marks_of(name: str) -> list[pytest.MarkDecorator]:
     if name in IN_EVERY_SUITE:
         return []
-    return [pytest.mark.slow] if name in IN_EVERY_CI else [pytest.mark.turn(of=3)]
+    return [pytest.mark.slow] if name in IN_EVERY_CI else [pytest.mark.turn(of=6)]
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=name, marks=marks_of(name)) for name, case in CASES.items()])
@@ -219,7 +219,7 @@ def drawn(seed: int) -> Case:
     return Case(draw(["3.2-1b", "3.1-8b", "3.1-70b", "3.1-405b"]), settings, num_nodes, gpus_per_node, device)
 
 
-@pytest.mark.turn(of=8)
+@pytest.mark.turn(of=16)
 @pytest.mark.parametrize("seed", range(40))
 def test_whatever_is_set_is_never_planned_too_small_nor_much_too_large(seed: int) -> None:
     """Above by some percent is what adapters that are cut don't hold yet in the first pass, or fp32 that is recomputed."""

@@ -251,7 +251,7 @@ def test_what_is_offloaded_lies_in_host_memory_and_not_on_the_device(tiny_llama)
         assert each.composition["optimizer"] == (moments if offload in ("none", "base") else 0)
 
 
-@pytest.mark.turn(of=2)
+@pytest.mark.turn(of=4)
 @pytest.mark.parametrize("base_shard", ["node", "world"])
 def test_405b_on_128_gpus_is_simulated_whole(base_shard) -> None:
     shape = MEMBERS["3.1-405b"].shape

@@ -57,6 +57,12 @@ def test_a_damaged_origin_is_refused(tmp_path, change: dict[str, Any]) -> None:
         match=rf"dist_lora.json: run: {next(iter(change))}.*: .*. The file is damaged",
     ):
         origin_of(tmp_path / "a")
+    del origin["run"]["kinds"]
+    file.write_text(json.dumps(origin | {"checksum": own_checksum(origin)}))
+    with pytest.raises(
+        AdapterError, match=r"run: found .*, expected kinds and what else a run records. The file is damaged"
+    ):
+        origin_of(tmp_path / "a")
     file.write_text(json.dumps(origin | {"checksum": "xxh3_128:0"}))
     with pytest.raises(AdapterError, match="doesn't match its own checksum"):
         origin_of(tmp_path / "a")

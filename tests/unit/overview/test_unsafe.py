@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -52,8 +53,21 @@ def test_an_adapter_that_answers_and_a_folder_that_is_none_are_refused(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"empty: is empty; expected an adapter's folder"):
         open_guard(str(tmp_path / "empty"), World.alone())
-    with pytest.raises(ConfigError, match="lama-Guard-3-7B"):
+    with pytest.raises(ConfigError, match=r"missing: .*no such folder.*; expected an adapter's folder"):
+        open_guard(str(tmp_path / "missing"), World.alone())
+    with pytest.raises(ConfigError, match=r"^--guard: found 'Llama-Guard-3-7B', expected a herd member"):
         open_guard("Llama-Guard-3-7B", World.alone())
+
+
+def test_a_model_without_the_tokens_of_llama_3_is_no_guard(tiny_llama, tmp_path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llama("llama31"), other)
+    for file in other.glob("tokenizer*.json"):
+        file.write_text(file.read_text().replace("<|eot_id|>", "<|over|>"))
+    with pytest.raises(
+        ConfigError, match=r"^--guard: .*/other: format guard needs the special tokens <\|eot_id\|>, which"
+    ):
+        open_guard(str(other), World.alone())
 
 
 def test_the_paragraph_counts_places_and_what_was_not_judged() -> None:
