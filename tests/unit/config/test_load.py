@@ -243,7 +243,7 @@ def test_a_section_that_is_no_mapping_says_what_belongs_there(tmp_path: Path) ->
     text = complaint(tmp_path, SHORTEST + "lora: 16\n", "lora.rank=8")
     assert text.split("\n")[1] == "  lora.rank=8 (argument): no such setting: lora is not a section"
     assert text.split("\n")[2] == (
-        "  c.yaml:4: lora: found 16, expected settings, like lora: {...} with rank, alpha, scaling, ranks, "
+        "  c.yaml:4: lora: found 16, expected settings, like lora: {...} with rank, alpha, scaling, ranks, alphas, dropout, targets, "
         "layers, modules, start_from"
     )
 
