@@ -293,7 +293,7 @@ def test_phases_of_three_times_the_timeout_in_which_one_rank_gets_on_end_no_run(
 # Full disks
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.turn(of=2)), 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.turn(of=4)), 1])
 def test_a_disk_that_fills_up_in_a_save_ends_all_ranks_and_the_same_command_goes_on(
     rank, config, whole, small_disk, here
 ) -> None:

@@ -112,7 +112,7 @@ def two_nodes(config, repository, dataset, tmp_path_factory) -> Iterator[tuple[T
         yield nodes, hub.requests[:]
 
 
-@pytest.mark.turn(of=2)
+@pytest.mark.turn(of=4)
 def test_one_rank_of_each_node_asks_the_hub(two_nodes, repository) -> None:
     nodes, asked = two_nodes
     needed = [p.name for p in repository.iterdir() if p.suffix in (".json", ".safetensors", ".jinja")]
@@ -120,7 +120,7 @@ def test_one_rank_of_each_node_asks_the_hub(two_nodes, repository) -> None:
     assert set(Counter(asked).values()) == {2}  # each question once by each of the nodes
 
 
-@pytest.mark.turn(of=2)
+@pytest.mark.turn(of=4)
 def test_a_hub_that_answers_too_many_requests_stops_nobody_who_has_it_all(two_nodes) -> None:
     nodes, _ = two_nodes
     nodes.hub.requests.clear()
@@ -254,7 +254,7 @@ def test_the_watch_sees_what_the_hubs_library_does(watched) -> None:
     assert Path(watched["CONNECTIONS"]).read_text().startswith("resolve huggingface.co")
 
 
-@pytest.mark.turn(of=2)
+@pytest.mark.turn(of=3)
 def test_with_local_files_no_other_machine_is_asked_for_anything(config, tiny_llama, tmp_path, watched) -> None:
     base, runs = tiny_llama("llama31"), tmp_path / "runs"
     settings = [f"model.name={base}", f"runs_dir={runs}", "log.trackers=[tensorboard]", "eval.exact_match=true"]

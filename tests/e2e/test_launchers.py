@@ -151,7 +151,7 @@ NEEDS_SLURM = [pytest.mark.slurm, pytest.mark.skipif(bool(cluster.lacking()), re
 
 
 def marks_of(name: str) -> list[pytest.MarkDecorator]:
-    return [*NEEDS_SLURM, pytest.mark.turn(of=2)] if name == "srun" else [pytest.mark.turn(of=6)]
+    return [*NEEDS_SLURM, pytest.mark.turn(of=2)] if name == "srun" else [pytest.mark.turn(of=10)]
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_nodes_with_other_numbers_of_processes_are_told(folder) -> None:
     assert re.search(r"process(es)? on this node, not ", texts)
 
 
-@pytest.mark.turn(of=2)
+@pytest.mark.turn(of=4)
 @pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
 def test_a_mistake_has_its_exit_code_and_one_error(folder, script) -> None:
     code, told = start(
@@ -226,7 +226,7 @@ def test_a_mistake_has_its_exit_code_and_one_error(folder, script) -> None:
     assert told.count("error: data.train: none.jsonl doesn't exist") == (2 if "torchrun" in script else 1)
 
 
-@pytest.mark.turn(of=3)
+@pytest.mark.turn(of=6)
 @pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_script_that_is_asked_to_stop_lets_the_ranks_save_and_ends_with_75(folder, script, number) -> None:

@@ -219,7 +219,7 @@ def drawn(seed: int) -> Case:
     return Case(draw(["3.2-1b", "3.1-8b", "3.1-70b", "3.1-405b"]), settings, num_nodes, gpus_per_node, device)
 
 
-@pytest.mark.turn(of=16)
+@pytest.mark.turn(of=20)
 @pytest.mark.parametrize("seed", range(40))
 def test_whatever_is_set_is_never_planned_too_small_nor_much_too_large(seed: int) -> None:
     """Above by some percent is what adapters that are cut don't hold yet in the first pass, or fp32 that is recomputed."""

@@ -94,7 +94,9 @@ def theirs(tiny_llama, tmp_path_factory) -> Any:
     return train
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [way if way == "patterns" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
+)
 def test_each_way_has_the_numbers_of_peft_wherever_it_is_trained(ranks, tiny_llama, theirs, tmp_path, way) -> None:
     base = tiny_llama("llama31")
     losses, tensors, scales = theirs(way)
@@ -114,6 +116,7 @@ def test_each_way_has_the_numbers_of_peft_wherever_it_is_trained(ranks, tiny_lla
     )
 
 
+@pytest.mark.turn(of=2)
 @pytest.mark.parametrize("way", ["patterns", "lr_ratio"])
 def test_a_way_that_is_stopped_on_two_ranks_goes_on_on_one_and_three(ranks, tiny_llama, tmp_path, way) -> None:
     settings = settings_of(tiny_llama("llama31"), tmp_path, way)
