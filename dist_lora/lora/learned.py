@@ -203,7 +203,16 @@ def learned_table(record: Learned) -> list[list[str]]:
     """A row for each projection under a row of heads: how much changed, and in how many directions."""
     of = "|dW| / |W|" if record.has_weight_norms else "|dW|"
     rows = [
-        ["", "linears", "rank", f"{of}, median", "largest", "in layer", "effective rank", f"directions of {SHARE:.0%}"]
+        [
+            "",
+            "linears",
+            "rank",
+            f"{of}, median",
+            "largest",
+            "in layer",
+            "effective rank, median",
+            f"directions for {SHARE:.0%}, median",
+        ]
     ]
     for name in LINEARS:
         linears = [linear for linear in record.linears if linear.linear == name]
@@ -242,10 +251,10 @@ def sentences(record: Learned) -> Iterator[str]:
     rank = span(linear.rank for linear in changed)
     middle = figure(statistics.median(linear.effective_rank for linear in changed))
     yield (
-        f"In half of the {count(len(changed), 'linear')}, {half} of {rank} directions or fewer hold {SHARE:.0%} of dW's "
-        f"squared norm; the median effective rank is {middle}."
+        f"In half of the {count(len(changed), 'linear')}, {half} or fewer of {rank} directions hold {SHARE:.0%} of dW's squared "
+        f"norm; the median effective rank is {middle}."
     )
 
 
 def _size(value: float, record: Learned) -> str:
-    return f"{figure(100 * value)} %" if record.has_weight_norms else figure(value)
+    return f"{figure(100 * value)}%" if record.has_weight_norms else figure(value)

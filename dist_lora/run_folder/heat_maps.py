@@ -16,6 +16,8 @@ from dist_lora.text import figure as digits
 _NO_ADAPTER = "#e8e8e8"  # no colour of the map
 # Told apart by readers who see few colours and on paper; its lightness grows with the number.
 _COLOUR_MAP = "viridis"
+_WIDE = 4.0  # times the smallest: beyond it a scale is logarithmic
+_NUM_TICKS = 5
 _MOST_EDGED = 40  # layers: with more, edges would hide the cells
 
 
@@ -77,6 +79,19 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return (low, high) if high > low else (0.9 * low, 1.1 * high) if high > 0 else (0.0, 1.0)
 
 
+def _is_log(limits: tuple[float, float]) -> bool:
+    """Whether one outlier would leave the other cells alike."""
+    low, high = limits
+    return low > 0 and high / low > _WIDE
+
+
+def _ticks(limits: tuple[float, float]) -> list[float]:
+    """From one end of a scale to the other."""
+    low, high = limits
+    shares = [number / (_NUM_TICKS - 1) for number in range(_NUM_TICKS)]
+    return [low * (high / low) ** share if _is_log(limits) else low + (high - low) * share for share in shares]
+
+
 def _heat_map(
     run: LearnedOfRun, value_of: Callable[[LearnedLinear], float], *, name: str, title: str, limits: tuple[float, float]
 ) -> str:
@@ -91,16 +106,18 @@ def _heat_map(
         [row - 0.5 for row in range(len(LINEARS) + 1)],
         cells,
         cmap=_COLOUR_MAP,
-        vmin=limits[0],
-        vmax=limits[1],
+        norm="log" if _is_log(limits) else "linear",
         **edges,
     )
+    drawn.set_clim(*limits)
     axes.set_facecolor(_NO_ADAPTER)
     axes.set_yticks(range(len(LINEARS)), LINEARS)
     axes.tick_params(left=False)
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(drawn, ax=axes, pad=0.02)
+    bar.minorticks_off()
+    bar.set_ticks(_ticks(limits), labels=[digits(tick) for tick in _ticks(limits)])
     bar.outline.set_visible(False)
     bar.solids.set_rasterized(False)  # else a picture in pixels within the drawing
     bar.solids.set_edgecolor("face")

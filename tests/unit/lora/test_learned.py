@@ -76,10 +76,10 @@ def test_effective_rank_and_directions_of_matrices_that_are_known() -> None:
     assert (linear_of(*alike).effective_rank, linear_of(*alike).directions) == (pytest.approx(4), 4)
     one = singular_values(torch.ones(4, 9), torch.ones(7, 4), scale=1.0)  # all rows and columns alike: rank 1
     assert linear_of(*one).effective_rank == pytest.approx(1, abs=1e-6) and linear_of(*one).directions == 1
-    # By hand: p = 1/2, 1/4, 1/4, so that the entropy is 1.5 ln 2; squares 4, 1, 1 of 6, and 90 % are 5.4.
+    # By hand: p = 1/2, 1/4, 1/4, so that the entropy is 1.5 ln 2; squares 4, 1, 1 of 6, and 90% are 5.4.
     hand = linear_of(2.0, 1.0, 1.0)
     assert (hand.effective_rank, hand.directions) == (pytest.approx(2**1.5), 3)
-    assert linear_of(3.0, 1.0, 0.0).directions == 1  # 9 of 10 are 90 %
+    assert linear_of(3.0, 1.0, 0.0).directions == 1  # 9 of 10 are 90%
     assert linear_of(5e-324, 0.0).effective_rank == 1.0
 
 
@@ -271,15 +271,15 @@ def test_the_sentences_count_the_numbers_at_hand() -> None:
     )
     assert [*sentences(record)] == [
         "dW is zero in 1 of 3 linears.",
-        "dW is 3 % to 3.46 % of W by norm, most in layer 1 up_proj, layer 0 q_proj.",
-        "In half of the 2 linears, 1 of 3 directions or fewer hold 90% of dW's squared norm; the median effective rank is 2.",
+        "dW is 3% to 3.46% of W by norm, most in layer 1 up_proj, layer 0 q_proj.",
+        "In half of the 2 linears, 1 or fewer of 3 directions hold 90% of dW's squared norm; the median effective rank is 2.",
     ]
     head, *rows = learned_table(record)
     assert head[3] == "|dW| / |W|, median"
     assert rows == [
-        ["q_proj", "1", "3", "3 %", "3 %", "0", "1", "1"],
-        ["up_proj", "1", "3", "3.46 %", "3.46 %", "1", "3", "3"],
-        ["down_proj", "1", "2", "0 %", "0 %", "1", "0", "0"],
+        ["q_proj", "1", "3", "3%", "3%", "0", "1", "1"],
+        ["up_proj", "1", "3", "3.46%", "3.46%", "1", "3", "3"],
+        ["down_proj", "1", "2", "0%", "0%", "1", "0", "0"],
     ]
 
 
