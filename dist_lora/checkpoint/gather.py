@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from dist_lora.base.hub import cached_model
@@ -22,6 +22,7 @@ from dist_lora.config.schema import ModuleAdapter
 from dist_lora.errors import CheckpointError, ConfigError
 from dist_lora.files import no_folder
 from dist_lora.lora.adapter_writer import write_adapter
+from dist_lora.lora.learned import Size
 from dist_lora.lora.origin import BaseIdentity, RunOrigin
 from dist_lora.lora.run_facts import RunFacts, SetFacts, names_in, shown_settings, tree_of, validated
 from dist_lora.lora.state import Piece
@@ -47,7 +48,7 @@ class _AdapterFacts:
 
 _FACTS = TypeAdapter(_AdapterFacts)
 _BASE = TypeAdapter(BaseIdentity)
-_NORMS = TypeAdapter(dict[str, Annotated[FiniteFloat, Field(ge=0)]])
+_NORMS = TypeAdapter(dict[str, Size])
 
 
 def gather_adapter(

@@ -14,20 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dist_lora.config.schema import LINEARS, MODULE_NAME, ModuleAdapter
 from dist_lora.errors import AdapterError
-from dist_lora.files import file_exists, write_whole
+from dist_lora.files import file_exists, links_out, write_whole
 from dist_lora.lora.origin import ORIGIN_FILE, read_adapter_json
-from dist_lora.text import count, figure, span
+from dist_lora.text import count, figure, first_few, span
 
 LEARNED_FILE = "learned.json"
 FORMAT = 1
 SHARE = 0.9  # of the squared norm, for ``directions``
 _DIGITS = 7  # those of fp32
 
-_Size = Annotated[FiniteFloat, Field(ge=0)]
+_SMALLEST = 1e-50  # no weight in fp32 has a norm between zero and this
+
+# Beyond what products of fp32 can be, and within what their squares may be in fp64.
+Size = Annotated[float, Field(ge=0, le=1e100)]
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ class LearnedLinear:
     @property
     def relative(self) -> float | None:
         """The norm of dW as a part of W's; None if that isn't known or is zero."""
-        return self.norm / self.weight_norm if self.weight_norm else None
+        if self.weight_norm is None or self.weight_norm < _SMALLEST:
+            return None
+        return self.norm / self.weight_norm
 
     @property
     def effective_rank(self) -> float:
@@ -136,8 +141,8 @@ def learned_from(
 class _Linear(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    singular_values: list[_Size] = Field(min_length=1)
-    weight_norm: _Size | None
+    singular_values: list[Size] = Field(min_length=1)
+    weight_norm: Size | None
 
 
 class _File(BaseModel):
@@ -145,7 +150,7 @@ class _File(BaseModel):
 
     format: int
     weights: str | None
-    linears: dict[Annotated[str, Field(pattern=MODULE_NAME)], _Linear]
+    linears: dict[Annotated[str, Field(pattern=MODULE_NAME)], _Linear] = Field(min_length=1)
 
 
 def write_learned(folder: Path, record: Learned, *, weights: str | None) -> None:
@@ -158,18 +163,23 @@ def write_learned(folder: Path, record: Learned, *, weights: str | None) -> None
         OSError: it can't be written.
     """
     content = {"format": FORMAT, "weights": weights, "linears": record.to_json()}
-    write_whole(folder / LEARNED_FILE, json.dumps(content, indent=1) + "\n")
+    write_whole(folder / LEARNED_FILE, json.dumps(content) + "\n")
 
 
 def read_learned(folder: Path) -> Learned | None:
     """What is recorded in an adapter's folder; None if nothing is: it was written by PEFT, or by an older version.
 
     Raises:
-        AdapterError: the record is damaged, or is of other tensors than those beside it.
+        AdapterError: the record is damaged, is of other tensors than those beside it, or a link out of the folder.
     """
     file = folder / LEARNED_FILE
     if not file_exists(file):
         return None
+    if links := links_out(folder, (LEARNED_FILE, ORIGIN_FILE)):
+        raise AdapterError(
+            f"{folder} has links that point outside of it: {first_few(links)}. Nothing is read from there: put the files "
+            "themselves into the folder."
+        )
     again = f"Remove it, and compute it anew: dist-lora learned {folder}"
     try:
         recorded = _File.model_validate(read_adapter_json(file))

@@ -229,7 +229,9 @@ def test_a_record_of_other_weights_or_a_damaged_one_is_told(adapter: Path) -> No
         ({"format": 2}, r"has format 2, and format 1 is supported. Update dist-lora"),
         ({"linears": {Q0: {"singular_values": [], "weight_norm": None}}}, "singular_values: .*Remove it, and compute it"),
         ({"linears": {Q0: {"singular_values": [-1.0], "weight_norm": None}}}, "singular_values.0: .*greater than or equal"),
-        ({"linears": {Q0: {"singular_values": [math.nan], "weight_norm": None}}}, "finite number"),
+        ({"linears": {Q0: {"singular_values": [1e200], "weight_norm": None}}}, "singular_values.0: .*less than or equal"),
+        ({"linears": {Q0: {"singular_values": [math.nan], "weight_norm": None}}}, "singular_values.0: .*or equal"),
+        ({"linears": {}}, "is damaged: linears: Dictionary should have at least 1 item"),
         ({"linears": {"lm_head": {"singular_values": [1.0], "weight_norm": None}}}, "is damaged: linears.lm_head"),
     ):  # fmt: skip
         file.write_text(json.dumps({**content, **changed}))
@@ -237,6 +239,15 @@ def test_a_record_of_other_weights_or_a_damaged_one_is_told(adapter: Path) -> No
             read_learned(adapter)
     file.write_text("{")
     with pytest.raises(AdapterError, match=r"learned.json is damaged: it is not JSON"):
+        read_learned(adapter)
+
+
+@pytest.mark.parametrize("name", [LEARNED_FILE, "dist_lora.json"])
+def test_a_link_out_of_the_folder_is_not_read(adapter: Path, name: str) -> None:
+    look_at_learned(adapter, base=None, reads_base=False)
+    (adapter / name).rename(adapter.parent / "elsewhere")
+    (adapter / name).symlink_to(adapter.parent / "elsewhere")
+    with pytest.raises(AdapterError, match=rf"adapter has links that point outside of it: {name} \(to .*elsewhere\)"):
         read_learned(adapter)
 
 
