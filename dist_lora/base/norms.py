@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# torch 2.13 converts 16 bits to fp32 in memory first: from a cache it reads nine times as fast as a slice of 64 MiB.
+_WEIGHTS_AT_ONCE = 2**18
+
 
 @dataclass(frozen=True)
 class Squares:
@@ -25,10 +28,12 @@ class Squares:
 def squares_of(rows: Tensor) -> Squares:
     """Of ``rows`` ``(rows, D_in)``, of any float type, on their device.
 
-    Each row is summed in fp32 and the rows in fp64: one fp32 sum over a weight loses its third digit.
+    Each row is summed in fp32 and the rows in fp64: one fp32 sum over a weight loses its third digit. Takes 1 MiB.
     """
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-    return Squares(len(rows), float(norms.double().square().sum()))
+    total = torch.zeros((), dtype=torch.float64, device=rows.device)
+    for part in torch.split(rows, max(1, _WEIGHTS_AT_ONCE // rows.shape[1])):
+        total += torch.linalg.vector_norm(part, dim=1, dtype=torch.float32).double().square().sum()
+    return Squares(len(rows), float(total))
 
 
 def norm_of(parts: Sequence[Squares], *, num_rows: int) -> float | None:

@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,9 +70,7 @@ class LearnedLinear:
     @property
     def relative(self) -> float | None:
         """The norm of dW as a part of W's; None if that isn't known or is zero."""
-        if self.weight_norm is None or self.weight_norm < _SMALLEST:
-            return None
-        return self.norm / self.weight_norm
+        return None if not self.weight_norm or self.weight_norm < _SMALLEST else self.norm / self.weight_norm
 
     @property
     def effective_rank(self) -> float:
@@ -102,7 +101,7 @@ class Learned:
 
     linears: tuple[LearnedLinear, ...]
 
-    @property
+    @cached_property
     def has_weight_norms(self) -> bool:
         """Whether W's norm is known, and not zero, for every linear."""
         return all(linear.relative is not None for linear in self.linears)
@@ -260,8 +259,9 @@ def sentences(record: Learned) -> Iterator[str]:
     half = statistics.median_low([linear.directions for linear in changed])
     rank = span(linear.rank for linear in changed)
     middle = figure(statistics.median(linear.effective_rank for linear in changed))
+    of_half = f"In half of the {count(len(changed), 'linear')}, " if len(changed) > 1 else ""
     yield (
-        f"In half of the {count(len(changed), 'linear')}, {half} or fewer of {rank} directions hold {SHARE:.0%} of dW's squared "
+        f"{of_half}{half} or fewer of {rank} directions hold {SHARE:.0%} of dW's squared "
         f"norm; the median effective rank is {middle}."
     )
 
