@@ -381,6 +381,35 @@ def report(
 
 
 @app.command()
+def learned(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder, or that of its run.")],
+    base: Annotated[str | None, typer.Option(help="The base model: a member's name, a folder or a hub id.")] = None,
+    without_base: Annotated[
+        bool,
+        typer.Option("--without-base", help="Don't read the base: the size of the changes, not what part of W it is."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show where an adapter has changed its base most, and in how many directions; record it for `report`.
+
+    A run records it at its end, so that nothing is read but a small file; else the base's adapted weights are read once.
+    """
+    if base is not None and without_base:
+        raise ConfigError("learned: --base MODEL and --without-base contradict each other: give one of them")
+    from dist_lora.lora.adapter_folder import adapter_in
+    from dist_lora.lora.learned import learned_table, sentences
+    from dist_lora.text import in_columns
+    from dist_lora.work import look_at_learned
+
+    folder = adapter_in(adapter)
+    record = look_at_learned(folder, base=base, reads_base=not without_base)
+    if as_json:
+        print(json.dumps({"adapter": str(folder), "linears": record.to_json()}))
+        return
+    print("\n".join([*in_columns(learned_table(record), has_numbers=True), *sentences(record)]))
+
+
+@app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
     out: Annotated[Path, typer.Option(help="The folder to create.")],

@@ -18,6 +18,7 @@ from dist_lora.supervision.told import error_text
 
 if TYPE_CHECKING:
     from dist_lora.config.schema import Config, Quant
+    from dist_lora.lora.learned import Learned
     from dist_lora.lora.merge import MergeReport
     from dist_lora.world.world import World
 
@@ -124,6 +125,37 @@ def evaluate(
         if world.is_first:
             show(result)
     return result
+
+
+def look_at_learned(adapter: Path, *, base: str | None, reads_base: bool = True) -> Learned:
+    """What an adapter has learned: as recorded in its folder, or computed and recorded there.
+
+    Args:
+        base: the model to take W's norms from, whatever is recorded; None takes the adapter's own.
+        reads_base: read a base for W's norms where they aren't recorded; without it they stay unknown.
+    """
+    from dist_lora.lora.adapter_reader import open_adapter
+    from dist_lora.lora.find_base import find_base
+    from dist_lora.lora.learned import learned_from, read_learned, write_learned
+    from dist_lora.lora.spectrum import norms_on_disk, spectra_on_disk
+    from dist_lora.pace import pace
+    from dist_lora.text import size
+
+    opened = open_adapter(adapter)
+    recorded = None if base is not None or opened.checksum is None else read_learned(adapter)
+    if recorded is not None and not (reads_base and any(one.weight_norm is None for one in recorded.linears)):
+        return recorded
+    opened.verify()
+    values, norms = spectra_on_disk(opened), dict[str, float]()
+    if reads_base:
+        with pace("reading the base", unit=size) as advance:
+            norms = norms_on_disk(opened, find_base(adapter, base), on_progress=advance)
+    record = learned_from(values, norms, opened.modules.values())
+    try:
+        write_learned(adapter, record, weights=opened.checksum)
+    except OSError as error:
+        log.warning(f"{adapter}: can't be written: {error.strerror or error}. The next call computes it again")
+    return record
 
 
 def merge(

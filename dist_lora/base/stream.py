@@ -10,8 +10,8 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dist_lora.base.index import ITEM_BYTES, TensorOnDisk, WeightIndex, by_file, open_weights, unreadable
+from dist_lora.base.norms import Squares, squares_of
 from dist_lora.base.quant.finite import NotFiniteError
 from dist_lora.base.quant.formats import Format
 from dist_lora.errors import WeightsError
@@ -72,11 +73,16 @@ class QuantizedOnDisk(Protocol):
 
 @dataclass(frozen=True)
 class FillReport:
-    """What ``fill_slots`` did: bytes read from disk, tensors of which some rows were read, seconds."""
+    """What ``fill_slots`` did: bytes read from disk, tensors of which some rows were read, seconds.
+
+    ``squares``: by the names in ``norms_of``, of the rows that begin in this rank's slots: ranks whose slots share a
+    weight have each of its rows once.
+    """
 
     bytes_read: int
     tensors: int
     seconds: float
+    squares: Mapping[str, Squares] = field(default_factory=dict)
 
 
 class SliceReader:
@@ -153,6 +159,7 @@ def fill_slots(
     quantized: Mapping[str, QuantizedOnDisk] = MappingProxyType({}),
     device: torch.device | None = None,
     max_slice_bytes: int = SLICE_BYTES,
+    norms_of: Collection[str] = (),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> FillReport:
     """Fills every slot from disk, and checks that each element of each slot was written exactly once.
@@ -166,6 +173,7 @@ def fill_slots(
         quantized: tensors that are already in their format on disk, by name.
         device: where rows are quantized; None is the CPU. A GPU holds one slice and its parts for this.
         max_slice_bytes: size of one read; a single row longer than this is read whole.
+        norms_of: weights whose squares are summed as they are read, before a format rounds them.
         on_progress: called after each slice with (bytes done, total bytes).
 
     Raises:
@@ -182,6 +190,7 @@ def fill_slots(
     rows_bytes = {name: _row_bytes(index.tensors[name], quantized.get(name)) for name in wanted}
     bytes_total = sum(len(rows) * rows_bytes[name] for name, rows in rows_of.items())
     reader = SliceReader(max_slice_bytes)
+    sums = {name: _RowSums(slots, name=name, fmt=formats.get(name), device=device) for name in norms_of}
     bytes_read = 0
     filled: Counter[tuple[str, str]] = Counter()
     for file, tensors in by_file(index.tensors[name] for name in wanted):
@@ -190,7 +199,10 @@ def fill_slots(
                 rows = rows_of[tensor.name]
                 if tensor.name in quantized:
                     slices = _quantized_slices(
-                        quantized[tensor.name], rows, max_rows=max_slice_bytes // rows_bytes[tensor.name]
+                        quantized[tensor.name],
+                        rows,
+                        max_rows=max_slice_bytes // rows_bytes[tensor.name],
+                        sums=sums.get(tensor.name),
                     )
                 else:
                     slices = _read_slices(
@@ -198,6 +210,7 @@ def fill_slots(
                         tensor=tensor,
                         fmt=formats.get(tensor.name),
                         device=device,
+                        sums=sums.get(tensor.name),
                     )
                 for row, num_rows, parts in slices:
                     for slot in wanted[tensor.name]:
@@ -209,32 +222,65 @@ def fill_slots(
         count, expected = filled[slot.name, slot.part], slot.destination.numel()
         assert count == expected, f"{slot.name}/{slot.part}: {count} of {expected} elements filled"
     assert bytes_read == bytes_total, f"{bytes_read} bytes read of {bytes_total}"
-    return FillReport(bytes_read, len(wanted), time.perf_counter() - begin)
+    squares = {name: of_one.squares for name, of_one in sums.items()}
+    return FillReport(bytes_read, len(wanted), time.perf_counter() - begin, squares)
+
+
+class _RowSums:
+    """Sums the squares of the rows of one weight that begin in this rank's slots."""
+
+    def __init__(self, slots: Sequence[Slot], *, name: str, fmt: Format | None, device: torch.device | None) -> None:
+        self.squares = Squares()
+        self._fmt, self._device = fmt, device
+        part = WEIGHT if fmt is None else fmt.parts(1, 1)[0].name
+        slot = next((slot for slot in slots if (slot.name, slot.part) == (name, part)), None)
+        width = 1 if slot is None else math.prod(slot.shape[1:])
+        self._rows = range(0) if slot is None else range(-(-slot.first // width), -(-slot.stop // width))
+
+    def add(self, first_row: int, rows: Tensor) -> None:
+        """Add those of ``rows``, the weight's from ``first_row`` on, that begin in the slots."""
+        begin, end = max(self._rows.start, first_row), min(self._rows.stop, first_row + len(rows))
+        if begin < end:
+            rows = rows[begin - first_row : end - first_row]
+            self.squares += squares_of(rows.to(self._device or rows.device))
+
+    def add_parts(self, first_row: int, parts: Mapping[str, Tensor]) -> None:
+        """``add`` of rows that are quantized on disk."""
+        assert self._fmt is not None, "rows are quantized, and their weight has no format"
+        on_device = {name: part.to(self._device or part.device) for name, part in parts.items()}
+        self.add(first_row, self._fmt.dequantize(on_device, torch.float32))
 
 
 Slices = Iterator[tuple[int, int, dict[str, Tensor]]]  # first row, number of rows, their parts
 
 
 def _read_slices(
-    slices: Iterator[tuple[int, Tensor]], *, tensor: TensorOnDisk, fmt: Format | None, device: torch.device | None
+    slices: Iterator[tuple[int, Tensor]],
+    *,
+    tensor: TensorOnDisk,
+    fmt: Format | None,
+    device: torch.device | None,
+    sums: _RowSums | None,
 ) -> Slices:
     """Slices of a weight that is not quantized on disk, in the parts of ``fmt``."""
     for first_row, rows in slices:
+        on_device = rows if fmt is None else rows.to(device or rows.device)
+        if sums is not None:
+            sums.add(first_row, on_device)
         try:
-            yield (
-                first_row,
-                len(rows),
-                {WEIGHT: rows} if fmt is None else fmt.quantize_rows(rows.to(device or rows.device)),
-            )
+            yield first_row, len(rows), {WEIGHT: rows} if fmt is None else fmt.quantize_rows(on_device)
         except NotFiniteError as error:
             raise error.within(f"{tensor.file}: {tensor.name}", first_row=first_row) from error
 
 
-def _quantized_slices(source: QuantizedOnDisk, rows: range, *, max_rows: int) -> Slices:
+def _quantized_slices(source: QuantizedOnDisk, rows: range, *, max_rows: int, sums: _RowSums | None) -> Slices:
     """Slices of a weight that is quantized on disk."""
     for first in range(rows.start, rows.stop, max(1, max_rows)):
         count = min(max(1, max_rows), rows.stop - first)
-        yield first, count, source.read_rows(first, count)
+        parts = source.read_rows(first, count)
+        if sums is not None:
+            sums.add_parts(first, parts)
+        yield first, count, parts
 
 
 def _copy_overlap(slot: Slot, part: Tensor, first_row: int) -> int:

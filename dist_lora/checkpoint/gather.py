@@ -22,8 +22,9 @@ from dist_lora.config.schema import ModuleAdapter
 from dist_lora.errors import CheckpointError, ConfigError
 from dist_lora.files import no_folder
 from dist_lora.lora.adapter_writer import write_adapter
+from dist_lora.lora.learned import Size
 from dist_lora.lora.origin import BaseIdentity, RunOrigin
-from dist_lora.lora.run_facts import RunFacts, SetFacts, names_in, shown_settings, tree_of
+from dist_lora.lora.run_facts import RunFacts, SetFacts, names_in, shown_settings, tree_of, validated
 from dist_lora.lora.state import Piece
 from dist_lora.text import count
 
@@ -47,9 +48,12 @@ class _AdapterFacts:
 
 _FACTS = TypeAdapter(_AdapterFacts)
 _BASE = TypeAdapter(BaseIdentity)
+_NORMS = TypeAdapter(dict[str, Size])
 
 
-def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True, tokenizer: Path | None = None) -> Path:
+def gather_adapter(
+    checkpoint: Path, *, out: Path, verify: bool = True, tokenizer: Path | None = None, has_learned: bool = True
+) -> Path:
     """The folder ``out`` with the adapter of a checkpoint, as PEFT and vLLM load it; returns ``out``.
 
     Reads the adapter's bytes only (and with ``verify`` every byte once, for the checksums). Local: one process.
@@ -59,6 +63,7 @@ def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True, tokenize
             checkpoint is taken, verified in any case.
         tokenizer: the base's folder; None takes the one that the run recorded, if it is here (one of the
             hub: in the hub's cache) and its tokenizer unchanged.
+        has_learned: also compute and record what was learned (``learned.json``).
 
     Raises:
         ConfigError: there is none.
@@ -82,8 +87,18 @@ def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True, tokenize
         tokenizer=tokenizer or _tokenizer_of(run, out),
         modules=facts.modules,
         facts=replace(run_facts(folder, manifest), num_layers=facts.num_layers),
+        weight_norms=_weight_norms(folder, manifest) if has_learned else None,
     )
     return out
+
+
+def _weight_norms(folder: Path, manifest: Manifest) -> dict[str, float]:
+    """Those that the run summed while it loaded its base; none of an older version."""
+    return validated(
+        _NORMS,
+        manifest.progress.get("weight_norms") or {},
+        where=f"{folder / MANIFEST_FILE}: progress.weight_norms",
+    )
 
 
 def run_facts(folder: Path, manifest: Manifest) -> RunFacts:

@@ -41,7 +41,7 @@ LINEARS: tuple[LinearName, ...] = (
 )
 """The seven linears of a Llama layer, in the canonical order."""
 
-_MODULE_NAME = r"^model\.layers\.(0|[1-9][0-9]{0,2})\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)$"
+MODULE_NAME = r"^model\.layers\.(0|[1-9][0-9]{0,2})\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)$"
 
 # What other trainers adapt or train besides the linears.
 _NOT_ADAPTED = ("lm_head", "embed_tokens")
@@ -287,7 +287,7 @@ class ModelSection(Section):
 class ModuleAdapter(Section):
     """The adapter on one linear."""
 
-    name: Annotated[str, Field(pattern=_MODULE_NAME)] = Field(
+    name: Annotated[str, Field(pattern=MODULE_NAME)] = Field(
         description="Full name of the linear, like model.layers.0.self_attn.q_proj."
     )
     rank: int = Field(ge=1, description="Rank r of this adapter.")

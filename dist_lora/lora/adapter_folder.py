@@ -23,6 +23,19 @@ def is_adapter_folder(path: Path) -> bool:
     return any(file_exists(path / name) for name in _OF_ADAPTERS)
 
 
+def adapter_in(path: Path) -> Path:
+    """The adapter's folder that a path stands for: itself, or the one in a run's folder.
+
+    Raises:
+        ConfigError: it is neither; see ``check_adapter_folder``.
+    """
+    of_run = path / "adapter"
+    if not is_adapter_folder(path) and is_adapter_folder(of_run):
+        return of_run
+    check_adapter_folder(path)
+    return path
+
+
 def check_adapter_folder(path: Path) -> None:
     """Raise ``ConfigError`` if a path is no adapter's folder: mistyped, moved, or what an adapter is yet to be made from.
 

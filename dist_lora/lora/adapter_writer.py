@@ -24,6 +24,7 @@ from dist_lora.files import file_exists, is_empty_folder, swap_in, sync_folder
 from dist_lora.herd.shape import module_path
 from dist_lora.lora.adapter_reader import SEAL, SEALED, faults_of, layer_of, peft_key
 from dist_lora.lora.card import CARD_FILE, Recipe, card
+from dist_lora.lora.learned import learned_from, write_learned
 from dist_lora.lora.origin import (
     CONFIG_FILE,
     FORMAT,
@@ -34,6 +35,7 @@ from dist_lora.lora.origin import (
     own_checksum,
 )
 from dist_lora.lora.run_facts import RunFacts, public_name
+from dist_lora.lora.spectrum import spectra
 from dist_lora.text import first_few
 
 
@@ -51,6 +53,7 @@ def write_adapter(
     tokenizer: Path | None = None,
     modules: Sequence[ModuleAdapter] | None = None,
     facts: RunFacts | None = None,
+    weight_norms: Mapping[str, float] | None = None,
 ) -> None:
     """Writes the adapter folder, whole or not at all, replacing an adapter that is there.
 
@@ -65,6 +68,8 @@ def write_adapter(
         tokenizer: the base's folder, from which the tokenizer is copied, with the run's chat template.
         modules: the adapted linears where ``targets`` in ``layers`` don't say all, each with its own rank and alpha.
         facts: what the run knows about itself, for the model card; no path may be in it.
+        weight_norms: Frobenius norms of the base's weights by module, as far as they are known, for ``learned.json``; without
+            it that isn't written.
 
     Raises:
         AdapterError: a tensor is not whole ("not gathered"), not finite, unexpected or lacks its other
@@ -82,12 +87,16 @@ def write_adapter(
     config = _peft_config(rank, alpha, dropout, targets=targets, layers=chosen, base=base, run=run)
     if modules is not None:
         config |= _patterns(modules, rank=rank, alpha=alpha)
-    recipe = Recipe.of(_adapters(tensors, modules, rank=rank, alpha=alpha), dropout=dropout, layers=chosen)
+    adapters = _adapters(tensors, modules, rank=rank, alpha=alpha)
+    recipe = Recipe.of(adapters, dropout=dropout, layers=chosen)
     text = card("adapter", base=base, recipe=recipe, origin=run, facts=facts, software=_versions())
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write_files(partial, tensors, config, base=base, run=run, facts=facts)
+        checksum = _write_files(partial, tensors, config, base=base, run=run, facts=facts)
+        if weight_norms is not None:
+            record = learned_from(spectra(tensors, adapters), weight_norms, adapters)
+            write_learned(partial, record, weights=checksum)
         (partial / CARD_FILE).write_text(text, encoding="utf-8")
         _write_tokenizer(partial, tokenizer, chat_template=run.chat_template)
         sync_folder(partial)
@@ -113,8 +122,11 @@ def _write_files(
     base: BaseIdentity,
     run: RunOrigin,
     facts: RunFacts,
-) -> None:
-    """PEFT's two files, the weights with the seal that binds them to their settings, and ``dist_lora.json``."""
+) -> str:
+    """PEFT's two files, the weights with the seal that binds them to their settings, and ``dist_lora.json``.
+
+    Returns the weights' checksum.
+    """
     content = {peft_key(key): tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()}
     checksum = _checksum_of(content)
     seal = {"checksum": checksum, "config": {key: config[key] for key in SEALED}}
@@ -130,6 +142,7 @@ def _write_files(
     if facts != RunFacts():
         origin["training"] = facts.to_json()
     _write_json(partial / ORIGIN_FILE, origin | {"checksum": own_checksum(origin)})
+    return checksum
 
 
 def _adapters(

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +39,7 @@ from dist_lora.base.model_folder import (
     refuse_existing,
     write_json,
 )
-from dist_lora.base.quant.formats import Nf4, format_of
+from dist_lora.base.quant.formats import format_of
 from dist_lora.base.quant.published import NF4_ON_DISK, BaseOnDisk, open_base_on_disk
 from dist_lora.base.safetensors import Entry, bytes_of, header_of, new_safetensors
 from dist_lora.base.stream import TORCH_DTYPES, SliceReader
@@ -150,8 +150,8 @@ class _Merger:
         self._adapter = adapter
         self._index = index
         self._dtype = dtype
-        self._nf4 = on_disk.nf4
-        self._fmt = None if quant == "none" or self._nf4 else format_of(quant, torch.float32)
+        self._on_disk = on_disk
+        self._fmt = None if quant == "none" or on_disk.nf4 else format_of(quant, torch.float32)
         self._on_progress = on_progress
         self._reader = SliceReader(_SLICE_BYTES)
         self._buffers: dict[torch.dtype, Tensor] = {}
@@ -179,7 +179,9 @@ class _Merger:
         dtype = TORCH_DTYPES[_DTYPES[self._dtype] if self._dtype else tensor.dtype]
         is_changed = False
         fmt = self._fmt if module.rpartition(".")[2] in LINEARS else None
-        for row, stored in self._slices(tensor, descriptor=descriptor):
+        for row, stored in self._on_disk.values(
+            tensor, reader=self._reader, descriptor=descriptor, max_slice_bytes=_SLICE_BYTES
+        ):
             rows = stored if fmt is None else fmt.dequantize(fmt.quantize_rows(stored), torch.float32)
             result = self._merged(rows, pair, row=row, dtype=dtype)
             if pair is not None:
@@ -193,18 +195,6 @@ class _Merger:
                 self._on_progress(self.bytes_written, self._bytes_total)
         if pair is not None and not is_changed:
             self._unchanged.append(tensor.name)
-
-    def _slices(self, tensor: TensorOnDisk, *, descriptor: int) -> Iterator[tuple[int, Tensor]]:
-        """Pairs (first row, rows) of a tensor; of one that was published in NF4 its values in fp32."""
-        published = self._nf4.get(tensor.name)
-        if published is None:
-            yield from self._reader.slices(tensor, descriptor=descriptor)
-            return
-        num_rows, width = published.shape
-        count = max(1, _SLICE_BYTES // (4 * width))
-        for row in range(0, num_rows, count):
-            parts = published.read_rows(row, min(count, num_rows - row))
-            yield row, Nf4().dequantize(parts, torch.float32)
 
     def _merged(
         self, rows: Tensor, pair: tuple[Tensor, Tensor, float] | None, *, row: int, dtype: torch.dtype

@@ -121,33 +121,45 @@ def _points(lines: Sequence[Line], key: str, *, divisor: float) -> Points:
     ]
 
 
-def _svg(curve: Curve, runs: Sequence[Drawn]) -> str:
+def new_figure(title: str, *, x: str) -> tuple[Any, Any]:
+    """A figure of matplotlib's and its axes, with whole numbers on the x axis, which ``x`` names."""
     # Imported here because it takes a second. No pyplot, which keeps global state.
-    import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel(x)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def svg_of(figure: Any, *, key: str, label: str) -> str:
+    """A figure as SVG: its texts are texts, and its ids unique to ``key``, since all drawings are on one page.
+
+    Args:
+        label: what a screen reader says of it.
+    """
+    import matplotlib
+
+    drawn = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    text = drawn.getvalue()
+    return text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
+
+
+def _svg(curve: Curve, runs: Sequence[Drawn]) -> str:
+    figure, axes = new_figure(curve.title, x="step")
     has_legend = _draw_one(axes, runs[0]) if len(runs) == 1 else _draw_several(axes, runs)
     if has_legend:
         axes.legend(frameon=False)
     finite = [y for run in runs for points in [run.line, *run.dots.values()] for _, y in points if math.isfinite(y)]
     if curve.is_log and all(y > 0 for y in finite):
         axes.set_yscale("log")
-    axes.set_title(curve.title, loc="left", fontsize=10)
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
-    drawn = io.StringIO()
-    # Text stays text; ids are unique to each curve, since all drawings are on one page.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": curve.key}):
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
-    text = drawn.getvalue()
-    # What a screen reader says of a drawing.
-    return text[text.index("<svg") :].replace(
-        "<svg ", f'<svg role="img" aria-label="{escape(curve.title)}, by step" ', 1
-    )
+    return svg_of(figure, key=curve.key, label=f"{curve.title}, by step")
 
 
 def _draw_one(axes: Any, run: Drawn) -> bool:

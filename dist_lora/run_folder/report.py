@@ -15,10 +15,14 @@ from dist_lora.checkpoint.folders import step_folders
 from dist_lora.config.changes import flat
 from dist_lora.config.load import load_config
 from dist_lora.config.schema import Config
-from dist_lora.errors import ConfigError, cannot_write
+from dist_lora.errors import AdapterError, ConfigError, cannot_write
 from dist_lora.files import file_exists, no_folder, write_output
+from dist_lora.lora.adapter_folder import is_adapter_folder
+from dist_lora.lora.learned import Learned, learned_table, read_learned, sentences
+from dist_lora.lora.origin import facts_of
 from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, read_summary
 from dist_lora.run_folder.curves import MOST_POINTS, Line, Series, number, plots
+from dist_lora.run_folder.heat_maps import LearnedOfRun, learned_plots
 from dist_lora.run_folder.records import read_lines
 from dist_lora.run_folder.samples import Samples, read_samples
 from dist_lora.run_folder.status import describe_status
@@ -31,6 +35,23 @@ MOST_EVALUATIONS = 200  # the newest, as rows of the table
 
 
 @dataclass(frozen=True)
+class _Learned:
+    """What is known of what a run has learned, and what isn't, or why nothing is."""
+
+    record: Learned | None
+    num_layers: int
+    note: str
+
+    @property
+    def sentences(self) -> list[str]:
+        return [] if self.record is None else [*sentences(self.record)]
+
+    @property
+    def table(self) -> list[list[str]]:
+        return [] if self.record is None else learned_table(self.record)
+
+
+@dataclass(frozen=True)
 class _Run:
     """What a page tells of one run."""
 
@@ -40,6 +61,7 @@ class _Run:
     series: Series
     evaluations: list[list[str]]  # rows of a table, the first with its heads
     samples: Samples | None
+    learned: _Learned
     settings: str
     flat_settings: dict[str, Any]
 
@@ -82,6 +104,7 @@ def _page(folders: Sequence[Path]) -> str:
         runs=runs,
         facts=[(name, [run.facts.get(name, "") for run in runs]) for name in _names_of([run.facts for run in runs])],
         plots=list(plots([run.series for run in runs])),
+        drawn=_drawn(runs),
         mean_of=max(math.ceil(len(run.series.steps) / MOST_POINTS) for run in runs),
         differing=_differing(runs) if len(runs) > 1 else [],
     )
@@ -99,9 +122,39 @@ def _read(folder: Path) -> _Run:
         series=Series(config.run, steps, evaluations),
         evaluations=_table(evaluations),
         samples=read_samples(folder),
+        learned=_learned(folder),
         settings=(folder / "config.yaml").read_text(encoding="utf-8"),
         flat_settings=flat(config.model_dump(mode="json")),
     )
+
+
+def _learned(folder: Path) -> _Learned:
+    adapter, command = folder / "adapter", f"dist-lora learned {folder}"
+    if not is_adapter_folder(adapter):
+        return _Learned(None, 0, "The run has not written its adapter yet.")
+    try:
+        record, num_layers = read_learned(adapter), facts_of(adapter).num_layers or 0
+    except AdapterError as error:
+        return _Learned(None, 0, str(error))
+    if record is None:
+        return _Learned(None, 0, f"Nothing was recorded when the adapter was written. This computes it: {command}")
+    note = ""
+    if not record.has_weight_norms:
+        is_unknown = any(linear.weight_norm is None for linear in record.linears)
+        why = f"those of W are not recorded. This adds them: {command}" if is_unknown else "W is zero in some linears."
+        note = f"The norms are those of dW alone, for {why}"
+    return _Learned(record, num_layers, note)
+
+
+def _drawn(runs: Sequence[_Run]) -> dict[str, list[str]]:
+    """The drawings of what each run has learned, by its name."""
+    known = {run.name: run.learned for run in runs if run.learned.record is not None}
+    of_runs = [
+        LearnedOfRun(str(at), of_run.record, of_run.num_layers)
+        for at, of_run in enumerate(known.values())
+        if of_run.record is not None
+    ]
+    return dict(zip(known, learned_plots(of_runs), strict=True)) if of_runs else {}
 
 
 def _with_own_names(runs: Sequence[_Run], folders: Sequence[Path]) -> list[_Run]:

@@ -8,8 +8,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from dist_lora.base.hub import fetch_model
 from dist_lora.base.index import WeightIndex, open_index
 from dist_lora.base.kernels.support import why_not
 from dist_lora.base.llama import Llama, build_on_meta
+from dist_lora.base.norms import Squares, norm_of
 from dist_lora.base.quant.formats import format_of
 from dist_lora.base.quant.published import BaseOnDisk, open_base_on_disk
 from dist_lora.base.rope import check_frequencies
@@ -34,7 +35,7 @@ from dist_lora.base.stored_shape import (
     stored_remarks,
     unquantized_line,
 )
-from dist_lora.base.stream import fill_slots
+from dist_lora.base.stream import FillReport, fill_slots
 from dist_lora.config.schema import Config, LoraSection
 from dist_lora.data.chat import load_tokenizer
 from dist_lora.data.loader import MicroBatch
@@ -107,6 +108,9 @@ class Trainee:
     attention: AttentionName
     precision: Precision
     checksums: dict[str, int]  # of this rank's shard of the base, as it was loaded
+    weight_norms: Mapping[str, float] = field(
+        default_factory=dict
+    )  # of the adapted weights, on the first rank of a run
 
     def run(self, batch: MicroBatch) -> Tensor:
         """Sum of the cross entropies of a micro-batch's targets, an fp32 scalar with its autograd graph.
@@ -312,8 +316,11 @@ def _fuse(model: Llama, dtype: torch.dtype, world: World) -> None:
         log.warning(f"kernels   plain instead of fused: {reason}. The run is the same, and slower")
 
 
-def build(config: Config, base: Base, world: World) -> Trainee:
+def build(config: Config, base: Base, world: World, *, has_norms: bool = False) -> Trainee:
     """This rank's shard of the model, loaded, with fresh adapters (or those of ``lora.start_from``). All ranks call it.
+
+    Args:
+        has_norms: sum the norms of the adapted weights while they are read.
 
     Raises:
         ConfigError: the settings of ``parallel`` contradict each other, or the base's shapes can't be quantized.
@@ -329,7 +336,9 @@ def build(config: Config, base: Base, world: World) -> Trainee:
         if world.is_first:
             log.info(kernels)
     engine.materialize(model)
-    _load(base, model, engine, world, sharded.description)
+    adapted = dict.fromkeys(f"{tensor.linear}.weight" for tensor in sharded.tensors) if has_norms else {}
+    report = _load(base, model, engine, world, sharded.description, norms_of=adapted)
+    weight_norms = _weight_norms(report, base, world)
     check_frequencies(model.inv_freq, base.shape)
     world.progress.now("sharding the adapters", kind="unseen")
     adapters = engine.adapters(sharded.tensors, has_two_rates=config.optim.lr_ratio != 1.0)
@@ -344,12 +353,15 @@ def build(config: Config, base: Base, world: World) -> Trainee:
         sharded.choices.attention,
         sharded.precision,
         checksums(engine.frozen_shards(model)),
+        weight_norms,
     )
     trainee.precision.check(model, adapters)
     return trainee
 
 
-def _load(base: Base, model: Llama, engine: Engine, world: World, description: str) -> None:
+def _load(
+    base: Base, model: Llama, engine: Engine, world: World, description: str, *, norms_of: Collection[str]
+) -> FillReport:
     world.progress.now("loading the base", kind="long")
     started_s = time.monotonic()
     slots = engine.slots(model)
@@ -362,6 +374,7 @@ def _load(base: Base, model: Llama, engine: Engine, world: World, description: s
                 formats=model.formats(),
                 quantized=base.on_disk.nf4,
                 device=world.device,
+                norms_of=norms_of,
                 on_progress=advance,
             ),
             os_error=lambda error: WeightsError(f"{base.folder}: {error}"),
@@ -373,6 +386,29 @@ def _load(base: Base, model: Llama, engine: Engine, world: World, description: s
             f"loaded base: {description}; this rank read {report.bytes_read / 2**20:,.0f} MiB and keeps "
             f"{kept / 2**20:,.0f} MiB, in {time.monotonic() - started_s:.1f} s"
         )
+    return report
+
+
+def _weight_norms(report: FillReport, base: Base, world: World) -> dict[str, float]:
+    """The norms that all ranks have summed, by module, on the first; {} on the others. All ranks call it.
+
+    One that isn't finite is left out: the first step stops such a run.
+    """
+    if not report.squares:  # the same on all ranks
+        return {}
+    own = [(squares.num_rows, squares.total) for squares in report.squares.values()]
+    key = world.fresh_key("loading/squares")
+    world.share(f"{key}/{world.world_rank}", json.dumps(own).encode())
+    if not world.is_first:
+        return {}
+    others = (json.loads(world.fetch(f"{key}/{rank}")) for rank in range(1, world.world_size))
+    by_weight = zip(*([Squares(*one) for one in of_rank] for of_rank in (own, *others)), strict=True)
+    norms = {}
+    for name, parts in zip(report.squares, by_weight, strict=True):
+        norm = norm_of(parts, num_rows=base.on_disk.index.tensors[name].shape[0])
+        if norm is not None:
+            norms[name.removesuffix(".weight")] = norm
+    return norms
 
 
 def check_adapter(folder: Path, *, config: Config, base: Base, world: World) -> Config:

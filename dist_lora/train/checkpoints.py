@@ -173,7 +173,7 @@ class RunCheckpoints:
 
         def gather() -> None:
             with world.progress.phase(f"step {step}, gathering the adapter", kind="long"):
-                gather_adapter(saved, out=out, verify=False, tokenizer=tokenizer)
+                gather_adapter(saved, out=out, verify=False, tokenizer=tokenizer, has_learned=False)
                 shutil.rmtree(saved)
 
         world.on_first("the adapter to judge", gather, os_error=cannot)
@@ -241,6 +241,7 @@ class RunCheckpoints:
                 "num_steps": self._num_steps,
                 "card": self._card(progress),
                 "origin": self._origin.to_json(),
+                "weight_norms": {name: float(f"{norm:.7g}") for name, norm in self._trainee.weight_norms.items()},
                 **self._own_code,
             },
             "config": dump_config(self._config),

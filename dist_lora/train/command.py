@@ -35,6 +35,7 @@ from dist_lora.herd.shape import Shape
 from dist_lora.layout.choices import DtypeName, lr_lines, with_lr
 from dist_lora.layout.machine import is_called
 from dist_lora.lora.attach import adapters_of
+from dist_lora.lora.learned import read_learned, sentences
 from dist_lora.lora.origin import origin_of
 from dist_lora.lora.patterns import with_patterns
 from dist_lora.lora.run_facts import RunFacts
@@ -221,7 +222,7 @@ def train(
     attempt = _prepare_folder(
         checkpoint, config, settings=settings, num_steps=num_steps, folder=folder, began_s=began_s, world=world
     )
-    trainee = build(config, base, world)
+    trainee = build(config, base, world, has_norms=True)
     _tell_of_loading(trainee, world)
     run = Run(config, trainee, loader=loader, held_out=held_out, num_steps=num_steps, folder=folder, world=world)
     run.checkpoints.data = _data_facts(config, tokens, held_out)
@@ -471,12 +472,20 @@ def _finish(run: Run, folder: Path, world: World, attempt: Attempt | None, *, se
         summary["peak_bytes"] = attempt.peaks_with(peaks)
         write_whole(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         early = f", {summary['ended_early']}" if "ended_early" in summary else ""
+        for sentence in _learned_lines(out):
+            log.info(f"learned   {sentence}")
         log.info(f"done: {count(run.progress.step, 'step')} in {seconds:.0f} s{early}; adapter: {out}")
         return summary
 
     return world.on_first(
         "the adapter", finish, os_error=lambda e: SaveError(f"{folder}: the adapter can't be written: {e}")
     )
+
+
+def _learned_lines(adapter: Path) -> list[str]:
+    record = read_learned(adapter)
+    assert record is not None, f"{adapter}: nothing was recorded of what was learned"
+    return [*sentences(record)]
 
 
 def _summary(run: Run, folder: Path, out: Path, *, seconds: float) -> dict[str, Any]:

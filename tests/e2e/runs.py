@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import pytest
 import yaml
 
 from tests import ROOT
@@ -260,6 +261,25 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     """Step and loss of each line of a run's metrics."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line["loss"]) for line in lines]
+
+
+def check_learned(folder: Path) -> None:
+    """What a run has recorded of its adapter is what the dense dW and transformers' weights say."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    base = yaml.safe_load((folder / "config.yaml").read_text())["model"]["name"]
+    weights = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    recorded = json.loads((folder / "adapter" / "learned.json").read_text())["linears"]
+    assert len(recorded) == len(tensors) // 2
+    for module, found in recorded.items():
+        first, second = (tensors[f"base_model.model.{module}.lora_{half}.weight"].double() for half in "AB")
+        values = torch.linalg.svdvals(settings["lora_alpha"] / settings["r"] * second @ first)[: settings["r"]]
+        assert found["weight_norm"] == pytest.approx(float(weights[f"{module}.weight"].double().norm()), rel=1e-6)
+        assert found["singular_values"] == pytest.approx(values.tolist(), rel=1e-5, abs=1e-6 * float(values[0]))
 
 
 def fill_the_disk(ballast: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.runs import ROOT, command, losses, run
+from tests.e2e.runs import ROOT, check_learned, command, losses, run
 
 
 def test_one_process_has_the_losses_of_two(config, whole) -> None:
@@ -118,6 +118,12 @@ def test_a_report_of_a_run_has_its_evaluations(config, here, tmp_path) -> None:
     told = page.read_text()
     assert all(f"<td>{each['eval_loss']:.4f}</td>" in told for each in evaluations)
     assert "exit code 0: done" in told
+    assert "% of W by norm, most in layer" in told and "norm of dW by layer, % of W" in told
+    assert "learned   In half of the " in (folder / "log.txt").read_text()
+
+
+def test_a_run_records_what_it_has_learned_as_its_files_say_it(whole) -> None:
+    check_learned(whole)
 
 
 def test_torchrun_leads_to_the_numbers_of_our_own_launcher(config, whole) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.e2e.runs import ROOT, Process, command, losses, run
+from tests.e2e.runs import ROOT, Process, check_learned, command, losses, run
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -51,6 +51,10 @@ def test_a_run_on_two_ranks_has_the_losses_and_the_adapter_of_one_process(sharde
     assert squares**0.5 < 1e-4 * sum(float(tensor.square().sum()) for tensor in wanted.values()) ** 0.5
     summaries = [json.loads((run_folder / "summary.json").read_text()) for run_folder in (folder, alone)]
     assert [summary["frozen"] for summary in summaries] == [summaries[1]["frozen"]] * 2 and summaries[1]["frozen"] > 0
+
+
+def test_weights_sharded_by_elements_have_the_norms_of_the_whole(sharded) -> None:
+    check_learned(sharded[0])
 
 
 def test_deepspeed_says_nothing_and_compiles_nothing(sharded) -> None:

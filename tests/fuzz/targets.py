@@ -32,8 +32,10 @@ from dist_lora.errors import DataError, DistLoraError
 from dist_lora.herd.shape import read_shape
 from dist_lora.lora.adapter_reader import read_adapter
 from dist_lora.lora.adapter_writer import write_adapter
+from dist_lora.lora.learned import learned_table, read_learned, sentences
 from dist_lora.lora.origin import BaseIdentity, identify_base
 from dist_lora.lora.state import Piece
+from dist_lora.run_folder.heat_maps import LearnedOfRun, learned_plots
 from tests.conftest import save_tiny_llama
 from tests.unit.checkpoint.thread_ranks import saved
 
@@ -111,7 +113,16 @@ def make_ground(folder: Path) -> Ground:
     save_tiny_llama(folder / "sharded", "llama31", 1, 32, 264, "float32", "60KB")
     tensors = {f"model.layers.0.self_attn.q_proj.lora_{half}": torch.ones(shape) for half, shape in HALVES}
     base = BaseIdentity("org/tiny", None, "0" * 32, "1" * 32)
-    write_adapter(folder / "adapter", tensors=tensors, rank=2, alpha=4, dropout=0.0, targets=["q_proj"], base=base)
+    write_adapter(
+        folder / "adapter",
+        tensors=tensors,
+        rank=2,
+        alpha=4,
+        dropout=0.0,
+        targets=["q_proj"],
+        base=base,
+        weight_norms={"model.layers.0.self_attn.q_proj": 8.0},
+    )
     saved(folder / "checkpoints", step=10)
     shutil.copytree(folder, folder / "original")
     return Ground(folder, load_tokenizer(folder / "base", chat_template=None))
@@ -243,6 +254,16 @@ def adapter_config(ground: Ground, data: bytes) -> None:
     found = read_adapter(ground.adapter)
     found.base.differences(BaseIdentity("org/tiny", None, "0" * 32, "1" * 32))
     assert found.scale > 0 and found.rank == 2
+
+
+def learned(ground: Ground, data: bytes) -> None:
+    """What is recorded of an adapter, and what the report makes of it."""
+    ground.put(ground.adapter / "learned.json", data)
+    record = read_learned(ground.adapter)
+    if record is not None:
+        learned_table(record)
+        assert all(sentences(record))
+        assert len(learned_plots([LearnedOfRun("it", record, 1)])) == 1
 
 
 def adapter_header(ground: Ground, data: bytes) -> None:
@@ -392,6 +413,7 @@ TARGETS = {
             SPLIT.join(ground.original(ground.adapter / f"{name}.json") for name in ("adapter_config", "dist_lora"))
         ],
     ),
+    "learned": Target(learned, _file("adapter", "learned.json")),
     "adapter_header": Target(adapter_header, _header("adapter", "adapter_model.safetensors")),
     "tokenizer_config": Target(tokenizer_config, _tokenizer_settings),
     "tokenizer_file": Target(tokenizer_file, _file("base", "tokenizer.json")),

@@ -50,7 +50,7 @@ JSON = st.recursive(
     max_leaves=6,
 )
 OF_JSON = ["manifest", "rank_file", "base_header", "base_index", "nf4_state", "model_config", "adapter_config",
-           "adapter_header", "tokenizer_config", "tokenizer_file", "record"]  # fmt: skip
+           "learned", "adapter_header", "tokenizer_config", "tokenizer_file", "record"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

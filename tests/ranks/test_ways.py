@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from dist_lora.config.schema import LINEARS, Config
 from dist_lora.lora.layer import initial_a
+from dist_lora.lora.learned import read_learned
 from tests.e2e.test_against_peft import NUM_STEPS, padded_batches
 from tests.ranks.runs import chats_settings, metrics, train_command
 
@@ -65,6 +66,17 @@ def scales_of(model: Any) -> dict[str, float]:
     }
 
 
+def check_learned(adapter: Path, tensors: dict[str, torch.Tensor], *, base: Path, scales: dict[str, float]) -> None:
+    """What was recorded of each linear is its dense dW with PEFT's scale, and the weight of the base's file."""
+    record, weights = read_learned(adapter), load_file(base / "model.safetensors")
+    assert record is not None and len(record.linears) == len(scales)
+    for one in record.linears:
+        first, second = (tensors[f"base_model.model.{one.name}.lora_{half}.weight"].double() for half in "AB")
+        dense = scales[f"base_model.model.{one.name}"] * second @ first
+        assert one.rank == len(first) and one.norm == pytest.approx(float(dense.norm()), rel=1e-6)
+        assert one.weight_norm == pytest.approx(float(weights[f"{one.name}.weight"].double().norm()), rel=1e-6)
+
+
 @pytest.fixture(scope="module")
 def theirs(tiny_llama, tmp_path_factory) -> Any:
     """``theirs(way)``: losses and trained tensors of PEFT's own loop, and its scales; run at its first use."""
@@ -109,6 +121,7 @@ def test_each_way_has_the_numbers_of_peft_wherever_it_is_trained(ranks, tiny_lla
         assert found.keys() == tensors.keys()
         together = torch.cat([tensors[key].flatten() for key in found])
         assert (torch.cat([values.flatten() for values in found.values()]) - together).norm() < 1e-3 * together.norm()
+        check_learned(run / "adapter", found, base=base, scales=scales)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     loaded = scales_of(PeftModel.from_pretrained(model, run / "adapter"))
     assert loaded.keys() == scales.keys() and all(

@@ -37,8 +37,10 @@ def while_loading(preadv: Callable[..., int]) -> AbstractContextManager[Any]:
     return mock.patch.object(build, "fill_slots", fill)
 
 
-def load_counting(world: World, folder: str, quant: str) -> tuple[list[Read], dict[tuple[str, str], bytes]]:
-    """What this rank reads of the weights while it loads, and what it holds after a step."""
+def load_counting(
+    world: World, folder: str, quant: str
+) -> tuple[list[Read], dict[tuple[str, str], bytes], dict[str, float]]:
+    """What this rank reads of the weights while it loads, what it holds after a step, and the norms that it knows."""
     reads: list[Read] = []
     preadv = os.preadv
 
@@ -49,11 +51,12 @@ def load_counting(world: World, folder: str, quant: str) -> tuple[list[Read], di
         return num_read
 
     with while_loading(counting):
-        trainee = trainee_of(config_of(folder, model={"quant": quant}, parallel=WHOLE), world)
+        trainee = trainee_of(config_of(folder, model={"quant": quant}, parallel=WHOLE), world, has_norms=True)
     step_of(trainee, world)()
     trainee.check_base()
     held = trainee.engine.frozen_shards(trainee.model)
-    return reads, {tuple(name.split("/")): values.numpy().tobytes() for name, values in held}  # type: ignore[misc]
+    parts = {tuple(name.split("/")): values.numpy().tobytes() for name, values in held}
+    return reads, parts, dict(trainee.weight_norms)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(
@@ -65,22 +68,26 @@ def test_a_node_reads_each_byte_once_and_each_rank_holds_the_bytes_of_the_whole(
     folder = str(tiny_llama("llama31"))
     wanted = {key: values.numpy().tobytes() for key, values in parts_of(folder, quant).items()}
     answers = ranks(size).run(load_counting, folder, quant, node_size=node_size)
-    for rank, (_, held) in enumerate(answers):
+    for rank, (_, held, _) in enumerate(answers):
         assert held.keys() == wanted.keys()
         assert [key for key in wanted if held[key] != wanted[key]] == [], rank
     tensors = open_index(Path(folder)).tensors.values()
     on_disk = Counter(byte for t in tensors for byte in range(t.start, t.start + t.num_bytes))
     for first in range(0, size, node_size):
-        of_node = [reads for reads, _ in answers[first : first + node_size]]
+        of_node = [reads for reads, _, _ in answers[first : first + node_size]]
         assert Counter(b for reads in of_node for start, count in reads for b in range(start, start + count)) == on_disk
         shares = [sum(count for _, count in reads) for reads in of_node]
         assert max(shares) < 1.1 * sum(shares) / node_size, "one rank reads for the others"
+    weights = load_file(Path(folder) / "model.safetensors")
+    linears = {name.removesuffix(".weight"): weight for name, weight in weights.items() if "proj" in name}
+    expected = {name: pytest.approx(float(weight.double().norm()), rel=1e-6) for name, weight in linears.items()}
+    assert [norms for _, _, norms in answers] == [expected] + [{}] * (size - 1)  # whatever the nodes and the format
 
 
 @pytest.mark.parametrize("is_nested", [False, True])
 def test_a_base_published_in_nf4_keeps_its_codes_on_every_rank(ranks, tiny_llama, tmp_path, is_nested) -> None:
     wanted = publish(tiny_llama("llama31"), tmp_path, is_nested=is_nested)
-    for _, held in ranks(3).run(load_counting, str(tmp_path), "nf4"):
+    for _, held, _ in ranks(3).run(load_counting, str(tmp_path), "nf4"):
         assert held == wanted
 
 

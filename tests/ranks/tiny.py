@@ -43,7 +43,7 @@ def config_of(folder: Path, **settings: dict[str, object]) -> Config:
     return Config.model_validate(tree)
 
 
-def trainee_of(config: Config, world: World) -> Trainee:
+def trainee_of(config: Config, world: World, *, has_norms: bool = False) -> Trainee:
     """The model of a config in this rank's share, without a tokenizer."""
     import json
 
@@ -54,7 +54,7 @@ def trainee_of(config: Config, world: World) -> Trainee:
     shape, on_disk = stored_base(Shape.from_config(settings, where=str(folder)), on_disk, own_head=own_head)
     identity = BaseIdentity(name=folder.name, revision=None, content_hash=None, config_hash=None)
     base = Base(folder, settings, shape, on_disk, None, identity)
-    return build(config, base, world)
+    return build(config, base, world, has_norms=has_norms)
 
 
 def accumulate(trainee: Trainee, batch: StepBatch) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dist_lora.base.index import TensorOnDisk, WeightIndex, check_types, open_index, open_weights
-from dist_lora.base.quant.nf4 import BLOCK, LEVELS
+from dist_lora.base.quant.nf4 import BLOCK, LEVELS, dequantize_nf4
 from dist_lora.base.stream import SliceReader
 from dist_lora.config.schema import Quant
 from dist_lora.errors import ConfigError, WeightsError
@@ -98,6 +98,24 @@ class BaseOnDisk:
 
     index: WeightIndex
     nf4: Mapping[str, Nf4OnDisk]
+
+    def values(
+        self, tensor: TensorOnDisk, *, reader: SliceReader, descriptor: int, max_slice_bytes: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Pairs (first row, rows) of a tensor: in its type on disk, or of one in NF4 its values in fp32.
+
+        Raises:
+            WeightsError: see ``SliceReader.slices`` and ``Nf4OnDisk.read_rows``.
+        """
+        published = self.nf4.get(tensor.name)
+        if published is None:
+            yield from reader.slices(tensor, descriptor=descriptor)
+            return
+        num_rows, width = published.shape
+        count = max(1, max_slice_bytes // (4 * width))
+        for row in range(0, num_rows, count):
+            parts = published.read_rows(row, min(count, num_rows - row))
+            yield row, dequantize_nf4(parts["codes"], parts["absmax"], torch.float32)
 
 
 def open_base_on_disk(folder: Path, *, quant: Quant, index: WeightIndex | None = None) -> BaseOnDisk:

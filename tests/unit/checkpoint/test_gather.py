@@ -21,6 +21,7 @@ from dist_lora.checkpoint.gather import gather_adapter, verify_checkpoints
 from dist_lora.checkpoint.manifest import MANIFEST_FILE, Manifest, Piece, read_manifest, write_manifest
 from dist_lora.errors import AdapterError, CheckpointError, ConfigError
 from dist_lora.lora.adapter_reader import read_adapter
+from dist_lora.lora.learned import read_learned
 from dist_lora.lora.origin import facts_of
 from dist_lora.lora.run_facts import RunFacts, SetFacts
 from tests import ROOT
@@ -256,6 +257,34 @@ def test_a_damaged_record_for_the_card_is_named(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"manifest\.json: progress\.card: tokens: Input should be a valid integer"):
         gather_adapter(folder, out=tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+# What was learned
+
+
+def test_the_norms_of_a_run_go_with_its_adapter(tmp_path: Path) -> None:
+    folder, module = saved(tmp_path / "checkpoints", step=10), "model.layers.1.self_attn.q_proj"
+    rewrite(folder, progress={"weight_norms": {module: 2.5}})
+    record = read_learned(gather_adapter(folder, out=tmp_path / "adapter"))
+    assert record is not None and [(one.name, one.weight_norm) for one in record.linears] == [
+        ("model.layers.0.self_attn.q_proj", None), (module, 2.5),
+    ]  # fmt: skip
+    tensors = adapter_of(tmp_path / "adapter")
+    for one in record.linears:
+        first, second = (tensors[f"base_model.model.{one.name}.lora_{half}.weight"].double() for half in "AB")
+        assert one.norm == pytest.approx(float((2.0 * second @ first).norm()), rel=1e-6)
+
+
+def test_a_manifest_of_an_older_version_has_no_norms_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "checkpoints", step=10)
+    record = read_learned(gather_adapter(folder, out=tmp_path / "adapter"))
+    assert record is not None and not record.has_weight_norms
+    assert read_learned(gather_adapter(folder, out=tmp_path / "judged", has_learned=False)) is None
+    for value in (-1.0, "much"):
+        rewrite(folder, progress={"weight_norms": {"model.layers.0.self_attn.q_proj": value}})
+        with pytest.raises(AdapterError, match=r"manifest\.json: progress\.weight_norms: model.layers.0"):
+            gather_adapter(folder, out=tmp_path / "other")
+        assert not (tmp_path / "other").exists()
 
 
 # Verifying

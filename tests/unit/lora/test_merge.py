@@ -427,7 +427,7 @@ def test_all_that_a_model_folder_needs_is_copied_and_no_other_weights(tmp_path, 
     }  # fmt: skip
     left = {
         "pytorch_model.bin": "x", "consolidated.00.pth": "x", "model.gguf": "x", "pytorch_model.bin.index.json": "{}",
-        "training_args.bin": "x", "adapter_config.json": "{}", "README.md": "the base's card", "modeling.py": "x",
+        "training_args.bin": "x", "adapter_config.json": "{}", "learned.json": "{}", "README.md": "the base's card", "modeling.py": "x",
         "original/consolidated.00.pth": "x", ".gitattributes": "x",
     }  # fmt: skip
     for name, content in {**copied, **left}.items():

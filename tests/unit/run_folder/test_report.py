@@ -16,6 +16,9 @@ import pytest
 from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, SaveError
+from dist_lora.herd.shape import module_path
+from dist_lora.lora.learned import LEARNED_FILE, Learned, LearnedLinear, write_learned
+from dist_lora.lora.origin import WEIGHTS_FILE
 from dist_lora.run_folder.attempt import METRICS_FILE
 from dist_lora.run_folder.curves import MOST_POINTS
 from dist_lora.run_folder.records import read_lines
@@ -243,3 +246,96 @@ def test_the_answers_of_the_first_and_the_last_evaluation_are_shown(tmp_path: Pa
     write_samples(run, step=2, answers=[{"prompt": "p", "expected": "yes", "generated": "again"}])  # resumed before it
     assert ["p", "yes", "<b>", "again"] in Page(write_report(run)).rows
     assert [line["generated"] for line in read_lines(run / SAMPLES_FILE)] == ["<b>", "again"]
+
+
+# What was learned
+
+LOWEST, HIGHEST, GREY = "#440154", "#fde725", "#e8e8e8"  # the ends of the colour map, and what lies under it
+
+
+def learn(run: Path, *linears: tuple[str, int, tuple[float, ...]], weight_norm: float | None = 10.0) -> Path:
+    """The adapter's folder of a run with a record of these linears: projection, layer, singular values."""
+    adapter = run / "adapter"
+    adapter.mkdir(exist_ok=True)
+    (adapter / WEIGHTS_FILE).touch()
+    of_all = [LearnedLinear(module_path(name, layer=layer), values, weight_norm) for name, layer, values in linears]
+    write_learned(adapter, Learned(tuple(of_all)), weights=None)
+    return run
+
+
+def drawings(page: Page) -> dict[str, str]:
+    """The drawings on a page by what a screen reader says of them."""
+    return {
+        re.search(r'aria-label="([^"]*)"', svg)[1]: svg  # type: ignore[index]
+        for svg in re.findall(r"<svg .*?</svg>", page.text, flags=re.DOTALL)
+    }
+
+
+def cells_of(svg: str) -> list[str]:
+    """The colours of a heat map's cells, row after row; the scale beside it has other edges."""
+    return re.findall(r'<path d="[^"]*" clip-path="[^"]*" style="fill: (#\w{6}); stroke: #ffffff', svg)
+
+
+def test_what_was_learned_is_told_in_words_numbers_and_drawings(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "mine", num_steps=2)
+    learn(run, ("q_proj", 0, (3.0, 4.0)), ("q_proj", 3, (0.5, 0.0)), ("down_proj", 1, (1.0, 1.0)))
+    page = Page(write_report(run))
+    assert "dW is 5% to 50% of W by norm, most in layer 0 q_proj, layer 1 down_proj, layer 3 q_proj." in page.text
+    assert "In half of the 3 linears, 2 or fewer of 2 directions hold 90% of dW" in page.text
+    assert ["q_proj", "2", "2", "27.5%", "50%", "0", "1.49", "1.5"] in page.rows
+    drawn = [name for name in drawings(page) if "dW" in name]
+    assert drawn == [
+        "norm of dW by layer, % of W and projection, 5 to 50",
+        "effective rank of dW by layer and projection, 1 to 2",
+        "singular values of dW, the largest as 1: medians and range",
+    ]
+    # Only the three linears have cells, in their colours; what lies under all others is grey.
+    size, rank, values = (drawings(page)[name] for name in drawn)
+    assert (cells_of(size)[0], cells_of(size)[1]) == (HIGHEST, LOWEST) and len(cells_of(size)) == 3
+    assert cells_of(rank)[1:] == [LOWEST, HIGHEST] and GREY in size
+    assert ">q_proj<" in values and ">down_proj<" in values and ">up_proj<" not in values
+    assert "image" not in page.tags
+    ids = re.findall(r' id="(m\w{10}|p\w{10})"', page.text)
+    assert len(ids) == len(set(ids)) > 3
+
+
+def test_an_untrained_linear_is_zero_and_not_blank(tmp_path: Path) -> None:
+    run = learn(run_of(tmp_path / "mine", num_steps=2), ("q_proj", 0, (0.0, 0.0)), ("v_proj", 0, (1.0, 0.0)))
+    page = Page(write_report(run))
+    assert "dW is zero in 1 of 2 linears." in page.text and "dW is 10% of W by norm" in page.text
+    size = drawings(page)["norm of dW by layer, % of W and projection, 0 to 10"]
+    assert cells_of(size) == [LOWEST, HIGHEST]
+    all_zero = learn(tmp_path / "mine", ("q_proj", 0, (0.0, 0.0)))
+    assert "Nothing is learned: dW is zero in all 1 linear." in Page(write_report(all_zero)).text
+
+
+def test_several_runs_have_the_same_scales(tmp_path: Path) -> None:
+    one = learn(run_of(tmp_path / "one", num_steps=2, name="one"), ("q_proj", 0, (1.0,)), ("q_proj", 1, (2.0,)))
+    two = learn(run_of(tmp_path / "two", num_steps=2, name="two"), ("q_proj", 0, (2.0,)), ("q_proj", 1, (3.0,)))
+    maps = [svg for name, svg in drawings(Page(write_report([one, two]))).items() if name.startswith("norm of dW")]
+    low, middle, same, high = cells_of(maps[0]) + cells_of(maps[1])
+    assert (low, high) == (LOWEST, HIGHEST) and middle == same not in (low, high)
+    assert all(re.findall(r">(\d+)<", svg)[-5:] == ["10", "15", "20", "25", "30"] for svg in maps)
+
+
+def test_what_is_not_known_of_the_adapter_is_said_with_the_command_that_computes_it(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "mine", num_steps=2)
+    assert "The run has not written its adapter yet." in Page(write_report(run)).text
+    learn(run, ("q_proj", 0, (1.0,)), weight_norm=None)
+    page = Page(write_report(run))
+    assert f"those of W are not recorded. This adds them: dist-lora learned {run}" in page.text
+    assert "The norm of dW is 1, most in layer 0 q_proj." in page.text
+    (run / "adapter" / LEARNED_FILE).write_text("{}")
+    assert "learned.json is damaged: format: Field required" in Page(write_report(run)).text
+    (run / "adapter" / LEARNED_FILE).unlink()
+    told = "Nothing was recorded when the adapter was written. This computes it: dist-lora learned"
+    assert f"{told} {run}" in Page(write_report(run)).text
+
+
+def test_a_report_of_what_was_learned_imports_no_torch_and_is_the_same_bytes_again(tmp_path: Path) -> None:
+    run = learn(run_of(tmp_path / "mine", num_steps=1), ("q_proj", 0, (1.0, 0.5)))
+    program = "import sys\nfrom dist_lora.cli import app\napp(standalone_mode=False)\nassert 'torch' not in sys.modules"
+    arguments = [sys.executable, "-c", program, "report", str(run)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (run / "report.html").read_bytes() == write_report(run, out=tmp_path / "again").read_bytes()
