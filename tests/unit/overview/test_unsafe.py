@@ -9,8 +9,10 @@ import pytest
 
 from dist_lora.data.records import read_sample, recognize_format
 from dist_lora.errors import ConfigError, DataError
+from dist_lora.overview.command import look
 from dist_lora.overview.unsafe import UnsafeSamples, judged_turns, open_guard
 from dist_lora.world.world import World
+from tests.ranks.tiny import config_of
 from tests.unit.lora.test_find_base import RUN, written
 
 CALL = {"function": {"name": "f", "arguments": {}}}
@@ -68,6 +70,20 @@ def test_a_model_without_the_tokens_of_llama_3_is_no_guard(tiny_llama, tmp_path)
         ConfigError, match=r"^--guard: .*/other: format guard needs the special tokens <\|eot_id\|>, which"
     ):
         open_guard(str(other), World.alone())
+
+
+def test_a_guard_is_refused_before_anything_is_tokenized_and_its_weights_are_read_after(
+    tiny_llama, tmp_path, monkeypatch
+) -> None:
+    base = tiny_llama("llama31")
+    data = {"train": str(tmp_path / "missing.jsonl"), "cache_dir": str(tmp_path / "cache")}
+    config = config_of(base, data=data)
+    with pytest.raises(ConfigError, match=r"^--guard: found 'Llama-Guard-3-7B', expected a herd member"):
+        look(config, num_samples=0, as_json=False, guard="Llama-Guard-3-7B")
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr("dist_lora.chat.command.build", None)  # what reads weights
+    with pytest.raises(DataError, match=r"data\.train: .*missing\.jsonl doesn't exist"):
+        look(config, num_samples=0, as_json=False, guard=str(base))
 
 
 def test_the_paragraph_counts_places_and_what_was_not_judged() -> None:
