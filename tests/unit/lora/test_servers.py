@@ -121,6 +121,8 @@ def test_a_wrong_factor_is_named_with_the_right_one_and_warned_of() -> None:
     assert why(served, "llama.cpp") == f"{ignored}, and 1 more; merge it (dist-lora merge)"
     assert why(serve_adapter(files(own={v0: (8, 24)})), "llama.cpp") == f"{ignored}; merge it (dist-lora merge)"
     assert warning_of(served).startswith("vLLM, TGI, llama.cpp, Ollama would load this")
+    two = serve_adapter(files(own=of_all_layers("down_proj", 8, 16)))
+    assert warning_of(two).startswith("llama.cpp and Ollama would load this")
     by_sqrt = serve_adapter(files(has_rslora=True, own={V1: (16, 128)}))
     assert "it ignores use_rslora and multiplies" in why(by_sqrt, "llama.cpp")
     served = serve_adapter(files(rank=24, alpha=48))
