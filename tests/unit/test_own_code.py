@@ -194,6 +194,18 @@ def test_a_checkpoint_is_told_once_and_the_one_that_a_run_resumes_from_never() -
     assert told == [("it", 4, four)]
 
 
+def test_a_hook_is_work_on_the_host_for_who_watches_whether_a_rank_hangs() -> None:
+    world, noted = World.alone(), []
+
+    class Looks:
+        def on_step(self, line: dict) -> None:
+            noted.extend((note.text, note.kind) for note in world.progress.notes())
+
+    code = code_of_object(Looks())
+    Callbacks([(code, Looks())], world).step({"step": 1})
+    assert noted == [(f"callback {code.path}.on_step", "host")]
+
+
 def test_an_error_of_a_callback_is_told_as_its_own_with_the_hook() -> None:
     callbacks = callbacks_of(["tests.own:RaisesAtTwo"], [Told("never", told := [])])
     with pytest.raises(
