@@ -575,18 +575,18 @@ def _load(config: Path, overrides: list[str] | None) -> Config:
 
 
 def _as_table(result: dict[str, Any]) -> str:
-    from dist_lora.evaluation.tool_calls import lines_of
+    from dist_lora.evaluation.tool_calls import by_set, lines_of
     from dist_lora.evaluation.verdicts import guard_table
 
     lines: list[str] = []
     for name, value in result.items():
         if name == "guard":
-            for of_set, report in _by_set(value, "by_category"):
+            for of_set, report in _by_set(value):
                 lines += ["", *of_set, *guard_table(report).splitlines(), ""]
             continue
         if name == "tool_calls":
-            for of_set, calls in _by_set(value, "by_tool"):
-                lines += [*of_set, *lines_of(calls)]
+            for of_name, calls in by_set(value).items():
+                lines += [*([of_name] if of_name else []), *lines_of(calls)]
             continue
         if name == "sets":
             lines += _table_of_sets(value)
@@ -597,9 +597,9 @@ def _as_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _by_set(value: dict[str, Any], key: str) -> list[tuple[list[str], dict[str, Any]]]:
-    """Reports, each with its held-out set's name as a line before it; of a single set, whose report has ``key``, none."""
-    return [([], value)] if key in value else [([name], report) for name, report in value.items()]
+def _by_set(value: dict[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
+    """A Guard's reports, each with its held-out set's name as a line before it; of a single set none."""
+    return [([], value)] if "by_category" in value else [([name], report) for name, report in value.items()]
 
 
 def _table_of_sets(sets: dict[str, dict[str, Any]]) -> list[str]:

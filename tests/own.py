@@ -109,3 +109,14 @@ class Needy:
 
     def on_step(self, line: dict) -> None:
         """See ``HOOKS``."""
+
+
+class Unmade:
+    """Fails when it is made."""
+
+    def __init__(self) -> None:
+        """Raises."""
+        raise KeyError("missing")
+
+    def on_step(self, line: dict) -> None:
+        """See ``HOOKS``."""

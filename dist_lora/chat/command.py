@@ -1,9 +1,10 @@
-"""The work behind ``generate``: an adapter opened with the base that it belongs to."""
+"""The work behind ``generate``: an adapter opened with the base that it belongs to, or a whole model."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -18,37 +19,56 @@ from dist_lora.errors import ConfigError
 from dist_lora.evaluation.generate import generate, stop_ids_of
 from dist_lora.files import refuse_file
 from dist_lora.lora.find_base import find_base
-from dist_lora.lora.origin import origin_of
+from dist_lora.lora.origin import RunOrigin, origin_of
 from dist_lora.pace import pace
-from dist_lora.train.build import Trainee, build, check_adapter, load_adapter, open_base
+from dist_lora.train.build import Base, Trainee, build, check_adapter, load_adapter, open_base
 from dist_lora.world.world import World
 
 log = logging.getLogger("dist_lora")
 
 
-def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Trainee:
-    """The whole base in this process, quantized as in the adapter's run and with its chat template, and the adapter loaded."""
-    set_products(is_deterministic=False)
-    origin, folder = origin_of(adapter), find_base(adapter, base)
-    index = open_index(folder, allow_bytes=True)
+@dataclass(frozen=True)
+class OpenedModel:
+    """A base, and what is loaded on it: checked as far as it can be without its weights, which aren't read yet."""
+
+    config: Config
+    base: Base
+    adapter: Path | None
+
+    def load(self, world: World) -> Trainee:
+        """All of it in this process; without an adapter the base, with adapters that change nothing."""
+        set_products(is_deterministic=False)
+        trainee = build(self.config, self.base, world)
+        if self.adapter is not None:
+            load_adapter(trainee.adapters, self.adapter, world=world)
+        trainee.model.eval()
+        return trainee
+
+
+def open_model(folder: Path, adapter: Path | None, world: World) -> OpenedModel:
+    """The base in ``folder``, quantized as in the adapter's run and with its chat template.
+
+    Raises:
+        AdapterError, WeightsError: the adapter or its base is damaged, or they don't belong together.
+    """
+    index, origin = open_index(folder, allow_bytes=True), RunOrigin() if adapter is None else origin_of(adapter)
+    quant = _quant_of(index, adapter, trained=origin.quant)
     config = Config.model_validate(
-        {
-            "run": "generate",
-            "model": {"name": str(folder), "quant": quant_of(index, adapter)},
-            "data": {"train": "-"},
-        }
+        {"run": "generate", "model": {"name": str(folder), "quant": quant}, "data": {"train": "-"}}
     )
-    base_on_disk = open_base(config, world, template=origin.chat_template, index=index)
-    config = check_adapter(adapter, config=config, base=base_on_disk, world=world)
-    trainee = build(config, base_on_disk, world)
-    load_adapter(trainee.adapters, adapter, world=world)
-    trainee.model.eval()
-    return trainee
+    base = open_base(config, world, template=origin.chat_template, index=index)
+    if adapter is not None:
+        config = check_adapter(adapter, config=config, base=base, world=world)
+    return OpenedModel(config, base, adapter)
 
 
-def quant_of(base: WeightIndex, adapter: Path) -> str:
-    """The quantization to load a base in: the run's; a base that is stored in NF4 can be nothing else."""
-    trained = origin_of(adapter).quant
+def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Trainee:
+    """The whole base in this process and the adapter loaded; see ``open_model`` and ``find_base``."""
+    return open_model(find_base(adapter, base), adapter, world).load(world)
+
+
+def _quant_of(base: WeightIndex, adapter: Path | None, *, trained: str | None) -> str:
+    """The quantization to load a base in: the one it was trained in; a base that is stored in NF4 can be nothing else."""
     if not open_base_on_disk(base.folder, quant="nf4", index=base).nf4:
         return trained or "none"
     if trained not in (None, "nf4"):

@@ -252,6 +252,7 @@ class _Order:
                 urgency = (own + largest) * self._urgency[index]  # ascending with when it falls behind by one
                 if best < 0 or urgency < best_urgency:
                     best, best_urgency = index, urgency
+        assert best >= 0, (self._amounts, self._parts)  # of all amounts one isn't above its share
         return best
 
     def _take(self, index: int) -> None:

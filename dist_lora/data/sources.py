@@ -84,6 +84,8 @@ class Records:
     """The index of the first record of each source and, last, the number of records."""
     columns: tuple[Mapping[str, str], ...]
     """Of each source our names of columns with its own, where they differ."""
+    own: OwnFormat | None = None
+    """The user's own format, if the records are in it."""
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -98,9 +100,14 @@ class Records:
         source = self._source_of(index)
         return self.sources[source].where(index - self.starts[source])
 
-    def format_of(self, index: int) -> Format:
-        """The format of the source that holds this record."""
-        return self.formats[self._source_of(index)]
+    def converted(self, index: int) -> tuple[dict[str, Any], Format]:
+        """A record in one of our formats, and in which: that of its source, or of what the user's own format makes of it.
+
+        Raises:
+            DataError: the record is invalid, or see ``OwnFormat.read``.
+        """
+        record = self[index]
+        return (record, self.formats[self._source_of(index)]) if self.own is None else self.own.read(record)
 
     def padding(self) -> list[str]:
         """What is read as padding though it might be a value, a sentence for each source that has such nulls."""
@@ -145,7 +152,7 @@ def read_records(
     columns = tuple(dict(reading.columns) for reading in each)
     formats = tuple(_format_of(source, reading, own) for source, reading in zip(sources, each, strict=True))
     starts = tuple(itertools.accumulate((len(source) for source in sources), initial=0))
-    return Records(sources=sources, formats=formats, starts=starts, columns=columns)
+    return Records(sources=sources, formats=formats, starts=starts, columns=columns, own=own)
 
 
 def hash_sources(names: str | Sequence[str], *, which: str) -> str:

@@ -400,12 +400,16 @@ class _Builder:
         return own
 
     def _encode(self) -> _Counts:
-        own = own_format(self._rules.format)
-        fmt = None if own is not None else named_format(self._rules.format)
+        rules = self._rules
         records = read_records(
-            self._names, fmt=fmt, which=self._which, is_fetched=True, readings=self._rules.readings, own=own
+            self._names,
+            fmt=named_format(rules.format),
+            which=self._which,
+            is_fetched=True,
+            readings=rules.readings,
+            own=own_format(rules.format),
         )
-        self._set_starts = records.starts[:-1] if self._rules.readings else ()
+        self._set_starts = records.starts[:-1] if rules.readings else ()
         check_template(self._tokenizer, formats=records.formats)
         group = self._group
         part = range(len(records) * group.index // group.size, len(records) * (group.index + 1) // group.size)
@@ -418,7 +422,7 @@ class _Builder:
             }
             for done, index in enumerate(part, start=1):
                 documents = _encode_one(
-                    records, index, tokenizer=self._tokenizer, rules=self._rules, counts=counts, vocab=self._vocab
+                    records, index, tokenizer=self._tokenizer, rules=rules, counts=counts, vocab=self._vocab
                 )
                 for document in documents:
                     _write(files, document, index)
@@ -436,13 +440,11 @@ def _encode_one(
     vocab: int | None,
 ) -> list[Encoded]:
     """The documents of one record as the rules leave them: one at most, but for a Guard; counts what happened to each."""
-    own = own_format(rules.format)
     try:
-        record = records[index]
         if rules.guard is not None:
-            documents = encode_judged(record, tokenizer=tokenizer, rules=rules.guard, sample=index)
+            documents = encode_judged(records[index], tokenizer=tokenizer, rules=rules.guard, sample=index)
         else:
-            record, fmt = own.read(record) if own is not None else (record, records.format_of(index))
+            record, fmt = records.converted(index)
             documents = [encode_sample(record, tokenizer=tokenizer, fmt=fmt, train_on=rules.train_on, vocab=vocab)]
     except DataError as error:
         counts.num_samples += 1

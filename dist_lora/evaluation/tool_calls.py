@@ -156,14 +156,24 @@ def check_expected(answers: Iterable[str]) -> str | None:
     )
 
 
-def lines_of(result: Mapping[str, Any]) -> list[str]:
-    """A table of what ``as_json`` gave: a line of all tools, and one of each."""
+def by_set(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The counts of each held-out set by its name; that of a single set is empty."""
+    return {"": result} if "by_tool" in result else dict(result)
+
+
+def rows_of(result: Mapping[str, Any]) -> list[list[str]]:
+    """What ``as_json`` gave as a table with a head: a row of all tools, and one of each."""
     names = tuple(asdict(Counts()))
     rows = [["tool calls of", *(name.replace("_", " ") for name in names)]]
     for name, counts in [("all tools", result), *result["by_tool"].items()]:
         rows.append([name, *(f"{counts[key]:,}" for key in names)])
+    return rows
+
+
+def lines_of(result: Mapping[str, Any]) -> list[str]:
+    """The table of ``rows_of`` as text, and what is counted by answers."""
     return [
-        *in_columns(rows),
+        *in_columns(rows_of(result)),
         f"of {count(result['without'], 'answer')} in which no call was wanted {result['called_without']:,} call a tool; of all "
         f"{result['answers']:,} answers {result['broken']:,} begin a call that can't be read",
     ]

@@ -197,9 +197,10 @@ def _results(facts: RunFacts) -> Iterator[tuple[str, str]]:
         targets = "" if facts.target_tokens is None else f", {facts.target_tokens:,} of them trained on"
         yield "tokens, with repetitions", f"{facts.tokens:,}{targets}"
     after = "" if facts.evaluated_step in (None, facts.step) else f" (after step {facts.evaluated_step:,})"
-    for name, value in facts.evaluation.items():
+    for key, value in facts.evaluation.items():
+        name, _, of_set = key.partition("/")
         shown = f"{value:.1%}" if name == "eval_exact_match" else f"{value:.4g}"
-        yield _VALUES.get(name, name) + after, shown
+        yield _VALUES.get(name, name) + (f", {of_set}" if of_set else "") + after, shown
 
 
 def _use(kind: str, title: str) -> str:

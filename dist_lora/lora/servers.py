@@ -221,9 +221,8 @@ def _scaled_otherwise(modules: Iterable[ModuleAdapter], scale: float) -> str | N
     others = [module for module in modules if not _is_close(module.scale, scale)]
     if not others:
         return None
-    own = first_few([f"{module.name} has {module.scale:g}" for module in others[:1]])
     more = f" and {len(others) - 1:,} more differ" if len(others) > 1 else ""
-    return f"{own}{more}; {_MERGE}"
+    return f"{others[0].name} has {others[0].scale:g}{more}; {_MERGE}"
 
 
 def _scaled_by_alpha(files: AdapterFiles) -> str | None:
@@ -258,9 +257,7 @@ def serve_merged(config: Mapping[str, Any], *, is_float32: bool, is_member: bool
         Served("TGI", "yes", "text-generation-launcher --model-id FOLDER (in 16 bits)"),
         Served("llama.cpp", "yes", f"python convert_hf_to_gguf.py FOLDER --outfile model.gguf, then llama-server -m model.gguf{known}"),
     ]  # fmt: skip
-    if "rope_theta" not in config or (
-        "rope_parameters" in config and "rope_scaling" not in config and _is_scaled(config)
-    ):
+    if "rope_theta" not in config or (not config.get("rope_scaling") and _is_scaled(config)):
         why = (
             "it reads rope_theta and rope_scaling of config.json, and this one has rope_parameters (of transformers 5): add "
             "both, or convert it as for llama.cpp and write FROM ./model.gguf"
@@ -270,8 +267,8 @@ def serve_merged(config: Mapping[str, Any], *, is_float32: bool, is_member: bool
 
 
 def _is_scaled(config: Mapping[str, Any]) -> bool:
-    parameters = config.get("rope_parameters")
-    return isinstance(parameters, Mapping) and parameters.get("rope_type", "default") != "default"
+    parameters: Mapping[str, Any] = config.get("rope_parameters") or {}
+    return bool(parameters.get("rope_type", "default") != "default")
 
 
 def lines_of(served: Sequence[Served]) -> list[str]:

@@ -23,7 +23,7 @@ from dist_lora.herd.shape import Shape, read_shape
 from dist_lora.overview.duration import Hours, Steps, hours_of, steps_of
 from dist_lora.overview.figures import SetFigures, figures_of
 from dist_lora.overview.pictures import lines_of, print_document
-from dist_lora.overview.unsafe import UnsafeSamples, open_guard, unsafe_of
+from dist_lora.overview.unsafe import open_guard, unsafe_of
 from dist_lora.train.command import loader_of, num_steps_of, tokens_of
 from dist_lora.world.world import World
 
@@ -64,8 +64,9 @@ def look(config: Config, *, num_samples: int, as_json: bool, guard: str | None =
         ConfigError, DataError, WeightsError: as ``train`` does, of the config, the data and the tokenizer.
         AdapterError: the Guard's adapter is damaged.
     """
+    opened = None if guard is None else open_guard(guard, World.alone())  # before a large set is tokenized
     data = open_data(config)
-    unsafe = None if guard is None else _judged(config, guard)
+    unsafe = None if opened is None else unsafe_of(config, opened, World.alone())
     overview = overview_of(config, data)
     tokens = data.sets["data.train"]
     chosen = spread(len(tokens), num_samples)
@@ -83,11 +84,6 @@ def look(config: Config, *, num_samples: int, as_json: bool, guard: str | None =
         print("\n" + "\n".join(unsafe.lines()))
     for index in chosen:
         print_document(tokens, index, tokenizer=data.model.tokenizer)
-
-
-def _judged(config: Config, guard: str) -> UnsafeSamples:
-    world = World.alone()
-    return unsafe_of(config, open_guard(guard, world), world)
 
 
 def open_data(config: Config) -> RunData:

@@ -11,27 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from dist_lora.base.hub import fetch_model
-from dist_lora.base.index import open_index
-from dist_lora.base.quant.published import open_base_on_disk
-from dist_lora.chat.command import open_for_answers
+from dist_lora.chat.command import OpenedModel, open_model
 from dist_lora.config.guard import CATEGORIES, Category
 from dist_lora.config.schema import Config
 from dist_lora.data.chat import chat_of
 from dist_lora.data.columns import sources_of
 from dist_lora.data.guard import GuardRules, Judged
 from dist_lora.data.guard_ids import encode_guard_prompt, first_ids
-from dist_lora.data.own_format import OwnFormat, own_format
+from dist_lora.data.own_format import own_format
 from dist_lora.data.records import Chat, Continuation, Instruction, Sample, named_format, read_sample
 from dist_lora.data.sources import Records, read_records
 from dist_lora.data.turns import Role, Turn
-from dist_lora.engines.precision import set_products
 from dist_lora.errors import ConfigError, DataError
 from dist_lora.herd.models import resolve_model
 from dist_lora.lora.adapter_folder import check_adapter_folder, is_adapter_folder
+from dist_lora.lora.find_base import find_base
 from dist_lora.lora.origin import RunOrigin, origin_of
 from dist_lora.pace import pace
 from dist_lora.text import count
-from dist_lora.train.build import Trainee, build, open_base
 from dist_lora.train.guard import guard_version, unsafe_prompts
 from dist_lora.world.world import World
 
@@ -97,17 +94,17 @@ class UnsafeSamples:
 
 @dataclass(frozen=True)
 class Guard:
-    """A Guard in this process, and how it is asked."""
+    """A Guard whose weights aren't read yet, and how it is asked."""
 
     name: str
-    trainee: Trainee
+    model: OpenedModel
     rules: GuardRules
 
 
 def open_guard(name: str, world: World) -> Guard:
     """An adapter's folder with its base, or a whole Guard by its member's name, folder or hub id.
 
-    An adapter is asked with the categories that it was trained on, if its ``dist_lora.json`` has them; else with Llama Guard 3's.
+    Checks all that can be checked without its weights; one of the hub is downloaded. An adapter is asked with the categories that it was trained on, if its ``dist_lora.json`` has them; else with Llama Guard 3's.
 
     Raises:
         ConfigError: there is neither, or the adapter is no Guard's.
@@ -120,10 +117,11 @@ def open_guard(name: str, world: World) -> Guard:
         check_adapter_folder(folder)
     if not is_adapter_folder(folder):
         try:
-            trainee = _open_model(name, world)
+            resolved = resolve_model(name)
+            model = open_model(resolved.folder or fetch_model(resolved.hub_id or name), None, world)
         except ConfigError as error:
             raise ConfigError(str(error).replace("model.name", "--guard")) from None
-        return _guard(name, trainee, RunOrigin())
+        return _guard(name, model, RunOrigin())
     origin = origin_of(folder)
     if origin.kinds and "guard" not in origin.kinds:
         raise ConfigError(
@@ -132,44 +130,29 @@ def open_guard(name: str, world: World) -> Guard:
         )
     if not origin.guard_categories:
         log.warning(f"{name} doesn't say which categories it was trained on: it is asked with Llama Guard 3's own")
-    return _guard(name, open_for_answers(folder, base=None, world=world), origin)
+    return _guard(name, open_model(find_base(folder, None), folder, world), origin)
 
 
-def _open_model(name: str, world: World) -> Trainee:
-    """A whole model, with adapters that change nothing."""
-    set_products(is_deterministic=False)
-    resolved = resolve_model(name)
-    folder = resolved.folder or fetch_model(resolved.hub_id or name)
-    index = open_index(folder, allow_bytes=True)
-    is_nf4 = bool(open_base_on_disk(folder, quant="nf4", index=index).nf4)
-    model = {"name": str(folder), "quant": "nf4" if is_nf4 else "none"}
-    config = Config.model_validate({"run": "data", "model": model, "data": {"train": "-"}})
-    trainee = build(config, open_base(config, world, index=index), world)
-    trainee.model.eval()
-    return trainee
-
-
-def _guard(name: str, trainee: Trainee, origin: RunOrigin) -> Guard:
+def _guard(name: str, model: OpenedModel, origin: RunOrigin) -> Guard:
     """Raises ConfigError if the tokenizer can't write a Guard's prompt or verdict."""
-    version = origin.guard_version or guard_version("auto", trainee.base.shape)
+    version = origin.guard_version or guard_version("auto", model.base.shape)
     categories = tuple(Category(*pair) for pair in origin.guard_categories) or CATEGORIES[version]
     try:
-        encode_guard_prompt([Turn("user", "-")], categories, tokenizer=trainee.base.tokenizer, version=version)
-        first_ids(trainee.base.tokenizer)
+        encode_guard_prompt([Turn("user", "-")], categories, tokenizer=model.base.tokenizer, version=version)
+        first_ids(model.base.tokenizer)
     except DataError as error:
         raise ConfigError(f"--guard: {name}: {error}") from None
-    return Guard(name, trainee, GuardRules(version, categories))
+    return Guard(name, model, GuardRules(version, categories))
 
 
 def unsafe_of(config: Config, guard: Guard, world: World) -> UnsafeSamples:
-    """Judge all records of ``data.train``, whatever of them is then cut, dropped or held out.
+    """Load the Guard and judge all records of ``data.train``, whatever of them is then cut, dropped or held out.
 
     Raises:
         DataError: a record can't be read, or holds token ids and no text; names its place.
     """
-    own = own_format(config.data.format)
-    records = _records_of(config, own)
-    context = guard.trainee.base.shape.context
+    records, trainee = _records_of(config), guard.model.load(world)
+    context = trainee.base.shape.context
     where: list[str] = []
     by: Counter[Role] = Counter()
     num_judged = num_too_long = num_empty = 0
@@ -179,8 +162,7 @@ def unsafe_of(config: Config, guard: Guard, world: World) -> UnsafeSamples:
             asked: list[tuple[int, Role, list[int]]] = []
             for index in chosen:
                 prompts = [
-                    (index, turns[-1].role, _prompt(turns, guard))
-                    for turns in prefixes(_turns_at(records, index, own=own))
+                    (index, turns[-1].role, _prompt(turns, guard)) for turns in prefixes(_turns_at(records, index))
                 ]
                 if any(len(ids) >= context for *_, ids in prompts):
                     num_too_long += 1
@@ -189,7 +171,7 @@ def unsafe_of(config: Config, guard: Guard, world: World) -> UnsafeSamples:
                 else:
                     num_judged += 1
                     asked += prompts
-            found = unsafe_prompts(guard.trainee, [ids for *_, ids in asked], batch=BATCH, world=world)
+            found = unsafe_prompts(trainee, [ids for *_, ids in asked], batch=BATCH, world=world)
             unsafe = [(index, role) for (index, role, _), is_unsafe in zip(asked, found, strict=True) if is_unsafe]
             where += [records.where(index) for index in dict.fromkeys(index for index, _ in unsafe)]
             by.update(role for _, role in dict.fromkeys(unsafe))
@@ -199,25 +181,23 @@ def unsafe_of(config: Config, guard: Guard, world: World) -> UnsafeSamples:
     )
 
 
-def _records_of(config: Config, own: OwnFormat | None) -> Records:
+def _records_of(config: Config) -> Records:
     names, readings = sources_of(config.data, "train")
-    fmt = named_format(config.data.format)
+    fmt, own = named_format(config.data.format), own_format(config.data.format)
     return read_records(names, fmt=fmt, which="train", is_fetched=True, readings=readings, own=own)
 
 
-def _turns_at(records: Records, index: int, *, own: OwnFormat | None) -> list[Turn]:
+def _turns_at(records: Records, index: int) -> list[Turn]:
     try:
-        record = records[index]
-        record, fmt = own.read(record) if own is not None else (record, records.format_of(index))
+        record, fmt = records.converted(index)
         return judged_turns(read_sample(record, fmt=fmt))
     except DataError as error:
         raise DataError(f"{records.where(index)}: {error}") from None
 
 
 def _prompt(turns: Sequence[Turn], guard: Guard) -> list[int]:
-    return encode_guard_prompt(
-        turns, guard.rules.categories, tokenizer=guard.trainee.base.tokenizer, version=guard.rules.version
-    )
+    tokenizer = guard.model.base.tokenizer
+    return encode_guard_prompt(turns, guard.rules.categories, tokenizer=tokenizer, version=guard.rules.version)
 
 
 def judged_turns(sample: Sample) -> list[Turn]:

@@ -12,6 +12,7 @@ from dist_lora.files import read_json, write_whole
 ATTEMPT_FILE = "attempt.json"
 METRICS_FILE = "metrics.jsonl"  # one line per step
 EVALUATIONS_FILE = "evaluations.jsonl"  # one line per evaluation
+TOOL_CALLS_FILE = "tool_calls.jsonl"  # one line per evaluation that counts tool calls
 SUMMARY_FILE = "summary.json"  # written at the end of a run
 TRACKERS_FILE = "trackers.json"  # the ids that a run has in its trackers
 

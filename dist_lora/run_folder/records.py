@@ -13,7 +13,7 @@ from typing import Any
 
 from dist_lora.errors import SaveError
 from dist_lora.files import sync, write_whole
-from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, read_attempt
+from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, TOOL_CALLS_FILE, read_attempt
 from dist_lora.text import duration
 
 _TAIL_BYTES = 2**14
@@ -26,7 +26,11 @@ def truncate_metrics(folder: Path, *, last_step: int, last_evaluation: int) -> N
     Raises:
         SaveError: a file can't be written.
     """
-    for name, last in ((METRICS_FILE, last_step), (EVALUATIONS_FILE, last_evaluation)):
+    for name, last in (
+        (METRICS_FILE, last_step),
+        (EVALUATIONS_FILE, last_evaluation),
+        (TOOL_CALLS_FILE, last_evaluation),
+    ):
         path = folder / name
         if not path.exists():
             continue
@@ -110,7 +114,7 @@ def sync_metrics(folder: Path) -> None:
     Raises:
         SaveError: a file can't be synced.
     """
-    for name in (METRICS_FILE, EVALUATIONS_FILE):
+    for name in (METRICS_FILE, EVALUATIONS_FILE, TOOL_CALLS_FILE):
         path = folder / name
         try:
             sync(path)

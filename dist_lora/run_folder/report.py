@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from dist_lora.config.changes import flat
 from dist_lora.config.load import load_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import AdapterError, ConfigError, cannot_write
+from dist_lora.evaluation.tool_calls import by_set, rows_of
 from dist_lora.files import file_exists, no_folder, write_output
 from dist_lora.lora.adapter_folder import is_adapter_folder
 from dist_lora.lora.learned import Learned, learned_table, read_learned, sentences
 from dist_lora.lora.origin import facts_of
-from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, read_summary
+from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, TOOL_CALLS_FILE, read_summary
 from dist_lora.run_folder.curves import MOST_POINTS, Line, Series, number, plots
 from dist_lora.run_folder.heat_maps import LearnedOfRun, learned_plots
 from dist_lora.run_folder.records import read_lines
@@ -52,6 +54,14 @@ class _Learned:
 
 
 @dataclass(frozen=True)
+class _ToolTables:
+    """The tool calls of the last evaluation that counted them: by held-out set the rows of a table, the first with its heads."""
+
+    step: int
+    of_sets: dict[str, list[list[str]]]
+
+
+@dataclass(frozen=True)
 class _Run:
     """What a page tells of one run."""
 
@@ -62,6 +72,7 @@ class _Run:
     evaluations: list[list[str]]  # rows of a table, the first with its heads
     samples: Samples | None
     learned: _Learned
+    tool_calls: _ToolTables | None
     settings: str
     flat_settings: dict[str, Any]
 
@@ -123,6 +134,7 @@ def _read(folder: Path) -> _Run:
         evaluations=_table(evaluations),
         samples=read_samples(folder),
         learned=_learned(folder),
+        tool_calls=_tool_calls(_lines(folder / TOOL_CALLS_FILE)),
         settings=(folder / "config.yaml").read_text(encoding="utf-8"),
         flat_settings=flat(config.model_dump(mode="json")),
     )
@@ -249,3 +261,12 @@ def _table(evaluations: Sequence[Line]) -> list[list[str]]:
         for line in evaluations[-MOST_EVALUATIONS:]
     ]
     return [[name.removeprefix("eval_").replace("_", " ") for name in names], *rows]
+
+
+def _tool_calls(lines: Sequence[Line]) -> _ToolTables | None:
+    """The tables of the last line that is whole; None if there is none."""
+    for line in reversed(lines):
+        with suppress(KeyError, TypeError, ValueError, AttributeError):  # a damaged line is skipped, as everywhere
+            tables = {name: rows_of(counts) for name, counts in by_set(line["tool_calls"]).items()}
+            return _ToolTables(int(line["step"]), tables)
+    return None

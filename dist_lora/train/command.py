@@ -40,7 +40,14 @@ from dist_lora.lora.origin import origin_of
 from dist_lora.lora.patterns import with_patterns
 from dist_lora.lora.run_facts import RunFacts
 from dist_lora.profile.recorder import Recorder
-from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, SUMMARY_FILE, Attempt, begin_attempt
+from dist_lora.run_folder.attempt import (
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    TOOL_CALLS_FILE,
+    Attempt,
+    begin_attempt,
+)
 from dist_lora.run_folder.folder import open_run_folder, write_config
 from dist_lora.run_folder.log_file import to_log_file
 from dist_lora.run_folder.samples import SAMPLES_FILE
@@ -334,7 +341,7 @@ def _prepare_folder(
     def begin() -> Attempt:
         write_config(folder, settings)
         if checkpoint is None:
-            for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE):
+            for name in (METRICS_FILE, EVALUATIONS_FILE, TOOL_CALLS_FILE, SAMPLES_FILE):
                 (folder / name).unlink(missing_ok=True)
         else:
             warn_of_other_lr(checkpoint, config, num_steps=num_steps)

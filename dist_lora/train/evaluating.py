@@ -100,10 +100,12 @@ class Evaluation:
         result |= {"sets": named} if named else {}
         if self.verdicts:
             result["guard"] = self.verdicts[""] if "" in self.verdicts else dict(self.verdicts)
-        if self.tool_calls:
-            calls = {name: of_set.as_json() for name, of_set in self.tool_calls.items()}
-            result["tool_calls"] = calls.get("", calls)
-        return result
+        return result | ({"tool_calls": calls} if (calls := self.tool_counts()) else {})
+
+    def tool_counts(self) -> dict[str, Any]:
+        """The counts of ``ToolCalls.as_json``, by set where sets have names; empty where tool calls weren't counted."""
+        calls = {name: of_set.as_json() for name, of_set in self.tool_calls.items()}
+        return calls.get("", calls)
 
     def _facts(self, held: HeldOut, match: ExactMatch | None, base: HeldOut | None) -> dict[str, Any]:
         facts: dict[str, Any] = {"loss": held.loss, "perplexity": held.perplexity, "target_tokens": held.target_tokens}

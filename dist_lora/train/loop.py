@@ -169,7 +169,7 @@ class Run:
         if evaluation.matches:
             self._keep_samples(step, Predictions(self._folder / SAMPLES_FILE, evaluation.answers))
         if meter is not None:
-            meter.evaluated(step, values)
+            meter.evaluated(step, values, tool_calls=evaluation.tool_counts())
         return True
 
     def _keep_samples(self, step: int, samples: Predictions) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dist_lora.errors import SaveError
-from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE
+from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, TOOL_CALLS_FILE
 from dist_lora.run_folder.log_file import to_log_file
 from dist_lora.train.callbacks import Callbacks
 from dist_lora.train.trackers import Options, start_tracker
@@ -117,14 +117,19 @@ class Meter:
         text = f"{flops_per_s / 1e12:.3g} TFLOP/s"
         return text if self._peak_flops_per_s is None else f"{text} ({flops_per_s / self._peak_flops_per_s:.0%})"
 
-    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+    def evaluated(self, step: int, values: Mapping[str, float], *, tool_calls: Mapping[str, Any] | None = None) -> None:
         """Record an evaluation: in its file, in the trackers and on the terminal.
+
+        Args:
+            tool_calls: the counts, which go to a file of their own alone: there may be many tools.
 
         Raises:
             SaveError: it can't be written.
             OwnCodeError: a callback raised an error.
         """
         self._write(EVALUATIONS_FILE, {"step": step, **values}, label="the evaluation at step")
+        if tool_calls:
+            self._write(TOOL_CALLS_FILE, {"step": step, "tool_calls": tool_calls}, label="the tool calls at step")
         self._track(step, values)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         to_log_file(f"step {step}: {shown}")

@@ -14,6 +14,7 @@ import pytest
 
 from dist_lora.config.load import dump_config
 from dist_lora.config.schema import LINEARS, Config
+from dist_lora.evaluation.tool_calls import Counts, ToolCalls
 from dist_lora.herd.shape import module_path
 from dist_lora.lora.learned import Learned, LearnedLinear, write_learned
 from dist_lora.lora.origin import WEIGHTS_FILE
@@ -68,7 +69,11 @@ def run_of(folder: Path, *, num_steps: int = 40, rank: int = 16) -> Path:
             }
         )  # fmt: skip
         if step % 4 == 0:
-            meter.evaluated(step, {"eval_loss": 5.0 / step, "eval_perplexity": 2.0, "eval_exact_match": step / 40})
+            values = {"eval_loss": 5.0 / step, "eval_perplexity": 2.0, "eval_exact_match": step / 40}
+            calls = ToolCalls(
+                {"get_weather" + "_of_a_place" * 9: Counts(4, 3, 2, 1, 1), "g": Counts(unwanted=1)}, answers=5
+            )
+            meter.evaluated(step, values, tool_calls=calls.as_json())
     meter.close()
     adapter = folder / "adapter"
     adapter.mkdir()

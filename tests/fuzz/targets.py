@@ -312,10 +312,10 @@ def data_file(ground: Ground, data: bytes) -> None:
     records = read_records(str(place), fmt=None, which="train")
     for index in range(len(records)):
         try:
-            record = records[index]
+            record, fmt = records.converted(index)
         except DataError:
             continue
-        _encode(ground, record, records.format_of(index))
+        _encode(ground, record, fmt)
 
 
 def record(ground: Ground, data: bytes) -> None:

@@ -91,7 +91,9 @@ def test_eval_counts_the_same_on_one_process_and_on_two(ranks, settings) -> None
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_evaluations_of_a_run_have_the_shares(num_ranks, ranks, settings) -> None:
+def test_evaluations_of_a_run_have_the_shares_and_a_file_of_their_own_the_counts_by_tool(
+    num_ranks, ranks, settings
+) -> None:
     ranks(num_ranks).run(trained, {**settings, "run": f"on-{num_ranks}"})
     file = Path(settings["runs_dir"]) / f"on-{num_ranks}" / "evaluations.jsonl"
     for line in map(json.loads, file.read_text().splitlines()):
@@ -104,7 +106,10 @@ def test_evaluations_of_a_run_have_the_shares(num_ranks, ranks, settings) -> Non
             "eval_tool_unwanted": 1 / 2,
         }
         assert "eval_exact_match" not in line
+        assert "tool_calls" not in line
     assert len(file.read_text().splitlines()) == 2
+    counted = [json.loads(line) for line in file.with_name("tool_calls.jsonl").read_text().splitlines()]
+    assert counted == [{"step": step, "tool_calls": WANTED} for step in (1, 2)]
 
 
 def test_held_out_answers_without_any_call_end_all_ranks_before_a_step(ranks, settings, tmp_path) -> None:

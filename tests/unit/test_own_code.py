@@ -6,14 +6,25 @@ import functools
 import hashlib
 import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import pytest
 
+from dist_lora.config.schema import Config
 from dist_lora.data.own_format import own_format
-from dist_lora.errors import ConfigError
+from dist_lora.errors import ConfigError, OwnCodeError
 from dist_lora.own_code import all_of, hash_of, load_code
-from dist_lora.train.callbacks import HOOKS, Callback, check_hooks, class_of_callback, code_of_object
+from dist_lora.train.callbacks import (
+    HOOKS,
+    Callback,
+    Callbacks,
+    StartedRun,
+    check_hooks,
+    class_of_callback,
+    code_of_object,
+)
+from dist_lora.world.world import World
 from tests import own
 
 
@@ -101,3 +112,107 @@ def test_the_class_to_inherit_from_has_each_hook_and_objects_are_checked_as_clas
     check_hooks(code_of_object(Callback()))
     with pytest.raises(ConfigError, match=r"callbacks: tests\.own:Misspelt: on_stpe is no hook"):
         check_hooks(code_of_object(own.Misspelt()))
+
+
+def test_faults_of_hooks_are_told_together_and_hooks_without_self_are_taken() -> None:
+    class Odd:
+        def on_0123456789(self) -> None: ...
+        def on_save(self) -> None: ...
+
+    class Plain:
+        only = 1
+
+        @staticmethod
+        def on_step(line: dict) -> None: ...
+
+        @classmethod
+        def on_end(cls, summary: dict) -> None: ...
+
+    with pytest.raises(ConfigError) as caught:
+        check_hooks(code_of_object(Odd()))
+    where = f"callbacks: {__name__}:{Odd.__qualname__}"
+    assert str(caught.value).splitlines() == [
+        f"{where}: on_0123456789 is no hook ({', '.join(HOOKS)})",
+        f"{where}: on_save takes (self) -> 'None', and it is called with (self, step, folder)",
+    ]
+    check_hooks(code_of_object(Plain()))
+
+
+def test_a_class_without_a_file_is_named_by_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))  # as in an interactive session
+    for module in ("__main__", "nowhere"):
+        code = code_of_object(type("Mine", (), {"__module__": module})())
+        assert (code.path, code.file) == (f"{module}:Mine", Path())
+
+
+class Told:
+    """Keeps what it is told, under its name."""
+
+    def __init__(self, name: str, told: list[Any]) -> None:
+        self.name, self.told = name, told
+
+    def on_step(self, line: dict[str, Any]) -> None:
+        """Changes the line, which is the callbacks' own."""
+        self.told.append((self.name, "step", line.pop("step")))
+        line["step"] = 0
+
+    def on_save(self, step: int, folder: Path) -> None:
+        """See ``HOOKS``."""
+        self.told.append((self.name, step, folder))
+
+    on_evaluation = on_end = on_step
+
+
+class Saved(Told):
+    """Is told of checkpoints alone."""
+
+    on_step = on_evaluation = on_end = None
+
+
+def callbacks_of(named: list[str], given: list[Any]) -> Callbacks:
+    settings = {"run": "a", "model": {"name": "b"}, "data": {"train": "c"}, "train": {"callbacks": named}}
+    return Callbacks.of(Config.model_validate(settings), given, World.alone())
+
+
+def test_hooks_are_called_in_order_and_none_can_change_what_the_run_writes() -> None:
+    told: list[Any] = []
+    callbacks = callbacks_of([], [Told("first", told), Saved("saved", told), Told("last", told)])
+    line = {"step": 7}
+    for call in (callbacks.step, callbacks.evaluated, callbacks.end):
+        call(line)
+    assert line == {"step": 7}
+    assert told == [("first", "step", 7), ("last", "step", 0)] * 3
+
+
+def test_a_checkpoint_is_told_once_and_the_one_that_a_run_resumes_from_never() -> None:
+    told: list[Any] = []
+    callbacks = callbacks_of([], [Saved("it", told)])
+    two, four = Path("step-00000002"), Path("step-00000004")
+    callbacks.start(StartedRun(cast(Any, None), Path(), 3, 4), last_saved=two)
+    for newest in (None, two, four, four, None):
+        callbacks.look_at(newest)
+    assert told == [("it", 4, four)]
+
+
+def test_a_hook_is_work_on_the_host_for_who_watches_whether_a_rank_hangs() -> None:
+    world, noted = World.alone(), []
+
+    class Looks:
+        def on_step(self, line: dict) -> None:
+            noted.extend((note.text, note.kind) for note in world.progress.notes())
+
+    code = code_of_object(Looks())
+    Callbacks([(code, Looks())], world).step({"step": 1})
+    assert noted == [(f"callback {code.path}.on_step", "host")]
+
+
+def test_an_error_of_a_callback_is_told_as_its_own_with_the_hook() -> None:
+    callbacks = callbacks_of(["tests.own:RaisesAtTwo"], [Told("never", told := [])])
+    with pytest.raises(
+        OwnCodeError, match=r"^train\.callbacks: tests\.own:RaisesAtTwo\.on_step raised ZeroDiv"
+    ) as caught:
+        callbacks.step({"step": 2})
+    assert isinstance(caught.value.__cause__, ZeroDivisionError) and told == []
+    assert "callback tests.own:RaisesAtTwo.on_step" in callbacks._world.progress.where(caught.value)
+    with pytest.raises(OwnCodeError, match=r"tests\.own:Unmade\.__init__ raised KeyError: 'missing'"):
+        callbacks_of(["tests.own:Unmade"], [])

@@ -79,6 +79,11 @@ def test_after_any_number_of_steps_each_set_is_within_one_sample_of_its_share(we
             assert abs(seen[index] - share) < 1.001, (step, index)  # 0.001: the test takes weights as binary fractions
 
 
+def test_a_set_never_has_a_whole_sequence_more_than_its_share() -> None:
+    mixed = MixedSequences(token_set([4], [4], [4]), mixture_of([8, 1, 1]), sequence_length=16, packing=False, seed=0)
+    assert [int(one[0]) for one in mixed.sequences(0, 5)] == [0, 0, 0, 0, 1]  # of five the first set's share is four
+
+
 @pytest.mark.parametrize("by", ["samples", "target_tokens"])
 @given(WEIGHTS, st.lists(st.lists(st.integers(2, 16), min_size=1, max_size=30), min_size=9, max_size=9))
 @settings(max_examples=15, deadline=None)
@@ -137,6 +142,33 @@ def test_a_set_is_seen_whole_before_it_begins_again_in_another_order():
     assert len(set(passes)) == 4
 
 
+def test_a_packed_set_is_packed_anew_in_each_pass_and_its_sequences_are_in_any_order() -> None:
+    tokens = token_set([16] * 3 + [4] * 12)  # 3 sequences of one, and 3 of four
+    mixed = MixedSequences(tokens, mixture_of([1]), sequence_length=16, packing=True, seed=0)
+    passes = [[tuple(sorted(one)) for one in mixed.sequences(at, at + 6)] for at in range(0, 36, 6)]
+    assert all(sorted(i for one in found for i in one) == list(range(15)) for found in passes)
+    assert len({frozenset(found) for found in passes}) == 6
+    assert len({tuple(len(one) for one in found) for found in passes}) > 2
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_what_is_kept_of_the_counts_changes_nothing(packing, monkeypatch) -> None:
+    tokens = token_set([4] * 7, [6] * 3, [9, 2, 2, 5])
+
+    def made() -> MixedSequences:
+        return MixedSequences(tokens, mixture_of([3, 1, 2]), sequence_length=16, packing=packing, seed=0)
+
+    whole, few = made(), made()
+    wanted = [(one.tolist(), whole.epoch_of(at)) for at, one in enumerate(whole.sequences(0, 40))]
+    monkeypatch.setattr("dist_lora.data.mixture._EVERY", 3)
+    for at in (31, 2, 39, 9, 12):
+        assert ([one.tolist() for one in few.sequences(at, at + 1)], few.epoch_of(at)) == (
+            [wanted[at][0]],
+            wanted[at][1],
+        )
+    assert [few.end_of(epoch) for epoch in range(4)] == [whole.end_of(epoch) for epoch in range(4)]
+
+
 def test_an_epoch_ends_with_the_step_in_which_the_last_set_was_seen_whole():
     tokens = token_set([4] * 10, [4] * 3)
     run = loader(tokens, [3, 1], global_batch=4)  # each step 3 of the first set, whose tenth is in the fourth step
@@ -151,9 +183,13 @@ def test_the_order_of_a_mixture_never_changes():
     """Frozen: another order would make a resumed run repeat samples."""
     run = loader(token_set([4] * 3, [4] * 5), [1, 2], global_batch=6, seed=5)
     assert [run.batch(step).sample_ids for step in range(2)] == FROZEN
+    tokens = token_set([4, 2, 9, 3, 3], [5, 16, 2, 7])
+    packed = loader(tokens, [1, 2], by="target_tokens", packing=True, global_batch=3, seed=5)
+    assert [packed.batch(step).sample_ids for step in range(3)] == FROZEN_PACKED
 
 
 FROZEN = [(6, 2, 3, 4, 1, 7), (5, 0, 4, 7, 2, 3)]
+FROZEN_PACKED = [(8, 5, 7, 6, 3, 1), (2, 0, 4, 6, 8, 5, 7), (3, 1, 6, 2, 0, 4)]
 
 
 def test_weights_are_shares_in_any_unit_and_exact():
@@ -168,6 +204,7 @@ def test_the_fingerprint_is_of_the_samples_their_sets_and_shares():
         loader(other_sets, [1, 2]),
     ]  # fmt: skip
     assert len({one.fingerprint for one in of}) == 4
+    assert loader(token_set([4] * 3, [5] * 5), [1, 2]).fingerprint not in {one.fingerprint for one in of}
     assert of[0].fingerprint == loader(tokens, [0.5, 1.0], packing=True, world_size=3).fingerprint
     assert tokens.fingerprint() == other_sets.fingerprint()  # as it was, where there are no weights
 
@@ -181,8 +218,23 @@ def test_lines_tell_shares_and_what_is_repeated():
     ]
     (warning,) = run.mixed.repeated(400)
     assert warning.startswith("data.train: b (10 samples) is seen 10.0 times in this run, each time in a new order.")
+    assert run.mixed.repeated(160) == [] and len(run.mixed.repeated(161)) == 1  # b is seen 4 times in 160 sequences
     by_tokens = loader(token_set([4] * 100, [4] * 10), [0.75, 0.25], by="target_tokens")
     assert by_tokens.mixed is not None and " of the trained tokens from a" in by_tokens.mixed.lines(4)[0]
+
+
+def test_passes_count_sequences_by_what_is_packed_into_them_or_trained_on_in_them() -> None:
+    packed = loader(token_set([4] * 8, [4] * 4), [1, 1], packing=True).mixed  # 2 sequences of 4 samples, and 1
+    assert packed is not None and packed.passes(4) == [1, 2]
+    # 4 samples of 2 targets, and 4 of 4: two of the first to each of the second.
+    by_targets = loader(token_set([4] * 4, [8] * 4), [1, 1], by="target_tokens").mixed
+    assert by_targets is not None and by_targets.passes(6) == [1, 0.5]
+
+
+@pytest.mark.parametrize(("names", "weights"), [((), ()), (("a", "b"), (1.0,)), (("a", "b"), (1.0, 0.0))])
+def test_a_mixture_has_a_weight_above_zero_for_each_of_its_sets(names, weights) -> None:
+    with pytest.raises(AssertionError):
+        Mixture(names, weights)
 
 
 def test_a_set_without_samples_is_refused_by_name():
@@ -200,6 +252,21 @@ def test_an_epoch_that_never_ends_is_refused_and_a_number_of_steps_is_not():
         ConfigError, match=r"until each set was seen 1 time there are about 1,000,000,001,000 sequences, .* weight of a"
     ):
         run.steps_in_epoch(0)
+    small = loader(token_set([4], [4] * 1000), [1e-9, 1])
+    with pytest.raises(ConfigError, match=r"there are about 1,000,000,001 sequences, .* weight of a"):
+        small.steps_in_epoch(0)
+
+
+def test_whole_epochs_are_counted_up_to_a_number_of_sequences(monkeypatch) -> None:
+    run = loader(token_set([4] * 10, [4] * 3), [3, 1])  # 10 / 3 x 4 = 13.3 sequences an epoch
+    assert run.mixed is not None
+    monkeypatch.setattr("dist_lora.data.mixture._MAX_SEQUENCES", 13)
+    with pytest.raises(ConfigError, match=r"until each set was seen 1 time there are about 13 sequences"):
+        run.mixed.end_of(1)
+    monkeypatch.setattr("dist_lora.data.mixture._MAX_SEQUENCES", 14)
+    assert run.mixed.end_of(1) == 13
+    with pytest.raises(ConfigError, match=r"until each set was seen 2 times there are about 27 sequences"):
+        run.mixed.end_of(2)
 
 
 def test_a_simulation_has_full_sequences_whatever_sets_its_config_has():

@@ -29,7 +29,8 @@ def read_all(path, *, fmt=None):
     samples = []
     for index in range(len(records)):
         try:
-            samples.append(read_sample(records[index], fmt=records.format_of(index)))
+            record, fmt = records.converted(index)
+            samples.append(read_sample(record, fmt=fmt))
         except DataError as error:
             raise DataError(f"{records.where(index)}: {error}") from None
     return samples
@@ -244,7 +245,7 @@ def test_sources_follow_one_another_each_with_its_format(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
     names = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "a.jsonl")]
     records = read_records(names, fmt=None, which="train")
-    assert [records.format_of(i) for i in range(5)] == ["text", "text", "prompt-completion", "text", "text"]
+    assert [records.converted(i)[1] for i in range(5)] == ["text", "text", "prompt-completion", "text", "text"]
     assert records[2] == {"prompt": "p", "completion": "c"} and records[4] == {"text": "b"}
     assert records.where(2) == f"{names[1]}:1"
     with pytest.raises(IndexError, match="record 5 of 5"):

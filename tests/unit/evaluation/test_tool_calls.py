@@ -18,6 +18,7 @@ F_OTHER = '{"name": "f", "parameters": {"a": "1"}}'
         (F, "[f(a=1.0)]", {"f": Counts(1, 1, 1, 1)}),
         (F, F_OTHER, {"f": Counts(1, 1, 1, 0)}),
         (F, G, {"f": Counts(1, 1, 0, 0)}),
+        (F, "[h(a=1)]", {"f": Counts(1, 1, 0, 0)}),
         (F, "a text", {"f": Counts(1, missing=1)}),
         (F, F[:-2], {"f": Counts(1, missing=1)}),
         ("a text", "another", {}),
@@ -25,6 +26,7 @@ F_OTHER = '{"name": "f", "parameters": {"a": "1"}}'
         ("[f(a=1), g()]", "[g(), f(a=1)]", {"f": Counts(1, 1, 1, 1), "g": Counts(1, 1, 1, 1)}),
         ("[f(a=1), g()]", F, {"f": Counts(1, 1, 1, 1), "g": Counts(1, missing=1)}),
         (F, "[f(a=2), f(a=1)]", {"f": Counts(1, 1, 1, 1, unwanted=1)}),
+        (F, "[h(a=1), f(a=1)]", {"f": Counts(1, 1, 1, 1), "h": Counts(unwanted=1)}),
         (F, "[h(), f(a=2)]", {"f": Counts(1, 1, 1, 0), "h": Counts(unwanted=1)}),
         ("[f(a=1), f(a=2)]", "[f(a=2), f(a=2)]", {"f": Counts(2, 2, 2, 1)}),
     ],
@@ -64,6 +66,15 @@ def test_shares_are_of_the_wanted_calls_and_of_the_answers_without_one(some: Too
     only_texts = ToolCalls()
     only_texts.add("t", "t")
     assert only_texts.values() == {"eval_tool_unwanted": 0.0}
+    only_calls = ToolCalls()
+    only_calls.add(F, F)
+    assert "eval_tool_unwanted" not in only_calls.values() and only_calls.values()["eval_tool_valid"] == 1
+
+
+def test_tools_are_told_in_the_order_of_their_names_beside_the_counts_of_all() -> None:
+    told = ToolCalls({"b": Counts(1), "a": Counts(2)}, answers=3).as_json()
+    assert list(told["by_tool"]) == ["a", "b"]
+    assert {key: value for key, value in told.items() if value and key != "by_tool"} == {"wanted": 3, "answers": 3}
 
 
 def test_the_table_has_a_line_of_all_tools_and_one_of_each(some: ToolCalls) -> None:

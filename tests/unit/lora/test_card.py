@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,25 @@ def test_the_hubs_own_reader_finds_the_metadata(tmp_path: Path) -> None:
         "tags": ["llama", "lora"],
         "datasets": ["org/data"],
     }
-    merged, _ = made(tmp_path, "merged", merged_quant="nf4")
+    merged, text = made(tmp_path, "merged", merged_quant="nf4")
     assert (merged["library_name"], merged["base_model_relation"]) == ("transformers", "finetune")
+    assert (
+        merged["tags"] == ["llama"] and 'AutoModelForCausalLM.from_pretrained("FOLDER"' in text and "peft" not in text
+    )
+    unknown, _ = made(tmp_path, "merged", base=BaseIdentity("mine"))
+    assert "base_model_relation" not in unknown
+    held_out = SetFacts(("x",), ("org/data", "org/held"))
+    assert made(tmp_path, facts=replace(FACTS, held_out=held_out))[0]["datasets"] == ["org/data", "org/held"]
+
+
+def rows_of(text: str) -> dict[str, str]:
+    lines = [line.strip("| ") for line in text.splitlines() if line.startswith("| ") and " | " in line[2:]]
+    return dict(line.split(" | ") for line in lines)
 
 
 def test_the_text_says_data_settings_numbers_licence_and_versions(tmp_path: Path) -> None:
     _, text = made(tmp_path)
-    rows = dict(
-        line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and " | " in line[2:]
-    )
+    rows = rows_of(text)
     expected = {
         "trained on": "mine.jsonl, org/data:main@train (1,000 samples, 90,000 tokens, 40,000 of them trained on)",
         "held out": "held\\|out.jsonl (50 samples, 4,500 tokens, 2,000 of them trained on)",
@@ -83,7 +94,38 @@ def test_the_text_says_data_settings_numbers_licence_and_versions(tmp_path: Path
     }  # fmt: skip
     assert expected.items() <= rows.items()
     assert "**Built with Llama**" in text and "The base's: Llama 3.1 Community License." in text
-    assert "/home/me" not in text
+    assert "/home/me" not in text and 'PeftModel.from_pretrained(base, "FOLDER")' in text
+    of_llama_3 = made(tmp_path, base=BaseIdentity("meta-llama/Meta-Llama-3-8B"))[1]
+    assert "**Built with Meta Llama 3**" in of_llama_3
+
+
+def test_rows_say_what_differs_and_leave_out_what_is_not_known(tmp_path: Path) -> None:
+    modules = [
+        ModuleAdapter(name="model.layers.0.mlp.down_proj", rank=3, alpha=3.0),
+        ModuleAdapter(name="model.layers.0.self_attn.q_proj", rank=16, alpha=16.0),
+    ]
+    facts = RunFacts(
+        step=5,
+        num_steps=5,
+        tokens=10,
+        held_out=SetFacts((), ()),
+        evaluation={"eval_exact_match/a": 0.5, "eval_loss/a": 1.5, "own/b/c": 2.0},
+        settings={"model.quant": "int8", "train.packing": False, "data.chat_template": None},
+    )
+    recipe = Recipe.of(modules, dropout=0, layers=None, has_rslora=True)
+    rows = rows_of(made(tmp_path, recipe=recipe, facts=facts, origin=RunOrigin(kinds=("chat", "odd")))[1])
+    expected = {
+        "held out": "a part of the training data", "rank": "3-16", "adapted": "q_proj down_proj: 2 linear layers",
+        "packing": "no", "base in": "int8", "prompts": "by the chat template, odd", "chat template": "the tokenizer's",
+        "steps": "5", "tokens, with repetitions": "10", "held-out answers that match exactly, a": "50.0%",
+        "held-out loss per trained token, a": "1.5", "own, b/c": "2",
+    }  # fmt: skip
+    assert expected.items() <= rows.items() and "alpha" not in rows
+    recipe = Recipe.of(modules, dropout=0, layers=None)
+    facts = replace(facts, num_steps=None, evaluated_step=5)
+    rows = rows_of(made(tmp_path, recipe=recipe, facts=facts, origin=RunOrigin(quant="none", kinds=("text",)))[1])
+    expected = {"alpha": "3-16", "base in": "its published values", "steps": "5", "own, b/c": "2"}
+    assert expected.items() <= rows.items() and "chat template" not in rows
 
 
 def test_what_is_not_known_is_not_there_and_no_licence_is_guessed(tmp_path: Path) -> None:
@@ -108,7 +150,10 @@ def test_every_member_has_the_hubs_name_of_its_licence() -> None:
         ("meta-llama/Meta-Llama-3-8B", "me/Llama-3-8b-mine", ""),
         ("meta-llama/Meta-Llama-3-8B", "me/llama_3.mine", ""),
         ("meta-llama/Meta-Llama-3-8B", "me/Llama-mine", "begins with 'Llama 3'"),
+        ("meta-llama/Meta-Llama-3-8B", "me/Llama.3-mine", ""),
+        ("meta-llama/Meta-Llama-3-8B", "me/Llama 3 mine", ""),
         ("meta-llama/Llama-3.2-1B", "me/LlamaMine", ""),
+        ("meta-llama/Llama-3.2-1B", "me/my-llama", "begins with 'Llama'"),
         ("meta-llama/Llama-3.2-1B", "llama/mine", "begins with 'Llama'"),
         ("org/other", "me/mine", ""),
     ],
@@ -119,10 +164,12 @@ def test_the_name_that_a_licence_asks_for_is_looked_at(hub_id: str, repository: 
 
 
 def test_a_text_from_a_file_can_make_no_tag_and_no_other_cell(tmp_path: Path) -> None:
-    evil = SetFacts(("a|b\n## x <script> [l](http://x) `c`",), ("org/a\n---\nlicense: mit",))
+    evil = SetFacts(("a|b\n## x <script> [l](http://x) `c` \\|d",), ("org/a\n---\nlicense: mit",))
     metadata, text = made(tmp_path, facts=RunFacts(train=evil))
     assert metadata["license"] == "llama3.1" and metadata["datasets"] == ["org/a\n---\nlicense: mit"]
     assert "\n## x" not in text and "<script>" not in text.replace("\\<script\\>", "") and "\\[l\\](http" in text
+    assert "\\\\\\|d" in text  # a backslash of its own would undo that of the bar
+    assert "# A LoRA adapter of a\\|b\n" in made(tmp_path, base=BaseIdentity("a|b"))[1]
 
 
 def test_facts_go_with_the_adapter_and_into_the_merged_models_card(tmp_path: Path) -> None:

@@ -40,6 +40,13 @@ def why(served: list[Served], server: str) -> str:
 
 
 V1 = "model.layers.1.self_attn.v_proj"
+
+
+def of_all_layers(linear: Any, rank: int, alpha: float) -> dict[str, tuple[int, float]]:
+    """A linear's own rank and alpha, in both layers."""
+    return {module_path(linear, layer=layer): (rank, alpha) for layer in (0, 1)}
+
+
 ALL = dict.fromkeys(SERVERS, "yes")
 
 
@@ -62,8 +69,15 @@ ALL = dict.fromkeys(SERVERS, "yes")
         ({"own": {V1: (8, 16)}}, {"TGI": "no", "llama.cpp": "wrong", "Ollama": "wrong"}),
         ({"has_rslora": True, "own": {module_path(x, layer=y): (16, 128) for x in LINEARS for y in (0, 1)}},
          {"llama.cpp": "wrong", "Ollama": "wrong"}),  # 32 / sqrt(16) = 8 = 128 / 16
+        # The same of rank 8, whose factor is another number by rounding: 32 / sqrt(8), and 32 sqrt(8) / 8.
+        ({"rank": 8, "has_rslora": True, "own": {module_path(x, layer=y): (8, 32 * 8**0.5) for x in LINEARS for y in (0, 1)}},
+         {"llama.cpp": "wrong", "Ollama": "wrong"}),
+        # Own ranks with the same factor 2. TGI divides the first linear's alpha by 16, and goes on with what it padded that to.
+        ({"own": of_all_layers("down_proj", 8, 16)}, {"llama.cpp": "wrong", "Ollama": "wrong"}),
+        ({"own": of_all_layers("q_proj", 8, 16)}, {"TGI": "wrong", "llama.cpp": "wrong", "Ollama": "wrong"}),
         ({"vocab": 128_256}, ALL),
-        ({"vocab": 262_144}, {"vLLM": "no"}),
+        ({"vocab": 258_048}, ALL),
+        ({"vocab": 258_049}, {"vLLM": "no"}),
     ],
 )  # fmt: skip
 def test_each_server_takes_refuses_or_scales_as_its_source_says(adapter: dict, expected: dict) -> None:
@@ -81,6 +95,12 @@ def test_vllm_is_told_the_smallest_of_its_ranks_that_is_enough(rank: int, option
     )
 
 
+@pytest.mark.parametrize("own", [(3, 6), (32, 64)])
+def test_vllm_is_told_the_largest_rank_of_any_linear(own: tuple[int, float]) -> None:
+    rank = 32 if own[0] < 32 else 16
+    assert "--max-lora-rank 32 " in why(serve_adapter(files(rank=rank, alpha=2 * rank, own={V1: own})), "vLLM")
+
+
 @pytest.mark.parametrize(("rank", "num_gpus"), [(8, "1 GPU"), (16, "2 GPUs"), (32, "4 GPUs"), (48, "4 GPUs"), (64, "")])
 def test_tgi_is_told_on_how_many_gpus_it_pads_nothing(rank: int, num_gpus: str) -> None:
     told = why(serve_adapter(files(rank=rank)), "TGI")
@@ -92,6 +112,21 @@ def test_a_wrong_factor_is_named_with_the_right_one_and_warned_of() -> None:
     assert f"multiplies all by 2: {V1} has 4; merge it" in why(served, "vLLM")
     assert warning_of(served).startswith("vLLM would load this and answer otherwise than it was trained")
     assert warning_of(serve_adapter(files())) == ""
+    served = serve_adapter(files(own=of_all_layers("v_proj", 8, 24)))
+    v0 = V1.replace(".1.", ".0.")
+    assert why(served, "vLLM").endswith(
+        f"multiplies all by 2: {v0} has 3 and 1 more differ; merge it (dist-lora merge)"
+    )
+    ignored = f"it ignores alpha_pattern and multiplies by lora_alpha / rank: {v0} by 4 in place of 3"
+    assert why(served, "llama.cpp") == f"{ignored}, and 1 more; merge it (dist-lora merge)"
+    assert why(serve_adapter(files(own={v0: (8, 24)})), "llama.cpp") == f"{ignored}; merge it (dist-lora merge)"
+    assert warning_of(served).startswith("vLLM, TGI, llama.cpp, Ollama would load this")
+    two = serve_adapter(files(own=of_all_layers("down_proj", 8, 16)))
+    assert warning_of(two).startswith("llama.cpp and Ollama would load this")
+    by_sqrt = serve_adapter(files(has_rslora=True, own={V1: (16, 128)}))
+    assert "it ignores use_rslora and multiplies" in why(by_sqrt, "llama.cpp")
+    served = serve_adapter(files(rank=24, alpha=48))
+    assert "multiplies model.layers.0.self_attn.k_proj by 1.5 in place of 2" in why(served, "TGI")  # 48 / 32
     served = serve_adapter(files(rank=3, alpha=6))
     assert "multiplies model.layers.0.self_attn.k_proj by 0.75 in place of 2" in why(served, "TGI")
     assert [line.split()[:3] for line in lines_of(served)[:2]] == [["vLLM", "takes", "it"], ["TGI", "WRONG", "it"]]
@@ -103,13 +138,15 @@ def test_a_wrong_factor_is_named_with_the_right_one_and_warned_of() -> None:
         ({}, "reorders the heads of q_proj and k_proj in the wrong matrix"),
         ({"linears": ("k_proj",)}, "reorders the heads of k_proj"),
         ({"linears": ("v_proj",), "rank": 64, "min_width": 32}, "transposes what has a rank (64) above a linear's width (32)"),
+        ({"linears": ("v_proj",), "own": {V1: (64, 32)}, "min_width": 32}, "transposes what has a rank (64)"),
         ({"linears": ("v_proj",), "alpha": 7.5}, "takes whole numbers for lora_alpha only, not 7.5"),
     ],
 )  # fmt: skip
 def test_ollama_is_given_a_converted_file_where_its_own_conversion_would_be_wrong(adapter: dict, told: str) -> None:
     found = why(serve_adapter(files(**adapter)), "Ollama")
     assert f"ADAPTER ./adapter.gguf (where it says 'loras are not yet implemented', merge it). Never ADAPTER FOLDER: its own conversion {told}" in found  # fmt: skip
-    assert why(serve_adapter(files(linears=("v_proj", "o_proj"))), "Ollama").startswith("a Modelfile with FROM BASE and ADAPTER FOLDER")  # fmt: skip
+    as_wide = files(linears=("v_proj", "o_proj"), min_width=16)
+    assert why(serve_adapter(as_wide), "Ollama").startswith("a Modelfile with FROM BASE and ADAPTER FOLDER")
 
 
 def test_an_adapters_folder_is_judged_by_what_it_holds(tmp_path: Path) -> None:
@@ -156,7 +193,13 @@ NEW_CONFIG = {"architectures": ["LlamaForCausalLM"], "rope_parameters": {"rope_t
         (NEW_CONFIG, ALL | {"Ollama": "wrong"}),
         (NEW_CONFIG | {"rope_theta": 5e5}, ALL | {"Ollama": "wrong"}),
         (NEW_CONFIG | {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default"}}, ALL),
+        (NEW_CONFIG | {"rope_parameters": {"rope_type": "default"}}, ALL | {"Ollama": "wrong"}),
+        (NEW_CONFIG | {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5}}, ALL),
+        (NEW_CONFIG | {"rope_theta": 5e5, "rope_parameters": None}, ALL),
+        (NEW_CONFIG | HUB_CONFIG, ALL),
+        (NEW_CONFIG | HUB_CONFIG | {"rope_scaling": None}, ALL | {"Ollama": "wrong"}),
         ({"architectures": ["LlamaModel"], "rope_theta": 1.0}, dict.fromkeys(SERVERS, "no")),
+        *(({"architectures": names, "rope_theta": 1.0}, dict.fromkeys(SERVERS, "no")) for names in (None, [])),
         ({"rope_theta": 1.0}, dict.fromkeys(SERVERS, "no")),
     ],
 )

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from dist_lora.errors import SaveError
-from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE
+from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, TOOL_CALLS_FILE
 from dist_lora.run_folder.records import read_lines, truncate_metrics
 from dist_lora.train.meter import Meter
 
@@ -53,11 +53,12 @@ def test_an_evaluation_that_no_checkpoint_knows_of_is_dropped_though_its_step_is
     for step in range(1, 5):
         meter.step(line(step))
         if step % 2 == 0:
-            meter.evaluated(step, {"eval_loss": 1.0})
+            meter.evaluated(step, {"eval_loss": 1.0}, tool_calls={"wanted": step})
     meter.close()
     truncate_metrics(tmp_path, last_step=4, last_evaluation=2)
     assert [each["step"] for each in read_lines(tmp_path / METRICS_FILE)] == [1, 2, 3, 4]
     assert [each["step"] for each in read_lines(tmp_path / EVALUATIONS_FILE)] == [2]
+    assert list(read_lines(tmp_path / TOOL_CALLS_FILE)) == [{"step": 2, "tool_calls": {"wanted": 2}}]
 
 
 def test_an_evaluation_that_the_disk_refuses_is_told_with_its_file(tmp_path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from dist_lora.config.load import dump_config
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, SaveError
+from dist_lora.evaluation.tool_calls import Counts, ToolCalls
 from dist_lora.herd.shape import module_path
 from dist_lora.lora.learned import LEARNED_FILE, Learned, LearnedLinear, write_learned
 from dist_lora.lora.origin import WEIGHTS_FILE
@@ -96,6 +97,29 @@ def run_of(
             meter.evaluated(step, {"eval_loss": evaluated[step], "eval_perplexity": math.exp(evaluated[step])})
     meter.close()
     return folder
+
+
+def test_the_page_has_the_tool_calls_of_the_last_evaluation_by_set_and_tool(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "mine", num_steps=2)
+    earlier = ToolCalls({"<f>": Counts(9, 9)}).as_json()
+    calls = ToolCalls({"<f>": Counts(3, 2, 2, 1, missing=1), "g": Counts(unwanted=1)}).as_json()
+    head = ["tool calls of", "wanted", "valid", "right name", "right arguments", "missing", "unwanted"]
+    tables = [
+        head, ["all tools", "3", "2", "2", "1", "1", "1"], ["<f>", "3", "2", "2", "1", "1", "0"],
+        ["g", "0", "0", "0", "0", "0", "1"],
+    ]  # fmt: skip
+    file = run / "tool_calls.jsonl"
+    for counted in (calls, {"a": earlier, "b": calls}):
+        lines = [{"step": 1, "tool_calls": earlier}, {"step": 2, "tool_calls": counted}]
+        file.write_text(
+            "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 3, "tool_calls": {"by_tool": 1}}])
+        )
+        text = write_report(run).read_text()
+        rows = [row for row in Page(run / "report.html").rows if len(row) == len(head)]
+        assert rows[-len(tables) :] == tables and "Tool calls after step 2" in text and "<f>" not in text
+        assert [name in text for name in ("<p>a</p>", "<p>b</p>")] == ["a" in counted] * 2
+    file.unlink()
+    assert "Tool calls" not in write_report(run).read_text()
 
 
 def test_the_page_tells_the_runs_own_numbers(tmp_path: Path) -> None:

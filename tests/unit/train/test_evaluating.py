@@ -11,6 +11,7 @@ import pytest
 
 from dist_lora.config.schema import Config
 from dist_lora.evaluation.evaluate import ExactMatch, HeldOut
+from dist_lora.evaluation.tool_calls import Counts, ToolCalls
 from dist_lora.run_folder.attempt import SUMMARY_FILE, read_summary
 from dist_lora.run_folder.status import StatusWriter, read_status
 from dist_lora.train.checkpoints import RunProgress
@@ -39,6 +40,19 @@ def test_of_several_sets_all_tokens_count_alike() -> None:
         "eval_exact_match/b": 1.0,
     }
     assert (evaluation.deciding_loss(None), evaluation.deciding_loss("b")) == (1.75, 1.0)
+
+
+def test_tool_calls_are_counted_by_set_and_of_a_single_set_alone() -> None:
+    calls = {"a": ToolCalls({"f": Counts(2, 1, 1, 1, 1)}, answers=2), "b": ToolCalls({"g": Counts(1, 1)}, answers=1)}
+    losses = {name: HeldOut(1.0, 1) for name in calls}
+    matches = {name: ExactMatch(0, 1, of_set) for name, of_set in calls.items()}
+    several = Evaluation(losses, matches)
+    counted = several.tool_counts()
+    assert counted == several.to_json(None)["tool_calls"] == {name: of_set.as_json() for name, of_set in calls.items()}
+    assert (counted["a"]["by_tool"]["f"]["wanted"], counted["b"]["wanted"]) == (2, 1)
+    alone = Evaluation({"": HeldOut(1.0, 1)}, {"": matches["a"]})
+    assert alone.tool_counts() == alone.to_json(None)["tool_calls"] == calls["a"].as_json()
+    assert Evaluation(losses).tool_counts() == {} and "tool_calls" not in Evaluation(losses).to_json(None)
 
 
 def test_a_single_set_has_the_names_and_the_number_that_it_has_alone() -> None:

@@ -23,6 +23,7 @@ from tests.ranks.tiny import config_of
     [
         ({}, 4096, GuardRules("8b", CATEGORIES["8b"], ("drop", "shuffle"), seed=3)),
         ({}, 2048, GuardRules("1b", CATEGORIES["1b"], ("drop", "shuffle"), seed=3)),
+        ({}, 3072, GuardRules("8b", CATEGORIES["8b"], ("drop", "shuffle"), seed=3)),
         ({"guard_version": "8b", "guard_augment": ["drop"]}, 2048, GuardRules("8b", CATEGORIES["8b"], ("drop",), seed=3)),
         ({"guard_categories": ["A"], "guard_augment": []}, 4096, GuardRules("8b", (Category("A"),))),
     ],
