@@ -43,6 +43,7 @@ class _AdapterFacts:
     layers: tuple[int, ...]
     num_layers: int
     modules: tuple[ModuleAdapter, ...] | None = None  # where ranks, alphas or targets differ by layer
+    train_tokens: tuple[int, ...] = ()  # ids, ascending
 
 
 _FACTS = TypeAdapter(_AdapterFacts)
@@ -82,6 +83,7 @@ def gather_adapter(checkpoint: Path, *, out: Path, verify: bool = True, tokenize
         tokenizer=tokenizer or _tokenizer_of(run, out),
         modules=facts.modules,
         facts=replace(run_facts(folder, manifest), num_layers=facts.num_layers),
+        tokens=facts.train_tokens,
     )
     return out
 

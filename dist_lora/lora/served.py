@@ -19,6 +19,7 @@ def recipe_of(adapter: AdapterOnDisk) -> Recipe:
         dropout=adapter.dropout,
         layers=adapter.layers if adapter.config.layers is not None else None,
         has_rslora=adapter.config.has_rslora,
+        tokens=adapter.tokens,
     )
 
 

@@ -54,6 +54,7 @@ from dist_lora.train.build import (
     describe_trained,
     load_adapter,
     open_base,
+    with_ids,
 )
 from dist_lora.train.callbacks import Callbacks, StartedRun
 from dist_lora.train.checkpoints import RunProgress
@@ -197,9 +198,13 @@ def train(
     check_own_code(config, world, callbacks=callbacks)
     base = open_base(config, world)
     warn_of_context(sequence_length=config.train.sequence_length, context=base.shape.context, world=world)
+    named, config = config.lora.train_tokens, with_ids(config, base, world)
     if config.lora.start_from is not None:
         config = check_adapter(config.lora.start_from, config=config, base=base, world=world)
-    settings, config = config, world.agree_on("the config", functools.partial(_resolved, config, base.shape))
+    settings, config = (
+        _named(config, named),
+        world.agree_on("the config", functools.partial(_resolved, config, base.shape)),
+    )
     folder = None if is_dry else open_run_folder(config, world)
     checkpoint = None if folder is None else find_checkpoint(config, folder, world)
     tokens, held_out = _checked_tokens(config, base, world, is_new=checkpoint is None)
@@ -237,6 +242,13 @@ def train(
 
 def _with_patterns(config: Config, shape: Shape) -> Config:
     return config.model_copy(update={"lora": with_patterns(config.lora, num_layers=shape.num_layers)})
+
+
+def _named(config: Config, tokens: list[str | int]) -> Config:
+    """The config with the tokens as they were given, if they were."""
+    if not tokens:
+        return config
+    return config.model_copy(update={"lora": config.lora.model_copy(update={"train_tokens": tokens})})
 
 
 def _resolved(config: Config, shape: Shape) -> Config:
@@ -590,6 +602,7 @@ def evaluate(
         world.on_first("the predictions' file", Predictions(predictions_file).refuse_existing)
     check_own_code(config, world, is_training=False)
     base = open_base(config, world)
+    config = with_ids(config, base, world)
     if adapter is not None:
         config = world.agree_on("lora", functools.partial(_with_patterns, config, base.shape))
         config = check_adapter(adapter, config=config, base=base, world=world)

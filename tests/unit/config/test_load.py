@@ -244,7 +244,7 @@ def test_a_section_that_is_no_mapping_says_what_belongs_there(tmp_path: Path) ->
     assert text.split("\n")[1] == "  lora.rank=8 (argument): no such setting: lora is not a section"
     assert text.split("\n")[2] == (
         "  c.yaml:4: lora: found 16, expected settings, like lora: {...} with rank, alpha, scaling, ranks, "
-        "layers, modules, start_from"
+        "alphas, dropout, targets, layers, modules, train_tokens, start_from"
     )
 
 
