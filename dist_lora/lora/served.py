@@ -42,6 +42,7 @@ def servers_of_adapter(folder: Path) -> list[Served]:
             num_layers=known or _least_layers(adapter),
             min_width=min(widths),
             vocab=member.shape.vocab if member is not None else None,
+            has_tokens=bool(adapter.tokens),
         )
     )
 

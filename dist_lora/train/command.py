@@ -270,6 +270,7 @@ def _checked_tokens(config: Config, base: Base, world: World, *, is_new: bool) -
         index=base.on_disk.index,
         is_tied=base.shape.tied,
         on_untrained=config.data.untrained_tokens,
+        trained=config.lora.token_ids(),
         world=world,
     )
     for name, of_set in held_out.items() if is_new else ():
@@ -546,9 +547,12 @@ def plan_lines(
     frozen = shape.num_parameters()
     accumulation = math.ceil(math.ceil(train.global_batch / world.world_size) / train.micro_batch)
     linears = len(adapters_of(resolved, num_layers=shape.num_layers))
+    rows = f" and {count(shape.trained_rows(lora), 'row')} of {count(len(lora.train_tokens), 'token')}" * bool(
+        lora.train_tokens
+    )
     return [
         f"model     {base.identity.name}: {frozen:,} frozen weights, {count(shape.num_layers, 'layer')}",
-        f"adapters  rank {span(lora.all_ranks())}, alpha {span(lora.all_alphas())}{by_root}, on {count(linears, 'linear layer')}: {trained:,} trained weights "
+        f"adapters  rank {span(lora.all_ranks())}, alpha {span(lora.all_alphas())}{by_root}, on {count(linears, 'linear layer')}{rows}: {trained:,} trained weights "
         f"({trained / frozen:.2%}), {trained * 4 / 2**20:,.1f} MiB in fp32",
         f"data      {count(len(tokens), 'sample')}, {count(tokens.num_tokens, 'token')}, {tokens.num_target_tokens:,} trained on"
         + _held_out_text(held_out),

@@ -30,6 +30,7 @@ class Case:
     device: Literal["gpu", "cpu"] = "gpu"
 
 
+TOKENS: list[object] = ["<|my|>", 128011, *range(100, 162)]
 SHORT = {"train": {"micro_batch": 1, "sequence_length": 64}}
 CASES = {
     "plain": Case("3.1-8b", {}),
@@ -98,6 +99,18 @@ CASES = {
     ),
     "tied, first recomputed, sharded adapters": Case(
         "3.2-1b", {"parallel": {"adapters": "shard"}, "train": {"activation_checkpointing": 1}}, gpus_per_node=2
+    ),
+    "new tokens": Case(
+        "3.1-8b", {"lora": {"layers": "1-2", "train_tokens": TOKENS}, "train": {"activation_checkpointing": False}}
+    ),
+    "new tokens, tied, sharded, nodes": Case(
+        "3.2-1b",
+        {"lora": {"train_tokens": TOKENS[:5]}, "parallel": {"adapters": "shard"}, **SHORT},
+        num_nodes=2,
+        gpus_per_node=3,
+    ),
+    "new tokens, sharded, recomputed": Case(
+        "3.1-8b", {"lora": {"layers": [2], "train_tokens": TOKENS}, "parallel": {"adapters": "shard"}}, gpus_per_node=2
     ),
     "high rank": Case("3.1-8b", {"lora": {"rank": 256}, "train": {"sequence_length": 256}}),
     "whole, by auto": Case("3.1-8b", {"parallel": {"base_shard": "auto"}}),
@@ -197,6 +210,7 @@ def drawn(seed: int) -> Case:
             "rank": draw([1, 4, 16, 64, 256]),
             "targets": draw(targets),
             "layers": draw(["all", "all", [0], [1, 2]]),
+            "train_tokens": draw([[], [], TOKENS]),
         },
         "train": {
             "micro_batch": micro,
@@ -257,6 +271,11 @@ BY_ZERO3 = {
     ),
     "nodes": Case("3.1-70b", ZERO3 | {"model": {"quant": "nf4"}}, num_nodes=2),
     "offload": Case("3.1-8b", {"parallel": {"engine": "zero3", "offload": "all"}}),
+    "new tokens": Case(
+        "3.1-8b",
+        ZERO3 | {"lora": {"layers": "1-2", "train_tokens": TOKENS}, "train": {"activation_checkpointing": False}},
+    ),
+    "new tokens, tied": Case("3.2-1b", ZERO3 | {"lora": {"train_tokens": TOKENS}}, gpus_per_node=2),
     "short, high rank": Case("3.1-8b", SHORT | ZERO3 | {"lora": {"rank": 128}}, gpus_per_node=2),
 }
 
