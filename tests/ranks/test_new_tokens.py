@@ -16,10 +16,15 @@ from transformers import AutoModelForCausalLM
 
 from dist_lora.base.attention import Documents
 from dist_lora.chat.command import open_for_answers
+from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.config.schema import LINEARS, Config
+from dist_lora.errors import ConfigError
+from dist_lora.lora.adapter_reader import open_adapter
 from dist_lora.lora.layer import initial_a
+from dist_lora.train.command import evaluate
 from dist_lora.world.world import World
 from tests.e2e.test_against_peft import NUM_STEPS, padded_batches
+from tests.ranks.pool import RankFailed
 from tests.ranks.runs import chats_settings, metrics, train_command
 
 RANK, ALPHA, LR, WARMUP_STEPS, WEIGHT_DECAY = 4, 8, 5e-3, 2, 0.01  # as chats_settings has the last three
@@ -28,6 +33,9 @@ IDS = [115, 258, 260, 300]
 VARIANTS = ["llama31", "llama32"]  # a head of its own, and a tied one
 PLACES = [(1, {"engine": "none"}), (2, {"engine": "fsdp2", "adapters": "replicate"}),
           (2, {"engine": "fsdp2", "adapters": "shard", "offload": "optimizer"}), (2, {"engine": "zero3"})]  # fmt: skip
+# In nodes of so many: replicated over nodes, or over all ranks.
+NODES = [(4, 2, {"engine": "fsdp2", "base_shard": "node", "adapters": "shard"}),
+         (4, 2, {"engine": "fsdp2", "base_shard": "world", "adapters": "replicate"}), (2, 2, {"base_shard": "gpu"})]  # fmt: skip
 ADAPTER = Path("adapter", "adapter_model.safetensors")
 
 
@@ -89,9 +97,10 @@ def test_rows_and_adapters_have_the_numbers_of_peft_wherever_they_are_trained(
     base = tiny_llama(variant)
     losses, tensors = theirs(variant)
     assert losses[-1] < 0.9 * losses[0]
-    for number, (size, parallel) in enumerate(PLACES):
+    places = [(size, size, parallel) for size, parallel in PLACES] + (NODES if variant == "llama32" else NODES[:1])
+    for number, (size, node_size, parallel) in enumerate(places):
         settings = settings_of(base, tmp_path) | {"runs_dir": str(tmp_path / str(number)), "parallel": parallel}
-        assert ranks(size).run(train_command, settings) == [""] * size
+        assert ranks(size).run(train_command, settings, node_size=node_size) == [""] * size
         run = tmp_path / str(number) / "it"
         assert [line["loss"] for line in metrics(run)] == pytest.approx(losses, rel=1e-4), parallel
         found = load_file(run / ADAPTER)
@@ -147,3 +156,63 @@ def test_on_a_quantized_base_all_engines_have_the_numbers_of_one_process(ranks, 
         found.append([line["loss"] for line in metrics(tmp_path / str(number) / "it")])
     for losses in found[1:]:
         assert losses == pytest.approx(found[0], rel=1e-5)
+
+
+def test_a_run_starts_from_an_adapter_with_rows_and_keeps_its_tokens(tiny_llama, tmp_path) -> None:
+    base = tiny_llama("llama31")
+    first = settings_of(base, tmp_path) | {"runs_dir": str(tmp_path / "first")}
+    assert train_command(World.alone(), first) == ""
+    start = tmp_path / "first" / "it" / "adapter"
+    again = first | {"runs_dir": str(tmp_path / "again"), "lora": {"start_from": str(start)}}
+    assert train_command(World.alone(), again) == ""
+    run = tmp_path / "again" / "it"
+    assert metrics(run)[0]["loss"] < 0.9 * metrics(tmp_path / "first" / "it")[0]["loss"]
+    assert open_adapter(run / "adapter").tokens == tuple(IDS)
+    gathered = gather_adapter(run, out=tmp_path / "gathered")
+    assert (gathered / ADAPTER.name).read_bytes() == (run / ADAPTER).read_bytes()
+    with pytest.raises(
+        ConfigError, match=r"lora\.train_tokens: 115 in the config, ids 115, 258, 260, 300 in the adapter"
+    ):
+        train_command(
+            World.alone(), again | {"run": "other", "lora": {"start_from": str(start), "train_tokens": [115]}}
+        )
+
+
+def test_other_tokens_are_refused_on_resume_and_the_same_in_another_order_are_not(tiny_llama, tmp_path) -> None:
+    settings = settings_of(tiny_llama("llama31"), tmp_path) | {"runs_dir": str(tmp_path)}
+    assert train_command(World.alone(), settings) == ""
+    longer = settings | {"train": settings["train"] | {"steps": NUM_STEPS + 1}}
+    for tokens in ([*TOKENS, 301], TOKENS[1:], []):
+        with pytest.raises(
+            ConfigError, match=r"lora\.train_tokens: the run has \[115, 258, 260, 300\], the config says \["
+        ):
+            train_command(World.alone(), longer | {"lora": settings["lora"] | {"train_tokens": tokens}})
+    assert (
+        train_command(
+            World.alone(),
+            longer | {"lora": settings["lora"] | {"train_tokens": [260, "<|start_header_id|>", 300, 115]}},
+        )
+        == ""
+    )
+    assert [line["step"] for line in metrics(tmp_path / "it")] == list(range(1, NUM_STEPS + 2))
+
+
+def test_a_token_that_is_none_ends_the_run_on_every_rank_before_the_base_is_read(ranks, tiny_llama, tmp_path) -> None:
+    settings = settings_of(tiny_llama("llama31"), tmp_path) | {"runs_dir": str(tmp_path)}
+    settings["lora"] = {"train_tokens": ["<|my|>"]}
+    with pytest.raises(RankFailed) as raised:
+        ranks(2).run(train_command, settings)
+    assert raised.value.kinds[0] == "ConfigError" and "lora.train_tokens: '<|my|>' is 6 tokens" in raised.value.texts[0]
+    assert not (tmp_path / "it").exists()
+
+
+def test_what_eval_says_of_the_base_is_of_the_base_without_the_rows(tiny_llama, tmp_path) -> None:
+    base = tiny_llama("llama31")
+    settings = settings_of(base, tmp_path) | {"runs_dir": str(tmp_path)}
+    assert train_command(World.alone(), settings) == ""
+    held_out = settings | {"data": settings["data"] | {"eval": settings["data"]["train"]}}
+    del held_out["lora"]
+    config = Config.model_validate(held_out)
+    found = evaluate(config, World.alone(), adapter=tmp_path / "it" / "adapter")
+    assert found["base_loss"] == pytest.approx(evaluate(config, World.alone(), adapter=None)["loss"], rel=1e-5)
+    assert found["loss"] < 0.9 * found["base_loss"]
