@@ -81,7 +81,7 @@ def _check_target(target: Any) -> Any:
         raise ValueError(
             f"{target!r} stays frozen: only the seven linears of a layer are adapted ({seven}), "
             "never the embeddings or the head (where they are tied, both are one matrix, and an adapter on one "
-            "would have to change the other)"
+            "would have to change the other); lora.train_tokens trains the rows of some tokens"
         )
     if target not in LINEARS:
         near = nearest(name, LINEARS)
