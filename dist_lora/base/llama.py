@@ -126,22 +126,6 @@ class TrainedRows(Protocol):
         ...
 
 
-class Embedding(nn.Module):
-    """A frozen row for each token; ``adapter`` has the rows that are trained in place of some, if any."""
-
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape.vocab, shape.hidden, dtype=dtype), requires_grad=False)
-        self.adapter: TrainedRows | None = None
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """``(T, D)`` of ids ``(T,)``."""
-        x = F.embedding(ids, self.weight)
-        if self.adapter is None:
-            return x
-        return self.adapter(functools.partial(_with_rows, self.adapter), x, ids)
-
-
 def _with_rows(trained: TrainedRows, x: Tensor, ids: Tensor) -> Tensor:
     """``x`` ``(T, D)`` with the trained row where a token has one, without asking the device which tokens do."""
     place = torch.searchsorted(trained.ids, ids).clamp_(max=len(trained.ids) - 1)
@@ -151,17 +135,30 @@ def _with_rows(trained: TrainedRows, x: Tensor, ids: Tensor) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and the last norm: everything but the head."""
+    """Embedding, layers and the last norm: everything but the head.
+
+    ``adapter`` has the rows that are trained in place of some of the embedding's, if any. It isn't the embedding's own module, whose
+    frozen rows an engine would then gather for the backward too.
+    """
 
     def __init__(self, shape: Shape, *, fmt: Format, dtype: torch.dtype) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(shape, dtype)
+        self.embed_tokens = nn.Embedding(shape.vocab, shape.hidden, dtype=dtype)
+        self.embed_tokens.weight.requires_grad_(False)
+        self.adapter: TrainedRows | None = None
         self.layers = nn.ModuleList(Block(shape, layer, fmt=fmt, dtype=dtype) for layer in range(shape.num_layers))
         self.norm = RMSNorm(shape.hidden, shape.norm_eps, dtype)
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """``(T, D)`` of ids ``(T,)``."""
+        x: Tensor = self.embed_tokens(ids)
+        if self.adapter is None:
+            return x
+        return self.adapter(functools.partial(_with_rows, self.adapter), x, ids)
+
 
 class Head(nn.Module):
-    """From hidden states to the loss over their labels, or to their logits. ``adapter``: see ``Embedding``."""
+    """From hidden states to the loss over their labels, or to their logits. ``adapter`` has rows that are trained, if any."""
 
     weight: nn.Parameter
 
@@ -278,7 +275,7 @@ class Llama(nn.Module):
         self.model = Decoder(shape, fmt=fmt, dtype=dtype)
         self.lm_head = Head(shape, dtype)
         if shape.tied:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = self.model.embed_tokens.weight  # type: ignore[assignment]
         # Counted here, while every parameter is whole: a sharded one may not know its shape.
         self.base_bytes = sum(p.numel() * p.element_size() for p in self.base_parameters().values())
         # Computed on the CPU: values on the meta device would be lost, and no checkpoint has these.
@@ -306,7 +303,7 @@ class Llama(nn.Module):
             With labels the sum of their cross entropies, an fp32 scalar (0 where K is 0, and still
             part of the graph); without, logits ``(K, V)`` in fp32.
         """
-        x = self.model.embed_tokens(ids)
+        x = self.model.embed(ids)
         rotary = rotation(positions, self.inv_freq, x.dtype)
         for block in self.model.layers:
             x = block(x, rotary, attention)

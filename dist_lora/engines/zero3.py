@@ -160,9 +160,8 @@ class Zero3(Engine):
         """DeepSpeed's configuration. There is no 16-bit section: it would cast scales and adapters."""
         blocks = model.blocks()
         block = max(sum(p.numel() for p in b.parameters()) for b in blocks)
-        trained = max(
-            sum(p.numel() for p in b.parameters() if p.requires_grad) for b in (*blocks, model.model.embed_tokens)
-        )
+        in_blocks = [sum(p.numel() for p in b.parameters() if p.requires_grad) for b in blocks]
+        trained = max(*in_blocks, sum(p.numel() for p in model.parameters() if p.requires_grad) - sum(in_blocks))
         head = model.shape.vocab * model.shape.hidden
         zero: dict[str, Any] = {
             "stage": 3,

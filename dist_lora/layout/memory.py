@@ -509,6 +509,14 @@ def moments_of(setup: Setup) -> list[_Moment]:
         ),
         _Moment("in the backward of the last layer", gathered.in_backward, kept + of_last, 0, gradients + stream),
     ]
+    if setup.trained_rows and setup.layout.engine == "zero3":
+        # With modules for the rows DeepSpeed 0.19 prefetches the head while the last layer computes, or a layer more with it.
+        more = (
+            3 * wide if last in setup.recomputed else wide
+        )  # gate, up and down's input, of which the first two may be kept
+        end = gathered.at_end_of_forward
+        moments.append(_Moment("in the last layer", end, kept, 0, stream + more))
+        moments.append(_Moment("while the head is gathered", end + block_bytes(setup), kept, 0, stream))
     if setup.recomputed and last not in setup.recomputed:
         layer = setup.recomputed[-1]  # all layers after it are freed
         held = kept_before(layer + 1) + made_again(layer)

@@ -112,11 +112,10 @@ def _attach_rows(model: Llama, ids: Sequence[int]) -> list[TrainedTensor]:
     """The trained rows of embedding and head; a tied head has the embedding's."""
     if not ids:
         return []
-    embedding, head = model.model.embed_tokens, model.lm_head
     with torch.device("meta"):
         of_embedding = TokenRows(ids, width=model.shape.hidden)
         of_head = TokenRows(ids, width=model.shape.hidden)
-    embedding.adapter, head.adapter = of_embedding, of_head
+    model.model.adapter, model.lm_head.adapter = of_embedding, of_head
     if model.shape.tied:
         of_head.rows = of_embedding.rows
         return [TrainedTensor(EMBEDDING_ROWS, (of_embedding, of_head), "rows", _rows_of(EMBEDDING, ids))]

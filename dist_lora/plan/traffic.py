@@ -102,11 +102,17 @@ def _of_adapters(setup: Setup) -> Iterator[Collective]:
 
 
 def _of_rows(setup: Setup) -> Iterator[Collective]:
-    """Sharded rows of tokens: gathered at the embedding and kept to the head, and gathered again for the backward."""
+    """Sharded rows of tokens: by FSDP2 gathered at the embedding and kept to the head, and gathered again for the backward.
+
+    ZeRO-3 gathers a matrix's rows at the embedding, in its backward, and at the head, where they are kept for the backward.
+    """
     if not setup.trained_rows:
         return
     ranks, num_bytes, count = setup.adapter_ranks, _rows_bytes(setup), setup.accumulation_steps
-    yield Collective("all-gather", "rows of tokens, forward and backward", ranks, False, num_bytes, 2 * count)
+    gathered, times = num_bytes, 2
+    if setup.layout.engine == "zero3":
+        gathered, times = (num_bytes if setup.shape.tied else num_bytes // 2), 3
+    yield Collective("all-gather", "rows of tokens, forward and backward", ranks, False, gathered, times * count)
     yield Collective("reduce-scatter", "rows' gradients", ranks, False, num_bytes, count)
 
 

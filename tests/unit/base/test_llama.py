@@ -412,12 +412,13 @@ def test_a_model_with_trained_rows_is_the_model_whose_matrices_have_them(tiny_ll
 def test_rows_begin_as_the_bases_own_and_the_base_stays_as_it_was(tiny_llama) -> None:
     sections = {"lora": {"rank": 4, "alpha": 8, "train_tokens": TOKENS}}
     trainee = trainee_of(config_of(tiny_llama("llama31"), **sections), World.alone())
-    for module in (trainee.model.model.embed_tokens, trainee.model.lm_head):
-        assert torch.equal(module.adapter.rows, module.weight[TOKENS])
+    decoder, head = trainee.model.model, trainee.model.lm_head
+    assert torch.equal(decoder.adapter.rows, decoder.embed_tokens.weight[TOKENS])
+    assert torch.equal(head.adapter.rows, head.weight[TOKENS])
     trainee.adapters.start_training(config_of(tiny_llama("llama31"), **sections).optim)
     ids, positions, bounds = stream([9, 5])
     trainee.adapters.begin_step()
     trainee.adapters.backward(forward(trainee, ids, positions, bounds, "sdpa")[1].sum(), is_last=True)
     trainee.adapters.step(1e-2)
-    assert not torch.isclose(trainee.model.lm_head.adapter.rows, trainee.model.lm_head.weight[TOKENS]).any()
+    assert not torch.isclose(head.adapter.rows, head.weight[TOKENS]).any()
     trainee.check_base()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dist_lora.config.schema import LoraSection
@@ -177,3 +178,14 @@ def test_every_server_is_told_to_merge(tiny_llama, tmp_path) -> None:
         "Ollama": "no",
     }
     assert all("dist-lora merge" in each.why for each in served)
+
+
+def test_a_head_that_is_stored_beside_the_embedding_that_it_is_tied_to_gets_its_rows_too(tiny_llama, tmp_path) -> None:
+    base = shutil.copytree(tiny_llama("llama32"), tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    merge_adapter(adapter_of_peft(base, tmp_path / "peft", IDS), base=base, out=tmp_path / "merged", force=True)
+    after = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    assert not torch.isclose(after["lm_head.weight"][IDS], weights["lm_head.weight"][IDS]).all(1).any()
