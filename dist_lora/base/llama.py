@@ -6,8 +6,9 @@ Parameters have the names they have in a Hugging Face checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from dist_lora.profile.parts import layer as profiled_layer
 from dist_lora.profile.parts import mark
 
 # T tokens of a micro-batch, D model width, F feed-forward width, V vocabulary, K rows whose next token is predicted
-# H query heads, G key and value heads, E width of a head
+# H query heads, G key and value heads, E width of a head, N tokens whose rows are trained
 
 
 class SelfAttention(nn.Module):
@@ -110,19 +111,54 @@ class Block(nn.Module):
         return result
 
 
+class TrainedRows(Protocol):
+    """What embedding and head need of the rows that are trained in place of theirs: ``rows`` ``(N, D)`` in fp32."""
+
+    @property
+    def rows(self) -> Tensor: ...
+    @property
+    def ids(self) -> Tensor:
+        """The tokens ``(N,)`` that they belong to, ascending."""
+        ...
+
+    def __call__(self, step: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """``step(*inputs)``, while the rows are whole on this rank."""
+        ...
+
+
+def _with_rows(trained: TrainedRows, x: Tensor, ids: Tensor) -> Tensor:
+    """``x`` ``(T, D)`` with the trained row where a token has one, without asking the device which tokens do."""
+    place = torch.searchsorted(trained.ids, ids).clamp_(max=len(trained.ids) - 1)
+    # Not rows[place]: on a GPU the backward of that adds by atomics, in any order, and an embedding's sorts.
+    rows = F.embedding(place, trained.rows.to(x.dtype))
+    return torch.where((trained.ids[place] == ids)[:, None], rows, x)
+
+
 class Decoder(nn.Module):
-    """Embedding, layers and the last norm: everything but the head."""
+    """Embedding, layers and the last norm: everything but the head.
+
+    ``adapter`` has the rows that are trained in place of some of the embedding's, if any. It isn't the embedding's own module, whose
+    frozen rows an engine would then gather for the backward too.
+    """
 
     def __init__(self, shape: Shape, *, fmt: Format, dtype: torch.dtype) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocab, shape.hidden, dtype=dtype)
         self.embed_tokens.weight.requires_grad_(False)
+        self.adapter: TrainedRows | None = None
         self.layers = nn.ModuleList(Block(shape, layer, fmt=fmt, dtype=dtype) for layer in range(shape.num_layers))
         self.norm = RMSNorm(shape.hidden, shape.norm_eps, dtype)
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """``(T, D)`` of ids ``(T,)``."""
+        x: Tensor = self.embed_tokens(ids)
+        if self.adapter is None:
+            return x
+        return self.adapter(functools.partial(_with_rows, self.adapter), x, ids)
+
 
 class Head(nn.Module):
-    """From hidden states to the loss over their labels, or to their logits."""
+    """From hidden states to the loss over their labels, or to their logits. ``adapter`` has rows that are trained, if any."""
 
     weight: nn.Parameter
 
@@ -130,13 +166,25 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape.vocab, shape.hidden, dtype=dtype), requires_grad=False)
         self.is_fused = False
+        self.adapter: TrainedRows | None = None
 
     def forward(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
         """Sum of the cross entropy of ``hidden`` ``(K, D)`` over ``labels`` ``(K,)``, an fp32 scalar; or logits."""
-        if labels is None:
-            return F.linear(hidden, self.weight).float()
+        step = self._logits if labels is None else self._loss
+        inputs = (hidden,) if labels is None else (hidden, labels)
+        return step(*inputs) if self.adapter is None else self.adapter(step, *inputs)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = F.linear(hidden, self.weight)
+        if self.adapter is not None:
+            own = F.linear(hidden, self.adapter.rows.to(hidden.dtype))
+            logits = logits.index_copy(1, self.adapter.ids, own)
+        return logits.float()
+
+    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        trained = () if self.adapter is None else (self.adapter.rows, self.adapter.ids)
         with mark("loss"):
-            loss: Tensor = SumOfCrossEntropy.apply(hidden, self.weight, labels, self.is_fused)  # type: ignore[no-untyped-call]
+            loss: Tensor = SumOfCrossEntropy.apply(hidden, self.weight, labels, self.is_fused, *trained)  # type: ignore[no-untyped-call]
         return loss
 
 
@@ -144,38 +192,76 @@ class SumOfCrossEntropy(torch.autograd.Function):
     """Sum over K rows of the cross entropy of ``hidden @ weight.T``, in slices of ``rows_of_slice`` rows.
 
     All slices of logits have the same memory: the gradient of ``hidden`` is computed in the forward, since the head is
-    frozen and the loss is a plain sum. What is saved for the backward is ``(K, D)``.
+    frozen and the loss is a plain sum. What is saved for the backward is ``(K, D)``. ``rows`` ``(N, D)`` in fp32 are trained in
+    place of those of the tokens ``own`` ``(N,)``; their gradient is summed over the slices in fp32.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, is_fused: bool = False) -> Tensor:
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        is_fused: bool = False,
+        rows: Tensor | None = None,
+        own: Tensor | None = None,
+    ) -> Tensor:
+        gradient = torch.empty_like(hidden) if any(ctx.needs_input_grad) else None
+        trained = None if rows is None or own is None else _RowsOfHead(rows, own, dtype=hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         vocab = weight.shape[0]
-        rows = min(len(hidden), rows_of_slice(vocab, item_bytes=hidden.element_size()))
-        memory = hidden.new_empty((rows, vocab))
+        at_once = min(len(hidden), rows_of_slice(vocab, item_bytes=hidden.element_size()))
+        memory = hidden.new_empty((at_once, vocab))
         in_fp32: Tensor | None = None
         if hidden.dtype != torch.float32 and not is_fused:
-            in_fp32 = memory.new_empty((min(rows, fp32_rows_of_slice(vocab)), vocab), dtype=torch.float32)
+            in_fp32 = memory.new_empty((min(at_once, fp32_rows_of_slice(vocab)), vocab), dtype=torch.float32)
         to_gradient = gradient is not None
-        for first in range(0, len(hidden), max(1, rows)):
-            part = slice(first, first + rows)
+        for first in range(0, len(hidden), max(1, at_once)):
+            part = slice(first, first + at_once)
             logits = torch.mm(hidden[part], weight.T, out=memory[: len(hidden[part])])
+            if trained is not None:
+                trained.write_logits(logits, hidden[part])
             if is_fused:
                 losses = operators.cross_entropy_(logits, labels[part, None], to_gradient)
             else:
                 losses = plain.cross_entropies(logits, labels[part, None], in_fp32=in_fp32, to_gradient=to_gradient)
             total += losses.sum()
             if gradient is not None:
+                of_trained = None if trained is None else trained.take_gradient(logits, hidden[part])
                 torch.mm(logits, weight, out=gradient[part])
-        ctx.save_for_backward(gradient)
+                if of_trained is not None:
+                    gradient[part] += of_trained
+        ctx.save_for_backward(gradient, None if trained is None else trained.gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, of_rows = ctx.saved_tensors
         # By a matrix of one fp32 number: a scalar takes the gradient's dtype, and in 16 bits it is off by up to 0.2 %.
-        return torch.mul(gradient, d_total.view(1, 1), out=torch.empty_like(gradient)), None, None, None
+        d_hidden = torch.mul(gradient, d_total.view(1, 1), out=torch.empty_like(gradient))
+        return d_hidden, None, None, None, None if of_rows is None else of_rows * d_total, None
+
+
+class _RowsOfHead:
+    """The trained rows ``(N, D)`` of the head within the loss, in its dtype, and their gradient in fp32."""
+
+    def __init__(self, rows: Tensor, ids: Tensor, *, dtype: torch.dtype) -> None:
+        self._rows, self._ids = rows.to(dtype), ids
+        self.gradient = torch.zeros_like(rows)
+
+    def write_logits(self, logits: Tensor, hidden: Tensor) -> None:
+        """Replaces the trained tokens' columns of a slice of logits ``(rows, V)`` of ``hidden`` ``(rows, D)``."""
+        logits.index_copy_(1, self._ids, hidden @ self._rows.t())
+
+    def take_gradient(self, d_logits: Tensor, hidden: Tensor) -> Tensor:
+        """The part of the gradient of ``hidden`` that comes through these rows; adds up their own.
+
+        Their columns of ``d_logits`` are zero then, so that the frozen rows add nothing.
+        """
+        own = d_logits.index_select(1, self._ids)
+        d_logits.index_fill_(1, self._ids, 0.0)
+        self.gradient += own.t() @ hidden
+        return own @ self._rows
 
 
 class Llama(nn.Module):
@@ -217,7 +303,7 @@ class Llama(nn.Module):
             With labels the sum of their cross entropies, an fp32 scalar (0 where K is 0, and still
             part of the graph); without, logits ``(K, V)`` in fp32.
         """
-        x = self.model.embed_tokens(ids)
+        x = self.model.embed(ids)
         rotary = rotation(positions, self.inv_freq, x.dtype)
         for block in self.model.layers:
             x = block(x, rotary, attention)
@@ -281,4 +367,11 @@ def materialize(model: Llama, device: torch.device, *, base_device: torch.device
                 empty = torch.empty_like(parameter, device=target)
                 allocated[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
             module._parameters[name] = allocated[id(parameter)]
-    model.inv_freq = model.inv_freq.to(device)
+    move_buffers(model, device)
+
+
+def move_buffers(model: Llama, device: torch.device) -> None:
+    """Move RoPE's frequencies, and the ids of trained rows, to ``device``."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)

@@ -151,6 +151,35 @@ def read_tensor(tensor: TensorOnDisk, *, dtype: torch.dtype | None = None) -> Te
     return whole
 
 
+def read_rows(tensor: TensorOnDisk, rows: Sequence[int]) -> Tensor:
+    """Some rows ``(N, D)`` of a tensor ``(V, D)``, ascending, in host memory, as on disk.
+
+    Reads these rows alone; those that follow one another at once.
+
+    Raises:
+        WeightsError: the file can't be read or ends too early.
+    """
+    chosen = torch.empty((len(rows), *tensor.shape[1:]), dtype=TORCH_DTYPES[tensor.dtype])
+    reader, done = SliceReader(), 0
+    with open_weights(tensor.file) as descriptor:
+        for first, num_rows in _runs(rows):
+            for _, some in reader.slices(tensor, descriptor=descriptor, first_row=first, num_rows=num_rows):
+                chosen[done : done + len(some)].copy_(some)
+                done += len(some)
+    return chosen
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, count) of each run of consecutive numbers."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and sum(runs[-1]) == number:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((number, 1))
+    return runs
+
+
 def fill_slots(
     slots: Sequence[Slot],
     *,

@@ -44,6 +44,7 @@ class _AdapterFacts:
     layers: tuple[int, ...]
     num_layers: int
     modules: tuple[ModuleAdapter, ...] | None = None  # where ranks, alphas or targets differ by layer
+    train_tokens: tuple[int, ...] = ()  # ids, ascending
 
 
 _FACTS = TypeAdapter(_AdapterFacts)
@@ -88,6 +89,7 @@ def gather_adapter(
         modules=facts.modules,
         facts=replace(run_facts(folder, manifest), num_layers=facts.num_layers),
         weight_norms=_weight_norms(folder, manifest) if has_learned else None,
+        tokens=facts.train_tokens,
     )
     return out
 

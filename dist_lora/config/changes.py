@@ -39,9 +39,10 @@ RULES = (
     Rule(("lora.dropout",), "logged", "other masks from here on"),
     Rule(("model.shape", "model.quant", "model.dtype"), "refused", "training would continue on another base"),
     Rule(
-        ("lora.rank", "lora.alpha", "lora.scaling", "lora.ranks", "lora.alphas", "lora.targets", "lora.layers", "lora.modules"),
+        ("lora.rank", "lora.alpha", "lora.scaling", "lora.ranks", "lora.alphas", "lora.targets", "lora.layers", "lora.modules",
+         "lora.train_tokens"),
         "refused",
-        "they set the shape and the scale of the adapters",
+        "they set the shape and the scale of the adapters, and the tokens whose rows are trained",
     ),
     Rule(
         ("train.seed", "train.global_batch", "train.sequence_length", "train.packing"),

@@ -63,6 +63,9 @@ RENAMED: dict[str, str] = {
     "lora_layers_to_transform": "lora.layers",
     "peft_layers_to_transform": "lora.layers",
     "num_layers": "lora.layers",
+    "trainable_token_indices": "lora.train_tokens",
+    "peft_trainable_token_indices": "lora.train_tokens",
+    "fix_untrained_tokens": "lora.train_tokens",
     "adapter_name_or_path": "lora.start_from",
     "adapter_path": "lora.start_from",
     "lora_model_dir": "lora.start_from",
@@ -291,6 +294,11 @@ NOTES: dict[str, str] = {
     "devices": "the number of local processes is the argument --nproc",
     "nproc_per_node": "the number of local processes is the argument --nproc",
     **dict.fromkeys(("use_rslora", "peft_use_rslora"), "true is lora.scaling: sqrt_rank"),
+    **dict.fromkeys(
+        ("trainable_token_indices", "peft_trainable_token_indices"),
+        "names or ids; the rows of a head of its own are trained too",
+    ),
+    "fix_untrained_tokens": "no row is overwritten: name the tokens, and their rows are trained",
 }
 """What else to know when a setting is carried over."""
 
@@ -309,9 +317,10 @@ ABSENT: dict[str, str] = {
         "PiSSA, LoftQ and their like change the base, so that the adapter fits no other copy of it: B begins at zero, and A as "
         "PEFT draws it; take a higher lora.rank with lora.scaling: sqrt_rank",
     ),
-    "modules_to_save": "only the seven linears of a layer are adapted; nothing else is trained",
-    "additional_target": "only the seven linears of a layer are adapted; nothing else is trained",
-    "lora_modules_to_save": "only the seven linears of a layer are adapted; nothing else is trained",
+    **dict.fromkeys(
+        ("modules_to_save", "additional_target", "lora_modules_to_save"),
+        "only the seven linears of a layer are adapted; for new tokens, lora.train_tokens trains their rows of embedding and head",
+    ),
     "bias": "the linears of Llama have no bias",
     "lora_bias": "the linears of Llama have no bias",
     "task_type": "the task is always causal language modelling; remove it",

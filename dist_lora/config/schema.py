@@ -81,7 +81,7 @@ def _check_target(target: Any) -> Any:
         raise ValueError(
             f"{target!r} stays frozen: only the seven linears of a layer are adapted ({seven}), "
             "never the embeddings or the head (where they are tied, both are one matrix, and an adapter on one "
-            "would have to change the other)"
+            "would have to change the other); lora.train_tokens trains the rows of some tokens"
         )
     if target not in LINEARS:
         near = nearest(name, LINEARS)
@@ -201,6 +201,7 @@ LayerRange = Annotated[
     Expected("a range of layers like 8-15"),
 ]
 LayerIndex = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0)]
 
 
 def _check_set_names(sets: Any) -> Any:
@@ -344,10 +345,25 @@ class LoraSection(Section):
         default=None,
         description="Each adapted linear by its full name, with its own rank and alpha, instead of the four settings above; where they differ by layer.",
     )
+    train_tokens: Annotated[
+        list[Text | TokenId],
+        AfterValidator(_refuse_twice),
+        Expected('a list of tokens, by name or id, like ["<|my|>", 128011]'),
+    ] = Field(
+        default=[],
+        description="Tokens whose rows of the embedding, and of a head of its own, are trained beside the adapters: names or ids, "
+        'like ["<|my|>", 128011].',
+    )
     start_from: FilePath | None = Field(
         default=None,
         description="Folder of an adapter to start from (its weights only, not a resume); settings left out here are taken from it.",
     )
+
+    def token_ids(self) -> tuple[int, ...]:
+        """``train_tokens`` once they are ids, ascending: see ``lora.tokens.with_token_ids``."""
+        ids = tuple(token for token in self.train_tokens if isinstance(token, int))
+        assert ids == tuple(sorted(ids)) and len(ids) == len(self.train_tokens), self.train_tokens
+        return ids
 
     @model_validator(mode="after")
     def _check_conflicts(self) -> LoraSection:

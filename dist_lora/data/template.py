@@ -55,6 +55,11 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
     return {token.content: int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
+def added_ids(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
+    """Name and id of each token beside those of the text: special ones, and others that were added."""
+    return {token.content: int(index) for index, token in tokenizer.added_tokens_decoder.items()}
+
+
 @dataclass(frozen=True)
 class Renderer:
     """The chat template applied to the first turns of a conversation."""

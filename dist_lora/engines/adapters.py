@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_lora.base.checksum import checksums
+from dist_lora.base.index import WeightIndex
 from dist_lora.config.schema import OptimSection
 from dist_lora.engines.adamw import AdamW, Span, norm_of
-from dist_lora.lora.attach import AdapterTensor
-from dist_lora.lora.layer import initial_a
+from dist_lora.lora.attach import TrainedTensor
 from dist_lora.lora.state import KINDS, Kind, Piece
 from dist_lora.world.world import World
 
@@ -28,7 +28,7 @@ class Adapters(ABC):
     A step is ``begin_step``, ``backward`` for each micro-batch, ``reduce``, ``step``. All ranks call all of it.
     """
 
-    def __init__(self, tensors: Sequence[AdapterTensor]) -> None:
+    def __init__(self, tensors: Sequence[TrainedTensor]) -> None:
         self.tensors = list(tensors)
         self.shapes: dict[str, tuple[int, ...]] = {t.name: tuple(t.parameter.shape) for t in self.tensors}
 
@@ -39,15 +39,16 @@ class Adapters(ABC):
 
     # The values
 
-    def initialize(self, seed: int) -> None:
-        """A drawn from (seed, name), B zero: the same on every rank without communication."""
-        initial = (
-            (t.name, initial_a(t.linear, rank=shape[0], in_features=shape[1], seed=seed))
-            for t, shape in zip(self.tensors, self.shapes.values(), strict=True)
-            if t.attribute == "lora_A"
-        )
-        self.load(initial)
-        self.load((t.name, torch.zeros(self.shapes[t.name])) for t in self.tensors if t.attribute == "lora_B")
+    def initialize(self, seed: int, base: WeightIndex | None = None) -> None:
+        """A drawn from (seed, name), B zero, rows as in ``base``: the same on every rank without communication.
+
+        Args:
+            base: the base on disk, of which each rank reads the rows that it trains; None where none are.
+
+        Raises:
+            WeightsError: the base can't be read.
+        """
+        self.load((t.name, t.initial(self.shapes[t.name], seed, base)) for t in self.tensors)
 
     @abstractmethod
     def load(self, values: Iterable[tuple[str, Tensor]]) -> None:
@@ -123,7 +124,7 @@ class FlatAdapters(Adapters):
 
     def __init__(
         self,
-        tensors: Sequence[AdapterTensor],
+        tensors: Sequence[TrainedTensor],
         *,
         flat_parameters: Sequence[nn.Parameter],
         parts: Sequence[Part],
@@ -261,7 +262,7 @@ class ReplicatedAdapters(FlatAdapters):
     the global norm counts each element once.
     """
 
-    def __init__(self, tensors: Sequence[AdapterTensor], world: World, *, optimizer_on_host: bool = False) -> None:
+    def __init__(self, tensors: Sequence[TrainedTensor], world: World, *, optimizer_on_host: bool = False) -> None:
         parts, end = [], 0
         for tensor in tensors:
             count = tensor.parameter.numel()
@@ -276,7 +277,7 @@ class ReplicatedAdapters(FlatAdapters):
             shape = self.shapes[tensor.name]
             view = nn.Parameter(self._view(part, self.flat_parameters).view(shape))
             view.grad = self._view(part, [self.gradient]).view(shape)
-            setattr(tensor.module, tensor.attribute, view)
+            tensor.put(view)
 
     def gradients(self) -> list[Tensor]:
         """See ``FlatAdapters``."""

@@ -13,7 +13,7 @@ from dist_lora.base.llama import Llama
 from dist_lora.base.stream import Slot
 from dist_lora.engines.adapters import Adapters
 from dist_lora.layout.choices import EngineName, Layout
-from dist_lora.lora.attach import AdapterTensor
+from dist_lora.lora.attach import TrainedTensor
 from dist_lora.world.world import World
 
 Forward = Callable[..., Any]
@@ -52,7 +52,7 @@ class Engine(ABC):
         return self.layout.base_on_host
 
     @abstractmethod
-    def adapters(self, tensors: Sequence[AdapterTensor], *, has_two_rates: bool = False) -> Adapters:
+    def adapters(self, tensors: Sequence[TrainedTensor], *, has_two_rates: bool = False) -> Adapters:
         """The trained tensors on this rank's device, not yet initialized. All ranks call it.
 
         ``has_two_rates``: A and B have learning rates of their own (``optim.lr_ratio``).

@@ -18,8 +18,8 @@ from dist_lora.base.stream import Slot
 from dist_lora.engines.adapters import Adapters, FlatAdapters, Part, ReplicatedAdapters, same_on_all
 from dist_lora.engines.engine import Engine
 from dist_lora.layout.choices import Layout
-from dist_lora.lora.attach import AdapterTensor
-from dist_lora.lora.layer import LoraAdapter
+from dist_lora.lora.attach import TrainedTensor
+from dist_lora.lora.layer import LoraAdapter, TokenRows
 from dist_lora.text import count
 from dist_lora.world.world import World
 
@@ -35,7 +35,7 @@ class Fsdp2(Engine):
 
     def __init__(self, world: World, layout: Layout) -> None:
         super().__init__(world, layout)
-        self._groups: list[FSDPModule] = []  # of sharded adapters, one per block
+        self._groups: list[FSDPModule] = []  # of sharded adapters, one per block, and of trained rows
         self._meshes: dict[str, DeviceMesh] = {}  # cached: each creates process groups of its own
 
     def shard(self, model: Llama) -> str:
@@ -44,7 +44,9 @@ class Fsdp2(Engine):
         trained = {p for name, p in model.named_parameters() if ".adapter." in name}
         if layout.adapters == "shard":
             mesh = self._mesh("node")
-            self._groups = [group for block in model.model.layers if (group := _shard_adapters(block, mesh))]
+            held = [_trained_modules(block, LoraAdapter) for block in model.model.layers]
+            held.append(_trained_modules(model, TokenRows))
+            self._groups = [_shard_adapters(modules, mesh) for modules in held if modules]
             trained = set()
         mesh = self._mesh(layout.base_shard)
         policy = self._offload_policy()
@@ -54,7 +56,7 @@ class Fsdp2(Engine):
             fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=trained, offload_policy=policy)
         if not model.shape.tied:
             for end in (model.model.embed_tokens, model.lm_head):
-                fully_shard(end, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+                fully_shard(end, mesh=mesh, reshard_after_forward=True, ignored_params=trained, offload_policy=policy)
                 # The loss makes its gradient in the forward and a frozen embedding needs none: neither is used again.
                 end.set_unshard_in_backward(False)  # type: ignore[operator]
         # The root holds the last norm and, where the head is tied, the embedding that input and head share.
@@ -95,7 +97,7 @@ class Fsdp2(Engine):
             module.reshard()
         return super().frozen_shards(model)
 
-    def adapters(self, tensors: Sequence[AdapterTensor], *, has_two_rates: bool = False) -> Adapters:
+    def adapters(self, tensors: Sequence[TrainedTensor], *, has_two_rates: bool = False) -> Adapters:
         """See ``Engine.adapters``."""
         on_host = self.layout.optimizer_on_host
         if self.layout.adapters == "replicate":
@@ -119,7 +121,7 @@ class ShardedAdapters(FlatAdapters):
 
     def __init__(
         self,
-        tensors: Sequence[AdapterTensor],
+        tensors: Sequence[TrainedTensor],
         world: World,
         groups: Sequence[FSDPModule],
         *,
@@ -191,11 +193,12 @@ class ShardedAdapters(FlatAdapters):
         return self.world.world_rank // self.world.local_size, self.world.num_nodes
 
 
-def _shard_adapters(block: nn.Module, mesh: DeviceMesh) -> FSDPModule | None:
-    """One FSDP group of all adapters of a block, or None if it has none."""
-    adapters: list[nn.Module] = [module for module in block.modules() if isinstance(module, LoraAdapter)]
-    if not adapters:
-        return None
+def _trained_modules(module: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
+    return [part for part in module.modules() if isinstance(part, kind)]
+
+
+def _shard_adapters(adapters: list[nn.Module], mesh: DeviceMesh) -> FSDPModule:
+    """One FSDP group of adapters that are used one after the other: of a block, or the rows of embedding and head."""
     group = fully_shard(adapters, mesh=mesh, reshard_after_forward=True)[0]
     # Sums, not means: the loss of a micro-batch is already divided by the targets of the whole step.
     group.set_gradient_divide_factor(1.0)
@@ -205,7 +208,7 @@ def _shard_adapters(block: nn.Module, mesh: DeviceMesh) -> FSDPModule | None:
 
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
     """The modules that hold the base; adapters have FSDP groups of their own."""
-    trained = {id(module) for module in model.modules() if isinstance(module, LoraAdapter)}
+    trained = {id(module) for module in model.modules() if isinstance(module, LoraAdapter | TokenRows)}
     return [m for m in model.modules() if isinstance(m, FSDPModule) and id(m) not in trained]
 
 

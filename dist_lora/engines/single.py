@@ -11,7 +11,7 @@ from dist_lora.engines.adapters import Adapters, ReplicatedAdapters
 from dist_lora.engines.engine import Engine
 from dist_lora.engines.host_layers import HostLayers
 from dist_lora.layout.choices import EngineName, Layout
-from dist_lora.lora.attach import AdapterTensor
+from dist_lora.lora.attach import TrainedTensor
 from dist_lora.world.world import World
 
 
@@ -44,7 +44,7 @@ class Single(Engine):
         """See ``Engine.is_on_host``."""
         return super().is_on_host(slot) and slot.name.startswith("model.layers.")
 
-    def adapters(self, tensors: Sequence[AdapterTensor], *, has_two_rates: bool = False) -> Adapters:
+    def adapters(self, tensors: Sequence[TrainedTensor], *, has_two_rates: bool = False) -> Adapters:
         """See ``Engine.adapters``."""
         return ReplicatedAdapters(tensors, self.world, optimizer_on_host=self.layout.optimizer_on_host)
 

@@ -19,14 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_lora.base.llama import Block, Llama
+from dist_lora.base.llama import Block, Llama, move_buffers
 from dist_lora.base.stream import Slot
 from dist_lora.config.schema import OptimSection
 from dist_lora.engines.adapters import Adapters, FlatAdapters, Part
 from dist_lora.engines.engine import Engine, Forward
 from dist_lora.errors import ConfigError
 from dist_lora.layout.choices import Layout
-from dist_lora.lora.attach import AdapterTensor
+from dist_lora.lora.attach import TrainedTensor
 from dist_lora.lora.state import Kind, Piece
 from dist_lora.text import count
 from dist_lora.world.world import World
@@ -100,7 +100,7 @@ class Zero3(Engine):
             parameter.ds_tensor, parameter.ds_numel_aligned = shard, num_elements * world_size
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=device)
             parameter.ds_status = partitions.ZeroParamStatus.NOT_AVAILABLE
-        model.inv_freq = model.inv_freq.to(device)
+        move_buffers(model, device)
 
     def slots(self, model: Llama) -> list[Slot]:
         """See ``Engine.slots``."""
@@ -114,12 +114,15 @@ class Zero3(Engine):
         held = _held(parameter, self.world.world_rank)
         return Slot(tensor, part, tuple(parameter.ds_shape), held.start, parameter.ds_tensor[: len(held)])
 
-    def adapters(self, tensors: Sequence[AdapterTensor], *, has_two_rates: bool = False) -> Adapters:
+    def adapters(self, tensors: Sequence[TrainedTensor], *, has_two_rates: bool = False) -> Adapters:
         """See ``Engine.adapters``. All ranks call it."""
         assert self._model is not None, "shard was not called"
         # Its settings from the config, and its state, are set by start_training.
-        halves = ("lora_A", "lora_B") if has_two_rates else ("",)
-        groups = [{"params": [t.parameter for t in tensors if t.attribute.startswith(half)]} for half in halves]
+        has_ratio = [has_two_rates and tensor.attribute == "lora_B" for tensor in tensors]
+        groups = [
+            {"params": [t.parameter for t, has in zip(tensors, has_ratio, strict=True) if has == wanted]}
+            for wanted in sorted(set(has_ratio))
+        ]
         optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
         self._engine = self._deepspeed.initialize(
             model=self._model, optimizer=optimizer, config=self._settings, dist_init_required=False
@@ -157,7 +160,8 @@ class Zero3(Engine):
         """DeepSpeed's configuration. There is no 16-bit section: it would cast scales and adapters."""
         blocks = model.blocks()
         block = max(sum(p.numel() for p in b.parameters()) for b in blocks)
-        trained = max(sum(p.numel() for p in b.parameters() if p.requires_grad) for b in blocks)
+        in_blocks = [sum(p.numel() for p in b.parameters() if p.requires_grad) for b in blocks]
+        trained = max(*in_blocks, sum(p.numel() for p in model.parameters() if p.requires_grad) - sum(in_blocks))
         head = model.shape.vocab * model.shape.hidden
         zero: dict[str, Any] = {
             "stage": 3,
@@ -192,7 +196,7 @@ class Zero3Adapters(FlatAdapters):
     be the same memory or a copy.
     """
 
-    def __init__(self, tensors: Sequence[AdapterTensor], engine: Any, world: World) -> None:
+    def __init__(self, tensors: Sequence[TrainedTensor], engine: Any, world: World) -> None:
         self._engine, self._zero = engine, engine.optimizer
         self._held: list[Any] = []
         flat_parameters: list[nn.Parameter] = []

@@ -136,16 +136,21 @@ class Shape:
         return shapes
 
     def trained_weights(self, section: LoraSection) -> int:
-        """Weights of all adapters that a config attaches.
+        """Weights of all adapters that a config attaches, and of the rows of its tokens.
 
         Raises:
             ConfigError: ``lora.layers`` or ``lora.modules`` names a layer that the model doesn't have.
         """
         layers = section.layer_indices(self.num_layers)
+        rows = self.trained_rows(section) * self.hidden
         if section.modules is None:
-            return self.adapter_parameters(section.target_names(), layers, section.rank)
+            return rows + self.adapter_parameters(section.target_names(), layers, section.rank)
         shapes = self.linear_shapes()
-        return sum(module.rank * sum(shapes[module.linear]) for module in section.modules)
+        return rows + sum(module.rank * sum(shapes[module.linear]) for module in section.modules)
+
+    def trained_rows(self, section: LoraSection) -> int:
+        """Rows of the embedding, and of a head of its own, that are trained: one or two for each token."""
+        return len(section.train_tokens) * (1 if self.tied else 2)
 
     def flops(self, *, tokens: float, rows: float, pairs: float, trained_weights: int) -> float:
         """Floating-point operations that a forward and a backward with a frozen base need; recomputations aren't among them.

@@ -231,14 +231,15 @@ def choose_recomputed(
     wanted: Literal["auto", "none", "all"] | int,
     *,
     num_layers: int,
-    first_adapted: int,
+    first_trained: int,
     device_bytes: int | None,
     needed_bytes: Callable[[range], int],
 ) -> tuple[range, str]:
     """``train.activation_checkpointing`` resolved: the layers that recompute, with the reason. Needs no communication.
 
     Args:
-        first_adapted: the first layer with an adapter. Those before it save nothing, so recomputing them would save nothing.
+        first_trained: the first layer that the backward goes through. Those before it save nothing, so recomputing them would
+            save nothing.
         device_bytes: a GPU's memory, of which ``auto`` fills up to ``TIGHT``: all of it, not what is free now, so that a run
             that starts again recomputes the same layers; None on a CPU, where it recomputes nothing.
         needed_bytes: bytes that a rank needs if these layers recompute.
@@ -251,7 +252,7 @@ def choose_recomputed(
     # is still there: if that layer recomputed, its activations would be there once more just then. Kept ones are freed on the
     # way, so that what the first layers recompute finds room.
     def first(num: int) -> range:
-        return range(first_adapted, min(num_layers, first_adapted + num))
+        return range(first_trained, min(num_layers, first_trained + num))
 
     if isinstance(wanted, int):
         if wanted > num_layers:
@@ -264,7 +265,7 @@ def choose_recomputed(
         return first(num_layers if wanted == "all" else 0), "as set"
     if device_bytes is None:
         return first(0), "saves time on a CPU"
-    return _fewest(first, num_layers - first_adapted, room_bytes=TIGHT * device_bytes, needed_bytes=needed_bytes)
+    return _fewest(first, num_layers - first_trained, room_bytes=TIGHT * device_bytes, needed_bytes=needed_bytes)
 
 
 def _fewest(

@@ -46,7 +46,8 @@ class Setup:
         choices: every ``auto`` of the config, resolved.
         accumulation_steps: micro-batches per rank in one step.
         lora_rank: of the adapters, the largest where they differ: what depends on each layer's adapters is an upper bound then.
-        trained_weights: all A and B.
+        trained_weights: all A and B, and the rows of tokens.
+        trained_rows: of embedding and head, whose gradient goes through every layer; 0 where none is trained.
         joins_documents: attention is computed per document of a micro-batch, and the outputs are concatenated.
         num_ranks: ranks of the world; ``local_size``: ranks per node.
     """
@@ -62,6 +63,7 @@ class Setup:
     accumulation_steps: int
     joins_documents: bool
     has_dropout: bool
+    trained_rows: int
     num_ranks: int
     local_size: int
 
@@ -74,6 +76,11 @@ class Setup:
     def recomputed(self) -> range:
         """The layers whose activations are recomputed in the backward pass."""
         return self.choices.recomputed
+
+    @property
+    def first_trained(self) -> int:
+        """The first layer that the backward goes through: the first with an adapter, or all of them."""
+        return 0 if self.trained_rows else min(self.layers)
 
     @property
     def layout(self) -> Layout:
@@ -158,6 +165,7 @@ def _setup(config: Config, shape: Shape, choices: Choices, *, num_ranks: int, lo
         accumulation_steps=math.ceil(math.ceil(train.global_batch / num_ranks) / train.micro_batch),
         joins_documents=train.micro_batch > 1 and choices.attention != "varlen",
         has_dropout=config.lora.dropout > 0,
+        trained_rows=shape.trained_rows(config.lora),
         num_ranks=num_ranks,
         local_size=local_size,
     )
@@ -203,7 +211,7 @@ def _with_recomputed(setup: Setup, wanted: Literal["auto", "none", "all"] | int,
     recomputed, because = choose_recomputed(
         wanted,
         num_layers=num_layers,
-        first_adapted=min(setup.layers),
+        first_trained=setup.first_trained,
         device_bytes=gpu_bytes,
         needed_bytes=lambda layers: _needed_bytes(with_layers(layers)),
     )
@@ -272,14 +280,15 @@ def saved_bytes_of_layer(setup: Setup, layer: int) -> int:
     dropout each adapter has a mask of its input, of a byte per number. Before the first adapter there is no graph, and
     nothing is saved; the input of the first adapters is saved itself.
     """
-    first = min(setup.layers)
+    first = setup.first_trained
     if layer < first:
         return 0
     shape, c = setup.shape, setup.item_bytes
     targets = set(setup.targets) if layer in setup.layers else set()
     groups = ({"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"})
     # The group where the graph begins; -1 if the layer's input has a gradient.
-    begin = next(i for i, group in enumerate(groups) if group & targets) if layer == first else -1
+    has_input = layer > first or setup.trained_rows
+    begin = -1 if has_input else next(i for i, group in enumerate(groups) if group & targets)
     heads = shape.num_heads * shape.head_dim
     numbers = fp32_numbers = 0
     if begin <= 0:  # the first norm's input, or what it gives
@@ -322,7 +331,7 @@ def fp32_rows_of_slice(vocab: int) -> int:
 
 def _saved_by_layer(setup: Setup) -> list[int]:
     """``saved_bytes_of_layer`` of every layer, computed once for those that are alike."""
-    first, adapted = min(setup.layers), set(setup.layers)
+    first, adapted = setup.first_trained, set(setup.layers)
     kinds = [(layer < first, layer == first, layer in adapted) for layer in range(setup.shape.num_layers)]
     of_kind = {kind: saved_bytes_of_layer(setup, kinds.index(kind)) for kind in set(kinds)}
     return [of_kind[kind] for kind in kinds]
@@ -408,7 +417,10 @@ def _gathered(setup: Setup) -> _Gathered:
         # Two buffers of a layer's size, for the whole run, if its layers are in host memory.
         buffers = 2 * block_bytes(setup) if setup.layout.base_on_host else 0
         return _Gathered(*(buffers,) * len(fields(_Gathered)))
-    return _gathered_by_zero3(setup) if setup.layout.engine == "zero3" else _gathered_by_fsdp2(setup)
+    of_base = _gathered_by_zero3(setup) if setup.layout.engine == "zero3" else _gathered_by_fsdp2(setup)
+    # Sharded rows are gathered from the embedding to the head: an upper bound for the rest of the step.
+    rows = FP32 * setup.trained_rows * setup.shape.hidden if setup.adapter_ranks > 1 else 0
+    return _Gathered(*(getattr(of_base, moment.name) + rows for moment in fields(_Gathered)))
 
 
 def _gathered_by_fsdp2(setup: Setup) -> _Gathered:
@@ -422,12 +434,14 @@ def _gathered_by_fsdp2(setup: Setup) -> _Gathered:
     twice, root = 1 + buffers, end if setup.shape.tied else 0
     last = setup.shape.num_layers - 1
     of_last = 0 if setup.frees_buffer(last) else buffers * block
+    # Gathering sharded rows after the embedding frees the buffer of the embedding's own all-gather.
+    of_embedding = 0 if setup.trained_rows and setup.layout.adapters == "shard" else buffers * end
     adapters = 0
     if setup.adapter_ranks > 1:
         adapters = 2 * FP32 * setup.shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
     return _Gathered(
         at_embedding=twice * end,
-        in_first_layer=root + buffers * end + twice * block,
+        in_first_layer=root + of_embedding + twice * block,
         in_later_layer=root + buffers * block + twice * block,
         at_end_of_forward=of_last + (root + block if setup.shape.tied else twice * end),
         at_loss=root + of_last if setup.shape.tied else twice * end,
@@ -458,7 +472,7 @@ def _gathered_by_zero3(setup: Setup) -> _Gathered:
 
 def moments_of(setup: Setup) -> list[_Moment]:
     """The moments of a step at which memory can peak."""
-    shape, c, first, gathered = setup.shape, setup.item_bytes, min(setup.layers), _gathered(setup)
+    shape, c, first, gathered = setup.shape, setup.item_bytes, setup.first_trained, _gathered(setup)
     stream = setup.micro_tokens * shape.hidden * c  # a layer's output
     wide = setup.micro_tokens * shape.ffn * c
     last = shape.num_layers - 1
@@ -471,7 +485,7 @@ def moments_of(setup: Setup) -> list[_Moment]:
 
     def made_again(layer: int) -> int:
         """What a layer that recomputes saves by that; its input is kept anyway."""
-        return of_layers[layer] - (stream if layer > first else 0)
+        return of_layers[layer] - (stream if layer > first or setup.trained_rows else 0)
 
     kept = kept_before(shape.num_layers)
     last_norm = stream + setup.micro_tokens * FP32
@@ -482,17 +496,27 @@ def moments_of(setup: Setup) -> list[_Moment]:
     gradients = wide + max(dropped if is_fused else wide + dropped, dequantized_bytes(setup))
     of_last = made_again(last) if last in setup.recomputed else 0
     at_end = stream + (2 * in_fp32 if setup.layout.engine == "zero3" and not is_fused else stream)
+    # The frozen rows, the trained ones and what is chosen of both; in the loss, the gradient through the trained ones.
+    at_embedding, of_rows = (3 * stream, logit_rows(setup) * shape.hidden * c) if setup.trained_rows else (stream, 0)
     of_norm = 3 * (stream if is_fused else in_fp32)  # the gradients of what it gives, of what it takes, and of all rows
     moments = [
-        _Moment("at the embedding", gathered.at_embedding, 0, 0, stream),
+        _Moment("at the embedding", gathered.at_embedding, 0, 0, at_embedding),
         _Moment("in the first layer", gathered.in_first_layer, 0, 0, stream),
         _Moment("at the end of the forward", gathered.at_end_of_forward, kept + last_norm, 0, at_end),
-        _Moment("at the loss", gathered.at_loss, kept + last_norm + stream, logits_bytes(setup), 2 * stream),
+        _Moment("at the loss", gathered.at_loss, kept + last_norm + stream, logits_bytes(setup), 2 * stream + of_rows),
         _Moment(
             "in the backward of the last norm", gathered.in_backward_of_norm, kept + last_norm, 0, of_norm + stream
         ),
         _Moment("in the backward of the last layer", gathered.in_backward, kept + of_last, 0, gradients + stream),
     ]
+    if setup.trained_rows and setup.layout.engine == "zero3":
+        # With modules for the rows DeepSpeed 0.19 prefetches the head while the last layer computes, or a layer more with it.
+        more = (
+            3 * wide if last in setup.recomputed else wide
+        )  # gate, up and down's input, of which the first two may be kept
+        end = gathered.at_end_of_forward
+        moments.append(_Moment("in the last layer", end, kept, 0, stream + more))
+        moments.append(_Moment("while the head is gathered", end + block_bytes(setup), kept, 0, stream))
     if setup.recomputed and last not in setup.recomputed:
         layer = setup.recomputed[-1]  # all layers after it are freed
         held = kept_before(layer + 1) + made_again(layer)

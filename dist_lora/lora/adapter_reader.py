@@ -1,11 +1,13 @@
 """Reading an adapter's folder, ours or PEFT's, with every fault named.
 
 The format is PEFT's own: ``adapter_config.json``, and ``adapter_model.safetensors`` with two tensors per module,
-``base_model.model.<module>.lora_A.weight`` ``(R, D_in)`` and ``lora_B`` ``(D_out, R)``. ``dist_lora.json`` in the same
-folder names the base that the adapter belongs to. A seal in the weights' metadata, which other programs ignore, holds a
-checksum of the tensors and the settings that they depend on, so that a flipped bit or a file of another adapter is
-detected. In memory the keys are ``<module>.lora_A`` and ``<module>.lora_B``, with modules as
-``model.layers.0.self_attn.q_proj``. Letters: R LoRA rank, D_in and D_out the linear's widths.
+``base_model.model.<module>.lora_A.weight`` ``(R, D_in)`` and ``lora_B`` ``(D_out, R)``; where tokens are trained, their rows
+``(N, D)`` of the embedding, and of a head of its own, as ``...token_adapter.trainable_tokens_delta``, which are the new values.
+``dist_lora.json`` in the same folder names the base that the adapter belongs to. A seal in the weights' metadata, which
+other programs ignore, holds a checksum of the tensors and the settings that they depend on, so that a flipped bit or a file
+of another adapter is detected. In memory the keys are ``<module>.lora_A`` and ``<module>.lora_B``, with modules as
+``model.layers.0.self_attn.q_proj``, and ``model.embed_tokens.token_rows`` and ``lm_head.token_rows``. Letters: R LoRA rank,
+D_in and D_out the linear's widths, N trained tokens, D model width.
 """
 
 from __future__ import annotations
@@ -30,23 +32,30 @@ from dist_lora.files import file_exists, links_out
 from dist_lora.lora.adapter_folder import check_adapter_folder
 from dist_lora.lora.origin import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE, BaseIdentity, read_adapter_json, read_origin
 from dist_lora.lora.peft_config import PeftConfig, read_peft_config, refuse_other_models
+from dist_lora.lora.tokens import EMBEDDING_ROWS, HEAD_ROWS
 from dist_lora.text import first_few
 
 # At most three digits of layers: every key up to the highest layer is checked.
 _MODULE = re.compile(r"model\.layers\.([0-9]{1,3})\.(?:self_attn\.([qkvo]_proj)|mlp\.((?:gate|up|down)_proj))")
 _PEFT_KEY = re.compile(r"base_model\.model\.(.+\.lora_[AB])\.weight")
+_PEFT_ROWS: Mapping[str, str] = {
+    EMBEDDING_ROWS: "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+    HEAD_ROWS: "base_model.model.lm_head.token_adapter.trainable_tokens_delta",
+}
+_ROWS = {name: key for key, name in _PEFT_ROWS.items()}
 _NOT_GATHERED = "not gathered: a process holds only its shard of a tensor"
 SEAL = "dist_lora"  # its key in the metadata of the weights' file
 # The settings that the tensors depend on; all others may be edited.
 SEALED = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora", "target_modules", "layers_to_transform",
+    "trainable_token_indices",
 )  # fmt: skip
-# What is not in the seal of a file from an earlier version, which wrote no patterns.
-_UNSEALED: Mapping[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
+# What is not in the seal of a file from an earlier version, which wrote no patterns, or of one without trained tokens.
+_UNSEALED: Mapping[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "trainable_token_indices": None}
 # Keys of tensors that are no plain LoRA on a linear, and what they are; as PEFT 0.21 names them.
 _REFUSED_KEYS = (
     (
-        r".+\.lora_[AB]\.(?!weight$)[^.]+\.weight",
+        r".+\.lora_[AB]\.(?!weight$)[^.]+\.weight|.+\.trainable_tokens_(delta\..+|original.*)",
         "keys with the adapter's name in them, from model.state_dict(), which PEFT doesn't find either: save the adapter by "
         "PEFT's model.save_pretrained(FOLDER), or leave the name out ('.lora_A.default.weight' is '.lora_A.weight')",
     ),
@@ -56,7 +65,7 @@ _REFUSED_KEYS = (
         "adapters on the embeddings or the head",
     ),
     (
-        r".+\.(embed_tokens|lm_head)\.(?!lora_).*",
+        r".+\.(embed_tokens|lm_head)\.(?!lora_|token_adapter\.trainable_tokens_delta$).*",
         "whole embeddings or a whole head (save them without: save_embedding_layers=False, if they were not trained)",
     ),
     (r".+\.bias", "biases"),
@@ -70,7 +79,7 @@ class AdapterFacts:
     ``modules`` are the adapted linears by full name, in the model's order, each with its own rank and with the alpha that
     gives its scale (of rsLoRA too). ``rank`` and ``alpha`` are the file's, which hold where no pattern says otherwise, and
     ``scale`` is what B A is multiplied by then. ``targets`` are the linears that occur in ``modules``, ``layers`` their
-    layers, or None if the adapter is for as many as a model has.
+    layers, or None if the adapter is for as many as a model has. ``tokens`` are those whose rows are trained, ascending.
     """
 
     rank: int
@@ -81,22 +90,30 @@ class AdapterFacts:
     scale: float
     modules: Mapping[str, ModuleAdapter]
     base: BaseIdentity
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter(AdapterFacts):
-    """An adapter in memory: tensors ``<module>.lora_A`` ``(R, D_in)`` and ``<module>.lora_B`` ``(D_out, R)``, fp32."""
+    """An adapter in memory: tensors ``<module>.lora_A`` ``(R, D_in)`` and ``<module>.lora_B`` ``(D_out, R)``, fp32.
+
+    And ``model.embed_tokens.token_rows`` and ``lm_head.token_rows`` ``(N, D)``, where it has tokens.
+    """
 
     tensors: dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOnDisk(AdapterFacts):
-    """An adapter with checked headers, whose tensors are read one pair at a time; see ``Adapter``."""
+    """An adapter with checked headers, whose tensors are read one pair at a time; see ``Adapter``.
+
+    ``rows``: the trained rows by name; those of the head only where it isn't tied to the embedding.
+    """
 
     folder: Path
     config: PeftConfig
     pairs: dict[str, tuple[TensorOnDisk, TensorOnDisk]]
+    rows: dict[str, TensorOnDisk]
     checksum: str | None
 
     def verify(self) -> None:
@@ -110,7 +127,7 @@ class AdapterOnDisk(AdapterFacts):
         if self.checksum is None:
             return
         try:
-            actual = _checksum_on_disk([half for pair in self.pairs.values() for half in pair])
+            actual = _checksum_on_disk([*(half for pair in self.pairs.values() for half in pair), *self.rows.values()])
         except WeightsError as error:
             raise AdapterError(str(error)) from error
         if actual != self.checksum:
@@ -135,6 +152,19 @@ class AdapterOnDisk(AdapterFacts):
             raise AdapterError(str(error)) from error
         self._refuse_infinite({f"{module}.lora_A": first, f"{module}.lora_B": second})
         return first, second
+
+    def read_rows(self, name: str) -> Tensor:
+        """The trained rows ``(N, D)`` of this name, in the order of ``tokens``, fp32, in host memory.
+
+        Raises: see ``read_pair``.
+        """
+        try:
+            rows = read_tensor(self.rows[name], dtype=torch.float32)
+        except WeightsError as error:
+            raise AdapterError(str(error)) from error
+        self._refuse_infinite({name: rows})
+        place = {token: row for row, token in enumerate(self.config.tokens)}
+        return rows[[place[token] for token in self.tokens]]
 
     def _refuse_infinite(self, tensors: Mapping[str, Tensor]) -> None:
         infinite = [peft_key(key) for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
@@ -161,8 +191,10 @@ def open_adapter(folder: Path) -> AdapterOnDisk:
     headers = _headers(folder)
     keys = {name: match[1] if (match := _PEFT_KEY.fullmatch(name)) else name for name in headers}
     _refuse_keys(headers, folder=folder)
-    by_key = {keys[name]: tensor for name, tensor in headers.items()}
+    by_key = {keys[name]: tensor for name, tensor in headers.items() if name not in _ROWS}
     pairs = _pairs(by_key, config, folder=folder)
+    rows = {_ROWS[name]: tensor for name, tensor in headers.items() if name in _ROWS}
+    _check_rows(rows, config, folder=folder)
     seal = _read_seal(folder)
     base = read_origin(folder, settings, checksum=seal.get("checksum"))
     _check_seal(seal, settings, folder=folder)
@@ -171,6 +203,7 @@ def open_adapter(folder: Path) -> AdapterOnDisk:
         folder=folder,
         config=config,
         pairs=pairs,
+        rows=rows,
         checksum=seal.get("checksum"),
         rank=config.rank,
         alpha=config.alpha,
@@ -180,7 +213,30 @@ def open_adapter(folder: Path) -> AdapterOnDisk:
         scale=config.scale,
         modules=modules,
         base=base,
+        tokens=tuple(sorted(config.tokens)),
     )
+
+
+def _check_rows(rows: Mapping[str, TensorOnDisk], config: PeftConfig, *, folder: Path) -> None:
+    """Raise ``AdapterError`` unless the trained rows are those of the config's tokens."""
+    faults = rows_faults({name: tensor.shape for name, tensor in rows.items()}, num_tokens=len(config.tokens))
+    if faults:
+        raise AdapterError(
+            f"{folder / WEIGHTS_FILE} doesn't hold the trained tokens of its {CONFIG_FILE} (trainable_token_indices):\n  "
+            + "\n  ".join(faults)
+        )
+
+
+def rows_faults(shapes: Mapping[str, tuple[int, ...]], *, num_tokens: int) -> list[str]:
+    """A line for each of the trained rows that isn't ``(num_tokens, D)``, is missing or unexpected."""
+    if not num_tokens:
+        return [f"unexpected, since the config names no token: {peft_key(name)}" for name in shapes]
+    faults = [] if EMBEDDING_ROWS in shapes else [f"missing: {peft_key(EMBEDDING_ROWS)}"]
+    widths = {shape[-1] for shape in shapes.values() if shape}
+    for name, shape in shapes.items():
+        if len(shape) != 2 or shape[0] != num_tokens or not shape[1] or len(widths) > 1:
+            faults.append(f"{peft_key(name)} has shape {shape}, expected ({num_tokens}, the model's width)")
+    return faults
 
 
 def _pairs(
@@ -255,6 +311,7 @@ def read_adapter(folder: Path) -> Adapter:
     tensors: dict[str, Tensor] = {}
     for module in opened.pairs:
         tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"] = opened.read_pair(module)
+    tensors |= {name: opened.read_rows(name) for name in opened.rows}
     facts = {field.name: getattr(opened, field.name) for field in fields(AdapterFacts)}
     return Adapter(tensors=tensors, **facts)
 
@@ -315,8 +372,8 @@ def layer_of(key: str) -> int | None:
 
 
 def peft_key(key: str) -> str:
-    """The name of ``<module>.lora_A`` or ``.lora_B`` in PEFT's file."""
-    return f"base_model.model.{key}.weight"
+    """The name of ``<module>.lora_A`` or ``.lora_B``, or of trained rows, in PEFT's file."""
+    return _PEFT_ROWS.get(key) or f"base_model.model.{key}.weight"
 
 
 def _refuse_links(folder: Path) -> None:

@@ -22,7 +22,7 @@ from dist_lora.config.schema import ModuleAdapter
 from dist_lora.errors import AdapterError, ConfigError, cannot_write
 from dist_lora.files import file_exists, is_empty_folder, swap_in, sync_folder
 from dist_lora.herd.shape import module_path
-from dist_lora.lora.adapter_reader import SEAL, SEALED, faults_of, layer_of, peft_key
+from dist_lora.lora.adapter_reader import SEAL, SEALED, faults_of, layer_of, peft_key, rows_faults
 from dist_lora.lora.card import CARD_FILE, Recipe, card
 from dist_lora.lora.learned import learned_from, write_learned
 from dist_lora.lora.origin import (
@@ -36,6 +36,7 @@ from dist_lora.lora.origin import (
 )
 from dist_lora.lora.run_facts import RunFacts, public_name
 from dist_lora.lora.spectrum import spectra
+from dist_lora.lora.tokens import EMBEDDING_ROWS, HEAD_ROWS
 from dist_lora.text import first_few
 
 
@@ -54,6 +55,7 @@ def write_adapter(
     modules: Sequence[ModuleAdapter] | None = None,
     facts: RunFacts | None = None,
     weight_norms: Mapping[str, float] | None = None,
+    tokens: Sequence[int] = (),
 ) -> None:
     """Writes the adapter folder, whole or not at all, replacing an adapter that is there.
 
@@ -70,6 +72,8 @@ def write_adapter(
         facts: what the run knows about itself, for the model card; no path may be in it.
         weight_norms: Frobenius norms of the base's weights by module, as far as they are known, for ``learned.json``; without
             it that isn't written.
+        tokens: ids, ascending, whose rows ``(N, D)`` are among the tensors: ``model.embed_tokens.token_rows``, and
+            ``lm_head.token_rows`` of a head of its own.
 
     Raises:
         AdapterError: a tensor is not whole ("not gathered"), not finite, unexpected or lacks its other
@@ -78,7 +82,7 @@ def write_adapter(
         SaveError: the system refuses to write.
     """
     chosen = None if layers is None else tuple(sorted(layers))
-    _refuse_tensors(tensors, rank=rank, targets=targets, layers=chosen, modules=modules)
+    _refuse_tensors(tensors, rank=rank, targets=targets, layers=chosen, modules=modules, tokens=tokens)
     if file_exists(folder) and not file_exists(folder / CONFIG_FILE) and not is_empty_folder(folder):
         raise ConfigError(f"{folder} exists and isn't an adapter (it has no {CONFIG_FILE}). Choose another folder.")
     partial = folder.with_name(f".{folder.name}.partial")
@@ -87,8 +91,10 @@ def write_adapter(
     config = _peft_config(rank, alpha, dropout, targets=targets, layers=chosen, base=base, run=run)
     if modules is not None:
         config |= _patterns(modules, rank=rank, alpha=alpha)
+    if tokens:
+        config["trainable_token_indices"] = _token_indices(tensors, tokens)
     adapters = _adapters(tensors, modules, rank=rank, alpha=alpha)
-    recipe = Recipe.of(adapters, dropout=dropout, layers=chosen)
+    recipe = Recipe.of(adapters, dropout=dropout, layers=chosen, tokens=tokens)
     text = card("adapter", base=base, recipe=recipe, origin=run, facts=facts, software=_versions())
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -129,7 +135,7 @@ def _write_files(
     """
     content = {peft_key(key): tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()}
     checksum = _checksum_of(content)
-    seal = {"checksum": checksum, "config": {key: config[key] for key in SEALED}}
+    seal = {"checksum": checksum, "config": {key: config[key] for key in SEALED if key in config}}
     write_safetensors(
         partial / WEIGHTS_FILE,
         {name: content[name] for name in sorted(content)},
@@ -151,7 +157,7 @@ def _adapters(
     """Every adapted linear with its rank and alpha."""
     if modules is not None:
         return list(modules)
-    names = sorted({key.rpartition(".")[0] for key in tensors})
+    names = sorted({key.rpartition(".")[0] for key in tensors if layer_of(key) is not None})
     return [ModuleAdapter(name=name, rank=rank, alpha=alpha) for name in names]
 
 
@@ -162,14 +168,16 @@ def _refuse_tensors(
     targets: Sequence[str],
     layers: tuple[int, ...] | None,
     modules: Sequence[ModuleAdapter] | None,
+    tokens: Sequence[int],
 ) -> None:
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    rows = {key: shapes.pop(key) for key in (EMBEDDING_ROWS, HEAD_ROWS) if key in shapes}
     if layers is None:
         layers = tuple(range(1 + max((layer for key in shapes if (layer := layer_of(key)) is not None), default=-1)))
     ranks = {module_path(target, layer=layer): rank for layer in layers for target in targets}
     if modules is not None:
         ranks = {module.name: module.rank for module in modules}
-    faults = faults_of(shapes, ranks=ranks, names=str)
+    faults = faults_of(shapes, ranks=ranks, names=str) + rows_faults(rows, num_tokens=len(tokens))
     infinite = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.detach()).all()]
     if infinite:
         faults.append(f"NaN or infinity in {first_few(infinite)}")
@@ -186,6 +194,12 @@ def _patterns(modules: Sequence[ModuleAdapter], *, rank: int, alpha: float) -> d
         "rank_pattern": {module.name: module.rank for module in modules if module.rank != rank},
         "target_modules": sorted(module.name for module in modules),
     }
+
+
+def _token_indices(tensors: Mapping[str, Tensor], tokens: Sequence[int]) -> list[int] | dict[str, list[int]]:
+    """PEFT's setting: ids alone are of the embedding, and of a head that is tied to it."""
+    ids = list(tokens)
+    return {"embed_tokens": ids, "lm_head": ids} if HEAD_ROWS in tensors else ids
 
 
 def _whole(number: float) -> float:

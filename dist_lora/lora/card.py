@@ -35,7 +35,7 @@ _VALUES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What was adapted, and how. ``layers``: None where all of the model's are."""
+    """What was adapted, and how. ``layers``: None where all of the model's are; ``tokens``: ids of those that were trained."""
 
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
@@ -43,10 +43,16 @@ class Recipe:
     targets: tuple[str, ...]
     layers: tuple[int, ...] | None
     num_linears: int
+    tokens: tuple[int, ...] = ()
 
     @staticmethod
     def of(
-        modules: Sequence[ModuleAdapter], *, dropout: float, layers: Sequence[int] | None, has_rslora: bool = False
+        modules: Sequence[ModuleAdapter],
+        *,
+        dropout: float,
+        layers: Sequence[int] | None,
+        has_rslora: bool = False,
+        tokens: Sequence[int] = (),
     ) -> Recipe:
         """The recipe of these adapters; with rsLoRA their alphas, which give the scale, aren't those of the file."""
         linears = {module.linear for module in modules}
@@ -57,6 +63,7 @@ class Recipe:
             targets=tuple(name for name in LINEARS if name in linears),
             layers=None if layers is None else tuple(layers),
             num_linears=len(modules),
+            tokens=tuple(tokens),
         )
 
 
@@ -160,6 +167,8 @@ def _training(
     yield "dropout", f"{recipe.dropout:g}"
     layers = "" if recipe.layers is None else f", layers {ranges(recipe.layers)}"
     yield "adapted", f"{' '.join(recipe.targets)}{layers}: {count(recipe.num_linears, 'linear layer')}"
+    if recipe.tokens:
+        yield "trained tokens", f"{ranges(recipe.tokens)}: their rows of the embedding, and of a head of its own"
     names = {
         "optim.lr": "learning rate", "optim.schedule": "schedule", "optim.warmup_steps": "warm-up steps",
         "optim.weight_decay": "weight decay", "optim.max_grad_norm": "gradients clipped to norm",

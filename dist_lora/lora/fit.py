@@ -11,6 +11,7 @@ from dist_lora.errors import AdapterError, ConfigError
 from dist_lora.herd.shape import Shape
 from dist_lora.lora.adapter_reader import AdapterOnDisk
 from dist_lora.lora.attach import adapters_of
+from dist_lora.lora.tokens import HEAD_ROWS
 from dist_lora.text import first_few, ranges
 
 
@@ -27,6 +28,7 @@ def settings_of(adapter: AdapterOnDisk) -> dict[str, Any]:
         "targets": "all" if adapter.targets == LINEARS else list(adapter.targets),
         "layers": "all" if adapter.layers is None else list(adapter.layers),
         "modules": None if is_plain else modules,
+        "train_tokens": list(adapter.tokens),
     }
 
 
@@ -73,10 +75,19 @@ def _faults_on_model(adapter: AdapterOnDisk, shape: Shape) -> Iterator[str]:
             differing.append(f"{name} is {expected[0]} x {expected[1]}, its B A {second.shape[0]} x {first.shape[1]}")
     if differing:
         yield first_few(differing)
+    beyond = [token for token in adapter.tokens if token >= shape.vocab]
+    if beyond:
+        yield f"it has rows of tokens {ranges(beyond)}, and the model's vocabulary ends at {shape.vocab - 1:,}"
+    for name, rows in adapter.rows.items():
+        if rows.shape[1] != shape.hidden:
+            yield f"{name} has a width of {rows.shape[1]:,}, and the model {shape.hidden:,}"
+    if HEAD_ROWS in adapter.rows and shape.tied:
+        yield "it has rows of a head of its own, and the model's head is its embedding"
 
 
 def _contradictions(adapter: AdapterOnDisk, section: LoraSection, shape: Shape) -> Iterator[str]:
     """Each setting that ``section`` was given and that says something else than the adapter, with both values."""
+    yield from _differing_tokens(section, adapter)
     if section.modules is not None:
         yield from _differing_modules(adapters_of(section, num_layers=shape.num_layers), adapter)
         return
@@ -92,6 +103,17 @@ def _contradictions(adapter: AdapterOnDisk, section: LoraSection, shape: Shape) 
     layers, own_layers = section.layer_indices(shape.num_layers), own.layer_indices(shape.num_layers)
     if "layers" in given and layers != own_layers:
         yield f"lora.layers: {ranges(layers)} in the config, {ranges(own_layers)} in the adapter"
+
+
+def _differing_tokens(section: LoraSection, adapter: AdapterOnDisk) -> Iterator[str]:
+    """A plan has no tokenizer, and compares the number of tokens where some are names."""
+    named = section.train_tokens
+    if "train_tokens" not in section.model_fields_set:
+        return
+    is_all_ids = all(isinstance(token, int) for token in named)
+    if set(named) != set(adapter.tokens) if is_all_ids else len(named) != len(adapter.tokens):
+        has = f"ids {ranges(adapter.tokens)}" if adapter.tokens else "none"
+        yield f"lora.train_tokens: {', '.join(map(str, named)) or 'none'} in the config, {has} in the adapter"
 
 
 def _differing_modules(config: Mapping[str, ModuleAdapter], adapter: AdapterOnDisk) -> Iterator[str]:

@@ -1,15 +1,19 @@
-"""A LoRA adapter of one linear: ``y = x W^T + (alpha / rank) (x A^T) B^T``, which base/linear.py computes."""
+"""What is trained: a LoRA adapter of one linear, ``y = x W^T + (alpha / rank) (x A^T) B^T``, which base/linear.py computes;
+
+and the rows of some tokens, in place of those of embedding or head, with which base/llama.py computes.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# D_in and D_out of the frozen linear, R LoRA rank
+# D_in and D_out of the frozen linear, R LoRA rank, N tokens whose rows are trained, D model width
 
 
 class LoraAdapter(nn.Module):
@@ -36,6 +40,25 @@ class LoraAdapter(nn.Module):
         An engine that shards A and B gathers them by hooks on this module: around its forward, and, by the inputs and
         outputs that it sees here, around its backward.
         """
+        return step(*inputs)
+
+
+class TokenRows(nn.Module):
+    """Rows ``(N, D)`` in fp32 of the tokens ``ids`` ``(N,)``, ascending, in place of the embedding's or the head's own.
+
+    Source: PEFT's trainable tokens (``peft.tuners.trainable_tokens``), which hold the new values too, no differences.
+    """
+
+    ids: Tensor
+
+    def __init__(self, ids: Sequence[int], *, width: int) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.empty(len(ids), width, dtype=torch.float32))
+        # On the CPU: values on the meta device would be lost.
+        self.register_buffer("ids", torch.tensor(ids, device="cpu"), persistent=False)
+
+    def forward(self, step: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """``step(*inputs)``; see ``LoraAdapter.forward``."""
         return step(*inputs)
 
 

@@ -1,5 +1,7 @@
 """A model with an adapter merged into its weights: W + s B A in fp32, cast once, from file to file a slice at a time.
 
+Trained tokens' rows take the place of those of embedding and head.
+
 The result mirrors the base: the same file names, the same tensors in the same order, and its config, tokenizer and
 licence. Memory doesn't depend on the model's size. Letters: R LoRA rank, D_in and D_out a linear's widths.
 """
@@ -42,6 +44,7 @@ from dist_lora.base.model_folder import (
 from dist_lora.base.quant.formats import format_of
 from dist_lora.base.quant.published import NF4_ON_DISK, BaseOnDisk, open_base_on_disk
 from dist_lora.base.safetensors import Entry, bytes_of, header_of, new_safetensors
+from dist_lora.base.stored_shape import EMBEDDING, HEAD
 from dist_lora.base.stream import TORCH_DTYPES, SliceReader
 from dist_lora.base.tokenizer_files import set_template
 from dist_lora.config.schema import LINEARS, Quant
@@ -51,6 +54,7 @@ from dist_lora.lora.adapter_reader import AdapterOnDisk, open_adapter
 from dist_lora.lora.card import CARD_FILE, card
 from dist_lora.lora.origin import BaseIdentity, facts_of, identify_base, origin_of, original_of
 from dist_lora.lora.served import recipe_of
+from dist_lora.lora.tokens import EMBEDDING_ROWS, HEAD_ROWS
 from dist_lora.text import first_few
 
 log = logging.getLogger("dist_lora")
@@ -60,6 +64,7 @@ _DTYPES: Mapping[str, str] = {"bf16": "BF16", "fp32": "F32"}
 _CONFIG_DTYPES: Mapping[str, str] = {"bf16": "bfloat16", "fp32": "float32"}
 _END_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")  # Llama 3's, in the order of their ids
 _WHAT = "merged model"
+_TENSORS: Mapping[str, str] = {EMBEDDING_ROWS: EMBEDDING, HEAD_ROWS: HEAD}
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,7 @@ class _Merger:
         self._on_progress = on_progress
         self._reader = SliceReader(_SLICE_BYTES)
         self._buffers: dict[torch.dtype, Tensor] = {}
+        self._rows = _rows_by_tensor(adapter, index)
         self._unchanged: list[str] = []
         self._overflowing: list[str] = []
         self._bytes_total = _num_bytes(index.tensors.values(), dtype)
@@ -184,6 +190,7 @@ class _Merger:
         ):
             rows = stored if fmt is None else fmt.dequantize(fmt.quantize_rows(stored), torch.float32)
             result = self._merged(rows, pair, row=row, dtype=dtype)
+            self._put_rows(tensor.name, result, first_row=row)
             if pair is not None:
                 is_changed = is_changed or not torch.equal(result, rows.to(dtype))
                 extremes = torch.aminmax(result)  # NaN is in both; isfinite would take twice the slice more
@@ -207,6 +214,17 @@ class _Merger:
         total.addmm_(second[row : row + len(rows)], first, alpha=scale)
         return total if dtype == torch.float32 else self._buffer(rows, dtype).copy_(total)
 
+    def _put_rows(self, name: str, result: Tensor, *, first_row: int) -> None:
+        """Write the trained tokens' rows of a tensor into some of its rows."""
+        if name not in self._rows:
+            return
+        trained = self._rows[name]
+        for token, values in zip(self._adapter.tokens, trained, strict=True):
+            if first_row <= token < first_row + len(result):
+                result[token - first_row] = values
+                if not result[token - first_row].isfinite().all() and name not in self._overflowing:
+                    self._overflowing.append(name)
+
     def _buffer(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """A reused buffer of the shape of ``rows``: hundreds of new ones of this size would fragment the heap."""
         buffer = self._buffers.get(dtype)
@@ -226,6 +244,17 @@ class _Merger:
                 f"weights that it targets: {first_few(self._unchanged)}. Its update is lost in rounding; merge to "
                 "fp32 (--dtype fp32), or serve it as an adapter."
             )
+
+
+def _rows_by_tensor(adapter: AdapterOnDisk, index: WeightIndex) -> dict[str, Tensor]:
+    """The trained rows ``(N, D)`` by the tensor of the base that they are written to.
+
+    A head that is stored though config.json ties it to the embedding gets the embedding's rows, unless it has its own.
+    """
+    rows = {_TENSORS[name]: adapter.read_rows(name) for name in adapter.rows}
+    if EMBEDDING in rows and read_model_json(index.folder / "config.json").get("tie_word_embeddings"):
+        rows.setdefault(HEAD, rows[EMBEDDING])
+    return rows
 
 
 def _open_base(whole: WeightIndex, quant: Quant) -> tuple[BaseOnDisk, WeightIndex, Quant]:
@@ -298,6 +327,13 @@ def _check_fit(adapter: AdapterOnDisk, *, index: WeightIndex) -> None:
             unknown.append(first.name)
         elif weight.shape != expected:
             differing.append(f"{module}.weight is {weight.shape} and the adapter's B A {expected}")
+    for name, rows in adapter.rows.items():
+        weight = index.tensors.get(_TENSORS[name]) or index.tensors.get(HEAD)
+        if weight is None or weight.shape[1] != rows.shape[1] or weight.shape[0] <= max(adapter.tokens):
+            has = "isn't there" if weight is None else f"is {weight.shape}"
+            differing.append(
+                f"{_TENSORS[name]} {has} and the adapter has rows of {rows.shape[1]} up to {max(adapter.tokens)}"
+            )
     lines = [f"  no such weight in the base: {first_few(unknown)}"] if unknown else []
     lines += [f"  of another shape: {first_few(differing)}"] if differing else []
     if lines:

@@ -29,7 +29,6 @@ _REFUSED = {
     "modules_to_save": "fully trained modules",
     "lora_bias": "biases",
     "fan_in_fan_out": "transposed weights",
-    "trainable_token_indices": "trained token embeddings",
     "layer_replication": "repeated layers",
     "target_parameters": "adapters on bare parameters",
     "use_qalora": "QA-LoRA",
@@ -98,6 +97,7 @@ class PeftConfig:
     exclude_modules: str | frozenset[str] | None
     layers: frozenset[int] | None
     layers_pattern: Sequence[str]
+    tokens: tuple[int, ...] = ()  # whose rows of the embedding (and of the head) it has, in the order of its rows
     file: Path = Path(CONFIG_FILE)
 
     def covers(self, module: str) -> bool:
@@ -196,6 +196,7 @@ def read_peft_config(config: Mapping[str, Any], *, folder: Path) -> PeftConfig:
         exclude_modules=_names(config, "exclude_modules", file=file),
         layers=_layers(layers, file=file),
         layers_pattern=_as_list(config, "layers_pattern", file=file),
+        tokens=_tokens(config.get("trainable_token_indices"), file=file),
         file=file,
     )
     _check_patterns(found, file=file)
@@ -294,6 +295,28 @@ def _layers(value: Any, *, file: Path) -> frozenset[int] | None:
             f"{file} has layers_to_transform = {_short(value)}; a list of layer numbers was expected. The file is damaged."
         )
     return frozenset(layers)
+
+
+def _tokens(value: Any, *, file: Path) -> tuple[int, ...]:
+    """The tokens of ``trainable_token_indices``: ids, or ids by layer, where embedding and head must have the same."""
+    by_layer = value if isinstance(value, dict) else {"embed_tokens": value or []}
+    for ids in by_layer.values():
+        if (
+            not isinstance(ids, list)
+            or not all(type(token) is int and token >= 0 for token in ids)
+            or len(set(ids)) < len(ids)
+        ):
+            raise AdapterError(
+                f"{file} has trainable_token_indices = {_short(value)}; ids of tokens, each once, were expected. The file is damaged."
+            )
+    named = {name.removeprefix("model."): tuple(ids) for name, ids in by_layer.items() if ids}
+    tokens = named.get("embed_tokens", ())
+    if not named.keys() <= {"embed_tokens", "lm_head"} or any(ids != tokens for ids in named.values()):
+        raise ConfigError(
+            f"{file} has trainable_token_indices = {_short(value)}: only rows of the embedding, and the same of the head, are "
+            "supported. Such an adapter isn't."
+        )
+    return tokens
 
 
 def _check_patterns(config: PeftConfig, *, file: Path) -> None:

@@ -19,6 +19,7 @@ def recipe_of(adapter: AdapterOnDisk) -> Recipe:
         dropout=adapter.dropout,
         layers=adapter.layers if adapter.config.layers is not None else None,
         has_rslora=adapter.config.has_rslora,
+        tokens=adapter.tokens,
     )
 
 
@@ -41,6 +42,7 @@ def servers_of_adapter(folder: Path) -> list[Served]:
             num_layers=known or _least_layers(adapter),
             min_width=min(widths),
             vocab=member.shape.vocab if member is not None else None,
+            has_tokens=bool(adapter.tokens),
         )
     )
 

@@ -10,15 +10,20 @@ vLLM       vllm/config/lora.py (vllm-project/vllm a78dc92f)                     
 vLLM       vllm/lora/peft_helper.py (e745baff), vllm/lora/lora_weights.py        one factor for all linears, lora_alpha / r
            (4c78406e): PEFTHelper, LoRALayerWeights.from_config                  (rsLoRA: / sqrt(r)); no patterns are read
 vLLM       vllm/lora/layers/base_linear.py (01235a49): set_lora                  a larger rank doesn't fit its buffers
+vLLM       vllm/lora/utils.py: parse_fine_tuned_lora_name                        a tensor that isn't lora_A or lora_B is an
+                                                                                 error: trained tokens' rows too
 vLLM       vllm/lora/layers/logits_processor.py (01815c62)                       with adapters at most 258,048 tokens
 TGI        server/text_generation_server/models/__init__.py                      linear by linear, q to down, each with the
            (huggingface/text-generation-inference abd58ff8)                      same settings
 TGI        server/text_generation_server/adapters/lora.py (e582eed6):            one factor; a linear has to be adapted in
            LoraWeights.prepare_weights                                           all layers; ``config.r`` becomes the padded
                                                                                  rank, by which the next linears are scaled
+TGI        server/text_generation_server/utils/adapter.py (4b569341):            tensors that belong to no linear of the
+           load_module_map                                                       model are not looked at
 TGI        server/text_generation_server/utils/sgmv.py (04e1af94): pad_rank      up to 8 per GPU, else a multiple of 16
 llama.cpp  src/llama-adapter.h (ggml-org/llama.cpp 215841fc): get_scale          lora_alpha / the tensor's own rank
-llama.cpp  convert_lora_to_gguf.py (0b03adaa)                                    needs the base's config.json; alpha alone
+llama.cpp  convert_lora_to_gguf.py (0b03adaa)                                    needs the base's config.json; alpha alone;
+                                                                                 'Not a lora_A or lora_B tensor' ends it
 llama.cpp  convert_hf_to_gguf.py: get_vocab_base_pre                             tokenizers are known by a checksum
 Ollama     convert/convert.go (ollama/ollama 33ee7168): AdapterParameters        lora_alpha is a whole number
 Ollama     convert/convert_llama_adapter.go (5ee9c799): repack                   heads of q and k are reordered in A, where
@@ -78,6 +83,7 @@ class AdapterFiles:
         num_layers: of the base.
         min_width: the narrowest input or output of an adapted linear.
         vocab: tokens of the base; None where it isn't known here.
+        has_tokens: it has rows of trained tokens.
     """
 
     rank: int
@@ -87,6 +93,7 @@ class AdapterFiles:
     num_layers: int
     min_width: int
     vocab: int | None = None
+    has_tokens: bool = False
 
     @property
     def ranks(self) -> list[int]:
@@ -101,7 +108,22 @@ class AdapterFiles:
 
 def serve_adapter(files: AdapterFiles) -> list[Served]:
     """What each server does with an adapter's folder."""
+    if files.has_tokens:
+        return _serve_tokens()
     return [_vllm(files), _tgi(files), _llama_cpp(files), _ollama(files)]
+
+
+def _serve_tokens() -> list[Served]:
+    """An adapter that has rows of embedding and head: no server puts them there."""
+    tensors = "trained tokens' rows (trainable_tokens_delta)"
+    return [
+        Served("vLLM", "no", f"refuses {tensors} as an unsupported LoRA weight; {_MERGE}"),
+        Served("TGI", "wrong", f"it ignores {tensors}, and computes with the base's; {_MERGE}"),
+        Served(
+            "llama.cpp", "no", f"convert_lora_to_gguf.py refuses {tensors}: not a lora_A or lora_B tensor; {_MERGE}"
+        ),
+        Served("Ollama", "no", f"takes adapters as llama.cpp does, which refuses {tensors}; {_MERGE}"),
+    ]
 
 
 def _vllm(files: AdapterFiles) -> Served:

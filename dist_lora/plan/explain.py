@@ -15,7 +15,7 @@ from dist_lora.layout.storage import FP32, base_parts
 from dist_lora.plan.command import default_gpus_per_node
 from dist_lora.plan.hardware import find_gpu
 from dist_lora.plan.plan import Machines, make_plan
-from dist_lora.text import GIB, figure, in_columns, span
+from dist_lora.text import GIB, count, figure, in_columns, span
 
 # AdamW in 16 bits with fp32 master weights, as usual for full fine-tuning: the weight and its gradient (2 + 2), the master and
 # two moments (4 + 4 + 4). With gradients in fp32 too it is 18. Source: ZeRO, arXiv 1910.02054, section 3.1.
@@ -43,9 +43,9 @@ def ways_of(config: Config, model: KnownModel) -> list[Way]:
     frozen = total * _bytes_per_frozen_weight(config, model)
     layer = shape.weights_of_a_layer()
     ways = [Way("all weights", total, BYTES_OF_FULL_TRAINING * total, 2 * total)]
-    for count in sorted({min(4, shape.num_layers), 1}, reverse=True):
-        trained = count * layer
-        name = f"the last {count} layers" if count > 1 else "the last layer"
+    for num_layers in sorted({min(4, shape.num_layers), 1}, reverse=True):
+        trained = num_layers * layer
+        name = f"the last {num_layers} layers" if num_layers > 1 else "the last layer"
         state = 2 * (total - trained) + BYTES_OF_FULL_TRAINING * trained
         ways.append(Way(name, trained, state, 2 * trained))
     quantized = "" if config.model.quant == "none" else f" on a base in {config.model.quant}"
@@ -107,6 +107,12 @@ def _what_is_trained(config: Config, model: KnownModel) -> Iterator[str]:
         rows.append((" ".join(names), *sizes, f"{frozen:,}", f"{trained:,}, {_ratio(trained, frozen)}"))
     yield from in_columns(rows, indent="  ")
     yield "An adapter takes as many multiplications per token as it has weights: O(r d), where its matrix takes O(d^2)."
+    if lora.train_tokens:
+        num_rows, matrices = shape.trained_rows(lora), "the embedding" if shape.tied else "embedding and head"
+        yield (
+            f"Of {count(len(lora.train_tokens), 'token')} the rows of {matrices} are trained too: {num_rows} x {shape.hidden:,} = "
+            f"{num_rows * shape.hidden:,} weights."
+        )
     trained = shape.trained_weights(lora)
     total = shape.num_parameters()
     yield (

@@ -33,7 +33,7 @@ def flops_per_token(setup: Setup, *, context: int) -> float:
     needed = shape.flops(tokens=1, rows=1, pairs=context / 2, trained_weights=setup.trained_weights)
     attention = shape.num_heads * shape.head_dim * context
     again = len(setup.recomputed) * (weights_computed_again(shape) + attention)
-    of_adapters = setup.trained_weights * adapted_again(setup) / len(setup.layers)
+    of_adapters = (setup.trained_weights - setup.trained_rows * shape.hidden) * adapted_again(setup) / len(setup.layers)
     return needed + 2 * (again + of_adapters)
 
 
@@ -123,7 +123,7 @@ def fetched_bytes(setup: Setup) -> float:
     """
     if not _fetches_ahead(setup):
         return 2.0 * setup.accumulation_steps * base_bytes_on_host(setup)
-    num_layers, first = setup.shape.num_layers, min(setup.layers)
+    num_layers, first = setup.shape.num_layers, setup.first_trained
     fetches = 2 * (num_layers - 2) if first == 0 else num_layers - (first == 1) + max(0, num_layers - 2 - first)
     of_layer = base_bytes_on_host(setup) / num_layers
     return setup.accumulation_steps * of_layer * (fetches if num_layers > 2 else 0)

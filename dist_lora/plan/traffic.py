@@ -51,8 +51,8 @@ def _of_base(setup: Setup) -> Iterator[Collective]:
         return
     ends = [part for part in parts if part.name in ("embed_tokens", "lm_head") and not setup.shape.tied]
     root = [part for part in parts if part.block is None and part not in ends]
-    # The backward ends at the first adapted layer; FSDP2 prefetches one layer more than it needs.
-    first = min(setup.layers)
+    # The backward ends at the first layer that it has to go through; FSDP2 prefetches one layer more than it needs.
+    first = setup.first_trained
     blocks, all_gathers = Counter[int](), Counter[int]()
     for part in parts:
         if part.block is not None:
@@ -89,11 +89,37 @@ def _of_adapters(setup: Setup) -> Iterator[Collective]:
         if ranks > 1:
             yield Collective("all-gather", "adapters, forward and backward", ranks, False, in_layer, 2 * count)
             yield Collective("reduce-scatter", "adapters' gradients", ranks, False, in_layer, count)
+            yield from _of_rows(setup)
             yield Collective("all-reduce", "the gradient's norm", ranks, False, 8, 1)
         if nodes > 1 and setup.layout.engine != "zero3":
             share = in_layer // ranks
             yield Collective("all-reduce", "adapters' gradients between nodes", nodes, True, share, len(setup.layers))
+            if setup.trained_rows:
+                yield Collective(
+                    "all-reduce", "rows' gradients between nodes", nodes, True, _rows_bytes(setup) // ranks, 1
+                )
     yield Collective("all-reduce", "loss and requests", world, nodes > 1, FP32 * NUM_SCALARS, 1)
+
+
+def _of_rows(setup: Setup) -> Iterator[Collective]:
+    """Sharded rows of tokens: by FSDP2 gathered at the embedding and kept to the head, and gathered again for the backward.
+
+    ZeRO-3 gathers a matrix's rows at the embedding, in its backward, and at the head, where they are kept for the backward.
+    """
+    if not setup.trained_rows:
+        return
+    ranks, num_bytes, count = setup.adapter_ranks, _rows_bytes(setup), setup.accumulation_steps
+    gathered, times = num_bytes, 2
+    if setup.layout.engine == "zero3":
+        gathered, times = (num_bytes if setup.shape.tied else num_bytes // 2), 3
+    yield Collective("all-gather", "rows of tokens, forward and backward", ranks, False, gathered, times * count)
+    yield Collective("reduce-scatter", "rows' gradients", ranks, False, num_bytes, count)
+
+
+def _rows_bytes(setup: Setup) -> int:
+    """Bytes of the trained rows, those of each matrix padded to a multiple of the ranks."""
+    matrices, ranks = 1 if setup.shape.tied else 2, setup.adapter_ranks
+    return FP32 * matrices * ranks * math.ceil(setup.trained_rows / matrices / ranks) * setup.shape.hidden
 
 
 def _padded_adapters(setup: Setup) -> int:

@@ -30,6 +30,7 @@ from dist_lora.errors import ConfigError
 from dist_lora.herd.shape import Shape
 from dist_lora.layout.choices import Layout, check_node_size, with_lr
 from dist_lora.lora.origin import BaseIdentity
+from dist_lora.lora.tokens import with_as_many
 from dist_lora.simulation.collectives import Sent, Traffic, traffic
 from dist_lora.simulation.tracker import KINDS, Kind, Memory, Moment, Tracker, register_run
 from dist_lora.simulation.world import simulated_world
@@ -98,6 +99,7 @@ def simulate(
         ConfigError: settings contradict each other, the shape or the world; or there is no GPU.
     """
     started_s = time.monotonic()
+    config = config.model_copy(update={"lora": with_as_many(config.lora)})
     if num_nodes < 1 or gpus_per_node < 1:
         raise ConfigError(
             f"machines: found {count(num_nodes, 'node')} of {count(gpus_per_node, 'GPU')}, expected at least one of each (--nodes, --gpus-per-node)"

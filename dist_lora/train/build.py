@@ -56,9 +56,10 @@ from dist_lora.layout.choices import (
 )
 from dist_lora.layout.memory import setup_of
 from dist_lora.lora.adapter_reader import open_adapter, read_adapter
-from dist_lora.lora.attach import AdapterTensor, attach_adapters
+from dist_lora.lora.attach import TrainedTensor, attach_adapters
 from dist_lora.lora.fit import check_fit, with_settings_of
 from dist_lora.lora.origin import BaseIdentity, identify_base, origin_of
+from dist_lora.lora.tokens import HEAD_ROWS, with_token_ids
 from dist_lora.pace import pace
 from dist_lora.text import size
 from dist_lora.world.world import World, computes_bf16, device_bytes
@@ -202,6 +203,19 @@ def open_base(config: Config, world: World, *, template: str | None = None, inde
     return Base(folder, settings, stored, on_disk, tokenizer, _identity(resolved, folder, world, os_error))
 
 
+def with_ids(config: Config, base: Base, world: World) -> Config:
+    """The config with ``lora.train_tokens`` as ids of the base's tokenizer. All ranks call it, before ``check_adapter``.
+
+    Raises:
+        ConfigError: see ``with_token_ids``.
+    """
+    section = world.agree_on(
+        "lora.train_tokens",
+        lambda: with_token_ids(config.lora, tokenizer=base.tokenizer, vocab=base.shape.vocab),
+    )
+    return config.model_copy(update={"lora": section})
+
+
 def _identity(
     resolved: ResolvedModel, folder: Path, world: World, os_error: Callable[[OSError], DistLoraError]
 ) -> BaseIdentity:
@@ -252,7 +266,7 @@ class ShardedModel:
     """A sharded model, still without memory, with its adapters; ``description`` is a line about its sharding."""
 
     model: Llama
-    tensors: list[AdapterTensor]
+    tensors: list[TrainedTensor]
     engine: Engine
     precision: Precision
     choices: Choices
@@ -342,7 +356,7 @@ def build(config: Config, base: Base, world: World, *, has_norms: bool = False) 
     check_frequencies(model.inv_freq, base.shape)
     world.progress.now("sharding the adapters", kind="unseen")
     adapters = engine.adapters(sharded.tensors, has_two_rates=config.optim.lr_ratio != 1.0)
-    adapters.initialize(config.train.seed)
+    world.agree_on("the first values", lambda: adapters.initialize(config.train.seed, base.on_disk.index))
     if config.lora.start_from is not None:
         load_adapter(adapters, config.lora.start_from, world=world)
     trainee = Trainee(
@@ -438,6 +452,11 @@ def check_adapter(folder: Path, *, config: Config, base: Base, world: World) -> 
             log.warning(
                 f"{folder} was trained on {adapter.base.name or 'another model'}, and {base.folder} "
                 f"({base.identity.name}) differs from it: {'; '.join(differences)}. Its answers may be meaningless here."
+            )
+        if adapter.tokens and not base.shape.tied and HEAD_ROWS not in adapter.rows and world.is_first:
+            log.warning(
+                f"{folder} has the rows of its trained tokens for the embedding alone: those of the head are the base's, and "
+                "are trained too where it is trained on"
             )
         if world.is_first and (other := origin_of(folder).other_vocabulary(base.folder)):
             log.warning(

@@ -254,7 +254,8 @@ class RunCheckpoints:
                 "layers": list(lora.layer_indices(shape.num_layers)),
                 "num_layers": shape.num_layers,
             }
-            | ({} if lora.modules is None else {"modules": [module.model_dump() for module in lora.modules]}),
+            | ({} if lora.modules is None else {"modules": [module.model_dump() for module in lora.modules]})
+            | ({} if not lora.train_tokens else {"train_tokens": list(lora.token_ids())}),
         }
 
     def _best(self, progress: RunProgress) -> int | None:

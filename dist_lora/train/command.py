@@ -62,6 +62,7 @@ from dist_lora.train.build import (
     describe_trained,
     load_adapter,
     open_base,
+    with_ids,
 )
 from dist_lora.train.callbacks import Callbacks, StartedRun
 from dist_lora.train.checkpoints import RunProgress
@@ -205,9 +206,13 @@ def train(
     check_own_code(config, world, callbacks=callbacks)
     base = open_base(config, world)
     warn_of_context(sequence_length=config.train.sequence_length, context=base.shape.context, world=world)
+    named, config = config.lora.train_tokens, with_ids(config, base, world)
     if config.lora.start_from is not None:
         config = check_adapter(config.lora.start_from, config=config, base=base, world=world)
-    settings, config = config, world.agree_on("the config", functools.partial(_resolved, config, base.shape))
+    settings, config = (
+        _named(config, named),
+        world.agree_on("the config", functools.partial(_resolved, config, base.shape)),
+    )
     folder = None if is_dry else open_run_folder(config, world)
     checkpoint = None if folder is None else find_checkpoint(config, folder, world)
     tokens, held_out = _checked_tokens(config, base, world, is_new=checkpoint is None)
@@ -247,6 +252,13 @@ def _with_patterns(config: Config, shape: Shape) -> Config:
     return config.model_copy(update={"lora": with_patterns(config.lora, num_layers=shape.num_layers)})
 
 
+def _named(config: Config, tokens: list[str | int]) -> Config:
+    """The config with the tokens as they were given, if they were."""
+    if not tokens:
+        return config
+    return config.model_copy(update={"lora": config.lora.model_copy(update={"train_tokens": tokens})})
+
+
 def _resolved(config: Config, shape: Shape) -> Config:
     """The config as everything that trains takes it: with each linear's rank and alpha, and a number for the learning rate."""
     return with_lr(_with_patterns(config, shape), shape)
@@ -266,6 +278,7 @@ def _checked_tokens(config: Config, base: Base, world: World, *, is_new: bool) -
         index=base.on_disk.index,
         is_tied=base.shape.tied,
         on_untrained=config.data.untrained_tokens,
+        trained=config.lora.token_ids(),
         world=world,
     )
     for name, of_set in held_out.items() if is_new else ():
@@ -550,9 +563,12 @@ def plan_lines(
     frozen = shape.num_parameters()
     accumulation = math.ceil(math.ceil(train.global_batch / world.world_size) / train.micro_batch)
     linears = len(adapters_of(resolved, num_layers=shape.num_layers))
+    rows = f" and {count(shape.trained_rows(lora), 'row')} of {count(len(lora.train_tokens), 'token')}" * bool(
+        lora.train_tokens
+    )
     return [
         f"model     {base.identity.name}: {frozen:,} frozen weights, {count(shape.num_layers, 'layer')}",
-        f"adapters  rank {span(lora.all_ranks())}, alpha {span(lora.all_alphas())}{by_root}, on {count(linears, 'linear layer')}: {trained:,} trained weights "
+        f"adapters  rank {span(lora.all_ranks())}, alpha {span(lora.all_alphas())}{by_root}, on {count(linears, 'linear layer')}{rows}: {trained:,} trained weights "
         f"({trained / frozen:.2%}), {trained * 4 / 2**20:,.1f} MiB in fp32",
         f"data      {count(len(tokens), 'sample')}, {count(tokens.num_tokens, 'token')}, {tokens.num_target_tokens:,} trained on"
         + _held_out_text(held_out),
@@ -606,6 +622,7 @@ def evaluate(
         world.on_first("the predictions' file", Predictions(predictions_file).refuse_existing)
     check_own_code(config, world, is_training=False)
     base = open_base(config, world)
+    config = with_ids(config, base, world)
     if adapter is not None:
         config = world.agree_on("lora", functools.partial(_with_patterns, config, base.shape))
         config = check_adapter(adapter, config=config, base=base, world=world)

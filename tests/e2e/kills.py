@@ -1,6 +1,6 @@
 """Runs that are killed by SIGKILL at random instants and started again until they end, against one that nothing killed.
 
-    python -m tests.e2e.kills --kills 200 --seed 7 [--engine fsdp2|zero3] [--data chats|mixture|guard] [--exec]
+    python -m tests.e2e.kills --kills 200 --seed 7 [--engine fsdp2|zero3] [--data chats|mixture|guard|tokens] [--exec]
 
 prints a short table. What is killed: one rank, all ranks, the launcher, or all of them. When: at any time of the run;
 when something is seen in the run's folder, which is looked at every millisecond; or at a point within a rank (see
@@ -32,7 +32,7 @@ from typing import Any
 
 from dist_lora.checkpoint.read import verify
 from tests.e2e.points import INSIDE, VICTIMS, Aim, Victim, came_by, doomed
-from tests.e2e.runs import chats_config, environment, guard_config, mixture_config, starter_of
+from tests.e2e.runs import chats_config, environment, guard_config, mixture_config, starter_of, tokens_config
 from tests.e2e.starter import Start
 
 STEPS = 22
@@ -43,7 +43,7 @@ EXACT = ("step", "epoch", "loss", "grad_norm", "lr", "target_tokens", "tokens")
 ADAPTER = Path("adapter", "adapter_model.safetensors")
 ENDS_S = 60.0  # from the start of a run, or a kill, to the end of its last process
 ONE_RANK = ("rename", "deletion", "gathering")  # what rank 0 alone does
-CONFIGS = {"chats": chats_config, "mixture": mixture_config, "guard": guard_config}
+CONFIGS = {"chats": chats_config, "mixture": mixture_config, "guard": guard_config, "tokens": tokens_config}
 LEFT = re.compile(r"\.partial|\.deleted|\.replaced|\.building|probe|^aside-")
 
 

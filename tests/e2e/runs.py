@@ -248,6 +248,11 @@ def mixture_config(folder: Path, model: Path) -> Path:
     return chats_config(folder, model, train=sets, mix="target_tokens", lora=lora, optim={"lr_ratio": 4.0})
 
 
+def tokens_config(folder: Path, model: Path) -> Path:
+    """As ``chats_config``, with the rows of some tokens trained too."""
+    return chats_config(folder, model, lora={"layers": [1], "train_tokens": ["<|eot_id|>", 49, 258, 300]})
+
+
 def guard_config(folder: Path, model: Path) -> Path:
     """As ``chats_config``, on a Guard's samples in all their forms."""
     verdicts = [{"verdict": "safe"}, {"verdict": "unsafe", "violated": ["Queues"]}]

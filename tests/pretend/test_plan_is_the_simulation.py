@@ -30,6 +30,7 @@ class Case:
     device: Literal["gpu", "cpu"] = "gpu"
 
 
+TOKENS: list[object] = ["<|my|>", 128011, *range(100, 162)]
 SHORT = {"train": {"micro_batch": 1, "sequence_length": 64}}
 CASES = {
     "plain": Case("3.1-8b", {}),
@@ -98,6 +99,18 @@ CASES = {
     ),
     "tied, first recomputed, sharded adapters": Case(
         "3.2-1b", {"parallel": {"adapters": "shard"}, "train": {"activation_checkpointing": 1}}, gpus_per_node=2
+    ),
+    "new tokens": Case(
+        "3.1-8b", {"lora": {"layers": "1-2", "train_tokens": TOKENS}, "train": {"activation_checkpointing": False}}
+    ),
+    "new tokens, tied, sharded, nodes": Case(
+        "3.2-1b",
+        {"lora": {"train_tokens": TOKENS[:5]}, "parallel": {"adapters": "shard"}, **SHORT},
+        num_nodes=2,
+        gpus_per_node=3,
+    ),
+    "new tokens, sharded, recomputed": Case(
+        "3.1-8b", {"lora": {"layers": [2], "train_tokens": TOKENS}, "parallel": {"adapters": "shard"}}, gpus_per_node=2
     ),
     "high rank": Case("3.1-8b", {"lora": {"rank": 256}, "train": {"sequence_length": 256}}),
     "whole, by auto": Case("3.1-8b", {"parallel": {"base_shard": "auto"}}),
@@ -197,6 +210,7 @@ def drawn(seed: int) -> Case:
             "rank": draw([1, 4, 16, 64, 256]),
             "targets": draw(targets),
             "layers": draw(["all", "all", [0], [1, 2]]),
+            "train_tokens": draw([[], [], TOKENS]),
         },
         "train": {
             "micro_batch": micro,
@@ -272,5 +286,23 @@ def test_the_plan_of_zero3_is_the_simulated_step(case: Case) -> None:
     """It sends as many bytes in other pieces; how it puts the gradient's norm together differs by some."""
     setup, simulated = planned_and_simulated(case, num_layers=6)
     assert memory_of(setup).device == pytest.approx(simulated.peak_bytes, rel=0.03)
+    planned = sum(each.count * each.num_bytes for each in collectives_of(setup))
+    assert abs(planned - sum(each.num_bytes for each in simulated.traffic)) <= 8
+
+
+@pytest.mark.turn(of=4)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("3.1-8b", ZERO3 | {"lora": {"train_tokens": TOKENS}, "train": {"activation_checkpointing": False}}),
+        Case("3.1-8b", ZERO3 | {"lora": {"train_tokens": TOKENS}}, gpus_per_node=2),
+        Case("3.2-1b", ZERO3 | {"lora": {"train_tokens": TOKENS}}, gpus_per_node=2),
+    ],
+    ids=["kept", "recomputed", "tied"],
+)
+def test_new_tokens_on_zero3_are_not_planned_too_small_nor_much_too_large(case: Case) -> None:
+    """It prefetches more beside them, which the plan bounds from above."""
+    setup, simulated = planned_and_simulated(case, num_layers=6)
+    assert 0.99 < memory_of(setup).device / simulated.peak_bytes < 1.06
     planned = sum(each.count * each.num_bytes for each in collectives_of(setup))
     assert abs(planned - sum(each.num_bytes for each in simulated.traffic)) <= 8

@@ -331,3 +331,94 @@ def test_a_linear_frees_its_weight_with_its_last_name() -> None:
         assert weight() is None, "a cycle keeps it until the collector comes"
     finally:
         gc.enable()
+
+
+# Rows of tokens that are trained in place of the embedding's and the head's
+
+TOKENS = [3, 260, 300, 511]
+
+
+def with_rows(weight: Tensor, rows: Tensor) -> Tensor:
+    return weight.detach().index_copy(0, torch.tensor(TOKENS), rows)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 13])
+@pytest.mark.parametrize("at_once", [1, 5, 64])
+def test_the_loss_and_its_gradients_with_trained_rows_are_those_of_a_matrix_that_has_them(
+    monkeypatch, num_rows, at_once
+) -> None:
+    monkeypatch.setattr("dist_lora.base.llama.rows_of_slice", lambda vocab, item_bytes: at_once)
+    torch.manual_seed(0)
+    hidden, weight, rows = (
+        torch.randn(n, 16, dtype=torch.float64, requires_grad=True) for n in (num_rows, 512, len(TOKENS))
+    )
+    labels = torch.tensor([3, 260, 7, 511, 300, 3, 99, 260, 0, 510, 5, 300, 1])[:num_rows]
+    found = SumOfCrossEntropy.apply(hidden, weight.detach(), labels, False, rows.float(), torch.tensor(TOKENS))
+    expected = F.cross_entropy(F.linear(hidden, with_rows(weight, rows.float().double())), labels, reduction="sum")
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    ours, theirs = (torch.autograd.grad(loss * 3, [hidden, rows]) for loss in (found, expected))
+    torch.testing.assert_close(ours[0], theirs[0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ours[1], theirs[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["llama31", "llama32"])
+@pytest.mark.parametrize("is_recomputed", [False, True])
+def test_a_model_with_trained_rows_is_the_model_whose_matrices_have_them(tiny_llama, variant, is_recomputed) -> None:
+    """Logits, losses and the gradients of the adapters; those of the rows by differences of the loss."""
+    sections = {"lora": {"rank": 4, "alpha": 8, "layers": [1]}}
+    plain = trained(tiny_llama(variant), **sections)
+    sections["lora"]["train_tokens"] = TOKENS
+    trainee = trained(tiny_llama(variant), is_recomputed=is_recomputed, **sections)
+    rows = {tensor.name: tensor.parameter for tensor in trainee.adapters.tensors if tensor.name.endswith("token_rows")}
+    assert list(rows) == ["model.embed_tokens.token_rows", "lm_head.token_rows"][: 1 if trainee.base.shape.tied else 2]
+    ids, positions, bounds = stream([9, 5, 11])
+    ids[[0, 3, 4, 10, 20]] = torch.tensor(
+        [260, 3, 3, 511, 260]
+    )  # some twice, one at a document's start, and 300 nowhere
+
+    def loss_of_all(of: Trainee) -> tuple[Tensor, Tensor]:
+        logits, losses = forward(of, ids, positions, bounds, "sdpa")
+        return logits, losses.sum()
+
+    for tensor in (plain.model.model.embed_tokens, plain.model.lm_head):
+        held = rows.get("lm_head.token_rows") if tensor is plain.model.lm_head else None
+        tensor.weight.data = with_rows(
+            tensor.weight, rows["model.embed_tokens.token_rows"] if held is None else held
+        ).detach()
+    logits, loss = loss_of_all(trainee)
+    expected_logits, expected = loss_of_all(plain)
+    torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=1e-5)
+    trainee.adapters.begin_step()
+    trainee.adapters.backward(loss, is_last=True)
+    plain.adapters.begin_step()
+    plain.adapters.backward(expected, is_last=True)
+    for ours, theirs in zip(trainee.adapters.tensors, plain.adapters.tensors, strict=False):
+        torch.testing.assert_close(ours.parameter.grad, theirs.parameter.grad, atol=1e-4, rtol=1e-4)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in rows.items():
+        gradient = parameter.grad.clone()
+        if name != "lm_head.token_rows" and not trainee.base.shape.tied:
+            assert not gradient[TOKENS.index(300)].any(), "no sample has it"
+        direction = torch.randn(parameter.shape, generator=generator)
+        sides = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter += sign * 1e-3 * direction
+                sides.append(float(loss_of_all(trainee)[1].double()))
+                parameter -= sign * 1e-3 * direction
+        assert float((gradient * direction).sum()) == pytest.approx((sides[0] - sides[1]) / 2e-3, rel=2e-2), name
+
+
+def test_rows_begin_as_the_bases_own_and_the_base_stays_as_it_was(tiny_llama) -> None:
+    sections = {"lora": {"rank": 4, "alpha": 8, "train_tokens": TOKENS}}
+    trainee = trainee_of(config_of(tiny_llama("llama31"), **sections), World.alone())
+    decoder, head = trainee.model.model, trainee.model.lm_head
+    assert torch.equal(decoder.adapter.rows, decoder.embed_tokens.weight[TOKENS])
+    assert torch.equal(head.adapter.rows, head.weight[TOKENS])
+    trainee.adapters.start_training(config_of(tiny_llama("llama31"), **sections).optim)
+    ids, positions, bounds = stream([9, 5])
+    trainee.adapters.begin_step()
+    trainee.adapters.backward(forward(trainee, ids, positions, bounds, "sdpa")[1].sum(), is_last=True)
+    trainee.adapters.step(1e-2)
+    assert not torch.isclose(head.adapter.rows, head.weight[TOKENS]).any()
+    trainee.check_base()

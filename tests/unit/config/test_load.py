@@ -188,7 +188,8 @@ def test_head_and_embeddings_are_refused_as_targets(tmp_path: Path, frozen: str)
     assert complaint(tmp_path, SHORTEST + f"lora: {{targets: [q_proj, {frozen}]}}\n").endswith(
         f"c.yaml:4: lora.targets[1]: {frozen!r} stays frozen: only the seven linears of a layer are adapted "
         "(q_proj k_proj v_proj o_proj gate_proj up_proj down_proj), never the embeddings or the head (where they are "
-        "tied, both are one matrix, and an adapter on one would have to change the other)"
+        "tied, both are one matrix, and an adapter on one would have to change the other); lora.train_tokens trains the "
+        "rows of some tokens"
     )
 
 
@@ -243,8 +244,8 @@ def test_a_section_that_is_no_mapping_says_what_belongs_there(tmp_path: Path) ->
     text = complaint(tmp_path, SHORTEST + "lora: 16\n", "lora.rank=8")
     assert text.split("\n")[1] == "  lora.rank=8 (argument): no such setting: lora is not a section"
     assert text.split("\n")[2] == (
-        "  c.yaml:4: lora: found 16, expected settings, like lora: {...} with rank, alpha, scaling, ranks, alphas, dropout, targets, "
-        "layers, modules, start_from"
+        "  c.yaml:4: lora: found 16, expected settings, like lora: {...} with rank, alpha, scaling, ranks, "
+        "alphas, dropout, targets, layers, modules, train_tokens, start_from"
     )
 
 

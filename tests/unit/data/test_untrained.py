@@ -63,13 +63,14 @@ def tokens_of(records: list[dict], folder: Path, **rules: object) -> TokenSet:
     )
 
 
-def check(folder: Path, tokens: TokenSet, policy: str = "error") -> None:
+def check(folder: Path, tokens: TokenSet, policy: str = "error", trained: tuple[int, ...] = ()) -> None:
     check_special_tokens(
         tokens,
         tokenizer=load_tokenizer(folder, chat_template=None),
         index=open_index(folder),
         is_tied=read_shape(folder).tied,
         on_untrained=policy,
+        trained=trained,
         world=World.alone(torch.device("cpu")),
     )
 
@@ -87,13 +88,14 @@ def test_rows_of_zeros_are_named_with_the_ways_out(base, value, dtype, shard_siz
     folder = base(START_HEADER, END_HEADER, END_OF_TURN, value=value, dtype=dtype, shard_size=shard_size)
     text = refusal(folder, tokens_of(CHATS, folder))
     assert text == (
-        "data.train needs special tokens that this base was never trained on:\n"
+        "data.train needs tokens that this base was never trained on:\n"
         f"  <|start_header_id|> (258): its row of {EMBEDDING} is zero\n"
         f"  <|end_header_id|> (259): its row of {EMBEDDING} is zero\n"
         f"  <|eot_id|> (260): its row of {EMBEDDING} is zero\n"
         f"  <|eot_id|> (260): its row of {HEAD} is zero\n"
-        "Embedding and head stay frozen, so no adapter can teach the model to read them or to end an answer with them. "
-        "Use the model's Instruct version (like model.name: 3.1-8b-instruct); or train on plain text, which "
+        "The rows of embedding and head stay frozen beside the adapters, so the model can't learn to read these tokens or to end an "
+        'answer with them. Train their rows too: lora.train_tokens: ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]; or '
+        "use the model's Instruct version (like model.name: 3.1-8b-instruct); or train on plain text, which "
         "ends in <|end_of_text|> (data.format: text or prompt-completion); or set a data.chat_template without these "
         "tokens. To train anyway: data.untrained_tokens: allow"
     )
@@ -120,7 +122,7 @@ def test_a_row_of_the_head_counts_for_what_is_written_alone(base) -> None:
 def test_a_tied_head_is_the_embedding_and_is_told_once(base) -> None:
     folder = base(END_OF_TURN, value=0.0, variant="llama32")
     text = refusal(folder, tokens_of(CHATS, folder))
-    assert text.count("<|eot_id|>") == 1 and EMBEDDING in text
+    assert text.count("<|eot_id|> (260)") == 1 and EMBEDDING in text
 
 
 @pytest.mark.parametrize("variant", ["llama31", "llama32"])
@@ -155,6 +157,36 @@ def test_the_opt_in_trains_and_says_so(base, caplog) -> None:
         f"data.untrained_tokens: allow: training although <|eot_id|> (260): its row of {tensor} is zero"
         for tensor in (EMBEDDING, HEAD)
     ]
+
+
+def test_tokens_whose_rows_are_trained_are_no_longer_refused(base) -> None:
+    folder = base(START_HEADER, END_HEADER, END_OF_TURN, value=0.0)
+    tokens = tokens_of(CHATS, folder)
+    text = refusal(folder, tokens)
+    named = json.loads(text.partition("lora.train_tokens: ")[2].partition("; or")[0])
+    ids = load_tokenizer(folder, chat_template=None).convert_tokens_to_ids(named)
+    assert ids == [START_HEADER, END_HEADER, END_OF_TURN]
+    check(folder, tokens, trained=tuple(ids))
+    with pytest.raises(DataError, match=r"lora\.train_tokens: \[\"<\|eot_id\|>\"\]"):
+        check(folder, tokens, trained=(START_HEADER, END_HEADER))
+
+
+def test_a_trained_token_that_no_sample_has_is_a_warning(tiny_llama, tmp_path, caplog) -> None:
+    folder = shutil.copytree(tiny_llama("llama31"), tmp_path / "base")
+    with caplog.at_level("WARNING", logger="dist_lora"):
+        check(folder, tokens_of(CHATS, folder), trained=(END_OF_TURN, PYTHON))
+    assert [record.message for record in caplog.records] == [
+        "lora.train_tokens: no sample of data.train has <|python_tag|> (263): nothing teaches what it means"
+    ]
+
+
+def test_an_added_token_that_is_not_special_is_looked_at_too(base) -> None:
+    folder = base(264, 265, value=0.0)
+    tokenizer = load_tokenizer(folder, chat_template=None)
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(folder)
+    text = refusal(folder, tokens_of([{"text": "a <think> b"}], folder))
+    assert f"<think> (264): its row of {EMBEDDING} is zero" in text
 
 
 def test_a_file_that_became_shorter_is_told_as_damage(base) -> None:

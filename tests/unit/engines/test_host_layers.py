@@ -36,7 +36,7 @@ def trainee(folder: Any, offload: str, **settings: Any) -> Trainee:
 
 def steps_of(made: Trainee, num_steps: int = 2) -> list[float]:
     """Losses and norms, then the sum of the adapters."""
-    made.adapters.initialize(0)
+    made.adapters.initialize(0, made.base.on_disk.index)
     numbers = []
     for _ in range(num_steps):
         numbers += [accumulate(made, batch_of()), float(made.adapters.step(1e-2))]
@@ -67,20 +67,23 @@ class Poisoned:
 
 
 @pytest.mark.parametrize(
-    ("quant", "recompute", "layers"),
+    ("quant", "recompute", "layers", "tokens"),
     [
-        ("none", "none", "all"),
-        ("none", "all", "all"),
-        ("nf4", 2, "all"),
-        ("int8", "all", [2, 3]),
-        ("none", "none", [1]),
+        ("none", "none", "all", []),
+        ("none", "all", "all", []),
+        ("nf4", 2, "all", []),
+        ("int8", "all", [2, 3], []),
+        ("none", "none", [1], []),
+        ("nf4", 1, [2], [7, 260]),
     ],
 )
-def test_released_buffers_that_hold_nan_change_no_bit(tiny_llama, monkeypatch, quant, recompute, layers) -> None:
+def test_released_buffers_that_hold_nan_change_no_bit(
+    tiny_llama, monkeypatch, quant, recompute, layers, tokens
+) -> None:
     folder = tiny_llama(num_layers=4)
     settings = {
         "model": {"quant": quant}, "train": {"activation_checkpointing": recompute},
-        "lora": {"rank": 4, "alpha": 8, "layers": layers},
+        "lora": {"rank": 4, "alpha": 8, "layers": layers, "train_tokens": tokens},
     }  # fmt: skip
     wanted = steps_of(trainee(folder, "none", **settings))
     offloaded = trainee(folder, "all", **settings)
@@ -91,14 +94,16 @@ def test_released_buffers_that_hold_nan_change_no_bit(tiny_llama, monkeypatch, q
     offloaded.check_base()
 
 
-@pytest.mark.parametrize("layers", [range(4), [1], [2, 3], [3]], ids=str)
-def test_as_many_layers_are_fetched_as_the_plan_says(tiny_llama, monkeypatch, layers) -> None:
-    folder = tiny_llama(num_layers=4)
+@pytest.mark.parametrize(
+    ("layers", "tokens"), [(range(4), []), ([1], []), ([2, 3], []), ([3], []), ([3], [7, 260])], ids=str
+)
+def test_as_many_layers_are_fetched_as_the_plan_says(tiny_llama, monkeypatch, layers, tokens) -> None:
+    folder, lora = tiny_llama(num_layers=4), {"layers": list(layers), "train_tokens": tokens}
     config = config_of(
-        folder, parallel={"offload": "base"}, lora={"layers": list(layers)},
+        folder, parallel={"offload": "base"}, lora=lora,
         train={"sequence_length": 64, "micro_batch": 2, "global_batch": 4},
     )  # fmt: skip
-    made = trainee(folder, "base", lora={"layers": list(layers)})
+    made = trainee(folder, "base", lora=lora)
     steps_of(made, 1)
     fetched: list[int] = []
     fetch = HostLayers._fetch

@@ -75,6 +75,6 @@ def test_adapters_in_16_bits_are_named() -> None:
     precision = Precision(Plain(torch.float32), torch.float32)
     model, adapters = made(precision)
     half = adapters.tensors[3]
-    setattr(half.module, half.attribute, torch.nn.Parameter(half.parameter.data.bfloat16()))
+    half.put(torch.nn.Parameter(half.parameter.data.bfloat16()))
     with pytest.raises(TrainingError, match=r"k_proj.lora_B is bf16, not fp32"):
         precision.check(model, adapters)

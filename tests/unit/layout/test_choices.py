@@ -325,7 +325,7 @@ def test_the_fewest_are_found_by_bisection_wherever_they_are(limit, of_last) -> 
         layers, _ = choose_recomputed(
             "auto",
             num_layers=limit + 5,
-            first_adapted=5,
+            first_trained=5,
             device_bytes=room / TIGHT,
             needed_bytes=lambda layers: bytes_of[len(layers)],
         )

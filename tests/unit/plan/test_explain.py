@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dist_lora.config.load import load_config
-from dist_lora.config.schema import Config
+from dist_lora.config.schema import Config, LoraSection
 from dist_lora.errors import ConfigError
 from dist_lora.herd.members import MEMBERS
 from dist_lora.herd.models import known_model
@@ -230,3 +230,16 @@ def test_a_rate_by_the_formula_is_explained_with_its_number() -> None:
     with_auto = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": "auto"})})
     assert "optim.lr: auto is 0.000286: 5e-4 x (2000 / 4,096)^0.781" in explain(with_auto)
     assert "optim.lr" not in explain(config)
+
+
+def test_rows_of_tokens_are_counted_once_or_twice_as_the_head_is_tied() -> None:
+    plain, tokens = LoraSection(), LoraSection(train_tokens=["<|my|>", 128011])
+    for name, rows, matrices in (("3.1-8b", 4, "embedding and head"), ("3.2-1b", 2, "the embedding")):
+        shape = MEMBERS[name].shape
+        more = rows * shape.hidden
+        assert shape.trained_weights(tokens) - shape.trained_weights(plain) == more
+        text = explain(config_of(name=name, train_tokens=["<|my|>", 128011]))
+        assert (
+            f"Of 2 tokens the rows of {matrices} are trained too: {rows} x {shape.hidden:,} = {more:,} weights." in text
+        )
+        assert f"trained {shape.trained_weights(tokens):,}" in text
