@@ -350,7 +350,9 @@ def build(config: Config, base: Base, world: World, *, has_norms: bool = False) 
         if world.is_first:
             log.info(kernels)
     engine.materialize(model)
-    adapted = dict.fromkeys(f"{tensor.linear}.weight" for tensor in sharded.tensors) if has_norms else {}
+    adapted = (
+        {f"{name}.weight": None for name, linear in model.linears().items() if linear.adapter} if has_norms else {}
+    )
     report = _load(base, model, engine, world, sharded.description, norms_of=adapted)
     weight_norms = _weight_norms(report, base, world)
     check_frequencies(model.inv_freq, base.shape)
