@@ -142,6 +142,10 @@ def look_at_learned(adapter: Path, *, base: str | None, reads_base: bool = True)
     from dist_lora.text import size
 
     opened = open_adapter(adapter)
+    if not opened.modules:
+        raise ConfigError(
+            f"{adapter}: it has no A and B, only whole weights or rows of tokens; expected LoRA's, whose changes are looked at"
+        )
     recorded = None if base is not None or opened.checksum is None else read_learned(adapter)
     if recorded is not None and not (reads_base and any(one.weight_norm is None for one in recorded.linears)):
         return recorded

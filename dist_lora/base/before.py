@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dist_lora.base.kernels import operators, plain
+from dist_lora.base.trained import TrainedWeight
 
 # T tokens, D width of the linears' input
 
@@ -66,18 +67,20 @@ class Nothing:
 
 @dataclass(frozen=True)
 class Norm:
-    """Root-mean-square norm with a frozen weight ``(D,)`` of the residual stream, which passes through.
+    """Root-mean-square norm with a weight ``(D,)`` of the residual stream, which passes through.
 
     Of the stream ``x`` ``(T, D)`` and the weight. Saved are the stream and 1 / rms of each row, ``(T, 1)``: see ``plain.norm``.
 
     Args:
         adds: between these there is a third input, which is added to the stream first.
         is_fused: by ``kernels.operators``.
+        is_trained: the weight has a gradient.
     """
 
     eps: float
     adds: bool = False
     is_fused: bool = False
+    is_trained: bool = False
 
     def __call__(self, *inputs: Tensor) -> Made:
         """See ``Before``."""
@@ -95,16 +98,21 @@ class Norm:
         """See ``Before``. The stream and what was added to it have the same gradient, one tensor."""
         x, weight, inverse_rms = saved
         assert d_stream is not None
+        d_weight = self.of_weight(d_h, x, inverse_rms)
         if self.is_fused:
             h = None if use_h is None else torch.empty_like(x)
             operators.norm_backward_(d_h, x, weight, inverse_rms, d_stream.contiguous(), h)
             if use_h is not None and h is not None:
                 use_h(h)
-            return (d_h,) * (1 + self.adds) + (None,)
+            return (d_h,) * (1 + self.adds) + (d_weight,)
         if use_h is not None:
             use_h(plain.norm(x, weight, self.eps)[0])
         d_x = plain.norm_backward(d_h, x, weight, inverse_rms).add_(d_stream)
-        return (d_x,) * (1 + self.adds) + (None,)
+        return (d_x,) * (1 + self.adds) + (d_weight,)
+
+    def of_weight(self, d_h: Tensor, x: Tensor, inverse_rms: Tensor) -> Tensor | None:
+        """The gradient of the weight ``(D,)``, where it is trained. Before ``d_h`` is overwritten."""
+        return plain.norm_weight_gradient(d_h, x, inverse_rms) if self.is_trained else None
 
 
 @dataclass(frozen=True)
@@ -144,15 +152,29 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype), requires_grad=False)
         self.eps = eps
         self.is_fused = False
+        self.trained: TrainedWeight | None = None
+
+    def unfreeze(self) -> TrainedWeight:
+        """Have the weight trained: in place of the frozen one, and without values."""
+        self.trained = TrainedWeight(self.weight.shape)
+        self.register_parameter("weight", None)
+        return self.trained
+
+    def scale(self, dtype: torch.dtype) -> Tensor:
+        """The weight ``(D,)``: as it is stored, or the trained one in ``dtype``."""
+        return self.weight if self.trained is None else self.trained.weight.to(dtype)
 
     def before(self, *, adds: bool = False) -> Norm:
         """This norm as it is computed with the linears that follow."""
-        return Norm(self.eps, adds, self.is_fused)
+        return Norm(self.eps, adds, self.is_fused, self.trained is not None)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(T, D)`` of ``x`` ``(T, D)``."""
-        h: Tensor = _Norm.apply(self.before(), x, self.weight)  # type: ignore[no-untyped-call]
-        return h
+        return self._normed(x)[0] if self.trained is None else self.trained(self._normed, x)[0]
+
+    def _normed(self, x: Tensor) -> tuple[Tensor]:
+        h: Tensor = _Norm.apply(self.before(), x, self.scale(x.dtype))  # type: ignore[no-untyped-call]
+        return (h,)
 
 
 class _Norm(torch.autograd.Function):
@@ -169,10 +191,11 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_h: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse_rms = ctx.saved_tensors
+        d_weight = ctx.norm.of_weight(d_h, x, inverse_rms)
         if ctx.norm.is_fused:
             d_x = d_h.clone(memory_format=torch.contiguous_format)  # may be another's, too
             operators.norm_backward_(d_x, x, weight, inverse_rms, None, None)
-            return None, d_x, None
+            return None, d_x, d_weight
         # What is overwritten of it is ours: in 16 bits a copy in fp32.
         d_x = plain.norm_backward(d_h.clone() if plain.is_wide(d_h) else d_h, x, weight, inverse_rms)
-        return None, d_x, None
+        return None, d_x, d_weight

@@ -1,4 +1,4 @@
-"""Frozen linears that share their input, with their LoRA adapters: ``y = h W^T + scale (h A^T) B^T`` for each.
+"""Linears that share their input, with their LoRA adapters: ``y = h W^T + scale (h A^T) B^T`` for each; W is frozen or trained.
 
 One autograd function computes a group (q, k, v; o; gate, up; down) and its whole backward. Saved are the tensors that
 ``h`` is computed of, ``h A^T`` and weights; the gradient of ``h`` is added up in place, product by product, and the residual
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dist_lora.base.before import Before, Made, Nothing, UseH
-from dist_lora.base.quant.formats import Format
+from dist_lora.base.before import Before, Made, Nothing, RMSNorm, UseH
+from dist_lora.base.quant.formats import Format, Plain
+from dist_lora.base.trained import TrainedWeight
 from dist_lora.profile.parts import mark
 
 # T tokens, D_in and D_out of a linear, R LoRA rank, S the sum of the ranks of a group
@@ -43,9 +44,10 @@ class Adapter(Protocol):
 
 
 class FrozenLinear(nn.Module):
-    """A linear of the base, ``(D_out, D_in)``, never trained; ``adapter`` is the LoRA adapter on it, if any.
+    """A linear of the base, ``(D_out, D_in)``; ``adapter`` is the LoRA adapter on it, if any.
 
-    Its weight is stored in the parts of ``fmt``, each an ordinary frozen parameter: ``weight``, or codes and scales.
+    Its weight is stored in the parts of ``fmt``, each an ordinary frozen parameter: ``weight``, or codes and scales. One that
+    is trained has no part, and ``trained`` instead.
     """
 
     def __init__(self, in_features: int, out_features: int, fmt: Format) -> None:
@@ -57,29 +59,49 @@ class FrozenLinear(nn.Module):
             values = torch.empty(part.shape, dtype=part.dtype)
             self.register_parameter(part.name, nn.Parameter(values, requires_grad=False))
         self.adapter: Adapter | None = None
+        self.trained: TrainedWeight | None = None
+
+    def unfreeze(self) -> TrainedWeight:
+        """Have the weight trained, which isn't quantized and has no adapter: in place of the frozen one, and without values."""
+        assert isinstance(self.fmt, Plain) and self.adapter is None
+        self.trained, self.weight = TrainedWeight((self.out_features, self.in_features)), None
+        self.fmt = Plain(torch.float32)
+        return self.trained
 
     def forward(self, x: Tensor) -> Tensor:
         """``(T, D_out)`` of ``x`` ``(T, D_in)``."""
         return linears_of(Nothing(), (x,), [self])[0]
 
     def parts(self) -> dict[str, Tensor]:
-        """The frozen parameters that store the weight, by name."""
+        """The parameters that store the weight, by name: frozen, or the trained one."""
+        if self.trained is not None:
+            return {"weight": self.trained.weight}
         return {name: p for name, p in self._parameters.items() if p is not None}
 
 
-def linears_of(before: Before, inputs: tuple[Tensor, ...], linears: Sequence[FrozenLinear]) -> tuple[Tensor, ...]:
+def linears_of(
+    before: Before, inputs: tuple[Tensor, ...], linears: Sequence[FrozenLinear], *, norm: RMSNorm | None = None
+) -> tuple[Tensor, ...]:
     """``(T, D_out)`` of each linear; all have the input ``(T, D_in)`` that ``before`` makes of ``inputs``.
 
     Last the residual stream, where ``before`` has one.
+
+    Args:
+        norm: whose weight is the last input of ``before``.
     """
-    step: Callable[..., tuple[Tensor, ...]] = functools.partial(_step, before, linears)
+    step: Callable[..., tuple[Tensor, ...]] = functools.partial(_step, before, linears, norm)
     for linear in reversed(linears):
-        if linear.adapter is not None:
-            step = functools.partial(linear.adapter, step)
+        for module in (linear.adapter, linear.trained):
+            if module is not None:
+                step = functools.partial(module, step)
+    if norm is not None and norm.trained is not None:
+        step = functools.partial(norm.trained, step)
     return step(*inputs)
 
 
-def _step(before: Before, linears: Sequence[FrozenLinear], *inputs: Tensor) -> tuple[Tensor, ...]:
+def _step(before: Before, linears: Sequence[FrozenLinear], norm: RMSNorm | None, *inputs: Tensor) -> tuple[Tensor, ...]:
+    if norm is not None:
+        inputs = (*inputs, norm.scale(inputs[0].dtype))
     group = _Group(before, len(inputs), tuple(_spec(linear) for linear in linears))
     adapters = [linear.adapter for linear in linears if linear.adapter is not None]
     parts = [linear.parts() for linear in linears]
@@ -116,10 +138,11 @@ def _dense(fmt: Format, parts: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class _Spec:
-    """What a group knows of one linear. ``rank`` is 0 without an adapter."""
+    """What a group knows of one linear. ``rank`` is 0 without an adapter; ``is_trained``: the weight itself."""
 
     fmt: Format
     parts: tuple[str, ...]
+    is_trained: bool
     out_features: int
     rank: int
     scale: float
@@ -129,9 +152,9 @@ class _Spec:
 def _spec(linear: FrozenLinear) -> _Spec:
     adapter, names = linear.adapter, tuple(linear.parts())
     if adapter is None:
-        return _Spec(linear.fmt, names, linear.out_features, 0, 0.0, 0.0)
+        return _Spec(linear.fmt, names, linear.trained is not None, linear.out_features, 0, 0.0, 0.0)
     rank = adapter.lora_A.shape[0]
-    return _Spec(linear.fmt, names, linear.out_features, rank, adapter.scale, adapter.active_dropout)
+    return _Spec(linear.fmt, names, False, linear.out_features, rank, adapter.scale, adapter.active_dropout)
 
 
 @dataclass(frozen=True)
@@ -146,6 +169,11 @@ class _Group:
     def adapted(self) -> list[tuple[int, _Spec]]:
         """The linears that have an adapter, by their place in the group."""
         return [(place, spec) for place, spec in enumerate(self.linears) if spec.rank]
+
+    @property
+    def uses_h(self) -> bool:
+        """Whether a gradient of what is trained needs ``h``."""
+        return any(spec.rank or spec.is_trained for spec in self.linears)
 
     @property
     def ranks(self) -> list[int]:
@@ -203,8 +231,9 @@ class _Linears(torch.autograd.Function):
         # What h is made of is needed for its gradient; without one, h itself is less.
         ctx.group, ctx.before = group, group.before if needs_d_h else Nothing()
         made_of = made.saved if needs_d_h else (h,)
-        has_use = bool(group.adapted) or not isinstance(ctx.before, Nothing)
+        has_use = group.uses_h or not isinstance(ctx.before, Nothing)
         ctx.num_made_of = len(made_of) if has_use else 0
+        ctx.dtypes_of_weights = _dtypes_of_weights(group, parts)
         ctx.save_for_backward(*(made_of if has_use else ()), *saved, *(parts if needs_d_h else ()))
         if made.stream is None:
             return tuple(outputs)
@@ -225,7 +254,7 @@ class _Linears(torch.autograd.Function):
         d_h: Tensor | None = None
         d_a: list[Tensor] = []
         d_b: list[Tensor] = []
-        use_h: UseH | None = None
+        d_weights: dict[int, Tensor] = {}
         if group.adapted:
             low, masks = rest[0], rest[1 : 1 + ctx.num_masks]
             cast, rest = rest[1 + ctx.num_masks :][: ctx.num_cast], rest[1 + ctx.num_masks + ctx.num_cast :]
@@ -233,7 +262,17 @@ class _Linears(torch.autograd.Function):
                 all_a, all_b = group.stacked(cast, ctx.width)
                 d_low, d_b = _through_b(group, d_outputs, low, all_b)
                 d_h = _through_a(group, d_low, all_a, masks) if needs_d_h else None
-            use_h = functools.partial(_use_h, group, d_low, masks, d_a)
+
+        def gradients_from(h: Tensor) -> None:
+            with mark("LoRA"):
+                if group.adapted:
+                    d_a.extend(_gradients_of_a(group, d_low, h, masks))
+            with mark("weight gradients"):
+                for place, spec in enumerate(group.linears):
+                    if spec.is_trained:
+                        d_weights[place] = (d_outputs[place].t() @ h).to(ctx.dtypes_of_weights[place])
+
+        use_h: UseH | None = gradients_from if group.uses_h else None
         if needs_d_h:
             d_h = _through_weights(group, d_outputs, rest, d_h)
             # The last that is computed: h is there only while the gradients of A are.
@@ -241,13 +280,8 @@ class _Linears(torch.autograd.Function):
         elif use_h is not None:
             use_h(made_of[0])
         d_trained = _as_trained((*d_a, *d_b), ctx.trained_dtype) if group.adapted else []
-        return (None, None, *d_inputs, *d_trained, *(None,) * _num_parts(group))
-
-
-def _use_h(group: _Group, d_low: Tensor, masks: Sequence[Tensor], d_a: list[Tensor], h: Tensor) -> None:
-    """Appends the gradient of each A."""
-    with mark("LoRA"):
-        d_a += _gradients_of_a(group, d_low, h, masks)
+        d_parts = [d_weights.get(place) for place, spec in enumerate(group.linears) for _ in spec.parts]
+        return (None, None, *d_inputs, *d_trained, *d_parts)
 
 
 def _as_trained(gradients: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
@@ -258,8 +292,11 @@ def _as_trained(gradients: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Ten
     return [copy.view(gradient.shape) for copy, gradient in zip(flat, gradients, strict=True)]
 
 
-def _num_parts(group: _Group) -> int:
-    return sum(len(spec.parts) for spec in group.linears)
+def _dtypes_of_weights(group: _Group, parts: Sequence[Tensor]) -> dict[int, torch.dtype]:
+    """The dtype of each weight that is trained, by its place in the group: that of its gradient."""
+    of_parts = iter(parts)
+    by_place = {place: [next(of_parts) for _ in spec.parts] for place, spec in enumerate(group.linears)}
+    return {place: by_place[place][0].dtype for place, spec in enumerate(group.linears) if spec.is_trained}
 
 
 def _project_down(group: _Group, h: Tensor, all_a: Tensor) -> tuple[Tensor, list[Tensor]]:

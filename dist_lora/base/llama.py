@@ -48,7 +48,7 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """``(T, D)`` of ``x`` ``(T, D)``, which ``norm`` norms first; and ``x``, from which the residual stream goes on."""
         linears = [self.q_proj, self.k_proj, self.v_proj]
-        query, key, value, x = linears_of(norm.before(), (x, norm.weight), linears)
+        query, key, value, x = linears_of(norm.before(), (x,), linears, norm=norm)
         if self.is_fused:
             query, key = rotate_in_place(query, key, *rotary)
         query, key, value = (heads.view(len(x), -1, self.head_dim) for heads in (query, key, value))
@@ -71,7 +71,7 @@ class FeedForward(nn.Module):
 
     def gate_and_up(self, x: Tensor, delta: Tensor, norm: RMSNorm) -> tuple[Tensor, ...]:
         """Gate and up ``(T, F)`` of ``x + delta`` ``(T, D)``, which ``norm`` norms first; and that sum, the residual stream."""
-        return linears_of(norm.before(adds=True), (x, delta, norm.weight), [self.gate_proj, self.up_proj])
+        return linears_of(norm.before(adds=True), (x, delta), [self.gate_proj, self.up_proj], norm=norm)
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         """``(T, D)`` of gate and up."""
@@ -327,7 +327,7 @@ class Llama(nn.Module):
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """The frozen parameters by their full names; a tied head is listed once."""
-        return {name: p for name, p in self.named_parameters() if ".adapter." not in name}
+        return {name: p for name, p in self.named_parameters() if not (".adapter." in name or ".trained." in name)}
 
     def stored_as(self, name: str) -> tuple[str, str]:
         """The checkpoint tensor that a base parameter is read from, and its part: ``weight``, or codes or scales."""

@@ -45,6 +45,7 @@ class _AdapterFacts:
     num_layers: int
     modules: tuple[ModuleAdapter, ...] | None = None  # where ranks, alphas or targets differ by layer
     train_tokens: tuple[int, ...] = ()  # ids, ascending
+    unfrozen: tuple[str, ...] = ()  # linears and norms that are trained themselves
 
 
 _FACTS = TypeAdapter(_AdapterFacts)
@@ -90,6 +91,7 @@ def gather_adapter(
         facts=replace(run_facts(folder, manifest), num_layers=facts.num_layers),
         weight_norms=_weight_norms(folder, manifest) if has_learned else None,
         tokens=facts.train_tokens,
+        unfrozen=facts.unfrozen,
     )
     return out
 

@@ -44,6 +44,7 @@ RULES = (
         "refused",
         "they set the shape and the scale of the adapters, and the tokens whose rows are trained",
     ),
+    Rule(("train.unfreeze",), "refused", "it decides which weights are trained"),
     Rule(
         ("train.seed", "train.global_batch", "train.sequence_length", "train.packing"),
         "refused",

@@ -189,7 +189,12 @@ def _read(path: Path) -> tuple[_Source, list[str]]:
             "  run: my-run\n  model: {name: 3.1-8b-instruct}\n  data: {train: train.jsonl}"
         )
     twice = [f"{path}:{line}: {name}: set twice (first in line {first})" for name, line, first in _repeated(root)]
-    return _Source(settings=_with_text_keys(value), root=root), twice
+    settings = _with_text_keys(value)
+    if _is_empty(
+        _child(root, "lora")
+    ):  # a section of comments alone is none; `lora: null` says that there is no adapter
+        settings.pop("lora", None)
+    return _Source(settings=settings, root=root), twice
 
 
 def _parse(text: str, *, complain: Callable[[str, str], str]) -> tuple[Any, yaml.Node | None]:
@@ -228,7 +233,7 @@ def _num_values(node: yaml.Node | None, *, known: dict[int, int] | None = None) 
 
 
 def _with_text_keys(settings: Mapping[Any, Any]) -> dict[str, Any]:
-    """Keys as text (YAML reads ``on:`` as true and ``1:`` as a number); empty sections are dropped."""
+    """Keys as text (YAML reads ``on:`` as true and ``1:`` as a number); empty sections are dropped, but for ``lora``."""
     named = {str(key): value for key, value in settings.items()}
     for name, section in list(named.items()):
         if isinstance(section, dict):
@@ -236,9 +241,14 @@ def _with_text_keys(settings: Mapping[Any, Any]) -> dict[str, Any]:
             shape = named[name].get("shape")
             if name == "model" and isinstance(shape, dict):
                 named[name]["shape"] = {str(key): value for key, value in shape.items()}
-        elif section is None and name in Config.model_fields:
+        elif section is None and name in Config.model_fields and name != "lora":
             del named[name]
     return named
+
+
+def _is_empty(value: tuple[yaml.Node, yaml.Node] | None) -> bool:
+    """Whether nothing stands after a key, where null doesn't either."""
+    return value is not None and isinstance(value[1], yaml.ScalarNode) and not value[1].value
 
 
 def _repeated(root: yaml.Node | None, *, seen: set[int] | None = None, at: str = "") -> Iterator[tuple[str, int, int]]:

@@ -66,6 +66,12 @@ RENAMED: dict[str, str] = {
     "trainable_token_indices": "lora.train_tokens",
     "peft_trainable_token_indices": "lora.train_tokens",
     "fix_untrained_tokens": "lora.train_tokens",
+    "unfrozen_parameters": "train.unfreeze",
+    "freeze_trainable_layers": "train.unfreeze",
+    "freeze_trainable_modules": "train.unfreeze",
+    "modules_to_save": "train.unfreeze",
+    "lora_modules_to_save": "train.unfreeze",
+    "additional_target": "train.unfreeze",
     "adapter_name_or_path": "lora.start_from",
     "adapter_path": "lora.start_from",
     "lora_model_dir": "lora.start_from",
@@ -298,6 +304,13 @@ NOTES: dict[str, str] = {
         ("trainable_token_indices", "peft_trainable_token_indices"),
         "names or ids; the rows of a head of its own are trained too",
     ),
+    "unfrozen_parameters": "patterns for the end of a name: {patterns: [down_proj]}; embedding and head are not trained whole",
+    "freeze_trainable_layers": "n is {last_layers: n}, which are the last ones; the first are not offered",
+    "freeze_trainable_modules": "as {patterns: [...]}: of the layers that they name",
+    **dict.fromkeys(
+        ("modules_to_save", "lora_modules_to_save", "additional_target"),
+        "linears and norms as {patterns: [...]}; embedding and head are not trained whole: lora.train_tokens trains tokens' rows of both",
+    ),
     "fix_untrained_tokens": "no row is overwritten: name the tokens, and their rows are trained",
 }
 """What else to know when a setting is carried over."""
@@ -316,10 +329,6 @@ ABSENT: dict[str, str] = {
         ("init_lora_weights", "peft_init_lora_weights", "loftq_config", "pissa_init", "pissa_iter", "loftq_init"),
         "PiSSA, LoftQ and their like change the base, so that the adapter fits no other copy of it: B begins at zero, and A as "
         "PEFT draws it; take a higher lora.rank with lora.scaling: sqrt_rank",
-    ),
-    **dict.fromkeys(
-        ("modules_to_save", "additional_target", "lora_modules_to_save"),
-        "only the seven linears of a layer are adapted; for new tokens, lora.train_tokens trains their rows of embedding and head",
     ),
     "bias": "the linears of Llama have no bias",
     "lora_bias": "the linears of Llama have no bias",

@@ -40,6 +40,8 @@ LINEARS: tuple[LinearName, ...] = (
     "down_proj",
 )
 """The seven linears of a Llama layer, in the canonical order."""
+NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
+"""The norms of a Llama: two of a layer, and the last one."""
 
 MODULE_NAME = r"^model\.layers\.(0|[1-9][0-9]{0,2})\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)$"
 
@@ -127,8 +129,6 @@ def _check_metrics(paths: list[str]) -> list[str]:
 
 def _check_modules(modules: Any) -> Any:
     if modules is not None:
-        if not modules:
-            raise ValueError("the list is empty, expected at least one linear, or null")
         _refuse_twice([module.name for module in modules])
     return modules
 
@@ -343,7 +343,8 @@ class LoraSection(Section):
         Expected("a list of linears like {name: model.layers.0.self_attn.q_proj, rank: 8, alpha: 16}, or null"),
     ] = Field(
         default=None,
-        description="Each adapted linear by its full name, with its own rank and alpha, instead of the four settings above; where they differ by layer.",
+        description="Each adapted linear by its full name, with its own rank and alpha, instead of the settings above, where they "
+        "differ by layer; an empty list is no adapter at all, as lora: null.",
     )
     train_tokens: Annotated[
         list[Text | TokenId],
@@ -413,7 +414,7 @@ class LoraSection(Section):
         """
         if self.modules is not None:
             adapted = sorted({module.layer for module in self.modules})
-            if adapted[-1] >= num_layers:
+            if adapted and adapted[-1] >= num_layers:
                 raise ConfigError(_no_such_layers(f"layer {adapted[-1]} in lora.modules", num_layers))
             return tuple(adapted)
         if self.layers == "all":
@@ -429,7 +430,7 @@ class LoraSection(Section):
     def all_ranks(self) -> tuple[int, ...]:
         """All ranks that an adapter may have, ascending."""
         if self.modules is not None:
-            return tuple(sorted({module.rank for module in self.modules}))
+            return tuple(sorted({module.rank for module in self.modules}))  # of none where there is no adapter
         return tuple(sorted({self.rank, *(self.ranks or {}).values()}))
 
     def all_alphas(self) -> tuple[float, ...]:
@@ -696,6 +697,17 @@ class DataSection(Section):
         )
 
 
+class UnfreezeSection(Section):
+    """Weights of the base that are trained themselves, in fp32."""
+
+    last_layers: int = Field(default=0, ge=0, description="All linears and norms of so many layers, the last ones.")
+    norms: bool = Field(default=False, description="The norms of all layers, and the last one.")
+    patterns: Annotated[list[Text], AfterValidator(_refuse_twice)] = Field(
+        default=[],
+        description="Linears and norms by regular expressions for the end of their names: [down_proj, 'layers.3[01].*norm'].",
+    )
+
+
 class TrainSection(Section):
     """Length of the run and sizes of its batches."""
 
@@ -722,6 +734,10 @@ class TrainSection(Section):
     fused_kernels: Literal["auto", "none"] = Field(
         default="auto",
         description="On GPUs, compute norms, RoPE, SwiGLU and the loss by our Triton kernels, in few passes over memory; none takes torch's.",
+    )
+    unfreeze: UnfreezeSection | None = Field(
+        default=None,
+        description="Weights of the base that are trained beside the adapters, or (lora: null) instead: partial freezing.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of the adapters, dropout and the order of the samples.")
     callbacks: Annotated[
@@ -752,6 +768,8 @@ class TrainSection(Section):
                     "remove one (or set it to null)",
                 )
             )
+        if self.unfreeze is not None and self.unfreeze == UnfreezeSection():
+            faults.append((("unfreeze",), "unfreezes nothing; set last_layers, norms or patterns, or leave it out"))
         if self.micro_batch > self.global_batch:
             faults.append(
                 (
@@ -941,6 +959,11 @@ class EvalSection(Section):
         return self
 
 
+def _no_adapters(lora: Any) -> Any:
+    """``lora: null`` is a section of no adapter."""
+    return {"modules": []} if lora is None else lora
+
+
 class Config(Section):
     """The settings of a run; run, model.name and data.train are required, the rest has defaults."""
 
@@ -949,7 +972,9 @@ class Config(Section):
     )
     runs_dir: FilePath = Field(default=Path("runs"), description="Parent folder of all run folders.")
     model: ModelSection = Field(description="The frozen base model.")
-    lora: LoraSection = Field(default_factory=LoraSection, description="The adapters that are trained.")
+    lora: Annotated[LoraSection, BeforeValidator(_no_adapters)] = Field(
+        default_factory=LoraSection, description="The adapters that are trained; null for none (see train.unfreeze)."
+    )
     data: DataSection = Field(description="Training data and held-out data.")
     train: TrainSection = Field(default_factory=TrainSection, description="Length of the run and sizes of its batches.")
     optim: OptimSection = Field(default_factory=OptimSection, description="AdamW and its learning rate.")
@@ -977,6 +1002,14 @@ class Config(Section):
         if self.eval.best_set is not None and self.eval.best_set not in sets:
             named = f"data.eval has {', '.join(sets)}" if sets else "data.eval has no named sets"
             faults.append((("eval.best_set",), f"found {self.eval.best_set!r}, and {named}"))
+        is_none = self.lora.modules == [] and not self.lora.train_tokens and not self.lora.start_from
+        if is_none and self.train.unfreeze is None:
+            faults.append(
+                (
+                    ("lora", "train.unfreeze"),
+                    "there is no adapter (lora is null), and train.unfreeze unfreezes nothing: nothing is trained",
+                )
+            )
         if faults:
             raise SettingFaults(faults)
         return self

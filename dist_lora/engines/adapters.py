@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dist_lora.base.checksum import checksums
 from dist_lora.base.index import WeightIndex
+from dist_lora.base.stream import WEIGHT, Slot, fill_slots
 from dist_lora.config.schema import OptimSection
 from dist_lora.engines.adamw import AdamW, Span, norm_of
 from dist_lora.lora.attach import TrainedTensor
@@ -37,6 +38,15 @@ class Adapters(ABC):
         """How many weights are trained, over all ranks."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
+    @property
+    def num_unfrozen(self) -> int:
+        """How many of them are the base's own."""
+        return sum(math.prod(self.shapes[tensor.name]) for tensor in self.tensors if tensor.initial is None)
+
+    def count(self, attribute: str) -> int:
+        """How many of the trained tensors are ``lora_A``, or ``lora_B``, or another attribute."""
+        return sum(tensor.attribute == attribute for tensor in self.tensors)
+
     # The values
 
     def initialize(self, seed: int, base: WeightIndex | None = None) -> None:
@@ -48,7 +58,20 @@ class Adapters(ABC):
         Raises:
             WeightsError: the base can't be read.
         """
-        self.load((t.name, t.initial(self.shapes[t.name], seed, base)) for t in self.tensors)
+        self.load((t.name, t.initial(self.shapes[t.name], seed, base)) for t in self.tensors if t.initial is not None)
+        slots = self._slots_of([tensor.name for tensor in self.tensors if tensor.initial is None])
+        if slots:
+            assert base is not None, "unfrozen weights start as the base's, which wasn't given"
+            fill_slots(slots, index=base)
+            self._has_filled()
+
+    @abstractmethod
+    def _slots_of(self, names: Sequence[str]) -> list[Slot]:
+        """The elements of these tensors that this rank updates, to be filled."""
+
+    @abstractmethod
+    def _has_filled(self) -> None:
+        """Called once ``_slots_of`` are filled."""
 
     @abstractmethod
     def load(self, values: Iterable[tuple[str, Tensor]]) -> None:
@@ -149,6 +172,17 @@ class FlatAdapters(Adapters):
     def _copies(self) -> tuple[int, int]:
         """Index of this rank among those that hold the same parts, and their number: they divide the writing."""
 
+    def _slots_of(self, names: Sequence[str]) -> list[Slot]:
+        return [
+            Slot(part.name, WEIGHT, self.shapes[part.name], part.start, self._view(part, self.flat_parameters))
+            for part in self.parts
+            if part.name in names
+        ]
+
+    def _has_filled(self) -> None:
+        if self._optimizer is not None:
+            self._optimizer.refresh_copies()
+
     def load(self, values: Iterable[tuple[str, Tensor]]) -> None:
         """See ``Adapters``."""
         by_name: dict[str, list[Part]] = {}
@@ -157,8 +191,7 @@ class FlatAdapters(Adapters):
         for name, whole in values:
             for part in by_name.get(name, ()):
                 self._view(part, self.flat_parameters).copy_(whole.reshape(-1)[part.start : part.stop])
-        if self._optimizer is not None:
-            self._optimizer.refresh_copies()
+        self._has_filled()
 
     def start_training(self, section: OptimSection) -> None:
         """See ``Adapters``."""

@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dist_lora.base.llama import Llama, materialize
 from dist_lora.base.stream import Slot
+from dist_lora.base.trained import TrainedWeight
 from dist_lora.engines.adapters import Adapters, FlatAdapters, Part, ReplicatedAdapters, same_on_all
 from dist_lora.engines.engine import Engine
 from dist_lora.layout.choices import Layout
@@ -41,12 +42,19 @@ class Fsdp2(Engine):
     def shard(self, model: Llama) -> str:
         """See ``Engine.shard``. Call it while the parameters are on meta."""
         layout = self.layout
-        trained = {p for name, p in model.named_parameters() if ".adapter." in name}
+        frozen = {id(p) for p in model.base_parameters().values()}
+        trained = {p for p in model.parameters() if id(p) not in frozen}
         if layout.adapters == "shard":
             mesh = self._mesh("node")
             held = [_trained_modules(block, LoraAdapter) for block in model.model.layers]
             held.append(_trained_modules(model, TokenRows))
             self._groups = [_shard_adapters(modules, mesh) for modules in held if modules]
+            # Gathered in the dtype that they are computed in: half the bytes, where that has 16 bits.
+            mixed = MixedPrecisionPolicy(
+                param_dtype=model.model.embed_tokens.weight.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+            unfrozen = [_trained_modules(block, TrainedWeight) for block in (*model.model.layers, model.model.norm)]
+            self._groups += [_shard_adapters(modules, mesh, mixed) for modules in unfrozen if modules]
             trained = set()
         mesh = self._mesh(layout.base_shard)
         policy = self._offload_policy()
@@ -197,9 +205,11 @@ def _trained_modules(module: nn.Module, kind: type[nn.Module]) -> list[nn.Module
     return [part for part in module.modules() if isinstance(part, kind)]
 
 
-def _shard_adapters(adapters: list[nn.Module], mesh: DeviceMesh) -> FSDPModule:
-    """One FSDP group of adapters that are used one after the other: of a block, or the rows of embedding and head."""
-    group = fully_shard(adapters, mesh=mesh, reshard_after_forward=True)[0]
+def _shard_adapters(
+    adapters: list[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy | None = None
+) -> FSDPModule:
+    """One FSDP group of what is trained and used one after the other: of a block, or the rows of embedding and head."""
+    group = fully_shard(adapters, mesh=mesh, reshard_after_forward=True, mp_policy=policy or MixedPrecisionPolicy())[0]
     # Sums, not means: the loss of a micro-batch is already divided by the targets of the whole step.
     group.set_gradient_divide_factor(1.0)
     group.set_force_sum_reduction_for_comms(True)
@@ -208,7 +218,7 @@ def _shard_adapters(adapters: list[nn.Module], mesh: DeviceMesh) -> FSDPModule:
 
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
     """The modules that hold the base; adapters have FSDP groups of their own."""
-    trained = {id(module) for module in model.modules() if isinstance(module, LoraAdapter | TokenRows)}
+    trained = {id(module) for module in model.modules() if isinstance(module, LoraAdapter | TokenRows | TrainedWeight)}
     return [m for m in model.modules() if isinstance(m, FSDPModule) and id(m) not in trained]
 
 

@@ -60,7 +60,7 @@ class HostLayers:
         self._device = device
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._parts = [_parts_of(block, device) for block in blocks]
-        sizes = [parts[-1].offset + parts[-1].num_bytes for parts in self._parts]
+        sizes = [parts[-1].offset + parts[-1].num_bytes if parts else 0 for parts in self._parts]
         is_pinned = device.type == "cuda"
         self._blocks = [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=is_pinned) for size in sizes]
         # Their memory may have been freed by kernels that still run: the first copy waits for those too.

@@ -218,9 +218,7 @@ class Zero3Adapters(FlatAdapters):
         group, offset, num_elements = self._zero.grad_position[self._zero.get_param_id(parameter)]
         return flats[group].detach()[offset : offset + num_elements]
 
-    def load(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """See ``Adapters``."""
-        super().load(values)
+    def _has_filled(self) -> None:
         self._copy_to_shards()
 
     def _copy_to_shards(self) -> None:

@@ -6,6 +6,7 @@ Source: the config.json of the hub's meta-llama, and transformers' ``LlamaConfig
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -148,25 +149,34 @@ class Shape:
         shapes = self.linear_shapes()
         return rows + sum(module.rank * sum(shapes[module.linear]) for module in section.modules)
 
+    def unfrozen_weights(self, names: Iterable[str]) -> int:
+        """Weights of these linears and norms: see ``lora.unfrozen``."""
+        shapes = self.tensor_shapes()
+        return sum(math.prod(shapes[f"{name}.weight"]) for name in names)
+
     def trained_rows(self, section: LoraSection) -> int:
         """Rows of the embedding, and of a head of its own, that are trained: one or two for each token."""
         return len(section.train_tokens) * (1 if self.tied else 2)
 
-    def flops(self, *, tokens: float, rows: float, pairs: float, trained_weights: int) -> float:
+    def flops(
+        self, *, tokens: float, rows: float, pairs: float, trained_weights: int, unfrozen_weights: int = 0
+    ) -> float:
         """Floating-point operations that a forward and a backward with a frozen base need; recomputations aren't among them.
 
         4 per weight of a frozen matmul and token (2 forward, 2 for the input's gradient, none for its own), 6 per trained
-        weight and token, 12 per pair of head entries and attended pair of tokens. Source: PaLM, arXiv 2204.02311, appendix B,
+        weight and token (of the base's own that are trained 2 more than of frozen ones), 12 per pair of head entries and attended pair of tokens. Source: PaLM, arXiv 2204.02311, appendix B,
         without the frozen weights' own gradients.
 
         Args:
+            trained_weights: all that are trained, ``unfrozen_weights`` of the base among them.
             tokens: of all documents; ``rows``: those whose next token is predicted.
             pairs: a token and one that it attends to, itself among them.
         """
         in_layers = self.num_layers * self.weights_of_linears()
         entries = self.num_layers * self.num_heads * self.head_dim
         head = self.vocab * self.hidden
-        return 4 * in_layers * tokens + 6 * trained_weights * tokens + 12 * entries * pairs + 4 * head * rows
+        trained = 6 * (trained_weights - unfrozen_weights) + 2 * unfrozen_weights
+        return 4 * in_layers * tokens + trained * tokens + 12 * entries * pairs + 4 * head * rows
 
     def adapter_parameters(self, targets: Iterable[str], layers: Iterable[int], rank: int) -> int:
         """Trainable parameters: r (in + out) for each adapted linear of each adapted layer."""

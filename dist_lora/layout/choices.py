@@ -10,6 +10,7 @@ from dist_lora.config.schema import Config, ParallelSection
 from dist_lora.errors import ConfigError
 from dist_lora.herd.shape import Shape
 from dist_lora.layout.storage import base_parts, check_quant
+from dist_lora.lora.unfrozen import trained_weights
 from dist_lora.text import count, ranges, size
 
 EngineName = Literal["none", "fsdp2", "zero3"]
@@ -106,7 +107,7 @@ def choose(
         world_size=world_size,
         local_size=local_size,
         base_bytes=sum(part.num_bytes for part in parts),
-        trained_weights=shape.trained_weights(config.lora),
+        trained_weights=trained_weights(config, shape),
         device_bytes=device_bytes,
         whole_base=whole_base,
     )
@@ -141,6 +142,10 @@ def choose_lr(*, hidden: int, alphas: tuple[float, ...]) -> tuple[float, str]:
     Raises:
         ConfigError: one is not 32.
     """
+    if not alphas:
+        raise ConfigError(
+            "optim.lr: auto is known for LoRA, and there is no adapter (lora: null). Set a number, like 1e-5"
+        )
     lr = float(f"{5e-4 * (2000 / hidden) ** 0.781:.3g}")
     if alphas != (LR_ALPHA,):
         found = ", ".join(f"{alpha:g}" for alpha in alphas)

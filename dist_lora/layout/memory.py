@@ -26,7 +26,8 @@ from dist_lora.layout.choices import (
     choose_recomputed,
     describe_recomputed,
 )
-from dist_lora.layout.storage import FP32, base_parts, quantized_linears
+from dist_lora.layout.storage import FP32, BasePart, base_parts, quantized_linears
+from dist_lora.lora.unfrozen import layer_of, trained_weights, unfrozen_weights
 from dist_lora.text import GIB, size
 
 # Only visible on a machine with such a GPU: CUDA's context and the libraries' kernels, NCCL's buffers, and fragmentation of
@@ -38,6 +39,10 @@ FRAGMENTATION = 0.05
 LOGITS_IN_FP32 = 2**23
 
 
+# The linears of a layer that share their input.
+_GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
 @dataclass(frozen=True)
 class Setup:
     """What memory, communication and time of a run depend on.
@@ -46,8 +51,9 @@ class Setup:
         choices: every ``auto`` of the config, resolved.
         accumulation_steps: micro-batches per rank in one step.
         lora_rank: of the adapters, the largest where they differ: what depends on each layer's adapters is an upper bound then.
-        trained_weights: all A and B, and the rows of tokens.
+        trained_weights: all A and B, the rows of tokens, and unfrozen weights.
         trained_rows: of embedding and head, whose gradient goes through every layer; 0 where none is trained.
+        unfrozen: names of the linears and norms whose weights are trained.
         joins_documents: attention is computed per document of a micro-batch, and the outputs are concatenated.
         num_ranks: ranks of the world; ``local_size``: ranks per node.
     """
@@ -59,6 +65,7 @@ class Setup:
     trained_weights: int
     targets: tuple[str, ...]
     layers: tuple[int, ...]
+    unfrozen: tuple[str, ...]
     micro_tokens: int
     accumulation_steps: int
     joins_documents: bool
@@ -76,11 +83,6 @@ class Setup:
     def recomputed(self) -> range:
         """The layers whose activations are recomputed in the backward pass."""
         return self.choices.recomputed
-
-    @property
-    def first_trained(self) -> int:
-        """The first layer that the backward goes through: the first with an adapter, or all of them."""
-        return 0 if self.trained_rows else min(self.layers)
 
     @property
     def layout(self) -> Layout:
@@ -101,9 +103,18 @@ class Setup:
             return 1
         return self.num_ranks if self.layout.engine == "zero3" else self.local_size
 
+    @property
+    def first_trained(self) -> int:
+        """The first layer that the backward goes through; their number if nothing before the last norm is trained."""
+        if self.trained_rows:
+            return 0
+        of_unfrozen = (layer for name in self.unfrozen if (layer := layer_of(name)) is not None)
+        return min((*self.layers, *of_unfrozen), default=self.shape.num_layers)
+
     def frees_buffer(self, layer: int) -> bool:
         """Whether all-gathering a layer's sharded adapters frees the buffer of the layer's own all-gather."""
-        return self.layout.engine == "fsdp2" and self.layout.adapters == "shard" and layer in self.layers
+        is_sharded = self.layout.engine == "fsdp2" and self.layout.adapters == "shard"
+        return is_sharded and (layer in self.layers or bool(unfrozen_in(self, layer)))
 
 
 def setup_of(
@@ -157,10 +168,11 @@ def _setup(config: Config, shape: Shape, choices: Choices, *, num_ranks: int, lo
         shape=shape,
         quant=config.model.quant,
         choices=choices,
-        lora_rank=max(config.lora.all_ranks()),
-        trained_weights=shape.trained_weights(config.lora),
+        lora_rank=max(config.lora.all_ranks(), default=0),
+        trained_weights=trained_weights(config, shape),
         targets=config.lora.target_names(),
         layers=config.lora.layer_indices(shape.num_layers),
+        unfrozen=unfrozen_weights(config, shape),
         micro_tokens=train.micro_batch * train.sequence_length,
         accumulation_steps=math.ceil(math.ceil(train.global_batch / num_ranks) / train.micro_batch),
         joins_documents=train.micro_batch > 1 and choices.attention != "varlen",
@@ -228,15 +240,21 @@ def reserve_bytes(held_bytes: int) -> int:
 # The base
 
 
+def parts_of(setup: Setup) -> list[BasePart]:
+    """Every frozen parameter of the base."""
+    return base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes, unfrozen=frozenset(setup.unfrozen))
+
+
 def base_bytes_per_rank(setup: Setup) -> int:
     """A rank's shard of the base."""
-    return _base_bytes(setup.shape, setup.quant, setup.item_bytes, setup.base_ranks)
+    return _base_bytes(setup.shape, setup.quant, setup.item_bytes, setup.base_ranks, setup.unfrozen)
 
 
 # Kept, since a choice of ``auto`` and a search for what fits ask for the same base hundreds of times.
 @functools.lru_cache(maxsize=64)
-def _base_bytes(shape: Shape, quant: Quant, item_bytes: int, num_ranks: int) -> int:
-    return sum(part.shard_bytes(num_ranks) for part in base_parts(shape, quant=quant, item_bytes=item_bytes))
+def _base_bytes(shape: Shape, quant: Quant, item_bytes: int, num_ranks: int, unfrozen: tuple[str, ...]) -> int:
+    parts = base_parts(shape, quant=quant, item_bytes=item_bytes, unfrozen=frozenset(unfrozen))
+    return sum(part.shard_bytes(num_ranks) for part in parts)
 
 
 def base_bytes_on_host(setup: Setup) -> int:
@@ -245,22 +263,37 @@ def base_bytes_on_host(setup: Setup) -> int:
         return 0
     if setup.layout.engine != "none":
         return base_bytes_per_rank(setup)
-    parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
+    parts = parts_of(setup)
     return sum(part.num_bytes for part in parts if part.block is not None)
 
 
 def block_bytes(setup: Setup) -> int:
     """One whole layer of the base: the largest, where some have linears that were left unquantized."""
-    return _block_bytes(setup.shape, setup.quant, setup.item_bytes)
+    return _block_bytes(setup.shape, setup.quant, setup.item_bytes, setup.unfrozen)
 
 
 @functools.lru_cache(maxsize=64)
-def _block_bytes(shape: Shape, quant: Quant, item_bytes: int) -> int:
+def _block_bytes(shape: Shape, quant: Quant, item_bytes: int, unfrozen: tuple[str, ...]) -> int:
     by_layer = Counter[int]()
-    for part in base_parts(shape, quant=quant, item_bytes=item_bytes):
+    for part in base_parts(shape, quant=quant, item_bytes=item_bytes, unfrozen=frozenset(unfrozen)):
         if part.block is not None:
             by_layer[part.block] += part.num_bytes
-    return max(by_layer.values())
+    return max(by_layer.values(), default=0)
+
+
+def block_bytes_of(setup: Setup, layer: int) -> int:
+    """What is frozen of one whole layer; of those without unfrozen weights the largest."""
+    return block_bytes(setup) if not setup.unfrozen else _blocks(setup)[layer]
+
+
+@functools.lru_cache(maxsize=16)
+def _blocks(setup: Setup) -> list[int]:
+    by_layer = Counter[int]()
+    for part in parts_of(setup):
+        if part.block is not None:
+            by_layer[part.block] += part.num_bytes
+    largest = block_bytes(setup)
+    return [by_layer[i] if unfrozen_in(setup, i) else largest for i in range(setup.shape.num_layers)]
 
 
 def embedding_bytes(setup: Setup) -> int:
@@ -285,26 +318,31 @@ def saved_bytes_of_layer(setup: Setup, layer: int) -> int:
         return 0
     shape, c = setup.shape, setup.item_bytes
     targets = set(setup.targets) if layer in setup.layers else set()
-    groups = ({"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"})
+    whole = set(unfrozen_in(setup, layer))
+    groups = [set(group) for group in _GROUPS]
     # The group where the graph begins; -1 if the layer's input has a gradient.
     has_input = layer > first or setup.trained_rows
-    begin = -1 if has_input else next(i for i, group in enumerate(groups) if group & targets)
+    norms = ("input_layernorm", "", "post_attention_layernorm", "")
+    begins = (i for i, group in enumerate(groups) if group & (targets | whole) or norms[i] in whole)
+    begin = -1 if has_input else next(begins)
+    # A norm that is trained keeps what its own gradient needs, as where its input has one.
+    has_first, has_second = begin < 0 or "input_layernorm" in whole, begin < 2 or "post_attention_layernorm" in whole
     heads = shape.num_heads * shape.head_dim
     numbers = fp32_numbers = 0
     if begin <= 0:  # the first norm's input, or what it gives
         numbers += shape.hidden
-        fp32_numbers += begin < 0
+        fp32_numbers += has_first
         is_repeated, is_tiled = (setup.choices.attention == name for name in ("sdpa-repeated", "tiled"))
         numbers += heads + 2 * (heads if is_repeated else shape.num_kv_heads * shape.head_dim)
         # The kernel keeps its result, and so does o_proj's adapter: concatenated, where documents are.
         has_own = is_tiled or setup.joins_documents
-        numbers += heads * (not is_tiled) + heads * (has_own and "o_proj" in targets)
+        numbers += heads * (not is_tiled) + heads * (has_own and "o_proj" in targets | whole)
         fp32_numbers += 0 if is_tiled else shape.num_heads
     elif begin == 1:
         numbers += heads
     if begin <= 2:  # the second norm's input, or what it gives
         numbers += shape.hidden + 2 * shape.ffn
-        fp32_numbers += begin < 2
+        fp32_numbers += has_second
     else:
         numbers += shape.ffn
     sizes = [shape.linear_shapes()[name] for name in targets]
@@ -329,10 +367,60 @@ def fp32_rows_of_slice(vocab: int) -> int:
     return max(1, LOGITS_IN_FP32 // vocab)
 
 
+def unfrozen_in(setup: Setup, layer: int) -> tuple[str, ...]:
+    """The kinds of linears and norms of a layer whose weights are trained, as ``q_proj``."""
+    return _unfrozen_by_layer(setup.unfrozen).get(layer, ())
+
+
+@functools.lru_cache(maxsize=16)
+def _unfrozen_by_layer(names: tuple[str, ...]) -> dict[int | None, tuple[str, ...]]:
+    kinds: dict[int | None, tuple[str, ...]] = {}
+    for name in names:
+        layer = layer_of(name)
+        kinds[layer] = (*kinds.get(layer, ()), name.rpartition(".")[2])
+    return kinds
+
+
+def unfrozen_groups(setup: Setup) -> list[tuple[str, ...]]:
+    """The kinds of unfrozen linears and norms that are sharded together: of each layer, and the last norm."""
+    return list(_unfrozen_by_layer(setup.unfrozen).values())
+
+
+def unfrozen_weights_in(setup: Setup, layer: int) -> int:
+    """Weights of a layer's linears and norms that are trained themselves."""
+    shapes = setup.shape.linear_shapes()
+    return sum(math.prod(shapes.get(kind, (setup.shape.hidden,))) for kind in unfrozen_in(setup, layer))
+
+
+def _weight_gradients(setup: Setup, layer: int) -> int:
+    """Whole gradients of a layer's unfrozen weights, and what their reduction holds, in the layer's backward.
+
+    Where they are replicated, those of the linears of one input, in fp32, and one in the compute dtype before it is cast.
+    Sharded by FSDP2 all of the layer, in the compute dtype, and the fp32 copies of the layer above that are on their way, which
+    the reduction of adapters ends. By ZeRO-3 all of the layer in fp32, and a bucket of as many.
+    """
+    if not unfrozen_in(setup, layer):
+        return 0
+    c, whole = setup.item_bytes, unfrozen_weights_in(setup, layer)
+    if setup.layout.engine == "zero3":
+        return 2 * FP32 * whole
+    if setup.adapter_ranks > 1:
+        if layer in setup.layers:
+            return FP32 * whole
+        above = layer + 1 if layer + 1 < setup.shape.num_layers else None
+        return c * whole + (0 if above is None else FP32 * unfrozen_weights_in(setup, above))
+    shapes, kinds = setup.shape.linear_shapes(), unfrozen_in(setup, layer)
+    groups = [[math.prod(shapes[kind]) for kind in group if kind in kinds] for group in _GROUPS]
+    return max(FP32 * sum(sizes) + (c if c != FP32 else 0) * max(sizes, default=0) for sizes in groups)
+
+
 def _saved_by_layer(setup: Setup) -> list[int]:
     """``saved_bytes_of_layer`` of every layer, computed once for those that are alike."""
     first, adapted = setup.first_trained, set(setup.layers)
-    kinds = [(layer < first, layer == first, layer in adapted) for layer in range(setup.shape.num_layers)]
+    kinds = [
+        (layer < first, layer == first, layer in adapted, unfrozen_in(setup, layer))
+        for layer in range(setup.shape.num_layers)
+    ]
     of_kind = {kind: saved_bytes_of_layer(setup, kinds.index(kind)) for kind in set(kinds)}
     return [of_kind[kind] for kind in kinds]
 
@@ -409,7 +497,6 @@ class _Gathered:
     at_end_of_forward: int = 0
     at_loss: int = 0
     in_backward_of_norm: int = 0
-    in_backward: int = 0
 
 
 def _gathered(setup: Setup) -> _Gathered:
@@ -429,44 +516,79 @@ def _gathered_by_fsdp2(setup: Setup) -> _Gathered:
     So the new layer is held twice, and the previous one once more. Sharded adapters are all-gathered within their layer,
     which frees its buffer. A tied embedding stays gathered through forward and backward.
     """
-    end, block = embedding_bytes(setup), block_bytes(setup)
+    end, block, num_layers = embedding_bytes(setup), block_bytes(setup), setup.shape.num_layers
     buffers = 1 if setup.base_ranks > 1 else 0  # a single rank copies, without a buffer
     twice, root = 1 + buffers, end if setup.shape.tied else 0
-    last = setup.shape.num_layers - 1
+    last = num_layers - 1
     of_last = 0 if setup.frees_buffer(last) else buffers * block
+    if setup.frees_buffer(last) and last not in setup.layers:
+        of_last = buffers * setup.item_bytes * unfrozen_weights_in(setup, last)
+    # A layer's own group of unfrozen weights is gathered after its frozen ones, as these are.
+    thrice = (1 + 2 * buffers) * setup.item_bytes
+    unfrozen = max(
+        (
+            block_bytes_of(setup, i) + thrice * unfrozen_weights_in(setup, i)
+            for i in range(num_layers)
+            if setup.adapter_ranks > 1 and unfrozen_in(setup, i)
+        ),
+        default=0,
+    )
     # Gathering sharded rows after the embedding frees the buffer of the embedding's own all-gather.
     of_embedding = 0 if setup.trained_rows and setup.layout.adapters == "shard" else buffers * end
-    adapters = 0
-    if setup.adapter_ranks > 1:
-        adapters = 2 * FP32 * setup.shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
     return _Gathered(
         at_embedding=twice * end,
         in_first_layer=root + of_embedding + twice * block,
-        in_later_layer=root + buffers * block + twice * block,
+        in_later_layer=root + max(buffers * block + twice * block, unfrozen),
         at_end_of_forward=of_last + (root + block if setup.shape.tied else twice * end),
         at_loss=root + of_last if setup.shape.tied else twice * end,
         in_backward_of_norm=root + block,
-        in_backward=root + twice * block + adapters,
     )
+
+
+def _gathered_in_backward(setup: Setup, layer: int) -> int:
+    """All-gathered bytes of the base, of sharded adapters and of unfrozen weights in the backward of a layer.
+
+    By FSDP2 a layer, and the buffer of the next one; and its adapters, or its unfrozen weights where it has no adapters. By
+    DeepSpeed 0.19, as seen in simulated steps, that layer and three more.
+    """
+    if setup.layout.has_whole_base:
+        return 2 * block_bytes(setup) if setup.layout.base_on_host else 0
+    if setup.layout.engine == "zero3":
+        window = range(max(layer - 3, min(setup.first_trained, layer)), layer + 1) if setup.unfrozen else None
+        if window is None:
+            return min(4, setup.shape.num_layers) * _layer_by_zero3(setup, layer)
+        return sum(_layer_by_zero3(setup, i) for i in window)
+    buffers, root = int(setup.base_ranks > 1), embedding_bytes(setup) if setup.shape.tied else 0
+    block, c = block_bytes_of(setup, layer), setup.item_bytes
+    is_sharded = setup.adapter_ranks > 1
+    if is_sharded and layer not in setup.layers and unfrozen_in(setup, layer):
+        below = max(layer - 1, 0)
+        following = block_bytes_of(setup, below) or c * unfrozen_weights_in(setup, below)
+        return root + block + c * unfrozen_weights_in(setup, layer) + buffers * following
+    adapters = 2 * FP32 * setup.shape.adapter_parameters(setup.targets, (0,), setup.lora_rank) if is_sharded else 0
+    return root + block + buffers * block_bytes(setup) + adapters
+
+
+def _layer_by_zero3(setup: Setup, layer: int) -> int:
+    """What is gathered of a layer, all of it in the dtype it is stored in."""
+    adapters = FP32 * setup.shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
+    return block_bytes_of(setup, layer) + adapters + FP32 * unfrozen_weights_in(setup, layer)
 
 
 def _gathered_by_zero3(setup: Setup) -> _Gathered:
     """What DeepSpeed 0.19 holds with our settings, as seen in simulated steps; adapters are gathered with their layer.
 
-    The head is copied out of its buffer while a layer is still gathered. The backward of a layer begins with that layer and
-    three more.
+    The head is copied out of its buffer while a layer is still gathered.
     """
-    end, block = embedding_bytes(setup), block_bytes(setup)
-    adapters = FP32 * setup.shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
-    layer = block + adapters
+    end = embedding_bytes(setup)
+    layers = [_layer_by_zero3(setup, i) for i in range(setup.shape.num_layers)]
     return _Gathered(
         at_embedding=2 * end,
-        in_first_layer=end + 2 * layer,
-        in_later_layer=2 * layer,
-        at_end_of_forward=2 * end + layer,
-        at_loss=end + layer,
-        in_backward_of_norm=end + layer,
-        in_backward=min(4, setup.shape.num_layers) * layer,
+        in_first_layer=end + 2 * layers[0],
+        in_later_layer=2 * max(layers),
+        at_end_of_forward=2 * end + layers[-1],
+        at_loss=end + layers[-1],
+        in_backward_of_norm=end + layers[-1],
     )
 
 
@@ -486,6 +608,10 @@ def moments_of(setup: Setup) -> list[_Moment]:
     def made_again(layer: int) -> int:
         """What a layer that recomputes saves by that; its input is kept anyway."""
         return of_layers[layer] - (stream if layer > first or setup.trained_rows else 0)
+
+    def in_backward(name: str, layer: int, held: int) -> _Moment:
+        workspace = gradients + stream + _weight_gradients(setup, layer)
+        return _Moment(name, _gathered_in_backward(setup, layer), held, 0, workspace)
 
     kept = kept_before(shape.num_layers)
     last_norm = stream + setup.micro_tokens * FP32
@@ -507,7 +633,7 @@ def moments_of(setup: Setup) -> list[_Moment]:
         _Moment(
             "in the backward of the last norm", gathered.in_backward_of_norm, kept + last_norm, 0, of_norm + stream
         ),
-        _Moment("in the backward of the last layer", gathered.in_backward, kept + of_last, 0, gradients + stream),
+        in_backward("in the backward of the last layer", last, kept + of_last),
     ]
     if setup.trained_rows and setup.layout.engine == "zero3":
         # With modules for the rows DeepSpeed 0.19 prefetches the head while the last layer computes, or a layer more with it.
@@ -520,9 +646,11 @@ def moments_of(setup: Setup) -> list[_Moment]:
     if setup.recomputed and last not in setup.recomputed:
         layer = setup.recomputed[-1]  # all layers after it are freed
         held = kept_before(layer + 1) + made_again(layer)
-        moments.append(
-            _Moment("in the backward of a recomputed layer", gathered.in_backward, held, 0, gradients + stream)
-        )
+        moments.append(in_backward("in the backward of a recomputed layer", layer, held))
+    for layer in range(shape.num_layers):
+        if unfrozen_in(setup, layer):
+            held = kept_before(layer + 1) + (made_again(layer) if layer in setup.recomputed else 0)
+            moments.append(in_backward("in the backward of an unfrozen layer", layer, held))
     later = [layer for layer in range(1, shape.num_layers) if not setup.frees_buffer(layer - 1)]
     if later:
         moments.append(_Moment("while a layer is gathered", gathered.in_later_layer, kept_before(later[-1]), 0, stream))

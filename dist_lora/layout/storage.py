@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -70,10 +70,10 @@ class BasePart:
         return math.ceil(self.rows / num_ranks) * self.row_bytes
 
 
-def base_parts(shape: Shape, *, quant: Quant, item_bytes: int) -> list[BasePart]:
+def base_parts(shape: Shape, *, quant: Quant, item_bytes: int, unfrozen: Collection[str] = ()) -> list[BasePart]:
     """Every frozen parameter as a run stores it: the layers' linears quantized, everything else in ``item_bytes``.
 
-    So are the linears of ``shape.unquantized``.
+    So are the linears of ``shape.unquantized``. Those of ``unfrozen`` are trained, and no part of it.
 
     With ``shape.given_parameters`` a layer is one part, of as many rows of the hidden size as its weights fill, rounded up.
     """
@@ -84,12 +84,19 @@ def base_parts(shape: Shape, *, quant: Quant, item_bytes: int) -> list[BasePart]
             parts.append(BasePart("weights", math.ceil(shape.weights_of_a_layer() / shape.hidden), row_bytes, layer))
             continue
         for name, (out, width) in shape.linear_shapes().items():
+            if module_path(name, layer=layer) in unfrozen:
+                continue
             kept = "none" if module_path(name, layer=layer) in shape.unquantized else quant
             parts += [
                 BasePart(f"{name}.{part}", out, size, layer) for part, size in _row_bytes(kept, width, item_bytes)
             ]
-        parts += [BasePart(f"norm{i}", shape.hidden, item_bytes, layer) for i in (1, 2)]
-    if shape.given_parameters is None:
+        norms = [f"model.layers.{layer}.{norm}" for norm in ("input_layernorm", "post_attention_layernorm")]
+        parts += [
+            BasePart(f"norm{i}", shape.hidden, item_bytes, layer)
+            for i, norm in enumerate(norms, 1)
+            if norm not in unfrozen
+        ]
+    if shape.given_parameters is None and "model.norm" not in unfrozen:
         parts.append(BasePart("norm", shape.hidden, item_bytes, None))
     if not shape.tied:
         parts.append(BasePart("lm_head", shape.vocab, shape.hidden * item_bytes, None))

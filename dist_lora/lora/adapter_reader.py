@@ -2,11 +2,12 @@
 
 The format is PEFT's own: ``adapter_config.json``, and ``adapter_model.safetensors`` with two tensors per module,
 ``base_model.model.<module>.lora_A.weight`` ``(R, D_in)`` and ``lora_B`` ``(D_out, R)``; where tokens are trained, their rows
-``(N, D)`` of the embedding, and of a head of its own, as ``...token_adapter.trainable_tokens_delta``, which are the new values.
+``(N, D)`` of the embedding, and of a head of its own, as ``...token_adapter.trainable_tokens_delta``, which are the new values;
+and whole weights ``base_model.model.<module>.weight`` of linears and norms that are trained themselves (``modules_to_save``).
 ``dist_lora.json`` in the same folder names the base that the adapter belongs to. A seal in the weights' metadata, which
 other programs ignore, holds a checksum of the tensors and the settings that they depend on, so that a flipped bit or a file
 of another adapter is detected. In memory the keys are ``<module>.lora_A`` and ``<module>.lora_B``, with modules as
-``model.layers.0.self_attn.q_proj``, and ``model.embed_tokens.token_rows`` and ``lm_head.token_rows``. Letters: R LoRA rank,
+``model.layers.0.self_attn.q_proj``, ``<module>.weight``, ``model.embed_tokens.token_rows`` and ``lm_head.token_rows``. Letters: R LoRA rank,
 D_in and D_out the linear's widths, N trained tokens, D model width.
 """
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from dist_lora.base.index import TensorOnDisk, open_weights, read_header, read_metadata
 from dist_lora.base.safetensors import bytes_of
 from dist_lora.base.stream import SliceReader, read_tensor
-from dist_lora.config.schema import LINEARS, LinearName, ModuleAdapter
+from dist_lora.config.schema import LINEARS, NORMS, LinearName, ModuleAdapter
 from dist_lora.errors import AdapterError, ConfigError, WeightsError
 from dist_lora.files import file_exists, links_out
 from dist_lora.lora.adapter_folder import check_adapter_folder
@@ -37,6 +38,10 @@ from dist_lora.text import first_few
 
 # At most three digits of layers: every key up to the highest layer is checked.
 _MODULE = re.compile(r"model\.layers\.([0-9]{1,3})\.(?:self_attn\.([qkvo]_proj)|mlp\.((?:gate|up|down)_proj))")
+_UNFROZEN = re.compile(
+    r"(model\.layers\.[0-9]{1,3}\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj|(?:input|post_attention)_layernorm)|model\.norm)"
+    r"\.weight"
+)
 _PEFT_KEY = re.compile(r"base_model\.model\.(.+\.lora_[AB])\.weight")
 _PEFT_ROWS: Mapping[str, str] = {
     EMBEDDING_ROWS: "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
@@ -48,10 +53,15 @@ SEAL = "dist_lora"  # its key in the metadata of the weights' file
 # The settings that the tensors depend on; all others may be edited.
 SEALED = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora", "target_modules", "layers_to_transform",
-    "trainable_token_indices",
+    "trainable_token_indices", "modules_to_save",
 )  # fmt: skip
 # What is not in the seal of a file from an earlier version, which wrote no patterns, or of one without trained tokens.
-_UNSEALED: Mapping[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "trainable_token_indices": None}
+_UNSEALED: Mapping[str, Any] = {
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "trainable_token_indices": None,
+    "modules_to_save": None,
+}
 # Keys of tensors that are no plain LoRA on a linear, and what they are; as PEFT 0.21 names them.
 _REFUSED_KEYS = (
     (
@@ -79,7 +89,8 @@ class AdapterFacts:
     ``modules`` are the adapted linears by full name, in the model's order, each with its own rank and with the alpha that
     gives its scale (of rsLoRA too). ``rank`` and ``alpha`` are the file's, which hold where no pattern says otherwise, and
     ``scale`` is what B A is multiplied by then. ``targets`` are the linears that occur in ``modules``, ``layers`` their
-    layers, or None if the adapter is for as many as a model has. ``tokens`` are those whose rows are trained, ascending.
+    layers, or None if the adapter is for as many as a model has. ``tokens`` are those whose rows are trained, ascending;
+    ``unfrozen`` the linears and norms whose whole weights are.
     """
 
     rank: int
@@ -91,13 +102,15 @@ class AdapterFacts:
     modules: Mapping[str, ModuleAdapter]
     base: BaseIdentity
     tokens: tuple[int, ...] = ()
+    unfrozen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter(AdapterFacts):
     """An adapter in memory: tensors ``<module>.lora_A`` ``(R, D_in)`` and ``<module>.lora_B`` ``(D_out, R)``, fp32.
 
-    And ``model.embed_tokens.token_rows`` and ``lm_head.token_rows`` ``(N, D)``, where it has tokens.
+    And ``model.embed_tokens.token_rows`` and ``lm_head.token_rows`` ``(N, D)``, where it has tokens; ``<module>.weight`` of
+    ``unfrozen`` ones.
     """
 
     tensors: dict[str, Tensor]
@@ -107,13 +120,15 @@ class Adapter(AdapterFacts):
 class AdapterOnDisk(AdapterFacts):
     """An adapter with checked headers, whose tensors are read one pair at a time; see ``Adapter``.
 
-    ``rows``: the trained rows by name; those of the head only where it isn't tied to the embedding.
+    ``rows``: the trained rows by name; those of the head only where it isn't tied to the embedding. ``weights``: those of
+    ``unfrozen`` modules.
     """
 
     folder: Path
     config: PeftConfig
     pairs: dict[str, tuple[TensorOnDisk, TensorOnDisk]]
     rows: dict[str, TensorOnDisk]
+    weights: dict[str, TensorOnDisk]
     checksum: str | None
 
     def verify(self) -> None:
@@ -127,7 +142,9 @@ class AdapterOnDisk(AdapterFacts):
         if self.checksum is None:
             return
         try:
-            actual = _checksum_on_disk([*(half for pair in self.pairs.values() for half in pair), *self.rows.values()])
+            actual = _checksum_on_disk(
+                [*(half for pair in self.pairs.values() for half in pair), *self.rows.values(), *self.weights.values()]
+            )
         except WeightsError as error:
             raise AdapterError(str(error)) from error
         if actual != self.checksum:
@@ -166,6 +183,18 @@ class AdapterOnDisk(AdapterFacts):
         place = {token: row for row, token in enumerate(self.config.tokens)}
         return rows[[place[token] for token in self.tokens]]
 
+    def read_weight(self, module: str) -> Tensor:
+        """The whole weight of an unfrozen linear ``(D_out, D_in)`` or norm ``(D,)``, fp32, in host memory.
+
+        Raises: see ``read_pair``.
+        """
+        try:
+            weight = read_tensor(self.weights[module], dtype=torch.float32)
+        except WeightsError as error:
+            raise AdapterError(str(error)) from error
+        self._refuse_infinite({f"{module}.weight": weight})
+        return weight
+
     def _refuse_infinite(self, tensors: Mapping[str, Tensor]) -> None:
         infinite = [peft_key(key) for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         if infinite:
@@ -191,10 +220,12 @@ def open_adapter(folder: Path) -> AdapterOnDisk:
     headers = _headers(folder)
     keys = {name: match[1] if (match := _PEFT_KEY.fullmatch(name)) else name for name in headers}
     _refuse_keys(headers, folder=folder)
-    by_key = {keys[name]: tensor for name, tensor in headers.items() if name not in _ROWS}
+    weights = {module: tensor for name, tensor in headers.items() if (module := unfrozen_of(name)) is not None}
+    by_key = {keys[name]: tensor for name, tensor in headers.items() if name not in _ROWS and unfrozen_of(name) is None}
     pairs = _pairs(by_key, config, folder=folder)
     rows = {_ROWS[name]: tensor for name, tensor in headers.items() if name in _ROWS}
     _check_rows(rows, config, folder=folder)
+    _check_weights(weights, config, folder=folder)
     seal = _read_seal(folder)
     base = read_origin(folder, settings, checksum=seal.get("checksum"))
     _check_seal(seal, settings, folder=folder)
@@ -204,6 +235,7 @@ def open_adapter(folder: Path) -> AdapterOnDisk:
         config=config,
         pairs=pairs,
         rows=rows,
+        weights=weights,
         checksum=seal.get("checksum"),
         rank=config.rank,
         alpha=config.alpha,
@@ -214,7 +246,50 @@ def open_adapter(folder: Path) -> AdapterOnDisk:
         modules=modules,
         base=base,
         tokens=tuple(sorted(config.tokens)),
+        unfrozen=tuple(sorted(weights, key=_in_order)),
     )
+
+
+def unfrozen_of(name: str) -> str | None:
+    """The linear or norm whose whole weight has this name, in PEFT's file or ours; None if it is another tensor."""
+    match = _UNFROZEN.fullmatch(name.removeprefix("base_model.model."))
+    return None if match is None else match[1]
+
+
+def _in_order(module: str) -> tuple[int, int]:
+    """Sorts linears and norms as a model has them."""
+    layer, kind = re.search(r"\.layers\.(\d+)\.", module), module.rpartition(".")[2]
+    return int(layer[1]) if layer else 1000, (*LINEARS, *NORMS).index(kind)
+
+
+def _check_weights(weights: Mapping[str, TensorOnDisk], config: PeftConfig, *, folder: Path) -> None:
+    """Raise ``AdapterError`` unless the whole weights are those that the config names, which may be ends of names."""
+    unnamed = [module for module in weights if not any(module.endswith(name) for name in config.unfrozen)]
+    lacking = [name for name in config.unfrozen if not any(module.endswith(name) for module in weights)]
+    faults = [f"unexpected: {first_few([weights[module].name for module in unnamed])}"] if unnamed else []
+    faults += [f"missing: {first_few(lacking)}"] if lacking else []
+    faults += weights_faults({f"{module}.weight": tensor.shape for module, tensor in weights.items()}, tuple(weights))
+    if faults:
+        raise AdapterError(
+            f"{folder / WEIGHTS_FILE} doesn't hold the whole modules of its {CONFIG_FILE} (modules_to_save):\n  "
+            + "\n  ".join(faults)
+        )
+
+
+def weights_faults(shapes: Mapping[str, tuple[int, ...]], unfrozen: Sequence[str]) -> list[str]:
+    """A line for each kind of fault among the weights ``<module>.weight`` of unfrozen linears and norms."""
+    expected = {f"{module}.weight" for module in unfrozen}
+    unwhole = [
+        f"{key} has shape {shape}"
+        for key, shape in shapes.items()
+        if len(shape) != (1 if key.endswith("norm.weight") else 2) or not min(shape)
+    ]
+    kinds = (
+        ("unexpected, not unfrozen", sorted(shapes.keys() - expected)),
+        ("missing", sorted(expected - shapes.keys())),
+        (_NOT_GATHERED, unwhole),
+    )
+    return [f"{kind}: {first_few(keys)}" for kind, keys in kinds if keys]
 
 
 def _check_rows(rows: Mapping[str, TensorOnDisk], config: PeftConfig, *, folder: Path) -> None:
@@ -252,6 +327,8 @@ def _pairs(
             f"{folder / WEIGHTS_FILE} holds {first_few(sorted(tensor.name for tensor in by_key.values()))}, on none of the "
             f"linears of a Llama (model.layers.N.self_attn.q_proj and so on): it is another model's adapter."
         )
+    if not by_key and config.has_no_adapters:
+        return {}
     faults = faults_of(
         {key: tensor.shape for key, tensor in by_key.items()},
         ranks={module: config.adapter_of(module).rank for module in expected},
@@ -268,6 +345,8 @@ def _pairs(
 def _layers_of(modules: Mapping[str, ModuleAdapter], config: PeftConfig) -> tuple[int, ...] | None:
     """The adapted layers; None if the config covers the linears of as many layers as a model has."""
     layers = sorted({module.layer for module in modules.values()})
+    if not layers:
+        return None
     following = config.modules([layers[-1] + 1])
     goes_on = {name.rpartition(".")[2] for name in following} == {module.linear for module in modules.values()}
     return None if goes_on and layers == list(range(len(layers))) else tuple(layers)
@@ -312,6 +391,7 @@ def read_adapter(folder: Path) -> Adapter:
     for module in opened.pairs:
         tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"] = opened.read_pair(module)
     tensors |= {name: opened.read_rows(name) for name in opened.rows}
+    tensors |= {f"{module}.weight": opened.read_weight(module) for module in opened.unfrozen}
     facts = {field.name: getattr(opened, field.name) for field in fields(AdapterFacts)}
     return Adapter(tensors=tensors, **facts)
 
@@ -372,8 +452,8 @@ def layer_of(key: str) -> int | None:
 
 
 def peft_key(key: str) -> str:
-    """The name of ``<module>.lora_A`` or ``.lora_B``, or of trained rows, in PEFT's file."""
-    return _PEFT_ROWS.get(key) or f"base_model.model.{key}.weight"
+    """The name of ``<module>.lora_A`` or ``.lora_B``, of trained rows, or of a whole weight, in PEFT's file."""
+    return _PEFT_ROWS.get(key) or f"base_model.model.{key.removesuffix('.weight')}.weight"
 
 
 def _refuse_links(folder: Path) -> None:

@@ -22,7 +22,16 @@ from dist_lora.config.schema import ModuleAdapter
 from dist_lora.errors import AdapterError, ConfigError, cannot_write
 from dist_lora.files import file_exists, is_empty_folder, swap_in, sync_folder
 from dist_lora.herd.shape import module_path
-from dist_lora.lora.adapter_reader import SEAL, SEALED, faults_of, layer_of, peft_key, rows_faults
+from dist_lora.lora.adapter_reader import (
+    SEAL,
+    SEALED,
+    faults_of,
+    layer_of,
+    peft_key,
+    rows_faults,
+    unfrozen_of,
+    weights_faults,
+)
 from dist_lora.lora.card import CARD_FILE, Recipe, card
 from dist_lora.lora.learned import learned_from, write_learned
 from dist_lora.lora.origin import (
@@ -34,6 +43,7 @@ from dist_lora.lora.origin import (
     RunOrigin,
     own_checksum,
 )
+from dist_lora.lora.peft_config import NO_TARGETS
 from dist_lora.lora.run_facts import RunFacts, public_name
 from dist_lora.lora.spectrum import spectra
 from dist_lora.lora.tokens import EMBEDDING_ROWS, HEAD_ROWS
@@ -56,6 +66,7 @@ def write_adapter(
     facts: RunFacts | None = None,
     weight_norms: Mapping[str, float] | None = None,
     tokens: Sequence[int] = (),
+    unfrozen: Sequence[str] = (),
 ) -> None:
     """Writes the adapter folder, whole or not at all, replacing an adapter that is there.
 
@@ -74,6 +85,7 @@ def write_adapter(
             it that isn't written.
         tokens: ids, ascending, whose rows ``(N, D)`` are among the tensors: ``model.embed_tokens.token_rows``, and
             ``lm_head.token_rows`` of a head of its own.
+        unfrozen: linears and norms whose whole weights ``<module>.weight`` are among the tensors.
 
     Raises:
         AdapterError: a tensor is not whole ("not gathered"), not finite, unexpected or lacks its other
@@ -82,7 +94,9 @@ def write_adapter(
         SaveError: the system refuses to write.
     """
     chosen = None if layers is None else tuple(sorted(layers))
-    _refuse_tensors(tensors, rank=rank, targets=targets, layers=chosen, modules=modules, tokens=tokens)
+    _refuse_tensors(
+        tensors, rank=rank, targets=targets, layers=chosen, modules=modules, tokens=tokens, unfrozen=unfrozen
+    )
     if file_exists(folder) and not file_exists(folder / CONFIG_FILE) and not is_empty_folder(folder):
         raise ConfigError(f"{folder} exists and isn't an adapter (it has no {CONFIG_FILE}). Choose another folder.")
     partial = folder.with_name(f".{folder.name}.partial")
@@ -93,14 +107,16 @@ def write_adapter(
         config |= _patterns(modules, rank=rank, alpha=alpha)
     if tokens:
         config["trainable_token_indices"] = _token_indices(tensors, tokens)
+    if unfrozen:
+        config["modules_to_save"] = list(unfrozen)
     adapters = _adapters(tensors, modules, rank=rank, alpha=alpha)
-    recipe = Recipe.of(adapters, dropout=dropout, layers=chosen, tokens=tokens)
+    recipe = Recipe.of(adapters, dropout=dropout, layers=chosen, tokens=tokens, unfrozen=unfrozen)
     text = card("adapter", base=base, recipe=recipe, origin=run, facts=facts, software=_versions())
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         checksum = _write_files(partial, tensors, config, base=base, run=run, facts=facts)
-        if weight_norms is not None:
+        if weight_norms is not None and adapters:
             record = learned_from(spectra(tensors, adapters), weight_norms, adapters)
             write_learned(partial, record, weights=checksum)
         (partial / CARD_FILE).write_text(text, encoding="utf-8")
@@ -169,15 +185,18 @@ def _refuse_tensors(
     layers: tuple[int, ...] | None,
     modules: Sequence[ModuleAdapter] | None,
     tokens: Sequence[int],
+    unfrozen: Sequence[str],
 ) -> None:
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    whole = {key: shapes.pop(key) for key in list(shapes) if unfrozen_of(key) is not None}
     rows = {key: shapes.pop(key) for key in (EMBEDDING_ROWS, HEAD_ROWS) if key in shapes}
     if layers is None:
         layers = tuple(range(1 + max((layer for key in shapes if (layer := layer_of(key)) is not None), default=-1)))
     ranks = {module_path(target, layer=layer): rank for layer in layers for target in targets}
     if modules is not None:
         ranks = {module.name: module.rank for module in modules}
-    faults = faults_of(shapes, ranks=ranks, names=str) + rows_faults(rows, num_tokens=len(tokens))
+    faults = faults_of(shapes, ranks=ranks, names=str) if shapes or ranks or not (unfrozen or tokens) else []
+    faults += rows_faults(rows, num_tokens=len(tokens)) + weights_faults(whole, unfrozen)
     infinite = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.detach()).all()]
     if infinite:
         faults.append(f"NaN or infinity in {first_few(infinite)}")
@@ -192,7 +211,7 @@ def _patterns(modules: Sequence[ModuleAdapter], *, rank: int, alpha: float) -> d
         "layers_pattern": None,
         "layers_to_transform": None,
         "rank_pattern": {module.name: module.rank for module in modules if module.rank != rank},
-        "target_modules": sorted(module.name for module in modules),
+        "target_modules": sorted(module.name for module in modules) or NO_TARGETS,
     }
 
 

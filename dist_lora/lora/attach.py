@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dist_lora.base.before import RMSNorm
 from dist_lora.base.index import WeightIndex
+from dist_lora.base.linear import FrozenLinear
 from dist_lora.base.llama import Llama
 from dist_lora.base.stored_shape import EMBEDDING, HEAD
 from dist_lora.base.stream import read_rows
@@ -19,6 +21,7 @@ from dist_lora.lora.tokens import EMBEDDING_ROWS, HEAD_ROWS
 from dist_lora.text import ranges
 
 # A trained tensor's first values, fp32 on the CPU, by its whole shape, the run's seed and the base on disk.
+# None where they are those of the base's tensor of the same name.
 Initial = Callable[[tuple[int, ...], int, WeightIndex | None], Tensor]
 
 
@@ -32,7 +35,7 @@ class TrainedTensor:
     name: str
     modules: tuple[nn.Module, ...]
     attribute: str
-    initial: Initial
+    initial: Initial | None
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -88,6 +91,18 @@ def attach_adapters(model: Llama, section: LoraSection) -> list[TrainedTensor]:
             TrainedTensor(f"{name}.lora_B", (adapter,), "lora_B", _zero),
         ]
     return [*attached, *_attach_rows(model, section.token_ids())]
+
+
+def unfreeze(model: Llama, names: Iterable[str]) -> list[TrainedTensor]:
+    """Have these linears and norms of a model on meta trained; returns their weights in the order that the names have."""
+    unfrozen = []
+    for name in names:
+        module = model.get_submodule(name)
+        assert isinstance(module, FrozenLinear | RMSNorm), name
+        with torch.device("meta"):
+            trained = module.unfreeze()
+        unfrozen.append(TrainedTensor(f"{name}.weight", (trained,), "weight", None))
+    return unfrozen
 
 
 def _drawn(linear: str) -> Initial:

@@ -18,6 +18,7 @@ from dist_lora.herd.members import Member
 from dist_lora.herd.models import member_of
 from dist_lora.lora.origin import ORIGIN_FILE, BaseIdentity, RunOrigin
 from dist_lora.lora.run_facts import RunFacts, SetFacts, public_name
+from dist_lora.lora.unfrozen import describe_unfrozen
 from dist_lora.text import count, ranges, span
 
 CARD_FILE = "README.md"
@@ -35,7 +36,10 @@ _VALUES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What was adapted, and how. ``layers``: None where all of the model's are; ``tokens``: ids of those that were trained."""
+    """What was adapted, and how. ``layers``: None where all of the model's are; ``tokens``: ids of those that were trained.
+
+    ``unfrozen``: linears and norms whose whole weights were.
+    """
 
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
@@ -44,6 +48,7 @@ class Recipe:
     layers: tuple[int, ...] | None
     num_linears: int
     tokens: tuple[int, ...] = ()
+    unfrozen: tuple[str, ...] = ()
 
     @staticmethod
     def of(
@@ -53,6 +58,7 @@ class Recipe:
         layers: Sequence[int] | None,
         has_rslora: bool = False,
         tokens: Sequence[int] = (),
+        unfrozen: Sequence[str] = (),
     ) -> Recipe:
         """The recipe of these adapters; with rsLoRA their alphas, which give the scale, aren't those of the file."""
         linears = {module.linear for module in modules}
@@ -64,6 +70,7 @@ class Recipe:
             layers=None if layers is None else tuple(layers),
             num_linears=len(modules),
             tokens=tuple(tokens),
+            unfrozen=tuple(unfrozen),
         )
 
 
@@ -161,12 +168,15 @@ def _training(
     recipe: Recipe, origin: RunOrigin, facts: RunFacts, *, merged_quant: str | None
 ) -> Iterator[tuple[str, str]]:
     settings = facts.settings
-    yield "rank", span(recipe.ranks)
-    if recipe.alphas:
-        yield "alpha", span(recipe.alphas)
-    yield "dropout", f"{recipe.dropout:g}"
-    layers = "" if recipe.layers is None else f", layers {ranges(recipe.layers)}"
-    yield "adapted", f"{' '.join(recipe.targets)}{layers}: {count(recipe.num_linears, 'linear layer')}"
+    if recipe.num_linears:
+        yield "rank", span(recipe.ranks)
+        if recipe.alphas:
+            yield "alpha", span(recipe.alphas)
+        yield "dropout", f"{recipe.dropout:g}"
+        layers = "" if recipe.layers is None else f", layers {ranges(recipe.layers)}"
+        yield "adapted", f"{' '.join(recipe.targets)}{layers}: {count(recipe.num_linears, 'linear layer')}"
+    if recipe.unfrozen:
+        yield "trained whole", describe_unfrozen(recipe.unfrozen)
     if recipe.tokens:
         yield "trained tokens", f"{ranges(recipe.tokens)}: their rows of the embedding, and of a head of its own"
     names = {

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dist_lora.config.schema import LINEARS, LoraSection, ModuleAdapter
+from dist_lora.config.schema import LINEARS, Config, LoraSection, ModuleAdapter, UnfreezeSection
 from dist_lora.errors import AdapterError, ConfigError
 from dist_lora.herd.shape import Shape
 from dist_lora.lora.adapter_reader import AdapterOnDisk
 from dist_lora.lora.attach import adapters_of
 from dist_lora.lora.tokens import HEAD_ROWS
+from dist_lora.lora.unfrozen import describe_unfrozen, unfrozen_weights
 from dist_lora.text import first_few, ranges
 
 
 def settings_of(adapter: AdapterOnDisk) -> dict[str, Any]:
     """The settings of ``lora`` that attach this adapter. ``modules`` is None where rank, alpha, targets and layers say all."""
     modules = list(adapter.modules.values())
+    if not modules:
+        return {"modules": [], "train_tokens": list(adapter.tokens)}
     layers = sorted({module.layer for module in modules})
     is_alike = len({(module.rank, module.alpha) for module in modules}) == 1
     is_plain = is_alike and len(modules) == len(layers) * len(adapter.targets)
@@ -32,18 +36,26 @@ def settings_of(adapter: AdapterOnDisk) -> dict[str, Any]:
     }
 
 
-def with_settings_of(section: LoraSection, adapter: AdapterOnDisk) -> LoraSection:
-    """The section with each setting that it leaves out as the adapter has it; ``check_fit`` has compared the others."""
-    settings = settings_of(adapter)
+def with_settings_of(config: Config, adapter: AdapterOnDisk) -> Config:
+    """The config with each setting of ``lora`` that it leaves out as the adapter has it, and ``train.unfreeze`` likewise.
+
+    ``check_fit`` has compared the others.
+    """
+    section, settings = config.lora, settings_of(adapter)
     given = section.model_fields_set - ({"modules"} if section.modules is None else set())
-    return section.model_copy(update={name: value for name, value in settings.items() if name not in given})
+    lora = section.model_copy(update={name: value for name, value in settings.items() if name not in given})
+    config = config.model_copy(update={"lora": lora})
+    if config.train.unfreeze is None and adapter.unfrozen:
+        unfreeze = UnfreezeSection(patterns=[re.escape(name) for name in adapter.unfrozen])
+        config = config.model_copy(update={"train": config.train.model_copy(update={"unfreeze": unfreeze})})
+    return config
 
 
-def check_fit(adapter: AdapterOnDisk, *, section: LoraSection, shape: Shape) -> None:
-    """Check that the adapter belongs on a model of this shape, and is what ``section`` attaches to it.
+def check_fit(adapter: AdapterOnDisk, *, config: Config, shape: Shape) -> None:
+    """Check that the adapter belongs on a model of this shape, and is what ``lora`` and ``train.unfreeze`` train of it.
 
     Raises:
-        ConfigError: its linears have other widths or layers than the model's, or a setting of ``lora`` contradicts it.
+        ConfigError: its linears have other widths or layers than the model's, or a setting contradicts it.
         AdapterError: it lacks linears that its own config names.
     """
     faults = list(_faults_on_model(adapter, shape))
@@ -55,7 +67,7 @@ def check_fit(adapter: AdapterOnDisk, *, section: LoraSection, shape: Shape) -> 
             f"{adapter.folder} is incomplete: its config names {len(lacking):,} linears that it has no tensors for, "
             f"{first_few(lacking)}. Copy it again; or it belongs to a model of fewer layers than {shape.num_layers}."
         )
-    faults = list(_contradictions(adapter, section, shape))
+    faults = [*_contradictions(adapter, config.lora, shape), *_other_unfrozen(adapter, config, shape)]
     if faults:
         raise ConfigError(
             f"{adapter.folder} is not the adapter that the config defines:\n  "
@@ -75,6 +87,10 @@ def _faults_on_model(adapter: AdapterOnDisk, shape: Shape) -> Iterator[str]:
             differing.append(f"{name} is {expected[0]} x {expected[1]}, its B A {second.shape[0]} x {first.shape[1]}")
     if differing:
         yield first_few(differing)
+    shapes = shape.tensor_shapes()
+    for name, weight in adapter.weights.items():
+        if weight.shape != shapes.get(f"{name}.weight"):
+            yield f"{name} is {shapes.get(f'{name}.weight')}, its whole weight {weight.shape}"
     beyond = [token for token in adapter.tokens if token >= shape.vocab]
     if beyond:
         yield f"it has rows of tokens {ranges(beyond)}, and the model's vocabulary ends at {shape.vocab - 1:,}"
@@ -103,6 +119,13 @@ def _contradictions(adapter: AdapterOnDisk, section: LoraSection, shape: Shape) 
     layers, own_layers = section.layer_indices(shape.num_layers), own.layer_indices(shape.num_layers)
     if "layers" in given and layers != own_layers:
         yield f"lora.layers: {ranges(layers)} in the config, {ranges(own_layers)} in the adapter"
+
+
+def _other_unfrozen(adapter: AdapterOnDisk, config: Config, shape: Shape) -> Iterator[str]:
+    unfrozen = unfrozen_weights(config, shape)
+    if config.train.unfreeze is not None and set(unfrozen) != set(adapter.unfrozen):
+        has = describe_unfrozen(adapter.unfrozen) or "none"
+        yield f"train.unfreeze: {describe_unfrozen(unfrozen)} in the config, {has} in the adapter"
 
 
 def _differing_tokens(section: LoraSection, adapter: AdapterOnDisk) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """A model with an adapter merged into its weights: W + s B A in fp32, cast once, from file to file a slice at a time.
 
-Trained tokens' rows take the place of those of embedding and head.
+Trained tokens' rows take the place of those of embedding and head, unfrozen weights that of the base's.
 
 The result mirrors the base: the same file names, the same tensors in the same order, and its config, tokenizer and
 licence. Memory doesn't depend on the model's size. Letters: R LoRA rank, D_in and D_out a linear's widths.
@@ -132,10 +132,15 @@ def merge_adapter(
         merger.write(partial)
         _write_card(partial, opened, base=identity, quant=quant)
         _write_companions(index, partial=partial, dtype=dtype, chat_template=origin.chat_template)
-    merged = index.tensors[f"{next(iter(opened.pairs))}.weight"].dtype
+    merged = index.tensors[f"{next(iter((*opened.pairs, *opened.weights)))}.weight"].dtype
     seconds = time.perf_counter() - begin
     return MergeReport(
-        len(opened.pairs), merger.bytes_written, seconds, quant, identity, _DTYPES[dtype] if dtype else merged
+        len(opened.pairs) + len(opened.weights),
+        merger.bytes_written,
+        seconds,
+        quant,
+        identity,
+        _DTYPES[dtype] if dtype else merged,
     )
 
 
@@ -182,6 +187,7 @@ class _Merger:
         pair = None
         if module in self._adapter.pairs:
             pair = (*self._adapter.read_pair(module), self._adapter.modules[module].scale)
+        own = self._adapter.read_weight(module) if module in self._adapter.weights else None
         dtype = TORCH_DTYPES[_DTYPES[self._dtype] if self._dtype else tensor.dtype]
         is_changed = False
         fmt = self._fmt if module.rpartition(".")[2] in LINEARS else None
@@ -189,9 +195,11 @@ class _Merger:
             tensor, reader=self._reader, descriptor=descriptor, max_slice_bytes=_SLICE_BYTES
         ):
             rows = stored if fmt is None else fmt.dequantize(fmt.quantize_rows(stored), torch.float32)
+            if own is not None:
+                rows = own[row : row + len(rows)]
             result = self._merged(rows, pair, row=row, dtype=dtype)
             self._put_rows(tensor.name, result, first_row=row)
-            if pair is not None:
+            if pair is not None or own is not None:
                 is_changed = is_changed or not torch.equal(result, rows.to(dtype))
                 extremes = torch.aminmax(result)  # NaN is in both; isfinite would take twice the slice more
                 if not all(map(math.isfinite, extremes)) and tensor.name not in self._overflowing:
@@ -200,7 +208,7 @@ class _Merger:
             self.bytes_written += result.nbytes
             if self._on_progress:
                 self._on_progress(self.bytes_written, self._bytes_total)
-        if pair is not None and not is_changed:
+        if pair is not None and not is_changed:  # a whole weight has been trained from the base's, and may be equal
             self._unchanged.append(tensor.name)
 
     def _merged(
@@ -327,6 +335,12 @@ def _check_fit(adapter: AdapterOnDisk, *, index: WeightIndex) -> None:
             unknown.append(first.name)
         elif weight.shape != expected:
             differing.append(f"{module}.weight is {weight.shape} and the adapter's B A {expected}")
+    for module, own in adapter.weights.items():
+        weight = index.tensors.get(f"{module}.weight")
+        if weight is None:
+            unknown.append(own.name)
+        elif weight.shape != own.shape:
+            differing.append(f"{module}.weight is {weight.shape} and the adapter's {own.shape}")
     for name, rows in adapter.rows.items():
         weight = index.tensors.get(_TENSORS[name]) or index.tensors.get(HEAD)
         if weight is None or weight.shape[1] != rows.shape[1] or weight.shape[0] <= max(adapter.tokens):

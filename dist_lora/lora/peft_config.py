@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import regex
 
-from dist_lora.config.schema import LINEARS, ModuleAdapter
+from dist_lora.config.schema import LINEARS, NORMS, ModuleAdapter
 from dist_lora.errors import AdapterError, ConfigError
 from dist_lora.herd.shape import module_path
 from dist_lora.lora.origin import CONFIG_FILE
@@ -26,7 +26,6 @@ from dist_lora.text import first_few
 # Settings that make an adapter more than B A on a linear (LoraConfig of PEFT 0.21.2), and what they are.
 _REFUSED = {
     "use_dora": "DoRA",
-    "modules_to_save": "fully trained modules",
     "lora_bias": "biases",
     "fan_in_fan_out": "transposed weights",
     "layer_replication": "repeated layers",
@@ -45,6 +44,7 @@ _MATCH_S = 2.0
 _SLOW_S = 0.01  # a sound expression takes a thousandth of it
 _MAX_LAYERS = 1000  # as many as a Llama may have here
 _ALL_LINEAR = "all-linear"
+NO_TARGETS = "dummy-target-modules"  # PEFT's name for no adapter at all (``peft.utils.constants``)
 _Number = TypeVar("_Number", int, float)
 _OF_A_LLAMA = frozenset(("q_proj", "v_proj"))  # PEFT's choice for a Llama without target_modules
 
@@ -97,8 +97,14 @@ class PeftConfig:
     exclude_modules: str | frozenset[str] | None
     layers: frozenset[int] | None
     layers_pattern: Sequence[str]
+    unfrozen: tuple[str, ...] = ()  # ends of the names of linears and norms that it has whole weights of
     tokens: tuple[int, ...] = ()  # whose rows of the embedding (and of the head) it has, in the order of its rows
     file: Path = Path(CONFIG_FILE)
+
+    @property
+    def has_no_adapters(self) -> bool:
+        """Whether it has whole weights or rows of tokens alone."""
+        return self.target_modules == NO_TARGETS and bool(self.unfrozen or self.tokens)
 
     def covers(self, module: str) -> bool:
         """Whether PEFT attaches an adapter to a linear of this full name."""
@@ -196,6 +202,7 @@ def read_peft_config(config: Mapping[str, Any], *, folder: Path) -> PeftConfig:
         exclude_modules=_names(config, "exclude_modules", file=file),
         layers=_layers(layers, file=file),
         layers_pattern=_as_list(config, "layers_pattern", file=file),
+        unfrozen=_unfrozen(config, file=file),
         tokens=_tokens(config.get("trainable_token_indices"), file=file),
         file=file,
     )
@@ -297,6 +304,22 @@ def _layers(value: Any, *, file: Path) -> frozenset[int] | None:
     return frozenset(layers)
 
 
+def _unfrozen(config: Mapping[str, Any], *, file: Path) -> tuple[str, ...]:
+    """``modules_to_save``, which may name whole linears and norms of the layers, and the last norm."""
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise AdapterError(
+            f"{file} has modules_to_save = {_short(names)}; a list of names was expected. The file is damaged."
+        )
+    others = [name for name in names if name.rpartition(".")[2] not in (*LINEARS, *NORMS)]
+    if others:
+        raise ConfigError(
+            f"{file} asks for more than plain LoRA on the seven linears: modules_to_save (whole modules: {first_few(others)}; only "
+            "linears and norms of the layers, and the last norm, may be whole). Such an adapter isn't supported."
+        )
+    return tuple(names)
+
+
 def _tokens(value: Any, *, file: Path) -> tuple[int, ...]:
     """The tokens of ``trainable_token_indices``: ids, or ids by layer, where embedding and head must have the same."""
     by_layer = value if isinstance(value, dict) else {"embed_tokens": value or []}
@@ -351,6 +374,8 @@ def refuse_other_models(config: PeftConfig, *, covered: Sequence[str], folder: P
             f"{folder / CONFIG_FILE} has adapters on {first_few(ends)}: only those on Llama's seven linears "
             f"({' '.join(LINEARS)}) are supported."
         )
+    if config.has_no_adapters:
+        return
     if not covered and not config.modules(range(_MAX_LAYERS)):
         raise ConfigError(
             f"{folder / CONFIG_FILE} names target_modules {_short(targets) if isinstance(targets, str) else first_few(names)}, "

@@ -8,7 +8,7 @@ from dist_lora.config.schema import Config
 from dist_lora.files import file_exists
 from dist_lora.herd.models import known_model
 from dist_lora.lora.origin import CONFIG_FILE
-from dist_lora.lora.patterns import with_patterns
+from dist_lora.lora.unfrozen import with_linears
 
 log = logging.getLogger("dist_lora")
 
@@ -23,10 +23,7 @@ def with_adapter(config: Config) -> Config:
     """
     folder = config.lora.start_from
     if folder is None:
-        if config.lora.scaling == "rank" and not config.lora.ranks and not config.lora.alphas:
-            return config
-        resolved = with_patterns(config.lora, num_layers=known_model(config.model).shape.num_layers)
-        return config.model_copy(update={"lora": resolved})
+        return with_linears(config, known_model(config.model).shape)
     if not file_exists(folder / CONFIG_FILE):
         log.warning(
             f"lora.start_from: {folder} isn't on this machine. The plan takes rank {config.lora.rank} on "
@@ -38,5 +35,6 @@ def with_adapter(config: Config) -> Config:
     from dist_lora.lora.fit import check_fit, with_settings_of
 
     adapter = open_adapter(folder)
-    check_fit(adapter, section=config.lora, shape=known_model(config.model).shape)
-    return config.model_copy(update={"lora": with_settings_of(config.lora, adapter)})
+    shape = known_model(config.model).shape
+    check_fit(adapter, config=config, shape=shape)
+    return with_linears(with_settings_of(config, adapter), shape)

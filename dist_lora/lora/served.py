@@ -20,6 +20,7 @@ def recipe_of(adapter: AdapterOnDisk) -> Recipe:
         layers=adapter.layers if adapter.config.layers is not None else None,
         has_rslora=adapter.config.has_rslora,
         tokens=adapter.tokens,
+        unfrozen=adapter.unfrozen,
     )
 
 
@@ -40,7 +41,8 @@ def servers_of_adapter(folder: Path) -> list[Served]:
             has_rslora=adapter.config.has_rslora,
             modules=list(adapter.modules.values()),
             num_layers=known or _least_layers(adapter),
-            min_width=min(widths),
+            min_width=min(widths, default=0),
+            unfrozen=adapter.unfrozen,
             vocab=member.shape.vocab if member is not None else None,
             has_tokens=bool(adapter.tokens),
         )
@@ -49,7 +51,7 @@ def servers_of_adapter(folder: Path) -> list[Served]:
 
 def _least_layers(adapter: AdapterOnDisk) -> int:
     """The layers of a base that nothing tells of: those that are adapted, and another one where the config names layers."""
-    highest = max(module.layer for module in adapter.modules.values())
+    highest = max((module.layer for module in adapter.modules.values()), default=0)
     return highest + (1 if adapter.config.layers is None else 2)
 
 

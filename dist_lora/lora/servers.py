@@ -37,7 +37,7 @@ Ollama     runner/ollamarunner/runner.go                                        
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -84,6 +84,7 @@ class AdapterFiles:
         min_width: the narrowest input or output of an adapted linear.
         vocab: tokens of the base; None where it isn't known here.
         has_tokens: it has rows of trained tokens.
+        unfrozen: linears and norms whose whole weights it has.
     """
 
     rank: int
@@ -94,6 +95,7 @@ class AdapterFiles:
     min_width: int
     vocab: int | None = None
     has_tokens: bool = False
+    unfrozen: Sequence[str] = ()
 
     @property
     def ranks(self) -> list[int]:
@@ -108,6 +110,8 @@ class AdapterFiles:
 
 def serve_adapter(files: AdapterFiles) -> list[Served]:
     """What each server does with an adapter's folder."""
+    if files.unfrozen:
+        return list(_with_whole_weights(files.unfrozen))
     if files.has_tokens:
         return _serve_tokens()
     return [_vllm(files), _tgi(files), _llama_cpp(files), _ollama(files)]
@@ -124,6 +128,20 @@ def _serve_tokens() -> list[Served]:
         ),
         Served("Ollama", "no", f"takes adapters as llama.cpp does, which refuses {tensors}; {_MERGE}"),
     ]
+
+
+def _with_whole_weights(unfrozen: Sequence[str]) -> Iterator[Served]:
+    """Of an adapter that also has whole weights, which only PEFT replaces.
+
+    llama.cpp's converter ends at a whole linear; norms it writes, and the server passes over them (b6000), as Ollama does.
+    """
+    whole = f"whole weights (modules_to_save) of {first_few(list(unfrozen))}"
+    yield Served("vLLM", "no", f"it has {whole}; {_MERGE}")
+    yield Served("TGI", "wrong", f"it loads A and B alone, without the {whole}; {_MERGE}")
+    is_norms = all(name.endswith("norm") for name in unfrozen)
+    for server in ("llama.cpp", "Ollama"):
+        verdict: Verdict = "wrong" if is_norms else "no"
+        yield Served(server, verdict, f"{'it passes over the' if is_norms else 'it has'} {whole}; {_MERGE}")
 
 
 def _vllm(files: AdapterFiles) -> Served:

@@ -12,6 +12,7 @@ from dist_lora.config.schema import LINEARS, Config, LoraSection
 from dist_lora.herd.models import KnownModel, known_model
 from dist_lora.layout.choices import BYTES_PER_TRAINED_WEIGHT, ITEM_BYTES, choose_dtype, choose_lr
 from dist_lora.layout.storage import FP32, base_parts
+from dist_lora.lora.unfrozen import describe_unfrozen, unfrozen_weights
 from dist_lora.plan.command import default_gpus_per_node
 from dist_lora.plan.hardware import find_gpu
 from dist_lora.plan.plan import Machines, make_plan
@@ -49,7 +50,14 @@ def ways_of(config: Config, model: KnownModel) -> list[Way]:
         state = 2 * (total - trained) + BYTES_OF_FULL_TRAINING * trained
         ways.append(Way(name, trained, state, 2 * trained))
     quantized = "" if config.model.quant == "none" else f" on a base in {config.model.quant}"
-    ways.append(Way(f"LoRA{quantized}", adapters, frozen + BYTES_PER_TRAINED_WEIGHT * adapters, FP32 * adapters))
+    if adapters:
+        ways.append(Way(f"LoRA{quantized}", adapters, frozen + BYTES_PER_TRAINED_WEIGHT * adapters, FP32 * adapters))
+    unfrozen = shape.unfrozen_weights(unfrozen_weights(config, shape))
+    if unfrozen:
+        trained = adapters + unfrozen
+        rest = frozen * (1 - unfrozen / total)
+        name = "LoRA and the unfrozen" if adapters else "the unfrozen"
+        ways.append(Way(name, trained, rest + BYTES_PER_TRAINED_WEIGHT * trained, FP32 * trained))
     return ways
 
 
@@ -90,6 +98,15 @@ def _what_is_trained(config: Config, model: KnownModel) -> Iterator[str]:
     layers = lora.layer_indices(shape.num_layers)
     of_all = "all" if len(layers) == shape.num_layers else f"{len(layers)} of"
     of_all = "the only layer" if shape.num_layers == 1 else f"{of_all} {shape.num_layers} layers"
+    unfrozen = unfrozen_weights(config, shape)
+    if unfrozen:
+        num = shape.unfrozen_weights(unfrozen)
+        yield (
+            f"{model.title}: {describe_unfrozen(unfrozen)} are trained themselves, {num:,} weights: with fp32 copies, gradients and "
+            f"moments {_size(BYTES_PER_TRAINED_WEIGHT * num)}, to store {_size(2 * num)} in 16 bits"
+        )
+    if not layers:
+        return
     yield (
         f"{model.title}: in {of_all} W becomes W + (alpha / r) B A, with r = {span(lora.all_ranks())} and alpha / r = "
         f"{span(lora.all_scales())}"
@@ -141,11 +158,12 @@ def _ranks_of(lora: LoraSection) -> list[tuple[str, int]]:
 
 def _costs(config: Config, model: KnownModel) -> Iterator[str]:
     ways = ways_of(config, model)
-    lora = ways[-1]
-    yield f"{'to train':24} {'trained':>17}  {'weights, gradients, AdamW':26} {'to store':>9} (x: times what LoRA takes)"
+    own = ways[-1]
+    what = "LoRA" if own.name.startswith("LoRA") and config.train.unfreeze is None else "the last row"
+    yield f"{'to train':24} {'trained':>17}  {'weights, gradients, AdamW':26} {'to store':>9} (x: times what {what} takes)"
     for way in ways:
-        less = "" if way is lora else f" ({way.state_bytes / lora.state_bytes:.1f} x)"
-        smaller = "" if way is lora else f" ({way.saved_bytes / lora.saved_bytes:,.1f} x)"
+        less = "" if way is own else f" ({way.state_bytes / own.state_bytes:.1f} x)"
+        smaller = "" if way is own else f" ({way.saved_bytes / own.saved_bytes:,.1f} x)"
         yield f"{way.name:24} {way.trained:>17,}  {_size(way.state_bytes) + less:26} {_size(way.saved_bytes):>9}{smaller}"
     yield (
         "Bytes per trained weight: 2 in 16 bits, gradient 2, fp32 master copy 4, AdamW's moments 4 + 4; "

@@ -14,8 +14,7 @@ from dist_lora.errors import ConfigError
 from dist_lora.herd.models import known_model
 from dist_lora.herd.shape import Shape
 from dist_lora.layout.choices import TIGHT
-from dist_lora.layout.memory import Memory, Setup, memory_of, reserve_bytes, setup_of
-from dist_lora.layout.storage import base_parts
+from dist_lora.layout.memory import Memory, Setup, memory_of, parts_of, reserve_bytes, setup_of
 from dist_lora.plan.hardware import Gpu
 from dist_lora.plan.speed import Speed, speed_of
 from dist_lora.plan.traffic import Collective, collectives_of, received_bytes
@@ -143,7 +142,7 @@ class Plan:
         """Warnings about idle ranks, and about a sequence length that no single sample may have."""
         notes, setup, batch = [], self.setup, self.config.train.global_batch
         ranks = setup.base_ranks
-        parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
+        parts = parts_of(setup)
         smallest = min(parts, key=lambda part: part.rows)
         if setup.layout.engine == "fsdp2" and ranks > smallest.rows:
             without = count(ranks - smallest.rows, "rank holds", "ranks hold")

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.members import MEMBERS, Member
-from dist_lora.layout.memory import base_bytes_per_rank
-from dist_lora.layout.storage import FP32, base_parts
+from dist_lora.layout.memory import base_bytes_per_rank, parts_of
+from dist_lora.layout.storage import FP32
 from dist_lora.plan.hardware import Gpu, find_gpu
 from dist_lora.plan.plan import Machines, Plan, fitting_plan, make_plan
 from dist_lora.text import GIB, count, nearest_few
@@ -290,7 +290,7 @@ def _base_of(preset: Preset) -> str:
     weights = setup.shape.num_parameters()
     text = f"The base is {2 * weights / 1e9:.1f} GB in bf16 ({weights / 1e9:.3g} billion weights, 2 bytes each)"
     if preset.method == "qlora":
-        parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
+        parts = parts_of(setup)
         text += f", and {sum(part.num_bytes for part in parts) / 1e9:.1f} GB with its layers in NF4"
     share = f"{base_bytes_per_rank(setup) / 1e9:.1f} GB on each"
     if machine.num_gpus == 1:

@@ -30,10 +30,14 @@ def flops_per_token(setup: Setup, *, context: int) -> float:
     their forward once more, but for one frozen matmul (``NEVER_AGAIN``).
     """
     shape = setup.shape
-    needed = shape.flops(tokens=1, rows=1, pairs=context / 2, trained_weights=setup.trained_weights)
+    unfrozen = shape.unfrozen_weights(setup.unfrozen)
+    needed = shape.flops(
+        tokens=1, rows=1, pairs=context / 2, trained_weights=setup.trained_weights, unfrozen_weights=unfrozen
+    )
     attention = shape.num_heads * shape.head_dim * context
     again = len(setup.recomputed) * (weights_computed_again(shape) + attention)
-    of_adapters = (setup.trained_weights - setup.trained_rows * shape.hidden) * adapted_again(setup) / len(setup.layers)
+    of_linears = setup.trained_weights - setup.trained_rows * shape.hidden - unfrozen
+    of_adapters = of_linears * adapted_again(setup) / max(1, len(setup.layers))
     return needed + 2 * (again + of_adapters)
 
 

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Iterator, Sequence
 
+from dist_lora.lora.unfrozen import describe_unfrozen
 from dist_lora.plan.plan import Machines, Plan, settings_of
 from dist_lora.plan.speed import flops_per_token
 from dist_lora.plan.traffic import received_bytes
@@ -18,9 +19,13 @@ def lines_of(plan: Plan) -> Iterator[str]:
     shape, train = setup.shape, plan.config.train
     kind = {2: "bf16", 4: "fp32"}[setup.item_bytes]
     stored = f"{setup.quant} base, computed in {kind}" if setup.quant != "none" else kind
-    yield f"{plan.config.run}: {plan.config.model.name} ({stored}) with LoRA rank {span(plan.config.lora.all_ranks())} on {machines}"
+    ranks = plan.config.lora.all_ranks()
+    yield f"{plan.config.run}: {plan.config.model.name} ({stored}) {f'with LoRA rank {span(ranks)}' if ranks else 'without adapters'} on {machines}"
     note = "" if shape.given_parameters is None else " (as given; computed as a Llama of these sizes)"
-    yield f"  {shape.num_parameters():,} frozen weights{note}, {setup.trained_weights:,} trained"
+    frozen = shape.num_parameters() - shape.unfrozen_weights(setup.unfrozen)
+    yield f"  {frozen:,} frozen weights{note}, {setup.trained_weights:,} trained"
+    if setup.unfrozen:
+        yield f"  unfrozen  {describe_unfrozen(setup.unfrozen)}"
     if machines.assumed:
         yield f"  {_assumed(machines)}"
     for reason in setup.choices.reasons:

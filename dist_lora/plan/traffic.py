@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from dist_lora.layout.memory import Setup
-from dist_lora.layout.storage import FP32, BasePart, base_parts
+from dist_lora.layout.memory import Setup, parts_of, unfrozen_groups
+from dist_lora.layout.storage import FP32, BasePart
 
 NUM_SCALARS = 4  # loss, stop, failed save, seconds: all-reduced once per step in fp32
 
@@ -42,7 +42,7 @@ def collectives_of(setup: Setup) -> list[Collective]:
 def _of_base(setup: Setup) -> Iterator[Collective]:
     ranks = setup.base_ranks
     crosses = ranks > setup.local_size
-    parts = base_parts(setup.shape, quant=setup.quant, item_bytes=setup.item_bytes)
+    parts = parts_of(setup)
 
     def padded(chosen: list[BasePart]) -> int:
         return ranks * sum(part.shard_bytes(ranks) for part in chosen)
@@ -52,27 +52,22 @@ def _of_base(setup: Setup) -> Iterator[Collective]:
     ends = [part for part in parts if part.name in ("embed_tokens", "lm_head") and not setup.shape.tied]
     root = [part for part in parts if part.block is None and part not in ends]
     # The backward ends at the first layer that it has to go through; FSDP2 prefetches one layer more than it needs.
-    first = setup.first_trained
+    first = setup.first_trained - (setup.layout.engine == "fsdp2")
     blocks, all_gathers = Counter[int](), Counter[int]()
     for part in parts:
         if part.block is not None:
             blocks[part.block] += padded([part])
     for layer, block in blocks.items():  # by size: layers differ where a publisher left linears unquantized
-        all_gathers[block] += 1 + (layer >= first - 1)
+        all_gathers[block] += 1 + (layer >= first)
     for block, count in all_gathers.items():
         yield Collective(
             "all-gather", "layers, forward and backward", ranks, crosses, block, count * setup.accumulation_steps
         )
     for end in ends:
         yield Collective("all-gather", end.name, ranks, crosses, padded([end]), setup.accumulation_steps)
-    yield Collective(
-        "all-gather",
-        "last norm" + " and embedding" * setup.shape.tied,
-        ranks,
-        crosses,
-        padded(root),
-        setup.accumulation_steps,
-    )
+    if root:
+        what = "last norm" + " and embedding" * setup.shape.tied
+        yield Collective("all-gather", what, ranks, crosses, padded(root), setup.accumulation_steps)
     if setup.shape.tied and setup.layout.engine == "zero3":  # which frees it in between
         embedding = [part for part in parts if part.name == "embed_tokens"]
         yield Collective("all-gather", "embedding as head", ranks, crosses, padded(embedding), setup.accumulation_steps)
@@ -98,6 +93,7 @@ def _of_adapters(setup: Setup) -> Iterator[Collective]:
                 yield Collective(
                     "all-reduce", "rows' gradients between nodes", nodes, True, _rows_bytes(setup) // ranks, 1
                 )
+        yield from _of_unfrozen(setup, nodes)
     yield Collective("all-reduce", "loss and requests", world, nodes > 1, FP32 * NUM_SCALARS, 1)
 
 
@@ -120,6 +116,27 @@ def _rows_bytes(setup: Setup) -> int:
     """Bytes of the trained rows, those of each matrix padded to a multiple of the ranks."""
     matrices, ranks = 1 if setup.shape.tied else 2, setup.adapter_ranks
     return FP32 * matrices * ranks * math.ceil(setup.trained_rows / matrices / ranks) * setup.shape.hidden
+
+
+def _of_unfrozen(setup: Setup, nodes: int) -> Iterator[Collective]:
+    """Of unfrozen weights that are sharded: a group in each layer, and the last norm."""
+    ranks, is_zero3 = setup.adapter_ranks, setup.layout.engine == "zero3"
+    item_bytes = FP32 if is_zero3 else setup.item_bytes
+    linears = setup.shape.linear_shapes()
+    groups = Counter[tuple[int, int]]()
+    for names in unfrozen_groups(setup):
+        sizes = [linears.get(name, (setup.shape.hidden, 1)) for name in names]
+        # ZeRO-3 keeps what the backward begins with.
+        times = 1 if is_zero3 and names == ("norm",) else 2
+        groups[sum(ranks * math.ceil(rows / ranks) * width for rows, width in sizes), times] += 1
+    for (weights, times), num in groups.items():
+        count = num * setup.accumulation_steps
+        if ranks > 1:
+            what = "unfrozen weights, forward and backward"
+            yield Collective("all-gather", what, ranks, is_zero3 and nodes > 1, item_bytes * weights, times * count)
+            yield Collective("reduce-scatter", "their gradients", ranks, is_zero3 and nodes > 1, FP32 * weights, count)
+        if nodes > 1 and not is_zero3:
+            yield Collective("all-reduce", "their gradients between nodes", nodes, True, FP32 * weights // ranks, num)
 
 
 def _padded_adapters(setup: Setup) -> int:

@@ -11,6 +11,7 @@ Part = Literal[
     "frozen matmuls",
     "dequantizing",
     "LoRA",
+    "weight gradients",
     "attention",
     "elementwise",
     "loss",

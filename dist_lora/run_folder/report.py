@@ -28,7 +28,7 @@ from dist_lora.run_folder.heat_maps import LearnedOfRun, learned_plots
 from dist_lora.run_folder.records import read_lines
 from dist_lora.run_folder.samples import Samples, read_samples
 from dist_lora.run_folder.status import describe_status
-from dist_lora.text import GIB, duration, span
+from dist_lora.text import GIB, count, duration, span
 
 REPORT_FILE = "report.html"
 COMPARISON_FILE = "comparison.html"
@@ -133,17 +133,19 @@ def _read(folder: Path) -> _Run:
         series=Series(config.run, steps, evaluations),
         evaluations=_table(evaluations),
         samples=read_samples(folder),
-        learned=_learned(folder),
+        learned=_learned(folder, config),
         tool_calls=_tool_calls(_lines(folder / TOOL_CALLS_FILE)),
         settings=(folder / "config.yaml").read_text(encoding="utf-8"),
         flat_settings=flat(config.model_dump(mode="json")),
     )
 
 
-def _learned(folder: Path) -> _Learned:
+def _learned(folder: Path, config: Config) -> _Learned:
     adapter, command = folder / "adapter", f"dist-lora learned {folder}"
     if not is_adapter_folder(adapter):
         return _Learned(None, 0, "The run has not written its adapter yet.")
+    if config.lora.modules == []:
+        return _Learned(None, 0, "There is no B A: the run trained weights or rows of the base themselves.")
     try:
         record, num_layers = read_learned(adapter), facts_of(adapter).num_layers or 0
     except AdapterError as error:
@@ -219,10 +221,13 @@ def _facts(
     summary = read_summary(folder)
     yield "model", f"{config.model.name} ({'unquantized' if config.model.quant == 'none' else config.model.quant})"
     by_root = " / sqrt(rank)" if config.lora.scaling == "sqrt_rank" else ""
-    yield (
-        "adapters",
-        f"rank {span(config.lora.all_ranks())}, alpha {span(config.lora.all_alphas())}{by_root}, on {', '.join(config.lora.target_names())}",
-    )
+    adapters = "none"
+    if config.lora.modules != []:
+        adapters = f"rank {span(config.lora.all_ranks())}, alpha {span(config.lora.all_alphas())}{by_root}, on {', '.join(config.lora.target_names())}"
+    yield "adapters", adapters
+    if (unfreeze := config.train.unfreeze) is not None:
+        parts = [f"the last {count(unfreeze.last_layers, 'layer')}"] if unfreeze.last_layers else []
+        yield "unfrozen", ", ".join([*parts, *(["the norms"] if unfreeze.norms else []), *unfreeze.patterns])
     if {"trainable", "frozen"} <= summary.keys():
         trained, frozen = int(summary["trainable"]), int(summary["frozen"])
         yield "weights", f"{trained:,} trained, {frozen:,} frozen ({trained / frozen:.2%})"

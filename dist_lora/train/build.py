@@ -36,7 +36,7 @@ from dist_lora.base.stored_shape import (
     unquantized_line,
 )
 from dist_lora.base.stream import FillReport, fill_slots
-from dist_lora.config.schema import Config, LoraSection
+from dist_lora.config.schema import Config
 from dist_lora.data.chat import load_tokenizer
 from dist_lora.data.loader import MicroBatch
 from dist_lora.engines.adapters import Adapters
@@ -56,10 +56,11 @@ from dist_lora.layout.choices import (
 )
 from dist_lora.layout.memory import setup_of
 from dist_lora.lora.adapter_reader import open_adapter, read_adapter
-from dist_lora.lora.attach import TrainedTensor, attach_adapters
+from dist_lora.lora.attach import TrainedTensor, attach_adapters, unfreeze
 from dist_lora.lora.fit import check_fit, with_settings_of
 from dist_lora.lora.origin import BaseIdentity, identify_base, origin_of
 from dist_lora.lora.tokens import HEAD_ROWS, with_token_ids
+from dist_lora.lora.unfrozen import unfrozen_weights
 from dist_lora.pace import pace
 from dist_lora.text import size
 from dist_lora.world.world import World, computes_bf16, device_bytes
@@ -310,7 +311,7 @@ def shard_model(
     dtype = TORCH_TYPES[choices.dtype]
     fmt = format_of(config.model.quant, dtype)
     model = build_on_meta(shape, dtype=dtype, fmt=fmt)
-    tensors = attach_adapters(model, config.lora)
+    tensors = [*attach_adapters(model, config.lora), *unfreeze(model, unfrozen_weights(config, shape))]
     for layer, block in enumerate(model.blocks()):
         block.recompute = layer in choices.recomputed
     if choices.fused_kernels:
@@ -442,9 +443,9 @@ def check_adapter(folder: Path, *, config: Config, base: Base, world: World) -> 
         ConfigError: it isn't plain LoRA, has other widths or layers than the base, or a setting of ``lora`` contradicts it.
     """
 
-    def check() -> LoraSection:
+    def check() -> Config:
         adapter = open_adapter(folder)
-        check_fit(adapter, section=config.lora, shape=base.shape)
+        check_fit(adapter, config=config, shape=base.shape)
         if world.is_first:
             adapter.verify()
             for pattern in adapter.config.unmatched_patterns(adapter.modules):
@@ -464,10 +465,9 @@ def check_adapter(folder: Path, *, config: Config, base: Base, world: World) -> 
             log.warning(
                 f"{folder} was trained {other}. Its answers may be meaningless here; use its own base's tokenizer."
             )
-        return with_settings_of(config.lora, adapter)
+        return with_settings_of(config, adapter)
 
-    section = world.agree_on(f"opening {folder}", check)
-    return config.model_copy(update={"lora": section})
+    return world.agree_on(f"opening {folder}", check)
 
 
 def load_adapter(adapters: Adapters, folder: Path, *, world: World) -> None:
@@ -481,4 +481,7 @@ def load_adapter(adapters: Adapters, folder: Path, *, world: World) -> None:
 
 def describe_trained(trainee: Trainee) -> dict[str, int]:
     """How many weights are trained and how many are frozen."""
-    return {"trainable": trainee.adapters.num_elements, "frozen": trainee.base.shape.num_parameters()}
+    return {
+        "trainable": trainee.adapters.num_elements,
+        "frozen": trainee.base.shape.num_parameters() - trainee.adapters.num_unfrozen,
+    }

@@ -29,6 +29,7 @@ from dist_lora.files import file_exists
 from dist_lora.lora.origin import RunOrigin
 from dist_lora.lora.run_facts import RunFacts
 from dist_lora.lora.state import Piece
+from dist_lora.lora.unfrozen import unfrozen_weights
 from dist_lora.run_folder.records import sync_metrics, truncate_metrics
 from dist_lora.train.build import Base, Trainee
 from dist_lora.train.guard import guard_rules
@@ -230,6 +231,7 @@ class RunCheckpoints:
     def _facts(self, progress: RunProgress) -> dict[str, Any]:
         """What a checkpoint saved now holds besides its tensors."""
         lora, shape = self._config.lora, self._trainee.base.shape
+        unfrozen = unfrozen_weights(self._config, shape)
         return {
             "progress": {
                 "best_step": progress.best_step,
@@ -255,7 +257,8 @@ class RunCheckpoints:
                 "num_layers": shape.num_layers,
             }
             | ({} if lora.modules is None else {"modules": [module.model_dump() for module in lora.modules]})
-            | ({} if not lora.train_tokens else {"train_tokens": list(lora.token_ids())}),
+            | ({} if not lora.train_tokens else {"train_tokens": list(lora.token_ids())})
+            | ({} if not unfrozen else {"unfrozen": list(unfrozen)}),
         }
 
     def _best(self, progress: RunProgress) -> int | None:

@@ -37,8 +37,8 @@ from dist_lora.layout.machine import is_called
 from dist_lora.lora.attach import adapters_of
 from dist_lora.lora.learned import read_learned, sentences
 from dist_lora.lora.origin import origin_of
-from dist_lora.lora.patterns import with_patterns
 from dist_lora.lora.run_facts import RunFacts
+from dist_lora.lora.unfrozen import describe_unfrozen, trained_weights, unfrozen_weights, with_linears
 from dist_lora.profile.recorder import Recorder
 from dist_lora.run_folder.attempt import (
     EVALUATIONS_FILE,
@@ -248,10 +248,6 @@ def train(
     _end_callbacks(run, summary, world, callbacks)
 
 
-def _with_patterns(config: Config, shape: Shape) -> Config:
-    return config.model_copy(update={"lora": with_patterns(config.lora, num_layers=shape.num_layers)})
-
-
 def _named(config: Config, tokens: list[str | int]) -> Config:
     """The config with the tokens as they were given, if they were."""
     if not tokens:
@@ -261,7 +257,7 @@ def _named(config: Config, tokens: list[str | int]) -> Config:
 
 def _resolved(config: Config, shape: Shape) -> Config:
     """The config as everything that trains takes it: with each linear's rank and alpha, and a number for the learning rate."""
-    return with_lr(_with_patterns(config, shape), shape)
+    return with_lr(with_linears(config, shape), shape)
 
 
 def _checked_tokens(config: Config, base: Base, world: World, *, is_new: bool) -> tuple[TokenSet, HeldOutSets]:
@@ -378,6 +374,8 @@ def _check_programs(config: Config, world: World) -> None:
 def _advice_on(config: Config, tokens: TokenSet, loader: Loader, *, num_steps: int) -> Iterator[str]:
     batch = config.train.global_batch
     per_step = tokens.num_target_tokens / loader.steps_in_epoch(0)
+    if config.lora.modules == []:
+        return iter(())  # it is about LoRA
     return advice_lines(num_steps=num_steps, global_batch=batch, target_tokens_per_step=per_step)
 
 
@@ -504,8 +502,7 @@ def _finish(run: Run, folder: Path, world: World, attempt: Attempt | None, *, se
 
 def _learned_lines(adapter: Path) -> list[str]:
     record = read_learned(adapter)
-    assert record is not None, f"{adapter}: nothing was recorded of what was learned"
-    return [*sentences(record)]
+    return [] if record is None else [*sentences(record)]  # without LoRA there is none
 
 
 def _summary(run: Run, folder: Path, out: Path, *, seconds: float) -> dict[str, Any]:
@@ -557,18 +554,23 @@ def plan_lines(
 ) -> list[str]:
     """A few lines about what a run is going to do: model, trained weights, data, steps."""
     shape, lora, train = base.shape, config.lora, config.train
-    by_root = " / sqrt(rank)" if lora.scaling == "sqrt_rank" else ""
-    resolved = with_patterns(lora, num_layers=shape.num_layers)
-    trained = shape.trained_weights(resolved)
-    frozen = shape.num_parameters()
+    resolved = with_linears(config, shape)
+    trained = trained_weights(resolved, shape)
+    unfrozen = unfrozen_weights(config, shape)
+    frozen = shape.num_parameters() - shape.unfrozen_weights(unfrozen)
     accumulation = math.ceil(math.ceil(train.global_batch / world.world_size) / train.micro_batch)
-    linears = len(adapters_of(resolved, num_layers=shape.num_layers))
+    by_root = " / sqrt(rank)" if lora.scaling == "sqrt_rank" else ""
+    linears = len(adapters_of(resolved.lora, num_layers=shape.num_layers))
+    adapters = "no adapter"
+    if linears:
+        adapters = f"rank {span(lora.all_ranks())}, alpha {span(lora.all_alphas())}{by_root}, on {count(linears, 'linear layer')}"
     rows = f" and {count(shape.trained_rows(lora), 'row')} of {count(len(lora.train_tokens), 'token')}" * bool(
         lora.train_tokens
     )
     return [
         f"model     {base.identity.name}: {frozen:,} frozen weights, {count(shape.num_layers, 'layer')}",
-        f"adapters  rank {span(lora.all_ranks())}, alpha {span(lora.all_alphas())}{by_root}, on {count(linears, 'linear layer')}{rows}: {trained:,} trained weights "
+        *([f"unfrozen  {describe_unfrozen(unfrozen)}"] if unfrozen else []),
+        f"adapters  {adapters}{rows}: {trained:,} trained weights "
         f"({trained / frozen:.2%}), {trained * 4 / 2**20:,.1f} MiB in fp32",
         f"data      {count(len(tokens), 'sample')}, {count(tokens.num_tokens, 'token')}, {tokens.num_target_tokens:,} trained on"
         + _held_out_text(held_out),
@@ -624,7 +626,7 @@ def evaluate(
     base = open_base(config, world)
     config = with_ids(config, base, world)
     if adapter is not None:
-        config = world.agree_on("lora", functools.partial(_with_patterns, config, base.shape))
+        config = world.agree_on("lora", functools.partial(with_linears, config, base.shape))
         config = check_adapter(adapter, config=config, base=base, world=world)
         if world.is_first:
             _warn_of_origin(adapter, config, base)

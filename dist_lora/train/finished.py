@@ -80,7 +80,7 @@ def _with_adapter(config: Config) -> Config:
     """The config with what it leaves to the adapter of ``lora.start_from``, as the run's own has it."""
     if config.lora.start_from is None:
         return config
-    return config.model_copy(update={"lora": with_settings_of(config.lora, open_adapter(config.lora.start_from))})
+    return with_settings_of(config, open_adapter(config.lora.start_from))
 
 
 def _changed_since(folder: Path, config: Config) -> bool:

@@ -133,6 +133,7 @@ class TrainStep:
             rows=batch.target_tokens,
             pairs=batch.pairs,
             trained_weights=self._adapters.num_elements,
+            unfrozen_weights=self._adapters.num_unfrozen,
         )
 
     def check_copies(self, step: int) -> None:
@@ -168,7 +169,7 @@ class TrainStep:
         if without:
             self._saver.wait()
             error = TrainingError(
-                f"step {step}: {len(without)} of {len(self._adapters.tensors) // 2} {half} tensors got no gradient, in "
+                f"step {step}: {len(without)} of {self._adapters.count(half)} {half} tensors got no gradient, in "
                 f"{layers_of(without)}: {first_few(without)}. They can't learn: the graph behind them is broken."
             )
         self._world.agree(f"step {step}", error)

@@ -11,6 +11,7 @@ import pytest
 from dist_lora.config.schema import Config
 from dist_lora.herd.members import MEMBERS
 from dist_lora.layout.memory import Setup, memory_of, setup_of
+from dist_lora.lora.unfrozen import with_linears
 from dist_lora.plan.hardware import GPUS
 from dist_lora.plan.traffic import collectives_of
 from dist_lora.simulation.simulate import Simulation, simulate
@@ -32,6 +33,7 @@ class Case:
 
 TOKENS: list[object] = ["<|my|>", 128011, *range(100, 162)]
 SHORT = {"train": {"micro_batch": 1, "sequence_length": 64}}
+NO_LORA: dict[str, dict[str, Any]] = {"lora": {"modules": []}}
 CASES = {
     "plain": Case("3.1-8b", {}),
     "kept activations": Case("3.1-8b", {"train": {"activation_checkpointing": False}}),
@@ -130,6 +132,47 @@ CASES = {
         gpus_per_node=2,
         device="cpu",
     ),
+    "unfrozen, one GPU": Case(
+        "3.1-8b",
+        {"train": {"unfreeze": {"patterns": ["down_proj", "model.norm"]}}, "parallel": {"engine": "none"}},
+        gpus_per_node=1,
+    ),
+    "unfrozen, sharded": Case(
+        "3.1-405b",
+        {**NO_LORA, "train": {**SHORT["train"], "unfreeze": {"last_layers": 2}}, "parallel": {"adapters": "shard"}},
+    ),
+    "unfrozen, replicated": Case("3.1-8b", {"train": {"unfreeze": {"norms": True, "patterns": ["k_proj"]}}}),
+    "unfrozen, sharded, nodes, tied": Case(
+        "3.2-1b",
+        {**NO_LORA, "train": {"unfreeze": {"last_layers": 1, "norms": True}}, "parallel": {"adapters": "shard"}},
+        num_nodes=2,
+        gpus_per_node=3,
+    ),
+    "unfrozen beside LoRA, sharded, nf4": Case(
+        "3.1-8b",
+        {
+            "model": {"quant": "nf4"},
+            "train": {**SHORT["train"], "unfreeze": {"norms": True}},
+            "parallel": {"adapters": "shard"},
+        },
+        num_nodes=2,
+        gpus_per_node=2,
+    ),
+    "unfrozen, fp32 on CPUs": Case(
+        "3.1-8b",
+        {
+            "model": {"dtype": "fp32"},
+            "lora": {"targets": ["q_proj"]},
+            "train": {"sequence_length": 256, "unfreeze": {"patterns": ["v_proj", "post_attention_layernorm"]}},
+        },
+        gpus_per_node=2,
+        device="cpu",
+    ),
+    "unfrozen, one GPU, offload": Case(
+        "3.1-8b",
+        {**NO_LORA, "train": {**SHORT["train"], "unfreeze": {"last_layers": 1}}, "parallel": {"offload": "all"}},
+        gpus_per_node=1,
+    ),
 }
 
 
@@ -142,8 +185,8 @@ def planned_and_simulated(case: Case, *, num_layers: int = 3) -> tuple[Setup, Si
         if tree.setdefault("parallel", {}).get("engine") != "zero3":  # and auto would shard no base
             tree["parallel"] = {"base_shard": "node", **tree["parallel"]}
     tree["train"].setdefault("global_batch", 2 * 2 * case.num_nodes * case.gpus_per_node)
-    config = Config.model_validate(tree)
     shape = dataclasses.replace(MEMBERS[case.member].shape, num_layers=num_layers)
+    config = with_linears(Config.model_validate(tree), shape)
     machines = {"num_nodes": case.num_nodes, "gpus_per_node": case.gpus_per_node, "device_bytes": DEVICE_BYTES}
     setup = setup_of(config, shape, **machines, on_gpu=case.device == "gpu")
     return setup, simulate(config, shape, **machines, device=case.device)
@@ -272,6 +315,16 @@ BY_ZERO3 = {
     "nodes": Case("3.1-70b", ZERO3 | {"model": {"quant": "nf4"}}, num_nodes=2),
     "offload": Case("3.1-8b", {"parallel": {"engine": "zero3", "offload": "all"}}),
     "short, high rank": Case("3.1-8b", SHORT | ZERO3 | {"lora": {"rank": 128}}, gpus_per_node=2),
+    "unfrozen": Case(
+        "3.1-8b",
+        ZERO3 | NO_LORA | {"train": {**SHORT["train"], "unfreeze": {"last_layers": 2}}},
+        gpus_per_node=2,
+    ),
+    "unfrozen beside LoRA": Case(
+        "3.1-8b",
+        ZERO3 | {"train": {**SHORT["train"], "unfreeze": {"norms": True, "patterns": ["down_proj"]}}},
+        gpus_per_node=2,
+    ),
 }
 
 

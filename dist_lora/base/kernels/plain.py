@@ -12,6 +12,7 @@ from dist_lora.layout.memory import LOGITS_IN_FP32
 
 # Types of devices on which torch has a kernel for a norm's backward.
 FUSED_NORM_ON = {"cuda"}
+_NORM_ROWS = 2048  # whose share in the gradient of a norm's weight is computed at once
 # Logits whose softmax is computed at once: on the CPU they stay in its caches, on a GPU largely in the second level.
 _LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**20, LOGITS_IN_FP32
 
@@ -38,6 +39,16 @@ def norm_backward(d_h: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -
     d_x = d_h.mul_(weight) if is_wide(x) else d_h.float().mul_(weight)
     along = (d_x * wide).sum(-1, keepdim=True).mul_(inverse_rms.pow(3)).div_(-x.shape[-1])
     return d_x.mul_(inverse_rms).addcmul_(wide, along).to(x.dtype)
+
+
+def norm_weight_gradient(d_h: Tensor, x: Tensor, inverse_rms: Tensor) -> Tensor:
+    """The gradient ``(D,)`` of a norm's weight in x's dtype: the sum over rows of ``d_h x r``, in fp32 at least."""
+    total: Tensor | None = None
+    for of_h, rows, scales in zip(*(torch.split(t, _NORM_ROWS) for t in (d_h, x, inverse_rms)), strict=True):
+        normed = (rows if is_wide(x) else rows.float()) * scales
+        part = (normed.to(x.dtype) * of_h.to(normed.dtype)).sum(0)  # rounded as it was before the weight was applied
+        total = part if total is None else total.add_(part)
+    return x.new_zeros(x.shape[1]) if total is None else total.to(x.dtype)
 
 
 def is_wide(x: Tensor) -> bool:

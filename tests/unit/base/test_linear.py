@@ -176,6 +176,69 @@ def test_out_of_training_nothing_is_dropped_and_no_graph_is_made_without_gradien
     assert max(distance(y, plain) for y, plain in zip(found, wanted, strict=True)) < 1e-6
 
 
+# Weights that are trained
+
+
+def unfrozen(dtype: torch.dtype) -> list[FrozenLinear]:
+    """``linears`` whose second one is trained instead of frozen, in fp32."""
+    group = linears(dtype)
+    weight = group[1].get_parameter("weight").detach().float()
+    group[1].unfreeze().weight.data.copy_(weight + 1e-4)  # which bf16 can't hold
+    return group
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False])
+@pytest.mark.parametrize("before", BEFORE, **by_name)
+def test_a_trained_weight_has_the_gradient_of_the_plain_form(before, needs_gradient) -> None:
+    group, inputs = unfrozen(torch.float32), inputs_of(before, torch.float32)
+    if not needs_gradient:
+        inputs = tuple(tensor.detach() for tensor in inputs)
+    weight = group[1].get_parameter("trained.weight")
+    y = linears_of(before, inputs, group)[1]
+    factors = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    (found,) = torch.autograd.grad((y * factors).sum(), [weight])
+    h = plain_before(before, inputs)
+    (wanted,) = torch.autograd.grad(((h @ weight.t()) * factors).sum(), [weight])
+    assert distance(found, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_trained_norm_has_the_gradient_of_the_plain_form(adds) -> None:
+    for is_fused in (False, True):
+        norm = RMSNorm(D, 1e-5, torch.float32)
+        norm.is_fused = is_fused
+        weight = norm.unfreeze().weight
+        weight.data.uniform_(0.5, 2, generator=torch.Generator().manual_seed(0))
+        x, delta = inputs_of(SiluTimes(), torch.float32)
+        group = unfrozen(torch.float32)
+        leaves = [x, weight, *(p for linear in group for p in linear.parameters() if p.requires_grad)]
+        outputs = linears_of(norm.before(adds=adds), (x, delta) if adds else (x,), group, norm=norm)
+        found = torch.autograd.grad(sum(y.square().sum() for y in outputs), leaves)
+        stream = x + delta if adds else x
+        h = F.rms_norm(stream, (D,), weight, 1e-5)
+        plain = [stream, *(plain_linear(linear, h) for linear in group)]
+        plain[2] = h @ group[1].get_parameter("trained.weight").t()
+        for ours, wanted in zip(found, torch.autograd.grad(sum(y.square().sum() for y in plain), leaves), strict=True):
+            assert distance(ours, wanted) < 1e-5
+
+
+def test_a_trained_norm_that_no_linear_follows_has_the_gradient_of_the_plain_form() -> None:
+    norm = RMSNorm(D, 1e-5, torch.float64)
+    norm.unfreeze().weight.data.uniform_(0.5, 2, generator=torch.Generator().manual_seed(0))
+    norm.double()
+    (x, *_) = inputs_of(Norm(1e-5), torch.float64)
+    assert torch.autograd.gradcheck(lambda *_: norm(x), (x, norm.get_parameter("trained.weight")))
+
+
+def test_a_trained_weight_is_computed_in_the_bases_dtype() -> None:
+    group, (x,) = unfrozen(torch.bfloat16), inputs_of(Nothing(), torch.bfloat16)
+    weight = group[1].get_parameter("trained.weight")
+    y = linears_of(Nothing(), (x,), group)[1]
+    (gradient,) = torch.autograd.grad(y.float().sum(), [weight])
+    assert torch.equal(y, x @ weight.detach().bfloat16().t())
+    assert gradient.dtype == torch.float32 and torch.equal(gradient, gradient.bfloat16().float())
+
+
 # A layer
 
 SMALL = dataclasses.replace(

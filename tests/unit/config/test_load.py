@@ -415,10 +415,22 @@ def module(name: str = "model.layers.1.self_attn.q_proj", **changes: object) -> 
     return {"name": name, "rank": 4, "alpha": 8.0, **changes}
 
 
+@pytest.mark.parametrize("lora", ["null", "{modules: []}"])
+def test_a_run_without_adapters_trains_something_else(tmp_path: Path, lora: str) -> None:
+    told = "there is no adapter (lora is null), and train.unfreeze unfreezes nothing: nothing is trained"
+    assert told in complaint(tmp_path, SHORTEST + f"lora: {lora}\n")
+    (tmp_path / "c.yaml").write_text(SHORTEST + f"lora: {lora}\ntrain: {{unfreeze: {{norms: true}}}}\n")
+    assert load_config(tmp_path / "c.yaml").lora.modules == []
+    assert "train.unfreeze: unfreezes nothing" in complaint(tmp_path, SHORTEST + "train: {unfreeze: {}}\n")
+
+
+def test_a_section_of_lora_that_is_only_commented_out_has_its_defaults(tmp_path: Path) -> None:
+    assert load_config(written(tmp_path, SHORTEST + "lora:\n  # rank: 8\n")).lora.rank == 16
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"modules": []}, "the list is empty, expected at least one linear, or null"),
         ({"modules": [module(), module()]}, "model.layers.1.self_attn.q_proj: named more than once"),
         ({"modules": [module("q_proj")]}, "expected a list of linears like {name: model.layers.0.self_attn.q_proj, rank: 8, alpha: 16}, or null"),
         ({"modules": [module(rank=0)]}, "expected a list of linears like {name:"),

@@ -322,7 +322,7 @@ def test_layers_of_an_adapter_that_peft_saved(tmp_path):
     ("changes", "expected"),
     [
         ({"use_dora": True}, "use_dora (DoRA)"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save (fully trained modules)"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save (whole modules: lm_head;"),
         ({"bias": "lora_only"}, "bias: lora_only (trained biases)"),
         ({"lora_bias": True}, "lora_bias (biases)"),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights: pissa_niter_16 (changes the base"),

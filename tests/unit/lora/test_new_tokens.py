@@ -21,6 +21,7 @@ from dist_lora.lora.fit import check_fit, with_settings_of
 from dist_lora.lora.merge import merge_adapter
 from dist_lora.lora.served import servers_of_adapter
 from dist_lora.lora.tokens import EMBEDDING_ROWS, HEAD_ROWS, with_token_ids
+from tests.unit.lora.configs import config_of
 from tests.unit.lora.test_adapter_files import LINEARS, rewrite_config, rewrite_keys, write
 
 IDS = [260, 7, 300]  # not ascending: PEFT keeps a user's order
@@ -142,25 +143,25 @@ def test_rows_that_lack_or_have_another_name_are_told(tiny_llama, tmp_path) -> N
 def test_an_adapter_brings_its_tokens_and_contradicts_others(tiny_llama, tmp_path) -> None:
     base = tiny_llama("llama32")
     adapter, shape = open_adapter(adapter_of_peft(base, tmp_path / "peft", IDS)), read_shape(base)
-    check_fit(adapter, section=LoraSection(), shape=shape)
-    assert with_settings_of(LoraSection(), adapter).train_tokens == [7, 260, 300]
+    check_fit(adapter, config=config_of(), shape=shape)
+    assert with_settings_of(config_of(), adapter).lora.train_tokens == [7, 260, 300]
     # A plan has no tokenizer, and takes as many for the same.
-    check_fit(adapter, section=LoraSection(train_tokens=["a", "b", 3]), shape=shape)
+    check_fit(adapter, config=config_of(LoraSection(train_tokens=["a", "b", 3])), shape=shape)
     for named in ([7, 260], []):
         with pytest.raises(
             ConfigError, match=r"lora\.train_tokens: (7, 260|none) in the config, ids 7, 260, 300 in the adapter"
         ):
-            check_fit(adapter, section=LoraSection(train_tokens=named), shape=shape)
+            check_fit(adapter, config=config_of(LoraSection(train_tokens=named)), shape=shape)
 
 
 def test_rows_that_a_model_has_no_place_for_are_refused(tiny_llama, tmp_path) -> None:
     untied, tied = tiny_llama("llama31"), tiny_llama("llama32")
     adapter = open_adapter(adapter_of_peft(untied, tmp_path / "peft", {"embed_tokens": IDS, "lm_head": IDS}))
     with pytest.raises(ConfigError, match="it has rows of a head of its own, and the model's head is its embedding"):
-        check_fit(adapter, section=LoraSection(), shape=read_shape(tied))
+        check_fit(adapter, config=config_of(), shape=read_shape(tied))
     small = tiny_llama("llama31", vocab=288)
     with pytest.raises(ConfigError, match="it has rows of tokens 300, and the model's vocabulary ends at 287"):
-        check_fit(adapter, section=LoraSection(), shape=read_shape(small))
+        check_fit(adapter, config=config_of(), shape=read_shape(small))
     with pytest.raises(
         ConfigError, match=r"model\.embed_tokens\.weight is \(288, 64\) and the adapter has rows of 64 up to 300"
     ):

@@ -28,6 +28,7 @@ from dist_lora.lora.fit import check_fit, settings_of, with_settings_of
 from dist_lora.lora.merge import merge_adapter
 from dist_lora.train import build
 from dist_lora.world.world import World
+from tests.unit.lora.configs import config_of
 
 IDS = torch.randint(0, 512, (40,), generator=torch.Generator().manual_seed(0))
 Q, UP, V = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.v_proj"
@@ -53,7 +54,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "DoRA": (QV | {"use_dora": True}, "use_dora (DoRA)"),
-    "a whole head": (QV | {"modules_to_save": ["lm_head"]}, "modules_to_save (fully trained modules)"),
+    "a whole head": (QV | {"modules_to_save": ["lm_head"]}, "modules_to_save (whole modules: lm_head;"),
     "biases": (QV | {"bias": "lora_only"}, "bias: lora_only (trained biases)"),
     "the head": ({"target_modules": ["q_proj", "lm_head"]}, "adapters on the embeddings or the head"),
     "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "adapters on the embeddings or the head"),
@@ -229,7 +230,7 @@ def test_what_peft_reports_as_missing_is_damage(adapter, stock, base) -> None:
     with pytest.warns(UserWarning, match="Found missing adapter keys"):
         PeftModel.from_pretrained(stock(), adapter)
     with pytest.raises(AdapterError, match="its config names 2 linears that it has no tensors for"):
-        check_fit(open_adapter(adapter), section=LoraSection(), shape=read_shape(base))
+        check_fit(open_adapter(adapter), config=config_of(), shape=read_shape(base))
 
 
 def test_patterns_that_match_nothing_are_found(adapter) -> None:
@@ -244,11 +245,11 @@ def test_patterns_that_match_nothing_are_found(adapter) -> None:
 def test_settings_that_are_left_out_are_the_adapters(tmp_path, stock, base, kind) -> None:
     opened = open_adapter(made_by_peft(tmp_path, stock, KINDS[kind]))
     section, shape = LoraSection(), read_shape(base)
-    check_fit(opened, section=section, shape=shape)
-    taken = with_settings_of(section, opened)
+    check_fit(opened, config=config_of(section), shape=shape)
+    taken = with_settings_of(config_of(section), opened).lora
     again = LoraSection.model_validate(taken.model_dump())  # as a run's config.yaml has them
     assert again == taken
-    check_fit(opened, section=again, shape=shape)
+    check_fit(opened, config=config_of(again), shape=shape)
     num_elements = sum(math.prod(half.shape) for pair in opened.pairs.values() for half in pair)
     assert shape.trained_weights(taken) == num_elements
 
@@ -287,13 +288,13 @@ def test_a_setting_that_contradicts_the_adapter_is_said_with_both_values(
 ) -> None:
     opened = open_adapter(made_by_peft(tmp_path, stock, KINDS["rsLoRA"]))
     with pytest.raises(ConfigError) as raised:
-        check_fit(opened, section=LoraSection(**settings), shape=read_shape(base))
+        check_fit(opened, config=config_of(LoraSection(**settings)), shape=read_shape(base))
     assert f"is not the adapter that the config defines:\n  {words}Leave" in str(raised.value)
 
 
 def test_an_adapter_of_another_size_is_said_in_numbers(adapter, base) -> None:
     shape = read_shape(base)
     with pytest.raises(ConfigError, match=r"q_proj is 64 x 32, its B A 64 x 64"):
-        check_fit(open_adapter(adapter), section=LoraSection(), shape=dataclasses.replace(shape, hidden=32))
+        check_fit(open_adapter(adapter), config=config_of(), shape=dataclasses.replace(shape, hidden=32))
     with pytest.raises(ConfigError, match=r"it has layers 1, and the model has 0-0"):
-        check_fit(open_adapter(adapter), section=LoraSection(), shape=dataclasses.replace(shape, num_layers=1))
+        check_fit(open_adapter(adapter), config=config_of(), shape=dataclasses.replace(shape, num_layers=1))

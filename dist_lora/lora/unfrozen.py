@@ -1,0 +1,125 @@
+"""Which weights of the base ``train.unfreeze`` trains. Needs no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_lora.config.schema import Config, LoraSection, ModuleAdapter, Quant
+from dist_lora.errors import ConfigError
+from dist_lora.herd.shape import Shape, module_path
+from dist_lora.lora.patterns import with_patterns
+from dist_lora.lora.peft_config import Pattern, end_of_name
+from dist_lora.text import count, first_few, ranges
+
+_ENDS = ("model.embed_tokens", "lm_head")
+
+
+def unfrozen_weights(config: Config, shape: Shape) -> tuple[str, ...]:
+    """Names of the linears and norms whose weights are trained, in the model's order: ``model.layers.3.mlp.up_proj``.
+
+    Raises:
+        ConfigError: more layers than the model has; a pattern is no regular expression, takes too long, or matches nothing, or the
+            embedding or the head; a linear that is quantized.
+    """
+    section = config.train.unfreeze
+    if section is None:
+        return ()
+    if section.last_layers > shape.num_layers:
+        raise ConfigError(
+            f"train.unfreeze.last_layers: found {section.last_layers}, expected at most {shape.num_layers} (the model has "
+            f"{count(shape.num_layers, 'layer')})"
+        )
+    names = [name.removesuffix(".weight") for name in shape.tensor_shapes()]
+    first = shape.num_layers - section.last_layers
+    chosen = {name for name in names if (layer := layer_of(name)) is not None and layer >= first}
+    if section.norms:
+        chosen |= {name for name in names if name.endswith("norm")}
+    chosen |= _matched(section.patterns, [*dict.fromkeys((*names, *_ENDS))])
+    _refuse_quantized(chosen, shape, config.model.quant)
+    return tuple(name for name in names if name in chosen)
+
+
+def trained_weights(config: Config, shape: Shape) -> int:
+    """How many weights a config trains: of adapters, of tokens' rows, and unfrozen ones.
+
+    Raises:
+        ConfigError: see ``unfrozen_weights`` and ``Shape.trained_weights``.
+    """
+    return shape.trained_weights(config.lora) + shape.unfrozen_weights(unfrozen_weights(config, shape))
+
+
+def with_linears(config: Config, shape: Shape) -> Config:
+    """The config with the rank and alpha of each linear that has an adapter, as everything that computes takes it.
+
+    Raises:
+        ConfigError: see ``with_patterns`` and ``unfrozen_weights``.
+    """
+    section = with_patterns(config.lora, num_layers=shape.num_layers)
+    section = without_adapters_on(section, unfrozen_weights(config, shape), num_layers=shape.num_layers)
+    return config.model_copy(update={"lora": section})
+
+
+def describe_unfrozen(names: Sequence[str]) -> str:
+    """``q_proj k_proj input_layernorm of layers 30-31, down_proj of layers 0-29, norm``."""
+    layers_of: dict[str, list[int]] = {}
+    for name in names:
+        layer = layer_of(name)
+        layers_of.setdefault(name.rpartition(".")[2], []).extend([] if layer is None else [layer])
+    alike: dict[str, list[str]] = {}
+    for kind, layers in layers_of.items():
+        alike.setdefault(ranges(layers) if layers else "", []).append(kind)
+    return ", ".join(" ".join(kinds) + f" of layers {layers}" * bool(layers) for layers, kinds in alike.items())
+
+
+def layer_of(name: str) -> int | None:
+    """The layer of a weight by its full name; None outside of the layers."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return None if found is None else int(found[1])
+
+
+def without_adapters_on(section: LoraSection, unfrozen: Sequence[str], *, num_layers: int) -> LoraSection:
+    """The section, after ``with_patterns``, without adapters on what is trained itself: ``modules`` names the others."""
+    if section.modules is not None:
+        modules = section.modules
+    else:
+        modules = [
+            ModuleAdapter(name=module_path(target, layer=layer), rank=section.rank, alpha=section.alpha)
+            for layer in section.layer_indices(num_layers)
+            for target in section.target_names()
+        ]
+    adapted = [module for module in modules if module.name not in set(unfrozen)]
+    return section if len(adapted) == len(modules) else section.model_copy(update={"modules": adapted})
+
+
+def _matched(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
+    setting = "train.unfreeze.patterns"
+    matched: set[str] = set()
+    for text in patterns:
+        try:
+            pattern = Pattern(end_of_name(text.removesuffix("$").removesuffix(".weight")), file=Path(setting))
+        except re.error as error:
+            raise ConfigError(f"{setting}: {text!r} is no regular expression: {error}") from None
+        found = {name for name in names if pattern.match(name)}
+        if not found:
+            raise ConfigError(
+                f"{setting}: {text!r} matches no weight of the model; expected the end of a name like "
+                f"{names[1]} or model.norm, or a regular expression for it"
+            )
+        if ends := found.intersection(_ENDS):
+            raise ConfigError(
+                f"{setting}: {text!r} matches {' and '.join(sorted(ends))}, and embedding and head are not trained whole. "
+                "Name the layers' linears and norms"
+            )
+        matched |= found
+    return matched
+
+
+def _refuse_quantized(names: set[str], shape: Shape, quant: Quant) -> None:
+    linears = [name for name in shape.linear_names() if name in names and name not in shape.unquantized]
+    if quant != "none" and linears:
+        raise ConfigError(
+            f"train.unfreeze: {first_few(linears)} {'is' if len(linears) == 1 else 'are'} stored in {quant} (model.quant), whose codes "
+            "have no gradient. Set model.quant: none, or unfreeze the norms alone and adapt the linears by lora"
+        )

@@ -1,0 +1,158 @@
+"""Weights of the base that are trained themselves, alone and beside LoRA: the numbers of a plain loop, on one process and sharded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from dist_lora.config.schema import Config
+from dist_lora.lora.layer import initial_a
+from dist_lora.lora.merge import merge_adapter
+from tests.e2e.test_against_peft import NUM_STEPS, padded_batches
+from tests.ranks.pool import RankFailed
+from tests.ranks.runs import chats_settings, metrics, train_command
+
+RANK, ALPHA, LR, WARMUP_STEPS, WEIGHT_DECAY = 4, 8, 1e-3, 2, 0.01  # as chats_settings has the last two
+# Our settings of lora and train.unfreeze; what ends or holds these is unfrozen; PEFT's target_modules.
+WAYS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], Any, list[str]]] = {
+    "the last layer": (None, {"last_layers": 1}, lambda name: ".layers.1." in name, []),
+    "norms beside LoRA": (
+        {"targets": ["q_proj", "v_proj"]},
+        {"norms": True},
+        lambda name: name.endswith("norm.weight"),
+        ["q_proj", "v_proj"],
+    ),
+    "patterns beside LoRA": (
+        {},
+        {"patterns": ["down_proj", r"layers\.0\..*o_proj", "model.norm"]},
+        lambda name: "down_proj" in name or "layers.0.self_attn.o_proj" in name or name.endswith("model.norm.weight"),
+        ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", r"layers.1.self_attn.o_proj"],
+    ),
+}
+PLACES: tuple[tuple[int, dict[str, Any]], ...] = (
+    (1, {}),
+    (2, {"engine": "fsdp2", "adapters": "replicate"}),
+    (2, {"engine": "fsdp2", "adapters": "shard", "base_shard": "node"}),
+    (2, {"engine": "fsdp2", "adapters": "shard", "offload": "all"}),
+    (2, {"engine": "zero3"}),
+)
+
+
+def settings_of(base: Path, folder: Path, way: str) -> dict[str, Any]:
+    lora, unfreeze, _, _ = WAYS[way]
+    settings = chats_settings(base, folder, num_steps=NUM_STEPS)
+    optim = settings["optim"] | {"lr": LR, "schedule": "constant", "max_grad_norm": None}
+    return settings | {
+        "lora": lora if lora is None else {"rank": RANK, "alpha": ALPHA, **lora},
+        "optim": optim,
+        "train": settings["train"] | {"unfreeze": unfreeze},
+    }
+
+
+def plain_model(base: Path, way: str) -> tuple[nn.Module, list[nn.Parameter]]:
+    """transformers' model, with PEFT's adapters where there are some; and what is trained."""
+    _, _, is_unfrozen, targets = WAYS[way]
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if targets:
+        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            linear = name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight")
+            parameter.data.copy_(initial_a(linear, rank=parameter.shape[0], in_features=parameter.shape[1], seed=0))
+        parameter.requires_grad_("lora_" in name or is_unfrozen(name))
+    return model.train(), [p for p in model.parameters() if p.requires_grad]
+
+
+def plain_run(base: Path, folder: Path, way: str) -> tuple[list[float], Any]:
+    """The losses of a loop by hand, and the model that it has trained."""
+    model, trained = plain_model(base, way)
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
+    losses = []
+    for ids, mask, labels in padded_batches(Config.model_validate(settings_of(base, folder, way))):
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return losses, model.eval()
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=torch.arange(40)[None]).logits
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_unfrozen_weights_have_the_numbers_of_a_plain_loop_wherever_they_are_trained(
+    ranks, tiny_llama, tmp_path, way
+) -> None:
+    base = tiny_llama("llama31")
+    wanted, plain = plain_run(base, tmp_path, way)
+    assert wanted[-1] < wanted[0]
+    for number, (size, parallel) in enumerate(PLACES):
+        settings = settings_of(base, tmp_path, way) | {"runs_dir": str(tmp_path / str(number)), "parallel": parallel}
+        assert ranks(size).run(train_command, settings) == [""] * size
+        run = tmp_path / str(number) / "it"
+        assert [line["loss"] for line in metrics(run)] == pytest.approx(wanted, rel=1e-4), parallel
+    # PEFT has the trained model of the adapter, and the merged model is it.
+    loaded = AutoPeftModelForCausalLM.from_pretrained(run / "adapter", dtype=torch.float32)
+    started = logits_of(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+    moved = (logits_of(plain) - started).norm()
+    assert (logits_of(loaded) - logits_of(plain)).norm() < 1e-3 * moved
+    merge_adapter(run / "adapter", base=base, out=tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert (logits_of(merged) - logits_of(plain)).norm() < 1e-3 * moved
+
+
+@pytest.mark.turn(of=2)
+@pytest.mark.parametrize("way", ["the last layer", "norms beside LoRA"])
+def test_a_run_that_is_stopped_on_two_ranks_goes_on_on_one_and_three(ranks, tiny_llama, tmp_path, way) -> None:
+    settings = settings_of(tiny_llama("llama31"), tmp_path, way)
+    assert ranks(2).run(train_command, settings | {"runs_dir": str(tmp_path / "whole")}) == ["", ""]
+    wanted = [line["loss"] for line in metrics(tmp_path / "whole" / "it")]
+    ranks(2).run(train_command, settings | {"runs_dir": str(tmp_path / "stopped")}, 4)
+    for size, parallel in ((1, {}), (3, {"engine": "fsdp2", "adapters": "shard"}), (2, {"engine": "zero3"})):
+        shutil.copytree(tmp_path / "stopped", tmp_path / str(size))
+        other = {"runs_dir": str(tmp_path / str(size)), "parallel": parallel}
+        assert ranks(size).run(train_command, settings | other) == [""] * size
+        found = [line["loss"] for line in metrics(tmp_path / str(size) / "it")]
+        assert found == pytest.approx(wanted, rel=1e-5), parallel
+
+
+def test_norms_beside_lora_on_a_quantized_base_have_the_numbers_of_one_process(ranks, tiny_llama, tmp_path) -> None:
+    settings = settings_of(tiny_llama("llama31"), tmp_path, "norms beside LoRA")
+    found = []
+    for number, (size, parallel) in enumerate(PLACES):
+        place = {"runs_dir": str(tmp_path / str(number)), "parallel": parallel}
+        quantized = settings | place | {"model": settings["model"] | {"quant": "nf4"}}
+        assert ranks(size).run(train_command, quantized) == [""] * size
+        found.append([line["loss"] for line in metrics(tmp_path / str(number) / "it")])
+    for losses in found[1:]:
+        assert losses == pytest.approx(found[0], rel=1e-5)
+
+
+def test_a_run_starts_from_an_adapter_with_whole_weights(ranks, tiny_llama, tmp_path) -> None:
+    settings = settings_of(tiny_llama("llama31"), tmp_path, "patterns beside LoRA")
+    settings["runs_dir"] = str(tmp_path / "runs")
+    assert ranks(1).run(train_command, settings) == [""]
+    adapter = tmp_path / "runs" / "it" / "adapter"
+    again = settings | {"run": "again", "lora": {"start_from": str(adapter)}}
+    again["train"] = {name: value for name, value in again["train"].items() if name != "unfreeze"}
+    assert ranks(2).run(train_command, again | {"parallel": {"engine": "fsdp2", "adapters": "shard"}}) == ["", ""]
+    first, last = (metrics(tmp_path / "runs" / name) for name in ("it", "again"))
+    assert last[0]["loss"] < first[0]["loss"] - 0.1  # of the same samples
+    other = again | {"run": "other", "train": again["train"] | {"unfreeze": {"norms": True}}}
+    with pytest.raises(RankFailed, match=r"train\.unfreeze: .* in the config, .*down_proj.* in the adapter"):
+        ranks(1).run(train_command, other)
