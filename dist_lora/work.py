@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from dist_lora.errors import EXIT_FAILED, DistLoraError, RunInUse
+from dist_lora.errors import EXIT_FAILED, ConfigError, DistLoraError, RunInUse
 from dist_lora.supervision.told import error_text
 
 if TYPE_CHECKING:
@@ -134,7 +134,6 @@ def look_at_learned(adapter: Path, *, base: str | None, reads_base: bool = True)
         base: the model to take W's norms from, whatever is recorded; None takes the adapter's own.
         reads_base: read a base for W's norms where they aren't recorded; without it they stay unknown.
     """
-    from dist_lora.errors import ConfigError
     from dist_lora.lora.adapter_reader import open_adapter
     from dist_lora.lora.find_base import find_base
     from dist_lora.lora.learned import learned_from, read_learned, write_learned

@@ -32,7 +32,15 @@ from typing import Any
 
 from dist_lora.checkpoint.read import verify
 from tests.e2e.points import INSIDE, VICTIMS, Aim, Victim, came_by, doomed
-from tests.e2e.runs import chats_config, environment, guard_config, mixture_config, starter_of, tokens_config
+from tests.e2e.runs import (
+    chats_config,
+    environment,
+    guard_config,
+    mixture_config,
+    starter_of,
+    tokens_config,
+    unfrozen_config,
+)
 from tests.e2e.starter import Start
 
 STEPS = 22
@@ -43,7 +51,13 @@ EXACT = ("step", "epoch", "loss", "grad_norm", "lr", "target_tokens", "tokens")
 ADAPTER = Path("adapter", "adapter_model.safetensors")
 ENDS_S = 60.0  # from the start of a run, or a kill, to the end of its last process
 ONE_RANK = ("rename", "deletion", "gathering")  # what rank 0 alone does
-CONFIGS = {"chats": chats_config, "mixture": mixture_config, "guard": guard_config, "tokens": tokens_config}
+CONFIGS = {
+    "chats": chats_config,
+    "mixture": mixture_config,
+    "guard": guard_config,
+    "tokens": tokens_config,
+    "unfrozen": unfrozen_config,
+}
 LEFT = re.compile(r"\.partial|\.deleted|\.replaced|\.building|probe|^aside-")
 
 

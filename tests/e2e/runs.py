@@ -208,6 +208,7 @@ def chats_config(
     sequence_length: int = 64,
     lora: Mapping[str, Any] = MappingProxyType({}),
     optim: Mapping[str, Any] = MappingProxyType({}),
+    unfreeze: Mapping[str, Any] | None = None,
     **data: Any,
 ) -> Path:
     """A config, in ``folder``, that trains ``model`` on 24 chats, or on other ``data``; its run is called whole."""
@@ -223,7 +224,8 @@ def chats_config(
         model={"name": str(model)},
         lora={"rank": 4, **lora},
         data={"train": str(train), "cache_dir": str(folder / "cache"), **data},
-        train={"steps": 8, "global_batch": 4, "micro_batch": 1, "sequence_length": sequence_length},
+        train={"steps": 8, "global_batch": 4, "micro_batch": 1, "sequence_length": sequence_length}
+        | ({} if unfreeze is None else {"unfreeze": dict(unfreeze)}),
         optim={"lr": 1e-2, "warmup_steps": 2, **optim},
         checkpoint={"every": 2},
         log={"trackers": []},
@@ -251,6 +253,11 @@ def mixture_config(folder: Path, model: Path) -> Path:
 def tokens_config(folder: Path, model: Path) -> Path:
     """As ``chats_config``, with the rows of some tokens trained too."""
     return chats_config(folder, model, lora={"layers": [1], "train_tokens": ["<|eot_id|>", 49, 258, 300]})
+
+
+def unfrozen_config(folder: Path, model: Path) -> Path:
+    """As ``chats_config``, with norms and some linears trained themselves beside the adapters."""
+    return chats_config(folder, model, unfreeze={"norms": True, "patterns": [r"layers\.1\.mlp\..*", "v_proj"]})
 
 
 def guard_config(folder: Path, model: Path) -> Path:
