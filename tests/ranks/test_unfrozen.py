@@ -94,7 +94,9 @@ def logits_of(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [way if way == "norms beside LoRA" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
+)
 def test_unfrozen_weights_have_the_numbers_of_a_plain_loop_wherever_they_are_trained(
     ranks, tiny_llama, tmp_path, way
 ) -> None:
@@ -131,6 +133,7 @@ def test_a_run_that_is_stopped_on_two_ranks_goes_on_on_one_and_three(ranks, tiny
         assert found == pytest.approx(wanted, rel=1e-5), parallel
 
 
+@pytest.mark.slow
 def test_norms_beside_lora_on_a_quantized_base_have_the_numbers_of_one_process(ranks, tiny_llama, tmp_path) -> None:
     settings = settings_of(tiny_llama("llama31"), tmp_path, "norms beside LoRA")
     found = []
@@ -143,6 +146,7 @@ def test_norms_beside_lora_on_a_quantized_base_have_the_numbers_of_one_process(r
         assert losses == pytest.approx(found[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_adapter_with_whole_weights(ranks, tiny_llama, tmp_path) -> None:
     settings = settings_of(tiny_llama("llama31"), tmp_path, "patterns beside LoRA")
     settings["runs_dir"] = str(tmp_path / "runs")
