@@ -43,10 +43,6 @@ class Adapters(ABC):
         """How many of them are the base's own."""
         return sum(math.prod(self.shapes[tensor.name]) for tensor in self.tensors if tensor.initial is None)
 
-    def count(self, attribute: str) -> int:
-        """How many of the trained tensors are ``lora_A``, or ``lora_B``, or another attribute."""
-        return sum(tensor.attribute == attribute for tensor in self.tensors)
-
     # The values
 
     def initialize(self, seed: int, base: WeightIndex | None = None) -> None:

@@ -86,10 +86,7 @@ def attach_adapters(model: Llama, section: LoraSection) -> list[TrainedTensor]:
                 dropout=section.dropout,
             )
         linear.adapter = adapter
-        attached += [
-            TrainedTensor(f"{name}.lora_A", (adapter,), "lora_A", _drawn(name)),
-            TrainedTensor(f"{name}.lora_B", (adapter,), "lora_B", _zero),
-        ]
+        attached += halves_of(name, adapter)
     return [*attached, *_attach_rows(model, section.token_ids())]
 
 
@@ -103,6 +100,14 @@ def unfreeze(model: Llama, names: Iterable[str]) -> list[TrainedTensor]:
             trained = module.unfreeze()
         unfrozen.append(TrainedTensor(f"{name}.weight", (trained,), "weight", None))
     return unfrozen
+
+
+def halves_of(linear: str, adapter: LoraAdapter) -> list[TrainedTensor]:
+    """A and B of the adapter on a linear of this full name."""
+    return [
+        TrainedTensor(f"{linear}.lora_A", (adapter,), "lora_A", _drawn(linear)),
+        TrainedTensor(f"{linear}.lora_B", (adapter,), "lora_B", _zero),
+    ]
 
 
 def _drawn(linear: str) -> Initial:

@@ -168,8 +168,9 @@ class TrainStep:
         error = None
         if without:
             self._saver.wait()
+            num_halves = sum(tensor.attribute == half for tensor in self._adapters.tensors)
             error = TrainingError(
-                f"step {step}: {len(without)} of {self._adapters.count(half)} {half} tensors got no gradient, in "
+                f"step {step}: {len(without)} of {num_halves} {half} tensors got no gradient, in "
                 f"{layers_of(without)}: {first_few(without)}. They can't learn: the graph behind them is broken."
             )
         self._world.agree(f"step {step}", error)

@@ -11,7 +11,7 @@ from torch import nn
 from dist_lora.config.schema import OptimSection
 from dist_lora.engines.adamw import AdamW, Span, norm_of
 from dist_lora.engines.adapters import ReplicatedAdapters
-from dist_lora.lora.attach import AdapterTensor
+from dist_lora.lora.attach import halves_of
 from dist_lora.lora.layer import LoraAdapter
 from dist_lora.train.schedule import lr_at
 from dist_lora.world.world import World
@@ -99,7 +99,7 @@ def test_the_norm_of_a_gradient_of_any_length_is_that_in_double_precision(num_el
 def adapters_with_gradient(gradient: torch.Tensor, *, max_norm: float | None) -> ReplicatedAdapters:
     """One trained tensor pair of as many weights as the gradient has, all zero, with this gradient."""
     module = LoraAdapter(len(gradient) - 1, 1, rank=1, alpha=1, dropout=0.0)
-    tensors = [AdapterTensor(f"layer.{half}", module, half) for half in ("lora_A", "lora_B")]
+    tensors = halves_of("layer", module)
     adapters = ReplicatedAdapters(tensors, World.alone(torch.device("cpu")))
     adapters.start_training(OptimSection(max_grad_norm=max_norm, beta1=0.0, beta2=0.0, eps=1.0))
     adapters.begin_step()

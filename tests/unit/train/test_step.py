@@ -13,7 +13,7 @@ from dist_lora.config.schema import OptimSection
 from dist_lora.data.loader import Loader
 from dist_lora.engines.adamw import AdamW, norm_of
 from dist_lora.engines.adapters import ReplicatedAdapters
-from dist_lora.lora.attach import AdapterTensor
+from dist_lora.lora.attach import halves_of
 from dist_lora.lora.layer import LoraAdapter
 from dist_lora.train.step import TrainStep
 from dist_lora.world.world import World
@@ -59,7 +59,7 @@ def test_from_the_third_step_on_the_host_reads_one_tensor_a_step(tiny_llama: Any
 @pytest.mark.parametrize("max_norm", [0.25, 1e9, None])
 def test_clipping_by_a_tensor_has_the_bits_of_clipping_by_a_number(max_norm: float | None) -> None:
     module = LoraAdapter(999, 1, rank=1, alpha=1, dropout=0.0)
-    tensors = [AdapterTensor(f"layer.{half}", module, half) for half in ("lora_A", "lora_B")]
+    tensors = halves_of("layer", module)
     section = OptimSection(max_grad_norm=max_norm)
     adapters = ReplicatedAdapters(tensors, World.alone(torch.device("cpu")))
     adapters.start_training(section)
