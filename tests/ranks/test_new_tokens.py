@@ -90,7 +90,9 @@ def theirs(tiny_llama, tmp_path_factory) -> Any:
     return train
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [VARIANTS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS[1:])]
+)
 def test_rows_and_adapters_have_the_numbers_of_peft_wherever_they_are_trained(
     ranks, tiny_llama, theirs, tmp_path, variant
 ) -> None:
@@ -129,6 +131,7 @@ def test_peft_and_our_reader_compute_alike_with_what_was_trained(tiny_llama, tmp
             assert (model(ids[None]).logits[0] - found).abs().max() > 0.1
 
 
+@pytest.mark.turn(of=2)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_that_is_stopped_on_two_ranks_goes_on_on_one_and_three(ranks, tiny_llama, tmp_path, variant) -> None:
     settings = settings_of(tiny_llama(variant), tmp_path) | {"parallel": {"engine": "fsdp2", "adapters": "shard"}}
@@ -144,6 +147,7 @@ def test_a_run_that_is_stopped_on_two_ranks_goes_on_on_one_and_three(ranks, tiny
         )
 
 
+@pytest.mark.turn(of=2)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_on_a_quantized_base_all_engines_have_the_numbers_of_one_process(ranks, tiny_llama, tmp_path, variant) -> None:
     settings = settings_of(tiny_llama(variant), tmp_path)
