@@ -35,7 +35,7 @@ class KeyValueCache:
         self._is_filled = False
         self.lengths = torch.tensor(lengths, device=device)  # (B,) tokens that each answer has so far
         size = (len(lengths), shape.num_kv_heads, max(lengths) + max_new_tokens, shape.head_dim)
-        dtype = model.model.norm.weight.dtype
+        dtype = model.model.embed_tokens.weight.dtype
         self._keys = [torch.zeros(size, device=device, dtype=dtype) for _ in range(shape.num_layers)]
         self._values = [torch.zeros(size, device=device, dtype=dtype) for _ in range(shape.num_layers)]
 

@@ -94,7 +94,7 @@ def card(
     hub_id = member.hub_id if member is not None else name if name and "/" in name else None
     title = _cell(hub_id or name or "a Llama")
     sections = [
-        _head(kind, title),
+        _head(kind, title, has_lora=recipe.num_linears > 0),
         *([_built_with(member)] if member is not None else []),
         _table("Data", _data(facts)),
         _table("Training", _training(recipe, origin, facts, merged_quant=merged_quant)),
@@ -129,10 +129,12 @@ def _metadata(kind: str, *, hub_id: str | None, member: Member | None, facts: Ru
     return named | ({"datasets": datasets} if datasets else {})
 
 
-def _head(kind: str, title: str) -> str:
+def _head(kind: str, title: str, *, has_lora: bool) -> str:
+    adapter = "LoRA adapter" if has_lora else "adapter"
+    article = "a" if has_lora else "an"
     if kind == "adapter":
-        return f"# A LoRA adapter of {title}\n\nIt was trained by dist_lora. `{ORIGIN_FILE}` identifies the weights that it belongs to."
-    return f"# {title}, with a LoRA adapter merged into its weights\n\nThe adapter was trained and merged by dist_lora."
+        return f"# {article.capitalize()} {adapter} of {title}\n\nIt was trained by dist_lora. `{ORIGIN_FILE}` identifies the weights that it belongs to."
+    return f"# {title}, with {article} {adapter} merged into its weights\n\nThe adapter was trained and merged by dist_lora."
 
 
 def _built_with(member: Member) -> str:

@@ -42,6 +42,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from dist_lora.config.schema import LINEARS, ModuleAdapter
+from dist_lora.lora.unfrozen import describe_unfrozen
 from dist_lora.text import count, first_few, in_columns
 
 Verdict = Literal["yes", "wrong", "no"]
@@ -135,7 +136,7 @@ def _with_whole_weights(unfrozen: Sequence[str]) -> Iterator[Served]:
 
     llama.cpp's converter ends at a whole linear; norms it writes, and the server passes over them (b6000), as Ollama does.
     """
-    whole = f"whole weights (modules_to_save) of {first_few(list(unfrozen))}"
+    whole = f"whole weights (modules_to_save): {describe_unfrozen(unfrozen)}"
     yield Served("vLLM", "no", f"it has {whole}; {_MERGE}")
     yield Served("TGI", "wrong", f"it loads A and B alone, without the {whole}; {_MERGE}")
     is_norms = all(name.endswith("norm") for name in unfrozen)
