@@ -26,6 +26,7 @@ from dist_lora.world.world import World
 from tests.e2e.test_against_peft import NUM_STEPS, padded_batches
 from tests.ranks.pool import RankFailed
 from tests.ranks.runs import chats_settings, metrics, train_command
+from tests.unit.lora.test_new_tokens import adapter_of_peft
 
 RANK, ALPHA, LR, WARMUP_STEPS, WEIGHT_DECAY = 4, 8, 5e-3, 2, 0.01  # as chats_settings has the last three
 TOKENS = ["<|start_header_id|>", 115, "<|eot_id|>", 300]  # one of text, and one that is in no sample
@@ -220,3 +221,16 @@ def test_what_eval_says_of_the_base_is_of_the_base_without_the_rows(tiny_llama, 
     found = evaluate(config, World.alone(), adapter=tmp_path / "it" / "adapter")
     assert found["base_loss"] == pytest.approx(evaluate(config, World.alone(), adapter=None)["loss"], rel=1e-5)
     assert found["loss"] < 0.9 * found["base_loss"]
+
+
+def test_rows_of_peft_for_the_embedding_alone_leave_a_head_of_its_own_as_the_bases(tiny_llama, tmp_path, caplog) -> None:
+    base, ids = tiny_llama("llama31"), torch.tensor([256, 258, 97, 260, 300, 115, 7])
+    adapter = adapter_of_peft(base, tmp_path / "peft", IDS)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
+    with caplog.at_level("WARNING", logger="dist_lora"):
+        ours = open_for_answers(adapter, base=str(base), world=World.alone()).model
+    assert "has the rows of its trained tokens for the embedding alone: those of the head are the base's" in caplog.text
+    places = torch.arange(len(ids))
+    with torch.no_grad():
+        found = ours(ids, positions=places, attention=Documents((0, len(ids))), rows=places)
+        torch.testing.assert_close(found, model(ids[None]).logits[0], atol=2e-5, rtol=1e-5)
