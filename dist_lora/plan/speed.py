@@ -201,6 +201,7 @@ def measured_speed(setup: Setup, gpu: Gpu, measured: Measured, *, context: int) 
     compute = _frozen_matmuls(setup, measured) * (2 * layers * micro_batches)
     compute += _frozen_matmuls(setup, measured, but=NEVER_AGAIN) * (again * micro_batches)
     compute += _adapter_matmuls(setup, measured) * ((3 * len(setup.layers) + adapted_again(setup)) * micro_batches)
+    compute += _weight_gradients(setup, measured) * micro_batches
     compute += _attention(setup, measured, context) * ((layers + again / 3) * micro_batches)
     compute += _elementwise(setup, measured) * ((times + layers) * micro_batches)
     compute += _loss(setup, measured) * micro_batches
@@ -253,6 +254,15 @@ def _adapter_matmuls(setup: Setup, measured: Measured) -> _Seconds:
         out, width = setup.shape.linear_shapes()[name]
         total += _at(2 * tokens * width * rank, measured.product_flops_per_s(tokens, width, rank))
         total += _at(2 * tokens * rank * out, measured.product_flops_per_s(tokens, rank, out))
+    return total
+
+
+def _weight_gradients(setup: Setup, measured: Measured) -> _Seconds:
+    """The products that give the gradients of all unfrozen linears."""
+    total, shapes = _Seconds(), setup.shape.linear_shapes()
+    for out, width in (shapes[kind] for name in setup.unfrozen if (kind := name.rpartition(".")[2]) in shapes):
+        rate = measured.product_flops_per_s(setup.micro_tokens, width, out)
+        total += _at(2 * setup.micro_tokens * width * out, rate)
     return total
 
 

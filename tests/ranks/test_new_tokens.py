@@ -223,7 +223,9 @@ def test_what_eval_says_of_the_base_is_of_the_base_without_the_rows(tiny_llama, 
     assert found["loss"] < 0.9 * found["base_loss"]
 
 
-def test_rows_of_peft_for_the_embedding_alone_leave_a_head_of_its_own_as_the_bases(tiny_llama, tmp_path, caplog) -> None:
+def test_rows_of_peft_for_the_embedding_alone_leave_a_head_of_its_own_as_the_bases(
+    tiny_llama, tmp_path, caplog
+) -> None:
     base, ids = tiny_llama("llama31"), torch.tensor([256, 258, 97, 260, 300, 115, 7])
     adapter = adapter_of_peft(base, tmp_path / "peft", IDS)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()

@@ -154,9 +154,15 @@ def test_a_run_starts_from_an_adapter_with_whole_weights(ranks, tiny_llama, tmp_
     adapter = tmp_path / "runs" / "it" / "adapter"
     again = settings | {"run": "again", "lora": {"start_from": str(adapter)}}
     again["train"] = {name: value for name, value in again["train"].items() if name != "unfreeze"}
+    again |= {
+        "data": again["data"] | {"eval": 0.2},
+        "eval": {"exact_match": True, "every": NUM_STEPS},
+    }  # it generates too
     assert ranks(2).run(train_command, again | {"parallel": {"engine": "fsdp2", "adapters": "shard"}}) == ["", ""]
     first, last = (metrics(tmp_path / "runs" / name) for name in ("it", "again"))
-    assert last[0]["loss"] < first[0]["loss"] - 0.1  # of the same samples
+    assert last[0]["loss"] < first[0]["loss"] - 0.1
+    (evaluation,) = (tmp_path / "runs" / "again" / "evaluations.jsonl").read_text().splitlines()
+    assert "eval_exact_match" in evaluation
     other = again | {"run": "other", "train": again["train"] | {"unfreeze": {"norms": True}}}
     with pytest.raises(RankFailed, match=r"train\.unfreeze: .* in the config, .*down_proj.* in the adapter"):
         ranks(1).run(train_command, other)
