@@ -150,7 +150,7 @@ class Shape:
         return rows + sum(module.rank * sum(shapes[module.linear]) for module in section.modules)
 
     def unfrozen_weights(self, names: Iterable[str]) -> int:
-        """Weights of these linears and norms: see ``lora.unfrozen``."""
+        """Weights of these linears and norms: see ``herd.unfrozen``."""
         shapes = self.tensor_shapes()
         return sum(math.prod(shapes[f"{name}.weight"]) for name in names)
 

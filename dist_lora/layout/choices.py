@@ -9,8 +9,8 @@ from typing import Literal
 from dist_lora.config.schema import Config, ParallelSection
 from dist_lora.errors import ConfigError
 from dist_lora.herd.shape import Shape
+from dist_lora.herd.unfrozen import trained_weights
 from dist_lora.layout.storage import base_parts, check_quant
-from dist_lora.lora.unfrozen import trained_weights
 from dist_lora.text import count, ranges, size
 
 EngineName = Literal["none", "fsdp2", "zero3"]

@@ -15,6 +15,7 @@ from typing import Literal
 
 from dist_lora.config.schema import Config, ParallelSection, Quant
 from dist_lora.herd.shape import Shape
+from dist_lora.herd.unfrozen import layer_of, trained_weights, unfrozen_weights
 from dist_lora.layout.choices import (
     ITEM_BYTES,
     TIGHT,
@@ -27,7 +28,6 @@ from dist_lora.layout.choices import (
     describe_recomputed,
 )
 from dist_lora.layout.storage import FP32, BasePart, base_parts, quantized_linears
-from dist_lora.lora.unfrozen import layer_of, trained_weights, unfrozen_weights
 from dist_lora.text import GIB, size
 
 # Only visible on a machine with such a GPU: CUDA's context and the libraries' kernels, NCCL's buffers, and fragmentation of

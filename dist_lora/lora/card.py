@@ -16,9 +16,9 @@ import yaml
 from dist_lora.config.schema import LINEARS, ModuleAdapter
 from dist_lora.herd.members import Member
 from dist_lora.herd.models import member_of
+from dist_lora.herd.unfrozen import describe_unfrozen
 from dist_lora.lora.origin import ORIGIN_FILE, BaseIdentity, RunOrigin
 from dist_lora.lora.run_facts import RunFacts, SetFacts, public_name
-from dist_lora.lora.unfrozen import describe_unfrozen
 from dist_lora.text import count, ranges, span
 
 CARD_FILE = "README.md"

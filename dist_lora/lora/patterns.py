@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dist_lora.config.schema import LoraSection, ModuleAdapter
+from dist_lora.config.schema import Config, LoraSection, ModuleAdapter
 from dist_lora.errors import ConfigError
-from dist_lora.herd.shape import module_path
-from dist_lora.lora.peft_config import Pattern, end_of_name
+from dist_lora.herd.names import Pattern, end_of_name
+from dist_lora.herd.shape import Shape, module_path
+from dist_lora.herd.unfrozen import unfrozen_weights
+
+
+def with_linears(config: Config, shape: Shape) -> Config:
+    """The config with the rank and alpha of each linear that has an adapter, as everything that computes takes it.
+
+    Raises:
+        ConfigError: see ``with_patterns`` and ``unfrozen_weights``.
+    """
+    section = with_patterns(config.lora, num_layers=shape.num_layers)
+    section = without_adapters_on(section, unfrozen_weights(config, shape), num_layers=shape.num_layers)
+    return config.model_copy(update={"lora": section})
 
 
 def with_patterns(section: LoraSection, *, num_layers: int) -> LoraSection:
@@ -53,6 +65,20 @@ def with_patterns(section: LoraSection, *, num_layers: int) -> LoraSection:
             "modules": None if is_alike else modules,
         }
     )
+
+
+def without_adapters_on(section: LoraSection, unfrozen: Sequence[str], *, num_layers: int) -> LoraSection:
+    """The section, after ``with_patterns``, without adapters on what is trained itself: ``modules`` names the others."""
+    if section.modules is not None:
+        modules = section.modules
+    else:
+        modules = [
+            ModuleAdapter(name=module_path(target, layer=layer), rank=section.rank, alpha=section.alpha)
+            for layer in section.layer_indices(num_layers)
+            for target in section.target_names()
+        ]
+    adapted = [module for module in modules if module.name not in set(unfrozen)]
+    return section if len(adapted) == len(modules) else section.model_copy(update={"modules": adapted})
 
 
 def _matched(patterns: Mapping[str, float], names: list[str], *, setting: str) -> dict[str, float]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ import regex
 
 from dist_lora.config.schema import LINEARS, NORMS, ModuleAdapter
 from dist_lora.errors import AdapterError, ConfigError
+from dist_lora.herd.names import Pattern, end_of_name, short
 from dist_lora.herd.shape import module_path
 from dist_lora.lora.origin import CONFIG_FILE
 from dist_lora.text import first_few
@@ -40,47 +40,11 @@ _REFUSED = {
 }
 # These change the base's weights too; PEFT writes `true` where it has converted the adapter back.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_MATCH_S = 2.0
-_SLOW_S = 0.01  # a sound expression takes a thousandth of it
 _MAX_LAYERS = 1000  # as many as a Llama may have here
 _ALL_LINEAR = "all-linear"
 NO_TARGETS = "dummy-target-modules"  # PEFT's name for no adapter at all (``peft.utils.constants``)
 _Number = TypeVar("_Number", int, float)
 _OF_A_LLAMA = frozenset(("q_proj", "v_proj"))  # PEFT's choice for a Llama without target_modules
-
-
-class Pattern:
-    """A regular expression of an adapter's author, with a limit on the time that it takes for all names together.
-
-    Python's ``re``, which PEFT uses, has no limit: nested repetitions may take hours for one name.
-    """
-
-    def __init__(self, text: str, *, file: Path) -> None:
-        re.compile(text)  # what PEFT refuses is refused, and ``regex`` knows more
-        self._text, self._file = text, file
-        self._compiled = regex.compile(text, regex.VERSION0)
-        self._left_s = _MATCH_S
-
-    def match(self, name: str) -> Any:
-        """See ``re.Pattern.match``. Raises ``ConfigError`` if it takes too long."""
-        return self._limited(self._compiled.match, name)
-
-    def fullmatch(self, name: str) -> Any:
-        """See ``re.Pattern.fullmatch``. Raises ``ConfigError`` if it takes too long."""
-        return self._limited(self._compiled.fullmatch, name)
-
-    def _limited(self, match: Callable[..., Any], name: str) -> Any:
-        begin_s = time.thread_time()
-        try:
-            return match(name, timeout=max(self._left_s, _SLOW_S))
-        except TimeoutError:
-            raise ConfigError(
-                f"{self._file}: the regular expression {_short(self._text)} takes longer than {_MATCH_S:g} s for names like "
-                f"{name}. Write it without a repetition inside a repetition, or list the names"
-            ) from None
-        finally:
-            spent_s = time.thread_time() - begin_s
-            self._left_s -= spent_s if spent_s > _SLOW_S else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,11 +185,6 @@ def _of_pattern(patterns: Iterable[tuple[Pattern, _Number]], module: str, defaul
     return next((number for pattern, number in patterns if pattern.match(module)), default)
 
 
-def end_of_name(pattern: str) -> str:
-    """The expression by which PEFT finds a key of its patterns: at the end of a name, after a dot."""
-    return rf"(.*\.)?({pattern})$"
-
-
 def _refuse_kinds(config: Mapping[str, Any], *, file: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise ConfigError(f"{file} describes an adapter of type {config.get('peft_type')!r}; only LORA is supported.")
@@ -271,7 +230,7 @@ def _pattern(config: Mapping[str, Any], setting: str, *, is_whole: bool, file: P
     is_number = _is_rank if is_whole else _is_alpha
     if not isinstance(value, dict) or not all(map(is_number, value.values())):
         raise AdapterError(
-            f"{file} has {setting} = {_short(value)}; names with {'whole numbers from 1' if is_whole else 'numbers above 0'} "
+            f"{file} has {setting} = {short(value)}; names with {'whole numbers from 1' if is_whole else 'numbers above 0'} "
             "were expected. The file is damaged."
         )
     return value if is_whole else {name: float(number) for name, number in value.items()}
@@ -284,7 +243,7 @@ def _names(config: Mapping[str, Any], setting: str, *, file: Path) -> str | froz
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return frozenset(value)
     raise AdapterError(
-        f"{file} has {setting} = {_short(value)}; a regular expression or a list of names was expected. The file is damaged."
+        f"{file} has {setting} = {short(value)}; a regular expression or a list of names was expected. The file is damaged."
     )
 
 
@@ -299,7 +258,7 @@ def _layers(value: Any, *, file: Path) -> frozenset[int] | None:
         return None
     if not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
         raise AdapterError(
-            f"{file} has layers_to_transform = {_short(value)}; a list of layer numbers was expected. The file is damaged."
+            f"{file} has layers_to_transform = {short(value)}; a list of layer numbers was expected. The file is damaged."
         )
     return frozenset(layers)
 
@@ -309,7 +268,7 @@ def _unfrozen(config: Mapping[str, Any], *, file: Path) -> tuple[str, ...]:
     names = config.get("modules_to_save") or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise AdapterError(
-            f"{file} has modules_to_save = {_short(names)}; a list of names was expected. The file is damaged."
+            f"{file} has modules_to_save = {short(names)}; a list of names was expected. The file is damaged."
         )
     others = [name for name in names if name.rpartition(".")[2] not in (*LINEARS, *NORMS)]
     if others:
@@ -330,13 +289,13 @@ def _tokens(value: Any, *, file: Path) -> tuple[int, ...]:
             or len(set(ids)) < len(ids)
         ):
             raise AdapterError(
-                f"{file} has trainable_token_indices = {_short(value)}; ids of tokens, each once, were expected. The file is damaged."
+                f"{file} has trainable_token_indices = {short(value)}; ids of tokens, each once, were expected. The file is damaged."
             )
     named = {name.removeprefix("model."): tuple(ids) for name, ids in by_layer.items() if ids}
     tokens = named.get("embed_tokens", ())
     if not named.keys() <= {"embed_tokens", "lm_head"} or any(ids != tokens for ids in named.values()):
         raise ConfigError(
-            f"{file} has trainable_token_indices = {_short(value)}: only rows of the embedding, and the same of the head, are "
+            f"{file} has trainable_token_indices = {short(value)}: only rows of the embedding, and the same of the head, are "
             "supported. Such an adapter isn't."
         )
     return tokens
@@ -378,11 +337,6 @@ def refuse_other_models(config: PeftConfig, *, covered: Sequence[str], folder: P
         return
     if not covered and not config.modules(range(_MAX_LAYERS)):
         raise ConfigError(
-            f"{folder / CONFIG_FILE} names target_modules {_short(targets) if isinstance(targets, str) else first_few(names)}, "
+            f"{folder / CONFIG_FILE} names target_modules {short(targets) if isinstance(targets, str) else first_few(names)}, "
             f"which match none of Llama's linears ({' '.join(LINEARS)}): it is another model's adapter, or mistyped."
         )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -8,7 +8,7 @@ from dist_lora.config.schema import Config
 from dist_lora.files import file_exists
 from dist_lora.herd.models import known_model
 from dist_lora.lora.origin import CONFIG_FILE
-from dist_lora.lora.unfrozen import with_linears
+from dist_lora.lora.patterns import with_linears
 
 log = logging.getLogger("dist_lora")
 

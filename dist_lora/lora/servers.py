@@ -42,7 +42,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from dist_lora.config.schema import LINEARS, ModuleAdapter
-from dist_lora.lora.unfrozen import describe_unfrozen
+from dist_lora.herd.unfrozen import describe_unfrozen
 from dist_lora.text import count, first_few, in_columns
 
 Verdict = Literal["yes", "wrong", "no"]

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from dist_lora.config.schema import LINEARS, Config, LoraSection
 from dist_lora.herd.models import KnownModel, known_model
+from dist_lora.herd.unfrozen import describe_unfrozen, unfrozen_weights
 from dist_lora.layout.choices import BYTES_PER_TRAINED_WEIGHT, ITEM_BYTES, choose_dtype, choose_lr
 from dist_lora.layout.storage import FP32, base_parts
-from dist_lora.lora.unfrozen import describe_unfrozen, unfrozen_weights
 from dist_lora.plan.command import default_gpus_per_node
 from dist_lora.plan.hardware import find_gpu
 from dist_lora.plan.plan import Machines, make_plan

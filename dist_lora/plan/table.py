@@ -6,7 +6,7 @@ import math
 import shlex
 from collections.abc import Iterator, Sequence
 
-from dist_lora.lora.unfrozen import describe_unfrozen
+from dist_lora.herd.unfrozen import describe_unfrozen
 from dist_lora.plan.plan import Machines, Plan, settings_of
 from dist_lora.plan.speed import flops_per_token
 from dist_lora.plan.traffic import received_bytes

@@ -47,6 +47,7 @@ from dist_lora.errors import ConfigError, DistLoraError, WeightsError
 from dist_lora.herd.config_keys import remarks_on
 from dist_lora.herd.models import ResolvedModel, refuse_shape, resolve_model
 from dist_lora.herd.shape import Shape, read_config
+from dist_lora.herd.unfrozen import unfrozen_weights
 from dist_lora.layout.choices import (
     AttentionName,
     Choices,
@@ -60,7 +61,6 @@ from dist_lora.lora.attach import TrainedTensor, attach_adapters, unfreeze
 from dist_lora.lora.fit import check_fit, with_settings_of
 from dist_lora.lora.origin import BaseIdentity, identify_base, origin_of
 from dist_lora.lora.tokens import HEAD_ROWS, with_token_ids
-from dist_lora.lora.unfrozen import unfrozen_weights
 from dist_lora.pace import pace
 from dist_lora.text import size
 from dist_lora.world.world import World, computes_bf16, device_bytes

@@ -26,10 +26,10 @@ from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader
 from dist_lora.errors import CheckpointError, DistLoraError, SaveError
 from dist_lora.files import file_exists
+from dist_lora.herd.unfrozen import unfrozen_weights
 from dist_lora.lora.origin import RunOrigin
 from dist_lora.lora.run_facts import RunFacts
 from dist_lora.lora.state import Piece
-from dist_lora.lora.unfrozen import unfrozen_weights
 from dist_lora.run_folder.records import sync_metrics, truncate_metrics
 from dist_lora.train.build import Base, Trainee
 from dist_lora.train.guard import guard_rules

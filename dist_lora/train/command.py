@@ -32,13 +32,14 @@ from dist_lora.errors import ConfigError, SaveError, StoppedOnRequest, cannot_wr
 from dist_lora.evaluation.predictions import Predictions
 from dist_lora.files import write_whole
 from dist_lora.herd.shape import Shape
+from dist_lora.herd.unfrozen import describe_unfrozen, trained_weights, unfrozen_weights
 from dist_lora.layout.choices import DtypeName, lr_lines, with_lr
 from dist_lora.layout.machine import is_called
 from dist_lora.lora.attach import adapters_of
 from dist_lora.lora.learned import read_learned, sentences
 from dist_lora.lora.origin import origin_of
+from dist_lora.lora.patterns import with_linears
 from dist_lora.lora.run_facts import RunFacts
-from dist_lora.lora.unfrozen import describe_unfrozen, trained_weights, unfrozen_weights, with_linears
 from dist_lora.profile.recorder import Recorder
 from dist_lora.run_folder.attempt import (
     EVALUATIONS_FILE,

@@ -11,7 +11,7 @@ import pytest
 from dist_lora.config.schema import Config
 from dist_lora.herd.members import MEMBERS
 from dist_lora.layout.memory import Setup, memory_of, setup_of
-from dist_lora.lora.unfrozen import with_linears
+from dist_lora.lora.patterns import with_linears
 from dist_lora.plan.hardware import GPUS
 from dist_lora.plan.traffic import collectives_of
 from dist_lora.simulation.simulate import Simulation, simulate

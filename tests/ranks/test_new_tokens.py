@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from dist_lora.lora.layer import initial_a
 from dist_lora.train.command import evaluate
 from dist_lora.world.world import World
 from tests.e2e.test_against_peft import NUM_STEPS, padded_batches
+from tests.ranks.everywhere import PLACES, assert_alike_everywhere, assert_goes_on_elsewhere
 from tests.ranks.pool import RankFailed
 from tests.ranks.runs import chats_settings, metrics, train_command
 from tests.unit.lora.test_new_tokens import adapter_of_peft
@@ -32,8 +32,6 @@ RANK, ALPHA, LR, WARMUP_STEPS, WEIGHT_DECAY = 4, 8, 5e-3, 2, 0.01  # as chats_se
 TOKENS = ["<|start_header_id|>", 115, "<|eot_id|>", 300]  # one of text, and one that is in no sample
 IDS = [115, 258, 260, 300]
 VARIANTS = ["llama31", "llama32"]  # a head of its own, and a tied one
-PLACES = [(1, {"engine": "none"}), (2, {"engine": "fsdp2", "adapters": "replicate"}),
-          (2, {"engine": "fsdp2", "adapters": "shard", "offload": "optimizer"}), (2, {"engine": "zero3"})]  # fmt: skip
 # In nodes of so many: replicated over nodes, or over all ranks.
 NODES = [(4, 2, {"engine": "fsdp2", "base_shard": "node", "adapters": "shard"}),
          (4, 2, {"engine": "fsdp2", "base_shard": "world", "adapters": "replicate"}), (2, 2, {"base_shard": "gpu"})]  # fmt: skip
@@ -136,16 +134,7 @@ def test_peft_and_our_reader_compute_alike_with_what_was_trained(tiny_llama, tmp
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_that_is_stopped_on_two_ranks_goes_on_on_one_and_three(ranks, tiny_llama, tmp_path, variant) -> None:
     settings = settings_of(tiny_llama(variant), tmp_path) | {"parallel": {"engine": "fsdp2", "adapters": "shard"}}
-    assert ranks(2).run(train_command, settings | {"runs_dir": str(tmp_path / "whole")}) == ["", ""]
-    wanted = [line["loss"] for line in metrics(tmp_path / "whole" / "it")]
-    ranks(2).run(train_command, settings | {"runs_dir": str(tmp_path / "stopped")}, 4)
-    for size, engine in ((1, "none"), (3, "fsdp2"), (2, "zero3")):
-        shutil.copytree(tmp_path / "stopped", tmp_path / str(size))
-        other = {"runs_dir": str(tmp_path / str(size)), "parallel": {"engine": engine}}
-        assert ranks(size).run(train_command, settings | other) == [""] * size
-        assert [line["loss"] for line in metrics(tmp_path / str(size) / "it")] == pytest.approx(wanted, rel=1e-5), (
-            engine
-        )
+    assert_goes_on_elsewhere(ranks, settings, tmp_path)
 
 
 @pytest.mark.turn(of=2)
@@ -153,14 +142,8 @@ def test_a_run_that_is_stopped_on_two_ranks_goes_on_on_one_and_three(ranks, tiny
 def test_on_a_quantized_base_all_engines_have_the_numbers_of_one_process(ranks, tiny_llama, tmp_path, variant) -> None:
     settings = settings_of(tiny_llama(variant), tmp_path)
     settings["optim"]["lr_ratio"] = 8.0
-    found = []
-    for number, (size, parallel) in enumerate(PLACES):
-        place = {"runs_dir": str(tmp_path / str(number)), "parallel": parallel}
-        quantized = settings | place | {"model": settings["model"] | {"quant": "nf4"}}
-        assert ranks(size).run(train_command, quantized) == [""] * size
-        found.append([line["loss"] for line in metrics(tmp_path / str(number) / "it")])
-    for losses in found[1:]:
-        assert losses == pytest.approx(found[0], rel=1e-5)
+    settings["model"]["quant"] = "nf4"
+    assert_alike_everywhere(ranks, settings, tmp_path)
 
 
 def test_a_run_starts_from_an_adapter_with_rows_and_keeps_its_tokens(tiny_llama, tmp_path) -> None:

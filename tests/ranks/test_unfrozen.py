@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from dist_lora.config.schema import Config
 from dist_lora.lora.layer import initial_a
 from dist_lora.lora.merge import merge_adapter
 from tests.e2e.test_against_peft import NUM_STEPS, padded_batches
+from tests.ranks.everywhere import PLACES, assert_alike_everywhere, assert_goes_on_elsewhere
 from tests.ranks.pool import RankFailed
 from tests.ranks.runs import chats_settings, metrics, train_command
 
@@ -37,13 +37,6 @@ WAYS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], Any, list[str]]] = 
         ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", r"layers.1.self_attn.o_proj"],
     ),
 }
-PLACES: tuple[tuple[int, dict[str, Any]], ...] = (
-    (1, {}),
-    (2, {"engine": "fsdp2", "adapters": "replicate"}),
-    (2, {"engine": "fsdp2", "adapters": "shard", "base_shard": "node"}),
-    (2, {"engine": "fsdp2", "adapters": "shard", "offload": "all"}),
-    (2, {"engine": "zero3"}),
-)
 
 
 def settings_of(base: Path, folder: Path, way: str) -> dict[str, Any]:
@@ -121,29 +114,14 @@ def test_unfrozen_weights_have_the_numbers_of_a_plain_loop_wherever_they_are_tra
 @pytest.mark.turn(of=2)
 @pytest.mark.parametrize("way", ["the last layer", "norms beside LoRA"])
 def test_a_run_that_is_stopped_on_two_ranks_goes_on_on_one_and_three(ranks, tiny_llama, tmp_path, way) -> None:
-    settings = settings_of(tiny_llama("llama31"), tmp_path, way)
-    assert ranks(2).run(train_command, settings | {"runs_dir": str(tmp_path / "whole")}) == ["", ""]
-    wanted = [line["loss"] for line in metrics(tmp_path / "whole" / "it")]
-    ranks(2).run(train_command, settings | {"runs_dir": str(tmp_path / "stopped")}, 4)
-    for size, parallel in ((1, {}), (3, {"engine": "fsdp2", "adapters": "shard"}), (2, {"engine": "zero3"})):
-        shutil.copytree(tmp_path / "stopped", tmp_path / str(size))
-        other = {"runs_dir": str(tmp_path / str(size)), "parallel": parallel}
-        assert ranks(size).run(train_command, settings | other) == [""] * size
-        found = [line["loss"] for line in metrics(tmp_path / str(size) / "it")]
-        assert found == pytest.approx(wanted, rel=1e-5), parallel
+    assert_goes_on_elsewhere(ranks, settings_of(tiny_llama("llama31"), tmp_path, way), tmp_path)
 
 
 @pytest.mark.slow
 def test_norms_beside_lora_on_a_quantized_base_have_the_numbers_of_one_process(ranks, tiny_llama, tmp_path) -> None:
     settings = settings_of(tiny_llama("llama31"), tmp_path, "norms beside LoRA")
-    found = []
-    for number, (size, parallel) in enumerate(PLACES):
-        place = {"runs_dir": str(tmp_path / str(number)), "parallel": parallel}
-        quantized = settings | place | {"model": settings["model"] | {"quant": "nf4"}}
-        assert ranks(size).run(train_command, quantized) == [""] * size
-        found.append([line["loss"] for line in metrics(tmp_path / str(number) / "it")])
-    for losses in found[1:]:
-        assert losses == pytest.approx(found[0], rel=1e-5)
+    settings["model"]["quant"] = "nf4"
+    assert_alike_everywhere(ranks, settings, tmp_path)
 
 
 @pytest.mark.slow

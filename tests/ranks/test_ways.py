@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from dist_lora.config.schema import LINEARS, Config
 from dist_lora.lora.layer import initial_a
 from dist_lora.lora.learned import read_learned
 from tests.e2e.test_against_peft import NUM_STEPS, padded_batches
+from tests.ranks.everywhere import PLACES, assert_alike_everywhere, assert_goes_on_elsewhere
 from tests.ranks.runs import chats_settings, metrics, train_command
 
 RANK, ALPHA, LR, WARMUP_STEPS, WEIGHT_DECAY = 4, 8, 5e-3, 2, 0.01  # as chats_settings has the last three
@@ -33,8 +33,6 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     ),
     "lr_ratio": ({}, {}, 8.0),
 }  # fmt: skip
-PLACES = [(1, {"engine": "none"}), (2, {"engine": "fsdp2", "adapters": "replicate"}),
-          (2, {"engine": "fsdp2", "adapters": "shard", "offload": "optimizer"}), (2, {"engine": "zero3"})]  # fmt: skip
 SETTINGS = Path("adapter", "adapter_model.safetensors")
 
 
@@ -132,27 +130,11 @@ def test_each_way_has_the_numbers_of_peft_wherever_it_is_trained(ranks, tiny_lla
 @pytest.mark.turn(of=2)
 @pytest.mark.parametrize("way", ["patterns", "lr_ratio"])
 def test_a_way_that_is_stopped_on_two_ranks_goes_on_on_one_and_three(ranks, tiny_llama, tmp_path, way) -> None:
-    settings = settings_of(tiny_llama("llama31"), tmp_path, way)
-    assert ranks(2).run(train_command, settings | {"runs_dir": str(tmp_path / "whole")}) == ["", ""]
-    wanted = [line["loss"] for line in metrics(tmp_path / "whole" / "it")]
-    ranks(2).run(train_command, settings | {"runs_dir": str(tmp_path / "stopped")}, 4)
-    for size, engine in ((1, "none"), (3, "fsdp2"), (2, "zero3")):
-        shutil.copytree(tmp_path / "stopped", tmp_path / str(size))
-        other = {"runs_dir": str(tmp_path / str(size)), "parallel": {"engine": engine}}
-        assert ranks(size).run(train_command, settings | other) == [""] * size
-        assert [line["loss"] for line in metrics(tmp_path / str(size) / "it")] == pytest.approx(wanted, rel=1e-5), (
-            engine
-        )
+    assert_goes_on_elsewhere(ranks, settings_of(tiny_llama("llama31"), tmp_path, way), tmp_path)
 
 
 def test_on_a_quantized_base_all_engines_have_the_numbers_of_one_process(ranks, tiny_llama, tmp_path) -> None:
     settings = settings_of(tiny_llama("llama31"), tmp_path, "patterns")
     settings["optim"]["lr_ratio"] = 8.0
-    found = []
-    for number, (size, parallel) in enumerate(PLACES):
-        place = {"runs_dir": str(tmp_path / str(number)), "parallel": parallel}
-        quantized = settings | place | {"model": settings["model"] | {"quant": "nf4"}}
-        assert ranks(size).run(train_command, quantized) == [""] * size
-        found.append([line["loss"] for line in metrics(tmp_path / str(number) / "it")])
-    for losses in found[1:]:
-        assert losses == pytest.approx(found[0], rel=1e-5)
+    settings["model"]["quant"] = "nf4"
+    assert_alike_everywhere(ranks, settings, tmp_path)

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from dist_lora.errors import AdapterError, ConfigError
 from dist_lora.herd.shape import read_shape
+from dist_lora.herd.unfrozen import unfrozen_weights
 from dist_lora.lora.adapter_reader import open_adapter, read_adapter
 from dist_lora.lora.fit import check_fit, with_settings_of
 from dist_lora.lora.merge import merge_adapter
 from dist_lora.lora.served import servers_of_adapter
-from dist_lora.lora.unfrozen import unfrozen_weights
 from tests.unit.lora.configs import config_of
 from tests.unit.lora.test_adapter_files import rewrite_config, write
 

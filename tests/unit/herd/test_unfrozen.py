@@ -10,7 +10,8 @@ import pytest
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.members import MEMBERS
-from dist_lora.lora.unfrozen import describe_unfrozen, trained_weights, unfrozen_weights, with_linears
+from dist_lora.herd.unfrozen import describe_unfrozen, trained_weights, unfrozen_weights
+from dist_lora.lora.patterns import with_linears
 
 SHAPE = dataclasses.replace(MEMBERS["3.2-1b"].shape, num_layers=3)
 LINEARS = (

@@ -6,11 +6,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_lora.config.schema import Config, LoraSection, ModuleAdapter, Quant
+from dist_lora.config.schema import Config, Quant
 from dist_lora.errors import ConfigError
-from dist_lora.herd.shape import Shape, module_path
-from dist_lora.lora.patterns import with_patterns
-from dist_lora.lora.peft_config import Pattern, end_of_name
+from dist_lora.herd.names import Pattern, end_of_name
+from dist_lora.herd.shape import Shape
 from dist_lora.text import count, first_few, ranges
 
 _ENDS = ("model.embed_tokens", "lm_head")
@@ -50,17 +49,6 @@ def trained_weights(config: Config, shape: Shape) -> int:
     return shape.trained_weights(config.lora) + shape.unfrozen_weights(unfrozen_weights(config, shape))
 
 
-def with_linears(config: Config, shape: Shape) -> Config:
-    """The config with the rank and alpha of each linear that has an adapter, as everything that computes takes it.
-
-    Raises:
-        ConfigError: see ``with_patterns`` and ``unfrozen_weights``.
-    """
-    section = with_patterns(config.lora, num_layers=shape.num_layers)
-    section = without_adapters_on(section, unfrozen_weights(config, shape), num_layers=shape.num_layers)
-    return config.model_copy(update={"lora": section})
-
-
 def describe_unfrozen(names: Sequence[str]) -> str:
     """``q_proj k_proj input_layernorm of layers 30-31, down_proj of layers 0-29, norm``."""
     layers_of: dict[str, list[int]] = {}
@@ -77,20 +65,6 @@ def layer_of(name: str) -> int | None:
     """The layer of a weight by its full name; None outside of the layers."""
     found = re.match(r"model\.layers\.(\d+)\.", name)
     return None if found is None else int(found[1])
-
-
-def without_adapters_on(section: LoraSection, unfrozen: Sequence[str], *, num_layers: int) -> LoraSection:
-    """The section, after ``with_patterns``, without adapters on what is trained itself: ``modules`` names the others."""
-    if section.modules is not None:
-        modules = section.modules
-    else:
-        modules = [
-            ModuleAdapter(name=module_path(target, layer=layer), rank=section.rank, alpha=section.alpha)
-            for layer in section.layer_indices(num_layers)
-            for target in section.target_names()
-        ]
-    adapted = [module for module in modules if module.name not in set(unfrozen)]
-    return section if len(adapted) == len(modules) else section.model_copy(update={"modules": adapted})
 
 
 def _matched(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
