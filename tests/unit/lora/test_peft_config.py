@@ -21,8 +21,8 @@ from dist_lora.base.attention import Documents
 from dist_lora.chat.command import open_for_answers
 from dist_lora.config.schema import LoraSection
 from dist_lora.errors import AdapterError, ConfigError
+from dist_lora.herd import names
 from dist_lora.herd.shape import read_shape
-from dist_lora.lora import peft_config
 from dist_lora.lora.adapter_reader import open_adapter
 from dist_lora.lora.fit import check_fit, settings_of, with_settings_of
 from dist_lora.lora.merge import merge_adapter
@@ -196,7 +196,7 @@ ENDLESS = r"(.|[a-z])*[!?]"  # for ``re`` one of our names takes longer than the
     ids=str,
 )
 def test_a_regular_expression_that_would_never_end_is_refused(adapter, monkeypatch, changes) -> None:
-    monkeypatch.setattr(peft_config, "_MATCH_S", 0.1)
+    monkeypatch.setattr(names, "_MATCH_S", 0.1)
     rewrite(adapter, **changes)
     with pytest.raises(
         ConfigError, match=r"adapter_config\.json: the regular expression .* takes longer than 0\.1 s"
