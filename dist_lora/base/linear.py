@@ -138,11 +138,11 @@ def _dense(fmt: Format, parts: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class _Spec:
-    """What a group knows of one linear. ``rank`` is 0 without an adapter; ``is_trained``: the weight itself."""
+    """What a group knows of one linear. ``rank`` is 0 without an adapter; ``trained``: the dtype of a weight that is trained itself."""
 
     fmt: Format
     parts: tuple[str, ...]
-    is_trained: bool
+    trained: torch.dtype | None
     out_features: int
     rank: int
     scale: float
@@ -152,9 +152,10 @@ class _Spec:
 def _spec(linear: FrozenLinear) -> _Spec:
     adapter, names = linear.adapter, tuple(linear.parts())
     if adapter is None:
-        return _Spec(linear.fmt, names, linear.trained is not None, linear.out_features, 0, 0.0, 0.0)
+        trained = None if linear.trained is None else linear.trained.weight.dtype
+        return _Spec(linear.fmt, names, trained, linear.out_features, 0, 0.0, 0.0)
     rank = adapter.lora_A.shape[0]
-    return _Spec(linear.fmt, names, False, linear.out_features, rank, adapter.scale, adapter.active_dropout)
+    return _Spec(linear.fmt, names, None, linear.out_features, rank, adapter.scale, adapter.active_dropout)
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class _Group:
     @property
     def uses_h(self) -> bool:
         """Whether a gradient of what is trained needs ``h``."""
-        return any(spec.rank or spec.is_trained for spec in self.linears)
+        return any(spec.rank or spec.trained for spec in self.linears)
 
     @property
     def ranks(self) -> list[int]:
@@ -233,7 +234,6 @@ class _Linears(torch.autograd.Function):
         made_of = made.saved if needs_d_h else (h,)
         has_use = group.uses_h or not isinstance(ctx.before, Nothing)
         ctx.num_made_of = len(made_of) if has_use else 0
-        ctx.dtypes_of_weights = _dtypes_of_weights(group, parts)
         ctx.save_for_backward(*(made_of if has_use else ()), *saved, *(parts if needs_d_h else ()))
         if made.stream is None:
             return tuple(outputs)
@@ -264,18 +264,18 @@ class _Linears(torch.autograd.Function):
                 d_h = _through_a(group, d_low, all_a, masks) if needs_d_h else None
 
         def gradients_from(h: Tensor) -> None:
-            with mark("LoRA"):
-                if group.adapted:
+            if group.adapted:
+                with mark("LoRA"):
                     d_a.extend(_gradients_of_a(group, d_low, h, masks))
-            with mark("weight gradients"):
-                for place, spec in enumerate(group.linears):
-                    if spec.is_trained:
-                        d_weights[place] = (d_outputs[place].t() @ h).to(ctx.dtypes_of_weights[place])
+            for place, spec in enumerate(group.linears):
+                if spec.trained:
+                    with mark("weight gradients"):
+                        d_weights[place] = (d_outputs[place].t() @ h).to(spec.trained)
 
         use_h: UseH | None = gradients_from if group.uses_h else None
         if needs_d_h:
             d_h = _through_weights(group, d_outputs, rest, d_h)
-            # The last that is computed: h is there only while the gradients of A are.
+            # The last that is computed: h is there only while the gradients that need it are.
             d_inputs = ctx.before.backward(d_h, d_stream, *made_of, use_h=use_h)
         elif use_h is not None:
             use_h(made_of[0])
@@ -290,13 +290,6 @@ def _as_trained(gradients: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Ten
         return gradients
     flat = torch.split(_flat(gradients, dtype), [gradient.numel() for gradient in gradients])
     return [copy.view(gradient.shape) for copy, gradient in zip(flat, gradients, strict=True)]
-
-
-def _dtypes_of_weights(group: _Group, parts: Sequence[Tensor]) -> dict[int, torch.dtype]:
-    """The dtype of each weight that is trained, by its place in the group: that of its gradient."""
-    of_parts = iter(parts)
-    by_place = {place: [next(of_parts) for _ in spec.parts] for place, spec in enumerate(group.linears)}
-    return {place: by_place[place][0].dtype for place, spec in enumerate(group.linears) if spec.is_trained}
 
 
 def _project_down(group: _Group, h: Tensor, all_a: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -20,11 +20,8 @@ QUANTIZED_FROM_FILE = "quantized_from.json"
 _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 _COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 _WRITTEN_ANEW = ("config.json", "generation_config.json", QUANTIZED_FROM_FILE)
-_OF_ADAPTERS = (
-    "adapter_config.json",
-    "dist_lora.json",
-    "learned.json",
-)  # transformers would load an adapter with the weights
+# transformers would load an adapter with the weights.
+_OF_ADAPTERS = ("adapter_config.json", "dist_lora.json", "learned.json")
 
 
 def refuse_existing(out: Path, *, what: str) -> None:

@@ -190,9 +190,8 @@ def _read(path: Path) -> tuple[_Source, list[str]]:
         )
     twice = [f"{path}:{line}: {name}: set twice (first in line {first})" for name, line, first in _repeated(root)]
     settings = _with_text_keys(value)
-    if _is_empty(
-        _child(root, "lora")
-    ):  # a section of comments alone is none; `lora: null` says that there is no adapter
+    # A section of comments alone is none; `lora: null` says that there is no adapter.
+    if _is_empty(_child(root, "lora")):
         settings.pop("lora", None)
     return _Source(settings=settings, root=root), twice
 

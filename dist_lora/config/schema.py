@@ -360,6 +360,16 @@ class LoraSection(Section):
         description="Folder of an adapter to start from (its weights only, not a resume); settings left out here are taken from it.",
     )
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether any linear has an adapter: not where ``lora`` is null."""
+        return self.modules != []
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether each linear's rank and alpha are still to be resolved: see ``lora.patterns.with_patterns``."""
+        return self.scaling != "rank" or bool(self.ranks or self.alphas)
+
     def token_ids(self) -> tuple[int, ...]:
         """``train_tokens`` once they are ids, ascending: see ``lora.tokens.with_token_ids``."""
         ids = tuple(token for token in self.train_tokens if isinstance(token, int))
@@ -1002,7 +1012,7 @@ class Config(Section):
         if self.eval.best_set is not None and self.eval.best_set not in sets:
             named = f"data.eval has {', '.join(sets)}" if sets else "data.eval has no named sets"
             faults.append((("eval.best_set",), f"found {self.eval.best_set!r}, and {named}"))
-        is_none = self.lora.modules == [] and not self.lora.train_tokens and not self.lora.start_from
+        is_none = not self.lora.has_adapters and not self.lora.train_tokens and not self.lora.start_from
         if is_none and self.train.unfreeze is None:
             faults.append(
                 (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,20 @@ def end_of_name(pattern: str) -> str:
     return rf"(.*\.)?({pattern})$"
 
 
+def names_ending(pattern: str, names: Sequence[str], *, setting: str) -> list[str]:
+    """The names whose end matches a pattern of a config, as PEFT matches those of its ``rank_pattern``.
+
+    Raises:
+        ConfigError: it is no regular expression, or takes too long.
+    """
+    try:
+        compiled = Pattern(end_of_name(pattern), file=Path(setting))
+    except re.error as error:
+        raise ConfigError(f"{setting}: {pattern!r} is no regular expression: {error}") from None
+    return [name for name in names if compiled.match(name)]
+
+
 def short(value: object) -> str:
+    """A value as Python writes it, cut to 120 characters."""
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:117]}..."

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
-from dist_lora.config.schema import Config, Quant
+from dist_lora.config.schema import Config, Quant, UnfreezeSection
 from dist_lora.errors import ConfigError
-from dist_lora.herd.names import Pattern, end_of_name
+from dist_lora.herd.names import names_ending
 from dist_lora.herd.shape import Shape
 from dist_lora.text import count, first_few, ranges
 
@@ -23,8 +23,13 @@ def unfrozen_weights(config: Config, shape: Shape) -> tuple[str, ...]:
             embedding or the head; a linear that is quantized.
     """
     section = config.train.unfreeze
-    if section is None:
-        return ()
+    return () if section is None else _unfrozen(section.model_dump_json(), shape, config.model.quant)
+
+
+# Kept, since a search for what fits asks for the same hundreds of times.
+@functools.lru_cache(maxsize=16)
+def _unfrozen(unfreeze: str, shape: Shape, quant: Quant) -> tuple[str, ...]:
+    section = UnfreezeSection.model_validate_json(unfreeze)
     if section.last_layers > shape.num_layers:
         raise ConfigError(
             f"train.unfreeze.last_layers: found {section.last_layers}, expected at most {shape.num_layers} (the model has "
@@ -36,7 +41,7 @@ def unfrozen_weights(config: Config, shape: Shape) -> tuple[str, ...]:
     if section.norms:
         chosen |= {name for name in names if name.endswith("norm")}
     chosen |= _matched(section.patterns, [*dict.fromkeys((*names, *_ENDS))])
-    _refuse_quantized(chosen, shape, config.model.quant)
+    _refuse_quantized(chosen, shape, quant)
     return tuple(name for name in names if name in chosen)
 
 
@@ -71,11 +76,7 @@ def _matched(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
     setting = "train.unfreeze.patterns"
     matched: set[str] = set()
     for text in patterns:
-        try:
-            pattern = Pattern(end_of_name(text.removesuffix("$").removesuffix(".weight")), file=Path(setting))
-        except re.error as error:
-            raise ConfigError(f"{setting}: {text!r} is no regular expression: {error}") from None
-        found = {name for name in names if pattern.match(name)}
+        found = {*names_ending(text.removesuffix("$").removesuffix(".weight"), names, setting=setting)}
         if not found:
             raise ConfigError(
                 f"{setting}: {text!r} matches no weight of the model; expected the end of a name like "

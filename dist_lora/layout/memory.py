@@ -37,8 +37,6 @@ CONTEXT_BYTES = 1.5 * GIB
 FRAGMENTATION = 0.05
 # Elements of the logits that are in fp32 at once: 32 MiB, which a GPU's second-level cache nearly holds.
 LOGITS_IN_FP32 = 2**23
-
-
 # The linears of a layer that share their input.
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
@@ -407,8 +405,7 @@ def _weight_gradients(setup: Setup, layer: int) -> int:
     if setup.adapter_ranks > 1:
         if layer in setup.layers:
             return FP32 * whole
-        above = layer + 1 if layer + 1 < setup.shape.num_layers else None
-        return c * whole + (0 if above is None else FP32 * unfrozen_weights_in(setup, above))
+        return c * whole + FP32 * unfrozen_weights_in(setup, layer + 1)
     shapes, kinds = setup.shape.linear_shapes(), unfrozen_in(setup, layer)
     groups = [[math.prod(shapes[kind]) for kind in group if kind in kinds] for group in _GROUPS]
     return max(FP32 * sum(sizes) + (c if c != FP32 else 0) * max(sizes, default=0) for sizes in groups)
@@ -554,10 +551,9 @@ def _gathered_in_backward(setup: Setup, layer: int) -> int:
     if setup.layout.has_whole_base:
         return 2 * block_bytes(setup) if setup.layout.base_on_host else 0
     if setup.layout.engine == "zero3":
-        window = range(max(layer - 3, min(setup.first_trained, layer)), layer + 1) if setup.unfrozen else None
-        if window is None:
+        if not setup.unfrozen:
             return min(4, setup.shape.num_layers) * _layer_by_zero3(setup, layer)
-        return sum(_layer_by_zero3(setup, i) for i in window)
+        return sum(_layer_by_zero3(setup, i) for i in range(max(layer - 3, min(setup.first_trained, layer)), layer + 1))
     buffers, root = int(setup.base_ranks > 1), embedding_bytes(setup) if setup.shape.tied else 0
     block, c = block_bytes_of(setup, layer), setup.item_bytes
     is_sharded = setup.adapter_ranks > 1
@@ -637,9 +633,8 @@ def moments_of(setup: Setup) -> list[_Moment]:
     ]
     if setup.trained_rows and setup.layout.engine == "zero3":
         # With modules for the rows DeepSpeed 0.19 prefetches the head while the last layer computes, or a layer more with it.
-        more = (
-            3 * wide if last in setup.recomputed else wide
-        )  # gate, up and down's input, of which the first two may be kept
+        # Gate, up and down's input, of which the first two may be kept.
+        more = 3 * wide if last in setup.recomputed else wide
         end = gathered.at_end_of_forward
         moments.append(_Moment("in the last layer", end, kept, 0, stream + more))
         moments.append(_Moment("while the head is gathered", end + block_bytes(setup), kept, 0, stream))

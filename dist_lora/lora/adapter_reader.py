@@ -30,6 +30,7 @@ from dist_lora.base.stream import SliceReader, read_tensor
 from dist_lora.config.schema import LINEARS, NORMS, LinearName, ModuleAdapter
 from dist_lora.errors import AdapterError, ConfigError, WeightsError
 from dist_lora.files import file_exists, links_out
+from dist_lora.herd.unfrozen import layer_of as layer_of_weight
 from dist_lora.lora.adapter_folder import check_adapter_folder
 from dist_lora.lora.origin import CONFIG_FILE, ORIGIN_FILE, WEIGHTS_FILE, BaseIdentity, read_adapter_json, read_origin
 from dist_lora.lora.peft_config import PeftConfig, read_peft_config, refuse_other_models
@@ -163,11 +164,8 @@ class AdapterOnDisk(AdapterFacts):
         Raises:
             AdapterError: the file can't be read, or a value is NaN or infinite.
         """
-        try:
-            first, second = (read_tensor(half, dtype=torch.float32) for half in self.pairs[module])
-        except WeightsError as error:
-            raise AdapterError(str(error)) from error
-        self._refuse_infinite({f"{module}.lora_A": first, f"{module}.lora_B": second})
+        halves = zip((f"{module}.lora_A", f"{module}.lora_B"), self.pairs[module], strict=True)
+        first, second = self._read(dict(halves))
         return first, second
 
     def read_rows(self, name: str) -> Tensor:
@@ -175,11 +173,7 @@ class AdapterOnDisk(AdapterFacts):
 
         Raises: see ``read_pair``.
         """
-        try:
-            rows = read_tensor(self.rows[name], dtype=torch.float32)
-        except WeightsError as error:
-            raise AdapterError(str(error)) from error
-        self._refuse_infinite({name: rows})
+        (rows,) = self._read({name: self.rows[name]})
         place = {token: row for row, token in enumerate(self.config.tokens)}
         return rows[[place[token] for token in self.tokens]]
 
@@ -188,20 +182,24 @@ class AdapterOnDisk(AdapterFacts):
 
         Raises: see ``read_pair``.
         """
-        try:
-            weight = read_tensor(self.weights[module], dtype=torch.float32)
-        except WeightsError as error:
-            raise AdapterError(str(error)) from error
-        self._refuse_infinite({f"{module}.weight": weight})
+        (weight,) = self._read({f"{module}.weight": self.weights[module]})
         return weight
 
-    def _refuse_infinite(self, tensors: Mapping[str, Tensor]) -> None:
-        infinite = [peft_key(key) for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    def _read(self, tensors: Mapping[str, TensorOnDisk]) -> list[Tensor]:
+        """These tensors by our keys, fp32, in host memory."""
+        try:
+            values = [read_tensor(tensor, dtype=torch.float32) for tensor in tensors.values()]
+        except WeightsError as error:
+            raise AdapterError(str(error)) from error
+        infinite = [
+            peft_key(key) for key, value in zip(tensors, values, strict=True) if not torch.isfinite(value).all()
+        ]
         if infinite:
             raise AdapterError(
                 f"{self.folder / WEIGHTS_FILE} holds NaN or infinity in {first_few(infinite)}. Its run "
                 "diverged; use one of its earlier checkpoints."
             )
+        return values
 
 
 def open_adapter(folder: Path) -> AdapterOnDisk:
@@ -221,7 +219,8 @@ def open_adapter(folder: Path) -> AdapterOnDisk:
     keys = {name: match[1] if (match := _PEFT_KEY.fullmatch(name)) else name for name in headers}
     _refuse_keys(headers, folder=folder)
     weights = {module: tensor for name, tensor in headers.items() if (module := unfrozen_of(name)) is not None}
-    by_key = {keys[name]: tensor for name, tensor in headers.items() if name not in _ROWS and unfrozen_of(name) is None}
+    whole = {tensor.name for tensor in weights.values()}
+    by_key = {keys[name]: tensor for name, tensor in headers.items() if name not in _ROWS and name not in whole}
     pairs = _pairs(by_key, config, folder=folder)
     rows = {_ROWS[name]: tensor for name, tensor in headers.items() if name in _ROWS}
     _check_rows(rows, config, folder=folder)
@@ -258,8 +257,8 @@ def unfrozen_of(name: str) -> str | None:
 
 def _in_order(module: str) -> tuple[int, int]:
     """Sorts linears and norms as a model has them."""
-    layer, kind = re.search(r"\.layers\.(\d+)\.", module), module.rpartition(".")[2]
-    return int(layer[1]) if layer else 1000, (*LINEARS, *NORMS).index(kind)
+    layer = layer_of_weight(module)
+    return 1000 if layer is None else layer, (*LINEARS, *NORMS).index(module.rpartition(".")[2])
 
 
 def _check_weights(weights: Mapping[str, TensorOnDisk], config: PeftConfig, *, folder: Path) -> None:

@@ -14,9 +14,9 @@ from dist_lora.base.linear import FrozenLinear
 from dist_lora.base.llama import Llama
 from dist_lora.base.stored_shape import EMBEDDING, HEAD
 from dist_lora.base.stream import read_rows
-from dist_lora.config.schema import LoraSection, ModuleAdapter
-from dist_lora.herd.shape import module_path
+from dist_lora.config.schema import LoraSection
 from dist_lora.lora.layer import LoraAdapter, TokenRows, initial_a
+from dist_lora.lora.patterns import adapters_of
 from dist_lora.lora.tokens import EMBEDDING_ROWS, HEAD_ROWS
 from dist_lora.text import ranges
 
@@ -47,20 +47,6 @@ class TrainedTensor:
         """Train this parameter from here on."""
         for module in self.modules:
             setattr(module, self.attribute, parameter)
-
-
-def adapters_of(section: LoraSection, *, num_layers: int) -> dict[str, ModuleAdapter]:
-    """The adapters of a config on a model, by the full name of the linear, in the model's order.
-
-    Raises:
-        ConfigError: ``lora.layers`` or ``lora.modules`` names a layer that the model doesn't have.
-    """
-    layers, targets = section.layer_indices(num_layers), section.target_names()
-    names = [module_path(target, layer=layer) for layer in layers for target in targets]
-    if section.modules is None:
-        return {name: ModuleAdapter(name=name, rank=section.rank, alpha=section.alpha) for name in names}
-    by_name = {module.name: module for module in section.modules}
-    return {name: by_name[name] for name in names if name in by_name}
 
 
 def attach_adapters(model: Llama, section: LoraSection) -> list[TrainedTensor]:

@@ -130,11 +130,10 @@ def _metadata(kind: str, *, hub_id: str | None, member: Member | None, facts: Ru
 
 
 def _head(kind: str, title: str, *, has_lora: bool) -> str:
-    adapter = "LoRA adapter" if has_lora else "adapter"
-    article = "a" if has_lora else "an"
+    adapter = "a LoRA adapter" if has_lora else "an adapter"
     if kind == "adapter":
-        return f"# {article.capitalize()} {adapter} of {title}\n\nIt was trained by dist_lora. `{ORIGIN_FILE}` identifies the weights that it belongs to."
-    return f"# {title}, with {article} {adapter} merged into its weights\n\nThe adapter was trained and merged by dist_lora."
+        return f"# {adapter[0].upper()}{adapter[1:]} of {title}\n\nIt was trained by dist_lora. `{ORIGIN_FILE}` identifies the weights that it belongs to."
+    return f"# {title}, with {adapter} merged into its weights\n\nThe adapter was trained and merged by dist_lora."
 
 
 def _built_with(member: Member) -> str:

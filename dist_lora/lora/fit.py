@@ -12,7 +12,7 @@ from dist_lora.errors import AdapterError, ConfigError
 from dist_lora.herd.shape import Shape
 from dist_lora.herd.unfrozen import describe_unfrozen, unfrozen_weights
 from dist_lora.lora.adapter_reader import AdapterOnDisk
-from dist_lora.lora.attach import adapters_of
+from dist_lora.lora.patterns import adapters_of
 from dist_lora.lora.tokens import HEAD_ROWS
 from dist_lora.text import first_few, ranges
 

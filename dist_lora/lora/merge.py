@@ -132,10 +132,14 @@ def merge_adapter(
         merger.write(partial)
         _write_card(partial, opened, base=identity, quant=quant)
         _write_companions(index, partial=partial, dtype=dtype, chat_template=origin.chat_template)
-    merged = index.tensors[f"{next(iter((*opened.pairs, *opened.weights)))}.weight"].dtype
+    changed = [
+        *(f"{module}.weight" for module in (*opened.pairs, *opened.weights)),
+        *(_TENSORS[name] for name in opened.rows),
+    ]
+    merged = index.tensors[changed[0]].dtype
     seconds = time.perf_counter() - begin
     return MergeReport(
-        len(opened.pairs) + len(opened.weights),
+        len(changed),
         merger.bytes_written,
         seconds,
         quant,
@@ -199,8 +203,9 @@ class _Merger:
                 rows = own[row : row + len(rows)]
             result = self._merged(rows, pair, row=row, dtype=dtype)
             self._put_rows(tensor.name, result, first_row=row)
-            if pair is not None or own is not None:
+            if pair is not None:
                 is_changed = is_changed or not torch.equal(result, rows.to(dtype))
+            if pair is not None or own is not None:
                 extremes = torch.aminmax(result)  # NaN is in both; isfinite would take twice the slice more
                 if not all(map(math.isfinite, extremes)) and tensor.name not in self._overflowing:
                     self._overflowing.append(tensor.name)
@@ -208,7 +213,7 @@ class _Merger:
             self.bytes_written += result.nbytes
             if self._on_progress:
                 self._on_progress(self.bytes_written, self._bytes_total)
-        if pair is not None and not is_changed:  # a whole weight has been trained from the base's, and may be equal
+        if pair is not None and not is_changed:
             self._unchanged.append(tensor.name)
 
     def _merged(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from dist_lora.config.schema import Config, LoraSection, ModuleAdapter
 from dist_lora.errors import ConfigError
-from dist_lora.herd.names import Pattern, end_of_name
+from dist_lora.herd.names import names_ending
 from dist_lora.herd.shape import Shape, module_path
 from dist_lora.herd.unfrozen import unfrozen_weights
 
@@ -25,6 +23,20 @@ def with_linears(config: Config, shape: Shape) -> Config:
     return config.model_copy(update={"lora": section})
 
 
+def adapters_of(section: LoraSection, *, num_layers: int) -> dict[str, ModuleAdapter]:
+    """The adapters of a config on a model, by the full name of the linear, in the model's order.
+
+    Raises:
+        ConfigError: ``lora.layers`` or ``lora.modules`` names a layer that the model doesn't have.
+    """
+    layers, targets = section.layer_indices(num_layers), section.target_names()
+    names = [module_path(target, layer=layer) for layer in layers for target in targets]
+    if section.modules is None:
+        return {name: ModuleAdapter(name=name, rank=section.rank, alpha=section.alpha) for name in names}
+    by_name = {module.name: module for module in section.modules}
+    return {name: by_name[name] for name in names if name in by_name}
+
+
 def with_patterns(section: LoraSection, *, num_layers: int) -> LoraSection:
     """The section with ``scaling``, ``ranks`` and ``alphas`` resolved: everything that computes takes it so.
 
@@ -37,13 +49,9 @@ def with_patterns(section: LoraSection, *, num_layers: int) -> LoraSection:
         ConfigError: a pattern is no regular expression, takes too long, or matches none of the adapted linears; or a layer is named
             that the model doesn't have.
     """
-    if section.scaling == "rank" and not section.ranks and not section.alphas:
+    if not section.has_patterns:
         return section
-    names = [
-        module_path(target, layer=layer)
-        for layer in section.layer_indices(num_layers)
-        for target in section.target_names()
-    ]
+    names = list(adapters_of(section, num_layers=num_layers))
     ranks = _matched(section.ranks or {}, names, setting="lora.ranks")
     alphas = _matched(section.alphas or {}, names, setting="lora.alphas")
 
@@ -69,16 +77,10 @@ def with_patterns(section: LoraSection, *, num_layers: int) -> LoraSection:
 
 def without_adapters_on(section: LoraSection, unfrozen: Sequence[str], *, num_layers: int) -> LoraSection:
     """The section, after ``with_patterns``, without adapters on what is trained itself: ``modules`` names the others."""
-    if section.modules is not None:
-        modules = section.modules
-    else:
-        modules = [
-            ModuleAdapter(name=module_path(target, layer=layer), rank=section.rank, alpha=section.alpha)
-            for layer in section.layer_indices(num_layers)
-            for target in section.target_names()
-        ]
-    adapted = [module for module in modules if module.name not in set(unfrozen)]
-    return section if len(adapted) == len(modules) else section.model_copy(update={"modules": adapted})
+    adapters = adapters_of(section, num_layers=num_layers)
+    if adapters.keys().isdisjoint(unfrozen):
+        return section
+    return section.model_copy(update={"modules": [adapters[name] for name in adapters if name not in {*unfrozen}]})
 
 
 def _matched(patterns: Mapping[str, float], names: list[str], *, setting: str) -> dict[str, float]:
@@ -86,11 +88,7 @@ def _matched(patterns: Mapping[str, float], names: list[str], *, setting: str) -
     found: dict[str, float] = {}
     unused = []
     for text, number in patterns.items():
-        try:
-            pattern = Pattern(end_of_name(text), file=Path(setting))
-        except re.error as error:
-            raise ConfigError(f"{setting}: {text!r} is no regular expression: {error}") from None
-        matching = [name for name in names if pattern.match(name)]
+        matching = names_ending(text, names, setting=setting)
         if not matching:
             unused.append(text)
         for name in matching:

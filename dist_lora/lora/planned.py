@@ -23,8 +23,7 @@ def with_adapter(config: Config) -> Config:
     """
     folder = config.lora.start_from
     if folder is None:
-        lora = config.lora
-        if lora.scaling == "rank" and not lora.ranks and not lora.alphas and config.train.unfreeze is None:
+        if not config.lora.has_patterns and config.train.unfreeze is None:
             return config  # whose model may not be here yet
         return with_linears(config, known_model(config.model).shape)
     if not file_exists(folder / CONFIG_FILE):

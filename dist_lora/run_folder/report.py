@@ -144,7 +144,7 @@ def _learned(folder: Path, config: Config) -> _Learned:
     adapter, command = folder / "adapter", f"dist-lora learned {folder}"
     if not is_adapter_folder(adapter):
         return _Learned(None, 0, "The run has not written its adapter yet.")
-    if config.lora.modules == []:
+    if not config.lora.has_adapters:
         return _Learned(None, 0, "There is no B A: the run trained weights or rows of the base themselves.")
     try:
         record, num_layers = read_learned(adapter), facts_of(adapter).num_layers or 0
@@ -222,7 +222,7 @@ def _facts(
     yield "model", f"{config.model.name} ({'unquantized' if config.model.quant == 'none' else config.model.quant})"
     by_root = " / sqrt(rank)" if config.lora.scaling == "sqrt_rank" else ""
     adapters = "none"
-    if config.lora.modules != []:
+    if config.lora.has_adapters:
         adapters = f"rank {span(config.lora.all_ranks())}, alpha {span(config.lora.all_alphas())}{by_root}, on {', '.join(config.lora.target_names())}"
     yield "adapters", adapters
     if (unfreeze := config.train.unfreeze) is not None:

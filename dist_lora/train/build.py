@@ -110,9 +110,8 @@ class Trainee:
     attention: AttentionName
     precision: Precision
     checksums: dict[str, int]  # of this rank's shard of the base, as it was loaded
-    weight_norms: Mapping[str, float] = field(
-        default_factory=dict
-    )  # of the adapted weights, on the first rank of a run
+    # Of the adapted weights, on the first rank of a run.
+    weight_norms: Mapping[str, float] = field(default_factory=dict)
 
     def run(self, batch: MicroBatch) -> Tensor:
         """Sum of the cross entropies of a micro-batch's targets, an fp32 scalar with its autograd graph.

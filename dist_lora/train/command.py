@@ -35,10 +35,9 @@ from dist_lora.herd.shape import Shape
 from dist_lora.herd.unfrozen import describe_unfrozen, trained_weights, unfrozen_weights
 from dist_lora.layout.choices import DtypeName, lr_lines, with_lr
 from dist_lora.layout.machine import is_called
-from dist_lora.lora.attach import adapters_of
 from dist_lora.lora.learned import read_learned, sentences
 from dist_lora.lora.origin import origin_of
-from dist_lora.lora.patterns import with_linears
+from dist_lora.lora.patterns import adapters_of, with_linears
 from dist_lora.lora.run_facts import RunFacts
 from dist_lora.profile.recorder import Recorder
 from dist_lora.run_folder.attempt import (
@@ -210,10 +209,8 @@ def train(
     named, config = config.lora.train_tokens, with_ids(config, base, world)
     if config.lora.start_from is not None:
         config = check_adapter(config.lora.start_from, config=config, base=base, world=world)
-    settings, config = (
-        _named(config, named),
-        world.agree_on("the config", functools.partial(_resolved, config, base.shape)),
-    )
+    settings = _named(config, named)
+    config = world.agree_on("the config", functools.partial(_resolved, config, base.shape))
     folder = None if is_dry else open_run_folder(config, world)
     checkpoint = None if folder is None else find_checkpoint(config, folder, world)
     tokens, held_out = _checked_tokens(config, base, world, is_new=checkpoint is None)
@@ -375,7 +372,7 @@ def _check_programs(config: Config, world: World) -> None:
 def _advice_on(config: Config, tokens: TokenSet, loader: Loader, *, num_steps: int) -> Iterator[str]:
     batch = config.train.global_batch
     per_step = tokens.num_target_tokens / loader.steps_in_epoch(0)
-    if config.lora.modules == []:
+    if not config.lora.has_adapters:
         return iter(())  # it is about LoRA
     return advice_lines(num_steps=num_steps, global_batch=batch, target_tokens_per_step=per_step)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -19,16 +18,16 @@ from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.config.schema import LINEARS, Config
 from dist_lora.errors import ConfigError
 from dist_lora.lora.adapter_reader import open_adapter
-from dist_lora.lora.layer import initial_a
 from dist_lora.train.command import evaluate
 from dist_lora.world.world import World
-from tests.e2e.test_against_peft import NUM_STEPS, padded_batches
+from tests.e2e.test_against_peft import NUM_STEPS
 from tests.ranks.everywhere import PLACES, assert_alike_everywhere, assert_goes_on_elsewhere
+from tests.ranks.plain import WEIGHT_DECAY, draw_first_a, train_by_hand
 from tests.ranks.pool import RankFailed
 from tests.ranks.runs import chats_settings, metrics, train_command
 from tests.unit.lora.test_new_tokens import adapter_of_peft
 
-RANK, ALPHA, LR, WARMUP_STEPS, WEIGHT_DECAY = 4, 8, 5e-3, 2, 0.01  # as chats_settings has the last three
+RANK, ALPHA, LR = 4, 8, 5e-3
 TOKENS = ["<|start_header_id|>", 115, "<|eot_id|>", 300]  # one of text, and one that is in no sample
 IDS = [115, 258, 260, 300]
 VARIANTS = ["llama31", "llama32"]  # a head of its own, and a tied one
@@ -54,11 +53,7 @@ def model_of_peft(base: Path) -> Any:
         trainable_token_indices=IDS if is_tied else {"embed_tokens": IDS, "lm_head": IDS},
     )  # fmt: skip
     model = get_peft_model(model, config)
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name:
-            linear = name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight")
-            first = initial_a(linear, rank=parameter.shape[0], in_features=parameter.shape[1], seed=0)
-            parameter.data.copy_(first)
+    draw_first_a(model)
     return model
 
 
@@ -71,18 +66,10 @@ def theirs(tiny_llama, tmp_path_factory) -> Any:
         if variant in made:
             return made[variant]
         base, folder = tiny_llama(variant), tmp_path_factory.mktemp(variant)
-        model, losses = model_of_peft(base).train(), []
+        model = model_of_peft(base).train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
-        for ids, mask, labels in padded_batches(Config.model_validate(settings_of(base, folder))):
-            logits = model(input_ids=ids, attention_mask=mask).logits
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-            loss.backward()
-            losses.append(float(loss.detach()))
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+        losses = train_by_hand(model, optimizer, settings_of(base, folder))
         made[variant] = losses, get_peft_model_state_dict(model)
         return made[variant]
 

@@ -7,20 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dist_lora.config.schema import Config
-from dist_lora.lora.layer import initial_a
 from dist_lora.lora.merge import merge_adapter
-from tests.e2e.test_against_peft import NUM_STEPS, padded_batches
+from tests.e2e.test_against_peft import NUM_STEPS
 from tests.ranks.everywhere import PLACES, assert_alike_everywhere, assert_goes_on_elsewhere
+from tests.ranks.plain import WEIGHT_DECAY, draw_first_a, train_by_hand
 from tests.ranks.pool import RankFailed
 from tests.ranks.runs import chats_settings, metrics, train_command
 
-RANK, ALPHA, LR, WARMUP_STEPS, WEIGHT_DECAY = 4, 8, 1e-3, 2, 0.01  # as chats_settings has the last two
+RANK, ALPHA, LR = 4, 8, 1e-3
 # Our settings of lora and train.unfreeze; what ends or holds these is unfrozen; PEFT's target_modules.
 WAYS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], Any, list[str]]] = {
     "the last layer": (None, {"last_layers": 1}, lambda name: ".layers.1." in name, []),
@@ -56,10 +54,8 @@ def plain_model(base: Path, way: str) -> tuple[nn.Module, list[nn.Parameter]]:
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if targets:
         model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
+    draw_first_a(model)
     for name, parameter in model.named_parameters():
-        if "lora_A" in name:
-            linear = name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight")
-            parameter.data.copy_(initial_a(linear, rank=parameter.shape[0], in_features=parameter.shape[1], seed=0))
         parameter.requires_grad_("lora_" in name or is_unfrozen(name))
     return model.train(), [p for p in model.parameters() if p.requires_grad]
 
@@ -68,17 +64,7 @@ def plain_run(base: Path, folder: Path, way: str) -> tuple[list[float], Any]:
     """The losses of a loop by hand, and the model that it has trained."""
     model, trained = plain_model(base, way)
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
-    losses = []
-    for ids, mask, labels in padded_batches(Config.model_validate(settings_of(base, folder, way))):
-        logits = model(input_ids=ids, attention_mask=mask).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        loss.backward()
-        losses.append(float(loss.detach()))
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return losses, model.eval()
+    return train_by_hand(model, optimizer, settings_of(base, folder, way)), model.eval()
 
 
 def logits_of(model: Any) -> torch.Tensor:

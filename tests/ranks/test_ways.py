@@ -8,20 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dist_lora.config.schema import LINEARS, Config
-from dist_lora.lora.layer import initial_a
+from dist_lora.config.schema import LINEARS
 from dist_lora.lora.learned import read_learned
-from tests.e2e.test_against_peft import NUM_STEPS, padded_batches
+from tests.e2e.test_against_peft import NUM_STEPS
 from tests.ranks.everywhere import PLACES, assert_alike_everywhere, assert_goes_on_elsewhere
+from tests.ranks.plain import WEIGHT_DECAY, draw_first_a, train_by_hand
 from tests.ranks.runs import chats_settings, metrics, train_command
 
-RANK, ALPHA, LR, WARMUP_STEPS, WEIGHT_DECAY = 4, 8, 5e-3, 2, 0.01  # as chats_settings has the last three
+RANK, ALPHA, LR = 4, 8, 5e-3
 # Ours, the same in PEFT's LoraConfig, and the rate of B over that of A.
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "sqrt_rank": ({"scaling": "sqrt_rank"}, {"use_rslora": True}, 1.0),
@@ -47,11 +46,7 @@ def model_of_peft(base: Path, way: str) -> Any:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(LINEARS), task_type="CAUSAL_LM", **WAYS[way][1])
     model = get_peft_model(model, config)
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name:
-            linear = name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight")
-            first = initial_a(linear, rank=parameter.shape[0], in_features=parameter.shape[1], seed=0)
-            parameter.data.copy_(first)
+    draw_first_a(model)
     return model
 
 
@@ -84,20 +79,12 @@ def theirs(tiny_llama, tmp_path_factory) -> Any:
         if way in made:
             return made[way]
         base, folder = tiny_llama("llama31"), tmp_path_factory.mktemp(way)
-        model, losses = model_of_peft(base, way).train(), []
+        model = model_of_peft(base, way).train()
         optimizer = create_loraplus_optimizer(
             model, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=WAYS[way][2], weight_decay=WEIGHT_DECAY,
             loraplus_weight_decay=WEIGHT_DECAY,
         )  # fmt: skip
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
-        for ids, mask, labels in padded_batches(Config.model_validate(settings_of(base, folder, "sqrt_rank"))):
-            logits = model(input_ids=ids, attention_mask=mask).logits
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-            loss.backward()
-            losses.append(float(loss.detach()))
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+        losses = train_by_hand(model, optimizer, settings_of(base, folder, "sqrt_rank"))
         made[way] = losses, get_peft_model_state_dict(model), scales_of(model)
         return made[way]
 

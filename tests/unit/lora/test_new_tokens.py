@@ -93,6 +93,19 @@ def test_rows_that_peft_saved_in_any_order_are_read_by_token_and_merged(tiny_lla
     assert torch.equal(after[8:260], before[8:260]) and torch.equal(after[301:], before[301:])
 
 
+def test_rows_without_any_lora_are_merged(tiny_llama, tmp_path) -> None:
+    base = tiny_llama("llama31")
+    tokens = {"embed_tokens": IDS, "lm_head": IDS}
+    folder = adapter_of_peft(base, tmp_path / "peft", tokens, target_modules="dummy-target-modules")
+    report = merge_adapter(folder, base=base, out=tmp_path / "merged", force=True)
+    assert (report.changed_tensors, report.dtype) == (2, "F32")
+    ids = torch.tensor([[256, 7, 260, 300, 7, 9]])
+    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(stock, folder).eval()(ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    torch.testing.assert_close(merged(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_what_is_written_is_read_back_and_sealed_with_its_tokens(tiny_llama, tmp_path) -> None:
     read = read_adapter(
         adapter_of_peft(tiny_llama("llama31"), tmp_path / "peft", {"embed_tokens": IDS, "lm_head": IDS})

@@ -9,8 +9,7 @@ from peft.utils.other import get_pattern_key
 
 from dist_lora.config.schema import LoraSection
 from dist_lora.errors import ConfigError
-from dist_lora.lora.attach import adapters_of
-from dist_lora.lora.patterns import with_patterns
+from dist_lora.lora.patterns import adapters_of, with_patterns
 
 RANKS = {"down_proj": 6, r"layers\.1\..*": 2, r".*up_proj": 5}
 ALPHAS = {"self_attn.q_proj": 3, r".*\.[kv]_proj": 5.5}
