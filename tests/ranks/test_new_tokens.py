@@ -18,6 +18,7 @@ from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.config.schema import LINEARS, Config
 from dist_lora.errors import ConfigError
 from dist_lora.lora.adapter_reader import open_adapter
+from dist_lora.lora.merge import merge_adapter
 from dist_lora.train.command import evaluate
 from dist_lora.world.world import World
 from tests.e2e.test_against_peft import NUM_STEPS
@@ -131,6 +132,20 @@ def test_on_a_quantized_base_all_engines_have_the_numbers_of_one_process(ranks, 
     settings["optim"]["lr_ratio"] = 8.0
     settings["model"]["quant"] = "nf4"
     assert_alike_everywhere(ranks, settings, tmp_path)
+
+
+@pytest.mark.slow
+def test_rows_alone_are_trained_alike_everywhere_and_merged(ranks, tiny_llama, tmp_path) -> None:
+    base, ids = tiny_llama("llama31"), torch.tensor([[256, 258, 97, 115, 260, 300]])
+    settings = settings_of(base, tmp_path)
+    settings["lora"] = {"modules": [], "train_tokens": TOKENS}
+    assert_alike_everywhere(ranks, settings, tmp_path)
+    adapter = tmp_path / "0" / "it" / "adapter"
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
+    merge_adapter(adapter, base=base, out=tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, loaded(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_a_run_starts_from_an_adapter_with_rows_and_keeps_its_tokens(tiny_llama, tmp_path) -> None:
