@@ -1,7 +1,8 @@
 """Which part of the exhaustive products a commit's CI runs: the commit's tree decides, so a fresh clone of it runs the same.
 
 A test with the mark ``turn(of=8)`` has an eighth of its cases run by ``tests/run.sh --all``, another eighth for another tree;
-``--turn all`` runs all of them, ``--turn 4b825dc`` those of another tree. What is drawn at random is drawn by ``seed_of``.
+``--turn all`` runs all of them, ``--turn 4b825dc`` those of another tree. Tests that are marked ``turn(of=5, among="clusters")``
+are dealt out together, so that each turn has a fifth of them all. What is drawn at random is drawn by ``seed_of``.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def seed_of(name: str) -> int:
 
 
 def left_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:
-    """The cases whose turn it isn't. Those of one test are dealt out one by one, so a part has some of each kind."""
+    """The cases whose turn it isn't. Those of one test, or group, are dealt out one by one, so a part has some of each kind."""
     if os.environ.get(VARIABLE) == ALL:
         return []
     found, counts = [], dict[str, int]()
@@ -57,8 +58,8 @@ def left_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:
         mark = item.get_closest_marker("turn")
         if mark is None:
             continue
-        test = item.nodeid.partition("[")[0]
-        count = counts[test] = counts.get(test, -1) + 1
-        if count % mark.kwargs["of"] != number_of(test, mark.kwargs["of"]):
+        dealt = mark.kwargs.get("among") or item.nodeid.partition("[")[0]
+        count = counts[dealt] = counts.get(dealt, -1) + 1
+        if count % mark.kwargs["of"] != number_of(dealt, mark.kwargs["of"]):
             found.append(item)
     return found

@@ -63,13 +63,17 @@ def table() -> str:
         places[file].add(place)
         turn = item.get_closest_marker("turn")
         if place in ("CI", "turns") or turn:
-            of = f" (1 of {turn.kwargs['of']})" if turn else ""
+            of = f" ({_part(**turn.kwargs)})" if turn else ""
             names[file][test.partition("[")[0]] = of
     lines = [f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
     for file, of_file in sorted(places.items()):
         told = ", ".join(f"`{name}`{of}" for name, of in names[file].items())
         lines.append(f"| `{file}` | {' | '.join('x' if place in of_file else '' for place in PLACES)} | {told} |")
     return "\n".join(lines)
+
+
+def _part(of: int, among: str = "") -> str:
+    return f"1 of {of} {among}".rstrip()
 
 
 def main() -> None:

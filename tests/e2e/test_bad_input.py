@@ -226,6 +226,7 @@ def test_a_wrong_setting_is_told_without_torch(config) -> None:
 # Runs that are there already
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_a_run_with_other_settings_is_refused_and_both_values_told(config, whole, here) -> None:
     done = here("train", config, "train.seed=3", "lora.alpha=8", "optim.lr=1e-3")
     assert_told_once(done, 2, ("train.seed: the run has 0, the config says 3", "lora.alpha: the run has 32.0, "
@@ -233,6 +234,7 @@ def test_a_run_with_other_settings_is_refused_and_both_values_told(config, whole
     assert len((whole / "metrics.jsonl").read_text().splitlines()) == 8
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_a_run_that_another_process_writes_is_refused_until_that_has_ended(config, here) -> None:
     first = subprocess.Popen(
         command("train", config, "run=twice", "train.steps=1000000", "--nproc", 1),

@@ -135,6 +135,7 @@ def _read(terminal: int) -> bytes:
         return b""
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_a_tracker_whose_server_goes_away_costs_no_step(config, fake_wandb, monkeypatch) -> None:
     monkeypatch.setenv("FAKE_WANDB_FAILS_AT", "3")
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():  # as a launcher of one process does
@@ -150,6 +151,7 @@ def test_a_tracker_whose_server_goes_away_costs_no_step(config, fake_wandb, monk
     assert [rest[0] for kind, *rest in lines_of(fake_wandb) if kind == "log"] == [1, 2]
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_a_tracker_that_does_not_start_is_told_with_its_reason(config, fake_wandb, monkeypatch) -> None:
     monkeypatch.setenv("FAKE_WANDB_REFUSES", "1")
     done = run("train", config, "run=refused", "log.trackers=[wandb]")

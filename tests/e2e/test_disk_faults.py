@@ -43,6 +43,7 @@ def assert_goes_on(train: Train, folder: Path, whole: Path, *settings: str, step
     assert (folder / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 @pytest.mark.parametrize(
     "fault, where, name",
     [
@@ -67,6 +68,7 @@ def test_a_save_that_the_disk_refuses_ends_all_ranks_and_the_one_before_is_gone_
     assert_goes_on(train, folder, whole, f"run={fault}", step=2)
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_an_adapter_that_the_disk_refuses_is_told_and_the_same_command_writes_it(train, config, whole) -> None:
     folder = folder_of(config, "unwritten")
     done = train("run=unwritten", fault="fsync_of_the_adapter_fails")
@@ -77,6 +79,7 @@ def test_an_adapter_that_the_disk_refuses_is_told_and_the_same_command_writes_it
     assert_goes_on(train, folder, whole, "run=unwritten", step=8)
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_checkpoints_that_become_read_only_end_all_ranks_and_are_gone_on_from(train, config, whole, small_disk) -> None:
     folder = folder_of(config, "read-only")
     place = folder / "checkpoints"
@@ -103,6 +106,7 @@ def test_a_disk_that_is_read_only_is_told_before_anything_is_loaded(train, confi
     assert "Traceback" not in done.stderr and "loaded base" not in done.stderr
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_checkpoints_that_are_moved_away_between_steps_are_begun_anew(train, config, whole) -> None:
     folder = folder_of(config, "moved")
     done = train("run=moved", fault="checkpoints_gone_in_step_3")
@@ -112,6 +116,7 @@ def test_checkpoints_that_are_moved_away_between_steps_are_begun_anew(train, con
     assert checkpoints(folder) == ["step-00000006", "step-00000008"]
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_checkpoints_that_vanish_in_a_save_end_all_ranks_and_the_run_begins_anew(train, config, whole) -> None:
     folder = folder_of(config, "vanished")
     done = train("run=vanished", fault="checkpoints_gone_in_the_save_of_step_4")

@@ -56,6 +56,7 @@ def test_the_measured_machine_is_what_plan_reads(machine, tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_a_rank_that_never_comes_is_a_fault_and_all_else_is_told() -> None:
     with tempfile.TemporaryDirectory() as folder:
         launcher = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
@@ -85,6 +86,7 @@ def two_ranks(fault: str | None = None, **of_second: str) -> list[Done]:
             return [Done(code or 0, rank.stdout(), rank.stderr()) for code, rank in zip(codes, ranks, strict=True)]
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_a_rank_that_hangs_in_the_links_ends_the_others_waiting() -> None:
     first, second = two_ranks("hang_in_links")
     assert first.returncode == second.returncode == 1
@@ -100,6 +102,7 @@ def test_a_rank_that_is_gone_is_named() -> None:
     assert "fault    network: rank 1 on " in first.stdout and "no answer within 4 s" in first.stdout
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_a_rank_that_finds_no_way_to_the_first_tells_itself_what_is_wrong_there() -> None:
     first, second = two_ranks(GLOO_SOCKET_IFNAME="none0")
     assert first.returncode == second.returncode == 1

@@ -138,7 +138,7 @@ def test_an_error_of_one_rank_ends_all_and_is_told_once_with_rank_host_and_phase
     assert not [path for path in folder.glob("step-*") if path.name not in ("step-00000000", "step-00000002")]
 
 
-@pytest.mark.turn(of=2)
+@pytest.mark.turn(of=3, among="faults")
 def test_an_error_of_one_rank_under_torchrun_is_told_once(config) -> None:
     done = run_under_torchrun("train", config, "run=boom-torchrun", fault="boom_of_rank_1_in_step_3")
     assert done.returncode == 1
@@ -151,6 +151,7 @@ def test_an_error_of_one_rank_under_torchrun_is_told_once(config) -> None:
 # Ranks that are gone
 
 
+@pytest.mark.turn(of=3, among="faults")
 def test_a_rank_killed_while_the_other_waits_for_what_it_writes_ends_both(config) -> None:
     fault = "kill_of_rank_1_while_the_other_waits_for_its_share"
     done = run("train", config, "run=kill-save", "--nproc", 2, fault=fault)
@@ -195,7 +196,7 @@ def test_a_run_that_is_asked_to_stop_twice_is_the_run_that_nothing_interrupted(c
     assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
-@pytest.mark.turn(of=2)
+@pytest.mark.turn(of=3, among="faults")
 def test_a_request_to_torchrun_is_obeyed_by_its_ranks_and_the_run_goes_on_under_ours(config, whole) -> None:
     done = run_under_torchrun("train", config, "run=asked-torchrun", fault="request_to_the_launcher_in_step_3")
     folder = folder_of(config, "asked-torchrun")
@@ -210,6 +211,7 @@ def test_a_request_to_torchrun_is_obeyed_by_its_ranks_and_the_run_goes_on_under_
     assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.turn(of=3, among="faults")
 def test_a_request_to_one_rank_that_loads_ends_all_with_75(config, whole) -> None:
     fault = "request_to_rank_1_while_the_other_loads"
     codes, done = run_each_rank("train", config, "run=asked-early", fault=fault)
@@ -220,6 +222,7 @@ def test_a_request_to_one_rank_that_loads_ends_all_with_75(config, whole) -> Non
     assert_ended_in_time(done)
 
 
+@pytest.mark.turn(of=3, among="faults")
 def test_a_request_to_the_launcher_before_its_ranks_listen_ends_all_with_75(config) -> None:
     started = subprocess.Popen(
         command("train", config, "run=asked-at-once", "--nproc", 2), cwd=ROOT, stderr=subprocess.PIPE, text=True
@@ -245,7 +248,8 @@ def evaluated(config, tmp_path_factory) -> tuple[tuple[object, ...], Path]:
     return arguments, folder_of(config, "evaluated")
 
 
-@pytest.mark.parametrize("step", [4, pytest.param(8, marks=pytest.mark.turn(of=2))])
+@pytest.mark.turn(of=3, among="faults")
+@pytest.mark.parametrize("step", [4, 8])
 def test_a_run_that_is_stopped_in_an_evaluation_leaves_it_and_the_next_start_makes_up_for_it(
     step, config, evaluated
 ) -> None:
@@ -293,7 +297,8 @@ def test_phases_of_three_times_the_timeout_in_which_one_rank_gets_on_end_no_run(
 # Full disks
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.turn(of=4)), 1])
+@pytest.mark.turn(of=4)
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_disk_that_fills_up_in_a_save_ends_all_ranks_and_the_same_command_goes_on(
     rank, config, whole, small_disk, here
 ) -> None:

@@ -73,6 +73,7 @@ def test_all_learnt_answers_end_by_themselves(trainee, monkeypatch, at_once: int
     assert answers == wanted
 
 
+@pytest.mark.slow
 def test_a_chat_streams_an_answer_before_the_next_question_is_asked(adapter) -> None:
     with subprocess.Popen(
         command("generate", adapter), cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

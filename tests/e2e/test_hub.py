@@ -51,7 +51,7 @@ def dataset(config, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.turn(of=2)
+@pytest.mark.turn(of=4, among="hub")
 def test_model_and_data_are_fetched_by_one_rank_of_a_node(config, repository, dataset, tmp_path) -> None:
     with serving(Hub({"org/tiny": repository, "datasets/org/data": dataset})) as hub:
         environment = {**os.environ, **hub.environment(tmp_path)}
@@ -72,7 +72,7 @@ def test_model_and_data_are_fetched_by_one_rank_of_a_node(config, repository, da
     assert (origin["base"]["name"], origin["base"]["revision"]) == ("org/tiny", SHA)
 
 
-@pytest.mark.turn(of=2)
+@pytest.mark.turn(of=4, among="hub")
 def test_data_fetches_no_weights(config, repository, tmp_path) -> None:
     with serving(Hub({"org/tiny": repository})) as hub:
         done = run("data", config, "--json", env={**os.environ, **hub.environment(tmp_path)})
@@ -112,7 +112,7 @@ def two_nodes(config, repository, dataset, tmp_path_factory) -> Iterator[tuple[T
         yield nodes, hub.requests[:]
 
 
-@pytest.mark.turn(of=4)
+@pytest.mark.turn(of=4, among="hub")
 def test_one_rank_of_each_node_asks_the_hub(two_nodes, repository) -> None:
     nodes, asked = two_nodes
     needed = [p.name for p in repository.iterdir() if p.suffix in (".json", ".safetensors", ".jinja")]
@@ -120,7 +120,7 @@ def test_one_rank_of_each_node_asks_the_hub(two_nodes, repository) -> None:
     assert set(Counter(asked).values()) == {2}  # each question once by each of the nodes
 
 
-@pytest.mark.turn(of=4)
+@pytest.mark.turn(of=4, among="hub")
 def test_a_hub_that_answers_too_many_requests_stops_nobody_who_has_it_all(two_nodes) -> None:
     nodes, _ = two_nodes
     nodes.hub.requests.clear()
@@ -173,6 +173,7 @@ def test_a_name_that_the_hub_does_not_know_is_told_as_that(repository, tmp_path)
     )
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_a_hub_that_does_not_answer_says_what_to_do(tmp_path) -> None:
     environment = {**os.environ, **Hub({}, url="http://127.0.0.1:9").environment(tmp_path)}
     text = fetch(environment, "org/tiny")
@@ -203,6 +204,7 @@ except ConfigError as error:
     return done.stdout.strip()
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_a_refusal_ends_all_ranks_and_is_told_once(config, repository, tmp_path) -> None:
     with serving(Hub({"org/tiny": repository}, refusals={"org/tiny": REFUSALS["without a token"][0]})) as hub:
         environment = {**os.environ, **hub.environment(tmp_path)}
@@ -248,13 +250,14 @@ def watched(tmp_path: Path) -> dict[str, str]:
     return environment | {"CONNECTIONS": str(tmp_path / "connections"), "HF_HOME": str(tmp_path / "hf")}
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_the_watch_sees_what_the_hubs_library_does(watched) -> None:
     text = fetch(watched, "org/tiny")
     assert "can't be downloaded" in text
     assert Path(watched["CONNECTIONS"]).read_text().startswith("resolve huggingface.co")
 
 
-@pytest.mark.turn(of=3)
+@pytest.mark.turn(of=4, among="hub")
 def test_with_local_files_no_other_machine_is_asked_for_anything(config, tiny_llama, tmp_path, watched) -> None:
     base, runs = tiny_llama("llama31"), tmp_path / "runs"
     settings = [f"model.name={base}", f"runs_dir={runs}", "log.trackers=[tensorboard]", "eval.exact_match=true"]
@@ -284,7 +287,7 @@ for arguments in {commands!r}:
     assert Path(watched["CONNECTIONS"]).read_text() == ""
 
 
-@pytest.mark.turn(of=2)
+@pytest.mark.turn(of=4, among="hub")
 def test_what_fetch_has_fetched_is_all_that_a_run_needs(config, repository, dataset, tmp_path) -> None:
     settings = ("data.train=org/data", "data.eval=null", f"data.cache_dir={tmp_path}/cache", "run=fetched")
     with serving(Hub({"org/tiny": repository, "datasets/org/data": dataset})) as hub:

@@ -35,6 +35,7 @@ def rendezvous() -> dict[str, str]:
     return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_one_node_of_two_ends_in_time_and_names_the_other(config, rendezvous) -> None:
     arguments = ("train", config, "run=half", "parallel.join_timeout=10")
     codes, done = run_processes([(arguments, rank) for rank in ranks_of(rendezvous, ranks=2, of=4, per_node=2)])
@@ -81,12 +82,14 @@ def test_nodes_of_other_configs_are_told_setting_by_setting(config, rendezvous, 
     assert told in done.stderr, done.stderr
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_nodes_of_other_versions_are_told(config, rendezvous, tmp_path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import dist_lora\ndist_lora.__version__ = '0.0.1'\n")
     done = run_two_nodes(rendezvous, config, of_second={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
     assert f"{HOST} (rank 1): dist_lora is 0.0.1, not " in done.stderr, done.stderr
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_nodes_of_other_data_are_told(config, rendezvous, tmp_path) -> None:
     settings = yaml.safe_load(config.read_text())
     lines = Path(settings["data"]["train"]).read_text().splitlines(keepends=True)
@@ -99,6 +102,7 @@ def test_nodes_of_other_data_are_told(config, rendezvous, tmp_path) -> None:
     assert "data.train: " in done.stderr and "differ between this node, that of rank 1, and the first" in done.stderr
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_nodes_of_other_weights_are_told(config, tiny_llama, rendezvous, tmp_path) -> None:
     for node in range(2):
         shutil.copytree(tiny_llama("llama31", seed=node), tmp_path / f"node-{node}" / "base")

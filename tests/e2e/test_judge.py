@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.runs import Process, run
 
 # It sleeps until there is a file beside it, and says which process it is and whose.
@@ -35,6 +37,7 @@ def is_there(process: int) -> bool:
         return False
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_a_rank_that_is_killed_in_a_judge_takes_it_along_and_the_run_goes_on_to_the_same_bytes(
     config, whole, tmp_path
 ) -> None:

@@ -19,11 +19,12 @@ def hunted(config: Path, folder: Path, num_kills: int, **settings: object) -> Ta
         hunt.close()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_a_few_times_is_the_run_that_nothing_killed(config, tmp_path) -> None:
     assert hunted(config, tmp_path, 4).kills.total() == 4
 
 
-@pytest.mark.turn(of=4)
+@pytest.mark.turn(of=8)
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_runs_that_are_killed_twenty_times_wherever_they_are_are_the_run_that_nothing_killed(
     config, tmp_path, engine

@@ -193,6 +193,7 @@ def test_whoever_starts_the_ranks_the_losses_are_the_same(name, engine, launched
 # How it ends
 
 
+@pytest.mark.turn(of=6, among="launchers")
 def test_a_node_that_torchrun_waits_for_in_vain_is_told(folder) -> None:
     code, told = start(
         LAUNCH / "torchrun.sh", "train me.yaml", "run=half", folder=folder, NNODES=2, NPROC=1, JOIN_TIMEOUT=5,
@@ -203,7 +204,7 @@ def test_a_node_that_torchrun_waits_for_in_vain_is_told(folder) -> None:
     assert "1 of 2 nodes joined at 127.0.0.1:" in told and "within 5 s: start it on each, with the same NNODES" in told
 
 
-@pytest.mark.turn(of=2)
+@pytest.mark.turn(of=6, among="launchers")
 def test_nodes_with_other_numbers_of_processes_are_told(folder) -> None:
     told = {"NNODES": 2, "HEAD": f"127.0.0.1:{free_port()}", "JOIN_TIMEOUT": 60}
     ends = [
@@ -215,7 +216,7 @@ def test_nodes_with_other_numbers_of_processes_are_told(folder) -> None:
     assert re.search(r"process(es)? on this node, not ", texts)
 
 
-@pytest.mark.turn(of=4)
+@pytest.mark.turn(of=6, among="launchers")
 @pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
 def test_a_mistake_has_its_exit_code_and_one_error(folder, script) -> None:
     code, told = start(
@@ -226,7 +227,7 @@ def test_a_mistake_has_its_exit_code_and_one_error(folder, script) -> None:
     assert told.count("error: data.train: none.jsonl doesn't exist") == (2 if "torchrun" in script else 1)
 
 
-@pytest.mark.turn(of=6)
+@pytest.mark.turn(of=6, among="launchers")
 @pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_script_that_is_asked_to_stop_lets_the_ranks_save_and_ends_with_75(folder, script, number) -> None:
@@ -254,6 +255,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.turn(of=6, among="launchers")
 def test_a_torchrun_that_is_deaf_when_its_ranks_have_ended_is_ended(folder) -> None:
     stand_in = folder.with_name("deaf")
     stand_in.write_text(DEAF)

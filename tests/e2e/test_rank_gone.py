@@ -108,7 +108,7 @@ def _run(config: Path, name: str) -> Ended:
         pytest.param("data", "step 3, reading its data", marks=pytest.mark.turn(of=2)),
         ("data, alone", "step 3, reading its data"),
         ("forward", "step 3, micro-batch 1 of 2"),
-        pytest.param("forward, torchrun", "step 3, micro-batch 1 of 2", marks=pytest.mark.turn(of=2)),
+        pytest.param("forward, torchrun", "step 3, micro-batch 1 of 2", marks=pytest.mark.turn(of=4)),
     ],
 )
 def test_a_rank_that_hangs_in_a_step_is_named_and_ends_all(name, phase, ended) -> None:
@@ -126,6 +126,7 @@ def test_a_rank_that_hangs_in_a_step_is_named_and_ends_all(name, phase, ended) -
     assert "torch/distributed/" in waiting
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_of_two_ranks_in_the_same_micro_batch_the_one_that_the_other_waits_for_is_named(ended) -> None:
     found = ended("layer")
     found.assert_told_once(f"error: rank 1 of 2 on {HOST} hangs: step 3, micro-batch 1 of 2, without progress for 5 s.")
@@ -158,12 +159,14 @@ def test_a_rank_whose_threads_are_all_kept_from_running_is_named_by_the_other_an
     assert '/tests/e2e/faults.py", line' in found.stacks()[1]  # as the interpreter itself writes it down
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_a_rank_that_is_stopped_from_outside_is_named_by_the_other_and_ended(ended) -> None:
     found = ended("stopped")
     found.assert_told_once(f"error: rank 1 of 2 on {HOST} doesn't respond (last reported: ", "(rank 0 in step 3, ")
     found.assert_in_time()
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_a_slow_rank_that_lives_is_not_ended_and_leaves_no_stacks(ended, whole) -> None:
     found = ended("slow")
     assert found.codes == (0, 0), found.done.stderr

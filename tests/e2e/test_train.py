@@ -126,6 +126,7 @@ def test_a_run_records_what_it_has_learned_as_its_files_say_it(whole) -> None:
     check_learned(whole)
 
 
+@pytest.mark.slow
 def test_torchrun_leads_to_the_numbers_of_our_own_launcher(config, whole) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",

@@ -41,6 +41,7 @@ def alone(config) -> Path:
     return config.parent / "runs" / "alone-held-out"
 
 
+@pytest.mark.slow
 def test_a_run_on_two_ranks_has_the_losses_and_the_adapter_of_one_process(sharded, alone) -> None:
     folder, _, _ = sharded
     assert [step for step, _ in losses(folder)] == list(range(1, 9))
@@ -65,7 +66,7 @@ def test_deepspeed_says_nothing_and_compiles_nothing(sharded) -> None:
     assert not compiled.exists()
 
 
-@pytest.mark.turn(of=2)
+@pytest.mark.turn(of=4, among="runs on ZeRO-3")
 def test_a_killed_run_goes_on_to_the_bytes_of_one_that_was_not(config, sharded) -> None:
     whole, _, _ = sharded
     arguments = ("train", config, "run=zero3-killed", "parallel.engine=zero3", "data.eval=0.2", "eval.every=4",
@@ -84,7 +85,7 @@ def test_a_killed_run_goes_on_to_the_bytes_of_one_that_was_not(config, sharded) 
     assert (folder / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
 
 
-@pytest.mark.turn(of=2)
+@pytest.mark.turn(of=4, among="runs on ZeRO-3")
 def test_an_evaluation_prints_the_loss_that_a_process_without_engine_finds(config, sharded, here) -> None:
     folder, _, _ = sharded
     arguments = ("eval", config, "data.eval=0.2", "--adapter", folder / "adapter", "--json")
@@ -95,7 +96,7 @@ def test_an_evaluation_prints_the_loss_that_a_process_without_engine_finds(confi
         assert found[name] == pytest.approx(wanted[name], abs=1e-5)
 
 
-@pytest.mark.turn(of=2)
+@pytest.mark.turn(of=4, among="runs on ZeRO-3")
 def test_the_deepspeed_launcher_leads_to_the_numbers_of_our_own(config, sharded) -> None:
     whole, _, _ = sharded
     launcher = Path(sys.executable).parent / "deepspeed"
@@ -109,7 +110,7 @@ def test_the_deepspeed_launcher_leads_to_the_numbers_of_our_own(config, sharded)
     assert (whole.parent / "launched" / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
 
 
-@pytest.mark.turn(of=2)
+@pytest.mark.turn(of=4, among="runs on ZeRO-3")
 def test_a_deepspeed_that_breaks_under_recomputation_is_refused_by_its_version(config, tmp_path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"

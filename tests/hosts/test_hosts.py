@@ -115,7 +115,7 @@ def planned(runs: Runs, run: str, *, on_each: int) -> tuple[float, int]:
     return received_bytes(setup)[1], FP32 * setup.trained_weights
 
 
-@pytest.mark.turn(of=4)
+@pytest.mark.turn(of=5, among="clusters")
 @pytest.mark.parametrize(
     ("number", "on_each", "base_shard", "quant"),
     [(2, 1, "node", "none"), (2, 1, "node", "nf4"), (2, 1, "world", "none"), (2, 1, "world", "nf4"),
@@ -143,7 +143,7 @@ def test_what_crosses_between_hosts_is_what_was_planned(
         assert max(sent) <= 1.05 * gradients * 2 * (world_size - 1) / world_size
 
 
-@pytest.mark.turn(of=3)
+@pytest.mark.turn(of=5, among="clusters")
 def test_a_cut_link_ends_all_ranks_and_the_run_goes_on_when_it_is_back(two: Runs) -> None:
     """Each host tells once of the other, soon after ``hang_timeout``: neither hears what the other one says."""
     settings = {
@@ -175,7 +175,7 @@ def test_a_cut_link_ends_all_ranks_and_the_run_goes_on_when_it_is_back(two: Runs
     assert (metrics.parent / adapter).read_bytes() == (whole / adapter).read_bytes()
 
 
-@pytest.mark.turn(of=3)
+@pytest.mark.turn(of=5, among="clusters")
 def test_a_lost_host_leaves_a_run_that_goes_on_with_fewer(two: Runs) -> None:
     """``launch/torchrun.sh`` with one host or two: the other is switched off in mid-step; the losses stay the same."""
     small = {
@@ -222,7 +222,7 @@ def test_a_lost_host_leaves_a_run_that_goes_on_with_fewer(two: Runs) -> None:
     any(shutil.which(name, path="/usr/sbin:/usr/bin:/bin") is None for name in ("sshd", "ssh-keygen", "pdsh")),
     reason="no sshd or pdsh on this machine (Debian: apt-get install openssh-server pdsh)",
 )
-@pytest.mark.turn(of=3)
+@pytest.mark.turn(of=5, among="clusters")
 def test_deepspeeds_launcher_starts_all_hosts_by_ssh(two: Runs) -> None:
     """``launch/deepspeed.sh`` with a hostfile, on the first host: it is stopped by a file STOP, and goes on by itself."""
     settings = {"train": {"steps": 30}, "parallel": {"engine": "zero3"}}
@@ -257,7 +257,7 @@ def test_deepspeeds_launcher_starts_all_hosts_by_ssh(two: Runs) -> None:
     assert (run / adapter).read_bytes() == (whole / adapter).read_bytes()
 
 
-@pytest.mark.turn(of=3)
+@pytest.mark.turn(of=5, among="clusters")
 def test_doctor_names_the_slow_host_and_measures_each_axis(four: Runs) -> None:
     """Two ranks on each of four hosts, one of which has a link of 200 Mbit/s."""
     machine = four.folder / "machine.json"

@@ -331,7 +331,7 @@ BY_ZERO3 = {
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=name, marks=pytest.mark.slow if name == "tied" else pytest.mark.turn(of=3))
+        pytest.param(case, id=name, marks=pytest.mark.slow if name == "tied" else pytest.mark.turn(of=6))
         for name, case in BY_ZERO3.items()
     ],
 )

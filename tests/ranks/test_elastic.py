@@ -34,7 +34,7 @@ def test_a_run_that_goes_on_where_it_was_saved_has_the_bytes_of_one_that_nothing
             assert_equal(elastic, Move("nf4", *vars(placement).values(), *vars(placement).values()))
 
 
-@pytest.mark.turn(of=9)
+@pytest.mark.turn(of=18)
 @pytest.mark.parametrize("saved", placements(), ids=str)
 def test_all_placements_go_on_to_the_numbers_of_the_run_that_stayed(elastic, saved) -> None:
     moves = [move for move in all_moves() if move.base == "nf4" and move.saved == saved]

@@ -147,6 +147,7 @@ def test_the_page_of_a_run_has_a_curve_for_each_set_and_for_each_number_of_the_j
     assert all(f"<td>{line['eval_loss/long']:.4f}</td>" in page for line in evaluations(evaluated))
 
 
+@pytest.mark.slow
 def test_a_judge_that_fails_ends_all_ranks_and_once_it_is_mended_the_run_goes_on_to_the_same_bytes(
     ranks, settings, evaluated, tmp_path
 ) -> None:
@@ -192,6 +193,7 @@ def train_and_stop_while_judged(world: World, settings: dict[str, Any]) -> str:
         return train_command(world, settings)
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_ends_the_judge_and_the_next_start_asks_it_again(
     ranks, settings, evaluated, tmp_path
 ) -> None:

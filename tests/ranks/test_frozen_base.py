@@ -254,6 +254,7 @@ def publish(source: Path, folder: Path, *, is_nested: bool) -> dict[tuple[str, s
     return wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, engine", [(2, "fsdp2"), (3, "fsdp2"), (2, "zero3")])
 @pytest.mark.parametrize("is_nested", [False, True])
 def test_a_base_published_in_nf4_keeps_its_codes_and_what_was_left_unquantized_on_every_rank(
@@ -340,7 +341,7 @@ def kept_between_micro_batches(world: World, folder: str, adapters: str, micro_b
     return most
 
 
-@pytest.mark.parametrize("adapters", ["replicate", pytest.param("shard", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("adapters", ["replicate", "shard"])
 def test_accumulating_eight_times_keeps_no_more_than_once(ranks, tiny_llama, adapters) -> None:
     folder = str(tiny_llama("llama31"))
     once, eight = (ranks(2).run(kept_between_micro_batches, folder, adapters, count)[0] for count in (1, 8))

@@ -161,6 +161,7 @@ def test_three_categories_of_its_own_are_learned_and_the_table_is_that_of_peft(r
     assert (evaluations[-1]["step"], evaluations[-1]["eval_f1"]) == (NUM_STEPS, report["f1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "engine"), [(1, "none"), (3, "fsdp2"), (2, "zero3")])
 def test_a_run_that_is_stopped_and_goes_on_elsewhere_has_the_samples_of_one_that_was_not(
     ranks, settings, trained, stopped, tmp_path, size, engine
@@ -185,6 +186,7 @@ def test_an_adapter_that_is_asked_with_other_categories_than_its_own_is_said(set
     assert "with the categories Queues, Zebras, Jokes, and is asked with Jokes, Zebras, Queues" in warning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_alone", [False, True])
 def test_data_says_which_samples_a_guard_finds_unsafe(settings, trained, capsys, is_alone) -> None:
     """Each message after those before it, as PEFT's logits say; an adapter's categories are read from its folder."""

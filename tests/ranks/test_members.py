@@ -37,13 +37,13 @@ ROPE_OF_3 = {"rope_type": "default", "rope_theta": 500_000.0}
 # One for each configuration, among them a base, an Instruct and a Guard: the others differ from theirs in the ids of stops
 # alone, which no training reads.
 FIRST = ("3-8b", "3-70b-instruct", "guard-3-8b", "3.1-70b", "3.1-405b-instruct", "3.2-1b", "3.2-3b")
-IN_SUITE = ("3-8b", "3.2-1b")  # RoPE plain and scaled, a head of its own and a tied one
+EACH_TIME = ("3-8b", "3.2-1b")  # RoPE plain and scaled, a head of its own and a tied one
 
 
 def marks_of(name: str) -> list[pytest.MarkDecorator]:
-    if name in IN_SUITE:
-        return []
-    return [pytest.mark.slow] if name in FIRST else [pytest.mark.turn(of=4)]
+    if name in EACH_TIME:
+        return [pytest.mark.slow]
+    return [pytest.mark.turn(of=3, among="configurations") if name in FIRST else pytest.mark.turn(of=8)]
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_a_tiny_member_is_its_member_but_for_the_sizes_that_are_said(makers, nam
 
 
 @pytest.mark.parametrize("name", MEMBERS)
-def test_a_member_has_the_configuration_of_one_that_trains_in_ci_each_time(makers, name) -> None:
+def test_a_member_has_the_configuration_of_one_of_the_first(makers, name) -> None:
     found = {}
     for each in (name, *FIRST):
         config = json.loads((makers.folder(MEMBERS[each]) / "config.json").read_text())

@@ -34,6 +34,7 @@ def settings_of(base: Path, folder: Path, weights: tuple[float, ...] = (0.5, 0.3
     }
 
 
+@pytest.mark.slow
 def test_a_mixture_saved_on_two_ranks_goes_on_with_the_same_batches_on_one_three_and_zero3(
     ranks, tiny_llama, tmp_path
 ) -> None:

@@ -162,13 +162,13 @@ ZERO3 = {"engine": "zero3", "base_shard": "world", "adapters": "shard"}
 CASES = [
     ("none", "2", {}, False),
     ("nf4", "2 x 2", {"adapters": "shard"}, True),
+]
+MORE_CASES = [
     ("int8", "2 x 2", {"base_shard": "world"}, True),
     ("nf4", "2", {"offload": "all"}, False),
     ("nf4", "1", {"offload": "all"}, True),
     ("none", "1", {"engine": "fsdp2"}, True),
     ("int8", "2 x 2", {"base_shard": "gpu"}, False),
-]
-MORE_CASES = [
     *(("nf4", world, {}, False) for world in WORLDS),
     ("int8", "2", {}, False),
     ("nf4", "2", {"adapters": "shard"}, False),
@@ -182,7 +182,7 @@ MORE_CASES = [
 
 @pytest.mark.parametrize(
     "quant, world, parallel, recompute",
-    [*CASES, *(pytest.param(*case, marks=pytest.mark.turn(of=3)) for case in MORE_CASES)],
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.turn(of=4)) for case in MORE_CASES)],
 )
 def test_the_simulation_is_the_real_run(ranks, tiny_llama, quant, world, parallel, recompute) -> None:
     config = config_for(

@@ -120,6 +120,7 @@ def test_a_way_that_is_stopped_on_two_ranks_goes_on_on_one_and_three(ranks, tiny
     assert_goes_on_elsewhere(ranks, settings_of(tiny_llama("llama31"), tmp_path, way), tmp_path)
 
 
+@pytest.mark.slow
 def test_on_a_quantized_base_all_engines_have_the_numbers_of_one_process(ranks, tiny_llama, tmp_path) -> None:
     settings = settings_of(tiny_llama("llama31"), tmp_path, "patterns")
     settings["optim"]["lr_ratio"] = 8.0

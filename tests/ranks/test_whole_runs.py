@@ -19,7 +19,7 @@ from tests.ranks.runs import run_steps
 from tests.ranks.tiny import config_of, documents, trainee_of
 
 LENGTHS = [5, 40, 3, 17, 9, 30, 2, 11, 25]
-SIZES = range(1, 10)
+SIZES = (1, 2, 3, 5, 9)
 
 
 class Remembering(Loader):
@@ -80,6 +80,7 @@ def small(ranks, tiny_llama, tmp_path_factory) -> dict[tuple[int, bool], list[di
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("size", SIZES)
@@ -97,6 +98,7 @@ def test_runs_over_few_samples_end_and_train_on_each_once_an_epoch(small, num_ra
     assert [line["target_tokens"] for line in lines] == [line["target_tokens"] for line in wanted]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("size", [1, 3])
@@ -132,6 +134,7 @@ def rates(world: World, model: str, folder: str, passes: int) -> dict[str, list[
     return found
 
 
+@pytest.mark.slow
 def test_rates_depend_neither_on_ranks_nor_on_accumulation_and_are_those_by_hand(ranks, tiny_llama, tmp_path) -> None:
     model = str(tiny_llama("llama31", num_layers=1))
     columns = [

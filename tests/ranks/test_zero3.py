@@ -181,6 +181,7 @@ def test_any_number_of_ranks_trains_the_adapters_of_one_process(ranks, plain, si
     assert_same_run(ranks(size).run(run_train, wanted["folder"], settings, {}), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [{}, RECOMPUTED], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_in_bf16_as_in_fp32_any_number_of_ranks_trains_the_adapters_of_one_process(

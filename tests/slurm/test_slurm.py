@@ -113,7 +113,7 @@ def test_a_run_on_two_nodes_goes_to_its_end(straight: Jobs) -> None:
     assert straight.steps_done("straight") == NUM_STEPS
 
 
-@pytest.mark.turn(of=4)
+@pytest.mark.turn(of=5, among="clusters")
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_a_preempted_run_is_started_again_and_ends_as_if_nothing_had_been(
     slurm: Cluster, straight: Jobs, launcher: str
@@ -133,7 +133,7 @@ def test_a_preempted_run_is_started_again_and_ends_as_if_nothing_had_been(
     assert_like(straight, name)
 
 
-@pytest.mark.turn(of=3)
+@pytest.mark.turn(of=5, among="clusters")
 def test_a_run_out_of_time_is_started_again_with_a_new_limit(slurm: Cluster, straight: Jobs) -> None:
     printed = straight.script(
         straight.config("limited"), "--nodes", 2, "--time", "10", *faulty("slow_steps_until_slurm_starts_it_again")
@@ -150,7 +150,7 @@ def test_a_run_out_of_time_is_started_again_with_a_new_limit(slurm: Cluster, str
     assert_like(straight, "limited")
 
 
-@pytest.mark.turn(of=4)
+@pytest.mark.turn(of=5, among="clusters")
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_a_mistake_is_not_started_again(slurm: Cluster, jobs: Jobs, launcher: str) -> None:
     """Found once the run has its folder: torchrun's exit code is 1 then, and the mark says 2."""
@@ -172,7 +172,7 @@ def test_a_set_up_that_fails_ends_the_job_before_anything_is_started(slurm: Clus
     assert "error: --setup: exit code 127 from: module load cuda/0.1" in told and "start 0 of job" not in told
 
 
-@pytest.mark.turn(of=2)
+@pytest.mark.turn(of=5, among="clusters")
 def test_a_config_that_became_wrong_is_not_started_again(slurm: Cluster, jobs: Jobs) -> None:
     config = jobs.config("typo")
     printed = jobs.script(config, "--nodes", 2, "--time", "10")
@@ -185,7 +185,7 @@ def test_a_config_that_became_wrong_is_not_started_again(slurm: Cluster, jobs: J
     assert "optimm" in told and "wrote no status" in told
 
 
-@pytest.mark.turn(of=2)
+@pytest.mark.turn(of=5, among="clusters")
 def test_a_run_that_never_comes_on_is_given_up(slurm: Cluster, jobs: Jobs) -> None:
     """A rank is killed before the first save, each time."""
     printed = jobs.script(
@@ -198,7 +198,7 @@ def test_a_run_that_never_comes_on_is_given_up(slurm: Cluster, jobs: Jobs) -> No
     assert "not requeued: 2 starts in a row have saved no newer step" in told
 
 
-@pytest.mark.turn(of=4)
+@pytest.mark.turn(of=5, among="clusters")
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_a_lost_node_brings_the_job_back_by_itself(slurm: Cluster, straight: Jobs, launcher: str) -> None:
     """No process of it is left on the other node; with the node back the run ends as if nothing had been."""
@@ -221,7 +221,7 @@ def test_a_lost_node_brings_the_job_back_by_itself(slurm: Cluster, straight: Job
     assert_like(straight, name)
 
 
-@pytest.mark.turn(of=3)
+@pytest.mark.turn(of=5, among="clusters")
 def test_an_array_trains_a_config_in_each_task(slurm: Cluster, jobs: Jobs) -> None:
     """Each by itself: one is asked to stop and comes back, one is mistaken and doesn't."""
     configs = [jobs.config("array-a", train={"seed": 1}), jobs.config("array-b", data={"train": "none.jsonl"}),
@@ -237,7 +237,7 @@ def test_an_array_trains_a_config_in_each_task(slurm: Cluster, jobs: Jobs) -> No
     assert jobs.adapter("array-a") != jobs.adapter("array-c")
 
 
-@pytest.mark.turn(of=3)
+@pytest.mark.turn(of=5, among="clusters")
 def test_four_nodes_are_one_world(jobs: Jobs, straight: Jobs) -> None:
     with closing(Cluster(4)) as four:
         job = four.submit(jobs.script(jobs.config("four"), "--nodes", 4, "--time", "10"), jobs.folder)
@@ -249,7 +249,7 @@ def test_four_nodes_are_one_world(jobs: Jobs, straight: Jobs) -> None:
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.turn(of=2)
+@pytest.mark.turn(of=5, among="clusters")
 def test_a_cancelled_job_leaves_no_process_where_slurm_knows_only_groups(jobs: Jobs) -> None:
     """torchrun's workers have sessions of their own, which Slurm's tracking by process groups doesn't find."""
     with closing(Cluster(2, tracking="pgid")) as groups:

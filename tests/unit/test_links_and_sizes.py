@@ -250,6 +250,7 @@ CLAIMS: dict[str, tuple[Callable[[Path], None], str, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_no_memory_is_taken_for_what_a_file_only_claims(tmp_path: Path) -> None:
     arguments = []
     for number, (make, kind, _) in enumerate(CLAIMS.values()):

@@ -19,19 +19,21 @@ class Item:
 
     nodeid: str
     of: int | None = None
+    among: str | None = None
 
     def get_closest_marker(self, name: str) -> Any:
         """See pytest."""
-        return SimpleNamespace(kwargs={"of": self.of}) if self.of and name == "turn" else None
+        kwargs = {"of": self.of} | ({"among": self.among} if self.among else {})
+        return SimpleNamespace(kwargs=kwargs) if self.of and name == "turn" else None
 
 
 CASES = [Item(f"a.py::test_it[{i}]", of=4) for i in range(10)] + [Item(f"a.py::test_other[{i}]") for i in range(3)]
 
 
-def kept(monkeypatch: pytest.MonkeyPatch, turn: str) -> list[Item]:
+def kept(monkeypatch: pytest.MonkeyPatch, turn: str, cases: list[Item] = CASES) -> list[Item]:
     monkeypatch.setenv(turns.VARIABLE, turn)
-    left: list[Any] = turns.left_out(CASES)  # type: ignore[arg-type]
-    return [case for case in CASES if case not in left]
+    left: list[Any] = turns.left_out(cases)  # type: ignore[arg-type]
+    return [case for case in cases if case not in left]
 
 
 def test_a_turn_has_a_part_and_all_turns_have_all(monkeypatch) -> None:
@@ -42,6 +44,15 @@ def test_a_turn_has_a_part_and_all_turns_have_all(monkeypatch) -> None:
     assert all(case in cases for cases in found.values() for case in CASES if not case.of)
     assert kept(monkeypatch, "7") == found["7"]
     assert kept(monkeypatch, turns.ALL) == CASES
+
+
+def test_tests_among_a_group_are_dealt_out_together(monkeypatch) -> None:
+    cases = [Item(f"{name}.py::test_{name}", of=3, among="clusters") for name in "abcdef"]
+    cases += [Item(f"{name}.py::test_{name}", of=3, among="others") for name in "ghi"]
+    parts = {tuple(case.nodeid for case in kept(monkeypatch, str(turn), cases)) for turn in range(60)}
+    assert {tuple(name[-1] for name in part) for part in parts} == {
+        (*pair, single) for pair in ("ad", "be", "cf") for single in "ghi"
+    }
 
 
 def test_seeds_and_parts_are_the_trees_and_not_those_of_this_process(monkeypatch) -> None:

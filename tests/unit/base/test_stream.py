@@ -221,6 +221,7 @@ print(json.dumps({"growth": peak() - before, "shard": shard, "read": report.byte
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_the_shard_and_one_slice(tmp_path):
     entries, offset = {}, 0
     for number in range(6):  # 600 MB by name, in one file; read as zeros

@@ -181,6 +181,7 @@ assert not [name for name in set(sys.modules) - loaded if name.startswith("torch
 """
 
 
+@pytest.mark.slow
 def test_gathering_needs_neither_torch_distributed_nor_deepspeed(tmp_path: Path) -> None:
     saved(tmp_path / "run" / "checkpoints", step=10)
     environment = {

@@ -243,6 +243,7 @@ here.prepare({name!r}, here.Path({cache!r}))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_job_leaves_a_cache_that_the_next_one_uses(tmp_path, encoded_samples):
     name = write(tmp_path / "d.jsonl", [conversation(str(i), "x") for i in range(10)])
     code = KILLED.format(name=name, cache=str(tmp_path / "cache"))

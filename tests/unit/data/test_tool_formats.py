@@ -167,6 +167,7 @@ def _encoded(
     return ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["llama3.1", "llama3.2"])
 def test_ids_and_targets_of_200_chats_with_tools_are_those_of_metas_chat_format(template, tokenizer_of, meta) -> None:
     tokenizer = tokenizer_of(template)

@@ -335,6 +335,7 @@ merge_adapter(adapter, base=base, out=out, on_progress=lambda done, total: done 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [0.3, 1.0])
 def test_a_killed_merge_leaves_nothing_that_loads_and_the_next_one_finishes(tmp_path, stop_at):
     base = make_base(tmp_path / "base", num_shards=4)
@@ -371,6 +372,7 @@ print(json.dumps({"growth": peak() - before, "written": report.bytes_written}))
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_a_few_slices_whatever_the_models_size(tmp_path):
     settings = LlamaConfig(
         hidden_size=2048, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=4,

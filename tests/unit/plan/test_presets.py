@@ -101,6 +101,7 @@ def test_every_member_has_a_config_of_each_method() -> None:
     assert made == {(name, method) for name in MEMBERS for method in ("lora", "qlora")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SENSIBLE)
 def test_where_a_machine_is_left_out_the_base_in_bf16_does_not_fit(size: str) -> None:
     for machine in ("1x24gb", "2x24gb", "8x80gb", "4x8x80gb"):

@@ -34,6 +34,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_a_signal_while_an_error_is_reported_ends_as_a_stop_with_its_status(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("run: it\nmodel: {name: 3.2-1b}\ndata: {train: x.jsonl}\ntrain: {steps: 1}\n")

@@ -17,6 +17,7 @@ from dist_lora.train.meter import peak_bytes
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="Linux hands the peak down, and counts it otherwise too"
 )

@@ -186,6 +186,7 @@ print(json.dumps([quantized - before, peak() - quantized, "bitsandbytes" in sys.
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [Nf4(), Int8()], ids=str)
 def test_peak_memory_is_the_result_and_little_more_and_a_cpu_needs_no_library(form: Format) -> None:
     done = subprocess.run(
