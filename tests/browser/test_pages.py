@@ -22,7 +22,7 @@ from dist_lora.run_folder.report import write_report
 from dist_lora.run_folder.samples import write_samples
 from dist_lora.train.meter import Meter
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 WIDTHS = (390, 1280)  # pixels
 IS_REQUIRED = "TESTS_REQUIRE_BROWSER"  # set by .ci/run, which installs one

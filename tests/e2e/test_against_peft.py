@@ -178,9 +178,10 @@ def train_with_peft(trial: Trial) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(
-    "name", [n if n != "smollm2" else pytest.param(n, marks=pytest.mark.turn(of=4)) for n in TRIALS]
-)
+MARKS = {"smollm2": pytest.mark.turn(of=4), "llama3": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in TRIALS])
 def test_losses_norms_and_the_adapter_of_ten_steps_are_those_of_peft(trial, name) -> None:
     from safetensors.torch import load_file
 

@@ -171,6 +171,7 @@ def test_a_rank_killed_while_the_other_waits_for_what_it_writes_ends_both(config
 # Requests to stop
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_to_stop_twice_is_the_run_that_nothing_interrupted(config, whole) -> None:
     folder = folder_of(config, "asked")
     fault = "request_to_rank_1_in_step_3_and_to_the_launcher_in_step_6"

@@ -54,10 +54,12 @@ def test_a_run_on_two_ranks_has_the_losses_and_the_adapter_of_one_process(sharde
     assert [summary["frozen"] for summary in summaries] == [summaries[1]["frozen"]] * 2 and summaries[1]["frozen"] > 0
 
 
+@pytest.mark.slow
 def test_weights_sharded_by_elements_have_the_norms_of_the_whole(sharded) -> None:
     check_learned(sharded[0])
 
 
+@pytest.mark.slow
 def test_deepspeed_says_nothing_and_compiles_nothing(sharded) -> None:
     _, done, compiled = sharded
     assert done.stdout == ""

@@ -27,6 +27,7 @@ def share(folder: Path, *arguments: object) -> dict[str, int]:
     return measured
 
 
+@pytest.mark.turn(of=3)
 @pytest.mark.parametrize("quant", ["nf4", "none", "int8"])
 def test_a_rank_of_128_keeps_its_part_of_8b_and_hardly_more_while_it_loads(tmp_path, quant) -> None:
     shape = MEMBERS["3.1-8b"].shape

@@ -224,6 +224,7 @@ def test_shorter_documents_and_dropout_are_simulated(tiny_llama) -> None:
     assert peaks[0.0, 64] <= peaks[0.0, 256]
 
 
+@pytest.mark.slow
 def test_what_is_offloaded_lies_in_host_memory_and_not_on_the_device(tiny_llama) -> None:
     folder = tiny_llama("llama31")
     shape = read_shape(folder)

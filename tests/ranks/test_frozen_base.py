@@ -341,6 +341,7 @@ def kept_between_micro_batches(world: World, folder: str, adapters: str, micro_b
     return most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters", ["replicate", "shard"])
 def test_accumulating_eight_times_keeps_no_more_than_once(ranks, tiny_llama, adapters) -> None:
     folder = str(tiny_llama("llama31"))

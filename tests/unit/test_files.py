@@ -52,6 +52,7 @@ def test_a_file_that_another_process_writes_is_left_to_it(tmp_path: Path) -> Non
     assert not temporary.exists()
 
 
+@pytest.mark.slow
 def test_processes_that_write_one_file_each_write_it_completely(tmp_path: Path) -> None:
     path = tmp_path / "status"
     write_whole(path, "0" * 5000)

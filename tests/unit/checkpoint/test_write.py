@@ -424,6 +424,7 @@ for kill_at in range(1, 100):
 """
 
 
+@pytest.mark.slow
 def test_a_save_killed_before_any_of_its_system_calls_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     script = KILLED_BY_THE_SYSTEM.format(root=str(tmp_path))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -44,6 +44,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 by_name = {"ids": lambda case: case.name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, **by_name)
 def test_a_kernel_is_as_near_to_float64_as_its_plain_twin(case: Case, interpreted: dict[str, Any]) -> None:
     found = interpreted[case.name]
@@ -55,10 +56,12 @@ def test_a_kernel_is_as_near_to_float64_as_its_plain_twin(case: Case, interprete
             assert of_kernel < 1.25 * of_twin
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_never_hidden(interpreted: dict[str, Any]) -> None:
     assert interpreted["not finite"] == [[True, False]] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_layer_computed_by_the_kernels_has_the_numbers_of_the_plain_one(
     recompute: bool, interpreted: dict[str, Any]
@@ -96,6 +99,7 @@ def call(case: Case) -> None:
         operators.cross_entropy_(x, empty(rows, 1, dtype=torch.int64), case.flag)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, **by_name)
 def test_an_operator_is_counted_as_one_kernel_with_what_it_loads_and_stores(
     case: Case, interpreted: dict[str, Any]
