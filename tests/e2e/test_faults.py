@@ -383,6 +383,7 @@ def without_a_moment(folder: Path) -> str:
     return key
 
 
+@pytest.mark.slow
 def test_resuming_a_damaged_checkpoint_by_name_is_refused(config, damaged, here) -> None:
     path = damaged / "rank-00000-of-00002.safetensors"
     content = bytearray(path.read_bytes())
@@ -393,6 +394,7 @@ def test_resuming_a_damaged_checkpoint_by_name_is_refused(config, damaged, here)
     assert "loaded base" not in done.stderr
 
 
+@pytest.mark.slow
 def test_resuming_a_checkpoint_that_lacks_a_moment_names_it(config, damaged, here) -> None:
     key = without_a_moment(damaged)
     _, tensor, part = key.split("/")
@@ -405,6 +407,7 @@ def test_resuming_a_checkpoint_that_lacks_a_moment_names_it(config, damaged, her
     )
 
 
+@pytest.mark.slow
 def test_a_run_whose_only_checkpoint_lacks_a_moment_names_it_on_two_ranks_once(config, damaged) -> None:
     folder = folder_of(config, "only")
     (folder / "checkpoints").mkdir(parents=True)

@@ -149,6 +149,7 @@ def test_a_rank_that_hangs_in_a_save_is_named_and_ends_all(name, ended) -> None:
     verify(found.folder / "checkpoints" / "step-00000002")
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_a_rank_whose_threads_are_all_kept_from_running_is_named_by_the_other_and_leaves_its_stack(ended) -> None:
     found = ended("locked")
     found.assert_told_once(
@@ -200,6 +201,7 @@ def test_a_rank_that_is_refused_memory_tells_what_it_asked_for_what_it_held_and_
     found.assert_in_time(30)
 
 
+@pytest.mark.turn(of=2, among="whole runs")
 def test_a_rank_that_is_refused_memory_while_loading_names_what_helps_there(ended) -> None:
     found = ended("refused while loading")
     found.assert_told_once(

@@ -161,9 +161,9 @@ def test_what_stays_from_step_to_step_is_the_arithmetic_to_the_byte(ranks, tiny_
 ZERO3 = {"engine": "zero3", "base_shard": "world", "adapters": "shard"}
 CASES = [
     ("none", "2", {}, False),
-    ("nf4", "2 x 2", {"adapters": "shard"}, True),
 ]
 MORE_CASES = [
+    ("nf4", "2 x 2", {"adapters": "shard"}, True),
     ("int8", "2 x 2", {"base_shard": "world"}, True),
     ("nf4", "2", {"offload": "all"}, False),
     ("nf4", "1", {"offload": "all"}, True),
