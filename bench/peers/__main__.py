@@ -1,8 +1,10 @@
 """dist_lora beside PEFT, torchtune and TRL on this machine's CPU, in turn, on the same tokens, with their losses compared.
 
     bash launch/quickstart.sh                              # once: SmolLM2-135M
-    python -m bench.peers --gsm8k FOLDER [ROW ...]         # all rows, or some: see --help
+    python -m bench.peers --gsm8k FOLDER [ROW ...]         # all rows that aren't measured yet, or some: see --help
+    python -m bench.peers                                  # the table of what is measured
 
+It may be interrupted: a row that is done stays so, in .cache/peers-rows.json; --again measures it anew.
 Peers run in .cache/peers, which the first run makes (``pip``, by constraints.txt). Each contestant is a process (or one per rank)
 that waits until it is asked for a step, so that the steps of a row alternate: A B C A B C ... Medians are of ``--turns`` such
 rounds, after one that isn't counted; ratios are medians over the rounds. Beside wall time stands processor time (of all ranks, user
@@ -14,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +28,9 @@ from bench.peers.environment import ROOT
 from bench.peers.scaling import scaling
 from bench.peers.start import start
 from bench.peers.work import Work
+from dist_lora.files import write_whole
 
+MEASURED = ROOT / ".cache" / "peers-rows.json"
 LOSSES_DIFFER = 1e-3  # relative, over the steps of a row: more is other work
 
 
@@ -143,12 +149,18 @@ HEAD = """| work | peer | processor seconds per step, ours and the peer's | ours
 |---|---|---|---|---|---|---|---|"""
 
 
+def read_rows() -> dict[str, list[str]]:
+    """The lines of the rows that are measured, by their names."""
+    return json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
+
+
 def main() -> None:
     """The command: see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     apart: dict[str, Callable[[Settings], list[str]]] = {"short": short_documents, "start": start, "scaling": scaling}
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"some of: {' '.join((*ROWS, *apart))}")
-    parser.add_argument("--gsm8k", type=Path, required=True, help="the folder of its train.jsonl")
+    parser.add_argument("--gsm8k", type=Path, help="the folder of its train.jsonl; without it nothing is measured")
+    parser.add_argument("--again", action="store_true", help="also rows that are measured already")
     parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "smollm2-135m-instruct")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
@@ -157,13 +169,20 @@ def main() -> None:
     unknown = set(given.rows) - {*ROWS, *apart}
     if unknown:
         parser.error(f"no such row: {' '.join(sorted(unknown))}")
-    settings = Settings(given.gsm8k, given.model.resolve(), given.turns, given.threads, 60 * given.minutes)
-    wanted = [name for name in (*ROWS, *apart) if not given.rows or name in given.rows]
-    if set(wanted) != {"scaling"}:
-        print(HEAD, flush=True)
-    for name in wanted:
-        lines = apart[name](settings) if name in apart else duel(ROWS[name], settings)
-        print("\n".join(lines), flush=True)
+    every = (*ROWS, *apart)
+    wanted = [name for name in every if not given.rows or name in given.rows]
+    for name in wanted if given.gsm8k is not None else ():
+        settings = Settings(given.gsm8k, given.model.resolve(), given.turns, given.threads, 60 * given.minutes)
+        measured = read_rows()
+        if name not in measured or given.again:
+            print(f"peers: {name} ...", file=sys.stderr, flush=True)
+            measured[name] = apart[name](settings) if name in apart else duel(ROWS[name], settings)
+            write_whole(MEASURED, json.dumps(measured, indent=1) + "\n")
+    lines = {name: of_row for name, of_row in read_rows().items() if name in wanted}
+    if set(lines) != {"scaling"}:
+        print(HEAD)
+    for name in every:
+        print("\n".join(lines.get(name, ())), end="\n" if name in lines else "")
 
 
 if __name__ == "__main__":

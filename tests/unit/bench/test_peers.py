@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
+from bench.peers import __main__ as bench
 from bench.peers.contestant import Contestant, Turn, largest_difference, median, ratio
 from bench.peers.padding import padded
 from bench.peers.turns import Job
@@ -27,3 +31,21 @@ def test_documents_are_padded_to_the_longest_and_padding_is_masked_and_no_target
     assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert "attention_mask" not in padded([([5, 6], [5, 6]), ([7, 8], [7, 8])])
+
+
+def test_rows_that_are_measured_stay_so_and_are_printed_without_measuring(monkeypatch, tmp_path, capsys) -> None:
+    measured = {"gpu": ["| 2 ranks | ddp |"], "peft": ["| 1 process | peft |"]}
+    monkeypatch.setattr(bench, "MEASURED", tmp_path / "rows.json")
+    monkeypatch.setattr(bench, "duel", lambda row, settings: [f"| {row.title} | anew |"])
+    (tmp_path / "rows.json").write_text(json.dumps(measured))
+    monkeypatch.setattr(sys, "argv", ["bench.peers"])
+    bench.main()
+    assert capsys.readouterr().out == f"{bench.HEAD}\n| 1 process | peft |\n| 2 ranks | ddp |\n"
+    monkeypatch.setattr(sys, "argv", ["bench.peers", "--gsm8k", str(tmp_path), "nf4", "gpu"])
+    bench.main()
+    nf4 = "| 2 ranks, base_shard=node, NF4 | anew |"
+    assert capsys.readouterr().out == f"{bench.HEAD}\n{nf4}\n| 2 ranks | ddp |\n"
+    assert json.loads((tmp_path / "rows.json").read_text()) == measured | {"nf4": [nf4]}
+    monkeypatch.setattr(sys, "argv", ["bench.peers", "--gsm8k", str(tmp_path), "--again", "gpu"])
+    bench.main()
+    assert json.loads((tmp_path / "rows.json").read_text())["gpu"] == ["| 2 ranks, base_shard=gpu | anew |"]
