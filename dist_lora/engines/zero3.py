@@ -26,6 +26,7 @@ from dist_lora.engines.adapters import Adapters, FlatAdapters, Part
 from dist_lora.engines.engine import Engine, Forward
 from dist_lora.errors import ConfigError
 from dist_lora.layout.choices import Layout
+from dist_lora.layout.zero3 import max_live_elements, reduced_elements
 from dist_lora.lora.attach import TrainedTensor
 from dist_lora.lora.state import Kind, Piece
 from dist_lora.text import count
@@ -34,7 +35,6 @@ from dist_lora.world.world import World
 # N elements of a parameter
 
 NEEDED = "0.19.8"
-MIN_REDUCED = 2**22  # weights: 16 MiB of gradients per reduction at least
 KEPT = -1  # no module's id: while it is among a parameter's users, DeepSpeed keeps the parameter gathered
 
 
@@ -161,16 +161,15 @@ class Zero3(Engine):
         blocks = model.blocks()
         block = max(sum(p.numel() for p in b.parameters()) for b in blocks)
         in_blocks = [sum(p.numel() for p in b.parameters() if p.requires_grad) for b in blocks]
-        trained = max(*in_blocks, sum(p.numel() for p in model.parameters() if p.requires_grad) - sum(in_blocks))
+        outside = sum(p.numel() for p in model.parameters() if p.requires_grad) - sum(in_blocks)
         head = model.shape.vocab * model.shape.hidden
         zero: dict[str, Any] = {
             "stage": 3,
             "stage3_param_persistence_threshold": 0,  # norms are sharded too, not replicated
             "stage3_prefetch_bucket_size": block,  # the next block is gathered while this one computes
-            # The head with a block, or three blocks. In the backward DeepSpeed prefetches up to this many.
-            "stage3_max_live_parameters": max(head + block, 3 * block),
+            "stage3_max_live_parameters": max_live_elements(head=head, layer=block),
             "stage3_max_reuse_distance": 1,  # only the head is kept from its forward to its backward, which follows
-            "reduce_bucket_size": max(trained, MIN_REDUCED),
+            "reduce_bucket_size": reduced_elements([*in_blocks, outside]),
             "contiguous_gradients": False,  # they are copied once more for the reduction anyway
             "overlap_comm": True,
         }

@@ -8,13 +8,15 @@ L layers; c bytes per number in the compute dtype.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from dist_lora.config.schema import Config, ParallelSection, Quant
-from dist_lora.herd.shape import Shape
+from dist_lora.config.schema import Config, LoraSection, ParallelSection, Quant
+from dist_lora.herd.shape import Shape, module_path
 from dist_lora.herd.unfrozen import layer_of, trained_weights, unfrozen_weights
 from dist_lora.layout.choices import (
     ITEM_BYTES,
@@ -28,6 +30,7 @@ from dist_lora.layout.choices import (
     describe_recomputed,
 )
 from dist_lora.layout.storage import FP32, BasePart, base_parts, quantized_linears
+from dist_lora.layout.zero3 import Gradients, Module, Pass, step_of
 from dist_lora.text import GIB, size
 
 # Only visible on a machine with such a GPU: CUDA's context and the libraries' kernels, NCCL's buffers, and fragmentation of
@@ -49,6 +52,7 @@ class Setup:
         choices: every ``auto`` of the config, resolved.
         accumulation_steps: micro-batches per rank in one step.
         lora_rank: of the adapters, the largest where they differ: what depends on each layer's adapters is an upper bound then.
+        lora_ranks: of each adapted linear, by its full name.
         trained_weights: all A and B, the rows of tokens, and unfrozen weights.
         trained_rows: of embedding and head, whose gradient goes through every layer; 0 where none is trained.
         unfrozen: names of the linears and norms whose weights are trained.
@@ -60,6 +64,7 @@ class Setup:
     quant: Quant
     choices: Choices
     lora_rank: int
+    lora_ranks: tuple[tuple[str, int], ...]
     trained_weights: int
     targets: tuple[str, ...]
     layers: tuple[int, ...]
@@ -167,6 +172,7 @@ def _setup(config: Config, shape: Shape, choices: Choices, *, num_ranks: int, lo
         quant=config.model.quant,
         choices=choices,
         lora_rank=max(config.lora.all_ranks(), default=0),
+        lora_ranks=_lora_ranks(config.lora, num_layers=shape.num_layers),
         trained_weights=trained_weights(config, shape),
         targets=config.lora.target_names(),
         layers=config.lora.layer_indices(shape.num_layers),
@@ -179,6 +185,13 @@ def _setup(config: Config, shape: Shape, choices: Choices, *, num_ranks: int, lo
         num_ranks=num_ranks,
         local_size=local_size,
     )
+
+
+def _lora_ranks(section: LoraSection, *, num_layers: int) -> tuple[tuple[str, int], ...]:
+    if section.modules is not None:
+        return tuple((module.name, module.rank) for module in section.modules)
+    layers, targets = section.layer_indices(num_layers), section.target_names()
+    return tuple((module_path(target, layer=layer), section.rank) for layer in layers for target in targets)
 
 
 def _whole_base(setup: Setup, section: ParallelSection, *, gpu_bytes: int | None) -> WholeBase | None:
@@ -311,18 +324,12 @@ def saved_bytes_of_layer(setup: Setup, layer: int) -> int:
     dropout each adapter has a mask of its input, of a byte per number. Before the first adapter there is no graph, and
     nothing is saved; the input of the first adapters is saved itself.
     """
-    first = setup.first_trained
-    if layer < first:
+    if layer < setup.first_trained:
         return 0
     shape, c = setup.shape, setup.item_bytes
     targets = set(setup.targets) if layer in setup.layers else set()
     whole = set(unfrozen_in(setup, layer))
-    groups = [set(group) for group in _GROUPS]
-    # The group where the graph begins; -1 if the layer's input has a gradient.
-    has_input = layer > first or setup.trained_rows
-    norms = ("input_layernorm", "", "post_attention_layernorm", "")
-    begins = (i for i, group in enumerate(groups) if group & (targets | whole) or norms[i] in whole)
-    begin = -1 if has_input else next(begins)
+    begin = _begin_of_graph(setup, layer)
     # A norm that is trained keeps what its own gradient needs, as where its input has one.
     has_first, has_second = begin < 0 or "input_layernorm" in whole, begin < 2 or "post_attention_layernorm" in whole
     heads = shape.num_heads * shape.head_dim
@@ -348,6 +355,16 @@ def saved_bytes_of_layer(setup: Setup, layer: int) -> int:
     masks = sum(width for _, width in sizes) if setup.has_dropout else 0
     casts = 0 if c == FP32 else c * setup.lora_rank * sum(out + width for out, width in sizes)
     return setup.micro_tokens * (c * numbers + FP32 * fp32_numbers + masks) + casts
+
+
+def _begin_of_graph(setup: Setup, layer: int) -> int:
+    """The group of linears where a layer's graph begins; -1 if its input has a gradient. Not for those before the first trained."""
+    if layer > setup.first_trained or setup.trained_rows:
+        return -1
+    whole = set(unfrozen_in(setup, layer))
+    trained = whole | (set(setup.targets) if layer in setup.layers else set())
+    norms = ("input_layernorm", "", "post_attention_layernorm", "")
+    return next(i for i, group in enumerate(_GROUPS) if trained.intersection(group) or norms[i] in whole)
 
 
 def rows_of_slice(vocab: int, *, item_bytes: int) -> int:
@@ -379,6 +396,19 @@ def _unfrozen_by_layer(names: tuple[str, ...]) -> dict[int | None, tuple[str, ..
     return kinds
 
 
+def ranks_in(setup: Setup, layer: int) -> Mapping[str, int]:
+    """The ranks of a layer's adapters, by the kind of linear, as ``q_proj``."""
+    return _ranks_by_layer(setup.lora_ranks).get(layer, {})
+
+
+@functools.lru_cache(maxsize=16)
+def _ranks_by_layer(lora_ranks: tuple[tuple[str, int], ...]) -> dict[int | None, dict[str, int]]:
+    ranks: dict[int | None, dict[str, int]] = {}
+    for name, rank in lora_ranks:
+        ranks.setdefault(layer_of(name), {})[name.rpartition(".")[2]] = rank
+    return ranks
+
+
 def unfrozen_groups(setup: Setup) -> list[tuple[str, ...]]:
     """The kinds of unfrozen linears and norms that are sharded together: of each layer, and the last norm."""
     return list(_unfrozen_by_layer(setup.unfrozen).values())
@@ -390,23 +420,12 @@ def unfrozen_weights_in(setup: Setup, layer: int) -> int:
     return sum(math.prod(shapes.get(kind, (setup.shape.hidden,))) for kind in unfrozen_in(setup, layer))
 
 
-def _weight_gradients(setup: Setup, layer: int) -> int:
-    """Whole gradients of a layer's unfrozen weights, and what their reduction holds, in the layer's backward.
+def _replicated_gradients(setup: Setup, layer: int) -> int:
+    """Whole gradients of a layer's unfrozen weights at once, in its backward, before they are added to those of the step.
 
-    Where they are replicated, those of the linears of one input, in fp32, and one in the compute dtype before it is cast.
-    Sharded by FSDP2 all of the layer, in the compute dtype, and the fp32 copies of the layer above that are on their way, which
-    the reduction of adapters ends. By ZeRO-3 all of the layer in fp32, and a bucket of as many.
+    Those of the linears of one input, in fp32, and one in the compute dtype before it is cast.
     """
-    if not unfrozen_in(setup, layer):
-        return 0
-    c, whole = setup.item_bytes, unfrozen_weights_in(setup, layer)
-    if setup.layout.engine == "zero3":
-        return 2 * FP32 * whole
-    if setup.adapter_ranks > 1:
-        if layer in setup.layers:
-            return FP32 * whole
-        return c * whole + FP32 * unfrozen_weights_in(setup, layer + 1)
-    shapes, kinds = setup.shape.linear_shapes(), unfrozen_in(setup, layer)
+    c, shapes, kinds = setup.item_bytes, setup.shape.linear_shapes(), unfrozen_in(setup, layer)
     groups = [[math.prod(shapes[kind]) for kind in group if kind in kinds] for group in _GROUPS]
     return max(FP32 * sum(sizes) + (c if c != FP32 else 0) * max(sizes, default=0) for sizes in groups)
 
@@ -439,6 +458,13 @@ def dequantized_bytes(setup: Setup) -> int:
     if setup.quant == "none":
         return 0
     return setup.item_bytes * max((out * width for out, width in quantized_linears(setup.shape).values()), default=0)
+
+
+def _largest_cast(setup: Setup, layer: int) -> int:
+    """The largest linear of a layer that is trained itself, in the compute dtype, in which its products are computed."""
+    shapes, c = setup.shape.linear_shapes(), setup.item_bytes
+    sizes = (math.prod(shapes[kind]) for kind in unfrozen_in(setup, layer) if kind in shapes)
+    return 0 if c == FP32 else c * max(sizes, default=0)
 
 
 @dataclass(frozen=True)
@@ -501,7 +527,7 @@ def _gathered(setup: Setup) -> _Gathered:
         # Two buffers of a layer's size, for the whole run, if its layers are in host memory.
         buffers = 2 * block_bytes(setup) if setup.layout.base_on_host else 0
         return _Gathered(*(buffers,) * len(fields(_Gathered)))
-    of_base = _gathered_by_zero3(setup) if setup.layout.engine == "zero3" else _gathered_by_fsdp2(setup)
+    of_base = _gathered_by_fsdp2(setup)
     # Sharded rows are gathered from the embedding to the head: an upper bound for the rest of the step.
     rows = FP32 * setup.trained_rows * setup.shape.hidden if setup.adapter_ranks > 1 else 0
     return _Gathered(*(getattr(of_base, moment.name) + rows for moment in fields(_Gathered)))
@@ -518,8 +544,10 @@ def _gathered_by_fsdp2(setup: Setup) -> _Gathered:
     twice, root = 1 + buffers, end if setup.shape.tied else 0
     last = num_layers - 1
     of_last = 0 if setup.frees_buffer(last) else buffers * block
-    if setup.frees_buffer(last) and last not in setup.layers:
+    if setup.frees_buffer(last) and _ends_with_unfrozen(setup, last):
         of_last = buffers * setup.item_bytes * unfrozen_weights_in(setup, last)
+    if setup.adapter_ranks > 1 and "model.norm" in setup.unfrozen:
+        of_last = 0  # all-gathering the last norm's own group frees it
     # A layer's own group of unfrozen weights is gathered after its frozen ones, as these are.
     thrice = (1 + 2 * buffers) * setup.item_bytes
     unfrozen = max(
@@ -542,18 +570,22 @@ def _gathered_by_fsdp2(setup: Setup) -> _Gathered:
     )
 
 
+def _ends_with_unfrozen(setup: Setup, layer: int) -> bool:
+    """Whether a layer's sharded unfrozen weights are all-gathered after its adapters: a group is when its first module computes."""
+    order = ["input_layernorm", *_GROUPS[0], *_GROUPS[1], "post_attention_layernorm", *_GROUPS[2], *_GROUPS[3]]
+    first_of = [
+        min(map(order.index, kinds), default=-1) for kinds in (unfrozen_in(setup, layer), ranks_in(setup, layer))
+    ]
+    return first_of[0] > first_of[1]
+
+
 def _gathered_in_backward(setup: Setup, layer: int) -> int:
     """All-gathered bytes of the base, of sharded adapters and of unfrozen weights in the backward of a layer.
 
-    By FSDP2 a layer, and the buffer of the next one; and its adapters, or its unfrozen weights where it has no adapters. By
-    DeepSpeed 0.19, as seen in simulated steps, that layer and three more.
+    By FSDP2 a layer, and the buffer of the next one; and its adapters and its unfrozen weights.
     """
     if setup.layout.has_whole_base:
         return 2 * block_bytes(setup) if setup.layout.base_on_host else 0
-    if setup.layout.engine == "zero3":
-        if not setup.unfrozen:
-            return min(4, setup.shape.num_layers) * _layer_by_zero3(setup, layer)
-        return sum(_layer_by_zero3(setup, i) for i in range(max(layer - 3, min(setup.first_trained, layer)), layer + 1))
     buffers, root = int(setup.base_ranks > 1), embedding_bytes(setup) if setup.shape.tied else 0
     block, c = block_bytes_of(setup, layer), setup.item_bytes
     is_sharded = setup.adapter_ranks > 1
@@ -562,94 +594,217 @@ def _gathered_in_backward(setup: Setup, layer: int) -> int:
         following = block_bytes_of(setup, below) or c * unfrozen_weights_in(setup, below)
         return root + block + c * unfrozen_weights_in(setup, layer) + buffers * following
     adapters = 2 * FP32 * setup.shape.adapter_parameters(setup.targets, (0,), setup.lora_rank) if is_sharded else 0
-    return root + block + buffers * block_bytes(setup) + adapters
+    unfrozen = c * unfrozen_weights_in(setup, layer) if is_sharded else 0
+    return root + block + buffers * block_bytes(setup) + adapters + unfrozen
 
 
-def _layer_by_zero3(setup: Setup, layer: int) -> int:
-    """What is gathered of a layer, all of it in the dtype it is stored in."""
-    adapters = FP32 * setup.shape.adapter_parameters(setup.targets, (0,), setup.lora_rank)
-    return block_bytes_of(setup, layer) + adapters + FP32 * unfrozen_weights_in(setup, layer)
+class _Activations:
+    """Bytes that a step's activations take.
 
-
-def _gathered_by_zero3(setup: Setup) -> _Gathered:
-    """What DeepSpeed 0.19 holds with our settings, as seen in simulated steps; adapters are gathered with their layer.
-
-    The head is copied out of its buffer while a layer is still gathered.
+    ``stream`` is a layer's output, ``wide`` a gate or the input of down_proj, ``in_fp32`` a layer's output in fp32.
     """
-    end = embedding_bytes(setup)
-    layers = [_layer_by_zero3(setup, i) for i in range(setup.shape.num_layers)]
-    return _Gathered(
-        at_embedding=2 * end,
-        in_first_layer=end + 2 * layers[0],
-        in_later_layer=2 * max(layers),
-        at_end_of_forward=2 * end + layers[-1],
-        at_loss=end + layers[-1],
-        in_backward_of_norm=end + layers[-1],
-    )
+
+    def __init__(self, setup: Setup) -> None:
+        shape, c = setup.shape, setup.item_bytes
+        self._setup = setup
+        self.stream, self.wide = setup.micro_tokens * shape.hidden * c, setup.micro_tokens * shape.ffn * c
+        self.in_fp32 = setup.micro_tokens * shape.hidden * FP32
+        self._of_layers = _saved_by_layer(setup)
+        rotary = setup.micro_tokens * shape.head_dim * c  # cosines and sines, shared by all layers
+        kept = (self.stream if i in setup.recomputed else saved for i, saved in enumerate(self._of_layers))
+        self._kept = list(itertools.accumulate(kept, initial=rotary))
+        has_dropout = setup.has_dropout and "down_proj" in setup.targets
+        self._dropped, self._dequantized = self.wide if has_dropout else 0, dequantized_bytes(setup)
+        self.of_last_norm = self.stream + setup.micro_tokens * FP32
+
+    def kept_before(self, layer: int) -> int:
+        """What the layers before ``layer`` save for the backward: everything, or only their inputs."""
+        return self._kept[layer]
+
+    @property
+    def kept(self) -> int:
+        """What all layers save for the backward."""
+        return self._kept[-1]
+
+    def at_backward_of(self, layer: int) -> int:
+        """What layers have saved at the backward of ``layer``, which makes its own again if it recomputes; its input is kept."""
+        if layer not in self._setup.recomputed:
+            return self._kept[layer + 1]
+        is_kept = layer > self._setup.first_trained or self._setup.trained_rows
+        return self._kept[layer + 1] + self._of_layers[layer] - (self.stream if is_kept else 0)
+
+    def in_forward_of(self, layer: int) -> int:
+        """What a layer holds at its down_proj: its input, the sum that the second norm takes, gate, up, down's input and output.
+
+        A layer that doesn't recompute saves more; of those it saves gate and up, or down's input, and what its norms take.
+        """
+        setup, dense = self._setup, max(self._dequantized, _largest_cast(self._setup, layer))
+        held = 3 * self.stream + 3 * self.wide + max(self._dropped, dense)
+        if not setup.choices.fused_kernels:  # SiLU of the gate before it is multiplied; down's output isn't there yet
+            held = max(held, 2 * self.stream + 4 * self.wide)
+        if layer < setup.first_trained or layer in setup.recomputed:
+            return held
+        begin = _begin_of_graph(setup, layer)
+        of_norms = 2 if begin < 0 else int(begin < 2)
+        saved = self.wide if begin == 3 else 2 * self.wide + of_norms * self.stream
+        return held + self._of_layers[layer] - saved
+
+    @property
+    def in_backward_of_down(self) -> int:
+        """The gradient of a layer's output, and of down's input beside its weight or its dropped copy, or of gate and up.
+
+        With fused kernels these lie where gate and up were.
+        """
+        dropped = self._dropped if self._setup.choices.fused_kernels else self.wide + self._dropped
+        return self.stream + self.wide + max(dropped, self._dequantized)
+
+    @property
+    def at_embedding(self) -> int:
+        """The embedding's output; with trained rows the frozen rows, the trained ones and what is chosen of both."""
+        return 3 * self.stream if self._setup.trained_rows else self.stream
+
+    @property
+    def at_loss(self) -> int:
+        """Beside the logits the gradient of what the head takes; with trained rows also that through these."""
+        setup = self._setup
+        of_rows = logit_rows(setup) * setup.shape.hidden * setup.item_bytes if setup.trained_rows else 0
+        return 2 * self.stream + of_rows
+
+    @property
+    def in_backward_of_norm(self) -> int:
+        """The gradients of what the last norm gives, of what it takes, and of all rows."""
+        return 3 * (self.stream if self._setup.choices.fused_kernels else self.in_fp32) + self.stream
 
 
 def moments_of(setup: Setup) -> list[_Moment]:
     """The moments of a step at which memory can peak."""
-    shape, c, first, gathered = setup.shape, setup.item_bytes, setup.first_trained, _gathered(setup)
-    stream = setup.micro_tokens * shape.hidden * c  # a layer's output
-    wide = setup.micro_tokens * shape.ffn * c
-    last = shape.num_layers - 1
-    of_layers = _saved_by_layer(setup)
-    rotary = setup.micro_tokens * shape.head_dim * c  # cosines and sines, shared by all layers
+    of = _Activations(setup)
+    return _moments_by_zero3(setup, of) if setup.layout.engine == "zero3" else _moments(setup, of)
 
-    def kept_before(layer: int) -> int:
-        """What the layers before ``layer`` save for the backward: everything, or only their inputs."""
-        return rotary + sum(stream if i in setup.recomputed else of_layers[i] for i in range(layer))
 
-    def made_again(layer: int) -> int:
-        """What a layer that recomputes saves by that; its input is kept anyway."""
-        return of_layers[layer] - (stream if layer > first or setup.trained_rows else 0)
+def _moments(setup: Setup, of: _Activations) -> list[_Moment]:
+    """Those of one process and of FSDP2, which gathers as much at each layer but for unfrozen weights."""
+    gathered, last, stream = _gathered(setup), setup.shape.num_layers - 1, of.stream
 
-    def in_backward(name: str, layer: int, held: int) -> _Moment:
-        workspace = gradients + stream + _weight_gradients(setup, layer)
-        return _Moment(name, _gathered_in_backward(setup, layer), held, 0, workspace)
+    def in_backward(name: str, layer: int) -> list[_Moment]:
+        gathered_bytes = _gathered_in_backward(setup, layer)
+        return [_Moment(name, gathered_bytes, kept, 0, work) for kept, work in _in_backward(setup, layer, of)]
 
-    kept = kept_before(shape.num_layers)
-    last_norm = stream + setup.micro_tokens * FP32
-    in_fp32 = setup.micro_tokens * shape.hidden * FP32
-    is_fused = setup.choices.fused_kernels
-    dropped = wide if setup.has_dropout and "down_proj" in setup.targets else 0
-    # Of down's input beside its weight or its dropped copy, or of gate and up: fused, these lie where gate and up were.
-    gradients = wide + max(dropped if is_fused else wide + dropped, dequantized_bytes(setup))
-    of_last = made_again(last) if last in setup.recomputed else 0
-    at_end = stream + (2 * in_fp32 if setup.layout.engine == "zero3" and not is_fused else stream)
-    # The frozen rows, the trained ones and what is chosen of both; in the loss, the gradient through the trained ones.
-    at_embedding, of_rows = (3 * stream, logit_rows(setup) * shape.hidden * c) if setup.trained_rows else (stream, 0)
-    of_norm = 3 * (stream if is_fused else in_fp32)  # the gradients of what it gives, of what it takes, and of all rows
+    at_end, at_loss = of.kept + of.of_last_norm, of.kept + of.of_last_norm + stream
     moments = [
-        _Moment("at the embedding", gathered.at_embedding, 0, 0, at_embedding),
+        _Moment("at the embedding", gathered.at_embedding, 0, 0, of.at_embedding),
         _Moment("in the first layer", gathered.in_first_layer, 0, 0, stream),
-        _Moment("at the end of the forward", gathered.at_end_of_forward, kept + last_norm, 0, at_end),
-        _Moment("at the loss", gathered.at_loss, kept + last_norm + stream, logits_bytes(setup), 2 * stream + of_rows),
-        _Moment(
-            "in the backward of the last norm", gathered.in_backward_of_norm, kept + last_norm, 0, of_norm + stream
-        ),
-        in_backward("in the backward of the last layer", last, kept + of_last),
+        _Moment("at the end of the forward", gathered.at_end_of_forward, at_end, 0, 2 * stream),
+        _Moment("at the loss", gathered.at_loss, at_loss, logits_bytes(setup), of.at_loss),
+        _Moment("in the backward of the last norm", gathered.in_backward_of_norm, at_end, 0, of.in_backward_of_norm),
     ]
-    if setup.trained_rows and setup.layout.engine == "zero3":
-        # With modules for the rows DeepSpeed 0.19 prefetches the head while the last layer computes, or a layer more with it.
-        # Gate, up and down's input, of which the first two may be kept.
-        more = 3 * wide if last in setup.recomputed else wide
-        end = gathered.at_end_of_forward
-        moments.append(_Moment("in the last layer", end, kept, 0, stream + more))
-        moments.append(_Moment("while the head is gathered", end + block_bytes(setup), kept, 0, stream))
-    if setup.recomputed and last not in setup.recomputed:
-        layer = setup.recomputed[-1]  # all layers after it are freed
-        held = kept_before(layer + 1) + made_again(layer)
-        moments.append(in_backward("in the backward of a recomputed layer", layer, held))
-    for layer in range(shape.num_layers):
-        if unfrozen_in(setup, layer):
-            held = kept_before(layer + 1) + (made_again(layer) if layer in setup.recomputed else 0)
-            moments.append(in_backward("in the backward of an unfrozen layer", layer, held))
-    later = [layer for layer in range(1, shape.num_layers) if not setup.frees_buffer(layer - 1)]
+    if last >= setup.first_trained:
+        moments += in_backward("in the backward of the last layer", last)
+    if setup.recomputed and last not in setup.recomputed:  # all layers after it are freed
+        moments += in_backward("in the backward of a recomputed layer", setup.recomputed[-1])
+    for layer in range(setup.first_trained, last + 1):
+        if unfrozen_in(setup, layer) or unfrozen_in(setup, layer + 1):
+            moments += in_backward("in the backward of a layer", layer)
+    later = [layer for layer in range(1, setup.shape.num_layers) if not setup.frees_buffer(layer - 1)]
     if later:
-        moments.append(_Moment("while a layer is gathered", gathered.in_later_layer, kept_before(later[-1]), 0, stream))
+        moments.append(
+            _Moment("while a layer is gathered", gathered.in_later_layer, of.kept_before(later[-1]), 0, stream)
+        )
     return moments
+
+
+def _moments_by_zero3(setup: Setup, of: _Activations) -> list[_Moment]:
+    """Those of ZeRO-3: before and in every module, since what is gathered differs from one to the next."""
+    step = step_of(
+        setup.shape, setup.quant, setup.item_bytes, setup.unfrozen, setup.lora_ranks,
+        trained_rows=setup.trained_rows, first_trained=setup.first_trained, num_ranks=setup.num_ranks,
+        is_on_host=setup.layout.base_on_host,
+    )  # fmt: skip
+    stream, num_layers, logits = of.stream, setup.shape.num_layers, logits_bytes(setup)
+    moments: list[_Moment] = []
+
+    def at(
+        way: Pass, module: Module, name: str, *, before: int, within: Iterable[tuple[int, int]], loss: int = 0
+    ) -> None:
+        """Activations while a module's parameters are gathered; activations and workspace while it computes."""
+        held = step.gathered[way, module]
+        moments.append(_Moment(f"before {name}", held.fetching, before, 0, 0))
+        moments.extend(_Moment(f"in {name}", held.computing, kept, loss, work) for kept, work in within)
+
+    at("forward", "embedding", "the embedding", before=0, within=[(0, of.at_embedding)])
+    for layer in range(num_layers):
+        kept = of.kept_before(layer)
+        at("forward", layer, "a layer", before=kept + stream, within=[(kept, of.in_forward_of(layer))])
+    # The last layer's output, the rows of it whose next token is predicted, and what the norm makes of them.
+    at_end, in_norm = of.kept + of.of_last_norm, stream + (stream if setup.choices.fused_kernels else 2 * of.in_fp32)
+    at("forward", "norm", "the last norm", before=of.kept + 2 * stream, within=[(at_end, in_norm)])
+    at("forward", "head", "the loss", before=at_end + 2 * stream, within=[(at_end + stream, of.at_loss)], loss=logits)
+    at("backward", "head", "the backward of the loss", before=at_end + stream, within=[(at_end + stream, stream)])
+    in_norm = of.in_backward_of_norm
+    at("backward", "norm", "the backward of the last norm", before=at_end + stream, within=[(at_end, in_norm)])
+    for layer in range(setup.first_trained, num_layers):
+        gradients = step.gradients[layer]
+        before = of.kept_before(layer + 1) + stream + gradients.waiting
+        within = _in_backward_by_zero3(setup, layer, of, gradients)
+        at("backward", layer, "the backward of a layer", before=before, within=within)
+    if setup.trained_rows:
+        kept = of.kept_before(0) + stream
+        at("backward", "embedding", "the backward of the embedding", before=kept, within=[(kept, stream)])
+    return moments
+
+
+def _in_backward(setup: Setup, layer: int, of: _Activations) -> Iterator[tuple[int, int]]:
+    """Activations and workspace in a layer's backward, without engine or by FSDP2.
+
+    Gradients of unfrozen weights that are sharded stay, whole, in the compute dtype until all are there, beside the fp32 copies of
+    those of the layer above that are on their way, which a reduction of that layer's adapters ends. Then the layer's own are copied,
+    while they take no more than the gathered weights did; in the first trained layer also the buffer of the next one is free.
+    """
+    if setup.adapter_ranks == 1:
+        yield of.at_backward_of(layer), of.in_backward_of_down + _replicated_gradients(setup, layer)
+        return
+    above = 0 if layer + 1 in setup.layers else unfrozen_weights_in(setup, layer + 1)
+    yield from _by_group(setup, layer, of, waiting=FP32 * above, item_bytes=setup.item_bytes)
+    if layer > setup.first_trained:
+        yield of.kept_before(layer), 2 * of.stream + FP32 * unfrozen_weights_in(setup, layer)
+
+
+def _in_backward_by_zero3(setup: Setup, layer: int, of: _Activations, gradients: Gradients) -> list[tuple[int, int]]:
+    """Activations and workspace in a layer's backward: gradients of weights stay, whole, until all of the layer's are there."""
+    waiting = gradients.waiting + _largest_cast(setup, layer)
+    at_reduction = of.kept_before(layer), 2 * of.stream + gradients.reducing
+    return [*_by_group(setup, layer, of, waiting=waiting, item_bytes=FP32), at_reduction]
+
+
+def _by_group(
+    setup: Setup, layer: int, of: _Activations, *, waiting: int, item_bytes: int
+) -> Iterator[tuple[int, int]]:
+    """Activations and workspace in the backward of a layer's down_proj, of gate and up, and of attention.
+
+    Args:
+        waiting: bytes of gradients of layers above, which come up last first.
+        item_bytes: of the layer's own gradients of weights, each of which stays.
+    """
+    held, gradients = of.at_backward_of(layer), waiting
+    of_down, of_mlp, *of_attention = reversed(_weights_trained_by_group(setup, layer))
+    has_wide = layer > setup.first_trained or setup.trained_rows or _begin_of_graph(setup, layer) < 3
+    for weights, activations, workspace in (
+        (of_down, held, of.in_backward_of_down),
+        (of_mlp, held, 3 * of.stream),
+        (sum(of_attention), held - (2 * of.wide if has_wide else 0), 2 * of.stream),
+    ):
+        gradients += item_bytes * weights
+        yield activations, workspace + gradients
+
+
+def _weights_trained_by_group(setup: Setup, layer: int) -> list[int]:
+    """Weights of adapters, and of linears that are trained themselves, of each group of linears that share their input."""
+    shapes, ranks, unfrozen = setup.shape.linear_shapes(), ranks_in(setup, layer), unfrozen_in(setup, layer)
+
+    def weights(kind: str) -> int:
+        return ranks.get(kind, 0) * sum(shapes[kind]) + (math.prod(shapes[kind]) if kind in unfrozen else 0)
+
+    return [sum(weights(kind) for kind in group) for group in _GROUPS]
 
 
 def memory_of(setup: Setup) -> Memory:

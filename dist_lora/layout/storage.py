@@ -53,12 +53,16 @@ def quantized_share(shape: Shape) -> float:
 
 @dataclass(frozen=True)
 class BasePart:
-    """A frozen parameter: ``rows`` rows of ``row_bytes``; ``block`` is its layer, None outside the layers."""
+    """A frozen parameter: ``rows`` rows of ``row_bytes``; ``block`` is its layer, None outside the layers.
+
+    ``item_bytes`` of each number as it is stored; 1 for a quantized layer of which only its size is known.
+    """
 
     name: str
     rows: int
     row_bytes: int
     block: int | None
+    item_bytes: int
 
     @property
     def num_bytes(self) -> int:
@@ -77,41 +81,44 @@ def base_parts(shape: Shape, *, quant: Quant, item_bytes: int, unfrozen: Collect
 
     With ``shape.given_parameters`` a layer is one part, of as many rows of the hidden size as its weights fill, rounded up.
     """
-    parts = [BasePart("embed_tokens", shape.vocab, shape.hidden * item_bytes, None)]
+    parts = [BasePart("embed_tokens", shape.vocab, shape.hidden * item_bytes, None, item_bytes)]
     for layer in range(shape.num_layers):
         if shape.given_parameters is not None:
-            row_bytes = sum(size for _, size in _row_bytes(quant, shape.hidden, item_bytes))
-            parts.append(BasePart("weights", math.ceil(shape.weights_of_a_layer() / shape.hidden), row_bytes, layer))
+            row_bytes = sum(size for _, size, _ in _row_bytes(quant, shape.hidden, item_bytes))
+            rows = math.ceil(shape.weights_of_a_layer() / shape.hidden)
+            parts.append(BasePart("weights", rows, row_bytes, layer, item_bytes if quant == "none" else 1))
             continue
         for name, (out, width) in shape.linear_shapes().items():
             if module_path(name, layer=layer) in unfrozen:
                 continue
             kept = "none" if module_path(name, layer=layer) in shape.unquantized else quant
             parts += [
-                BasePart(f"{name}.{part}", out, size, layer) for part, size in _row_bytes(kept, width, item_bytes)
+                BasePart(f"{name}.{part}", out, row_bytes, layer, size)
+                for part, row_bytes, size in _row_bytes(kept, width, item_bytes)
             ]
         norms = [f"model.layers.{layer}.{norm}" for norm in ("input_layernorm", "post_attention_layernorm")]
         parts += [
-            BasePart(f"norm{i}", shape.hidden, item_bytes, layer)
+            BasePart(f"norm{i}", shape.hidden, item_bytes, layer, item_bytes)
             for i, norm in enumerate(norms, 1)
             if norm not in unfrozen
         ]
     if shape.given_parameters is None and "model.norm" not in unfrozen:
-        parts.append(BasePart("norm", shape.hidden, item_bytes, None))
+        parts.append(BasePart("norm", shape.hidden, item_bytes, None, item_bytes))
     if not shape.tied:
-        parts.append(BasePart("lm_head", shape.vocab, shape.hidden * item_bytes, None))
+        parts.append(BasePart("lm_head", shape.vocab, shape.hidden * item_bytes, None, item_bytes))
     return parts
 
 
-def _row_bytes(quant: Quant, width: int, item_bytes: int) -> Iterator[tuple[str, int]]:
+def _row_bytes(quant: Quant, width: int, item_bytes: int) -> Iterator[tuple[str, int, int]]:
+    """The parts of a linear: their name, the bytes of a row, and of each number."""
     match quant:
         case "none":
-            yield "weight", width * item_bytes
+            yield "weight", width * item_bytes, item_bytes
         case "nf4":
-            yield "codes", width // 2
-            yield "absmax", FP32 * (width // NF4_BLOCK)
+            yield "codes", width // 2, 1
+            yield "absmax", FP32 * (width // NF4_BLOCK), FP32
         case "int8":
-            yield "codes", width
-            yield "scale", FP32
+            yield "codes", width, 1
+            yield "scale", FP32, FP32
         case _:
             assert_never(quant)

@@ -173,6 +173,40 @@ CASES = {
         {**NO_LORA, "train": {**SHORT["train"], "unfreeze": {"last_layers": 1}}, "parallel": {"offload": "all"}},
         gpus_per_node=1,
     ),
+    "unfrozen with the last norm, sharded, offload": Case(
+        "3.1-8b",
+        {
+            **NO_LORA,
+            "train": {**SHORT["train"], "unfreeze": {"last_layers": 1, "norms": True}},
+            "parallel": {"adapters": "shard", "offload": "all"},
+        },
+        gpus_per_node=2,
+    ),
+    "unfrozen with the last norm beside LoRA, sharded, offload": Case(
+        "3.1-8b",
+        {
+            "train": {"unfreeze": {"last_layers": 2, "norms": True}},
+            "parallel": {"adapters": "shard", "offload": "all"},
+        },
+        gpus_per_node=2,
+    ),
+    "unfrozen linears used after adapters, sharded": Case(
+        "3.1-8b",
+        {
+            "train": {**SHORT["train"], "unfreeze": {"patterns": ["down_proj"]}},
+            "parallel": {"adapters": "shard", "offload": "all"},
+        },
+        gpus_per_node=2,
+    ),
+    "one unfrozen layer, sharded": Case(
+        "3.1-70b",
+        {
+            **NO_LORA,
+            "train": {"sequence_length": 2048, "unfreeze": {"last_layers": 1}},
+            "parallel": {"adapters": "shard", "offload": "all"},
+        },
+        gpus_per_node=2,
+    ),
 }
 
 
@@ -325,37 +359,90 @@ BY_ZERO3 = {
         ZERO3 | {"train": {**SHORT["train"], "unfreeze": {"norms": True, "patterns": ["down_proj"]}}},
         gpus_per_node=2,
     ),
+    "new tokens, kept": Case(
+        "3.1-8b", ZERO3 | {"lora": {"train_tokens": TOKENS}, "train": {"activation_checkpointing": False}}
+    ),
+    "new tokens": Case("3.1-8b", ZERO3 | {"lora": {"train_tokens": TOKENS}}, gpus_per_node=2),
+    "new tokens, tied": Case("3.2-1b", ZERO3 | {"lora": {"train_tokens": TOKENS}}, gpus_per_node=2),
+}
+# DeepSpeed's prefetches end within layers, and keep some from the forward to the backward.
+WITH_LAYERS_THAT_DIFFER = {
+    "unfrozen layers beside LoRA": Case(
+        "3.1-8b",
+        ZERO3 | {"lora": {"layers": [0, 3]}, "train": {"unfreeze": {"last_layers": 2}}},
+        gpus_per_node=2,
+    ),
+    "unfrozen linears beside LoRA, kept": Case(
+        "3.1-8b",
+        ZERO3
+        | {
+            "lora": {"layers": [0, 3]},
+            "train": {"activation_checkpointing": False, "unfreeze": {"patterns": ["down_proj", "q_proj"]}},
+        },
+        gpus_per_node=2,
+    ),
+    "first layers": Case("3.1-8b", ZERO3 | {"lora": {"layers": [0, 1]}}, gpus_per_node=2),
+    "first layers, kept": Case(
+        "3.1-8b",
+        ZERO3 | {"lora": {"layers": [0, 1]}, "train": {"activation_checkpointing": False}},
+        gpus_per_node=2,
+    ),
+    "middle layers, short": Case("3.1-8b", ZERO3 | SHORT | {"lora": {"layers": [2, 3]}}, gpus_per_node=2),
+    "last layers, half recomputed": Case(
+        "3.1-8b", ZERO3 | {"lora": {"layers": [4, 5]}, "train": {"activation_checkpointing": 1}}, gpus_per_node=2
+    ),
+    "last layer": Case("3.1-8b", ZERO3 | {"lora": {"layers": [5]}}, gpus_per_node=2),
+    "first and last layer, two targets, nf4": Case(
+        "3.1-70b",
+        ZERO3 | {"model": {"quant": "nf4"}, "lora": {"layers": [0, 5], "targets": ["q_proj", "v_proj"]}},
+        num_nodes=2,
+    ),
+    "first layers, high rank, dropout, fp32": Case(
+        "3.2-1b",
+        ZERO3
+        | SHORT
+        | {
+            "model": {"dtype": "fp32"},
+            "lora": {"layers": "0-2", "rank": 256, "dropout": 0.1, "targets": ["down_proj"]},
+        },
+        gpus_per_node=3,
+    ),
+    "other ranks in a layer": Case("3.1-8b", ZERO3 | {"lora": {"ranks": {"layers.0.*": 4}}}, gpus_per_node=2),
+    "layers larger than the embedding": Case("3.1-405b", ZERO3 | SHORT | {"lora": {"layers": [3]}}),
+    "new tokens, first layers": Case(
+        "3.1-8b", ZERO3 | {"lora": {"layers": [0, 1], "train_tokens": TOKENS}}, gpus_per_node=2
+    ),
 }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=name, marks=pytest.mark.slow if name == "tied" else pytest.mark.turn(of=6))
-        for name, case in BY_ZERO3.items()
-    ],
-)
+def marked_by_zero3(cases: dict[str, Case]) -> list[Any]:
+    return [
+        pytest.param(
+            case, id=name, marks=pytest.mark.slow if name in ("tied", "last layer") else pytest.mark.turn(of=6)
+        )
+        for name, case in cases.items()
+    ]
+
+
+def surplus_by_zero3(case: Case) -> int:
+    """Compares memory; returns how many bytes more are planned to be sent than the simulation sends.
+
+    Above by little is the order in which DeepSpeed waits for the parameters of a module, which differs from run to run: the plan's
+    is the worst.
+    """
+    setup, simulated = planned_and_simulated(case, num_layers=6)
+    assert 0.99 < memory_of(setup).device / simulated.peak_bytes < 1.03
+    planned = sum(each.count * each.num_bytes for each in collectives_of(setup))
+    return planned - sum(each.num_bytes for each in simulated.traffic)
+
+
+@pytest.mark.parametrize("case", marked_by_zero3(BY_ZERO3))
 def test_the_plan_of_zero3_is_the_simulated_step(case: Case) -> None:
     """It sends as many bytes in other pieces; how it puts the gradient's norm together differs by some."""
-    setup, simulated = planned_and_simulated(case, num_layers=6)
-    assert memory_of(setup).device == pytest.approx(simulated.peak_bytes, rel=0.03)
-    planned = sum(each.count * each.num_bytes for each in collectives_of(setup))
-    assert abs(planned - sum(each.num_bytes for each in simulated.traffic)) <= 8
+    assert abs(surplus_by_zero3(case)) <= 8
 
 
-@pytest.mark.turn(of=4)
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case("3.1-8b", ZERO3 | {"lora": {"train_tokens": TOKENS}, "train": {"activation_checkpointing": False}}),
-        Case("3.1-8b", ZERO3 | {"lora": {"train_tokens": TOKENS}}, gpus_per_node=2),
-        Case("3.2-1b", ZERO3 | {"lora": {"train_tokens": TOKENS}}, gpus_per_node=2),
-    ],
-    ids=["kept", "recomputed", "tied"],
-)
-def test_new_tokens_on_zero3_are_not_planned_too_small_nor_much_too_large(case: Case) -> None:
-    """It prefetches more beside them, which the plan bounds from above."""
-    setup, simulated = planned_and_simulated(case, num_layers=6)
-    assert 0.99 < memory_of(setup).device / simulated.peak_bytes < 1.06
-    planned = sum(each.count * each.num_bytes for each in collectives_of(setup))
-    assert abs(planned - sum(each.num_bytes for each in simulated.traffic)) <= 8
+@pytest.mark.parametrize("case", marked_by_zero3(WITH_LAYERS_THAT_DIFFER))
+def test_the_memory_of_zero3_is_that_of_the_simulated_step_where_layers_differ(case: Case) -> None:
+    """What it keeps from the forward to the backward it sends once, which is planned as sent twice."""
+    assert surplus_by_zero3(case) >= -8
