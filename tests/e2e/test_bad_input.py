@@ -151,6 +151,7 @@ def filled(bad, tiny_llama):
     return lambda text: text.format(**places)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_bad_input_is_told_once_before_a_weight_is_read(case, config, filled, here, monkeypatch) -> None:
     def refuse(*arguments: object) -> None:

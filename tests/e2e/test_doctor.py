@@ -25,6 +25,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return out, json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_two_ranks_tell_one_object_with_all_that_was_looked_at(machine) -> None:
     _, told = machine
     assert told["ranks"] == 2 and len(told["hosts"]) == 1 and len(told["facts_of_ranks"]) == 2

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -54,7 +54,7 @@ class Ended:
 
 Launcher = Literal["ours", "none", "torchrun"]  # none: nobody sees the ranks through, each has to end by itself
 # name: fault, launcher, further settings
-FAST: dict[str, tuple[str, Launcher, tuple[str, ...]]] = {
+CASES: dict[str, tuple[str, Launcher, tuple[str, ...]]] = {
     "data": ("hang_of_rank_1_in_the_data_of_step_3", "ours", ()),
     "data, alone": ("hang_of_rank_1_in_the_data_of_step_3", "none", ()),
     "forward": ("hang_of_rank_1_in_the_forward_of_step_3", "ours", ()),
@@ -66,24 +66,25 @@ FAST: dict[str, tuple[str, Launcher, tuple[str, ...]]] = {
     "refused": ("memory_refused_to_rank_1_in_step_3", "none", ()),
     "refused while loading": ("memory_refused_to_python_while_loading", "ours", ()),
     "slow": ("slow_steps_of_rank_1", "none", ("parallel.hang_timeout=5", "train.steps=3")),
-}
-SLOW: dict[str, tuple[str, Launcher, tuple[str, ...]]] = {
     "forward, torchrun": ("hang_of_rank_1_in_the_forward_of_step_3", "torchrun", ()),
     "save, 10 s": ("hang_of_rank_1_in_the_save_of_step_4", "ours", ()),
     "save, 10 s, alone": ("hang_of_rank_1_in_the_save_of_step_4", "none", ()),
 }
-CASES = FAST | SLOW
 
 
 @pytest.fixture(scope="module")
-def ended(config) -> Iterator[Callable[[str], Ended]]:
-    """``ended("save")``: a case's run at its end. Those of its speed are started at the first use, a few at a time."""
+def ended(request: pytest.FixtureRequest, config) -> Iterator[Callable[[str], Ended]]:
+    """``ended("save")``: a case's run at its end. All that the tests ask for are started at the first use, a few at a time."""
+    items: list[Any] = request.session.items
+    asked = {
+        item.callspec.params["name"] for item in items if item.module is request.module and "ended" in item.fixturenames
+    }
     runs: dict[str, Future[Ended]] = {}
     with ThreadPoolExecutor(AT_ONCE) as pool:
 
         def result(name: str) -> Ended:
-            if name not in runs:
-                runs.update({other: pool.submit(_run, config, other) for other in (FAST if name in FAST else SLOW)})
+            if not runs:
+                runs.update({other: pool.submit(_run, config, other) for other in CASES if other in asked})
             return runs[name].result()
 
         yield result
@@ -106,7 +107,7 @@ def _run(config: Path, name: str) -> Ended:
     ("name", "phase"),
     [
         pytest.param("data", "step 3, reading its data", marks=pytest.mark.turn(of=2)),
-        ("data, alone", "step 3, reading its data"),
+        pytest.param("data, alone", "step 3, reading its data", marks=pytest.mark.turn(of=2)),
         ("forward", "step 3, micro-batch 1 of 2"),
         pytest.param("forward, torchrun", "step 3, micro-batch 1 of 2", marks=pytest.mark.turn(of=4)),
     ],
@@ -127,8 +128,9 @@ def test_a_rank_that_hangs_in_a_step_is_named_and_ends_all(name, phase, ended) -
 
 
 @pytest.mark.turn(of=2, among="whole runs")
-def test_of_two_ranks_in_the_same_micro_batch_the_one_that_the_other_waits_for_is_named(ended) -> None:
-    found = ended("layer")
+@pytest.mark.parametrize("name", ["layer"])
+def test_of_two_ranks_in_the_same_micro_batch_the_one_that_the_other_waits_for_is_named(name, ended) -> None:
+    found = ended(name)
     found.assert_told_once(f"error: rank 1 of 2 on {HOST} hangs: step 3, micro-batch 1 of 2, without progress for 5 s.")
     found.assert_in_time()
     waiting, _ = found.stacks()
@@ -150,8 +152,9 @@ def test_a_rank_that_hangs_in_a_save_is_named_and_ends_all(name, ended) -> None:
 
 
 @pytest.mark.turn(of=2, among="whole runs")
-def test_a_rank_whose_threads_are_all_kept_from_running_is_named_by_the_other_and_leaves_its_stack(ended) -> None:
-    found = ended("locked")
+@pytest.mark.parametrize("name", ["locked"])
+def test_a_rank_whose_threads_are_all_kept_from_running_is_named_by_the_other_and_leaves_its_stack(name, ended) -> None:
+    found = ended(name)
     found.assert_told_once(
         f"error: rank 1 of 2 on {HOST} doesn't respond (last reported: ",
         "is stopped, gone, disconnected, or stuck in a call that never releases the GIL.",
@@ -162,15 +165,17 @@ def test_a_rank_whose_threads_are_all_kept_from_running_is_named_by_the_other_an
 
 
 @pytest.mark.turn(of=2, among="whole runs")
-def test_a_rank_that_is_stopped_from_outside_is_named_by_the_other_and_ended(ended) -> None:
-    found = ended("stopped")
+@pytest.mark.parametrize("name", ["stopped"])
+def test_a_rank_that_is_stopped_from_outside_is_named_by_the_other_and_ended(name, ended) -> None:
+    found = ended(name)
     found.assert_told_once(f"error: rank 1 of 2 on {HOST} doesn't respond (last reported: ", "(rank 0 in step 3, ")
     found.assert_in_time()
 
 
 @pytest.mark.turn(of=2, among="whole runs")
-def test_a_slow_rank_that_lives_is_not_ended_and_leaves_no_stacks(ended, whole) -> None:
-    found = ended("slow")
+@pytest.mark.parametrize("name", ["slow"])
+def test_a_slow_rank_that_lives_is_not_ended_and_leaves_no_stacks(name, ended, whole) -> None:
+    found = ended(name)
     assert found.codes == (0, 0), found.done.stderr
     assert losses(found.folder) == losses(whole)[:3]
     assert not (found.folder / "stacks").exists()
@@ -179,8 +184,10 @@ def test_a_slow_rank_that_lives_is_not_ended_and_leaves_no_stacks(ended, whole) 
 # A rank that is gone, or gets no memory
 
 
-def test_a_rank_that_is_killed_is_named_by_the_other_where_nobody_sees_them_through(ended) -> None:
-    found = ended("killed")
+@pytest.mark.turn(of=2, among="whole runs")
+@pytest.mark.parametrize("name", ["killed"])
+def test_a_rank_that_is_killed_is_named_by_the_other_where_nobody_sees_them_through(name, ended) -> None:
+    found = ended(name)
     assert sorted(found.codes) == [-9, 1], found.done.stderr
     assert found.done.stderr.count("error: ") == 1, found.done.stderr
     told = f"error: rank 0 lost another rank: the process of rank 1 of 2 on {HOST} no longer exists (last reported: "
@@ -189,8 +196,10 @@ def test_a_rank_that_is_killed_is_named_by_the_other_where_nobody_sees_them_thro
     assert found.done.ended - float(struck[0]) < 30
 
 
-def test_a_rank_that_is_refused_memory_tells_what_it_asked_for_what_it_held_and_what_helps(ended) -> None:
-    found = ended("refused")
+@pytest.mark.turn(of=2, among="whole runs")
+@pytest.mark.parametrize("name", ["refused"])
+def test_a_rank_that_is_refused_memory_tells_what_it_asked_for_what_it_held_and_what_helps(name, ended) -> None:
+    found = ended(name)
     found.assert_told_once(
         f"error: rank 1 of 2 on {HOST}, step 3, micro-batch 1 of 2: out of memory on the host: 4000000000000 bytes were "
         "requested; this process holds ",
@@ -202,8 +211,9 @@ def test_a_rank_that_is_refused_memory_tells_what_it_asked_for_what_it_held_and_
 
 
 @pytest.mark.turn(of=2, among="whole runs")
-def test_a_rank_that_is_refused_memory_while_loading_names_what_helps_there(ended) -> None:
-    found = ended("refused while loading")
+@pytest.mark.parametrize("name", ["refused while loading"])
+def test_a_rank_that_is_refused_memory_while_loading_names_what_helps_there(name, ended) -> None:
+    found = ended(name)
     found.assert_told_once(
         f"error: rank 1 of 2 on {HOST}, loading the base: out of memory on the host: this process holds ",
         ". What helps, the cheapest first: model.quant=nf4 (is none); more nodes, so that each holds less.",
