@@ -171,18 +171,25 @@ def main() -> None:
         parser.error(f"no such row: {' '.join(sorted(unknown))}")
     every = (*ROWS, *apart)
     wanted = [name for name in every if not given.rows or name in given.rows]
-    for name in wanted if given.gsm8k is not None else ():
-        settings = Settings(given.gsm8k, given.model.resolve(), given.turns, given.threads, 60 * given.minutes)
+    settings = given.gsm8k and Settings(
+        given.gsm8k, given.model.resolve(), given.turns, given.threads, 60 * given.minutes
+    )
+    for name in wanted if settings else ():
         measured = read_rows()
-        if name not in measured or given.again:
-            print(f"peers: {name} ...", file=sys.stderr, flush=True)
-            measured[name] = apart[name](settings) if name in apart else duel(ROWS[name], settings)
-            write_whole(MEASURED, json.dumps(measured, indent=1) + "\n")
+        if name in measured and not given.again:
+            print(
+                f"peers: {name} is measured already, maybe with other options; --again measures it anew",
+                file=sys.stderr,
+            )
+            continue
+        print(f"peers: {name} ...", file=sys.stderr, flush=True)
+        measured[name] = apart[name](settings) if name in apart else duel(ROWS[name], settings)
+        write_whole(MEASURED, json.dumps(measured, indent=1) + "\n")
     lines = {name: of_row for name, of_row in read_rows().items() if name in wanted}
     if set(lines) != {"scaling"}:
         print(HEAD)
-    for name in every:
-        print("\n".join(lines.get(name, ())), end="\n" if name in lines else "")
+    for name in filter(lines.__contains__, every):
+        print("\n".join(lines[name]))
 
 
 if __name__ == "__main__":
