@@ -18,7 +18,8 @@ from pathlib import Path
 
 from dist_lora.config.schema import Config
 from dist_lora.herd.shape import read_shape
-from dist_lora.layout.memory import Setup, embedding_bytes, memory_of, setup_of
+from dist_lora.layout.memory import memory_of, setup_of
+from dist_lora.layout.setup import Setup, embedding_bytes
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30

@@ -13,7 +13,7 @@ import torch
 
 from bench.peers.turns import Turns, read_batches, read_job
 from dist_lora.herd.shape import Shape
-from dist_lora.layout.memory import rows_of_slice
+from dist_lora.layout.activations import rows_of_slice
 
 
 def main() -> None:

@@ -19,7 +19,8 @@ from dist_lora.checkpoint.saver import Saver
 from dist_lora.config.schema import Config, Quant
 from dist_lora.herd.members import MEMBERS
 from dist_lora.herd.shape import Shape
-from dist_lora.layout.memory import Setup, setup_of
+from dist_lora.layout.memory import setup_of
+from dist_lora.layout.setup import Setup
 from dist_lora.lora.origin import BaseIdentity
 from dist_lora.plan.hardware import find_gpu
 from dist_lora.simulation.simulate import STEP, full_batches

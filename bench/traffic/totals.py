@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bench.traffic.counter import Counted, Counter, Phase
 from bench.traffic.rates import GATHER_BYTES_PER_S, MEMORY_BYTES_PER_S, seconds_of
 from bench.traffic.step import Case
-from dist_lora.layout.memory import Setup
+from dist_lora.layout.setup import Setup
 from dist_lora.plan.traffic import collectives_of
 
 APART = ("frozen products", "attention")  # what a layer must compute; all else is beside it

@@ -22,7 +22,7 @@ from dist_lora.base.linear import FrozenLinear, linears_of
 from dist_lora.base.quant.formats import Format, Plain
 from dist_lora.base.rope import inverse_frequencies, rotate, rotate_in_place, rotation
 from dist_lora.herd.shape import Shape, module_path
-from dist_lora.layout.memory import fp32_rows_of_slice, rows_of_slice
+from dist_lora.layout.activations import fp32_rows_of_slice, rows_of_slice
 from dist_lora.profile.parts import layer as profiled_layer
 from dist_lora.profile.parts import mark
 

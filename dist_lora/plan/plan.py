@@ -14,7 +14,8 @@ from dist_lora.errors import ConfigError
 from dist_lora.herd.models import known_model
 from dist_lora.herd.shape import Shape
 from dist_lora.layout.choices import TIGHT
-from dist_lora.layout.memory import Memory, Setup, memory_of, parts_of, reserve_bytes, setup_of
+from dist_lora.layout.memory import Memory, memory_of, reserve_bytes, setup_of
+from dist_lora.layout.setup import Setup, parts_of
 from dist_lora.plan.hardware import Gpu
 from dist_lora.plan.speed import Speed, speed_of
 from dist_lora.plan.traffic import Collective, collectives_of, received_bytes

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.members import MEMBERS, Member
-from dist_lora.layout.memory import base_bytes_per_rank, parts_of
+from dist_lora.layout.setup import base_bytes_per_rank, parts_of
 from dist_lora.layout.storage import FP32
 from dist_lora.plan.hardware import Gpu, find_gpu
 from dist_lora.plan.plan import Machines, Plan, fitting_plan, make_plan

@@ -6,14 +6,8 @@ import math
 from dataclasses import dataclass
 
 from dist_lora.herd.shape import Shape
-from dist_lora.layout.memory import (
-    LOGITS_IN_FP32,
-    Setup,
-    base_bytes_on_host,
-    block_bytes,
-    logit_rows,
-    logits_bytes,
-)
+from dist_lora.layout.activations import LOGITS_IN_FP32, logit_rows, logits_bytes
+from dist_lora.layout.setup import Setup, base_bytes_on_host, block_bytes
 from dist_lora.layout.storage import FP32, quantized_share
 from dist_lora.plan.hardware import REACHED_COMPUTE, REACHED_LINK, REACHED_MEMORY, Gpu
 from dist_lora.plan.measured import Measured, Range
@@ -274,7 +268,7 @@ def _attention(setup: Setup, measured: Measured, context: int) -> _Seconds:
 
 
 def _elementwise(setup: Setup, measured: Measured) -> _Seconds:
-    """A layer's forward: numbers read and written per token, in the letters of ``layout.memory``.
+    """A layer's forward: numbers read and written per token, in the letters of ``layout.activations``.
 
     Fused, the backward takes less than twice as many: the first norm (2 D), the second with the sum before it (4 D), the last
     sum (3 D), RoPE in place (2 each of H E and G E), silu times up (3 F). Otherwise both norms (6 D each) and both residual

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from dist_lora.layout.memory import Setup, parts_of, unfrozen_groups
+from dist_lora.layout.setup import Setup, parts_of, unfrozen_groups
 from dist_lora.layout.storage import FP32, BasePart
 
 NUM_SCALARS = 4  # loss, stop, failed save, seconds: all-reduced once per step in fp32

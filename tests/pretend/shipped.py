@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from dist_lora.herd.shape import Shape
-from dist_lora.layout.memory import Setup, memory_of
+from dist_lora.layout.memory import memory_of
+from dist_lora.layout.setup import Setup
 from dist_lora.plan.presets import Preset
 from dist_lora.plan.traffic import collectives_of
 from dist_lora.simulation.simulate import Simulation, simulate

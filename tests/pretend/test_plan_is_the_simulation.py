@@ -10,7 +10,8 @@ import pytest
 
 from dist_lora.config.schema import Config
 from dist_lora.herd.members import MEMBERS
-from dist_lora.layout.memory import Setup, memory_of, setup_of
+from dist_lora.layout.memory import memory_of, setup_of
+from dist_lora.layout.setup import Setup
 from dist_lora.lora.patterns import with_linears
 from dist_lora.plan.hardware import GPUS
 from dist_lora.plan.traffic import collectives_of

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_lora.layout.memory import LOGITS_IN_FP32
+from dist_lora.layout.activations import LOGITS_IN_FP32
 
 # T tokens, D width of a norm, F feed-forward width, H heads, E width of a head, K rows of logits, V vocabulary
 

@@ -20,7 +20,7 @@ from dist_lora.base.linear import FrozenLinear
 from dist_lora.base.llama import SumOfCrossEntropy
 from dist_lora.base.quant.formats import Plain
 from dist_lora.data.loader import Loader
-from dist_lora.layout.memory import rows_of_slice
+from dist_lora.layout.activations import rows_of_slice
 from dist_lora.train.build import Trainee
 from dist_lora.train.held_out import loss_of
 from dist_lora.world.world import World

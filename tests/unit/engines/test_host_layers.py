@@ -11,7 +11,8 @@ from dist_lora.data.loader import Loader, StepBatch
 from dist_lora.engines.host_layers import HostLayers
 from dist_lora.engines.single import Single
 from dist_lora.evaluation.generate import generate
-from dist_lora.layout.memory import base_bytes_on_host, setup_of
+from dist_lora.layout.memory import setup_of
+from dist_lora.layout.setup import base_bytes_on_host
 from dist_lora.plan.speed import fetched_bytes
 from dist_lora.train.build import Trainee
 from dist_lora.world.world import World

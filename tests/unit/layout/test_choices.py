@@ -24,7 +24,8 @@ from dist_lora.layout.choices import (
     lr_lines,
     with_lr,
 )
-from dist_lora.layout.memory import Setup, memory_of, reserve_bytes, setup_of
+from dist_lora.layout.memory import memory_of, reserve_bytes, setup_of
+from dist_lora.layout.setup import Setup
 from dist_lora.text import GIB
 
 

@@ -25,7 +25,9 @@ from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
 from dist_lora.herd.members import MEMBERS
 from dist_lora.herd.shape import Shape
-from dist_lora.layout.memory import Setup, saved_bytes_of_layer, setup_of
+from dist_lora.layout.activations import saved_bytes_of_layer
+from dist_lora.layout.memory import setup_of
+from dist_lora.layout.setup import Setup
 from dist_lora.layout.storage import base_parts
 from dist_lora.lora.attach import attach_adapters
 from dist_lora.plan.hardware import GPUS, find_gpu, gpu_of_memory
