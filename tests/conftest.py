@@ -59,6 +59,7 @@ ROPE = {
 CONTEXT = {"llama3": 8192, "llama31": 131072, "llama32": 131072}
 
 TinyLlama = Callable[..., Path]
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -103,7 +104,26 @@ def _process_is_kept() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> TinyLlama:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """``made_once(name, make)``: what ``make`` writes into a folder of this name, once for all workers of this run."""
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    shared.mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, mark = shared / name, shared / f"{name}.made"
+        with FileLock(shared / f"{name}.lock"):
+            if not mark.exists():
+                folder.mkdir(exist_ok=True)
+                make(folder)
+                mark.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(made_once: MadeOnce) -> TinyLlama:
     """Makes folders of tiny Llama models with random weights; equal arguments give the same folder.
 
     ``tiny_llama(variant="llama31", num_layers=2, ffn=128, vocab=512, dtype="float32", shard_size=None, seed=0)``.
@@ -125,9 +145,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> TinyLlama:
     ) -> Path:
         key = (variant, num_layers, ffn, vocab, dtype, shard_size, seed)
         if key not in made:
-            folder = tmp_path_factory.mktemp(variant)
-            save_tiny_llama(folder, variant, num_layers, ffn, vocab, dtype, shard_size, seed)
-            made[key] = folder
+            made[key] = made_once("-".join(map(str, key)), lambda folder: save_tiny_llama(folder, *key))
         return made[key]
 
     return make

@@ -60,16 +60,20 @@ def learn(folder: Path, base: Path, records: list[dict], *settings: str, num_ran
 
 
 @pytest.fixture(scope="session")
-def config(tiny_llama, tmp_path_factory) -> Path:
-    """A config for a tiny model and 24 chats; its run is called whole."""
-    return chats_config(tmp_path_factory.mktemp("run"), tiny_llama("llama31"))
+def config(tiny_llama, made_once) -> Path:
+    """A config for a tiny model and 24 chats, of all workers; its run is called whole."""
+    return made_once("run", lambda folder: chats_config(folder, tiny_llama("llama31"))) / "config.yaml"
 
 
 @pytest.fixture(scope="session")
-def whole(config) -> Path:
+def whole(config, made_once) -> Path:
     """The folder of a run on two ranks that nothing interrupted."""
-    done = run("train", config, "--nproc", 2, is_executed=True)
-    assert done.returncode == 0, done.stderr
+
+    def train(_: Path) -> None:
+        done = run("train", config, "--nproc", 2, is_executed=True)
+        assert done.returncode == 0, done.stderr
+
+    made_once("whole", train)
     return config.parent / "runs" / "whole"
 
 

@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from tests import ROOT
-from tests.e2e.starter import FOR_ZERO3, Starter
+from tests.e2e.starter import AT_START, FOR_ZERO3, IMPORTED, Starter
 
 INJECT = Path(__file__).parent / "inject"
 
@@ -148,7 +148,6 @@ class Process:
             file.close()
 
 
-AT_START = dict(os.environ)
 # What is looked at when a command begins, whatever was imported before; and what torch 2.13 sets at its import.
 LOOKED_AT_LATE = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|(DIST_LORA|PYTEST)_\w+"
@@ -164,8 +163,9 @@ def may_fork(env: Mapping[str, str]) -> bool:
 
 @functools.cache
 def starter_of(is_forking: bool, has_deepspeed: bool) -> Starter:
-    """A process that starts commands, for all tests: it ends with this one."""
-    starter = Starter(is_forking=is_forking, also_imported=FOR_ZERO3 if has_deepspeed else ())
+    """A process that starts commands, for all tests of this run."""
+    grown_from = starter_of(True, False) if has_deepspeed else None
+    starter = Starter(is_forking=is_forking, grown_from=grown_from, imported=FOR_ZERO3 if has_deepspeed else IMPORTED)
     atexit.register(starter.close)
     return starter
 

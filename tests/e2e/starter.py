@@ -2,7 +2,8 @@
 
 ``python -m tests.e2e.starter`` imports what a run imports, and then forks, for each command that it is asked for: a
 process that looks after it, which forks the command, which forks its ranks. Signals, files, locks and the ranks' rendezvous
-are those of ``dist-lora``; only ``exec`` is left out. ``Starter(is_forking=False)`` executes the command instead.
+are those of ``dist-lora``; only ``exec`` is left out. ``Starter(is_forking=False)`` executes the command instead. All workers
+of pytest share one such process, and it forks the one that has DeepSpeed too.
 
 Orphans fall to the process that looks after a command, so it knows of all that the command has started, and says when the
 last has ended. Commands run side by side.
@@ -11,6 +12,8 @@ last has ended. Commands run side by side.
 from __future__ import annotations
 
 import ctypes
+import errno
+import hashlib
 import importlib
 import json
 import os
@@ -21,7 +24,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +47,8 @@ FOR_ZERO3 = (
 )
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 MAX_REQUEST_BYTES = 2**17
+AT_START = dict(os.environ)
+IMPORTING = {"PYTHONPATH": str(ROOT)}  # where the tests' own modules are found
 BY_COMMANDS = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # what ``dist-lora`` sets before torch is imported
 
 
@@ -82,16 +87,26 @@ class Start:
 
 
 class Starter:
-    """Starts commands; ``close`` it."""
+    """Starts commands and functions; ``close`` it. The process behind it ends with the last that is closed.
 
-    def __init__(self, *, is_forking: bool = True, also_imported: Sequence[str] = ()) -> None:
-        self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.e2e.starter", str(theirs.fileno()), *(IMPORTED if is_forking else ()), *also_imported],
-                cwd=ROOT, env=environment_of_tests() | BY_COMMANDS, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
-            )  # fmt: skip
+    ``grown_from`` forks that process where there is none yet, and ``imported`` is what it imports beside.
+    """
+
+    def __init__(
+        self, *, is_forking: bool = True, grown_from: Starter | None = None, imported: Sequence[str] = IMPORTED
+    ) -> None:
         self._is_forking = is_forking
+
+        def begin(listening: socket.socket) -> None:
+            if grown_from is not None:
+                grown_from._ask({"imported": imported}, [listening.fileno()])
+                return
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.e2e.starter", str(listening.fileno()), *(imported if is_forking else ())],
+                cwd=ROOT, env=AT_START | BY_COMMANDS | IMPORTING, stdin=subprocess.DEVNULL, pass_fds=[listening.fileno()],
+            )  # fmt: skip
+
+        self._requests = _connected(f"{is_forking} {imported}", begin)
 
     def start(
         self,
@@ -106,21 +121,55 @@ class Starter:
         ours, theirs = socket.socketpair()
         with theirs, open(os.devnull) as nothing:
             files = [theirs.fileno(), (stdin or nothing).fileno(), stdout.fileno(), stderr.fileno()]
-            socket.send_fds(self._requests, [json.dumps(request).encode()], files)
+            self._ask(request, files)
         with ours:
             answers = ours.makefile("rb", buffering=0)
         keeper, pid = (int(word) for word in answers.readline().split())
         return Start(pid, keeper, answers)
 
+    def call(self, function: Callable[..., None], *arguments: object, file: int) -> None:
+        """``function(file, *arguments)``, of a module's top, in a fork with the environment that this process began in."""
+        request = {"function": [function.__module__, function.__name__], "arguments": arguments, "env": AT_START}
+        self._ask(request, [file])
+
+    def _ask(self, request: Mapping[str, Any], files: Sequence[int]) -> None:
+        socket.send_fds(self._requests, [json.dumps(request).encode()], files)
+
     def close(self) -> None:
-        """End it; each command is closed by itself."""
-        self._requests.close()  # it ends by that
-        self._process.wait()
+        """Ask for no more; each command is closed by itself."""
+        self._requests.close()
 
 
-def environment_of_tests() -> dict[str, str]:
-    """This process's environment, in which the tests' own modules are found."""
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+def _connected(kind: str, begin: Callable[[socket.socket], None]) -> socket.socket:
+    """A connection with the process of this kind that serves this run of the tests; the first that asks begins it."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
+    digest = hashlib.sha256(kind.encode()).hexdigest()[:8]
+    address = f"\0dist-lora-tests-{run}-{digest}"  # in no folder: it goes with the process
+    is_ours = False
+    while True:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            connection.connect(address)
+            if connection.recv(1):
+                return connection
+        except ConnectionResetError:
+            pass  # it ended as we came
+        except ConnectionRefusedError:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+                try:
+                    listening.bind(address)
+                except OSError as error:
+                    if error.errno != errno.EADDRINUSE:
+                        raise
+                else:
+                    listening.listen()
+                    begin(listening)
+                    is_ours = True
+            connection.close()
+            continue
+        connection.close()
+        if is_ours:
+            raise RuntimeError("the process that starts the tests' commands ended before it served: see its traceback")
 
 
 def children_of(pid: int) -> list[int]:
@@ -134,21 +183,53 @@ def children_of(pid: int) -> list[int]:
 # The process that starts
 
 
-def serve(requests: socket.socket, imported: Sequence[str]) -> None:
-    """Start what is asked for, each with a process that looks after it, until nobody can ask any more."""
+def serve(listening: socket.socket, imported: Sequence[str]) -> None:
+    """Start what is asked for, each with a process that looks after it, until nobody is there who could ask."""
     for name in imported:
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody here waits for those that look after the commands
+    connections: list[socket.socket] = []
     while True:
-        request, files, _, _ = socket.recv_fds(requests, MAX_REQUEST_BYTES, 4)
-        if not request:
-            break
-        if not os.fork():
-            requests.close()
+        for ready in select.select([listening, *connections], [], [])[0]:
+            if ready is listening:
+                connections.append(listening.accept()[0])
+                connections[-1].send(b"+")
+                continue
+            try:
+                request, files, _, _ = socket.recv_fds(ready, MAX_REQUEST_BYTES, 4)
+            except ConnectionResetError:
+                request, files = b"", []
+            if not request:
+                connections.remove(ready)
+                ready.close()
+                if not connections:
+                    return
+                continue
+            if not os.fork():
+                for inherited in (listening, *connections):
+                    inherited.close()
+                _begin(json.loads(request), files)
+            for descriptor in files:
+                os.close(descriptor)
+
+
+def _begin(request: dict[str, Any], files: list[int]) -> NoReturn:
+    """Do in this new process what is asked for."""
+    try:
+        if "imported" in request:
+            serve(socket.socket(fileno=files[0]), request["imported"])
+        elif "function" in request:
+            _take(request["env"])
+            module, name = request["function"]
+            getattr(importlib.import_module(module), name)(*files, *request["arguments"])
+        else:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _look_after(json.loads(request), files)
-        for descriptor in files:
-            os.close(descriptor)
+            _look_after(request, files)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _look_after(request: dict[str, Any], files: list[int]) -> NoReturn:
@@ -192,10 +273,7 @@ def _become(arguments: Sequence[str], env: Mapping[str, str]) -> NoReturn:
     """Run the command in this process and end it as a process that was started for it ends."""
     from dist_lora.cli import main
 
-    for number in ASKING:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    os.environ.clear()
-    os.environ.update(env)
+    _take(env)
     sys.argv = ["dist-lora", *arguments]
     code: Any = 1
     try:
@@ -209,6 +287,14 @@ def _become(arguments: Sequence[str], env: Mapping[str, str]) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 1)
+
+
+def _take(env: Mapping[str, str]) -> None:
+    """This environment, and signals as a new process has them."""
+    for number in (*ASKING, signal.SIGCHLD):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(env)
 
 
 class _Forked(subprocess.Popen[bytes]):

@@ -38,6 +38,7 @@ def test_two_ranks_tell_one_object_with_all_that_was_looked_at(machine) -> None:
     assert told["severity"] != "fault"
 
 
+@pytest.mark.slow
 def test_the_measured_machine_is_what_plan_reads(machine, tmp_path: Path) -> None:
     out, _ = machine
     measured = read_measured(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.runs import ROOT, check_learned, command, losses, run
+from tests.e2e.runs import ROOT, Process, check_learned, losses, run
 
 
 def test_one_process_has_the_losses_of_two(config, whole) -> None:
@@ -40,24 +41,14 @@ def test_the_adapter_loads_in_peft_with_every_key_in_its_place(whole) -> None:
 
 def test_a_run_whose_rank_was_killed_goes_on_to_the_bytes_of_an_uninterrupted_one(config, whole) -> None:
     folder = whole.parent / "killed"
-    started = subprocess.Popen(
-        command("train", config, "run=killed", "--nproc", 2),
-        cwd=ROOT, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert started.stderr is not None
-    told = []
-    for line in started.stderr:
-        told.append(line)
-        if line.startswith("step 3/8"):
-            children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
-            os.kill(int(children[-1]), signal.SIGKILL)
-            break
-    rest = started.stderr.read()
-    code = started.wait(30)
-    if (folder / "adapter").exists():
-        pytest.fail(f"the run ended before it could be killed: {told}{rest}")
-    assert code == 1, rest
-    assert "error: rank 1 of 2 was killed by SIGKILL" in rest
+    with contextlib.closing(Process("train", config, "run=killed", "--nproc", 2)) as started:
+        while "\nstep 3/8" not in started.stderr():
+            assert started.wait(0.02) is None, started.stderr()
+        os.kill(started.ranks()[-1], signal.SIGKILL)
+        assert started.wait(30) == 1, started.stderr()
+        told = started.stderr()
+    assert not (folder / "adapter").exists(), told
+    assert "error: rank 1 of 2 was killed by SIGKILL" in told
     done = run("train", config, "run=killed", "--nproc", 2)
     assert done.returncode == 0, done.stderr
     assert losses(folder) == losses(whole)

@@ -93,13 +93,15 @@ def fallen_back(config, whole) -> tuple[Path, Done]:
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     (folder / "config.yaml").write_text(yaml.safe_dump(settings | {"run": "fallen-back"}))
     turn_a_bit(newest / RANK_1)
-    return folder, run("train", config, "run=fallen-back", "log.trackers=[tensorboard]", "--nproc", 2)
+    cache = f"data.cache_dir={folder}-cache"
+    return folder, run("train", config, "run=fallen-back", "log.trackers=[tensorboard]", cache, "--nproc", 2)
 
 
-def test_every_file_that_a_run_makes_is_of_a_known_kind_and_no_pickle(config, whole, fallen_back) -> None:
+def test_every_file_that_a_run_makes_is_of_a_known_kind_and_no_pickle(whole, fallen_back) -> None:
     folder, done = fallen_back
     assert done.returncode == 0, done.stderr
-    cache = config.parent / "cache"
+    cache = folder.with_name(f"{folder.name}-cache")
+    assert cache.is_dir()
     files = [path for place in (whole, folder, cache) for path in place.rglob("*") if path.is_file()]
     kinds = {path: kind_of(path) for path in files if ".building-" not in str(path)}
     assert set(kinds.values()) == {"safetensors", "events", "array", "JSON", "JSONL", "YAML", "text"}, {

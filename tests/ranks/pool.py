@@ -6,8 +6,10 @@ run on the ranks lies at the top of its test module and takes the ``World`` firs
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
+import select
+import signal
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.starter import FOR_ZERO3, IMPORTED
+from tests.e2e.runs import starter_of
 
 TIMEOUT_S = 120
 
@@ -34,16 +36,15 @@ class Ranks:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload([*IMPORTED, *FOR_ZERO3, "tests.ranks.runs", "tests.ranks.tiny"])
+        starter = starter_of(True, True)
         self._pipes: list[Connection] = []
-        self._processes = []
+        self._processes: list[int] = []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, size), daemon=True)
-            process.start()
-            self._pipes.append(ours)
-            self._processes.append(process)
+            ours, theirs = socket.socketpair()
+            with theirs:
+                starter.call(_serve, rank, size, file=theirs.fileno())
+            self._pipes.append(Connection(ours.detach()))
+            self._processes.append(os.pidfd_open(self._pipes[-1].recv()))
 
     def run(
         self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60, node_size: int | None = None
@@ -65,12 +66,14 @@ class Ranks:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
+            if not select.select([process], [], [], 5)[0]:
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+            os.close(process)
 
 
-def _serve(pipe: Connection, rank: int, size: int) -> None:
+def _serve(file: int, rank: int, size: int) -> None:
+    pipe = Connection(file)
+    pipe.send(os.getpid())
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 

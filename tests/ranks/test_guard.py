@@ -147,6 +147,7 @@ def assert_is_by_hand(report: dict[str, Any], margins: list[float]) -> None:
         assert {key: scores[key] for key in wanted} == pytest.approx(wanted), name
 
 
+@pytest.mark.slow
 def test_three_categories_of_its_own_are_learned_and_the_table_is_that_of_peft(ranks, settings, trained) -> None:
     adapter = trained / "adapter"
     report, second = ranks(2).run(report_of, settings, adapter)
@@ -174,6 +175,7 @@ def test_a_run_that_is_stopped_and_goes_on_elsewhere_has_the_samples_of_one_that
     assert found[STOP_AT] == pytest.approx(wanted[STOP_AT], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_asked_with_other_categories_than_its_own_is_said(settings, trained, caplog) -> None:
     def told(categories: list[str]) -> list[str]:
         caplog.clear()

@@ -77,9 +77,8 @@ def theirs(tiny_llama, tmp_path_factory) -> Any:
     return train
 
 
-@pytest.mark.parametrize(
-    "variant", [VARIANTS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_rows_and_adapters_have_the_numbers_of_peft_wherever_they_are_trained(
     ranks, tiny_llama, theirs, tmp_path, variant
 ) -> None:

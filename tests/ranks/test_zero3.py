@@ -426,7 +426,7 @@ def answers_and_losses(world: World, folder: str, settings: dict) -> dict:
     return found
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_losses_between_steps_and_answers_are_those_of_one_process(ranks, tiny_llama, size) -> None:
     folder = str(tiny_llama("llama31"))
     wanted = answers_and_losses(World.alone(), folder, {})
@@ -459,12 +459,12 @@ def checkpoint(ranks, plain, tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     "saved_under, size, engine",
     [
-        ("zero3", 1, "zero3"),
         ("zero3", 3, "zero3"),
-        ("zero3", 2, "fsdp2"),
-        ("fsdp2", 2, "zero3"),
         ("fsdp2", 2, "zero3+all"),
-        ("zero3", 1, "none"),
+        *(
+            pytest.param(*move, marks=pytest.mark.slow)
+            for move in (("zero3", 1, "zero3"), ("zero3", 2, "fsdp2"), ("fsdp2", 2, "zero3"), ("zero3", 1, "none"))
+        ),
     ],
 )
 def test_a_run_goes_on_on_another_number_of_ranks_and_under_another_engine(
