@@ -6,6 +6,7 @@ run on the ranks lies at the top of its test module and takes the ``World`` firs
 
 from __future__ import annotations
 
+import multiprocessing as mp
 import os
 import select
 import signal
@@ -44,6 +45,7 @@ class Ranks:
             with theirs:
                 starter.call(_serve, rank, size, file=theirs.fileno())
             self._pipes.append(Connection(ours.detach()))
+            self._pipes[-1].send(bytes(mp.current_process().authkey))
             self._processes.append(os.pidfd_open(self._pipes[-1].recv()))
 
     def run(
@@ -73,6 +75,7 @@ class Ranks:
 
 def _serve(file: int, rank: int, size: int) -> None:
     pipe = Connection(file)
+    mp.current_process().authkey = pipe.recv()  # tensors are passed by files that only who knows it gets
     pipe.send(os.getpid())
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
