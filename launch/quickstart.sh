@@ -18,6 +18,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 export HF_HUB_OFFLINE=1 # everything needed is here
 export TOKENIZERS_PARALLELISM=false
 export PYTHONUTF8=1
+unset PYTHONDONTWRITEBYTECODE # set in many images: then each process compiles anew all that it imports
 
 stage() { printf '\n== %s\n' "$*"; }
 

@@ -25,7 +25,7 @@ trap 'fail "line $LINENO of launch/setup.sh: $BASH_COMMAND"' ERR
 # It includes the folder: a .venv that was moved or copied doesn't work.
 fingerprint() { { cat pyproject.toml constraints.txt launch/setup.sh && pwd; } | sha256sum | cut -d ' ' -f 1; }
 
-# Not compiled here: Python compiles what it imports, a tenth of what is installed, in a third of the time.
+# Not compiled here: Python compiles what is imported first, a tenth of what is installed, in a third of the time.
 pip_install() { "$python" -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt "$@"; }
 
 find_python() {

@@ -17,6 +17,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 export HF_HUB_OFFLINE=1           # a test that reaches for the hub is wrong, here too
 export TOKENIZERS_PARALLELISM=false
 export PYTHONUTF8=1
+unset PYTHONDONTWRITEBYTECODE # set in many images: then each process compiles anew all that it imports
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tests start several processes on the same cores
 # Without this DeepSpeed looks for a GPU on a machine that has none, and says so at length.
 [[ -e /dev/nvidiactl || -e /dev/kfd ]] || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"

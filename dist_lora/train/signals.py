@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
-from dist_lora.checkpoint.saver import Saver
 from dist_lora.errors import ConfigError, StopNow, StoppedForGood, StoppedOnRequest
-from dist_lora.world.world import World
+
+if TYPE_CHECKING:  # a launcher listens to signals too, and needs no torch
+    from dist_lora.checkpoint.saver import Saver
+    from dist_lora.world.world import World
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 END_VARIABLE = "SLURM_JOB_END_TIME"  # seconds since 1970, set in every job since Slurm 22.05

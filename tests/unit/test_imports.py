@@ -453,6 +453,19 @@ def test_a_mistyped_setting_answers_without_torch(tmp_path: Path) -> None:
     assert not loaded & {"torch", "transformers", "numpy"}
 
 
+def test_a_launcher_of_ranks_does_without_torch(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"run: a\nruns_dir: {tmp_path}\nmodel: {{name: {tmp_path}/none}}\ndata: {{train: a.jsonl}}\n")
+    loaded = imported_by(RUN.format(arguments=["train", str(config), "--nproc", "2"], code=2))
+    assert "dist_lora.supervision.local_ranks" in loaded
+    assert not loaded & {"torch", "transformers", "numpy"}
+
+
+def test_a_rank_joins_without_what_torch_compiles_with() -> None:
+    loaded = imported_by("from dist_lora.engines.precision import set_products\nset_products(is_deterministic=False)")
+    assert "torch" in loaded and not loaded & {"torch._dynamo", "torch._inductor", "sympy"}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["merge", "none", "--out", "out", "--base", "none"], ["gather", "none", "--out", "out"], ["report", "none"]],
