@@ -36,7 +36,7 @@ from dist_lora.doctor.machine import (
     torch_build,
 )
 from dist_lora.doctor.network import examine_names, interfaces, judge_clocks, judge_links
-from dist_lora.doctor.versions import compare_nodes, examine_versions
+from dist_lora.doctor.versions import compare_nodes, examine_compiled, examine_versions
 from dist_lora.engines.precision import TORCH_TYPES
 from dist_lora.errors import EXIT_DONE, EXIT_FAILED, DistLoraError, SaveError
 from dist_lora.layout.choices import choose_dtype
@@ -120,6 +120,7 @@ class Examination:
         launched = self.launched
         if self.is_first_of_host:
             self.own.extend(examine("versions", examine_versions, todo="Start from a complete environment."))
+            self.own.extend(examine("versions", examine_compiled, todo="Start from a complete environment."))
             self._record("host", examine("host", lambda: examine_host(read_host(), ranks=self.local_size), todo=_HOST))
             self._record(
                 "gpus",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import re
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from dist_lora.doctor.findings import Answer, hosts_by
 
@@ -81,6 +84,28 @@ def examine_versions(version_of: Callable[[str], str | None] = installed_version
             )
     if not platform.python_version().startswith(TESTED_PYTHON + "."):
         answer.add("note", "versions", f"Python {platform.python_version()}; tested with {TESTED_PYTHON}")
+    return answer
+
+
+def examine_compiled(module: str = "torch", environment: Mapping[str, str] = os.environ) -> Answer:
+    """Whether Python has kept what it compiled of an imported module; else each rank compiles it anew at each start."""
+    spec = sys.modules[module].__spec__
+    answer = Answer()
+    if spec is None or spec.origin is None or spec.cached is None or Path(spec.cached).exists():
+        return answer
+    by = (
+        "PYTHONDONTWRITEBYTECODE is set"
+        if environment.get("PYTHONDONTWRITEBYTECODE")
+        else "its folder can't be written"
+    )
+    packages = Path(spec.origin).parents[1]
+    answer.add(
+        "warning",
+        "versions",
+        f"each rank compiles {module} and what else it imports anew, which doubles the time of a start: {spec.cached} "
+        f"isn't there, and {by}",
+        f"Compile once, as who may write there: python -m compileall -q {packages}",
+    )
     return answer
 
 

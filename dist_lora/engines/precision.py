@@ -29,7 +29,8 @@ def set_products(*, is_deterministic: bool) -> None:
     if is_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all of it is written
-    if torch.are_deterministic_algorithms_enabled() != is_deterministic:  # it imports torch.compile: as long as all else
+    if torch.are_deterministic_algorithms_enabled() != is_deterministic:
+        # It imports torch.compile, which takes as long as all other imports.
         torch.use_deterministic_algorithms(is_deterministic)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import json
 import os
 import re
 import stat
+import subprocess
+import sys
 import threading
 import tomllib
 from pathlib import Path
@@ -35,7 +38,7 @@ from dist_lora.doctor.machine import (
     read_host,
 )
 from dist_lora.doctor.network import examine_names, judge_clocks, judge_links
-from dist_lora.doctor.versions import TESTED, compare_nodes, examine_versions
+from dist_lora.doctor.versions import TESTED, compare_nodes, examine_compiled, examine_versions
 from dist_lora.plan.measured import read_measured
 from dist_lora.world.launcher import LaunchedRank
 from tests import ROOT
@@ -81,6 +84,26 @@ def test_older_other_and_missing_packages_are_reported_with_the_command_that_hel
     assert [each.todo for each in answer.findings if each.severity == "fault"] == [
         "Install what is missing: pip install deepspeed==0.19.8"
     ]
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_packages_that_are_compiled_anew_in_each_process_are_told(monkeypatch, tmp_path, keeps) -> None:
+    package = tmp_path / "packages" / "compiled_or_not"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.setattr(sys, "dont_write_bytecode", not keeps)
+    importlib.import_module(package.name)
+    monkeypatch.setitem(sys.modules, package.name, sys.modules.pop(package.name))  # gone when the test is over
+    answer = examine_compiled(package.name, {} if keeps else {"PYTHONDONTWRITEBYTECODE": "1"})
+    if keeps:
+        assert answer.findings == []
+        return
+    assert len(texts(answer, "warning")) == 1
+    assert "compiles compiled_or_not and what else it imports anew" in texts(answer, "warning")[0]
+    assert texts(answer, "warning")[0].endswith("isn't there, and PYTHONDONTWRITEBYTECODE is set")
+    subprocess.run(answer.findings[0].todo.partition(": ")[2].replace("python", sys.executable, 1).split(), check=True)
+    assert examine_compiled(package.name).findings == []
 
 
 def test_nodes_with_different_versions_are_named() -> None:
