@@ -1,0 +1,293 @@
+"""Ways to adapt side by side: LoRA of several ranks and on several linears, partial freezing, norms, and both together.
+
+    bash launch/quickstart.sh                        # once: SmolLM2-135M and the quickstart's data
+    python -m bench.ways --gsm8k FOLDER              # every way that isn't measured yet: some 15 minutes each on 2 cores
+    python -m bench.ways --gsm8k FOLDER r16 last-3   # some
+    python -m bench.ways                             # the tables of what is measured
+
+It may be interrupted: a way that is done stays so, in .cache/ways/results.json, and the next call goes on with the others. Every
+way trains the same samples in the same order. ``forgetting`` is what the loss on text of another kind rose by, which no way trains
+on: GSM8K's questions with answers for the quickstart, and the quickstart's requests for GSM8K. Each kind of way has a learning rate of
+its own on each task: of three, the one with the lowest held-out loss after a run of a few steps, which is made first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_lora.files import write_whole
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / ".cache" / "ways"
+RESULTS = FOLDER / "results.json"
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+NUM_OTHER, NUM_HELD_OUT = 24, 64  # samples of the text of another kind, and of GSM8K's held-out questions
+
+TITLES = {
+    "quickstart": "The quickstart's requests, 48 steps of 8",
+    "gsm8k": "GSM8K, 60 steps of 4 x 512 tokens",
+}
+COLOURS = {"LoRA": "#2166ac", "unfrozen": "#b2182b", "norms": "#7b3294", "both": "#e08214"}
+NUM_TRIAL_STEPS = 12
+# Of each kind the way by which its learning rate is chosen, and the rates that are tried.
+TRIALS: Mapping[str, tuple[str, tuple[float, ...]]] = {
+    "LoRA": ("r16", (5e-4, 2e-3, 5e-3)),
+    "unfrozen": ("last-3", (1e-4, 3e-4, 1e-3)),
+    "norms": ("norms", (3e-3, 1e-2, 3e-2)),
+    "both": ("both", (3e-4, 1e-3)),
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to adapt: what it is called in the table, and its settings beside the task's."""
+
+    title: str
+    kind: str
+    lora: Mapping[str, Any] | None
+    unfreeze: Mapping[str, Any] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """``lora`` and ``train.unfreeze``."""
+        return {
+            "lora": None if self.lora is None else {"rank": 16, "alpha": 32, **self.lora},
+            "train": {"unfreeze": None if self.unfreeze is None else dict(self.unfreeze)},
+        }
+
+
+MLP = ["gate_proj", "up_proj", "down_proj"]
+WAYS: Mapping[str, Way] = {
+    "r1": Way("LoRA, r = 1", "LoRA", {"rank": 1}),
+    "r4": Way("LoRA, r = 4", "LoRA", {"rank": 4}),
+    "r16": Way("LoRA, r = 16", "LoRA", {}),
+    "r64": Way("LoRA, r = 64", "LoRA", {"rank": 64}),
+    "qv": Way("LoRA, r = 16, q and v", "LoRA", {"targets": ["q_proj", "v_proj"]}),
+    "mlp": Way("LoRA, r = 16, MLP", "LoRA", {"targets": MLP}),
+    "last-1": Way("the last layer", "unfrozen", None, {"last_layers": 1}),
+    "last-3": Way("the last 3 layers", "unfrozen", None, {"last_layers": 3}),
+    "last-10": Way("the last 10 layers", "unfrozen", None, {"last_layers": 10}),
+    "norms": Way("norms", "norms", None, {"norms": True}),
+    "both": Way("LoRA, r = 16, and the last layer", "both", {}, {"last_layers": 1}),
+}
+
+
+def config_of(task: str, name: str, rate: float, gsm8k: Path) -> dict[str, Any]:
+    """The config of a way on a task, whose data are made here."""
+    tree: dict[str, Any] = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
+    quickstart = {name: str(ROOT / tree["data"][name]) for name in ("train", "eval")}
+    others = data_of(gsm8k, quickstart["eval"])
+    tree["model"]["name"] = str(ROOT / tree["model"]["name"])
+    if task == "quickstart":
+        tree["data"] = {"train": quickstart["train"], "eval": {"task": quickstart["eval"], "other": others["gsm8k"]}}
+    else:
+        tree["data"] = {
+            "train": others["train"],
+            "eval": {"task": others["held_out"], "other": others["quickstart"]},
+        }
+        tree["train"] = {"steps": 60, "global_batch": 4, "micro_batch": 2, "sequence_length": 512}
+        tree["optim"] |= {"warmup_steps": 4}
+        tree["eval"] = {"every": 1000}
+        tree["parallel"] |= {"base_shard": "gpu"}  # faster here; what a rank holds is the quickstart's to show
+    tree |= {"run": f"{task}-{name}", "runs_dir": str(FOLDER / "runs"), "log": {"trackers": []}}
+    tree["optim"] |= {"lr": rate}
+    tree["eval"] |= {"tool_calls": False}
+    for section, values in WAYS[name].settings().items():
+        tree[section] = values if values is None or section == "lora" else {**tree.get(section, {}), **values}
+    return tree
+
+
+def data_of(gsm8k: Path, requests: str) -> dict[str, str]:
+    """GSM8K as prompts with completions, and a few samples of each kind for the other task's held-out text."""
+    made = {name: FOLDER / f"{name}.jsonl" for name in ("train", "held_out", "gsm8k", "quickstart")}
+
+    def write(path: Path, lines: Iterable[str]) -> None:
+        path.write_text("".join(f"{line.rstrip()}\n" for line in lines), encoding="utf-8")
+
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    questions = {name: [*_questions(gsm8k / f"{name}.jsonl")] for name in ("train", "test")}
+    write(made["train"], questions["train"])
+    write(made["held_out"], questions["test"][:NUM_HELD_OUT])
+    write(made["gsm8k"], questions["test"][NUM_HELD_OUT : NUM_HELD_OUT + NUM_OTHER])
+    write(made["quickstart"], Path(requests).read_text(encoding="utf-8").splitlines()[:NUM_OTHER])
+    return {name: str(path) for name, path in made.items()}
+
+
+def _questions(path: Path) -> Iterator[str]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        sample = json.loads(line)
+        yield json.dumps({"prompt": sample["question"], "completion": sample["answer"]}, ensure_ascii=False)
+
+
+def before(task: str, gsm8k: Path) -> dict[str, Any]:
+    """What the base gives on a task before any training."""
+    given = json.loads(_run("eval", config_of(task, "r16", 1e-3, gsm8k), "--json", output=subprocess.PIPE))["sets"]
+    match = given["task"].get("exact_match")
+    return {
+        "loss": given["task"]["loss"],
+        "other": given["other"]["loss"],
+        "exact_match": match and match["correct"] / match["total"],
+    }
+
+
+def trial(task: str, kind: str, rate: float, gsm8k: Path) -> dict[str, Any]:
+    """The held-out loss of a short run at this learning rate."""
+    tree = config_of(task, TRIALS[kind][0], rate, gsm8k)
+    tree["run"] = f"{task}-trial-{kind}-{rate:g}"
+    tree["train"] |= {"steps": NUM_TRIAL_STEPS, "epochs": None}
+    tree["data"]["eval"] = tree["data"]["eval"]["task"]
+    tree["eval"] |= {"exact_match": False}
+    _run("train", tree)
+    return {"loss": _last(_folder(tree) / "evaluations.jsonl")["eval_loss"]}
+
+
+def best_rate(task: str, kind: str, results: Mapping[str, Mapping[str, Any]]) -> float:
+    """The learning rate whose trial had the lowest loss."""
+    return min(TRIALS[kind][1], key=lambda rate: float(results[f"{task} trial {kind} {rate:g}"]["loss"]))
+
+
+def measure(task: str, name: str, rate: float, gsm8k: Path) -> dict[str, Any]:
+    """Train one way, and what came of it."""
+    tree = config_of(task, name, rate, gsm8k)
+    _run("train", tree)
+    return read_run(_folder(tree)) | {"rate": rate}
+
+
+def _run(command: str, tree: Mapping[str, Any], *options: str, output: int | None = None) -> str:
+    path = FOLDER / f"{tree['run']}.yaml"
+    path.write_text(yaml.safe_dump(dict(tree), sort_keys=False), encoding="utf-8")
+    words = [sys.executable, "-m", "dist_lora", command, str(path), "--nproc", "2", *options]
+    return subprocess.run(words, cwd=ROOT, check=True, text=True, stdout=output).stdout
+
+
+def _folder(tree: Mapping[str, Any]) -> Path:
+    return FOLDER / "runs" / str(tree["run"])
+
+
+def _last(path: Path) -> dict[str, Any]:
+    line: dict[str, Any] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    return line
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The table's numbers of a run that is done."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = _last(folder / "evaluations.jsonl")
+    newest = max((folder / "checkpoints").glob("step-*"))
+    return {
+        "loss": last["eval_loss/task"],
+        "other": last["eval_loss/other"],
+        "exact_match": last.get("eval_exact_match/task"),
+        "trained": summary["trainable"],
+        "peak_bytes": max(line["peak_bytes"] for line in steps),
+        "checkpoint_bytes": sum(file.stat().st_size for file in newest.rglob("*") if file.is_file()),
+        "step_s": statistics.median(line["step_s"] for line in steps[1:]),
+    }
+
+
+def read_results() -> dict[str, dict[str, Any]]:
+    """What is measured, by ``TASK WAY``, ``TASK before`` and ``TASK trial KIND RATE``."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+
+
+def keep(key: str, measured: Callable[[], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Measure what isn't yet; all results."""
+    results = read_results()
+    if key not in results:
+        print(f"ways: {key} ...", file=sys.stderr, flush=True)
+        results[key] = measured()
+        write_whole(RESULTS, json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def measure_all(task: str, names: Iterable[str], gsm8k: Path) -> None:
+    """What the table of a task shows of these ways, and what their learning rates are chosen by."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    keep(f"{task} before", lambda: before(task, gsm8k))
+    for name in names:
+        kind = WAYS[name].kind
+        results = read_results()
+        for rate in TRIALS[kind][1]:
+            results = keep(f"{task} trial {kind} {rate:g}", partial(trial, task, kind, rate, gsm8k))
+        keep(f"{task} {name}", partial(measure, task, name, best_rate(task, kind, results), gsm8k))
+
+
+def table(task: str, results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The lines of a task's table, of the ways that are measured."""
+    rows = {WAYS[name].title: results[f"{task} {name}"] for name in WAYS if f"{task} {name}" in results}
+    if not rows:
+        return
+    start = results[f"{task} before"]
+    costs = task == "quickstart"  # its runs are all that was measured in, one after the other
+    yield f"{TITLES[task]}:"
+    yield ""
+    yield "| way | learning rate | held-out loss | forgetting |" + (
+        " exact match | trained weights | peak memory per rank | checkpoint | step |" if costs else ""
+    )
+    yield "|---" * (9 if costs else 4) + "|"
+    yield f"| before training | | {start['loss']:.4f} | |" + (f" {start['exact_match']:.0%} | | | | |" if costs else "")
+    for title, row in rows.items():
+        line = f"| {title} | {row['rate']:g} | {row['loss']:.4f} | {row['other'] - start['other']:+.4f} |"
+        if costs:
+            line += f" {row['exact_match']:.0%} | {row['trained']:,} | {row['peak_bytes'] / 2**30:.2f} GiB |"
+            line += f" {row['checkpoint_bytes'] / 1e6:.1f} MB | {row['step_s']:.1f} s |"
+        yield line
+    yield ""
+
+
+def draw(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Each task's ways as points: what was learned against what was forgotten, the size of a point by the weights that it trains."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(TITLES)), TITLES, strict=True):
+        start = results.get(f"{task} before")
+        for name, way in WAYS.items():
+            if (row := results.get(f"{task} {name}")) is None or start is None:
+                continue
+            x, y = row["loss"], row["other"] - start["other"]
+            axes.scatter(x, y, s=12 * math.log2(row["trained"] / 1e4), color=COLOURS[way.kind], alpha=0.8)
+            axes.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        axes.set_title(TITLES[task], loc="left", fontsize=10)
+        axes.set_xlabel("held-out loss of the task")
+        axes.set_ylabel("forgetting: loss on other text, less that before training")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """The command: see the top of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ways", nargs="*", metavar="WAY", help=f"of {', '.join(WAYS)}; default: all")
+    parser.add_argument(
+        "--gsm8k", type=Path, help="folder with GSM8K's train.jsonl and test.jsonl; without it nothing is trained"
+    )
+    parser.add_argument("--task", choices=tuple(TITLES), action="append", help="default: both")
+    parser.add_argument("--picture", type=Path, help="draw what is measured to this file")
+    wanted = parser.parse_args()
+    if unknown := set(wanted.ways) - set(WAYS):
+        parser.error(f"no such way: {', '.join(sorted(unknown))}")
+    tasks = wanted.task or [*TITLES]
+    if wanted.gsm8k is not None:
+        for task in tasks:
+            measure_all(task, wanted.ways or [*WAYS], wanted.gsm8k)
+    if wanted.picture is not None:
+        draw(wanted.picture, read_results())
+    for task in tasks:
+        print("\n".join(table(task, read_results())))
+
+
+if __name__ == "__main__":
+    main()
