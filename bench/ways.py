@@ -1,14 +1,14 @@
 """Ways to adapt side by side: LoRA of several ranks and on several linears, partial freezing, norms, and both together.
 
     bash launch/quickstart.sh                        # once: SmolLM2-135M and the quickstart's data
-    python -m bench.ways --gsm8k FOLDER              # every way that isn't measured yet: some 15 minutes each on 2 cores
+    python -m bench.ways --gsm8k FOLDER              # every way that isn't measured yet: hours on 2 cores
     python -m bench.ways --gsm8k FOLDER r16 last-3   # some
     python -m bench.ways                             # the tables of what is measured
 
 It may be interrupted: a way that is done stays so, in .cache/ways/results.json, and the next call goes on with the others. Every
 way trains the same samples in the same order. ``forgetting`` is what the loss on text of another kind rose by, which no way trains
 on: GSM8K's questions with answers for the quickstart, and the quickstart's requests for GSM8K. Each kind of way has a learning rate of
-its own on each task: of three, the one with the lowest held-out loss after a run of a few steps, which is made first.
+its own on each task: of those that are tried, the one with the lowest held-out loss after a run of a few steps, which is made first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from typing import Any
 
 import yaml
 
+from dist_lora.checkpoint.folders import step_folders
 from dist_lora.files import write_whole
+from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, SUMMARY_FILE
+from dist_lora.run_folder.records import read_lines
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".cache" / "ways"
@@ -149,7 +152,8 @@ def trial(task: str, kind: str, rate: float, gsm8k: Path) -> dict[str, Any]:
     tree["data"]["eval"] = tree["data"]["eval"]["task"]
     tree["eval"] |= {"exact_match": False}
     _run("train", tree)
-    return {"loss": _last(_folder(tree) / "evaluations.jsonl")["eval_loss"]}
+    *_, last = read_lines(_folder(tree) / EVALUATIONS_FILE)
+    return {"loss": last["eval_loss"]}
 
 
 def best_rate(task: str, kind: str, results: Mapping[str, Mapping[str, Any]]) -> float:
@@ -175,17 +179,12 @@ def _folder(tree: Mapping[str, Any]) -> Path:
     return FOLDER / "runs" / str(tree["run"])
 
 
-def _last(path: Path) -> dict[str, Any]:
-    line: dict[str, Any] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
-    return line
-
-
 def read_run(folder: Path) -> dict[str, Any]:
     """The table's numbers of a run that is done."""
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    last = _last(folder / "evaluations.jsonl")
-    newest = max((folder / "checkpoints").glob("step-*"))
+    summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    steps = [*read_lines(folder / METRICS_FILE)]
+    *_, last = read_lines(folder / EVALUATIONS_FILE)
+    _, newest = max(step_folders(folder / "checkpoints").items())
     return {
         "loss": last["eval_loss/task"],
         "other": last["eval_loss/other"],
@@ -230,7 +229,7 @@ def table(task: str, results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     if not rows:
         return
     start = results[f"{task} before"]
-    costs = task == "quickstart"  # its runs are all that was measured in, one after the other
+    costs = task == "quickstart"  # a run on GSM8K shards nothing and generates no answers
     yield f"{TITLES[task]}:"
     yield ""
     yield "| way | learning rate | held-out loss | forgetting |" + (

@@ -131,7 +131,6 @@ def tiny_llama(made_once: MadeOnce) -> TinyLlama:
     8) or llama32 (factor 32, the head tied to the embedding). ``shard_size``, such as "100KB", gives several
     safetensors files and an index. The files are transformers' own. Nobody may write into the folder: copy it first.
     """
-    made: dict[tuple[object, ...], Path] = {}
 
     def make(
         variant: str = "llama31",
@@ -144,9 +143,7 @@ def tiny_llama(made_once: MadeOnce) -> TinyLlama:
         seed: int = 0,
     ) -> Path:
         key = (variant, num_layers, ffn, vocab, dtype, shard_size, seed)
-        if key not in made:
-            made[key] = made_once("-".join(map(str, key)), lambda folder: save_tiny_llama(folder, *key))
-        return made[key]
+        return made_once("-".join(map(str, key)), lambda folder: save_tiny_llama(folder, *key))
 
     return make
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import re
 import sys
@@ -87,17 +86,13 @@ def examine_versions(version_of: Callable[[str], str | None] = installed_version
     return answer
 
 
-def examine_compiled(module: str = "torch", environment: Mapping[str, str] = os.environ) -> Answer:
+def examine_compiled(module: str = "torch") -> Answer:
     """Whether Python has kept what it compiled of an imported module; else each rank compiles it anew at each start."""
     spec = sys.modules[module].__spec__
     answer = Answer()
     if spec is None or spec.origin is None or spec.cached is None or Path(spec.cached).exists():
         return answer
-    by = (
-        "PYTHONDONTWRITEBYTECODE is set"
-        if environment.get("PYTHONDONTWRITEBYTECODE")
-        else "its folder can't be written"
-    )
+    by = "PYTHONDONTWRITEBYTECODE is set" if sys.dont_write_bytecode else "its folder can't be written"
     packages = Path(spec.origin).parents[1]
     answer.add(
         "warning",

@@ -95,7 +95,7 @@ def test_packages_that_are_compiled_anew_in_each_process_are_told(monkeypatch, t
     monkeypatch.setattr(sys, "dont_write_bytecode", not keeps)
     importlib.import_module(package.name)
     monkeypatch.setitem(sys.modules, package.name, sys.modules.pop(package.name))  # gone when the test is over
-    answer = examine_compiled(package.name, {} if keeps else {"PYTHONDONTWRITEBYTECODE": "1"})
+    answer = examine_compiled(package.name)
     if keeps:
         assert answer.findings == []
         return
