@@ -164,8 +164,10 @@ def may_fork(env: Mapping[str, str]) -> bool:
 @functools.cache
 def starter_of(is_forking: bool, has_deepspeed: bool) -> Starter:
     """A process that starts commands, for all tests of this run."""
-    grown_from = starter_of(True, False) if has_deepspeed else None
-    starter = Starter(is_forking=is_forking, grown_from=grown_from, imported=FOR_ZERO3 if has_deepspeed else IMPORTED)
+    if has_deepspeed:
+        starter = Starter(FOR_ZERO3, grown_from=starter_of(True, False))
+    else:
+        starter = Starter(IMPORTED if is_forking else ())
     atexit.register(starter.close)
     return starter
 

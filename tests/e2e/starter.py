@@ -2,7 +2,7 @@
 
 ``python -m tests.e2e.starter`` imports what a run imports, and then forks, for each command that it is asked for: a
 process that looks after it, which forks the command, which forks its ranks. Signals, files, locks and the ranks' rendezvous
-are those of ``dist-lora``; only ``exec`` is left out. ``Starter(is_forking=False)`` executes the command instead. All workers
+are those of ``dist-lora``; only ``exec`` is left out. ``Starter(())`` imports nothing, and executes the command instead. All workers
 of pytest share one such process, and it forks the one that has DeepSpeed too.
 
 Orphans fall to the process that looks after a command, so it knows of all that the command has started, and says when the
@@ -89,24 +89,22 @@ class Start:
 class Starter:
     """Starts commands and functions; ``close`` it. The process behind it ends with the last that is closed.
 
-    ``grown_from`` forks that process where there is none yet, and ``imported`` is what it imports beside.
+    It imports ``imported``; where there is none yet ``grown_from`` forks it, with its own imports behind it.
     """
 
-    def __init__(
-        self, *, is_forking: bool = True, grown_from: Starter | None = None, imported: Sequence[str] = IMPORTED
-    ) -> None:
-        self._is_forking = is_forking
+    def __init__(self, imported: Sequence[str], *, grown_from: Starter | None = None) -> None:
+        self._is_forking = bool(imported)
 
         def begin(listening: socket.socket) -> None:
             if grown_from is not None:
                 grown_from._ask({"imported": imported}, [listening.fileno()])
                 return
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.e2e.starter", str(listening.fileno()), *(imported if is_forking else ())],
+                [sys.executable, "-m", "tests.e2e.starter", str(listening.fileno()), *imported],
                 cwd=ROOT, env=AT_START | BY_COMMANDS | IMPORTING, stdin=subprocess.DEVNULL, pass_fds=[listening.fileno()],
             )  # fmt: skip
 
-        self._requests = _connected(f"{is_forking} {imported}", begin)
+        self._requests = _connected(" ".join(imported), begin)
 
     def start(
         self,
