@@ -12,6 +12,7 @@ import hashlib
 import os
 import subprocess
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
@@ -47,6 +48,16 @@ def number_of(name: str, below: int) -> int:
 def seed_of(name: str) -> int:
     """The seed by which a test of this name draws."""
     return number_of(name, 10**6)
+
+
+def in_suite(*wanted: object, of: Iterable[object]) -> list[Any]:
+    """The cases of ``parametrize``, each a value or a tuple of values: the suite runs those that are wanted, CI runs all."""
+    cases = list(of)
+    assert all(case in cases for case in wanted), f"{wanted} are not all of {cases}"
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=() if case in wanted else pytest.mark.slow)
+        for case in cases
+    ]
 
 
 def left_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:

@@ -178,7 +178,7 @@ def train_with_peft(trial: Trial) -> dict[str, Any]:
     return found
 
 
-MARKS = {"smollm2": pytest.mark.turn(of=4), "llama3": pytest.mark.slow}
+MARKS = {"smollm2": pytest.mark.turn(of=4), "llama3": pytest.mark.slow, "llama31": pytest.mark.slow}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in TRIALS])

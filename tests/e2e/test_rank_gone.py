@@ -108,7 +108,7 @@ def _run(config: Path, name: str) -> Ended:
     [
         pytest.param("data", "step 3, reading its data", marks=pytest.mark.turn(of=2)),
         pytest.param("data, alone", "step 3, reading its data", marks=pytest.mark.turn(of=2)),
-        ("forward", "step 3, micro-batch 1 of 2"),
+        pytest.param("forward", "step 3, micro-batch 1 of 2", marks=pytest.mark.slow),
         pytest.param("forward, torchrun", "step 3, micro-batch 1 of 2", marks=pytest.mark.turn(of=4)),
     ],
 )

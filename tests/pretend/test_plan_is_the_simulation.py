@@ -230,17 +230,12 @@ def planned_and_simulated(case: Case, *, num_layers: int = 3) -> tuple[Setup, Si
 # In every suite some that have most of what a plan knows, in every CI those of which each has something of its own; the
 # others are two of these at once, or another size.
 IN_EVERY_SUITE = (
-    "plain",
     "nf4",
-    "one GPU",
     "nodes, sharded adapters",
-    "offload",
     "one GPU, offload, short",
     "rows that don't divide",
-    "dropout, kept",
-    "whole, by auto",
 )
-IN_EVERY_CI = ("kept activations", "int8", "tied", "world", "405B on 128", "upper layers", "a small second slice of logits", "fp32 on CPUs",
+IN_EVERY_CI = ("plain", "one GPU", "offload", "dropout, kept", "whole, by auto", "kept activations", "int8", "tied", "world", "405B on 128", "upper layers", "a small second slice of logits", "fp32 on CPUs",
                "whole, tied, kept, nf4, AdamW on the host")  # fmt: skip
 
 

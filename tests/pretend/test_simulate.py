@@ -22,6 +22,7 @@ from dist_lora.simulation.command import simulate_plan
 from dist_lora.simulation.simulate import Simulation, simulate
 from dist_lora.simulation.timeline import Limit, parts_of_step, write_timeline
 from dist_lora.simulation.tracker import KINDS, Moment, Phase
+from tests import turns
 
 GIB = 2**30
 MIB = 2**20
@@ -176,7 +177,7 @@ def test_a_model_whose_weights_were_counted_is_simulated_as_a_llama_and_said_to_
     assert f"the model is a Llama of these sizes, with {llama:,} weights instead of 100,000" in told
 
 
-@pytest.mark.parametrize("engine, axis", [("fsdp2", "node"), ("zero3", "world")])
+@pytest.mark.parametrize("engine, axis", turns.in_suite(("fsdp2", "node"), of=[("fsdp2", "node"), ("zero3", "world")]))
 def test_a_simulation_leaves_nothing_behind(tiny_llama, engine, axis) -> None:
     folder = tiny_llama("llama31")
     config = config_of(str(folder), parallel={"engine": engine}, train={"sequence_length": 64, "global_batch": 4})

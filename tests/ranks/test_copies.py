@@ -12,6 +12,7 @@ from dist_lora.data.loader import Loader
 from dist_lora.errors import TrainingError
 from dist_lora.train.step import TrainStep
 from dist_lora.world.world import World
+from tests import turns
 from tests.ranks.runs import run_steps
 from tests.ranks.tiny import config_of, documents, trainee_of
 
@@ -29,7 +30,7 @@ def agreement(world: World, folder: str, adapters: str, stray: int | None) -> bo
     return trainee.adapters.copies_agree()
 
 
-@pytest.mark.parametrize("adapters, size, node_size", PLACES)
+@pytest.mark.parametrize("adapters, size, node_size", turns.in_suite(PLACES[0], of=PLACES))
 def test_all_ranks_learn_that_one_has_strayed(ranks, tiny_llama, adapters, size, node_size) -> None:
     folder = str(tiny_llama("llama31"))
     pool = ranks(size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from dist_lora.errors import WeightsError
 from dist_lora.herd.shape import read_shape
 from dist_lora.train.build import Trainee
 from dist_lora.world.world import World
+from tests import turns
 from tests.ranks.tiny import accumulate, config_of, documents, trainee_of
 from tests.ranks.wire import Wire
 
@@ -106,8 +108,9 @@ def kept_bytes(world: World, folder: str, quant: str, engine: str) -> tuple[int,
     return kept, 16 * trainee.adapters.num_elements
 
 
-@pytest.mark.parametrize("quant", BASES)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine, quant", turns.in_suite(("fsdp2", "nf4"), ("zero3", "none"), of=itertools.product(ENGINES, BASES))
+)
 def test_two_ranks_each_keep_half_of_the_base_and_no_more(ranks, tiny_llama, quant, engine) -> None:
     folder = str(tiny_llama("llama31", num_layers=4, ffn=256))
     whole = sum(values.nbytes for values in parts_of(folder, quant).values())
@@ -207,8 +210,9 @@ def shares_after_training(world: World, folder: str, quant: str, engine: str) ->
     return [(slot.name, slot.part, slot.first, slot.destination.numpy().copy()) for slot in slots]
 
 
-@pytest.mark.parametrize("quant", BASES)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine, quant", turns.in_suite(("fsdp2", "none"), ("zero3", "int8"), of=itertools.product(ENGINES, BASES))
+)
 def test_after_steps_and_an_evaluation_the_shards_are_the_bytes_of_the_whole(
     ranks, tiny_llama, tmp_path, quant, engine
 ) -> None:

@@ -141,6 +141,7 @@ def test_a_member_trains_on_two_ranks_and_peft_answers_as_our_model_does(ranks, 
         assert (found - without).abs().max() > 100 * CLOSE * size, "RoPE's scaling does nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEMBERS)
 def test_a_tiny_member_is_its_member_but_for_the_sizes_that_are_said(makers, name) -> None:
     full, tiny = MEMBERS[name].shape, read_shape(makers.folder(MEMBERS[name]))
@@ -152,6 +153,7 @@ def test_a_tiny_member_is_its_member_but_for_the_sizes_that_are_said(makers, nam
     assert tiny.head_dim * tiny.num_heads == tiny.hidden and full.head_dim * full.num_heads == full.hidden
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEMBERS)
 def test_a_member_has_the_configuration_of_one_of_the_first(makers, name) -> None:
     found = {}
@@ -161,6 +163,7 @@ def test_a_member_has_the_configuration_of_one_of_the_first(makers, name) -> Non
     assert [first for first in FIRST if found[first] == found[name]], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEMBERS)
 def test_a_tiny_member_reads_and_writes_the_special_tokens_of_its_member(makers, tokenizers, name) -> None:
     member, folder = MEMBERS[name], makers.folder(MEMBERS[name])

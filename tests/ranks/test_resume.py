@@ -15,6 +15,7 @@ import torch
 from dist_lora.checkpoint.manifest import KINDS, Piece, read_manifest
 from dist_lora.checkpoint.read import load_pieces
 from dist_lora.world.world import World
+from tests import turns
 from tests.ranks.runs import chats_settings, exact, metrics, train_command
 
 NUM_STEPS, STOP_AT = 10, 4
@@ -60,7 +61,7 @@ def state(folder: Path, step: int) -> dict[Piece, torch.Tensor]:
     return load_pieces(path, manifest, pieces)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", turns.in_suite(0.0, of=[0.0, 0.1]))
 def test_metrics_and_adapter_of_a_stopped_run_are_those_of_a_straight_one_bit_for_bit(runs, dropout) -> None:
     made = runs(dropout)
     straight, stopped = metrics(made.straight), metrics(made.stopped)
@@ -70,7 +71,7 @@ def test_metrics_and_adapter_of_a_stopped_run_are_those_of_a_straight_one_bit_fo
     assert (made.stopped / ADAPTER).read_bytes() == (made.straight / ADAPTER).read_bytes()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", turns.in_suite(0.0, of=[0.0, 0.1]))
 @pytest.mark.parametrize("step", [STOP_AT, NUM_STEPS])
 def test_moments_at_the_stop_and_at_the_end_are_those_of_a_straight_run_bit_for_bit(runs, dropout, step) -> None:
     made = runs(dropout)
@@ -82,12 +83,13 @@ def test_moments_at_the_stop_and_at_the_end_are_those_of_a_straight_run_bit_for_
     assert len(moments) == 2 * 28 and all(values.any() for values in moments)
 
 
+@pytest.mark.slow
 def test_dropout_changes_what_is_learned(runs) -> None:
     assert metrics(runs(0.0).straight)[0]["loss"] == pytest.approx(metrics(runs(0.1).straight)[0]["loss"], abs=1e-6)
     assert metrics(runs(0.0).straight)[-1]["loss"] != pytest.approx(metrics(runs(0.1).straight)[-1]["loss"], abs=1e-4)
 
 
-@pytest.mark.parametrize(("size", "offload"), [(1, "none"), (1, "all"), (3, "none")])
+@pytest.mark.parametrize(("size", "offload"), turns.in_suite((1, "all"), of=[(1, "none"), (1, "all"), (3, "none")]))
 def test_a_run_that_goes_on_with_other_ranks_has_the_losses_of_a_straight_one(
     runs, ranks, tmp_path, size, offload
 ) -> None:

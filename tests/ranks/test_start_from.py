@@ -20,6 +20,7 @@ from dist_lora.checkpoint.gather import gather_adapter
 from dist_lora.errors import ConfigError
 from dist_lora.lora.adapter_reader import open_adapter
 from dist_lora.world.world import World
+from tests import turns
 from tests.ranks.runs import chats_settings, exact, metrics, train_command
 
 NUM_STEPS, STOP_AT = 4, 2
@@ -96,7 +97,7 @@ def test_peft_computes_with_what_was_trained_as_we_do(alone, tiny_llama) -> None
 
 @pytest.mark.parametrize(
     "parallel",
-    [{"adapters": "shard"}, {"adapters": "replicate"}, {"engine": "zero3"}],
+    turns.in_suite({"adapters": "shard"}, of=[{"adapters": "shard"}, {"adapters": "replicate"}, {"engine": "zero3"}]),
     ids=["sharded", "replicated", "zero3"],
 )
 def test_on_two_ranks_and_stopped_in_between_it_is_the_run_of_one_process(

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from dist_lora.lora.merge import merge_adapter
+from tests import turns
 from tests.e2e.test_against_peft import NUM_STEPS
 from tests.ranks.everywhere import PLACES, assert_alike_everywhere, assert_goes_on_elsewhere
 from tests.ranks.plain import WEIGHT_DECAY, draw_first_a, train_by_hand
@@ -73,9 +74,7 @@ def logits_of(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize(
-    "way", [way if way == "norms beside LoRA" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
-)
+@pytest.mark.parametrize("way", turns.in_suite("norms beside LoRA", of=WAYS))
 def test_unfrozen_weights_have_the_numbers_of_a_plain_loop_wherever_they_are_trained(
     ranks, tiny_llama, tmp_path, way
 ) -> None:

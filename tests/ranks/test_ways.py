@@ -91,9 +91,8 @@ def theirs(tiny_llama, tmp_path_factory) -> Any:
     return train
 
 
-@pytest.mark.parametrize(
-    "way", [way if way == "patterns" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_each_way_has_the_numbers_of_peft_wherever_it_is_trained(ranks, tiny_llama, theirs, tmp_path, way) -> None:
     base = tiny_llama("llama31")
     losses, tensors, scales = theirs(way)

@@ -27,6 +27,7 @@ from dist_lora.layout.choices import Layout
 from dist_lora.train.build import Trainee, describe_trained
 from dist_lora.train.schedule import lr_at
 from dist_lora.world.world import World
+from tests import turns
 from tests.ranks.tiny import accumulate, config_of, documents, trainee_of
 from tests.ranks.wire import Wire
 
@@ -169,7 +170,10 @@ def run_train(world: World, folder: str, settings: dict, options: dict) -> dict:
     return train(world, folder, settings, **options)
 
 
-@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.turn(of=2)) for size in (1, 3))])
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param(2, marks=pytest.mark.slow), *(pytest.param(size, marks=pytest.mark.turn(of=2)) for size in (1, 3))],
+)
 @pytest.mark.parametrize(
     "recompute", [{}, FIRST_RECOMPUTED, RECOMPUTED], ids=["kept", "first recomputed", "recomputed"]
 )
@@ -316,7 +320,7 @@ def sent_in_a_step(world: World, folder: str, recompute: bool) -> tuple[int, dic
     return len(loader.batch(2).micro_batches), *found
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", turns.in_suite(True, of=[False, True]))
 def test_a_block_crosses_the_wire_as_it_is_stored_twice_a_pass_recomputed_or_not(ranks, tiny_llama, recompute) -> None:
     folder = str(tiny_llama("llama31", num_layers=6))
     alone = trainee_of(config_of(folder, model={"quant": "nf4"}), World.alone()).model
@@ -426,7 +430,8 @@ def answers_and_losses(world: World, folder: str, settings: dict) -> dict:
     return found
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
 def test_losses_between_steps_and_answers_are_those_of_one_process(ranks, tiny_llama, size) -> None:
     folder = str(tiny_llama("llama31"))
     wanted = answers_and_losses(World.alone(), folder, {})

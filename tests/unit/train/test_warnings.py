@@ -62,12 +62,19 @@ def test_a_first_loss_worse_than_two_guesses_is_told_once_and_a_sound_one_is_not
             assert f"step 1: the loss is {first:.2f}, and a uniform guess over the 512 tokens has 6.24" in told[0]
 
 
+@pytest.fixture(scope="module")
+def stopped(tiny_llama, tmp_path_factory) -> dict[str, Any]:
+    """The settings of a run that has done two steps."""
+    stopped = settings(tiny_llama("llama31"), tmp_path_factory.mktemp("stopped"), steps=3)
+    assert train_command(World.alone(), stopped, 2).startswith("interrupted by SIGUSR1 at step 2/3;")
+    return stopped
+
+
 @pytest.fixture
-def begun(tiny_llama, tmp_path) -> tuple[dict[str, Any], Path]:
-    """The settings of a run that has done two steps, and its checkpoint."""
-    begun = settings(tiny_llama("llama31"), tmp_path, steps=3)
-    assert train_command(World.alone(), begun, 2).startswith("interrupted by SIGUSR1 at step 2/3;")
-    return begun, tmp_path / "it" / "checkpoints" / "step-00000002"
+def begun(stopped, tmp_path) -> tuple[dict[str, Any], Path]:
+    """The settings of such a run, which may go on, and its checkpoint."""
+    shutil.copytree(Path(stopped["runs_dir"]) / "it", tmp_path / "it")
+    return stopped | {"runs_dir": str(tmp_path)}, tmp_path / "it" / "checkpoints" / "step-00000002"
 
 
 def test_a_checkpoint_remembers_the_versions_that_made_it(begun) -> None:
