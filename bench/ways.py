@@ -19,7 +19,7 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,14 @@ from typing import Any
 
 import yaml
 
+from bench.kept import Kept
 from dist_lora.checkpoint.folders import step_folders
-from dist_lora.files import write_whole
 from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, SUMMARY_FILE
 from dist_lora.run_folder.records import read_lines
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".cache" / "ways"
-RESULTS = FOLDER / "results.json"
+RESULTS = Kept(FOLDER / "results.json")
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 NUM_OTHER, NUM_HELD_OUT = 24, 64  # samples of the text of another kind, and of GSM8K's held-out questions
 
@@ -196,31 +196,15 @@ def read_run(folder: Path) -> dict[str, Any]:
     }
 
 
-def read_results() -> dict[str, dict[str, Any]]:
-    """What is measured, by ``TASK WAY``, ``TASK before`` and ``TASK trial KIND RATE``."""
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-
-
-def keep(key: str, measured: Callable[[], dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Measure what isn't yet; all results."""
-    results = read_results()
-    if key not in results:
-        print(f"ways: {key} ...", file=sys.stderr, flush=True)
-        results[key] = measured()
-        write_whole(RESULTS, json.dumps(results, indent=1) + "\n")
-    return results
-
-
 def measure_all(task: str, names: Iterable[str], gsm8k: Path) -> None:
     """What the table of a task shows of these ways, and what their learning rates are chosen by."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    keep(f"{task} before", lambda: before(task, gsm8k))
+    RESULTS.measure(f"{task} before", partial(before, task, gsm8k))
     for name in names:
         kind = WAYS[name].kind
-        results = read_results()
         for rate in TRIALS[kind][1]:
-            results = keep(f"{task} trial {kind} {rate:g}", partial(trial, task, kind, rate, gsm8k))
-        keep(f"{task} {name}", partial(measure, task, name, best_rate(task, kind, results), gsm8k))
+            RESULTS.measure(f"{task} trial {kind} {rate:g}", partial(trial, task, kind, rate, gsm8k))
+        rate = best_rate(task, kind, RESULTS.read())
+        RESULTS.measure(f"{task} {name}", partial(measure, task, name, rate, gsm8k))
 
 
 def table(task: str, results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -283,9 +267,9 @@ def main() -> None:
         for task in tasks:
             measure_all(task, wanted.ways or [*WAYS], wanted.gsm8k)
     if wanted.picture is not None:
-        draw(wanted.picture, read_results())
+        draw(wanted.picture, RESULTS.read())
     for task in tasks:
-        print("\n".join(table(task, read_results())))
+        print("\n".join(table(task, RESULTS.read())))
 
 
 if __name__ == "__main__":

@@ -16,21 +16,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from bench.kept import Kept
 from bench.peers.contestant import Contestant, Failed, in_turn, largest_difference, median, ratio
 from bench.peers.environment import ROOT
 from bench.peers.scaling import scaling
 from bench.peers.start import start
 from bench.peers.work import Work
-from dist_lora.files import write_whole
 
-MEASURED = ROOT / ".cache" / "peers-rows.json"
+MEASURED = Kept(ROOT / ".cache" / "peers-rows.json")  # the lines of each row
 LOSSES_DIFFER = 1e-3  # relative, over the steps of a row: more is other work
 
 
@@ -149,11 +149,6 @@ HEAD = """| work | peer | processor seconds per step, ours and the peer's | ours
 |---|---|---|---|---|---|---|---|"""
 
 
-def read_rows() -> dict[str, list[str]]:
-    """The lines of the rows that are measured, by their names."""
-    return json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
-
-
 def main() -> None:
     """The command: see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -175,17 +170,10 @@ def main() -> None:
         given.gsm8k, given.model.resolve(), given.turns, given.threads, 60 * given.minutes
     )
     for name in wanted if settings else ():
-        measured = read_rows()
-        if name in measured and not given.again:
-            print(
-                f"peers: {name} is measured already, maybe with other options; --again measures it anew",
-                file=sys.stderr,
-            )
-            continue
-        print(f"peers: {name} ...", file=sys.stderr, flush=True)
-        measured[name] = apart[name](settings) if name in apart else duel(ROWS[name], settings)
-        write_whole(MEASURED, json.dumps(measured, indent=1) + "\n")
-    lines = {name: of_row for name, of_row in read_rows().items() if name in wanted}
+        measure = partial(apart[name], settings) if name in apart else partial(duel, ROWS[name], settings)
+        if not MEASURED.measure(name, measure, again=given.again):
+            print(f"{name} is measured already, maybe with other options; --again measures it anew", file=sys.stderr)
+    lines = {name: of_row for name, of_row in MEASURED.read().items() if name in wanted}
     if set(lines) != {"scaling"}:
         print(HEAD)
     for name in filter(lines.__contains__, every):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+from bench.kept import Kept
 from bench.peers import __main__ as bench
 from bench.peers.contestant import Contestant, Turn, largest_difference, median, ratio
 from bench.peers.padding import padded
@@ -35,7 +36,7 @@ def test_documents_are_padded_to_the_longest_and_padding_is_masked_and_no_target
 
 def test_rows_that_are_measured_stay_so_and_are_printed_without_measuring(monkeypatch, tmp_path, capsys) -> None:
     measured = {"gpu": ["| 2 ranks | ddp |"], "peft": ["| 1 process | peft |"]}
-    monkeypatch.setattr(bench, "MEASURED", tmp_path / "rows.json")
+    monkeypatch.setattr(bench, "MEASURED", Kept(tmp_path / "rows.json"))
     monkeypatch.setattr(bench, "duel", lambda row, settings: [f"| {row.title} | anew |"])
     (tmp_path / "rows.json").write_text(json.dumps(measured))
     monkeypatch.setattr(sys, "argv", ["bench.peers"])

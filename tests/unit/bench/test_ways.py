@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from bench import ways
+from bench.kept import Kept
 from dist_lora.config.load import load_config
 
 RATE = {"LoRA": 5e-3, "norms": 1e-2}  # neither is the first that is tried
@@ -19,7 +20,7 @@ RATE = {"LoRA": 5e-3, "norms": 1e-2}  # neither is the first that is tried
 @pytest.fixture
 def folder(monkeypatch, tmp_path) -> Path:
     monkeypatch.setattr(ways, "FOLDER", tmp_path / "ways")
-    monkeypatch.setattr(ways, "RESULTS", tmp_path / "ways" / "results.json")
+    monkeypatch.setattr(ways, "RESULTS", Kept(tmp_path / "ways" / "results.json"))
     monkeypatch.setattr(ways, "ROOT", tmp_path)
     quickstart = tmp_path / ".cache" / "quickstart"
     quickstart.mkdir(parents=True)
