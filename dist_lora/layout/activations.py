@@ -171,14 +171,15 @@ class Activations:
         saved = self.wide if begin == 3 else 2 * self.wide + of_norms * self.stream
         return held + self._of_layers[layer] - saved
 
-    @property
-    def in_backward_of_down(self) -> int:
+    def in_backward_of_down(self, layer: int) -> int:
         """The gradient of a layer's output, and of down's input beside its weight or its dropped copy, or of gate and up.
 
-        With fused kernels these lie where gate and up were.
+        With fused kernels these lie where gate and up were. A recomputation ends with down's input, its dropped copy and, since
+        its adapter comes before the frozen product, the output.
         """
         dropped = self._dropped if self._setup.choices.fused_kernels else self.wide + self._dropped
-        return self.stream + self.wide + max(dropped, self._dequantized)
+        recomputed = self._dropped + self.stream if layer in self._setup.recomputed else 0
+        return self.stream + self.wide + max(dropped, self._dequantized, recomputed)
 
     @property
     def at_embedding(self) -> int:

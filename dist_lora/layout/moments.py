@@ -121,7 +121,7 @@ def _in_backward(setup: Setup, layer: int, of: Activations) -> Iterator[tuple[in
     while they take no more than the gathered weights did; in the first trained layer also the buffer of the next one is free.
     """
     if setup.adapter_ranks == 1:
-        yield of.at_backward_of(layer), of.in_backward_of_down + _replicated_gradients(setup, layer)
+        yield of.at_backward_of(layer), of.in_backward_of_down(layer) + _replicated_gradients(setup, layer)
         return
     above = 0 if layer + 1 in setup.layers else unfrozen_weights_in(setup, layer + 1)
     yield from _by_group(setup, layer, of, waiting=FP32 * above, item_bytes=setup.item_bytes)
@@ -147,7 +147,7 @@ def _by_group(setup: Setup, layer: int, of: Activations, *, waiting: int, item_b
     of_down, of_mlp, *of_attention = reversed(_weights_trained_by_group(setup, layer))
     has_wide = layer > setup.first_trained or setup.trained_rows or begin_of_graph(setup, layer) < 3
     for weights, activations, workspace in (
-        (of_down, held, of.in_backward_of_down),
+        (of_down, held, of.in_backward_of_down(layer)),
         (of_mlp, held, 3 * of.stream),
         (sum(of_attention), held - (2 * of.wide if has_wide else 0), 2 * of.stream),
     ):

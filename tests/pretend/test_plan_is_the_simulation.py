@@ -56,6 +56,7 @@ CASES = {
         {"train": {"sequence_length": 8192, "activation_checkpointing": False}, "lora": {"targets": ["down_proj"]}},
         gpus_per_node=1,
     ),
+    "long": Case("3.1-8b", {"train": {"sequence_length": 8192}}),  # the peak is at the end of a recomputation
     "a small second slice of logits": Case(
         "3.2-1b", {"train": {"micro_batch": 1, "sequence_length": 300}}, gpus_per_node=1
     ),
@@ -235,7 +236,7 @@ IN_EVERY_SUITE = (
     "one GPU, offload, short",
     "rows that don't divide",
 )
-IN_EVERY_CI = ("plain", "one GPU", "offload", "dropout, kept", "whole, by auto", "kept activations", "int8", "tied", "world", "405B on 128", "upper layers", "a small second slice of logits", "fp32 on CPUs",
+IN_EVERY_CI = ("plain", "one GPU", "offload", "dropout, kept", "whole, by auto", "kept activations", "int8", "tied", "world", "405B on 128", "long", "upper layers", "a small second slice of logits", "fp32 on CPUs",
                "whole, tied, kept, nf4, AdamW on the host")  # fmt: skip
 
 
