@@ -234,14 +234,17 @@ def draw(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
     """Each task's ways as points: what was learned against what was forgotten, the size of a point by the weights that it trains."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(TITLES)), TITLES, strict=True):
-        start = results.get(f"{task} before")
+    tasks = [task for task in TITLES if any(f"{task} {name}" in results for name in WAYS)]
+    if not tasks:
+        sys.exit("no way is measured yet: --gsm8k FOLDER measures them")
+    figure = Figure(figsize=(5.5 * len(tasks), 5), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        start = results[f"{task} before"]
         for name, way in WAYS.items():
-            if (row := results.get(f"{task} {name}")) is None or start is None:
+            if (row := results.get(f"{task} {name}")) is None:
                 continue
             x, y = row["loss"], row["other"] - start["other"]
-            axes.scatter(x, y, s=12 * math.log2(row["trained"] / 1e4), color=COLOURS[way.kind], alpha=0.8)
+            axes.scatter(x, y, s=12 * math.log2(1 + row["trained"] / 1e4), color=COLOURS[way.kind], alpha=0.8)
             axes.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
         axes.set_title(TITLES[task], loc="left", fontsize=10)
         axes.set_xlabel("held-out loss of the task")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from bench import ways
 from bench.kept import Kept
@@ -93,3 +94,15 @@ def test_a_kinds_rate_is_the_best_of_its_trials_and_what_is_measured_stays(folde
         f"| {ways.WAYS['r16'].title} | {RATE['LoRA']:g} | {cells}",
         f"| {ways.WAYS['norms'].title} | {RATE['norms']:g} | {cells}",
     ]
+
+
+def test_the_picture_has_a_panel_for_each_task_with_a_way_that_is_measured(tmp_path) -> None:
+    with pytest.raises(SystemExit, match="no way is measured yet"):
+        ways.draw(tmp_path / "it.png", {"gsm8k before": {"loss": 2.0, "other": 1.5}})
+    of_task = {"before": {"loss": 2.0, "other": 1.5}, "r16": {"loss": 0.5, "other": 1.75, "trained": 4096}}
+    widths = []
+    for tasks in (["gsm8k"], ["gsm8k", "quickstart"]):
+        ways.draw(tmp_path / "it.png", {f"{task} {name}": row for task in tasks for name, row in of_task.items()})
+        with Image.open(tmp_path / "it.png") as picture:
+            widths.append(picture.width)
+    assert widths[1] == 2 * widths[0]
