@@ -103,7 +103,7 @@ def config_of(task: str, name: str, rate: float, gsm8k: Path) -> dict[str, Any]:
         tree["optim"] |= {"warmup_steps": 4}
         tree["eval"] = {"every": 1000}
         tree["parallel"] |= {"base_shard": "gpu"}  # faster here; what a rank holds is the quickstart's to show
-    tree |= {"run": f"{task}-{name}", "runs_dir": str(FOLDER / "runs"), "log": {"trackers": []}}
+    tree |= {"run": f"{task}-{name}-{rate:g}", "runs_dir": str(FOLDER / "runs"), "log": {"trackers": []}}
     tree["optim"] |= {"lr": rate}
     tree["eval"] |= {"tool_calls": False}
     for section, values in WAYS[name].settings().items():
