@@ -34,7 +34,7 @@ from dist_lora.run_folder.records import read_lines
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".cache" / "ways"
-RESULTS = Kept(FOLDER / "results.json")
+RESULTS = Kept(FOLDER / "results.json")  # by TASK WAY, TASK before and TASK trial KIND RATE
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 NUM_OTHER, NUM_HELD_OUT = 24, 64  # samples of the text of another kind, and of GSM8K's held-out questions
 

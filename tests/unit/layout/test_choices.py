@@ -294,9 +294,8 @@ def test_the_last_layer_keeps_what_the_peak_holds_anyway_at_the_end_of_its_recom
     setup = setup_of(config, MEMBERS["3.1-405b"].shape, num_nodes=1, gpus_per_node=8, device_bytes=80 * GIB)
     assert setup.recomputed == range(125)
     everything = replace_recomputed(setup, range(126))
-    assert (
-        memory_of(everything).device - memory_of(setup).device == 2048 * 16384 * 2
-    )  # which also makes its output again
+    its_output = 2048 * 16384 * 2  # which is made again too
+    assert memory_of(everything).device - memory_of(setup).device == its_output
 
 
 def replace_recomputed(setup: Setup, recomputed: range) -> Setup:
