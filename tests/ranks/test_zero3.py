@@ -461,17 +461,17 @@ def checkpoint(ranks, plain, tmp_path_factory) -> dict[str, Path]:
     return made
 
 
-@pytest.mark.parametrize(
-    "saved_under, size, engine",
-    [
-        ("zero3", 3, "zero3"),
-        ("fsdp2", 2, "zero3+all"),
-        *(
-            pytest.param(*move, marks=pytest.mark.slow)
-            for move in (("zero3", 1, "zero3"), ("zero3", 2, "fsdp2"), ("fsdp2", 2, "zero3"), ("zero3", 1, "none"))
-        ),
-    ],
-)
+MOVES = [
+    ("zero3", 3, "zero3"),
+    ("fsdp2", 2, "zero3+all"),
+    ("zero3", 1, "zero3"),
+    ("zero3", 2, "fsdp2"),
+    ("fsdp2", 2, "zero3"),
+    ("zero3", 1, "none"),
+]
+
+
+@pytest.mark.parametrize("saved_under, size, engine", turns.in_suite(*MOVES[:2], of=MOVES))
 def test_a_run_goes_on_on_another_number_of_ranks_and_under_another_engine(
     ranks, plain, checkpoint, saved_under, size, engine
 ) -> None:
