@@ -12,14 +12,16 @@ TOKENS = 10_000_000
 
 def main() -> None:
     """Print a line for each config."""
-    print("| config | GPUs | GiB per GPU | tokens/s | 10 million tokens take |\n|---|---|---|---|---|")
+    print(
+        "| config | GPUs | sequences x tokens per GPU | GiB per GPU | tokens/s | 10 million tokens take |\n|---|---|---|---|---|---|"
+    )
     for name in SHIPPED:
         preset = presets()[name]
-        plan, gpu = preset.plan, preset.machine.gpu
+        plan, gpu, train = preset.plan, preset.machine.gpu, preset.config.train
         assert plan.speed is not None, f"{gpu.name} is in the table, with its speed"
         slow, fast = plan.speed.tokens_per_s
         print(
-            f"| `{name}` | {plan.machines} | {plan.device_bytes / GIB:.1f} of {gpu.memory_bytes / GIB:.1f} | "
+            f"| `{name}` | {plan.machines} | {train.micro_batch} x {train.sequence_length:,} | {plan.device_bytes / GIB:.1f} of {gpu.memory_bytes / GIB:.1f} | "
             f"{slow:,.0f} to {fast:,.0f} | {time_range(TOKENS / fast, TOKENS / slow)} |"
         )
 

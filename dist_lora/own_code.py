@@ -37,6 +37,9 @@ class OwnCode:
         """The last part of the path: the name of the function or class."""
         return self.path.rpartition(":")[2].rpartition(".")[2]
 
+    def __str__(self) -> str:
+        return f"{self.setting}: {self.path}, of {self.file} (SHA-256 {self.sha256[:12]})"
+
     def raised(self, error: BaseException, what: str = "") -> str:
         """What to say of an error that this code raised: its kind, its text and the last line of the user's that it left."""
         frames = traceback.extract_tb(error.__traceback__)

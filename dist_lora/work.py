@@ -69,7 +69,7 @@ def train(
         whatever ``enter`` raises; see ``train.command.train``.
     """
     from dist_lora.run_folder.log_file import append_to_log
-    from dist_lora.run_folder.status import StatusWriter
+    from dist_lora.run_folder.status import StatusWriter, is_of_another
     from dist_lora.train.signals import StopRequest
 
     status = StatusWriter(config.runs_dir / config.run)
@@ -82,7 +82,7 @@ def train(
 
     def end(error: BaseException | None) -> None:
         if not is_dry:
-            if error is not None and not isinstance(error, RunInUse):
+            if error is not None and not isinstance(error, RunInUse) and not is_of_another(status.folder):
                 append_to_log(status.folder, error_text(error))
             status.end(error)
 

@@ -31,7 +31,7 @@ def start(settings: Settings) -> list[str]:
     faster = statistics.median(peer / mine for mine, peer in zip(ours, theirs, strict=True))
     return [
         f"| from the command to the first step, 2 ranks | from_pretrained and PEFT | {statistics.median(ours):.1f} and "
-        f"{statistics.median(theirs):.1f} (wall time) | **{faster:.2f}** | | | | 2 x |"
+        f"{statistics.median(theirs):.1f} (wall time) | **{faster:.2f}** | | | |"
     ]
 
 

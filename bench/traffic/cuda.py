@@ -20,7 +20,7 @@ from dist_lora.base.kernels import rows_per_program
 
 # M rows, K inputs and N outputs of a product; T tokens, H heads and E width of a head in attention
 
-Kind = Literal["frozen products", "LoRA's products", "attention", "elementwise", "copies", "dequantizing"]
+Kind = Literal["frozen matmuls", "LoRA's matmuls", "attention", "elementwise", "copies", "dequantizing"]
 TILE_ROWS = 128  # cuBLAS computes whole tiles: a product with 261 rows of activations takes the time of one with 384
 
 
@@ -206,7 +206,7 @@ def _product(call: Call) -> list[Kernel]:
         added = None
     kernel = Kernel(
         call.name,
-        "frozen products" if is_of_frozen else "LoRA's products",
+        "frozen matmuls" if is_of_frozen else "LoRA's matmuls",
         sum(map(bytes_of, _distinct([first, second, *([] if added is None else [added])]))),
         bytes_of(out),
         2 * batch * rows * inputs * outputs,

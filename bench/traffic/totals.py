@@ -11,7 +11,7 @@ from bench.traffic.step import Case
 from dist_lora.layout.setup import Setup
 from dist_lora.plan.traffic import collectives_of
 
-APART = ("frozen products", "attention")  # what a layer must compute; all else is beside it
+APART = ("frozen matmuls", "attention")  # what a layer must compute; all else is beside it
 
 
 @dataclass(frozen=True)

@@ -349,7 +349,7 @@ def _through_a(group: _Group, d_low: Tensor, all_a: Tensor, masks: Sequence[Tens
 
 
 def _through_weights(group: _Group, d_outputs: Sequence[Tensor], parts: Sequence[Tensor], d_h: Tensor | None) -> Tensor:
-    """The gradient of h from the frozen products, added to ``d_h``. Each weight is dequantized, used and freed."""
+    """The gradient of h from the frozen matmuls, added to ``d_h``. Each weight is dequantized, used and freed."""
     of_parts = iter(parts)
     for spec, d_y in zip(group.linears, d_outputs, strict=True):
         weight = _dense(spec.fmt, {name: next(of_parts) for name in spec.parts}, d_y.dtype)

@@ -272,7 +272,7 @@ def set_aside(root: Path, *, above: int) -> list[Path]:
     ``aside-step-########``, and are never deleted. One rank calls it. What can't be renamed is logged as a warning.
     """
     renamed = []
-    for path in [path for step, path in step_folders(root).items() if step > above]:
+    for path in [path for step, path in _listed(root).items() if step > above]:
         number, aside = 1, path.with_name(f"aside-{path.name}")
         while aside.exists():
             number, aside = number + 1, path.with_name(f"aside-{path.name}.{number + 1}")
@@ -294,7 +294,7 @@ def rotate(root: Path, *, keep: int, best: int | None) -> list[Path]:
     One rank calls it, while no save is in flight. What can't be deleted is logged as a warning and doesn't end the run.
     """
     assert keep >= 1, keep
-    folders = step_folders(root)
+    folders = _listed(root)
     complete = [step for step, path in folders.items() if _is_complete(path)]
     for leftover in [*root.glob(".step-*.partial"), *root.glob(".step-*.deleted")]:
         _delete(leftover)
@@ -311,6 +311,15 @@ def rotate(root: Path, *, keep: int, best: int | None) -> list[Path]:
         _delete(doomed)
         removed.append(folders[step])
     return removed
+
+
+def _listed(root: Path) -> dict[int, Path]:
+    """``step_folders``; none, with a warning, where they can't be listed: after a save that has gone well."""
+    try:
+        return step_folders(root)
+    except CheckpointError as error:
+        log.warning(f"{error}. Nothing is deleted or renamed there")
+        return {}
 
 
 def _is_complete(path: Path) -> bool:

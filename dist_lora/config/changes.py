@@ -27,13 +27,18 @@ RULES = (
         "how the work is distributed: engine, ranks, nodes, offload. Global batches and losses (to 1e-5) stay the same",
     ),
     Rule(
-        ("model.name", "data.train", "data.mix", "data.eval", "data.format", "data.columns", "data.train_on",
+        ("model.name", "data.train", "data.mix", "data.format", "data.columns", "data.train_on",
          "data.on_no_target", "data.on_too_long", "data.untrained_tokens", "data.chat_template", "data.guard_version",
          "data.guard_categories", "data.guard_augment", "lora.start_from"),
         "free",
         "what they name must be the same: the base's weights, tokenized samples and shares of a mixture are compared",
     ),
-    Rule(("eval", "train.callbacks"), "free", "has no effect on a step; `eval.patience` decides when the run ends"),
+    Rule(
+        ("eval", "data.eval", "train.callbacks"),
+        "free",
+        "has no effect on a step; `eval.patience` decides when the run ends. With another set, or a changed one, the best step is "
+        "looked for anew, and the log says so. A fraction is taken from `data.train`, whose samples are compared",
+    ),
     Rule(("train.steps", "train.epochs"), "logged", "stretches the schedule: other learning rates from here on"),
     Rule(("optim",), "logged", "other updates from here on"),
     Rule(("lora.dropout",), "logged", "other masks from here on"),

@@ -278,7 +278,8 @@ def _child(node: yaml.Node | None, part: str | int) -> tuple[yaml.Node, yaml.Nod
         merged = [value for key, value in node.value if isinstance(key, yaml.ScalarNode) and key.value == "<<"]
         return next(filter(None, (_child(value, part) for value in merged)), None)
     if isinstance(node, yaml.SequenceNode) and isinstance(part, int):
-        return node.value[part], node.value[part]
+        # An argument may have set a longer list than the file's.
+        return (node.value[part], node.value[part]) if part < len(node.value) else None
     return None
 
 

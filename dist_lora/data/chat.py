@@ -419,7 +419,7 @@ def _turns_to_mark(chat: Chat, train_on: TrainOn) -> list[int]:
     answers = [index for index, turn in enumerate(chat.turns) if turn.role == "assistant"]
     if train_on == "last":
         answers = answers[-1:]
-    return [index for index in answers if chat.turns[index].is_trained]
+    return [index for index in answers if chat.turns[index].is_trained and not chat.turns[index].is_context]
 
 
 def _without_special_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[Chat, str | None]:

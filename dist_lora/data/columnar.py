@@ -99,13 +99,28 @@ def _reader_of(kind: Any, *, column: str = "") -> _Read:
         readers = {field.name: _reader_of(field.type) for field in kind}
         return lambda value: {key: readers[key](part) for key, part in value.items() if part is not None}
     if types.is_map(kind):
-        read_item = _reader_of(kind.item_type)
-        return lambda value: {key: part if part is None else read_item(part) for key, part in value}
+        return _map_reader_of(kind)
     if _is_list(kind):
         is_text = types.is_string(kind.value_type) or types.is_large_string(kind.value_type)
         read_part = _from_json_object if is_text and column in _MAY_BE_JSON_TEXTS else _reader_of(kind.value_type)
         return lambda value: [part if part is None else read_part(part) for part in value]
     return _unchanged
+
+
+def _map_reader_of(kind: Any) -> _Read:
+    """Of a map's pairs an object, as JSON has it."""
+    read_item = _reader_of(kind.item_type)
+
+    def read(pairs: Any) -> Any:
+        keys = [key for key, _ in pairs]
+        if not all(isinstance(key, str | int | float) for key in keys):
+            return pairs
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise DataError(f"a map has the key {twice!r} twice; one of each is expected")
+        return {key: part if part is None else read_item(part) for key, part in pairs}
+
+    return read
 
 
 def _unchanged(value: Any) -> Any:
@@ -136,6 +151,8 @@ def _may_be_padded(kind: Any, *, is_inside: bool) -> bool:
 
     if types.is_struct(kind):
         return is_inside or any(_may_be_padded(field.type, is_inside=field.name in _ARGUMENTS) for field in kind)
+    if types.is_map(kind):
+        return _may_be_padded(kind.item_type, is_inside=is_inside)
     return _is_list(kind) and _may_be_padded(kind.value_type, is_inside=is_inside)
 
 
@@ -150,6 +167,9 @@ def _padding_in(array: Any, *, is_inside: bool) -> int:
             _padding_in(part, is_inside=is_inside or field.name in _ARGUMENTS)
             for field, part in zip(array.type, parts, strict=True)
         )
+    if types.is_map(array.type):
+        _, items = array.flatten().flatten()
+        return _padding_in(items, is_inside=is_inside)
     return _padding_in(array.flatten(), is_inside=is_inside) if _is_list(array.type) else 0
 
 

@@ -191,7 +191,7 @@ def read_sample(record: Mapping[str, Any], *, fmt: Format) -> Sample:
         return read_judged(record)
     if fmt == "messages":
         return _read_chat(record)
-    if fmt == "alpaca" and not isinstance(record.get("prompt"), list):
+    if fmt == "alpaca" and not _is_prompt_of_messages(record):
         return _read_instruction(record)
     if fmt == "alpaca":
         return _read_prompt_completion(record)
@@ -205,9 +205,21 @@ def read_sample(record: Mapping[str, Any], *, fmt: Format) -> Sample:
 def unused_columns(record: Mapping[str, Any], *, fmt: Format) -> list[str]:
     """The columns of a record that are not read in its format, and aren't empty."""
     used: Collection[str] = USED_COLUMNS[fmt]
-    if fmt == "alpaca" and _is_given(record, "instruction", "output"):
-        used = set(used) - {"prompt", "completion"}
+    if fmt == "alpaca":
+        used = set(used) - {"prompt", "completion", "instruction", "output"} | {*_instruction_columns(record)}
+        if _is_prompt_of_messages(record):
+            used -= {"input"}
     return [key for key, value in record.items() if key not in used and not _is_empty(value)]
+
+
+def _instruction_columns(record: Mapping[str, Any]) -> tuple[str, str]:
+    """The two columns of an alpaca record that are its instruction and its output."""
+    return ("instruction", "output") if _is_given(record, "instruction", "output") else ("prompt", "completion")
+
+
+def _is_prompt_of_messages(record: Mapping[str, Any]) -> bool:
+    """Whether an alpaca record is a prompt and a completion, of messages each."""
+    return "prompt" in _instruction_columns(record) and isinstance(record.get("prompt"), list)
 
 
 def _is_empty(value: object) -> bool:
@@ -281,7 +293,7 @@ def _system_of(record: Mapping[str, Any]) -> str:
 
 
 def _read_instruction(record: Mapping[str, Any]) -> Instruction:
-    names = ("instruction", "output") if _is_given(record, "instruction", "output") else ("prompt", "completion")
+    names = _instruction_columns(record)
     history = decoded(record.get("history") or [], "history")
     if not isinstance(history, list):
         raise DataError(f"history is {shown(history)}; a list of [question, answer] is expected")
@@ -292,7 +304,7 @@ def _read_instruction(record: Mapping[str, Any]) -> Instruction:
         pairs.append((text_of(pair[0], f"history[{index}][0]"), text_of(pair[1], f"history[{index}][1]")))
     return Instruction(
         instruction=text_of(record[names[0]], names[0]),
-        input=text_of(record.get("input") or "", "input"),
+        input="" if record.get("input") is None else text_of(record["input"], "input"),
         output=text_of(record[names[1]], names[1]),
         system=_system_of(record),
         history=tuple(pairs),
@@ -318,12 +330,12 @@ def _read_prompt_completion(record: Mapping[str, Any]) -> Sample:
             "history is given beside a prompt of messages, and would be lost; put its turns into the prompt"
         )
     if isinstance(prompt, list) and isinstance(completion, list):
-        context = tuple(replace(turn, is_trained=False, is_asked=False) for turn in read_turns(prompt, "prompt"))
+        context = tuple(replace(turn, is_context=True, is_asked=False) for turn in read_turns(prompt, "prompt"))
         system = _system_of(record)
         if system and context[0].role == "system":
             raise DataError(f"system is {shown(system)}, and prompt has a system turn; one of them is expected")
         if system:
-            context = (Turn("system", system, is_trained=False), *context)
+            context = (Turn("system", system, is_context=True), *context)
         return Chat(
             turns=context + read_turns(completion, "completion"),
             tools=read_tools(record),

@@ -92,7 +92,10 @@ class Records:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         source = self._source_of(index)
-        record, columns = self.sources[source][index - self.starts[source]], self.columns[source]
+        try:
+            record, columns = self.sources[source][index - self.starts[source]], self.columns[source]
+        except OSError as error:
+            raise DataError(f"can't be read: {error.strerror or error}") from None
         return renamed(record, columns) if columns else record
 
     def where(self, index: int) -> str:
@@ -147,7 +150,7 @@ def read_records(
     listed = [names] if isinstance(names, str) else list(names)
     if not listed:
         raise DataError(f"data.{which} is an empty list; at least one file or hub id is expected")
-    sources = tuple(_open(_place_of(name, which), which, is_fetched=is_fetched) for name in listed)
+    sources = tuple(_opened(name, which, is_fetched=is_fetched) for name in listed)
     each = readings_for(listed, readings, fmt)
     columns = tuple(dict(reading.columns) for reading in each)
     formats = tuple(_format_of(source, reading, own) for source, reading in zip(sources, each, strict=True))
@@ -164,10 +167,34 @@ def hash_sources(names: str | Sequence[str], *, which: str) -> str:
     for name in [names] if isinstance(names, str) else names:
         place = _place_of(name, which)
         digest.update(f"{place.kind}\0".encode())
-        for chunk in _chunks_of(place, which):
-            digest.update(chunk)
+        with _reading(f"data.{which}: {name}"):
+            for chunk in _chunks_of(place, which):
+                digest.update(chunk)
         digest.update(b"\0end\0")
     return digest.hexdigest()
+
+
+def states_of(names: str | Sequence[str], *, which: str) -> list[list[int]]:
+    """Size and time of the last change (ns) of each file of the sources: whether one changes while it is read.
+
+    Raises DataError as ``read_records`` does if one is missing.
+    """
+    states = []
+    for name in [names] if isinstance(names, str) else names:
+        path = _place_of(name, which).path
+        with _reading(f"data.{which}: {name}"):
+            files = [] if path is None else sorted(path.iterdir()) if path.is_dir() else [path]
+            states += [[found.st_size, found.st_mtime_ns] for file in files if (found := file.stat())]
+    return states
+
+
+@contextlib.contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Turns an error of the file system within it into a DataError about ``what``."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{what} can't be read: {error.strerror or error}") from None
 
 
 @dataclass(frozen=True)
@@ -183,6 +210,11 @@ class _Place:
         if self.path is None:
             return "hub"
         return "saved" if self.path.is_dir() else "".join(_suffixes_of(self.path))
+
+
+def _opened(name: str, which: str, *, is_fetched: bool) -> Source:
+    with _reading(f"data.{which}: {name}"):
+        return _open(_place_of(name, which), which, is_fetched=is_fetched)
 
 
 def _open(place: _Place, which: str, *, is_fetched: bool) -> Source:
@@ -242,6 +274,11 @@ def _place_of(name: str, which: str) -> _Place:
     Raises:
         DataError: there is nothing of that name, or nothing that can be read.
     """
+    with _reading(f"data.{which}: {name}"):
+        return _found(name, which)
+
+
+def _found(name: str, which: str) -> _Place:
     path = _stat(name, which)
     if path.is_dir():
         return _Place(name, _saved_folder(name, path, None, which))

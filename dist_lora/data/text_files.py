@@ -119,8 +119,11 @@ class CsvRows:
                 if row:
                     yield row, start, line
                 start, line = start + lines.take_bytes(), reader.line_num + 1
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:
             raise DataError(f"{self.name}:{line}: not CSV in UTF-8: {error}") from None
+        except UnicodeDecodeError:  # of a chunk, which may be many lines
+            text.detach()
+            raise DataError(f"{self.name}:{_not_utf8(self._file)}") from None
         text.detach()  # which leaves the file open
 
     def __len__(self) -> int:
@@ -138,6 +141,21 @@ class CsvRows:
         if row == self._header:
             raise DataError(f"the header, {', '.join(row)}, stands here again. Remove the line")
         return dict(zip(self._header, row, strict=True))
+
+
+def _not_utf8(file: BinaryIO) -> str:
+    """The first line of a file that isn't UTF-8, and which byte of it."""
+    file.seek(0)
+    for number in itertools.count(1):
+        line = file.readline()
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            what = f"byte {error.start + 1} of the line, 0x{line[error.start]:02x}, is not UTF-8"
+            return f"{number}: {what}. From a spreadsheet: iconv -f WINDOWS-1252 -t UTF-8 OLD.csv > NEW.csv"
+        if not line:
+            return "1: the file has changed while it was read"
+    raise AssertionError
 
 
 class _Lines:

@@ -31,7 +31,7 @@ from dist_lora.data.guard import GuardRules
 from dist_lora.data.guard_ids import encode_judged
 from dist_lora.data.own_format import SETTING, own_format
 from dist_lora.data.records import Format, named_format
-from dist_lora.data.sources import Faults, Records, hash_sources, read_records
+from dist_lora.data.sources import Faults, Records, hash_sources, read_records, states_of
 from dist_lora.data.token_set import SampleCounts, TokenSet
 from dist_lora.errors import ConfigError, DataError, SaveError, cannot_write
 from dist_lora.files import lock, new_file, sync
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 Which = str
 """The setting of a set in ``data``: ``train``, ``eval``, or ``eval.NAME`` of several held-out sets."""
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 """Part of every key: raise it whenever the same record may become other ids."""
 
 REPORT_EVERY_S = 10.0
@@ -120,13 +120,15 @@ def prepare_tokens(
     started = time.monotonic()
     world.progress.now(f"reading data.{which}", kind="long")
     cache = _cache_folder(cache_dir)
-    key = _agree_on_key(names, which=which, rules=rules, tokenizer_hash=tokenizer_hash, cache=cache, world=world)
+    key, states = _agree_on_key(
+        names, which=which, rules=rules, tokenizer_hash=tokenizer_hash, cache=cache, world=world
+    )
     group = _group_of(cache, which=which, world=world)
     with contextlib.ExitStack() as held:
         building = _begin(cache / key, group=group, which=which, world=world, held=held)
         if building is not None:
             world.progress.now(f"tokenizing data.{which}", kind="long")
-            builder = _Builder(names, which, rules, tokenizer, building, group, world, vocab)
+            builder = _Builder(names, which, rules, tokenizer, building, group, world, vocab, states)
             builder.encode_part()
         else:
             builder = None
@@ -243,8 +245,10 @@ def _agree_on_key(
     tokenizer_hash: str,
     cache: Path,
     world: World,
-) -> str:
-    """The key of the cache, the same on all ranks. One rank of each node reads the sources' bytes.
+) -> tuple[str, list[list[int]]]:
+    """The key of the cache, the same on all ranks, and the state of this node's sources before they were read for it.
+
+    One rank of each node reads the sources' bytes.
 
     Raises:
         DataError: a source can't be read, or differs between nodes.
@@ -253,13 +257,16 @@ def _agree_on_key(
 
     def make() -> bytes:
         cache.mkdir(parents=True, exist_ok=True)
+        states = states_of(names, which=which)
         recipe = [CACHE_VERSION, hash_sources(names, which=which), tokenizer_hash, rules.recipe()]
         if is_own(rules.format):
             recipe.append(hash_of(rules.format, setting=SETTING))
-        return xxhash.xxh3_128_hexdigest(json.dumps(recipe, sort_keys=True).encode()).encode()
+        key = xxhash.xxh3_128_hexdigest(json.dumps(recipe, sort_keys=True).encode())
+        return json.dumps([key, states]).encode()
 
-    key = world.once_per_node(stage, make, os_error=lambda error: _unwritable(cache, error))
-    first = world.once(stage, lambda: key)
+    made = world.once_per_node(stage, make, os_error=lambda error: _unwritable(cache, error))
+    key, states = json.loads(made)
+    first = world.once(stage, key.encode).decode()
 
     def compare() -> None:
         if key != first:
@@ -269,7 +276,7 @@ def _agree_on_key(
             )
 
     world.agree_on(stage, compare)
-    return key.decode()
+    return key, states
 
 
 def _group_of(cache: Path, *, which: Which, world: World) -> _Group:
@@ -345,7 +352,9 @@ class _Builder:
         group: _Group,
         world: World,
         vocab: int | None,
+        states: list[list[int]],
     ) -> None:
+        self._states = states
         self._names, self._which, self._rules, self._tokenizer = names, which, rules, tokenizer
         self._folder, self._group, self._world, self._vocab = folder, group, world, vocab
         self._counts = _Counts()
@@ -427,6 +436,11 @@ class _Builder:
                 for document in documents:
                     _write(files, document, index)
                 advance(done, len(part))
+        if states_of(self._names, which=self._which) != self._states:
+            raise DataError(
+                f"data.{self._which}: {self._names} changed while it was read: another program is writing it. Start again once "
+                "that has ended"
+            )
         return counts
 
 

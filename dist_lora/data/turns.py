@@ -53,6 +53,7 @@ class Turn:
         content: None where the record says null, which a template may ask for beside tool calls.
         is_trained: false where the record says so by one of ``TRAIN_FLAGS``.
         is_asked: true where it says so expressly that it is trained on.
+        is_context: of a prompt of messages, which is trained on only where everything is.
         extras: all other keys of the message, as a template reads them: ``name``, ``tool_call_id``, ``reasoning_content``.
     """
 
@@ -62,6 +63,7 @@ class Turn:
     is_trained: bool = True
     extras: Mapping[str, Any] = field(default_factory=dict)
     is_asked: bool = False
+    is_context: bool = False
 
     def as_message(self) -> dict[str, Any]:
         """The message as a chat template reads it: without empty keys (templates test with ``in``)."""
@@ -140,12 +142,17 @@ def _read_turn(item: object, where: str) -> Turn:
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise DataError(f"{where}.role is {shown(role)}; one of {', '.join(_ROLES)} is expected")
+    return _spoken(_ROLES[role], "content", message, where, used=("role",))
+
+
+def _spoken(role: Role, column: str, message: Mapping[str, Any], where: str, *, used: tuple[str, ...]) -> Turn:
+    """A turn whose text is in ``column``, with the calls that it may have."""
     calls = _read_calls(message, where)
     if calls and role != "assistant":
         raise DataError(f"{where} has tool_calls and role {role}; only an assistant calls tools")
-    is_null = calls and "content" not in message
-    content = None if is_null else _content(message.get("content"), f"{where}.content")
-    return _turn(_ROLES[role], content, calls, message, where, used=("role", "content", "tool_calls", "function_call"))
+    is_null = calls and column not in message
+    content = None if is_null else _content(message.get(column), f"{where}.{column}")
+    return _turn(role, content, calls, message, where, used=(*used, column, "tool_calls", "function_call"))
 
 
 def _read_calls(message: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
@@ -163,10 +170,11 @@ def _read_sharegpt_turn(message: Mapping[str, Any], where: str) -> Turn:
     speaker = message["from"]
     if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
         raise DataError(f"{where}.from is {shown(speaker)}; one of {', '.join(_SHAREGPT_ROLES)} is expected")
-    content = _content(message.get("value"), f"{where}.value")
     if speaker != "function_call":
-        return _turn(_SHAREGPT_ROLES[speaker], content, (), message, where, used=("from", "value"))
-    called = decoded(content, f"{where}.value")
+        return _spoken(_SHAREGPT_ROLES[speaker], "value", message, where, used=("from",))
+    if _read_calls(message, where):
+        raise DataError(f"{where} is a function_call and has tool_calls beside its value; one of them is expected")
+    called = decoded(_content(message.get("value"), f"{where}.value"), f"{where}.value")
     calls = _read_tool_calls(called if isinstance(called, list) else [called], f"{where}.value")
     return _turn("assistant", None, calls, message, where, used=("from", "value"))
 
@@ -226,8 +234,10 @@ def _read_tool_call(item: object, where: str) -> dict[str, Any]:
     function = (item.get("function") or item) if isinstance(item, dict) else item
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f'{where} is {shown(item)}; {{"name": ..., "arguments": {{...}}}} is expected')
-    given = function.get("arguments")
-    arguments = decoded((function.get("parameters") if given is None else given) or {}, f"{where}.arguments")
+    given = [function[key] for key in ("arguments", "parameters") if function.get(key) not in (None, "")]
+    if len(given) > 1 and given[0] != given[1]:
+        raise DataError(f"{where} has arguments and parameters, and they differ; one of them is expected")
+    arguments = decoded(given[0] if given else {}, f"{where}.arguments")
     if not isinstance(arguments, dict):
         raise DataError(f"{where}.arguments is {shown(arguments)}; an object is expected")
     call: dict[str, Any] = {

@@ -88,7 +88,8 @@ def _calls_of(text: str) -> tuple[Call, ...]:
     for read in readers:
         try:
             calls = tuple(read(text))
-        except (ValueError, SyntaxError, RecursionError, MemoryError):  # MemoryError: nested too deep for ast.parse
+        # MemoryError: nested too deep for ast.parse; TypeError: a key of a dict, or a part of a set, that can't be hashed
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
         if calls and depth([dict(call.arguments) for call in calls]) <= MAX_DEPTH:
             return calls

@@ -17,6 +17,7 @@ from dist_lora.base.tokenizer_files import WITHOUT_WEIGHTS
 from dist_lora.config.schema import Config
 from dist_lora.data.chat import load_tokenizer, pieces_of
 from dist_lora.data.model_limits import warn_of_context
+from dist_lora.data.own_format import own_format
 from dist_lora.data.token_set import TokenSet
 from dist_lora.herd.models import refuse_shape, resolve_model
 from dist_lora.herd.shape import Shape, read_shape
@@ -64,6 +65,9 @@ def look(config: Config, *, num_samples: int, as_json: bool, guard: str | None =
         ConfigError, DataError, WeightsError: as ``train`` does, of the config, the data and the tokenizer.
         AdapterError: the Guard's adapter is damaged.
     """
+    own = own_format(config.data.format)
+    if own is not None:
+        log.info(str(own.code))
     opened = None if guard is None else open_guard(guard, World.alone())  # before a large set is tokenized
     data = open_data(config)
     unsafe = None if opened is None else unsafe_of(config, opened, World.alone())

@@ -40,6 +40,8 @@ def fetch_all(config: Config, *, report: Callable[[str], None]) -> None:
     section = config.data
     own = own_format(section.format)
     fmt = None if own is not None else named_format(section.format)
+    if own is not None:
+        report(str(own.code))
     for which in ("train", *(f"eval.{name}".rstrip(".") for name in section.eval_files())):
         names, readings = sources_of(section, which)
         records = read_records(names, fmt=fmt, which=which, readings=readings, own=own)

@@ -14,7 +14,7 @@ from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, RunInUse, SaveError, cannot_write
 from dist_lora.files import lock, write_whole
 from dist_lora.run_folder.log_file import close_log, open_log
-from dist_lora.run_folder.status import StatusWriter
+from dist_lora.run_folder.status import StatusWriter, note_opened
 from dist_lora.world.world import World
 
 SEEN_S = 10.0  # a network file system may hide a new file for as long as it caches that there was none
@@ -46,6 +46,7 @@ def open_run_folder(config: Config, world: World) -> Path:
         )
 
     world.on_first("the run's folder", take, os_error=refused)
+    note_opened(folder)
     _check_shared(folder, world)
     return folder
 
@@ -79,6 +80,7 @@ def _check_shared(folder: Path, world: World) -> None:
         world.agree_on("the run's folder on every node", lambda: look(probe))
 
 
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 _locks: list[TextIO] = []  # open for as long as the process lives: closing a lock's file releases it
 
 
@@ -92,6 +94,13 @@ def _lock(folder: Path) -> None:
         raise RunInUse(
             f"{folder}: {owner} is writing this run now. Wait for it, stop it, or name another: run=NAME"
         ) from None
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
+        raise ConfigError(
+            f"runs_dir: {folder}: its file system gives no locks ({error.strerror}), by which two processes are kept from writing one "
+            "run. Mount it with them (Lustre: -o flock), or set runs_dir to another"
+        ) from error
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

@@ -83,6 +83,12 @@ def attempt_of(environment: Mapping[str, str]) -> str:
     return environment.get("TORCHELASTIC_RUN_ID", "").replace(" ", "_") or "-"
 
 
+def job_of(environment: Mapping[str, str]) -> tuple[str, bool]:
+    """The job that this start belongs to (``-`` without one), and whether Slurm or torchrun has restarted it."""
+    counts = [environment.get(name) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")]
+    return _job_of(attempt_of(environment)), any(count not in (None, "", "0") for count in counts)
+
+
 def _job_of(attempt: str) -> str:
     return attempt.partition(".")[0]
 
@@ -90,6 +96,19 @@ def _job_of(attempt: str) -> str:
 def _is_final(code: int, error: BaseException | None) -> bool:
     """Whether a restart would be useless: a numerical failure repeats itself, bit for bit."""
     return code in (EXIT_DONE, *MISTAKES) or isinstance(error, StoppedForGood | TrainingError | OutOfMemory)
+
+
+_opened: set[Path] = set()
+
+
+def note_opened(folder: Path) -> None:
+    """Note that this process is a rank of the run that holds this folder's lock."""
+    _opened.add(folder)
+
+
+def is_of_another(folder: Path) -> bool:
+    """Whether another start of the run is writing this folder, to which its status and its log belong."""
+    return folder not in _opened and is_locked(folder / "lock")
 
 
 class StatusWriter:
@@ -117,7 +136,7 @@ class StatusWriter:
 
     def end(self, error: BaseException | None) -> None:
         """Write how it ended: well (None) or with an error. Called by the rank that reports to the user."""
-        if isinstance(error, RunInUse):
+        if isinstance(error, RunInUse) or is_of_another(self.folder):
             return  # the status is that of the process that is running there
         code = EXIT_DONE if error is None else exit_code_of(error)
         before = self._before()

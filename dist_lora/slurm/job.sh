@@ -31,7 +31,9 @@ give_up() {
 code=none again=final step=0 stalled=0 marked='' reason=''
 [[ ! -e $run_dir/status ]] || read -r code again step stalled marked reason < "$run_dir/status"
 if [[ $marked != "$attempt" && $srun_code == 138 ]]; then # USR1 arrived before the ranks had a handler
-    code=75 again=again stalled=${SLURM_RESTART_COUNT:-0} reason='signalled before it had a signal handler'
+    restarts=${SLURM_RESTART_COUNT:-0} # since the last start of this job that wrote a status, if one did
+    [[ ${marked%.*} != "$SLURM_JOB_ID" ]] || restarts=$((stalled + restarts - ${marked##*.}))
+    code=75 again=again stalled=$restarts reason='signalled before it had a signal handler'
 elif [[ $marked != "$attempt" ]]; then # it ended before it opened its folder: a mistake, or a failed import
     say "srun ended with exit code $srun_code, and the run wrote no status for this attempt"
     exit "$srun_code"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +18,7 @@ from dist_lora.supervision.out_of_memory import Counters, Peaks, describe_kill, 
 
 POLL_S = 0.05
 GRACE_S = 15.0  # how long the others have to end by themselves once one has ended with an error
+GRACE_STOPPED_S = 120.0  # and if it has stopped on request: the first rank may still close its trackers
 GRACE_LOST_S = 5.0  # and if it was killed or lost another: nothing notifies them, so they may wait forever
 GRACE_HANG_S = 2.0  # and if a rank was found to hang: it won't end by itself
 TERM_S = 5.0  # and after SIGTERM
@@ -29,7 +30,8 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
     """Run ``python -m dist_lora ARGUMENTS`` as ``num_ranks`` local ranks and return the exit code of the run.
 
     That of the first rank to fail. Only the first to fail prints its error; reported here is only what a rank can't
-    report itself: that it was killed. TERM, INT and USR1 are passed on to the ranks, which save and end with 75.
+    report itself: that it was killed. TERM, INT, USR1 and HUP are passed on to the ranks, which save and end with 75; a HUP
+    that is ignored (by nohup) stays so.
     """
     ranks: list[subprocess.Popen[bytes]] = []
     passed_on: list[int] = []
@@ -42,7 +44,8 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
                 rank.send_signal(number)
 
     with tempfile.TemporaryDirectory(prefix="dist-lora-") as folder:
-        before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+        heard = [number for number in _PASSED_ON if not is_ignored(number)]
+        before = {number: signal.signal(number, pass_on) for number in heard}
         try:
             for i in range(num_ranks):
                 ranks.append(_start(arguments, num_ranks=num_ranks, local_rank=i, folder=Path(folder)))
@@ -55,7 +58,12 @@ def run_ranks(arguments: Sequence[str], *, num_ranks: int) -> int:
             _end(ranks)
 
 
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+def is_ignored(number: int) -> bool:
+    """Whether a hangup, and only that, was ignored when this process began: ``nohup`` asks for it."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
 def _start(arguments: Sequence[str], *, num_ranks: int, local_rank: int, folder: Path) -> subprocess.Popen[bytes]:
@@ -95,9 +103,7 @@ def _supervise(ranks: list[subprocess.Popen[bytes]], folder: Path, passed_on: Se
         new = {i: code for i, code in enumerate(codes) if code and i not in failed}
         failed |= new
         if new:
-            is_reported = all(code > 0 and code != EXIT_LOST_PEER for code in new.values())
-            grace_s = GRACE_HANG_S if _hang_note(folder).exists() else GRACE_S if is_reported else GRACE_LOST_S
-            deadline = min(deadline, time.monotonic() + grace_s)
+            deadline = min(deadline, time.monotonic() + _grace_s(new.values(), folder))
         if all(code is not None for code in codes) or time.monotonic() > deadline:
             break
         time.sleep(POLL_S)
@@ -111,6 +117,15 @@ def _supervise(ranks: list[subprocess.Popen[bytes]], folder: Path, passed_on: Se
     cause = cause_of(failed)
     stuck = [i for i, rank in enumerate(ranks) if rank.poll() is None]
     return _report(cause, failed[cause], folder, stuck, memory, peaks.num_bytes)
+
+
+def _grace_s(codes: Collection[int], folder: Path) -> float:
+    """How long the others have to end once ranks have ended with these codes."""
+    if _hang_note(folder).exists():
+        return GRACE_HANG_S
+    if all(code == EXIT_STOPPED for code in codes):
+        return GRACE_STOPPED_S
+    return GRACE_S if all(code > 0 and code != EXIT_LOST_PEER for code in codes) else GRACE_LOST_S
 
 
 def cause_of(failed: Mapping[int, int]) -> int:

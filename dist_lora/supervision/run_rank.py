@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -63,6 +64,7 @@ def joined(
         if world.is_first:
             report(error, "")
         world.leave()
+        _close(world)
         sys.exit(error.exit_code)
     except BaseException as error:  # whatever it is, the other ranks must learn of it
         if watch is not None:
@@ -70,6 +72,7 @@ def joined(
         where = "" if world is None else world.progress.where(error)
         reported = _as_reported(error, world, config)
         code = _fail(launched, world, watch, reported, where, report)
+        _close(world)
         if launched is None or launched.world_size == 1:
             if world is not None:
                 world.leave()
@@ -82,6 +85,13 @@ def joined(
         sys.stderr.flush()
         os._exit(code)
     world.leave()
+
+
+def _close(world: World | None) -> None:
+    """Close what the work left open, once its error is told: to the user, and to the ranks that would wait for this one."""
+    if world is not None:
+        with contextlib.suppress(BaseException):  # also of a signal by which a launcher ends the wait
+            world.closing.close()
 
 
 def _enter(launched: LaunchedRank | None, config: Config) -> World:

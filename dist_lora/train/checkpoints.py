@@ -38,10 +38,10 @@ from dist_lora.train.resume import (
     NOT_EVALUATED,
     VerifiedCheckpoint,
     best_of,
-    is_same_best,
     last_evaluated,
     stale_evaluations,
     warn_of_versions,
+    why_other_best,
 )
 from dist_lora.world.world import World
 
@@ -104,6 +104,7 @@ class RunCheckpoints:
         self.saver = Saver(world)
         self.saved_step: int | None = None
         self.data = RunFacts()  # about the data sets, on the first rank
+        self.held_out: Mapping[str, str] = {}  # see ``why_other_best``
 
     def check_room(self) -> None:
         """Raise on all ranks if the disk can't hold the checkpoints that this run keeps."""
@@ -194,19 +195,33 @@ class RunCheckpoints:
                 f"{len(self._specs())}, or their names or shapes differ: the checkpoint is another run's"
             )
         adapters.restore(load_pieces(path, manifest, adapters.pieces()), num_steps=manifest.step)
-        is_same = is_same_best(checkpoint, self._config)
-        best = best_of(checkpoint) if is_same else (None, math.inf)
-        stale = stale_evaluations(checkpoint, self._config)
+        best, stale = best_of(checkpoint), stale_evaluations(checkpoint, self._config, self.held_out)
+        why_other = "" if best[0] is None else self._why_other_best(checkpoint, best[0])
+        if why_other:
+            best, stale = (None, math.inf), 0
         progress = RunProgress(manifest.step, *best, last_evaluated(checkpoint), stale)
         self._resume_facts(progress, path, manifest)
         self.saver.last, self.saved_step = path, manifest.step
         if self._world.is_first:
             truncate_metrics(self._run_folder, last_step=manifest.step, last_evaluation=progress.evaluated_step)
             log.info(f"resumed {path}: step {manifest.step} of {self._num_steps}")
-            if not is_same and best_of(checkpoint)[0] is not None:
-                log.warning("eval.best_set is another one than before: the best step is looked for anew from here on")
+            if why_other:
+                log.warning(f"{why_other}: the best step is looked for anew from here on")
             warn_of_versions(path, manifest.versions)
         return progress
+
+    def _why_other_best(self, checkpoint: VerifiedCheckpoint, best: int) -> str:
+        """Why the best step so far doesn't count from here on, in words; "" if it does. All ranks call it."""
+
+        def look() -> bytes:
+            is_kept = checkpoint.path.parent.resolve() == self.folder.resolve()
+            is_kept = is_kept and file_exists(self.folder / step_folder(best) / MANIFEST_FILE)
+            return b"1" * is_kept
+
+        why = why_other_best(checkpoint, self._config, self.held_out)
+        if not self._config.checkpoint.keep_best or self._world.once("the best checkpoint", look) or why:
+            return why
+        return f"the checkpoint of step {best}, the best until step {checkpoint.manifest.step}, wasn't kept"
 
     def _resume_facts(self, progress: RunProgress, path: Path, manifest: Manifest) -> None:
         """What the model card tells goes on from the checkpoint's; it doesn't know all of a run of an older version."""
@@ -239,6 +254,7 @@ class RunCheckpoints:
                 "evaluated_step": progress.evaluated_step,
                 "stale_evaluations": progress.stale_evaluations,
                 "best_set": self._config.eval.best_set,
+                "held_out": dict(self.held_out),
                 "data": self._loader.fingerprint if self._world.is_first else None,
                 "num_steps": self._num_steps,
                 "card": self._card(progress),

@@ -7,9 +7,10 @@ import functools
 import json
 import logging
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from dist_lora.data.model_limits import check_limits, warn_of_context
 from dist_lora.data.token_cache import TokenRules, Which, prepare_tokens
 from dist_lora.data.token_set import TokenSet, split_eval
 from dist_lora.data.untrained import check_special_tokens
-from dist_lora.errors import ConfigError, SaveError, StoppedOnRequest, cannot_write
+from dist_lora.errors import ConfigError, SaveError, StoppedOnRequest, UnwritablePath, cannot_write
 from dist_lora.evaluation.predictions import Predictions
 from dist_lora.files import write_whole
 from dist_lora.herd.shape import Shape
@@ -51,6 +52,7 @@ from dist_lora.run_folder.attempt import (
 from dist_lora.run_folder.folder import open_run_folder, write_config
 from dist_lora.run_folder.log_file import to_log_file
 from dist_lora.run_folder.samples import SAMPLES_FILE
+from dist_lora.run_folder.status import job_of
 from dist_lora.text import count, gib, span
 from dist_lora.train.advice import advice_lines
 from dist_lora.train.build import (
@@ -70,7 +72,7 @@ from dist_lora.train.data_facts import data_facts
 from dist_lora.train.evaluating import Evaluation, HeldOutSets, evaluate_sets, warn_of_answers
 from dist_lora.train.finished import describe_finished, finished_line
 from dist_lora.train.guard import guard_rules, split_judged
-from dist_lora.train.held_out import check_tool_calls, loss_of
+from dist_lora.train.held_out import check_tool_calls, held_out_prints, loss_of
 from dist_lora.train.judge import check_command
 from dist_lora.train.loop import Run
 from dist_lora.train.meter import Meter, peak_bytes, reset_peak
@@ -227,7 +229,10 @@ def train(
     assert folder is not None
     world.stacks = folder / "stacks"
     _check_resume(checkpoint, base, loader, num_steps=num_steps, world=world)
-    if checkpoint is not None and _has_nothing_to_do(checkpoint, folder, config, num_steps=num_steps, world=world):
+    prints = held_out_prints(config, held_out, world)
+    if checkpoint is not None and _has_nothing_to_do(
+        checkpoint, folder, config, prints, num_steps=num_steps, world=world
+    ):
         return
     attempt = _prepare_folder(
         checkpoint, config, settings=settings, num_steps=num_steps, folder=folder, began_s=began_s, world=world
@@ -235,7 +240,7 @@ def train(
     trainee = build(config, base, world, has_norms=True)
     _tell_of_loading(trainee, world)
     run = Run(config, trainee, loader=loader, held_out=held_out, num_steps=num_steps, folder=folder, world=world)
-    run.checkpoints.data = _data_facts(config, tokens, held_out)
+    run.checkpoints.data, run.checkpoints.held_out = _data_facts(config, tokens, held_out), prints
     if checkpoint is not None:
         run.resume(checkpoint)
     run.recorder = _recorder(run, folder, world) if makes_profile and world.is_first else None
@@ -303,13 +308,19 @@ def _is_finished(config: Config, world: World) -> bool:
 
 
 def _has_nothing_to_do(
-    checkpoint: VerifiedCheckpoint, folder: Path, config: Config, *, num_steps: int, world: World
+    checkpoint: VerifiedCheckpoint,
+    folder: Path,
+    config: Config,
+    prints: Mapping[str, str],
+    *,
+    num_steps: int,
+    world: World,
 ) -> bool:
     """Whether the run turns out to be finished once its steps are counted, which is then reported. All ranks call it."""
     step, section = checkpoint.manifest.step, config.eval
     is_evaluated = config.data.eval is None and section.command is None
     is_evaluated = is_evaluated or last_evaluated(checkpoint) == step
-    progress = RunProgress(step, stale_evaluations=stale_evaluations(checkpoint, config))
+    progress = RunProgress(step, stale_evaluations=stale_evaluations(checkpoint, config, prints))
     is_out_of_patience = progress.is_out_of_patience(section.patience)
     if not is_evaluated or (step != num_steps and not is_out_of_patience):
         return False
@@ -347,15 +358,18 @@ def _prepare_folder(
 
     def begin() -> Attempt:
         write_config(folder, settings)
-        if checkpoint is None:
-            for name in (METRICS_FILE, EVALUATIONS_FILE, TOOL_CALLS_FILE, SAMPLES_FILE):
-                (folder / name).unlink(missing_ok=True)
-        else:
+        if checkpoint is not None:
             warn_of_other_lr(checkpoint, config, num_steps=num_steps)
             warn_of_other_code(checkpoint, config)
         is_restart = config.checkpoint.resume != "never"
         return begin_attempt(
-            folder, num_steps=num_steps, is_new=checkpoint is None, keeps_trackers=is_restart, began_s=began_s
+            folder,
+            num_steps=num_steps,
+            is_new=checkpoint is None,
+            keeps_trackers=is_restart,
+            began_s=began_s,
+            job=job_of(os.environ)[0],
+            resume=str(config.checkpoint.resume),
         )
 
     return world.on_first(
@@ -414,7 +428,10 @@ def _end_callbacks(run: Run, summary: dict[str, Any] | None, world: World, given
 def _train(run: Run, folder: Path, world: World, stop: StopRequest, peak_of: PeakOf) -> None:
     def open_meter() -> Meter:
         world.progress.now("opening the trackers", kind="unseen")
-        return Meter(
+        if run.saver.last is None:  # a new run, whose base is loaded: a former one's records go as late as they can
+            for name in (METRICS_FILE, EVALUATIONS_FILE, TOOL_CALLS_FILE, SAMPLES_FILE):
+                (folder / name).unlink(missing_ok=True)
+        meter = Meter(
             folder,
             trackers=run.config.log.trackers,
             options=run.config.log.tracker_options,
@@ -425,11 +442,14 @@ def _train(run: Run, folder: Path, world: World, stop: StopRequest, peak_of: Pea
             peak_flops_per_s=_peak_flops_per_s(run, world, peak_of),
             callbacks=run.callbacks,
         )
+        world.closing.callback(meter.close)
+        opened.callback(meter.leave_terminal)  # an error is printed below the bar
+        return meter
 
     with contextlib.ExitStack() as opened:
         meter = world.on_first(
             "the meter",
-            lambda: opened.enter_context(contextlib.closing(open_meter())),  # closed also where another rank fails here
+            open_meter,
             os_error=lambda error: cannot_write(f"{folder}: can't be written: {error}", error),
         )
         with stop.deferred(folder if world.is_first else None):
@@ -438,6 +458,8 @@ def _train(run: Run, folder: Path, world: World, stop: StopRequest, peak_of: Pea
             except StoppedOnRequest:
                 run.tell_of_saves()
                 raise
+    world.progress.now("closing the trackers", kind="unseen")
+    world.closing.close()
 
 
 def _peak_flops_per_s(run: Run, world: World, peak_of: PeakOf) -> float | None:
@@ -480,7 +502,10 @@ def _finish(run: Run, folder: Path, world: World, attempt: Attempt | None, *, se
     world.share(f"finish/peak/{world.world_rank}", str(peak_bytes(world.device)).encode())
 
     def finish() -> dict[str, Any]:
-        gather_adapter(run.checkpoints.of_adapter(run.progress), out=out, tokenizer=run.trainee.base.folder)
+        try:
+            gather_adapter(run.checkpoints.of_adapter(run.progress), out=out, tokenizer=run.trainee.base.folder)
+        except UnwritablePath as error:  # the run's folder was writable: another start may find it so again
+            raise SaveError(str(error)) from error
         peaks = [peak_bytes(world.device)]
         peaks += [int(world.fetch(f"finish/peak/{rank}")) for rank in range(1, world.world_size)]
         assert attempt is not None  # this is the first rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import math
 import sys
@@ -35,6 +36,16 @@ from dist_lora.world.world import World
 log = logging.getLogger("dist_lora")
 
 ANSWERS_AT_ONCE = 32  # per rank, if eval.batch is not set
+
+
+def held_out_prints(config: Config, held_out: Mapping[str, TokenSet], world: World) -> dict[str, str]:
+    """The fingerprints of the held-out sets that are sources of their own, by name. All ranks call it; the first reads them."""
+
+    def read() -> bytes:
+        return json.dumps({name: held_out[name].fingerprint() for name in config.data.eval_files()}).encode()
+
+    prints: dict[str, str] = json.loads(world.once("the held-out data", read))
+    return prints
 
 
 def loss_of(

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader
-from dist_lora.errors import cannot_write
+from dist_lora.errors import SaveError
 from dist_lora.evaluation.predictions import Predictions
 from dist_lora.profile.recorder import Recorder
 from dist_lora.run_folder.samples import NUM_KEPT, SAMPLES_FILE, write_samples
@@ -87,7 +87,7 @@ class Run:
 
     def _train(self, meter: Meter | None, request: StopRequest, collect_after: Callable[[int], None]) -> None:
         section = self.config.checkpoint
-        stopping = Stopping(self._world, request, self.saver)
+        stopping = Stopping(self._world, request, self.saver, resume=section.resume)
         self.trainee.model.train()
         self.checkpoints.check_room()
         if section.save_at_start and self.checkpoints.saved_step is None:
@@ -163,13 +163,14 @@ class Run:
                 values |= self._judge.numbers(step, is_asked=stopping.is_asked, taken=OWN_NAMES | values.keys())
         except Interrupted:
             return False
-        self.progress.evaluation = values
-        if self.progress.evaluated(evaluation.deciding_loss(section.best_set)) and self.config.checkpoint.keep_best:
-            self.save()
+        # Recorded before a checkpoint says that it was done: the next start doesn't evaluate this step again.
         if evaluation.matches:
             self._keep_samples(step, Predictions(self._folder / SAMPLES_FILE, evaluation.answers))
         if meter is not None:
             meter.evaluated(step, values, tool_calls=evaluation.tool_counts())
+        self.progress.evaluation = values
+        if self.progress.evaluated(evaluation.deciding_loss(section.best_set)) and self.config.checkpoint.keep_best:
+            self.save()
         return True
 
     def _keep_samples(self, step: int, samples: Predictions) -> None:
@@ -178,5 +179,5 @@ class Run:
         self._world.on_first(
             "the answers of samples",
             lambda: write_samples(self._folder, step=step, answers=answers),
-            os_error=lambda error: cannot_write(f"{samples.path}: can't be written: {error}", error),
+            os_error=lambda error: SaveError(f"{samples.path}: can't be written: {error}. The same command resumes"),
         )

@@ -137,10 +137,14 @@ class Meter:
         if self._callbacks is not None:
             self._callbacks.evaluated({"step": step, **values})
 
-    def close(self) -> None:
-        """Close the progress bar, the files and the trackers."""
+    def leave_terminal(self) -> None:
+        """Stop the progress bar: what is printed now stays below it."""
         if self._bar is not None:
             self._bar[0].stop()
+
+    def close(self) -> None:
+        """Close the progress bar, the files and the trackers, some of which wait for their servers."""
+        self.leave_terminal()
         for file in self._files.values():
             with contextlib.suppress(OSError):  # a failed write was raised at once
                 file.close()

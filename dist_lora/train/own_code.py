@@ -41,8 +41,7 @@ def check_own_code(config: Config, world: World, *, is_training: bool = True, ca
         world.agree_on("code of your own", check)
         if world.is_first:
             for setting, path in named:
-                code = load_code(path, setting=setting)
-                log.info(f"{setting}: {path}, of {code.file} (SHA-256 {code.sha256[:12]})")
+                log.info(str(load_code(path, setting=setting)))
 
 
 def _named(config: Config) -> list[tuple[str, str]]:

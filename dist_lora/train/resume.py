@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from dist_lora.config.schema import Config, OptimSection
 from dist_lora.errors import CheckpointError, ConfigError
 from dist_lora.files import file_exists, no_folder
 from dist_lora.lora.origin import BaseIdentity, RunOrigin
+from dist_lora.run_folder.attempt import read_attempt
+from dist_lora.run_folder.status import job_of
 from dist_lora.train.schedule import lr_at
 from dist_lora.world.world import World
 
@@ -60,6 +63,8 @@ def find_checkpoint(config: Config, folder: Path, world: World) -> VerifiedCheck
 
 def _path_of(config: Config, folder: Path, world: World) -> Path | None:
     wanted, root = config.checkpoint.resume, folder / "checkpoints"
+    if wanted != "auto" and world.once("checkpoint.resume", lambda: b"1" * is_resumed(folder, wanted)):
+        wanted = "auto"  # an earlier start of this job has done what it asks for
     world.progress.now("looking for a checkpoint", kind="long")
     if wanted == "auto":
         return newest_intact(root, world)
@@ -70,6 +75,12 @@ def _path_of(config: Config, folder: Path, world: World) -> Path | None:
         return None
     world.on_first("checkpoint.resume", lambda: _verify_named(wanted))
     return wanted
+
+
+def is_resumed(folder: Path, wanted: str | Path) -> bool:
+    """Whether an earlier start of this job has begun as ``checkpoint.resume`` asks, so that this one goes on from there."""
+    attempt, (job, is_restarted) = read_attempt(folder), job_of(os.environ)
+    return is_restarted and attempt is not None and (attempt.job, attempt.resume) == (job, str(wanted))
 
 
 def _verify_named(path: Path) -> None:
@@ -173,16 +184,25 @@ def last_evaluated(checkpoint: VerifiedCheckpoint) -> int:
     return step if isinstance(step, int) else NOT_EVALUATED
 
 
-def is_same_best(checkpoint: VerifiedCheckpoint, config: Config) -> bool:
-    """Whether a checkpoint's best loss is one of the losses by which the config finds the best step."""
-    before: object = checkpoint.manifest.progress.get("best_set")
-    return before == config.eval.best_set
+def why_other_best(checkpoint: VerifiedCheckpoint, config: Config, held_out: Mapping[str, str]) -> str:
+    """Why a checkpoint's best loss can't be compared with those to come, in words; "" if it can.
+
+    Args:
+        held_out: the fingerprints of the held-out sets by name, of those that are files of their own.
+    """
+    progress = checkpoint.manifest.progress
+    if progress.get("best_set") != config.eval.best_set:
+        return "eval.best_set is another one than before"
+    before = progress.get("held_out")  # not recorded by an earlier version
+    if isinstance(before, Mapping) and dict(before) != dict(held_out):
+        return "data.eval has other samples than before"
+    return ""
 
 
-def stale_evaluations(checkpoint: VerifiedCheckpoint, config: Config) -> int:
-    """How many evaluations in a row had no lower loss than the best; 0 where it isn't recorded, or by another set's loss."""
+def stale_evaluations(checkpoint: VerifiedCheckpoint, config: Config, held_out: Mapping[str, str]) -> int:
+    """How many evaluations in a row had no lower loss than the best; 0 where that isn't recorded, or can't be compared."""
     number = checkpoint.manifest.progress.get("stale_evaluations", 0)
-    return number if isinstance(number, int) and is_same_best(checkpoint, config) else 0
+    return number if isinstance(number, int) and not why_other_best(checkpoint, config, held_out) else 0
 
 
 def warn_of_other_lr(checkpoint: VerifiedCheckpoint, config: Config, *, num_steps: int) -> None:

@@ -13,6 +13,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self
 
 from dist_lora.errors import ConfigError, StopNow, StoppedForGood, StoppedOnRequest
+from dist_lora.supervision.local_ranks import is_ignored
 
 if TYPE_CHECKING:  # a launcher listens to signals too, and needs no torch
     from dist_lora.checkpoint.saver import Saver
@@ -39,7 +40,8 @@ class StopRequest:
         self._end_s = _end_of_job(environment)
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        heard = [number for number in STOP_SIGNALS if not is_ignored(number)]
+        self._before = {number: signal.signal(number, self._on_signal) for number in heard}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -110,10 +112,18 @@ class StopRequest:
 
 
 class Stopping:
-    """How all ranks stop if any is asked to: after a save, with the same reason on all."""
+    """How all ranks stop if any is asked to: after a save, with the same reason on all.
 
-    def __init__(self, world: World, request: StopRequest, saver: Saver) -> None:
+    Args:
+        resume: ``checkpoint.resume``, of which the message says if it is to be left out then.
+    """
+
+    def __init__(self, world: World, request: StopRequest, saver: Saver, *, resume: str | Path = "auto") -> None:
         self._world, self._request, self._saver = world, request, saver
+        # Slurm and torchrun start the same command again, and then it goes on (see ``resume.is_resumed``).
+        has_job = any(os.environ.get(name) for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"))
+        leave_out = "" if resume == "auto" or has_job else f" without checkpoint.resume={resume}"
+        self._again = f"The same command{leave_out} resumes from there."
         self._key = world.fresh_key("stop")
         self._own_reason = ""
 
@@ -147,7 +157,7 @@ class Stopping:
         if self._world.store is not None:
             keys = [f"{self._key}/{rank}" for rank in range(self._world.world_size)]
             reason = next(self._world.fetch(key).decode() for key in keys if self._world.store.check([key]))
-        raise kind(f"interrupted by {reason} {where}; saved {self._saver.last}. The same command resumes from there.")
+        raise kind(f"interrupted by {reason} {where}; saved {self._saver.last}. {self._again}")
 
 
 def _end_of_job(environment: Mapping[str, str]) -> float | None:

@@ -67,6 +67,8 @@ class World:
     watches: list[Watch] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)  # what this rank is doing, for its watches and errors
     stacks: Path | None = None  # where a hanging run writes its stacks, once it has a folder
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """What waits for a server when it is closed: by the work at its end, else once an error has been reported."""
     _agreements: int = field(default=0, init=False)
     _num_keys: dict[str, int] = field(default_factory=dict, init=False)
 

@@ -88,13 +88,13 @@ class Tally:
     def lines(self) -> Iterator[str]:
         """A short table."""
         wheres = sorted({where for where, _ in self.kills}, key=lambda where: (where not in INSIDE, where))
-        yield "| killed | " + " | ".join(VICTIMS) + " | all |"
+        yield "| killed | " + " | ".join(_VICTIM_WORDS[victim] for victim in VICTIMS) + " | sum |"
         yield "|---" * (len(VICTIMS) + 2) + "|"
         for where in wheres:
             row = [self.kills[where, victim] for victim in VICTIMS]
             yield f"| {_WORDS.get(where, where)} | " + " | ".join(map(str, row)) + f" | {sum(row)} |"
         sums = [sum(count for (_, v), count in self.kills.items() if v == victim) for victim in VICTIMS]
-        yield "| all | " + " | ".join(map(str, sums)) + f" | {self.kills.total()} |"
+        yield "| sum | " + " | ".join(map(str, sums)) + f" | {self.kills.total()} |"
         yield ""
         yield (
             f"{self.starts} starts of {self.runs} runs in {self.seconds:.0f} s; {self.missed} starts ended before a kill that was "
@@ -104,6 +104,12 @@ class Tally:
         )
 
 
+_VICTIM_WORDS: dict[Victim, str] = {
+    "rank": "a process",
+    "ranks": "all processes",
+    "launcher": "the launcher",
+    "all": "everything",
+}
 _WORDS = {
     "step": "in a step",
     "eval": "in an evaluation",

@@ -45,19 +45,19 @@ def test_a_linear_with_an_adapter_is_counted_as_by_hand() -> None:
         y = torch.addmm(x @ weight.t(), x @ a.t(), b.t())
         y.backward(torch.empty_like(y))
     assert counted(counter) == [
-        ("mm", "frozen products", BF16 * (M * K + N * K), BF16 * M * N, 2 * M * K * N),
-        ("mm", "LoRA's products", BF16 * (M * K + R * K), BF16 * M * R, 2 * M * K * R),
+        ("mm", "frozen matmuls", BF16 * (M * K + N * K), BF16 * M * N, 2 * M * K * N),
+        ("mm", "LoRA's matmuls", BF16 * (M * K + R * K), BF16 * M * R, 2 * M * K * R),
         ("addmm", "copies", BF16 * M * N, BF16 * M * N, 0),  # y, into which the product is added
-        ("addmm", "LoRA's products", BF16 * (M * N + M * R + N * R), BF16 * M * N, 2 * M * R * N),
+        ("addmm", "LoRA's matmuls", BF16 * (M * N + M * R + N * R), BF16 * M * N, 2 * M * R * N),
     ]
     products = [kernel for kernel in counted(counter, "backward") if kernel[0] == "mm"]
     assert sorted(products) == sorted(
         [
-            ("mm", "LoRA's products", BF16 * (M * N + N * R), BF16 * M * R, 2 * M * R * N),  # of x A^T
-            ("mm", "LoRA's products", BF16 * (M * N + M * R), BF16 * N * R, 2 * M * R * N),  # of B
-            ("mm", "LoRA's products", BF16 * (M * R + M * K), BF16 * R * K, 2 * M * R * K),  # of A
-            ("mm", "LoRA's products", BF16 * (M * R + R * K), BF16 * M * K, 2 * M * R * K),  # of x
-            ("mm", "frozen products", BF16 * (M * N + N * K), BF16 * M * K, 2 * M * K * N),  # of x
+            ("mm", "LoRA's matmuls", BF16 * (M * N + N * R), BF16 * M * R, 2 * M * R * N),  # of x A^T
+            ("mm", "LoRA's matmuls", BF16 * (M * N + M * R), BF16 * N * R, 2 * M * R * N),  # of B
+            ("mm", "LoRA's matmuls", BF16 * (M * R + M * K), BF16 * R * K, 2 * M * R * K),  # of A
+            ("mm", "LoRA's matmuls", BF16 * (M * R + R * K), BF16 * M * K, 2 * M * R * K),  # of x
+            ("mm", "frozen matmuls", BF16 * (M * N + N * K), BF16 * M * K, 2 * M * K * N),  # of x
         ]
     )
     rest = [kernel for kernel in counted(counter, "backward") if kernel[0] != "mm"]
@@ -70,8 +70,8 @@ def test_an_addmm_in_place_and_a_bias_need_no_copy() -> None:
         y.addmm_(low, b)
         torch.addmm(bias, low, b)
     added, biased = counted(counter)
-    assert added == ("addmm_", "LoRA's products", BF16 * (M * N + M * R + R * N), BF16 * M * N, 2 * M * R * N)
-    assert biased == ("addmm", "LoRA's products", BF16 * (N + M * R + R * N), BF16 * M * N, 2 * M * R * N)
+    assert added == ("addmm_", "LoRA's matmuls", BF16 * (M * N + M * R + R * N), BF16 * M * N, 2 * M * R * N)
+    assert biased == ("addmm", "LoRA's matmuls", BF16 * (N + M * R + R * N), BF16 * M * N, 2 * M * R * N)
 
 
 def test_a_frozen_product_takes_whole_tiles_of_rows() -> None:
@@ -222,7 +222,7 @@ def test_a_dequantized_weight_is_a_frozen_one() -> None:
     dequantized, product = counted(counter)
     # half a byte and a 64th of fp32 loaded, 2 bytes stored for each weight
     assert dequantized == ("dequantize_nf4", "dequantizing", N * K * 9 // 16, N * K * 2, 0)
-    assert product[1] == "frozen products"
+    assert product[1] == "frozen matmuls"
 
 
 @torch.library.custom_op("bench_traffic_test::halved", mutates_args=())
@@ -250,13 +250,13 @@ def test_an_operator_of_ours_is_refused_until_the_table_has_it(monkeypatch: pyte
     assert [kernel[1:4] for kernel in counted(counter)] == [
         ("dequantizing", N * K, FP32 * N * K),
         ("dequantizing", FP32 * N * K, FP32 * N * K),
-        ("frozen products", FP32 * (M * K + N * K), FP32 * M * N),
+        ("frozen matmuls", FP32 * (M * K + N * K), FP32 * M * N),
     ]
 
 
 def test_a_kernel_takes_its_longer_time_and_attention_its_operations() -> None:
-    assert seconds_of(Kernel("mm", "frozen products", 0, 0, flops=7 * 10**14), "forward") == 1.0
-    assert seconds_of(Kernel("mm", "LoRA's products", 14 * 10**11, 14 * 10**11, flops=7 * 10**14), "backward") == 1.0
+    assert seconds_of(Kernel("mm", "frozen matmuls", 0, 0, flops=7 * 10**14), "forward") == 1.0
+    assert seconds_of(Kernel("mm", "LoRA's matmuls", 14 * 10**11, 14 * 10**11, flops=7 * 10**14), "backward") == 1.0
     assert seconds_of(Kernel("add", "elementwise", 28 * 10**11, 28 * 10**11), "forward") == 2.0
     attention = Kernel("attention", "attention", 10**15, 10**15, flops=33 * 10**13)
     assert seconds_of(attention, "recomputation") == 1.0
@@ -289,13 +289,13 @@ def test_the_real_step_computes_the_products_that_the_shape_has(quant: str) -> N
         )
 
     for counter in (kept, again):
-        assert flops(counter, "forward", "frozen products") == products
-        assert flops(counter, "backward", "frozen products") == products
+        assert flops(counter, "forward", "frozen matmuls") == products
+        assert flops(counter, "backward", "frozen matmuls") == products
         assert flops(counter, "forward", "attention") == attention
         assert flops(counter, "backward", "attention") == attention * 5 // 2
         assert bool(layer_sum(counter, 1, "forward", "dequantizing").num_kernels) == (quant != "none")
     assert not any(each.phase == "recomputation" for each in kept.kernels)
-    assert 0 < flops(again, "recomputation", "frozen products") <= products
+    assert 0 < flops(again, "recomputation", "frozen matmuls") <= products
     assert again.kept_bytes[1] < kept.kept_bytes[1] / 4
     time = step_time(case, again)
     assert sum(time.parts.values()) == pytest.approx(time.forward_s + time.backward_s + time.update_s)
@@ -306,7 +306,7 @@ def test_the_real_step_computes_the_products_that_the_shape_has(quant: str) -> N
         sum(
             each.kernel.flops
             for each in kept.kernels
-            if each.place == "head and loss" and each.kernel.kind == "frozen products"
+            if each.place == "head and loss" and each.kernel.kind == "frozen matmuls"
         )
         == head
     )

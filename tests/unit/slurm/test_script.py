@@ -165,6 +165,16 @@ def test_a_signal_before_the_ranks_listen_starts_it_again_a_few_times(
     assert ("scontrol requeue 77" in stubs.called) == is_requeued, told
 
 
+@pytest.mark.parametrize(("restart", "is_requeued"), [("6", True), ("7", True), ("8", False)])
+def test_only_starts_since_the_last_status_count_as_signalled_before_the_ranks_listened(
+    stubs: Stubs, restart: str, is_requeued: bool
+) -> None:
+    (stubs.folder / "all runs" / "it" / "status").write_text("75 again 900 0 77.5 stopped\n")
+    stubs.python("kill -USR1 $$; sleep 9")
+    _, told = stubs.run(make_script(request(stubs.folder)), SLURM_RESTART_COUNT=restart)
+    assert ("scontrol requeue 77" in stubs.called) == is_requeued, told
+
+
 def test_a_task_of_an_array_asks_for_itself_alone(stubs: Stubs) -> None:
     other = config(stubs.folder, "other")
     stubs.python(leaves("75 again 120 0 $ATTEMPT stopped", 75))
