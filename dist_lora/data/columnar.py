@@ -158,7 +158,7 @@ def _may_be_padded(kind: Any, *, is_inside: bool) -> bool:
 
 def _padding_in(array: Any, *, is_inside: bool) -> int:
     """The nulls in structs that aren't null themselves, from arguments and schemas on."""
-    from pyarrow import types
+    from pyarrow import ListArray, types
 
     if types.is_struct(array.type):
         parts = array.flatten()  # null also where the struct is
@@ -168,8 +168,8 @@ def _padding_in(array: Any, *, is_inside: bool) -> int:
             for field, part in zip(array.type, parts, strict=True)
         )
     if types.is_map(array.type):
-        _, items = array.flatten().flatten()
-        return _padding_in(items, is_inside=is_inside)
+        items = ListArray.from_arrays(array.offsets, array.items)  # of a part of an array, these have all of it
+        return _padding_in(items.flatten(), is_inside=is_inside)
     return _padding_in(array.flatten(), is_inside=is_inside) if _is_list(array.type) else 0
 
 

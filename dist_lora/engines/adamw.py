@@ -58,13 +58,14 @@ class AdamW:
         ]
         self.exp_avg = [torch.zeros_like(p.data) for p in self._updated]
         self.exp_avg_sq = [torch.zeros_like(p.data) for p in self._updated]
-        self._rates = sorted({span.rate for _, span in self._spans})
+        self._rates = sorted({span.rate for _, span in self._spans}) or [
+            1.0
+        ]  # a rank may have nothing of what is trained
         self._optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p, (_, s) in zip(self._pieces, self._spans, strict=True) if s.rate == rate]}
                 for rate in self._rates
-            ]
-            or [{"params": []}],
+            ],
             lr=section.peak_lr,
             betas=(section.beta1, section.beta2),
             eps=section.eps,

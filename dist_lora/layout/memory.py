@@ -70,7 +70,7 @@ def setup_of(
         has_bf16=has_bf16,
     )
     gpu_bytes, wanted = device_bytes if on_gpu else None, config.train.activation_checkpointing
-    unresolved = _setup(config, shape, choices_with(), num_ranks=num_ranks, local_size=local_size)
+    unresolved = _setup(config, shape, choices_with(), num_ranks=num_ranks, local_size=local_size, on_gpu=on_gpu)
     setup = _with_recomputed(unresolved, wanted, gpu_bytes=gpu_bytes)
     whole_base = _whole_base(setup, config.parallel, gpu_bytes=gpu_bytes)
     if whole_base is None:
@@ -79,8 +79,10 @@ def setup_of(
     return _with_recomputed(unresolved, wanted, gpu_bytes=gpu_bytes)
 
 
-def _setup(config: Config, shape: Shape, choices: Choices, *, num_ranks: int, local_size: int) -> Setup:
+def _setup(config: Config, shape: Shape, choices: Choices, *, num_ranks: int, local_size: int, on_gpu: bool) -> Setup:
     train = config.train
+    of_rank = math.ceil(train.global_batch / num_ranks)
+    micro_sequences = min(train.micro_batch, of_rank)
     return Setup(
         shape=shape,
         quant=config.model.quant,
@@ -91,13 +93,17 @@ def _setup(config: Config, shape: Shape, choices: Choices, *, num_ranks: int, lo
         targets=config.lora.target_names(),
         layers=config.lora.layer_indices(shape.num_layers),
         unfrozen=unfrozen_weights(config, shape),
-        micro_tokens=train.micro_batch * train.sequence_length,
-        accumulation_steps=math.ceil(math.ceil(train.global_batch / num_ranks) / train.micro_batch),
-        joins_documents=train.micro_batch > 1 and choices.attention != "varlen",
+        micro_sequences=micro_sequences,
+        sequence_tokens=train.sequence_length,
+        rank_sequences=of_rank,
+        global_batch=train.global_batch,
+        accumulation_steps=math.ceil(of_rank / micro_sequences),
+        joins_documents=micro_sequences > 1 and choices.attention != "varlen",
         has_dropout=config.lora.dropout > 0,
         trained_rows=shape.trained_rows(config.lora),
         num_ranks=num_ranks,
         local_size=local_size,
+        on_gpu=on_gpu,
     )
 
 
@@ -190,6 +196,11 @@ class Memory:
         )  # fmt: skip
 
 
+def _updated_on_host(setup: Setup, share: int) -> int:
+    """AdamW's moments, what it updates in place of the GPU's weights, and from a GPU the gradients, which come there for an update."""
+    return FP32 * share * (4 if setup.on_gpu else 3)
+
+
 def memory_of(setup: Setup) -> Memory:
     """The fullest rank's memory at the peak of a step."""
     layout = setup.layout
@@ -210,6 +221,6 @@ def memory_of(setup: Setup) -> Memory:
         workspace=fullest.workspace,
         when=fullest.name,
         # Saving a checkpoint copies the trained state to the host.
-        host=on_host + (moments if layout.optimizer_on_host else 0) + 3 * FP32 * share,
+        host=on_host + (_updated_on_host(setup, share) if layout.optimizer_on_host else 0) + 3 * FP32 * share,
         disk=3 * FP32 * setup.trained_weights,
     )

@@ -24,6 +24,8 @@ class Setup:
 
     Args:
         choices: every ``auto`` of the config, resolved.
+        micro_sequences: sequences of a micro-batch, of ``sequence_tokens`` tokens each; no more than a rank has of a step.
+        rank_sequences: sequences of a step that the fullest rank has; ``global_batch`` is all ranks'.
         accumulation_steps: micro-batches per rank in one step.
         lora_rank: of the adapters, the largest where they differ: what depends on each layer's adapters is an upper bound then.
         lora_ranks: of each adapted linear, by its full name.
@@ -32,6 +34,7 @@ class Setup:
         unfrozen: names of the linears and norms whose weights are trained.
         joins_documents: attention is computed per document of a micro-batch, and the outputs are concatenated.
         num_ranks: ranks of the world; ``local_size``: ranks per node.
+        on_gpu: whether they compute on GPUs.
     """
 
     shape: Shape
@@ -43,13 +46,27 @@ class Setup:
     targets: tuple[str, ...]
     layers: tuple[int, ...]
     unfrozen: tuple[str, ...]
-    micro_tokens: int
+    micro_sequences: int
+    sequence_tokens: int
+    rank_sequences: int
+    global_batch: int
     accumulation_steps: int
     joins_documents: bool
     has_dropout: bool
     trained_rows: int
     num_ranks: int
     local_size: int
+    on_gpu: bool
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_sequences * self.sequence_tokens
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step, of all ranks."""
+        return self.global_batch * self.sequence_tokens
 
     @property
     def item_bytes(self) -> int:

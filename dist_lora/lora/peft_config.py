@@ -40,6 +40,7 @@ _REFUSED = {
 }
 # These change the base's weights too; PEFT writes `true` where it has converted the adapter back.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_MODULE = re.compile(r"[\w.]+")
 _MAX_LAYERS = 1000  # as many as a Llama may have here
 _ALL_LINEAR = "all-linear"
 NO_TARGETS = "dummy-target-modules"  # PEFT's name for no adapter at all (``peft.utils.constants``)
@@ -78,6 +79,8 @@ class PeftConfig:
                 return False
         elif excluded and _is_named(module, excluded):
             return False
+        if any(re.match(rf"(^|.*\.){end}($|\..*)", module) for end in self.unfrozen):
+            return False  # PEFT 0.21 has no adapter on a weight that is saved whole
         if isinstance(targets, str):
             return targets.lower() == _ALL_LINEAR or self._pattern(targets).fullmatch(module) is not None
         if module in targets:
@@ -266,7 +269,7 @@ def _layers(value: Any, *, file: Path) -> frozenset[int] | None:
 def _unfrozen(config: Mapping[str, Any], *, file: Path) -> tuple[str, ...]:
     """``modules_to_save``, which may name whole linears and norms of the layers, and the last norm."""
     names = config.get("modules_to_save") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) and _MODULE.fullmatch(name) for name in names):
         raise AdapterError(
             f"{file} has modules_to_save = {short(names)}; a list of names was expected. The file is damaged."
         )

@@ -79,7 +79,7 @@ def hours_of(config: Config, shape: Shape, steps: Steps) -> Hours:
     if not planned.fits:
         return Hours(machines, unknown=f"the run doesn't fit on {machines}; `dist-lora plan` says what would")
     tokens = max(1, round(steps.tokens_of_sequence))
-    setup = replace(planned.setup, micro_tokens=config.train.micro_batch * tokens)
+    setup = replace(planned.setup, sequence_tokens=tokens)
     speed = speed_of(setup, planned.machines.gpu, context=tokens)
     if speed is None:
         return Hours(machines, unknown=f"the speed of {machines} isn't known; `dist-lora plan` takes it with --tflops")

@@ -152,6 +152,11 @@ class Plan:
             idle = setup.num_ranks - batch
             verb = "is" if idle == 1 else "are"
             notes.append(f"a step has {count(batch, 'sequence')}: {idle:,} of {setup.num_ranks:,} ranks {verb} idle")
+        elif setup.micro_sequences < self.config.train.micro_batch:
+            notes.append(
+                f"train.micro_batch is {self.config.train.micro_batch}, and a rank has {count(setup.rank_sequences, 'sequence')} of "
+                f"train.global_batch: {batch}"
+            )
         length, context = self.config.train.sequence_length, setup.shape.context
         if length > context and self.config.model.shape is None:
             notes.append(

@@ -82,7 +82,7 @@ def speed_of(setup: Setup, gpu: Gpu, *, context: int) -> Speed | None:
         return measured_speed(setup, gpu, gpu.measured, context=context)
     if gpu.products_flops_per_s is None:
         return None
-    tokens = setup.micro_tokens * setup.accumulation_steps
+    tokens = setup.rank_sequences * setup.sequence_tokens
     flops = flops_per_token(setup, context=context) * tokens
     inside, between = received_bytes(setup)
     compute = _range(flops, gpu.products_flops_per_s, REACHED_COMPUTE)
@@ -189,7 +189,7 @@ def measured_speed(setup: Setup, gpu: Gpu, measured: Measured, *, context: int) 
     CPU cores that compute also communicate, so nothing overlaps there; a GPU may overlap both.
     """
     layers, again = setup.shape.num_layers, len(setup.recomputed)
-    micro_batches = float(setup.accumulation_steps)
+    micro_batches = setup.rank_sequences / setup.micro_sequences  # the last one may have fewer sequences
     # Matmuls of all frozen linears: forward, input gradient, recomputation; an adapter has its own gradient besides.
     times = 2 * layers + again
     compute = _frozen_matmuls(setup, measured) * (2 * layers * micro_batches)
@@ -200,9 +200,9 @@ def measured_speed(setup: Setup, gpu: Gpu, measured: Measured, *, context: int) 
     compute += _elementwise(setup, measured) * ((times + layers) * micro_batches)
     compute += _loss(setup, measured) * micro_batches
     compute += _optimizer(setup, measured)
-    calls = CALLS_PER_LAYER * (times + layers) * micro_batches * measured.call_s
+    calls = CALLS_PER_LAYER * (times + layers) * setup.accumulation_steps * measured.call_s
     compute += _Seconds(calls / 2, calls)
-    dequantize = _dequantize(setup, measured) * (_dense_times(setup) * micro_batches)
+    dequantize = _dequantize(setup, measured) * (_dense_times(setup) * setup.accumulation_steps)
     inside, between = _communication(setup, measured)
     fetched = fetched_bytes(setup)
     host = _Seconds(*_at_gb_s(fetched, gpu.host_gb_s, REACHED_LINK))
@@ -219,7 +219,6 @@ def measured_speed(setup: Setup, gpu: Gpu, measured: Measured, *, context: int) 
     if measured.is_gpu and _fetches_ahead(setup):
         worst -= min(work.worst, host.worst)
     worst *= 1 + UNMODELLED
-    tokens = setup.micro_tokens * setup.accumulation_steps * setup.num_ranks
     return Speed(
         compute.pair,
         dequantize.pair,
@@ -228,7 +227,7 @@ def measured_speed(setup: Setup, gpu: Gpu, measured: Measured, *, context: int) 
         host.pair,
         (best, worst),
         bottlenecks[max(bottlenecks)],
-        tokens,
+        setup.step_tokens,
     )
 
 

@@ -33,7 +33,7 @@ def lines_of(plan: Plan) -> Iterator[str]:
     for note in plan.notes:
         yield f"  note      {note}"
     yield (
-        f"  batch     {train.micro_batch} x {train.sequence_length:,} tokens per micro-batch on each GPU, "
+        f"  batch     {setup.micro_sequences} x {train.sequence_length:,} tokens per micro-batch on each GPU, "
         f"{count(setup.accumulation_steps, 'accumulation step')}"
     )
     yield from _of_mixture(plan)
@@ -92,8 +92,7 @@ def _of_speed(plan: Plan) -> Iterator[str]:
     speed, setup = plan.speed, plan.setup
     inside, between = received_bytes(setup)
     flops = flops_per_token(setup, context=plan.config.train.sequence_length)
-    tokens = setup.micro_tokens * setup.accumulation_steps * setup.num_ranks
-    step = f"A step of {tokens:,} tokens ({flops / 1e9:,.0f} GFLOP per token)"
+    step = f"A step of {setup.step_tokens:,} tokens ({flops / 1e9:,.0f} GFLOP per token)"
     if speed is None:
         yield f"{step} takes a time that isn't known, since the speed of this GPU isn't:"
         yield "  give the TFLOPS of its dense matmuls in its data sheet (without sparsity), like --tflops 150"

@@ -581,7 +581,9 @@ def plan_lines(
     trained = trained_weights(resolved, shape)
     unfrozen = unfrozen_weights(config, shape)
     frozen = shape.num_parameters() - shape.unfrozen_weights(unfrozen)
-    accumulation = math.ceil(math.ceil(train.global_batch / world.world_size) / train.micro_batch)
+    of_rank = math.ceil(train.global_batch / world.world_size)
+    micro_batch = min(train.micro_batch, of_rank)
+    accumulation = math.ceil(of_rank / micro_batch)
     by_root = " / sqrt(rank)" if lora.scaling == "sqrt_rank" else ""
     linears = len(adapters_of(resolved.lora, num_layers=shape.num_layers))
     adapters = "no adapter"
@@ -600,7 +602,7 @@ def plan_lines(
         *shares,
         f"training  {count(num_steps, 'step')} of {count(train.global_batch, 'sequence')}"
         + (f" (packed to {train.sequence_length} tokens)" if train.packing else "")
-        + f": {count(world.world_size, 'rank')} x micro_batch {train.micro_batch} x {count(accumulation, 'accumulation step')}",
+        + f": {count(world.world_size, 'rank')} x micro_batch {micro_batch} x {count(accumulation, 'accumulation step')}",
         *lr_lines(config, shape),
         *machine_lines(config.machine, world),
     ]

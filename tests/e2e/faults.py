@@ -332,10 +332,15 @@ def request_to_the_launcher_in_step_3() -> None:
         at_step(3, ask_the_launcher)
 
 
-def ask_the_launcher() -> None:
+def hangup_of_the_launcher_in_step_3() -> None:
+    if RANK == 1:
+        at_step(3, lambda: ask_the_launcher(signal.SIGHUP))
+
+
+def ask_the_launcher(number: int = signal.SIGTERM) -> None:
     """Ask the process that started the ranks to stop, and go on once it has passed that on to this one."""
     passed_on = signal.getsignal(signal.SIGTERM).__self__  # type: ignore[union-attr]
-    os.kill(os.getppid(), signal.SIGTERM)
+    os.kill(os.getppid(), number)
     while not passed_on.reason(needed_s=0):
         time.sleep(0.01)
 

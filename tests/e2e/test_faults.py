@@ -213,6 +213,14 @@ def test_a_request_to_torchrun_is_obeyed_by_its_ranks_and_the_run_goes_on_under_
 
 
 @pytest.mark.turn(of=3, among="faults")
+def test_a_terminal_that_hangs_up_is_a_request_to_the_launcher_too(config) -> None:
+    done = run("train", config, "run=hung-up", "--nproc", 2, fault="hangup_of_the_launcher_in_step_3")
+    assert done.returncode == 75, done.stderr
+    assert "interrupted by SIGHUP on rank 0 at step 3/8" in done.stderr
+    assert (folder_of(config, "hung-up") / "checkpoints" / "step-00000003" / "manifest.json").exists()
+
+
+@pytest.mark.turn(of=3, among="faults")
 def test_a_request_to_one_rank_that_loads_ends_all_with_75(config, whole) -> None:
     fault = "request_to_rank_1_while_the_other_loads"
     codes, done = run_each_rank("train", config, "run=asked-early", fault=fault)

@@ -204,7 +204,7 @@ def test_a_save_holds_the_state_at_its_start_while_the_gpu_goes_on() -> None:
     saver.start(pieces, write)
     live.fill_(-1)
     saver.wait()
-    assert saver._aside is not None and saver._aside.is_pinned()
+    assert saver._buffer is not None and saver._buffer.is_pinned()
     assert copied[0].equal(torch.arange(2**24, dtype=torch.float32))
 
 

@@ -152,6 +152,17 @@ def test_signals_after_the_first_change_nothing_also_on_the_way_out() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+def test_a_hangup_that_nohup_ignores_asks_for_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest({}) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.reason(needed_s=0) == ""
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_signal_where_there_is_nothing_to_save_ends_at_once() -> None:
     try:
         with StopRequest({}), pytest.raises(StopNow, match="interrupted by SIGTERM outside of a training step"):

@@ -37,6 +37,12 @@ def test_every_line_that_is_no_prompt_is_told_with_its_number(tmp_path) -> None:
     assert "the last one is the assistant's" in told[4] and "it has 'generated' already" in told[5]
 
 
+def test_half_a_character_anywhere_in_a_line_is_told_before_anything_is_answered(tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "id": "\\ud83d"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:1: a text has U\+D83D, an unpaired surrogate"):
+        read_prompts(tmp_path / "a.jsonl")
+
+
 def test_no_prompts_a_missing_file_and_an_existing_answer_are_the_users_mistakes(tmp_path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     for name, message in (("empty.txt", "has no prompts"), ("none.txt", "can't be read: No such file")):

@@ -507,5 +507,17 @@ def test_a_checkpoint_that_can_not_be_deleted_is_a_warning_and_stays(tmp_path: P
     assert list(step_folders(tmp_path)) == [3, 2]
 
 
+def test_a_folder_that_can_not_be_listed_after_a_save_is_a_warning(tmp_path: Path, caplog, monkeypatch) -> None:
+    def stale(self):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(Path, "iterdir", stale)
+    assert rotate(tmp_path, keep=1, best=None) == set_aside(tmp_path, above=3) == []
+    assert (
+        caplog.text.count("can't be listed for checkpoints: Stale file handle. Nothing is deleted or renamed there")
+        == 2
+    )
+
+
 def test_rotating_nothing_removes_nothing(tmp_path: Path) -> None:
     assert rotate(tmp_path / "absent", keep=2, best=None) == []

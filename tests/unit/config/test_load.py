@@ -574,6 +574,15 @@ def test_what_contradicts_another_section_is_told_with_its_line(tmp_path: Path, 
     assert load_config(written(tmp_path, valid + settings)).data.eval_files() == {"a": "a.jsonl", "b": "b.jsonl"}
 
 
+def test_a_fault_in_a_list_that_an_argument_made_longer_than_the_files_is_told(tmp_path: Path) -> None:
+    text = SHORTEST.replace("{train: t.jsonl}", "{train: [t.jsonl]}")
+    told = complaint(tmp_path, text, "data.train=[{path: a.jsonl, weight: 1}, {path: b.jsonl, weight: -1}]")
+    assert (
+        "data.train=[{path: a.jsonl, weight: 1}, {path: b.jsonl, weight: -1}] (argument): data.train[1]: weight is -1"
+        in told
+    )
+
+
 def test_named_sets_are_read_back_and_one_of_them_may_be_replaced(tmp_path: Path) -> None:
     overrides = ["data.eval={a: a.jsonl, b: b.jsonl}", "data.eval.b=c.jsonl", "eval.best_set=b", "optim.lr=auto"]
     config = load_config(written(tmp_path, SHORTEST), overrides=overrides)

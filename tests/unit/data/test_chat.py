@@ -196,6 +196,11 @@ def test_prompt_and_completion_as_messages_learn_the_completion_only(llama3):
     encoded = encode(record, llama3, fmt="prompt-completion")
     assert encoded.ids == encode(turns(*pairs), llama3).ids
     assert targets(encoded, llama3) == "learned<|eot_id|>"
+    everything = encode(record, llama3, fmt="prompt-completion", train_on="all")
+    assert everything.is_target == encode(turns(*pairs), llama3, train_on="all").is_target
+    messages[1]["weight"] = 0
+    without = encode(record, llama3, fmt="prompt-completion", train_on="all")
+    assert without.is_target == encode({"messages": messages}, llama3, train_on="all").is_target
 
 
 def test_alpaca_is_a_chat_where_the_tokenizer_has_a_template(llama3):

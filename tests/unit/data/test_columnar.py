@@ -174,6 +174,22 @@ def test_nulls_in_lists_maps_and_json_columns_are_values_and_stay(tmp_path):
     }
 
 
+def test_a_map_that_has_a_key_twice_is_told_and_nulls_in_its_schemas_are_counted(tmp_path):
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.struct([("type", pyarrow.string()), ("default", pyarrow.string())]))
+    rows = [
+        [("x", {"type": "string"}), ("y", {"type": "string", "default": "z"})],
+        None,
+        [("x", {"type": "string"})] * 2,
+    ]
+    table = pyarrow.table({"text": ["a", "b", "c"], "tools": pyarrow.array(rows, kind)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    records = read_records(str(tmp_path / "a.parquet"), fmt=None, which="train")
+    assert records[0]["tools"] == {"x": {"type": "string"}, "y": {"type": "string", "default": "z"}}
+    assert records.padding()[0].startswith(f"{tmp_path / 'a.parquet'}: 3 nulls inside arguments and tools")
+    with pytest.raises(DataError, match="a map has the key 'x' twice"):
+        records[2]
+
+
 @pytest.mark.parametrize("is_saved", [False, True])
 def test_nulls_inside_arguments_and_schemas_are_counted_once_also_from_the_cache(is_saved, tmp_path, caplog, tokenizer):
     place = tmp_path / ("saved" if is_saved else "a.parquet")

@@ -221,6 +221,14 @@ def test_a_broken_csv_row_is_told_with_its_line(content, told, tmp_path):
     assert str(caught.value).startswith(f"{tmp_path / 'data.csv'}{told}")
 
 
+def test_a_csv_in_another_encoding_is_told_with_its_line_and_the_command_that_mends_it(tmp_path):
+    (tmp_path / "data.csv").write_bytes(b"text\n" + b"plain\n" * 5000 + "café,\n".encode("latin-1") + b"plain\n")
+    with pytest.raises(DataError) as caught:
+        read_all(tmp_path / "data.csv")
+    told = f"{tmp_path / 'data.csv'}:5002: byte 4 of the line, 0xe9, is not UTF-8. From a spreadsheet: iconv -f WINDOWS-1252"
+    assert str(caught.value).startswith(told)
+
+
 def test_parquet_messages_lose_the_nulls_that_its_schema_adds(tmp_path):
     path = tmp_path / "data.parquet"
     rows = [

@@ -414,6 +414,36 @@ def test_a_disk_that_fills_is_told_at_every_stage(stage, tmp_path, monkeypatch):
         prepare(name, tmp_path / "cache")
 
 
+def test_a_source_that_can_not_be_read_is_told_as_one(tmp_path, monkeypatch):
+    def faulty(*args):
+        raise OSError(5, "Input/output error")
+
+    name = write(tmp_path / "d.jsonl", [conversation("q", "a")])
+    monkeypatch.setattr("dist_lora.data.sources._file_chunks", faulty)
+    with pytest.raises(DataError, match=r"data\.train: .*d\.jsonl can't be read: Input/output error"):
+        prepare(name, tmp_path / "cache")
+    monkeypatch.undo()
+    monkeypatch.setattr("dist_lora.data.text_files.JsonLines.__getitem__", faulty)
+    with pytest.raises(DataError, match=r"d\.jsonl:1: can't be read: Input/output error"):
+        prepare(name, tmp_path / "cache")
+
+
+def test_a_source_that_is_written_while_it_is_read_is_told_and_nothing_is_published(tmp_path, monkeypatch):
+    name = write(tmp_path / "d.jsonl", [conversation("q", "a")])
+
+    def appending(*args, **settings):
+        with (tmp_path / "d.jsonl").open("a") as file:
+            file.write(json.dumps(conversation("b", "c")) + "\n")
+        return encode_sample(*args, **settings)
+
+    monkeypatch.setattr(token_cache, "encode_sample", appending)
+    with pytest.raises(DataError, match=r"d\.jsonl changed while it was read"):
+        prepare(name, tmp_path / "cache")
+    assert not list((tmp_path / "cache/tokens").glob("*/summary.json"))
+    monkeypatch.undo()
+    assert len(prepare(name, tmp_path / "cache")) == 2
+
+
 def test_the_cache_goes_where_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.setenv("DIST_LORA_CACHE", str(tmp_path / "elsewhere"))
     prepare(write(tmp_path / "d.jsonl", [conversation("q", "a")]), None)

@@ -121,6 +121,45 @@ def test_alpaca_has_a_system_a_history_and_tools() -> None:
         read_sample({**record, "history": ["b"]}, fmt="alpaca")
 
 
+def test_of_two_pairs_alpaca_reads_instruction_and_output_and_reports_the_other() -> None:
+    messages = {"prompt": [USER], "completion": [{"role": "assistant", "content": "b"}]}
+    pair = {"instruction": "q", "output": "a"}
+    for beside in ({"prompt": [USER]}, messages):
+        assert read_sample({**pair, **beside}, fmt="alpaca") == Instruction("q", "", "a")
+        assert unused_columns({**pair, **beside}, fmt="alpaca") == list(beside)
+    texts = {"prompt": "p", "completion": "c", "instruction": "i"}
+    assert read_sample(texts, fmt="alpaca") == Instruction("p", "", "c")
+    assert unused_columns(texts, fmt="alpaca") == ["instruction"]
+    assert unused_columns({**messages, "input": "x"}, fmt="alpaca") == ["input"]
+    assert read_sample({**pair, "input": None}, fmt="alpaca") == Instruction("q", "", "a")
+    with pytest.raises(DataError, match="input is 0; a string is expected"):
+        read_sample({**pair, "input": 0}, fmt="alpaca")
+
+
+def test_a_turn_of_sharegpt_may_have_openais_calls() -> None:
+    call = {"function": {"name": "f", "arguments": '{"a": 1}'}}
+    spelled = chat_of({"role": "assistant", "content": "", "tool_calls": [call]})
+    for calls in ({"tool_calls": [call]}, {"function_call": call["function"]}):
+        shared = {"conversations": [{"from": "gpt", "value": "", **calls}]}
+        assert read_sample(shared, fmt="messages") == spelled
+    with pytest.raises(DataError, match=r"conversations\[0\] has tool_calls and role user"):
+        read_sample({"conversations": [{"from": "human", "value": "q", "tool_calls": [call]}]}, fmt="messages")
+    with pytest.raises(DataError, match="is a function_call and has tool_calls beside its value"):
+        read_sample({"conversations": [{"from": "function_call", "value": "{}", "tool_calls": [call]}]}, fmt="messages")
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        ({"name": "f", "arguments": 0}, r"arguments is 0; an object is expected"),
+        ({"name": "f", "arguments": {}, "parameters": {"a": 1}}, "has arguments and parameters, and they differ"),
+    ],
+)
+def test_arguments_that_are_none_are_refused(function: dict[str, Any], told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        chat_of({"role": "assistant", "content": "", "tool_calls": [{"function": function}]})
+
+
 @pytest.mark.parametrize(
     ("fmt", "record", "told"),
     [

@@ -153,6 +153,8 @@ def test_what_is_no_call_is_none(text: str) -> None:
         "[f(a=b)]",
         "[f(a=true)]",
         "[f(a=(1, 2))]",
+        "[f(a={{'x': 1}})]",
+        "[f(a={[1]: 2})]",
         "[f(a=1e999)]",
         "[f(**{'a': 1})]",
         "[f(a=1), 2]",

@@ -23,6 +23,7 @@ from dist_lora.errors import (
     StoppedOnRequest,
     TrainingError,
 )
+from dist_lora.run_folder import status as status_module
 from dist_lora.run_folder.attempt import begin_attempt
 from dist_lora.run_folder.folder import _lock
 from dist_lora.run_folder.status import Status, StatusWriter, attempt_of, describe_status, read_status
@@ -133,6 +134,18 @@ def test_who_finds_a_run_in_use_leaves_its_mark_alone(tmp_path: Path) -> None:
     mark(tmp_path, 1).end(RunInUse("process 1 is writing"))
     found = read_status(tmp_path)
     assert found is not None and (found.code, found.attempt) == (None, "77.0")
+
+
+def test_a_start_that_fails_before_it_has_the_lock_leaves_the_mark_of_who_has_it(tmp_path: Path, monkeypatch) -> None:
+    mark(tmp_path).begin()
+    _lock(tmp_path)
+    mark(tmp_path, 1).end(ConfigError("no such model"))
+    found = read_status(tmp_path)
+    assert found is not None and (found.code, found.attempt) == (None, "77.0")
+    monkeypatch.setattr(status_module, "_opened", {tmp_path})  # as every rank of the run has noted
+    mark(tmp_path).end(ConfigError("no such adapter"))
+    found = read_status(tmp_path)
+    assert found is not None and (found.code, found.reason) == (2, "no such adapter")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import re
@@ -18,9 +19,11 @@ from dist_lora.base.tokenizer_files import hash_vocabulary
 from dist_lora.chat.command import open_for_answers
 from dist_lora.checkpoint.manifest import MANIFEST_FILE, read_manifest, write_manifest
 from dist_lora.config.schema import Config
-from dist_lora.errors import CheckpointError, ConfigError, WeightsError
+from dist_lora.errors import CheckpointError, ConfigError, SaveError, WeightsError
+from dist_lora.evaluation.evaluate import HeldOut
 from dist_lora.lora.merge import merge_adapter
 from dist_lora.lora.origin import RunOrigin
+from dist_lora.train.meter import Meter
 from dist_lora.train.schedule import lr_at
 from dist_lora.world.world import World
 from tests.conftest import save_byte_tokenizer
@@ -238,10 +241,7 @@ def test_a_manifest_that_someone_signed_by_hand_is_told(begun, changed, told) ->
 
 def test_the_best_checkpoint_is_kept_and_becomes_the_adapter(begun, tmp_path, monkeypatch) -> None:
     """Held-out losses of 3, 1, 2, 4: the second is the best, and outlives two newer ones."""
-    from dist_lora.evaluation.evaluate import HeldOut
-
-    told = iter([3.0, 1.0, 2.0, 4.0])
-    monkeypatch.setattr("dist_lora.train.evaluating.loss_of", lambda *a, **k: HeldOut(next(told), 10))
+    losses_of(monkeypatch, 3.0, 1.0, 2.0, 4.0)
     settings = with_(
         begun,
         run="best",
@@ -259,3 +259,109 @@ def test_the_best_checkpoint_is_kept_and_becomes_the_adapter(begun, tmp_path, mo
     key = next(k for k in best if k.startswith("adapter/model.layers.0.self_attn.q_proj.lora_B"))
     gathered = found["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
     assert gathered.flatten().equal(best[key])
+
+
+def losses_of(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
+    """Have the evaluations to come find these held-out losses."""
+    told = iter(losses)
+    monkeypatch.setattr("dist_lora.train.evaluating.loss_of", lambda *a, **k: HeldOut(next(told), 10))
+
+
+def evaluated(begun: Mapping[str, Any], **checkpoint: Any) -> dict[str, Any]:
+    """The settings of a run that evaluates each of its steps on a file of its own."""
+    path = Path(begun["runs_dir"]) / "eval.jsonl"
+    path.write_text(say(range(6, 9)))
+    return with_(
+        begun, run="it", data={"eval": str(path)}, eval={"every": 1}, checkpoint={"every": 1, "keep": 1, **checkpoint}
+    )
+
+
+def test_the_best_step_is_forgotten_where_its_checkpoint_was_not_kept(begun, caplog, monkeypatch) -> None:
+    shutil.rmtree(Path(begun["runs_dir"]) / "it")
+    losses_of(monkeypatch, 1.0, 2.0, 4.0, 3.0)
+    settings = evaluated(begun)
+    assert "at step 2/4" in train_command(World.alone(), settings, 2)
+    told = go_on(with_(settings, checkpoint={"keep_best": True}), caplog)
+    why = "the checkpoint of step 1, the best until step 2, wasn't kept"
+    assert told == [f"{why}: the best step is looked for anew from here on"]
+    folder = Path(begun["runs_dir"]) / "it"
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000004"] and (folder / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_with_other_held_out_samples_the_best_step_is_looked_for_anew(begun, caplog, monkeypatch) -> None:
+    shutil.rmtree(Path(begun["runs_dir"]) / "it")
+    losses_of(monkeypatch, 1.0, 2.0, 4.0, 3.0)
+    settings = with_(evaluated(begun, keep_best=True), eval={"patience": 2})
+    assert "at step 2/4" in train_command(World.alone(), settings, 2)
+    Path(settings["data"]["eval"]).write_text(say(range(7, 10)))
+    assert go_on(settings, caplog) == [
+        "data.eval has other samples than before: the best step is looked for anew from here on"
+    ]
+    assert steps_of(begun) == [1, 2, 3, 4], "two evaluations that aren't lower than another set's loss end nothing"
+
+
+def test_an_evaluation_is_recorded_before_a_checkpoint_says_that_it_was_done(begun, monkeypatch) -> None:
+    shutil.rmtree(Path(begun["runs_dir"]) / "it")
+    losses_of(monkeypatch, 1.0, 0.5, 0.5, 0.25, 0.2)
+    settings = evaluated(begun, keep_best=True)
+    full = SaveError("no space")
+
+    def fail_at_step_2(self: Meter, step: int, *args: Any, **settings: Any) -> None:
+        if step == 2:
+            raise full
+        record(self, step, *args, **settings)
+
+    record = Meter.evaluated
+    monkeypatch.setattr(Meter, "evaluated", fail_at_step_2)
+    with pytest.raises(SaveError, match="no space"):
+        train_command(World.alone(), settings)
+    monkeypatch.setattr(Meter, "evaluated", record)
+    train_command(World.alone(), settings)
+    lines = (Path(begun["runs_dir"]) / "it" / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("wanted", ["never", "a path"])
+def test_a_job_that_is_requeued_goes_on_though_its_command_starts_over(wanted, begun, caplog, monkeypatch) -> None:
+    folder = Path(begun["runs_dir"]) / "it"
+    path = str(folder / "checkpoints" / "step-00000002") if wanted == "a path" else wanted
+    settings = with_(begun, train={"steps": 6}, checkpoint={"resume": path, "every": 1, "keep": 9})
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    told = train_command(World.alone(), settings, 4)
+    saved = f"{folder}/checkpoints/step-00000004"
+    assert f"saved {saved}. The same command resumes from there." in told
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    caplog.set_level("INFO", logger="dist_lora")
+    go_on(settings, caplog)
+    assert f"resumed {saved}: step " in caplog.text
+    assert steps_of(begun) == [1, 2, 3, 4, 5, 6]
+    # A user's own start means what it says.
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name)
+    again = train_command(World.alone(), settings, 4)
+    assert f"The same command without checkpoint.resume={path} resumes from there." in again
+
+
+def test_records_of_a_run_that_starts_over_stay_until_its_base_is_loaded(begun, monkeypatch) -> None:
+    def no_memory(*args: Any, **settings: Any) -> None:
+        raise WeightsError("the base is damaged")
+
+    monkeypatch.setattr("dist_lora.train.command.build", no_memory)
+    with pytest.raises(WeightsError):
+        train_command(World.alone(), with_(begun, checkpoint={"resume": "never"}))
+    assert steps_of(begun) == [1, 2]
+    monkeypatch.undo()
+    train_command(World.alone(), begun)
+    assert steps_of(begun) == [1, 2, 3, 4]
+
+
+def test_a_disk_without_locks_is_told_with_what_to_do(begun, monkeypatch) -> None:
+    def without(*args: Any, **settings: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("dist_lora.run_folder.folder.lock", without)
+    with pytest.raises(
+        ConfigError, match=r"runs_dir: .*/it: its file system gives no locks \(Function not implemented\)"
+    ):
+        train_command(World.alone(), begun)
