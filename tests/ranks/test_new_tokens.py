@@ -139,6 +139,11 @@ def test_rows_alone_are_trained_alike_everywhere_and_merged(ranks, tiny_llama, t
     settings = settings_of(base, tmp_path)
     settings["lora"] = {"modules": [], "train_tokens": TOKENS}
     assert_alike_everywhere(ranks, settings, tmp_path)
+    # Four rows on three ranks: the last one has none.
+    spread = {"runs_dir": str(tmp_path / "three"), "parallel": {"engine": "fsdp2", "adapters": "shard"}}
+    ranks(3).run(train_command, settings | spread)
+    losses = [[line["loss"] for line in metrics(tmp_path / name / "it")] for name in ("0", "three")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     adapter = tmp_path / "0" / "it" / "adapter"
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
     merge_adapter(adapter, base=base, out=tmp_path / "merged")

@@ -215,6 +215,7 @@ def test_a_regular_expression_that_would_never_end_is_refused(adapter, monkeypat
         ({"alpha_pattern": {"q_proj": True}}, "has alpha_pattern = {'q_proj': True}; names with numbers above 0"),
         ({"alpha_pattern": [1]}, "has alpha_pattern = [1]; names with numbers above 0"),
         ({"target_modules": [1]}, "has target_modules = [1]; a regular expression or a list of names was expected"),
+        ({"modules_to_save": ["(.q_proj"]}, "has modules_to_save = ['(.q_proj']; a list of names was expected"),
         ({"layers_to_transform": "x"}, "has layers_to_transform = 'x'; a list of layer numbers was expected"),
         ({"rank_pattern": {"q_proj": 7}}, "wrong rank: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight has rank 4"),
     ],

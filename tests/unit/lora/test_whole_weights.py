@@ -44,6 +44,7 @@ def adapter_of_peft(base: Path, folder: Path, modules: list[str], targets: Any =
     [
         (["input_layernorm", "model.norm"], ("q_proj",), NORMS),
         (["layers.1.mlp.down_proj", "k_proj"], ("q_proj",), ("model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.k_proj", "model.layers.1.mlp.down_proj")),
+        (["layers.1.mlp.down_proj", "k_proj"], ("q_proj", "k_proj", "down_proj"), ("model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.k_proj", "model.layers.1.mlp.down_proj")),
         (["model.layers.1.mlp.up_proj"], "dummy-target-modules", ("model.layers.1.mlp.up_proj",)),
     ],
 )  # fmt: skip

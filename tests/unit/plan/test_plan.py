@@ -392,9 +392,24 @@ def test_an_offloaded_base_lies_in_host_memory_and_comes_over_its_link() -> None
         make_plan(config_of(model={"name": "3.1-70b"}), Machines(1, 8, H100)),
     )
     assert plan.memory.base == 0 and plan.memory.optimizer == 0
-    assert plan.memory.host - plain.memory.host == plain.memory.base + plain.memory.optimizer
+    # AdamW updates a copy of the weights there, by gradients that come there.
+    updated = plain.memory.optimizer + plain.memory.adapters + plain.memory.gradients
+    assert plan.memory.host - plain.memory.host == plain.memory.base + updated
     assert plan.speed.host_s[0] == pytest.approx(2 * plain.setup.accumulation_steps * plain.memory.base / (64e9 * 0.85))
     assert make_plan(config, Machines(1, 8, H100, host_bytes=100 * GIB)).fits is False
+
+
+def test_a_rank_has_no_more_sequences_at_once_than_a_step_has_for_it() -> None:
+    def plan_of(global_batch: int, micro_batch: int) -> Plan:
+        train = {"global_batch": global_batch, "micro_batch": micro_batch, "sequence_length": 2048}
+        return make_plan(config_of(train=train), Machines(2, 8, H100))
+
+    filled, short = plan_of(16, 1), plan_of(16, 2)
+    assert (short.memory, short.speed) == (filled.memory, filled.speed)
+    assert "a rank has 1 sequence of train.global_batch: 16" in "\n".join(short.notes) and not filled.notes
+    uneven, whole = plan_of(48, 2), plan_of(64, 2)  # 3 and 4 sequences for each rank, two at once
+    assert uneven.memory == whole.memory and uneven.setup.step_tokens == 48 * 2048
+    assert uneven.speed.compute_s == pytest.approx([seconds * 3 / 4 for seconds in whole.speed.compute_s])
 
 
 def test_on_one_gpu_layers_are_fetched_while_others_compute() -> None:
@@ -406,7 +421,8 @@ def test_on_one_gpu_layers_are_fetched_while_others_compute() -> None:
     ends = 2 * (2 * shape.vocab * shape.hidden + shape.hidden)  # embedding, head and last norm, in bf16
     layer = 2 * (shape.weights_of_linears() + 2 * shape.hidden)
     assert (memory.base, memory.gathered) == (ends, 2 * layer)
-    assert memory.host == 80 * layer + 20 * plan.setup.trained_weights  # moments, and what a checkpoint copies
+    # Moments, the weights that are updated and their gradients, and what a checkpoint copies.
+    assert memory.host == 80 * layer + (8 + 4 + 4 + 12) * plan.setup.trained_weights
     # 80 layers but 2, twice per micro-batch, at 64 GB/s of which 85 % are reached at best.
     assert plan.speed.host_s[0] == pytest.approx(2 * 2 * 78 * layer / (64e9 * 0.85))
     assert plan.speed.step_s == (

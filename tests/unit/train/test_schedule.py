@@ -44,6 +44,14 @@ def test_a_run_that_ends_within_its_warm_up_never_reaches_the_full_rate() -> Non
     assert [lr_at(step, section=section, num_steps=2) for step in (1, 2)] == pytest.approx([0.0006, 0.0012])
 
 
+def test_a_rank_that_has_nothing_of_what_is_trained_updates_nothing() -> None:
+    empty = nn.Parameter(torch.empty(0))
+    for parameters, parts in (([], []), ([empty], [()])):
+        optimizer = AdamW(parameters, OptimSection(), parts=parts)
+        optimizer.step([torch.empty(0) for _ in parameters], 1e-3)
+        assert not any(values.numel() for values in optimizer.state())
+
+
 @pytest.mark.parametrize("on_host", [False, True])
 def test_parts_with_a_rate_of_their_own_are_updated_as_torchs_groups_and_padding_is_left(on_host) -> None:
     section = OptimSection(weight_decay=0.1, lr_ratio=4.0)
