@@ -24,6 +24,7 @@ from dist_lora.supervision.told import report_error
 if TYPE_CHECKING:
     from dist_lora.config.schema import Config
     from dist_lora.work import End
+    from dist_lora.world.launcher import LaunchedRank
     from dist_lora.world.world import World
 
 _HELP = {"help_option_names": ["-h", "--help"]}
@@ -122,6 +123,8 @@ def train(
     from dist_lora.work import EndedBefore
     from dist_lora.work import train as train_here
 
+    if dry_run and profile:
+        raise ConfigError("--profile: it records steps, and --dry-run takes none; leave one of them out")
     loaded = _load(config, overrides)
     try:
         train_here(loaded, enter=partial(_joined, nproc), is_dry=dry_run, makes_profile=profile)
@@ -189,6 +192,8 @@ def plan(
 
     if timeline is not None and not is_simulated:
         raise ConfigError("--timeline: it shows a simulated step; add --simulate")
+    if is_sweep and is_simulated:
+        raise ConfigError("--sweep: it plans many configs, and --simulate runs the step of one; leave one of them out")
     loaded = with_adapter(_load(config, overrides))
     request = MachineRequest.of(loaded, nodes, gpus_per_node, gpu, gpu_gib, host_gib, measured, tflops)
     if is_simulated:
@@ -247,13 +252,14 @@ def slurm(
     ] = False,
 ) -> None:
     """Print a batch script for Slurm that saves, stops and requeues itself, filled in from the config's plan."""
+    from dist_lora.files import file_exists
     from dist_lora.plan.hardware import find_gpu
     from dist_lora.slurm.command import make_job, submit
     from dist_lora.slurm.job import Request
 
+    files = [name for name in configs if "=" not in name or file_exists(Path(name))]
     request = Request(
-        configs=tuple(Path(name) for name in configs if "=" not in name or Path(name).exists()),
-        overrides=tuple(name for name in configs if "=" in name and not Path(name).exists()),
+        configs=tuple(map(Path, files)), overrides=tuple(name for name in configs if name not in files),
         num_nodes=nodes, gpus_per_node=gpus_per_node, gpu=find_gpu(gpu) if gpu else None, launcher=launcher.value,
         python=python or ("python" if container else sys.executable), time=time, partition=partition, account=account,
         mail=mail, container=container, environment=tuple(env or ()), setup=tuple(setup or ()), extra=tuple(sbatch or ()),
@@ -439,7 +445,9 @@ def merge(
         out,
         f"{out}: {report.changed_tensors} of the base's matrices changed, in {report.seconds:.1f} s",
         served=servers_of_merged(out, base=report.base, dtype=report.dtype),
-        delivery=Delivery(push, public, as_json, again=f"push it by: hf upload {push} {out}"),
+        delivery=Delivery(
+            push, public, as_json, again=f"push it by: hf upload{'' if public else ' --private'} {push} {out}"
+        ),
     )
 
 
@@ -528,6 +536,8 @@ def list_configs(context: typer.Context, as_json: AsJson = False) -> None:
         from dist_lora.text import in_columns
 
         print(json.dumps({"configs": preset_rows()}) if as_json else "\n".join(in_columns(preset_table())))
+    elif as_json:
+        raise ConfigError("--json: it is about the list; `configs show NAME` prints YAML")
 
 
 @configs.command()
@@ -557,6 +567,7 @@ def doctor(
     from dist_lora.world.launcher import launched_rank
 
     launched = launched_rank(os.environ)
+    _check_nproc(nproc, launched)
     if out is not None and (launched is None or launched.world_rank == 0):
         from dist_lora.files import refuse_file
 
@@ -636,11 +647,7 @@ def _joined(
         from dist_lora.world.launcher import launched_rank
 
         launched = launched_rank(os.environ)
-        if launched is not None and nproc not in (None, launched.local_size):
-            raise ConfigError(
-                f"--nproc: found {nproc}, and the launcher started {launched.local_size} processes on each node "
-                f"({launched.world_size} in total). Leave --nproc out under a launcher, which says how many there are."
-            )
+        _check_nproc(nproc, launched)
         if launched is not None and launched.world_rank > 0:
             logging.getLogger("dist_lora").setLevel(logging.ERROR)  # the first rank reports on behalf of all
         if launched is None:
@@ -652,6 +659,14 @@ def _joined(
     except StopNow as error:  # before there was a rank that could report it, or while one reported another error
         report(error)
         sys.exit(error.exit_code)
+
+
+def _check_nproc(nproc: int | None, launched: LaunchedRank | None) -> None:
+    if launched is not None and nproc not in (None, launched.local_size):
+        raise ConfigError(
+            f"--nproc: found {nproc}, and the launcher started {launched.local_size} processes on each node "
+            f"({launched.world_size} in total). Leave --nproc out under a launcher, which says how many there are."
+        )
 
 
 def _start_ranks(num_ranks: int) -> None:

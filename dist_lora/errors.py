@@ -36,6 +36,10 @@ class DataError(DistLoraError, ValueError):
     exit_code = EXIT_USER
 
 
+class ReadError(DistLoraError, RuntimeError):
+    """Data that are there couldn't be read, or changed meanwhile: the same command may succeed."""
+
+
 class OwnCodeError(DistLoraError, RuntimeError):
     """A format, metric or callback of the user's own raised an error, or returned what it must not."""
 
@@ -95,6 +99,11 @@ def cannot_write(message: str, error: OSError) -> SaveError:
     is full or faulty. What a run writes later is always a ``SaveError``: its place was writable when it began.
     """
     return (UnwritablePath if error.errno in _WRONG_PLACE else SaveError)(message)
+
+
+def cannot_read(message: str, error: OSError) -> DataError | ReadError:
+    """The error for data that the system doesn't read: the user's mistake where the place is wrong, else the disk's."""
+    return (DataError if error.errno in _WRONG_PLACE else ReadError)(message)
 
 
 class TrainingError(DistLoraError, ArithmeticError):

@@ -143,7 +143,7 @@ def short_documents(settings: Settings) -> list[str]:
 
 
 HEAD = """| work | peer | processor seconds per step, ours and the peer's | ours is faster by (wall time) | of the products | peak GiB, ours and the peer's | losses differ by |
-|---|---|---|---|---|---|---|---|"""
+|---|---|---|---|---|---|---|"""
 
 
 def main() -> None:

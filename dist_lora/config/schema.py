@@ -158,9 +158,16 @@ def _check_text(text: str) -> str:
     return text
 
 
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # of pathlib: there is no home, or no such user
+        raise ValueError(f"is {path}: {error}") from None
+
+
 Text = Annotated[str, AfterValidator(_check_text)]
 # A path is written as text; strict mode would require a Path object.
-FilePath = Annotated[Path, Field(strict=False)]
+FilePath = Annotated[Path, Field(strict=False), AfterValidator(_expanded)]
 Quant = Literal["none", "nf4", "int8"]
 QUANTIZED: tuple[Quant, ...] = tuple(quant for quant in get_args(Quant) if quant != "none")
 # The trackers that accelerate knows by name.

@@ -162,8 +162,19 @@ class Loader:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences of an epoch."""
-        return self._num_sequences
+        """Sequences of an epoch: of a mixture, until each set was seen whole.
+
+        Raises:
+            ConfigError: see ``steps_in_epoch``.
+        """
+        return self._num_sequences if self.mixed is None else self.mixed.end_of(1)
+
+    @property
+    def tokens_of_sequence(self) -> float:
+        """Tokens of a sequence, on average."""
+        if self.mixed is not None:
+            return self.mixed.tokens_of_sequence
+        return self._token_set.num_tokens / self._num_sequences
 
     @property
     def kinds(self) -> tuple[str, ...]:

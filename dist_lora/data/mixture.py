@@ -134,6 +134,13 @@ class MixedSequences:
         """How often each set is seen within the first ``num_sequences``, to about one sequence."""
         return [num_sequences / self._until(1.0, of=index) for index in range(len(self._sets))]
 
+    @property
+    def tokens_of_sequence(self) -> float:
+        """Tokens of a sequence, on average over all sets by their shares of the sequences."""
+        shares = self._sequences_per_part()
+        averages = [own.num_tokens / own.num_sequences for own in self._sets]
+        return sum(share * average for share, average in zip(shares, averages, strict=True)) / sum(shares)
+
     def lines(self, num_sequences: int) -> list[str]:
         """A line for each set: its share, its samples, and how often it is seen within ``num_sequences``."""
         total, what = sum(self._parts), _COUNTED[self._mixture.by]
@@ -158,8 +165,11 @@ class MixedSequences:
         waited = self._sets if of is None else [self._sets[of]]
         parts = self._parts if of is None else [self._parts[of]]
         longest = max(own.amount / part for own, part in zip(waited, parts, strict=True))
-        per_part = [part * own.num_sequences / own.amount for own, part in zip(self._sets, self._parts, strict=True)]
-        return epochs * longest * sum(per_part)
+        return epochs * longest * sum(self._sequences_per_part())
+
+    def _sequences_per_part(self) -> list[float]:
+        """To what the sequences of each set are in proportion."""
+        return [part * own.num_sequences / own.amount for own, part in zip(self._sets, self._parts, strict=True)]
 
 
 class _Set:
@@ -172,7 +182,7 @@ class _Set:
         self._targets = token_set.num_targets if by == "target_tokens" else None
         self._number, self._capacity, self._seed = number, capacity, seed
         self._pass = lru_cache(maxsize=_KEPT_PASSES)(self._make_pass)
-        self.num_documents = len(documents)
+        self.num_documents, self.num_tokens = len(documents), int(self._lengths.sum())
         self.num_sequences = len(self._pass(0))  # of every pass: see ``pack_best_fit``
         self.amount = len(documents) if self._targets is None else int(self._targets[documents].sum())  # of a pass
 

@@ -25,7 +25,7 @@ from dist_lora.data.json_documents import EXAMPLE
 from dist_lora.data.own_format import OwnFormat
 from dist_lora.data.records import Format, check_columns, recognize_format
 from dist_lora.data.text_files import CsvRows, JsonLines, open_json
-from dist_lora.errors import DataError
+from dist_lora.errors import DataError, DistLoraError, ReadError, cannot_read
 from dist_lora.text import nearest
 
 NUM_EXAMPLES = 5
@@ -92,10 +92,7 @@ class Records:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         source = self._source_of(index)
-        try:
-            record, columns = self.sources[source][index - self.starts[source]], self.columns[source]
-        except OSError as error:
-            raise DataError(f"can't be read: {error.strerror or error}") from None
+        record, columns = _record(self.sources[source], index - self.starts[source]), self.columns[source]
         return renamed(record, columns) if columns else record
 
     def where(self, index: int) -> str:
@@ -115,7 +112,11 @@ class Records:
     def padding(self) -> list[str]:
         """What is read as padding though it might be a value, a sentence for each source that has such nulls."""
         columnar = [source for source in self.sources if isinstance(source, ColumnarFile | LoadedRows)]
-        return [line for source in columnar if (line := source.padding())]
+        lines = []
+        for source in columnar:
+            with _reading(source.name):
+                lines.append(source.padding())
+        return [line for line in lines if line]
 
     def _source_of(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -190,11 +191,21 @@ def states_of(names: str | Sequence[str], *, which: str) -> list[list[int]]:
 
 @contextlib.contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Turns an error of the file system within it into a DataError about ``what``."""
+    """Turns an error of the file system within it into one of ours about ``what``; see ``cannot_read``."""
     try:
         yield
     except OSError as error:
-        raise DataError(f"{what} can't be read: {error.strerror or error}") from None
+        if isinstance(error, DistLoraError):
+            raise
+        raise cannot_read(f"{what} can't be read: {error.strerror or error}", error) from error
+
+
+def _record(source: Source, index: int) -> dict[str, Any]:
+    try:
+        return source[index]
+    except OSError as error:  # not one of many broken records: all that follow may be as this one
+        where = f"{source.where(index)}: can't be read: {error.strerror or error}"
+        raise ReadError(where) from error
 
 
 @dataclass(frozen=True)
@@ -339,7 +350,7 @@ def _format_of(source: Source, reading: Reading, own: OwnFormat | None) -> Forma
         return _format_of_renamed(source, fmt, names)
     for index in range(min(len(source), _NUM_LOOKED_AT)):
         try:
-            record = source[index]
+            record = _record(source, index)
         except DataError:
             continue
         try:
@@ -366,7 +377,7 @@ def _format_of_renamed(source: Source, fmt: Format | None, names: Mapping[str, s
     readable = []
     for index in range(min(len(source), _NUM_LOOKED_AT)):
         with contextlib.suppress(DataError):
-            readable.append(source[index])
+            readable.append(_record(source, index))
     try:
         check_names(names, fmt)
         check_there(names, readable)

@@ -33,7 +33,7 @@ from dist_lora.data.own_format import SETTING, own_format
 from dist_lora.data.records import Format, named_format
 from dist_lora.data.sources import Faults, Records, hash_sources, read_records, states_of
 from dist_lora.data.token_set import SampleCounts, TokenSet
-from dist_lora.errors import ConfigError, DataError, SaveError, cannot_write
+from dist_lora.errors import ConfigError, DataError, ReadError, SaveError, cannot_write
 from dist_lora.files import lock, new_file, sync
 from dist_lora.own_code import hash_of, is_own
 from dist_lora.pace import pace
@@ -365,7 +365,7 @@ class _Builder:
         """Writes this rank's part; sets ``error``: on the first rank to the faults of all parts."""
         try:
             self._counts = self._encode()
-        except DataError as error:
+        except (DataError, ReadError) as error:
             self.error = error
         except OSError as error:
             self.error = _unwritable(self._folder, error)
@@ -437,7 +437,7 @@ class _Builder:
                     _write(files, document, index)
                 advance(done, len(part))
         if states_of(self._names, which=self._which) != self._states:
-            raise DataError(
+            raise ReadError(
                 f"data.{self._which}: {self._names} changed while it was read: another program is writing it. Start again once "
                 "that has ended"
             )

@@ -234,10 +234,12 @@ def _read_tool_call(item: object, where: str) -> dict[str, Any]:
     function = (item.get("function") or item) if isinstance(item, dict) else item
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f'{where} is {shown(item)}; {{"name": ..., "arguments": {{...}}}} is expected')
-    given = [function[key] for key in ("arguments", "parameters") if function.get(key) not in (None, "")]
-    if len(given) > 1 and given[0] != given[1]:
+    named = [key for key in ("arguments", "parameters") if function.get(key) not in (None, "")]
+    # An empty list is how PHP writes an object without keys.
+    given = [{} if (found := decoded(function[key], f"{where}.{key}")) == [] else found for key in named] or [{}]
+    if given[0] != given[-1]:
         raise DataError(f"{where} has arguments and parameters, and they differ; one of them is expected")
-    arguments = decoded(given[0] if given else {}, f"{where}.arguments")
+    arguments = given[0]
     if not isinstance(arguments, dict):
         raise DataError(f"{where}.arguments is {shown(arguments)}; an object is expected")
     call: dict[str, Any] = {

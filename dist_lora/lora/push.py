@@ -27,6 +27,8 @@ log = logging.getLogger("dist_lora")
 # What the hub takes for a name (validate_repo_id of huggingface_hub 1.0 to 2.4), which is asked for in full here.
 _REPOSITORY = re.compile(r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?/[A-Za-z0-9_]([\w.-]*[A-Za-z0-9_])?(?<!\.git)")
 _MAX_NAME = 96
+# Where transformers 4 wrote the folder that a model or a tokenizer was loaded from.
+_NAMES_OF_PATHS = {"config.json": "_name_or_path", "tokenizer_config.json": "name_or_path"}
 
 
 def check_push(repository: str | None, *, is_public: bool) -> None:
@@ -70,7 +72,9 @@ def push(folder: Path, *, repository: str, is_public: bool, again: str) -> str:
     try:
         api.create_repo(repository, private=not is_public, exist_ok=True)
         if not is_public and not api.repo_info(repository).private:
-            raise ConfigError(f"--push: {repository} exists and is public: add --public, or name another one.{kept}")
+            raise ConfigError(
+                f"--push: {repository} exists and is public: add --public, or name another one. {folder} is complete"
+            )
         operations = [CommitOperationAdd(name, content) for name, content in _published(folder)]
         api.create_commit(repository, operations, commit_message="Upload by dist_lora")
     except ConfigError:
@@ -90,6 +94,8 @@ def _published(folder: Path) -> Iterator[tuple[str, Path | bytes]]:
             yield name, _without_paths(read_adapter_json(file), "base_model_name_or_path")
         elif name == ORIGIN_FILE:
             yield name, _origin_without_paths(read_adapter_json(file))
+        elif name in _NAMES_OF_PATHS:
+            yield name, _without_paths(read_adapter_json(file), _NAMES_OF_PATHS[name])
         else:
             yield name, file
 

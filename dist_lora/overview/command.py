@@ -136,7 +136,7 @@ def overview_of(config: Config, data: RunData) -> Overview:
         for name, tokens in data.sets.items()
     }
     loader = loader_of(config, train, World.alone(torch.device("cpu")))
-    steps = steps_of(config, train, loader, num_steps=num_steps_of(config, loader))
+    steps = steps_of(config, loader, num_steps=num_steps_of(config, loader))
     return Overview(figures, steps, hours_of(config, data.model.shape, steps))
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from dist_lora.config.schema import Config
 from dist_lora.data.loader import Loader
-from dist_lora.data.token_set import TokenSet
 from dist_lora.errors import ConfigError
 from dist_lora.herd.shape import Shape
 from dist_lora.plan.command import MachineRequest
@@ -50,14 +49,17 @@ class Hours:
         return asdict(self)
 
 
-def steps_of(config: Config, tokens: TokenSet, loader: Loader, *, num_steps: int) -> Steps:
-    """The steps that the loader makes of the documents."""
-    num_sequences = loader.num_sequences
-    average = tokens.num_tokens / num_sequences
+def steps_of(config: Config, loader: Loader, *, num_steps: int) -> Steps:
+    """The steps that the loader makes of the documents.
+
+    Raises:
+        ConfigError: see ``Loader.steps_in_epoch``.
+    """
+    average = loader.tokens_of_sequence
     return Steps(
         num_steps=num_steps,
         num_steps_of_epoch=loader.steps_in_epoch(0),
-        num_sequences=num_sequences,
+        num_sequences=loader.num_sequences,
         tokens_of_sequence=average,
         share_filled=average / config.train.sequence_length if config.train.packing else None,
     )

@@ -110,7 +110,10 @@ def open_guard(name: str, world: World) -> Guard:
         ConfigError: there is neither, or the adapter is no Guard's.
         AdapterError, WeightsError: the adapter or its base is damaged, or they don't belong together.
     """
-    folder = Path(name).expanduser()
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError as error:  # of pathlib: no such user
+        raise ConfigError(f"--guard: {name}: {error}") from None
     # A name with a slash whose first part is a folder here is no hub id.
     is_path = folder.is_dir() or (len(folder.parts) > 1 and folder.parent.is_dir())
     if is_path and not (folder / "config.json").is_file():

@@ -108,7 +108,7 @@ def speed_of(setup: Setup, gpu: Gpu, *, context: int) -> Speed | None:
     work = compute[1] + dequantize[1]
     worst = links[1] + network[1] + (max(work, host[1]) if _fetches_ahead(setup) else work + host[1])
     return Speed(
-        compute, dequantize, links, network, host, (best, worst), bottlenecks[best], tokens * setup.num_ranks,
+        compute, dequantize, links, network, host, (best, worst), bottlenecks[best], setup.step_tokens,
         uncounted=tuple(name for name, (num_bytes, gb_s) in needs.items() if num_bytes and gb_s is None),
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -81,4 +82,4 @@ def _check_space(hub_id: str) -> None:
 def _environment() -> list[str]:
     """What to set where the run is started: no requests, and the caches where they were moved to."""
     moved = [name for name in ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE") if os.environ.get(name)]
-    return [OFFLINE, *(f"{name}={os.environ[name]}" for name in moved)]
+    return [OFFLINE, *(f"{name}={shlex.quote(os.environ[name])}" for name in moved)]

@@ -28,8 +28,6 @@ class Attempt:
     former_seconds: float = 0.0
     former_peak_bytes: tuple[int, ...] = ()
     began_s: float = 0.0  # seconds since 1970; 0 where an earlier version wrote the file
-    job: str = ""  # see ``status.job_of``
-    resume: str = ""  # what ``checkpoint.resume`` asked for
 
     def peaks_with(self, peak_bytes: list[int]) -> list[int]:
         """The peaks of all attempts, rank by rank; those of this one alone if it has another number of ranks."""
@@ -39,14 +37,7 @@ class Attempt:
 
 
 def begin_attempt(
-    folder: Path,
-    *,
-    num_steps: int,
-    is_new: bool,
-    began_s: float,
-    keeps_trackers: bool = False,
-    job: str = "",
-    resume: str = "",
+    folder: Path, *, num_steps: int, is_new: bool, began_s: float, keeps_trackers: bool = False
 ) -> Attempt:
     """Write what this attempt sets out to do. From here on the run isn't finished: a former summary is removed.
 
@@ -54,7 +45,6 @@ def begin_attempt(
         began_s: when this attempt was started, in seconds since 1970.
         is_new: the run begins at its first step, and nothing of former attempts counts.
         keeps_trackers: a former attempt ended before its first checkpoint, and its runs in trackers go on.
-        job, resume: see ``Attempt``.
 
     Raises:
         OSError: it can't be written.
@@ -68,7 +58,7 @@ def begin_attempt(
             peaks = tuple(found)
     elif former is not None:
         seconds += _seconds_of_stopped(folder, former)
-    attempt = Attempt(num_steps, seconds, peaks, began_s, job, resume)
+    attempt = Attempt(num_steps, seconds, peaks, began_s)
     write_whole(folder / ATTEMPT_FILE, json.dumps(asdict(attempt)) + "\n")
     (folder / SUMMARY_FILE).unlink(missing_ok=True)
     if is_new and not keeps_trackers:
@@ -90,12 +80,7 @@ def read_attempt(folder: Path) -> Attempt | None:
     try:
         content = read_json(folder / ATTEMPT_FILE)
         num_steps, peaks = int(content["num_steps"]), tuple(int(peak) for peak in content["former_peak_bytes"])
-        began_s, job, resume = (
-            float(content.get("began_s", 0.0)),
-            str(content.get("job", "")),
-            str(content.get("resume", "")),
-        )
-        return Attempt(num_steps, float(content["former_seconds"]), peaks, began_s, job, resume)
+        return Attempt(num_steps, float(content["former_seconds"]), peaks, float(content.get("began_s", 0.0)))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

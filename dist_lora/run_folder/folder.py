@@ -14,9 +14,10 @@ from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError, RunInUse, SaveError, cannot_write
 from dist_lora.files import lock, write_whole
 from dist_lora.run_folder.log_file import close_log, open_log
-from dist_lora.run_folder.status import StatusWriter, note_opened
+from dist_lora.run_folder.status import StatusWriter, note_closed, note_opened
 from dist_lora.world.world import World
 
+PROBED_S = 1.0
 SEEN_S = 10.0  # a network file system may hide a new file for as long as it caches that there was none
 
 
@@ -35,6 +36,7 @@ def open_run_folder(config: Config, world: World) -> Path:
     def take() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
+        note_opened(folder)
         _check_writable(folder / "checkpoints")
         open_log(folder)
         StatusWriter(folder).begin()
@@ -87,7 +89,7 @@ _locks: list[TextIO] = []  # open for as long as the process lives: closing a lo
 def _lock(folder: Path) -> None:
     file = (folder / "lock").open("a+")
     try:
-        lock(file.fileno())
+        _lock_in_time(file)
     except BlockingIOError:
         file.seek(0)
         owner = file.read().strip() or "another process"
@@ -107,9 +109,22 @@ def _lock(folder: Path) -> None:
     _locks.append(file)
 
 
+def _lock_in_time(file: TextIO) -> None:
+    """Lock a file that may be locked for a moment: `dist-lora status` and `runs` find out so whether a run is at work."""
+    deadline = time.monotonic() + PROBED_S
+    while True:
+        try:
+            return lock(file.fileno())
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.02)
+
+
 def close_run_folder() -> None:
     """Give back the locks that this process has, and close its log: it goes on after the run."""
     close_log()
+    note_closed()
     while _locks:
         _locks.pop().close()
 

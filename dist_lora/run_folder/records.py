@@ -45,11 +45,11 @@ def truncate_metrics(folder: Path, *, last_step: int, last_evaluation: int) -> N
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The complete lines of a file, in order; a line that was cut short, or isn't one of a step, is skipped."""
-    yield from _lines_of(path.read_text(errors="replace"))
+    yield from _lines_of(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def _lines_of(content: str) -> Iterator[dict[str, Any]]:
-    for text in content.splitlines():
+    for text in content.split("\n"):  # nothing else ends a line: a text may have U+2028
         try:
             line = json.loads(text)
             is_whole = isinstance(line["step"], int) and 0 <= line["step"] < 2**63

@@ -52,7 +52,7 @@ def list_runs(folder: Path) -> list[RunRow]:
     if (problem := no_folder(folder)) is not None:
         raise ConfigError(f"{folder}: {problem}; expected the folder of all runs (runs_dir), like runs")
     try:
-        rows = [_row(path) for path in sorted(folder.iterdir()) if (path / "config.yaml").is_file()]
+        rows = [_row(path) for path in sorted(folder.iterdir()) if _is_run(path)]
     except OSError as error:
         raise ConfigError(f"{folder}: can't be read: {error.strerror or error}") from None
     return sorted(rows, key=lambda row: -row.changed_s)
@@ -73,6 +73,14 @@ def runs_table(rows: Sequence[RunRow], *, now_s: float | None = None) -> Iterato
             f"{duration(max(0.0, now_s - row.changed_s))} ago",
             row.problem,
         ]
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is a run's; also one that this user may not look into, so that its row says so."""
+    try:
+        return (folder / "config.yaml").is_file()
+    except PermissionError:
+        return True
 
 
 def _row(folder: Path) -> RunRow:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -84,9 +85,15 @@ def attempt_of(environment: Mapping[str, str]) -> str:
 
 
 def job_of(environment: Mapping[str, str]) -> tuple[str, bool]:
-    """The job that this start belongs to (``-`` without one), and whether Slurm or torchrun has restarted it."""
+    """The job that this start belongs to (``-`` without one), and whether Slurm or torchrun has restarted it.
+
+    The ids of torchrun's jobs may be the same each time; the process that starts the ranks isn't.
+    """
     counts = [environment.get(name) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")]
-    return _job_of(attempt_of(environment)), any(count not in (None, "", "0") for count in counts)
+    job = _job_of(attempt_of(environment))
+    if "SLURM_JOB_ID" not in environment and job != "-":
+        job += f" of process {os.getppid()} on {socket.gethostname()}"
+    return job, any(count not in (None, "", "0") for count in counts)
 
 
 def _job_of(attempt: str) -> str:
@@ -104,6 +111,11 @@ _opened: set[Path] = set()
 def note_opened(folder: Path) -> None:
     """Note that this process is a rank of the run that holds this folder's lock."""
     _opened.add(folder)
+
+
+def note_closed() -> None:
+    """Note that this process is no rank of a run any more."""
+    _opened.clear()
 
 
 def is_of_another(folder: Path) -> bool:

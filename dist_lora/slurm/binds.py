@@ -9,6 +9,7 @@ from typing import Any
 
 from dist_lora.config.schema import Config
 from dist_lora.errors import ConfigError
+from dist_lora.files import file_exists
 
 
 def bound_folders(config_files: Iterable[Path], runs: Sequence[Config], extra: Iterable[Path]) -> list[Path]:
@@ -23,8 +24,14 @@ def bound_folders(config_files: Iterable[Path], runs: Sequence[Config], extra: I
             doesn't exist.
     """
     for path in extra:
-        if not path.expanduser().exists():
-            raise ConfigError(f"--bind: {path} doesn't exist; expected a folder or a file that all nodes see")
+        try:
+            is_there = file_exists(path.expanduser())
+        except RuntimeError as error:  # of pathlib: no such user
+            raise ConfigError(f"--bind: {path}: {error}") from None
+        if not is_there:
+            raise ConfigError(
+                f"--bind: {path} doesn't exist, or isn't this user's to see; expected a folder or a file that all nodes see"
+            )
     named = [*config_files, *extra, *(path for config in runs for path in _paths_of(config))]
     folders = {folder for path in named for folder in _folders_of(path.expanduser())}
     outside = sorted(folder for folder in folders if not folder.is_relative_to(Path.cwd()))

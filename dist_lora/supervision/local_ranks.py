@@ -15,6 +15,7 @@ from types import FrameType
 
 from dist_lora.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from dist_lora.supervision.out_of_memory import Counters, Peaks, describe_kill, read_counters
+from dist_lora.supervision.told import tell
 
 POLL_S = 0.05
 GRACE_S = 15.0  # how long the others have to end by themselves once one has ended with an error
@@ -112,7 +113,7 @@ def _supervise(ranks: list[subprocess.Popen[bytes]], folder: Path, passed_on: Se
     if all(-code in passed_on or code == EXIT_STOPPED for code in failed.values()):
         if EXIT_STOPPED not in failed.values():  # they ended before they handled signals
             name = signal.Signals(passed_on[0]).name
-            _print(f"interrupted by {name}: nothing is lost, and the same command resumes the run.")
+            tell(f"interrupted by {name}: nothing is lost, and the same command resumes the run.")
         return EXIT_STOPPED
     cause = cause_of(failed)
     stuck = [i for i, rank in enumerate(ranks) if rank.poll() is None]
@@ -174,21 +175,15 @@ def _report(rank: int, code: int, folder: Path, stuck: Sequence[int], memory: Co
     if code < 0:
         name = signal.Signals(-code).name
         why = f" {describe_kill(memory, read_counters(), peaks)}" if -code == signal.SIGKILL else ""
-        _print(
-            f"error: rank {rank} of {len(peaks)} was killed by {name}; the other ranks were terminated.{why} {resume}"
-        )
+        tell(f"error: rank {rank} of {len(peaks)} was killed by {name}; the other ranks were terminated.{why} {resume}")
         return EXIT_FAILED
     if code == EXIT_LOST_PEER:
         note = _lost_peer_note(folder, rank)
         seen = f" (rank {rank}: {note.read_text()})" if note.exists() else ""
         still = f"; still running, now terminated: rank {', '.join(map(str, stuck))}" if stuck else ""
-        _print(f"error: the ranks lost their connection to each other{seen}{still}. {resume}")
+        tell(f"error: the ranks lost their connection to each other{seen}{still}. {resume}")
         return EXIT_FAILED
     return code
-
-
-def _print(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:

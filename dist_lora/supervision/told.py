@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -13,10 +14,16 @@ from dist_lora.text import without_cpp_stack
 def report_error(error: BaseException, who: str = "") -> None:
     """Print an error; see ``error_text``. Under torchrun also leave it the text, which it shows last."""
     text = error_text(error, who)
-    print(text, file=sys.stderr, flush=True)
+    tell(text)
     from dist_lora.world.launcher import note_for_torchrun
 
     note_for_torchrun(os.environ, text)
+
+
+def tell(text: str) -> None:
+    """Print a line to the user; to a terminal that is gone, nothing: a run goes on, or saves and stops, without it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def error_text(error: BaseException, who: str = "") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from dist_lora.lora.origin import RunOrigin
 from dist_lora.lora.run_facts import RunFacts
 from dist_lora.lora.state import Piece
 from dist_lora.run_folder.records import sync_metrics, truncate_metrics
+from dist_lora.run_folder.status import job_of
 from dist_lora.train.build import Base, Trainee
 from dist_lora.train.guard import guard_rules
 from dist_lora.train.own_code import own_code_facts
@@ -255,6 +257,7 @@ class RunCheckpoints:
                 "stale_evaluations": progress.stale_evaluations,
                 "best_set": self._config.eval.best_set,
                 "held_out": dict(self.held_out),
+                "begun_by": [job_of(os.environ)[0], str(self._config.checkpoint.resume)],
                 "data": self._loader.fingerprint if self._world.is_first else None,
                 "num_steps": self._num_steps,
                 "card": self._card(progress),

@@ -7,7 +7,6 @@ import functools
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,7 +51,6 @@ from dist_lora.run_folder.attempt import (
 from dist_lora.run_folder.folder import open_run_folder, write_config
 from dist_lora.run_folder.log_file import to_log_file
 from dist_lora.run_folder.samples import SAMPLES_FILE
-from dist_lora.run_folder.status import job_of
 from dist_lora.text import count, gib, span
 from dist_lora.train.advice import advice_lines
 from dist_lora.train.build import (
@@ -363,13 +361,7 @@ def _prepare_folder(
             warn_of_other_code(checkpoint, config)
         is_restart = config.checkpoint.resume != "never"
         return begin_attempt(
-            folder,
-            num_steps=num_steps,
-            is_new=checkpoint is None,
-            keeps_trackers=is_restart,
-            began_s=began_s,
-            job=job_of(os.environ)[0],
-            resume=str(config.checkpoint.resume),
+            folder, num_steps=num_steps, is_new=checkpoint is None, keeps_trackers=is_restart, began_s=began_s
         )
 
     return world.on_first(

@@ -17,6 +17,7 @@ import torch
 from dist_lora.errors import SaveError
 from dist_lora.run_folder.attempt import EVALUATIONS_FILE, METRICS_FILE, TOOL_CALLS_FILE
 from dist_lora.run_folder.log_file import to_log_file
+from dist_lora.supervision.told import tell
 from dist_lora.train.callbacks import Callbacks
 from dist_lora.train.trackers import Options, start_tracker
 
@@ -108,7 +109,7 @@ class Meter:
             text = f"step {step}/{self._num_steps}  {shown}  {reached}  {left_s:,.0f} s left"
             to_log_file(text)
             if self._bar is None:
-                print(text, file=sys.stderr, flush=True)
+                tell(text)
         if self._callbacks is not None:
             self._callbacks.step(line)
 
@@ -133,14 +134,15 @@ class Meter:
         self._track(step, values)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         to_log_file(f"step {step}: {shown}")
-        print(f"step {step}: {shown}", file=sys.stderr, flush=True)
+        tell(f"step {step}: {shown}")
         if self._callbacks is not None:
             self._callbacks.evaluated({"step": step, **values})
 
     def leave_terminal(self) -> None:
         """Stop the progress bar: what is printed now stays below it."""
         if self._bar is not None:
-            self._bar[0].stop()
+            with contextlib.suppress(OSError):  # of a terminal that is gone
+                self._bar[0].stop()
 
     def close(self) -> None:
         """Close the progress bar, the files and the trackers, some of which wait for their servers."""

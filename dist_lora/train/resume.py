@@ -13,7 +13,7 @@ import yaml
 
 from dist_lora.checkpoint.folders import step_of
 from dist_lora.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
-from dist_lora.checkpoint.read import newest_intact, verify
+from dist_lora.checkpoint.read import newest_intact, newest_intact_here, verify
 from dist_lora.checkpoint.write import versions_here
 from dist_lora.config.changes import Change, changes, rule_of, short
 from dist_lora.config.load import dump_config
@@ -21,7 +21,6 @@ from dist_lora.config.schema import Config, OptimSection
 from dist_lora.errors import CheckpointError, ConfigError
 from dist_lora.files import file_exists, no_folder
 from dist_lora.lora.origin import BaseIdentity, RunOrigin
-from dist_lora.run_folder.attempt import read_attempt
 from dist_lora.run_folder.status import job_of
 from dist_lora.train.schedule import lr_at
 from dist_lora.world.world import World
@@ -63,9 +62,11 @@ def find_checkpoint(config: Config, folder: Path, world: World) -> VerifiedCheck
 
 def _path_of(config: Config, folder: Path, world: World) -> Path | None:
     wanted, root = config.checkpoint.resume, folder / "checkpoints"
-    if wanted != "auto" and world.once("checkpoint.resume", lambda: b"1" * is_resumed(folder, wanted)):
-        wanted = "auto"  # an earlier start of this job has done what it asks for
     world.progress.now("looking for a checkpoint", kind="long")
+    if wanted != "auto":
+        own = world.once("checkpoint.resume", lambda: _own_of_job(root, wanted).encode()).decode()
+        if own:
+            return Path(own)
     if wanted == "auto":
         return newest_intact(root, world)
     if wanted == "never":
@@ -77,10 +78,17 @@ def _path_of(config: Config, folder: Path, world: World) -> Path | None:
     return wanted
 
 
-def is_resumed(folder: Path, wanted: str | Path) -> bool:
-    """Whether an earlier start of this job has begun as ``checkpoint.resume`` asks, so that this one goes on from there."""
-    attempt, (job, is_restarted) = read_attempt(folder), job_of(os.environ)
-    return is_restarted and attempt is not None and (attempt.job, attempt.resume) == (job, str(wanted))
+def _own_of_job(root: Path, wanted: str | Path) -> str:
+    """The newest intact checkpoint, if an earlier start of this job saved it after it began as ``wanted`` asks; "" if not."""
+    job, is_restarted = job_of(os.environ)
+    if not is_restarted:
+        return ""
+    try:
+        path = newest_intact_here(root)
+        begun_by = None if path is None else read_manifest(path).progress.get("begun_by")
+    except CheckpointError:  # of checkpoints that aren't asked for
+        return ""
+    return str(path) if begun_by == [job, str(wanted)] else ""
 
 
 def _verify_named(path: Path) -> None:

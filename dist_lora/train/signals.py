@@ -120,10 +120,11 @@ class Stopping:
 
     def __init__(self, world: World, request: StopRequest, saver: Saver, *, resume: str | Path = "auto") -> None:
         self._world, self._request, self._saver = world, request, saver
-        # Slurm and torchrun start the same command again, and then it goes on (see ``resume.is_resumed``).
-        has_job = any(os.environ.get(name) for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"))
-        leave_out = "" if resume == "auto" or has_job else f" without checkpoint.resume={resume}"
-        self._again = f"The same command{leave_out} resumes from there."
+        leave_out = "" if resume == "auto" else f" without checkpoint.resume={resume}"
+        requeued = (
+            ", and so does this job when Slurm requeues it" if leave_out and os.environ.get("SLURM_JOB_ID") else ""
+        )
+        self._again = f"The same command{leave_out} resumes from there{requeued}."
         self._key = world.fresh_key("stop")
         self._own_reason = ""
 

@@ -74,6 +74,15 @@ def test_json_has_the_same_and_train_the_same_steps_and_warning(config, tiny_lla
     (sample,) = told["samples"]
     assert [piece["is_target"] for piece in sample["pieces"]] == [False, True]
     assert sample["pieces"][1]["text"] == "x<|eot_id|>"
+    # A mixture: of its sequences a quarter are of the first set, which ends last.
+    files = [str(config.parent / name) for name in ("train.jsonl", "eval.jsonl")]
+    sets = f"data.train=[{{path: {files[0]}, weight: 1}}, {{path: {files[1]}, weight: 3}}]"
+    done = here("data", config, "--json", "--samples", 1, "train.packing=false", sets, "data.eval=null")
+    assert done.returncode == 0, done.stderr
+    mixed = json.loads(done.stdout)["training"]
+    means = [facts["tokens"] / facts["samples"]["kept"] for facts in (train, held_out)]
+    assert mixed["sequences_per_epoch"] == pytest.approx(40, abs=4)
+    assert mixed["tokens_per_sequence"] == pytest.approx((means[0] + 3 * means[1]) / 4, abs=0.1)
     # With its weights the same model trains as many steps, on the same cache.
     done = here("train", config, "--dry-run", "train.packing=false", f"model.name={tiny_llama('llama31')}")
     assert done.returncode == 0, done.stderr

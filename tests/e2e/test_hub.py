@@ -291,12 +291,12 @@ for arguments in {commands!r}:
 def test_what_fetch_has_fetched_is_all_that_a_run_needs(config, repository, dataset, tmp_path) -> None:
     settings = ("data.train=org/data", "data.eval=null", f"data.cache_dir={tmp_path}/cache", "run=fetched")
     with serving(Hub({"org/tiny": repository, "datasets/org/data": dataset})) as hub:
-        environment = {**os.environ, **hub.environment(tmp_path / "home")}
+        environment = {**os.environ, **hub.environment(tmp_path / "my home")}
         done = run("fetch", config, *settings, env=environment)
         assert done.returncode == 0, done.stderr
     assert f"model      org/tiny: org/tiny at {SHA[:12]}, " in done.stdout
-    assert f"data       data.train: org/data: 8 records, in {tmp_path}/home/" in done.stdout
-    assert f"export HF_HUB_OFFLINE=1 HF_HOME={tmp_path}/home" in done.stdout
+    assert f"data       data.train: org/data: 8 records, in {tmp_path}/my home/" in done.stdout
+    assert f"export HF_HUB_OFFLINE=1 HF_HOME='{tmp_path}/my home'" in done.stdout
     offline = {**environment, "HF_HUB_OFFLINE": "1"}  # and the hub is gone
     trained = run("train", config, *settings, "--nproc", 1, env=offline)
     assert trained.returncode == 0, trained.stderr

@@ -583,6 +583,15 @@ def test_a_fault_in_a_list_that_an_argument_made_longer_than_the_files_is_told(t
     )
 
 
+def test_paths_may_begin_with_a_home(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config(written(tmp_path, SHORTEST), overrides=["runs_dir=~/runs", "data.cache_dir=~/cache"])
+    assert (config.runs_dir, config.data.cache_dir) == (tmp_path / "runs", tmp_path / "cache")
+    assert "runs_dir=~nobody-here/x (argument): is ~nobody-here/x:" in complaint(
+        tmp_path, SHORTEST, "runs_dir=~nobody-here/x"
+    )
+
+
 def test_named_sets_are_read_back_and_one_of_them_may_be_replaced(tmp_path: Path) -> None:
     overrides = ["data.eval={a: a.jsonl, b: b.jsonl}", "data.eval.b=c.jsonl", "eval.best_set=b", "optim.lr=auto"]
     config = load_config(written(tmp_path, SHORTEST), overrides=overrides)

@@ -420,11 +420,11 @@ def test_a_source_that_can_not_be_read_is_told_as_one(tmp_path, monkeypatch):
 
     name = write(tmp_path / "d.jsonl", [conversation("q", "a")])
     monkeypatch.setattr("dist_lora.data.sources._file_chunks", faulty)
-    with pytest.raises(DataError, match=r"data\.train: .*d\.jsonl can't be read: Input/output error"):
+    with pytest.raises(ReadError, match=r"data\.train: .*d\.jsonl can't be read: Input/output error"):
         prepare(name, tmp_path / "cache")
     monkeypatch.undo()
     monkeypatch.setattr("dist_lora.data.text_files.JsonLines.__getitem__", faulty)
-    with pytest.raises(DataError, match=r"d\.jsonl:1: can't be read: Input/output error"):
+    with pytest.raises(ReadError, match=r"d\.jsonl:1: can't be read: Input/output error"):
         prepare(name, tmp_path / "cache")
 
 
@@ -437,7 +437,7 @@ def test_a_source_that_is_written_while_it_is_read_is_told_and_nothing_is_publis
         return encode_sample(*args, **settings)
 
     monkeypatch.setattr(token_cache, "encode_sample", appending)
-    with pytest.raises(DataError, match=r"d\.jsonl changed while it was read"):
+    with pytest.raises(ReadError, match=r"d\.jsonl changed while it was read"):
         prepare(name, tmp_path / "cache")
     assert not list((tmp_path / "cache/tokens").glob("*/summary.json"))
     monkeypatch.undo()

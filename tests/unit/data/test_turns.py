@@ -148,6 +148,19 @@ def test_a_turn_of_sharegpt_may_have_openais_calls() -> None:
         read_sample({"conversations": [{"from": "function_call", "value": "{}", "tool_calls": [call]}]}, fmt="messages")
 
 
+def test_a_call_without_arguments_may_have_an_empty_list_or_nothing() -> None:
+    spelled = [chat_of({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]})]
+    for beside in (
+        {"arguments": []},
+        {"arguments": "[]"},
+        {"arguments": ""},
+        {},
+        {"arguments": "{}", "parameters": {}},
+    ):
+        spelled.append(chat_of({"role": "assistant", "tool_calls": [{"function": {"name": "f", **beside}}]}))
+    assert all(chat == spelled[0] for chat in spelled)
+
+
 @pytest.mark.parametrize(
     ("function", "told"),
     [
@@ -155,7 +168,7 @@ def test_a_turn_of_sharegpt_may_have_openais_calls() -> None:
         ({"name": "f", "arguments": {}, "parameters": {"a": 1}}, "has arguments and parameters, and they differ"),
     ],
 )
-def test_arguments_that_are_none_are_refused(function: dict[str, Any], told: str) -> None:
+def test_arguments_that_can_not_be_are_refused(function: dict[str, Any], told: str) -> None:
     with pytest.raises(DataError, match=told):
         chat_of({"role": "assistant", "content": "", "tool_calls": [{"function": function}]})
 

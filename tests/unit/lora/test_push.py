@@ -73,13 +73,24 @@ def test_what_is_pushed_is_the_folder_without_paths_of_this_machine_and_loads(hu
     assert origin_of(there) == RunOrigin(quant="nf4")
 
 
+def test_a_model_is_pushed_without_the_folders_that_transformers_wrote_into_it(hub, tmp_path) -> None:
+    for name, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
+        (tmp_path / name).write_text(json.dumps({key: "/home/someone/Llama-mine", "x": 1}))
+    push_to(tmp_path)
+    found = {name: json.loads(content) for name, content in hub.pushed["me/Llama-new"].items()}
+    assert found == {
+        "config.json": {"_name_or_path": "Llama-mine", "x": 1},
+        "tokenizer_config.json": {"name_or_path": "Llama-mine", "x": 1},
+    }
+
+
 def test_a_public_repository_is_made_or_written_to_only_if_that_was_asked_for(hub, adapter) -> None:
     push_to(adapter, is_public=True)
     assert hub.private == {"me/Llama-new": False}
     pushed = dict(hub.pushed.pop("me/Llama-new"))
     told = refused(ConfigError, adapter)
     assert told.startswith("--push: me/Llama-new exists and is public: add --public, or name another one. ")
-    assert not hub.pushed
+    assert not hub.pushed and "hf upload" not in told
     push_to(adapter, is_public=True)
     assert hub.pushed["me/Llama-new"] == pushed
 

@@ -33,7 +33,7 @@ def config_of(**sections) -> Config:
 def counted(config: Config):
     tokens = documents(seed=0, lengths=[100] * 5 + [50] * 10)
     loader = loader_of(config, tokens, World.alone())
-    return steps_of(config, tokens, loader, num_steps=num_steps_of(config, loader))
+    return steps_of(config, loader, num_steps=num_steps_of(config, loader))
 
 
 def test_steps_are_counted_by_hand():

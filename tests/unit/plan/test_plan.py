@@ -407,6 +407,8 @@ def test_a_rank_has_no_more_sequences_at_once_than_a_step_has_for_it() -> None:
     filled, short = plan_of(16, 1), plan_of(16, 2)
     assert (short.memory, short.speed) == (filled.memory, filled.speed)
     assert "a rank has 1 sequence of train.global_batch: 16" in "\n".join(short.notes) and not filled.notes
+    few = plan_of(9, 1)  # of 16 ranks some have nothing
+    assert few.speed.tokens_per_s == pytest.approx([9 * 2048 / seconds for seconds in few.speed.step_s[::-1]])
     uneven, whole = plan_of(48, 2), plan_of(64, 2)  # 3 and 4 sequences for each rank, two at once
     assert uneven.memory == whole.memory and uneven.setup.step_tokens == 48 * 2048
     assert uneven.speed.compute_s == pytest.approx([seconds * 3 / 4 for seconds in whole.speed.compute_s])
@@ -570,6 +572,7 @@ def test_what_does_not_fit_ends_with_3_and_tells_both_numbers(config_file) -> No
         (["--gpu-gib", -1], "--gpu-gib: found -1, expected GiB above 0"),
         (["--gpu", "h100-80gb", "--gpu-gib", 80], "both set the memory of a GPU"),
         (["--nodes", 1, "--nodes", 2], "several values are for --sweep only"),
+        (["--sweep", "--simulate"], "--sweep: it plans many configs, and --simulate runs the step of one"),
         (["--timeline", "a.png"], "--timeline: it shows a simulated step; add --simulate"),
         (["model.name=no-such-folder"], "expected a herd member, an existing folder or a hub id"),
         (["--gpu", "zzz"], f"no GPU called zzz is known (known: {', '.join(GPUS)})"),

@@ -264,6 +264,9 @@ def test_the_answers_of_the_first_and_the_last_evaluation_are_shown(tmp_path: Pa
     run = run_of(tmp_path / "mine", num_steps=4)
     for step, generated in ((0, "<b>"), (2, "no"), (4, "yes")):
         write_samples(run, step=step, answers=[{"prompt": "p", "expected": "yes", "generated": generated}])
+    odd = {"prompt": "q\u2028r", "expected": "s\u0085", "generated": "t\u2029"}  # in Python these end a line
+    write_samples(run, step=4, answers=[{"prompt": "p", "expected": "yes", "generated": "yes"}, odd])
+    assert [line["prompt"] for line in read_lines(run / SAMPLES_FILE)] == ["p", "p", "p", "q\u2028r"]
     page = Page(write_report(run))
     assert ["prompt", "expected", "before training", "after step 4"] in page.rows
     assert ["p", "yes", "<b>", "yes"] in page.rows

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,6 +109,24 @@ def test_the_table_has_a_line_for_each_and_json_has_no_nan(runs: Path) -> None:
     assert len(lines) == 7 and lines[2].endswith("stopped at step 2/9")
     stopped = json.loads(json.dumps(rows[1].to_json(), allow_nan=False))
     assert stopped["loss"] is None and stopped["state"] == "stopped"
+
+
+def test_a_run_that_may_not_be_looked_into_hides_no_other(runs: Path, monkeypatch) -> None:
+    names = {row.name for row in list_runs(runs)}
+    hidden = sorted(names)[0]
+
+    def with_denial(method: Any) -> Any:
+        def asked(path: Path, *args: Any, **settings: Any) -> Any:
+            if path.parent.name == hidden:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return method(path, *args, **settings)
+
+        return asked
+
+    for name in ("stat", "open"):
+        monkeypatch.setattr(Path, name, with_denial(getattr(Path, name)))
+    rows = {row.name: row for row in list_runs(runs)}
+    assert rows.keys() == names and "can't be read: Permission denied" in rows[hidden].problem
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from dist_lora.errors import (
 )
 from dist_lora.run_folder import status as status_module
 from dist_lora.run_folder.attempt import begin_attempt
-from dist_lora.run_folder.folder import _lock
+from dist_lora.run_folder.folder import _lock, close_run_folder
 from dist_lora.run_folder.status import Status, StatusWriter, attempt_of, describe_status, read_status
 
 JOB = {"SLURM_JOB_ID": "77"}
@@ -134,6 +136,14 @@ def test_who_finds_a_run_in_use_leaves_its_mark_alone(tmp_path: Path) -> None:
     mark(tmp_path, 1).end(RunInUse("process 1 is writing"))
     found = read_status(tmp_path)
     assert found is not None and (found.code, found.attempt) == (None, "77.0")
+
+
+def test_a_probe_of_the_lock_keeps_no_run_from_it(tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("a") as probe:
+        fcntl.flock(probe, fcntl.LOCK_SH)
+        threading.Timer(0.2, lambda: fcntl.flock(probe, fcntl.LOCK_UN)).start()
+        _lock(tmp_path)
+    close_run_folder()
 
 
 def test_a_start_that_fails_before_it_has_the_lock_leaves_the_mark_of_who_has_it(tmp_path: Path, monkeypatch) -> None:

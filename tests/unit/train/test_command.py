@@ -56,9 +56,12 @@ def test_the_meter_is_closed_where_another_rank_fails_while_it_opens(tmp_path: P
     def refuse(stage: str, error: object) -> None:
         raise RankError("rank 1 failed")
 
-    monkeypatch.setattr(command, "Meter", lambda *_, **__: SimpleNamespace(close=lambda: closed.append(True)))
+    meter = SimpleNamespace(close=lambda: closed.append(True), leave_terminal=lambda: None)
+    monkeypatch.setattr(command, "Meter", lambda *_, **__: meter)
     monkeypatch.setattr(world, "agree", refuse)
-    run = SimpleNamespace(config=config, callbacks=None, progress=SimpleNamespace(step=0), num_steps=1)
+    parts = {"progress": SimpleNamespace(step=0), "saver": SimpleNamespace(last=None)}
+    run = SimpleNamespace(config=config, callbacks=None, num_steps=1, **parts)
     with pytest.raises(RankError, match="rank 1 failed"), StopRequest({}) as stop:
         command._train(cast(Any, run), tmp_path, world, stop, lambda device, dtype: None)
+    world.closing.close()  # as ``joined`` does, once the error is told
     assert closed == [True]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import resource
 import subprocess
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_lora.errors import ConfigError
+from dist_lora.supervision.told import report_error
 from dist_lora.train import meter
 from dist_lora.train.meter import peak_bytes
 
@@ -42,6 +46,20 @@ def test_without_linuxs_own_count_the_systems_is_taken(monkeypatch) -> None:
     monkeypatch.setattr(meter, "STATUS", Path("/nowhere/status"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert before <= peak_bytes(CPU) <= before + 2**26
+
+
+def test_a_terminal_that_is_gone_costs_no_line(tmp_path, monkeypatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    reported = meter.Meter(tmp_path, trackers=(), settings={}, every=1, first_step=1, num_steps=1)
+    reported.step({"step": 1, "loss": 1.0, "lr": 0.1, "tokens_per_s": 10.0, "model_flops_per_s": 12.5e12})
+    reported.evaluated(1, {"eval_loss": 1.0})
+    reported.close()
+    report_error(ConfigError("why"))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("peak, said", [(None, "12.5 TFLOP/s"), (100e12, "12.5 TFLOP/s (12%)")])

@@ -330,17 +330,31 @@ def test_a_job_that_is_requeued_goes_on_though_its_command_starts_over(wanted, b
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     told = train_command(World.alone(), settings, 4)
     saved = f"{folder}/checkpoints/step-00000004"
-    assert f"saved {saved}. The same command resumes from there." in told
+    assert f"saved {saved}. The same command without checkpoint.resume={path} resumes from there, and so does" in told
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     caplog.set_level("INFO", logger="dist_lora")
     go_on(settings, caplog)
     assert f"resumed {saved}: step " in caplog.text
     assert steps_of(begun) == [1, 2, 3, 4, 5, 6]
     # A user's own start means what it says.
-    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
-        monkeypatch.delenv(name)
-    again = train_command(World.alone(), settings, 4)
-    assert f"The same command without checkpoint.resume={path} resumes from there." in again
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    assert f"saved {saved}" in train_command(World.alone(), settings, 4)
+
+
+def test_a_job_that_is_requeued_before_it_has_saved_starts_over_as_it_is_told(begun, caplog, monkeypatch) -> None:
+    def no_memory(*args: Any, **settings: Any) -> None:
+        raise WeightsError("the base is damaged")
+
+    settings = with_(begun, checkpoint={"resume": "never"})
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    with monkeypatch.context() as patched, pytest.raises(WeightsError):
+        patched.setattr("dist_lora.train.command.build", no_memory)
+        train_command(World.alone(), settings)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    caplog.set_level("INFO", logger="dist_lora")
+    go_on(settings, caplog)
+    assert "resumed" not in caplog.text and steps_of(begun) == [1, 2, 3, 4]
 
 
 def test_records_of_a_run_that_starts_over_stay_until_its_base_is_loaded(begun, monkeypatch) -> None:
