@@ -28,7 +28,7 @@ from dist_lora.data import token_cache
 from dist_lora.data.chat import encode_sample
 from dist_lora.data.token_cache import TokenRules, prepare_tokens
 from dist_lora.data.token_set import split_eval
-from dist_lora.errors import DataError, RankError, SaveError
+from dist_lora.errors import DataError, RankError, ReadError, SaveError
 from dist_lora.files import new_file
 from dist_lora.world.world import World
 from tests import ROOT

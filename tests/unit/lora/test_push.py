@@ -76,8 +76,10 @@ def test_what_is_pushed_is_the_folder_without_paths_of_this_machine_and_loads(hu
 def test_a_model_is_pushed_without_the_folders_that_transformers_wrote_into_it(hub, tmp_path) -> None:
     for name, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
         (tmp_path / name).write_text(json.dumps({key: "/home/someone/Llama-mine", "x": 1}))
+    (tmp_path / "README.md").write_text("---\nbase_model: meta-llama/Llama-3.1-8B\n---\n")
     push_to(tmp_path)
-    found = {name: json.loads(content) for name, content in hub.pushed["me/Llama-new"].items()}
+    pushed = hub.pushed["me/Llama-new"]
+    found = {name: json.loads(content) for name, content in pushed.items() if name.endswith(".json")}
     assert found == {
         "config.json": {"_name_or_path": "Llama-mine", "x": 1},
         "tokenizer_config.json": {"name_or_path": "Llama-mine", "x": 1},
