@@ -58,9 +58,8 @@ class AdamW:
         ]
         self.exp_avg = [torch.zeros_like(p.data) for p in self._updated]
         self.exp_avg_sq = [torch.zeros_like(p.data) for p in self._updated]
-        self._rates = sorted({span.rate for _, span in self._spans}) or [
-            1.0
-        ]  # a rank may have nothing of what is trained
+        # A rank may have nothing of what is trained.
+        self._rates = sorted({span.rate for _, span in self._spans} or {1.0})
         self._optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p, (_, s) in zip(self._pieces, self._spans, strict=True) if s.rate == rate]}

@@ -94,8 +94,10 @@ def _published(folder: Path) -> Iterator[tuple[str, Path | bytes]]:
             yield name, _without_paths(read_adapter_json(file), "base_model_name_or_path")
         elif name == ORIGIN_FILE:
             yield name, _origin_without_paths(read_adapter_json(file))
-        elif name in _NAMES_OF_PATHS:
-            yield name, _without_paths(read_adapter_json(file), _NAMES_OF_PATHS[name])
+        elif name in _NAMES_OF_PATHS and os.path.isabs(
+            (content := read_adapter_json(file)).get(_NAMES_OF_PATHS[name]) or ""
+        ):
+            yield name, _without_paths(content, _NAMES_OF_PATHS[name])
         else:
             yield name, file
 
