@@ -14,6 +14,7 @@ its own on each task: the one with the lowest held-out loss after a run of a few
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -43,6 +44,7 @@ TITLES = {
     "gsm8k": "GSM8K, 60 steps of 4 x 512 tokens",
 }
 COLOURS = {"LoRA": "#2166ac", "unfrozen": "#b2182b", "norms": "#7b3294", "both": "#e08214"}
+NEAR = 0.035  # of an axis
 NUM_TRIAL_STEPS = 12
 # Of each kind the way by which its learning rate is chosen, and the rates that are tried first.
 TRIALS: Mapping[str, tuple[str, tuple[float, ...]]] = {
@@ -253,18 +255,37 @@ def draw(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
         sys.exit("no way is measured yet: --gsm8k FOLDER measures them")
     figure = Figure(figsize=(5.5 * len(tasks), 5), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        start = results[f"{task} before"]
+        start, places = results[f"{task} before"], dict[str, tuple[float, float]]()
         for name, way in WAYS.items():
             if (row := results.get(f"{task} {name}")) is None:
                 continue
-            x, y = row["loss"], row["other"] - start["other"]
+            places[name] = x, y = row["loss"], row["other"] - start["other"]
             axes.scatter(x, y, s=12 * math.log2(1 + row["trained"] / 1e4), color=COLOURS[way.kind], alpha=0.8)
-            axes.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        for names in near_one_another(places):
+            place = max((places[name] for name in names), key=lambda point: point[1])
+            axes.annotate(", ".join(names), place, xytext=(8, 4), textcoords="offset points", fontsize=8)
         axes.set_title(TITLES[task], loc="left", fontsize=10)
         axes.set_xlabel("held-out loss of the task")
         axes.set_ylabel("forgetting: loss on other text, less that before training")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
+
+
+def near_one_another(places: Mapping[str, tuple[float, float]]) -> list[list[str]]:
+    """The names of points by groups in which each is near another, so that one label does for all: a few percent of the picture."""
+    widths = [(max(of_axis) - min(of_axis)) or 1.0 for of_axis in zip(*places.values(), strict=True)]
+    groups: list[list[str]] = []
+    for name, place in places.items():
+        near = [
+            group
+            for group in groups
+            if any(
+                all(abs(a - b) < NEAR * width for a, b, width in zip(place, places[other], widths, strict=True))
+                for other in group
+            )
+        ]
+        groups = [group for group in groups if group not in near] + [[*itertools.chain.from_iterable(near), name]]
+    return [sorted(group, key=list(places).index) for group in groups]
 
 
 def main() -> None:

@@ -96,6 +96,12 @@ def test_a_kinds_rate_is_the_best_of_its_trials_and_what_is_measured_stays(folde
     ]
 
 
+def test_points_that_lie_together_have_one_label() -> None:
+    places = {"a": (0.0, 0.0), "b": (10.0, 1.0), "c": (9.4, 1.0), "d": (9.7, 1.0), "e": (9.7, 0.5)}
+    assert ways.near_one_another(places) == [["a"], ["b", "c", "d"], ["e"]]
+    assert ways.near_one_another({"a": (1.0, 1.0)}) == [["a"]]
+
+
 def test_the_picture_has_a_panel_for_each_task_with_a_way_that_is_measured(tmp_path) -> None:
     with pytest.raises(SystemExit, match="no way is measured yet"):
         ways.draw(tmp_path / "it.png", {"gsm8k before": {"loss": 2.0, "other": 1.5}})
