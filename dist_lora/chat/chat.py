@@ -10,7 +10,7 @@ from typing import Any
 
 from dist_lora.base.llama import Llama
 from dist_lora.data.chat import encode_instruction, encode_prompt, encode_text
-from dist_lora.errors import ConfigError
+from dist_lora.errors import ConfigError, DataError
 from dist_lora.evaluation.generate import generate
 from dist_lora.world.world import World
 
@@ -101,6 +101,8 @@ def _ask() -> str | None:
         if prompt:
             print()
         return None
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input isn't UTF-8: byte 0x{error.object[error.start]:02x}") from None
     return text
 
 

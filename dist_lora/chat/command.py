@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +55,17 @@ def open_model(folder: Path, adapter: Path | None, world: World) -> OpenedModel:
     index, origin = open_index(folder, allow_bytes=True), RunOrigin() if adapter is None else origin_of(adapter)
     quant = _quant_of(index, adapter, trained=origin.quant)
     config = Config.model_validate(
-        {"run": "generate", "model": {"name": str(folder), "quant": quant}, "data": {"train": "-"}}
+        {"run": "generate", "model": {"name": _as_folder(folder), "quant": quant}, "data": {"train": "-"}}
     )
     base = open_base(config, world, template=origin.chat_template, index=index)
     if adapter is not None:
         config = check_adapter(adapter, config=config, base=base, world=world)
     return OpenedModel(config, base, adapter)
+
+
+def _as_folder(folder: Path) -> str:
+    """The folder by a name that no member of the herd has."""
+    return str(folder) if folder.is_absolute() else os.path.join(os.curdir, folder)
 
 
 def open_for_answers(adapter: Path, *, base: str | None, world: World) -> Trainee:

@@ -19,7 +19,7 @@ from dist_lora.checkpoint.folders import step_folders, step_of
 from dist_lora.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from dist_lora.checkpoint.read import load_pieces, newest_intact_here, verify
 from dist_lora.config.schema import ModuleAdapter
-from dist_lora.errors import CheckpointError, ConfigError
+from dist_lora.errors import EXIT_USER, CheckpointError, ConfigError, exit_code_of
 from dist_lora.files import no_folder
 from dist_lora.lora.adapter_writer import write_adapter
 from dist_lora.lora.learned import Size
@@ -172,6 +172,8 @@ def verify_checkpoints(path: Path, *, report: Callable[[str], None]) -> None:
         try:
             manifest = verify(folder)
         except CheckpointError as error:
+            if exit_code_of(error) == EXIT_USER:
+                raise
             num_damaged += 1
             message = str(error)
             names_folder = message.startswith(f"{folder} is damaged: ")

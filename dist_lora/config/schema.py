@@ -634,7 +634,7 @@ class DataSection(Section):
         default="error",
         description="What to do if the data contains special tokens that the base was never trained on.",
     )
-    cache_dir: FilePath | None = Field(
+    cache_dir: Annotated[Path, Field(strict=False)] | None = Field(
         default=None, description="Folder for the tokenized data; null is the user's cache."
     )
     guard_version: Literal["auto"] | GuardVersion = Field(

@@ -33,6 +33,12 @@ class BatchFile(Protocol):
         ...
 
 
+def _let_through(error: Exception) -> None:
+    """Raise an error of the system, which has a number; what pyarrow finds wrong in a file has none."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+
+
 class ParquetBatches:
     """A parquet file: its parts are row groups, which may be larger than memory, so they are read in pieces."""
 
@@ -48,6 +54,7 @@ class ParquetBatches:
             )
             self.schema = self._file.schema_arrow
         except (pyarrow.ArrowException, OSError, ValueError) as error:
+            _let_through(error)
             raise DataError(f"{path}: not a complete parquet file: {error}") from None
         groups = (self._file.metadata.row_group(part) for part in range(self._file.num_row_groups))
         self._groups = [(group.num_rows, group.total_byte_size) for group in groups]
@@ -63,6 +70,7 @@ class ParquetBatches:
             for batch in self._file.iter_batches(size, row_groups=[part], use_threads=False):
                 yield pyarrow.Table.from_batches([batch])
         except (pyarrow.ArrowException, OSError, ValueError) as error:
+            _let_through(error)
             raise DataError(
                 f"the file is damaged in row group {part + 1} of {len(self._groups)}: {first_line(str(error))}"
             ) from None
@@ -87,6 +95,7 @@ class ArrowBatches:
                 if len(num_rows) % _ROWS_UNTIL_GIVEN_BACK == 0:
                     self.rest()
         except (pyarrow.ArrowException, OSError, ValueError) as error:
+            _let_through(error)
             raise DataError(f"{path}: not a complete Arrow file: {first_line(str(error))}") from None
         self.end = source.tell() if self._is_stream else None
         self.starts = list(accumulate(num_rows, initial=0))

@@ -237,11 +237,12 @@ def _read_tool_call(item: object, where: str) -> dict[str, Any]:
     named = [key for key in ("arguments", "parameters") if function.get(key) not in (None, "")]
     # An empty list is how PHP writes an object without keys.
     given = [{} if (found := decoded(function[key], f"{where}.{key}")) == [] else found for key in named] or [{}]
-    if given[0] != given[-1]:
+    arguments, other = given[0], given[-1]
+    for key, found in zip(named, given, strict=False):
+        if not isinstance(found, dict):
+            raise DataError(f"{where}.{key} is {shown(found)}; an object is expected")
+    if other not in ({}, arguments):
         raise DataError(f"{where} has arguments and parameters, and they differ; one of them is expected")
-    arguments = given[0]
-    if not isinstance(arguments, dict):
-        raise DataError(f"{where}.arguments is {shown(arguments)}; an object is expected")
     call: dict[str, Any] = {
         "type": "function",
         "function": {"name": function["name"], "arguments": arguments},

@@ -13,7 +13,7 @@ from torch import Tensor
 from dist_lora.base.attention import causal_attention
 from dist_lora.base.index import read_model_json
 from dist_lora.base.llama import Llama
-from dist_lora.errors import WeightsError
+from dist_lora.errors import TrainingError, WeightsError
 from dist_lora.world.world import World
 
 # B answers of a batch, T tokens of all prompts, L the longest answer with its prompt
@@ -21,7 +21,7 @@ from dist_lora.world.world import World
 
 # Tokens between two reads of the ids: a GPU runs ahead of the host, and each read is a wait for it.
 TOKENS_AT_ONCE: Mapping[str, int] = {"cuda": 8, "cpu": 1}
-END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>")
+END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>")  # or of a text
 
 
 class KeyValueCache:
@@ -34,7 +34,8 @@ class KeyValueCache:
         self._bounds = tuple(bounds)
         self._is_filled = False
         self.lengths = torch.tensor(lengths, device=device)  # (B,) tokens that each answer has so far
-        size = (len(lengths), shape.num_kv_heads, max(lengths) + max_new_tokens, shape.head_dim)
+        self._room = min(max(lengths) + max_new_tokens, shape.context)
+        size = (len(lengths), shape.num_kv_heads, self._room, shape.head_dim)
         dtype = model.model.embed_tokens.weight.dtype
         self._keys = [torch.zeros(size, device=device, dtype=dtype) for _ in range(shape.num_layers)]
         self._values = [torch.zeros(size, device=device, dtype=dtype) for _ in range(shape.num_layers)]
@@ -42,7 +43,9 @@ class KeyValueCache:
     def advance(self) -> None:
         """Call after each forward pass: the first one adds the prompts, each later one a token per answer."""
         if self._is_filled:
-            self.lengths += 1
+            self.lengths.add_(1).clamp_(
+                max=self._room - 1
+            )  # one that has ended goes on beside the others, in the last place
         self._is_filled = True
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -102,6 +105,11 @@ def generate(
     drawn: list[Tensor] = []  # (B,) ids on the device, which the host hasn't read yet
     for number in range(1, max_new_tokens + 1):
         logits = model(ids, positions=positions, attention=cache, rows=last)
+        if number == 1 and not bool(torch.isfinite(logits).all()):
+            raise TrainingError(
+                "the logits of a prompt aren't finite numbers: a weight of the base or of the adapter isn't one, or is too large for "
+                "model.dtype. Fetch the base again, or take another adapter"
+            )
         cache.advance()
         world.progress.advance()
         ids = logits.argmax(dim=-1)

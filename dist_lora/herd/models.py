@@ -38,7 +38,11 @@ def resolve_model(name: str) -> ResolvedModel:
         return ResolvedModel(name=member.name, folder=None, hub_id=member.hub_id, member=member)
     folder = _existing_folder(name)
     if folder is not None:
-        if not (folder / "config.json").is_file():
+        try:
+            has_config = (folder / "config.json").is_file()
+        except PermissionError as error:
+            raise ConfigError(f"model.name: {folder} can't be opened by this user: {error.strerror}") from None
+        if not has_config:
             raise ConfigError(no_config(folder))
         refuse_adapter_inside(folder)
         return ResolvedModel(name=name, folder=folder, hub_id=None, member=None)

@@ -21,7 +21,7 @@ def base_name(adapter: Path, base: str | None) -> str:
     if base is not None:
         return base
     name = origin_of(adapter).model or open_adapter(adapter).base.name
-    if name is None:
+    if not name:
         raise ConfigError(f"{adapter} doesn't say which model it was trained on; name it: --base MODEL")
     if Path(name).is_absolute() and no_folder(Path(name)):
         raise ConfigError(

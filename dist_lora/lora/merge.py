@@ -458,7 +458,7 @@ def _turn_ends(folder: Path) -> list[int]:
     templates += "".join(path.read_text("utf-8") for path in folder.glob("chat_template*.j*"))
     ends = (
         *(_END_TOKENS if "<|eot_id|>" in templates else ()),
-        *(("<|im_end|>",) if "<|im_end|>" in templates else ()),
+        *(("<|im_end|>", "<|endoftext|>") if "<|im_end|>" in templates else ()),
     )
     if not ends:
         return []

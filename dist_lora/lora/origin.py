@@ -255,6 +255,13 @@ def _own_template(adapter: Path) -> str | None:
     """The chat template that another trainer saved in the adapter's folder: TRL does so with the tokenizer."""
     file = adapter / TEMPLATE_FILE
     try:
-        return file.read_text(encoding="utf-8") if file_exists(file) else None
+        if file_exists(file):
+            return file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise AdapterError(f"{file} can't be read: {error}. Copy it again, or remove it.") from error
+    file = adapter / "tokenizer_config.json"  # where transformers had it until 4.51
+    template = read_adapter_json(file).get("chat_template") if file_exists(file) else None
+    if isinstance(template, list):
+        named = [one.get("template") for one in template if isinstance(one, dict) and one.get("name") == "default"]
+        template = named[0] if named else None
+    return template if isinstance(template, str) else None

@@ -373,7 +373,7 @@ def _largest(tree: Mapping[str, Any], name: str, machines: Machines, shape: Shap
         low, high = (middle, high) if fits(middle * step) else (low, middle - 1)
     current = train[key]
     if current > low * step and fits(current):
-        return int(current)
+        return min(int(current), int(limit))
     return low * step or None
 
 
@@ -417,7 +417,8 @@ def sweep(config: Config, candidates: list[Machines], *, shape: Shape | None = N
 
 
 def _variants(config: Config, machines: Machines) -> Iterator[dict[str, Any]]:
-    micros = {m for m in (1, 2, 4, 8, config.train.micro_batch) if m <= config.train.global_batch}
+    of_rank = math.ceil(config.train.global_batch / (machines.num_nodes * machines.gpus_per_node))
+    micros = {min(m, of_rank) for m in (1, 2, 4, 8, config.train.micro_batch)}
     is_alone = machines.num_nodes * machines.gpus_per_node == 1
     shards = ("node",) if is_alone else ("gpu", "node", "world") if machines.num_nodes > 1 else ("gpu", "node")
     for quant, shard, micro, recompute in itertools.product(

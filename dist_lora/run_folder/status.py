@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -85,15 +84,11 @@ def attempt_of(environment: Mapping[str, str]) -> str:
 
 
 def job_of(environment: Mapping[str, str]) -> tuple[str, bool]:
-    """The job that this start belongs to (``-`` without one), and whether Slurm or torchrun has restarted it.
+    """Slurm's job that this start belongs to, "" without one, and whether Slurm has requeued it.
 
-    The ids of torchrun's jobs may be the same each time; the process that starts the ranks isn't.
+    Other launchers' names are no jobs': torchrun's may be the same each time, and a node that joins is no restart.
     """
-    counts = [environment.get(name) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")]
-    job = _job_of(attempt_of(environment))
-    if "SLURM_JOB_ID" not in environment and job != "-":
-        job += f" of process {os.getppid()} on {socket.gethostname()}"
-    return job, any(count not in (None, "", "0") for count in counts)
+    return environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
 
 
 def _job_of(attempt: str) -> str:

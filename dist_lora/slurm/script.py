@@ -194,7 +194,7 @@ def _bound(request: Request, runs: Sequence[Config]) -> Iterator[str]:
     folders = bound_folders(request.configs, runs, request.binds)
     yield 'export HF_HOME="${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface}"'
     yield 'export DIST_LORA_CACHE="${DIST_LORA_CACHE:-$HOME/.cache/dist_lora}"'
-    written = {str(path) for config in runs for path in (config.runs_dir, config.data.cache_dir) if path}
+    written = {str(path.expanduser()) for config in runs for path in (config.runs_dir, config.data.cache_dir) if path}
     yield f'mkdir -p "$HF_HOME" "$DIST_LORA_CACHE" {shlex.join(sorted(written))}'
     yield f'binds=("$PWD" "$HF_HOME" "$DIST_LORA_CACHE" {shlex.join(map(str, folders))})'
     yield '[[ -z ${HF_HUB_CACHE-} ]] || binds+=("$HF_HUB_CACHE")'

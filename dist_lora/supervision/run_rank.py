@@ -81,8 +81,9 @@ def joined(
                     raise
                 raise reported from error
             sys.exit(code)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(code)
     world.leave()
 

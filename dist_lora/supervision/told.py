@@ -22,8 +22,13 @@ def report_error(error: BaseException, who: str = "") -> None:
 
 def tell(text: str) -> None:
     """Print a line to the user; to a terminal that is gone, nothing: a run goes on, or saves and stops, without it."""
-    with contextlib.suppress(OSError):
+    try:
         print(text, file=sys.stderr, flush=True)
+    except OSError:
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # what it couldn't write would be written again at the process's end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def error_text(error: BaseException, who: str = "") -> str:

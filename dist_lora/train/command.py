@@ -28,7 +28,7 @@ from dist_lora.data.model_limits import check_limits, warn_of_context
 from dist_lora.data.token_cache import TokenRules, Which, prepare_tokens
 from dist_lora.data.token_set import TokenSet, split_eval
 from dist_lora.data.untrained import check_special_tokens
-from dist_lora.errors import ConfigError, SaveError, StoppedOnRequest, UnwritablePath, cannot_write
+from dist_lora.errors import ConfigError, SaveError, StoppedOnRequest, TrainingError, UnwritablePath, cannot_write
 from dist_lora.evaluation.predictions import Predictions
 from dist_lora.files import write_whole
 from dist_lora.herd.shape import Shape
@@ -660,6 +660,11 @@ def evaluate(
         load_adapter(trainee.adapters, adapter, world=world)
     world.progress.now("evaluating")
     found = evaluate_sets(trainee, held_out, config=config, world=world, keeps_predictions=predictions_file is not None)
+    if not math.isfinite(found.of_all.loss):
+        raise TrainingError(
+            f"the held-out loss is {found.of_all.loss}: a weight of {base.folder}{'' if adapter is None else f' or of {adapter}'} isn't "
+            "a finite number, or is too large for model.dtype"
+        )
     result |= found.to_json(of_base)
     if of_base is not None and found.of_all.loss == of_base.of_all.loss:
         log.warning(f"{adapter}: the loss equals the base's, bit for bit: this adapter changes nothing")

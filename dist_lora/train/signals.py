@@ -120,11 +120,7 @@ class Stopping:
 
     def __init__(self, world: World, request: StopRequest, saver: Saver, *, resume: str | Path = "auto") -> None:
         self._world, self._request, self._saver = world, request, saver
-        leave_out = "" if resume == "auto" else f" without checkpoint.resume={resume}"
-        requeued = (
-            ", and so does this job when Slurm requeues it" if leave_out and os.environ.get("SLURM_JOB_ID") else ""
-        )
-        self._again = f"The same command{leave_out} resumes from there{requeued}."
+        self._resume = resume
         self._key = world.fresh_key("stop")
         self._own_reason = ""
 
@@ -158,7 +154,14 @@ class Stopping:
         if self._world.store is not None:
             keys = [f"{self._key}/{rank}" for rank in range(self._world.world_size)]
             reason = next(self._world.fetch(key).decode() for key in keys if self._world.store.check([key]))
-        raise kind(f"interrupted by {reason} {where}; saved {self._saver.last}. {self._again}")
+        raise kind(f"interrupted by {reason} {where}; saved {self._saver.last}. {self._again()}")
+
+    def _again(self) -> str:
+        """What resumes from the last checkpoint: the same command, or without a setting that names another beginning."""
+        if self._resume in ("auto", self._saver.last):
+            return "The same command resumes from there."
+        requeued = ", and so does this job when Slurm requeues it" if os.environ.get("SLURM_JOB_ID") else ""
+        return f"The same command without checkpoint.resume={self._resume} resumes from there{requeued}."
 
 
 def _end_of_job(environment: Mapping[str, str]) -> float | None:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from dist_lora.base.tokenizer_files import hash_tokenizer_files
 from dist_lora.checkpoint.gather import gather_adapter, verify_checkpoints
 from dist_lora.checkpoint.manifest import MANIFEST_FILE, Manifest, Piece, read_manifest, write_manifest
-from dist_lora.errors import AdapterError, CheckpointError, ConfigError
+from dist_lora.errors import AdapterError, CheckpointError, ConfigError, exit_code_of
 from dist_lora.lora.adapter_reader import read_adapter
 from dist_lora.lora.learned import read_learned
 from dist_lora.lora.origin import facts_of
@@ -324,6 +324,19 @@ def test_each_checkpoint_of_a_run_is_told_in_one_line_newest_first(tmp_path: Pat
     lines, error = told_of(newer)
     assert lines == [f"{newer} is damaged: {newer}/manifest.json is missing: {newer} is not a complete checkpoint"]
     assert sorted(tmp_path.rglob("*")) == [path for path in before if path != newer / "manifest.json"]
+
+
+def test_a_checkpoint_that_this_user_may_not_read_is_not_called_damaged(tmp_path: Path, monkeypatch) -> None:
+    run = tmp_path / "run"
+    folder = saved(run / "checkpoints", step=10)
+
+    def denied(path: Path) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("dist_lora.checkpoint.read.checksum_of", denied)
+    with pytest.raises(CheckpointError, match=f"{folder}/rank-.* can't be read by this user") as caught:
+        verify_checkpoints(run, report=lambda line: None)
+    assert exit_code_of(caught.value) == 2
 
 
 def test_a_folder_without_a_checkpoint_has_nothing_to_verify(tmp_path: Path) -> None:

@@ -159,12 +159,16 @@ def test_a_call_without_arguments_may_have_an_empty_list_or_nothing() -> None:
     ):
         spelled.append(chat_of({"role": "assistant", "tool_calls": [{"function": {"name": "f", **beside}}]}))
     assert all(chat == spelled[0] for chat in spelled)
+    filled = [{"arguments": {"a": 1}}, {"parameters": {"a": 1}}, {"arguments": {"a": 1}, "parameters": []}]
+    chats = [chat_of({"role": "assistant", "tool_calls": [{"function": {"name": "f", **beside}}]}) for beside in filled]
+    assert all(chat == chats[0] != spelled[0] for chat in chats)
 
 
 @pytest.mark.parametrize(
     ("function", "told"),
     [
         ({"name": "f", "arguments": 0}, r"arguments is 0; an object is expected"),
+        ({"name": "f", "parameters": [1]}, r"parameters is \[1\]; an object is expected"),
         ({"name": "f", "arguments": {}, "parameters": {"a": 1}}, "has arguments and parameters, and they differ"),
     ],
 )

@@ -22,6 +22,11 @@ def test_the_ids_of_both_files_and_of_the_tokenizer_end_an_answer(
     assert stop_ids_of(tmp_path, TOKENIZER) == expected
 
 
+def test_what_ends_a_text_ends_an_answer_though_the_models_own_end_is_another(tmp_path: Path) -> None:
+    vocabulary = {"<|endoftext|>": 0, "<|im_end|>": 2, "a": 3}
+    assert stop_ids_of(tmp_path, SimpleNamespace(eos_token_id=2, get_vocab=lambda: vocabulary)) == {0, 2}
+
+
 @pytest.mark.parametrize("eos", ["x", [[1]], {"a": 1}, [1.5]])
 def test_an_id_that_is_none_is_damage(tmp_path: Path, eos: object) -> None:
     file = tmp_path / "generation_config.json"

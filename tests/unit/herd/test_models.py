@@ -11,7 +11,7 @@ from transformers import Qwen2Config
 
 from dist_lora.config.schema import Config, ModelSection
 from dist_lora.errors import ConfigError
-from dist_lora.herd.models import known_model
+from dist_lora.herd.models import known_model, resolve_model
 from dist_lora.herd.shape import Shape
 from dist_lora.plan.hardware import find_gpu
 from dist_lora.plan.plan import Machines, make_plan
@@ -50,6 +50,15 @@ def test_a_hub_id_is_planned_once_its_config_is_in_the_cache(cache: Path) -> Non
     config = Config.model_validate({"run": "a", "model": {"name": "org/some-llama"}, "data": {"train": "a.jsonl"}})
     planned = make_plan(config, Machines(1, 8, find_gpu("h100-80gb")))
     assert planned.setup.shape == shape and planned.fits
+
+
+def test_a_folder_that_this_user_may_not_enter_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    with pytest.raises(ConfigError, match=f"model.name: {tmp_path} can't be opened by this user: Permission denied"):
+        resolve_model(str(tmp_path))
 
 
 def test_a_hub_id_of_another_family_is_refused_by_its_cached_config(cache: Path) -> None:

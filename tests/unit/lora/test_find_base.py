@@ -81,3 +81,20 @@ def test_the_base_is_the_one_that_is_named_else_the_runs_else_the_identitys(tmp_
     assert base_name(written(tmp_path / "b", None), None) == "org/x"
     with pytest.raises(ConfigError, match="doesn't say which model it was trained on"):
         base_name(written(tmp_path / "c", None, base=None), None)
+    config = tmp_path / "c" / "adapter_config.json"
+    (tmp_path / "c" / "dist_lora.json").unlink()
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": ""}))
+    with pytest.raises(ConfigError, match="doesn't say which model it was trained on"):
+        base_name(tmp_path / "c", None)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ a }}", [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ a }}"}]]
+)
+def test_a_template_of_another_trainers_tokenizer_is_the_adapters(tmp_path, template: object) -> None:
+    folder = written(tmp_path / "a", None)
+    (folder / "dist_lora.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    assert origin_of(folder).chat_template == "{{ a }}"
+    (folder / "chat_template.jinja").write_text("{{ b }}")
+    assert origin_of(folder).chat_template == "{{ b }}"
