@@ -155,10 +155,13 @@ def gather(checkpoint: Path, *, out: Path) -> Path:
     """``dist-lora gather``: a checkpoint's shards (or those of a run's newest) as a new adapter folder, which is returned.
 
     Raises:
-        CheckpointError, ConfigError, SaveError: it is damaged; ``out`` exists; ``out`` can't be written.
+        CheckpointError, ConfigError, SaveError: it is damaged; ``out`` exists and is more than an adapter, which is replaced;
+            ``out`` can't be written.
     """
     from dist_lora.checkpoint.gather import gather_adapter
+    from dist_lora.lora.adapter_folder import check_out
 
+    check_out(out)
     return gather_adapter(checkpoint, out=out)
 
 

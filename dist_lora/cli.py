@@ -339,11 +339,14 @@ def gather(
         given = "neither --out nor --verify is given" if not verify else "--push and --json are about --out"
         raise ConfigError(f"gather: {given}: name the folder to make with --out DIR")
     from dist_lora.checkpoint.gather import gather_adapter, verify_checkpoints
+    from dist_lora.lora.adapter_folder import check_out
     from dist_lora.lora.deliver import Delivery, deliver
     from dist_lora.lora.push import check_push
     from dist_lora.lora.served import servers_of_adapter
 
     check_push(push, is_public=public)
+    if out is not None:
+        check_out(out)
     if verify:
         verify_checkpoints(checkpoint, report=logging.getLogger("dist_lora").info if as_json else print)
     if out is not None:

@@ -61,6 +61,7 @@ class ChatModel:
             max_new_tokens=self.max_new_tokens,
             world=World.alone(self.model.inv_freq.device),
             on_token=on_token,
+            is_checked=True,
         )
         if len(prompt) + len(answers[0]) >= context and len(answers[0]) < self.max_new_tokens:
             log.warning(f"the answer was ended at {len(answers[0]):,} tokens: the model's context is {context:,}")

@@ -198,7 +198,9 @@ def answers_to(
     with pace("answering prompts") as advance:
         for first in range(0, len(encoded), PROMPTS_AT_ONCE):
             some = encoded[first : first + PROMPTS_AT_ONCE]
-            ids = generate(trainee.model, some, stop_ids=stop_ids, max_new_tokens=max_new_tokens, world=world)
+            ids = generate(
+                trainee.model, some, stop_ids=stop_ids, max_new_tokens=max_new_tokens, world=world, is_checked=True
+            )
             num_cut += sum(len(prompt) + len(answer) >= context for prompt, answer in zip(some, ids, strict=True))
             answers += [str(tokenizer.decode(answer)) for answer in ids]
             advance(len(answers), len(encoded))

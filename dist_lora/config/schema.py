@@ -165,6 +165,12 @@ def _expanded(path: Path) -> Path:
         raise ValueError(f"is {path}: {error}") from None
 
 
+def _expandable(path: Path) -> Path:
+    """A path as it is written: each node may have a home of its own."""
+    _expanded(path)
+    return path
+
+
 Text = Annotated[str, AfterValidator(_check_text)]
 # A path is written as text; strict mode would require a Path object.
 FilePath = Annotated[Path, Field(strict=False), AfterValidator(_expanded)]
@@ -634,7 +640,7 @@ class DataSection(Section):
         default="error",
         description="What to do if the data contains special tokens that the base was never trained on.",
     )
-    cache_dir: Annotated[Path, Field(strict=False)] | None = Field(
+    cache_dir: Annotated[Path, Field(strict=False), AfterValidator(_expandable)] | None = Field(
         default=None, description="Folder for the tokenized data; null is the user's cache."
     )
     guard_version: Literal["auto"] | GuardVersion = Field(

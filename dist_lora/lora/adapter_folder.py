@@ -14,6 +14,9 @@ from dist_lora.text import first_few, nearest
 
 # A folder with one of these was meant to be an adapter's: if it lacks another, it is damaged.
 _OF_ADAPTERS = (CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE, "adapter_model.bin")
+# Of what is no adapter's: weights, states of training, folders.
+_STATES = (".safetensors", ".bin", ".pt", ".pth")
+_MAY_BE_REPLACED = (WEIGHTS_FILE, "adapter_model.bin", "additional_chat_templates")  # the last a tokenizer's
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _STEP = "step-*"  # the folders of checkpoints
 
@@ -49,6 +52,22 @@ def check_adapter_folder(path: Path) -> None:
         raise ConfigError(f"{str(path)[:300]}: {problem}{hint or _expected(path)}")
     inside = sorted(os.listdir(path))
     raise ConfigError(f"{path}: {_what_it_is(path, inside)}")
+
+
+def check_out(out: Path) -> None:
+    """Raise ``ConfigError`` unless a new adapter's folder may take the place of ``out``: what is there would be deleted."""
+    try:
+        is_here, names = os.path.samefile(out, os.curdir), sorted(os.listdir(out))
+    except (OSError, ValueError):  # there is none; or it can't be read, which the writer will say
+        return
+    if is_here:
+        raise ConfigError(f"--out: {out} is the folder that this runs in, which can't be replaced; name one in it")
+    others = [name for name in names if name not in _MAY_BE_REPLACED and not name.startswith(".")]
+    others = [name for name in others if os.path.isdir(out / name) or Path(name).suffix in _STATES]
+    if others:
+        raise ConfigError(
+            f"--out: {out} has more than an adapter in it, which would be deleted: {first_few(others)}. Name another folder"
+        )
 
 
 def _hub_hint(path: Path) -> str:

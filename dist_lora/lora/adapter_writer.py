@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -49,8 +48,6 @@ from dist_lora.lora.run_facts import RunFacts, public_name
 from dist_lora.lora.spectrum import spectra
 from dist_lora.lora.tokens import EMBEDDING_ROWS, HEAD_ROWS
 from dist_lora.text import first_few
-
-_NOT_OURS = (".safetensors", ".bin", ".pt", ".pth")  # weights and states that an adapter's folder doesn't have
 
 
 def write_adapter(
@@ -100,16 +97,8 @@ def write_adapter(
     _refuse_tensors(
         tensors, rank=rank, targets=targets, layers=chosen, modules=modules, tokens=tokens, unfrozen=unfrozen
     )
-    folder = Path(os.path.abspath(folder))  # "." has no name
     if file_exists(folder) and not file_exists(folder / CONFIG_FILE) and not is_empty_folder(folder):
         raise ConfigError(f"{folder} exists and isn't an adapter (it has no {CONFIG_FILE}). Choose another folder.")
-    others = (
-        [path.name for path in folder.glob("*") if path.is_dir() or path.suffix in _NOT_OURS] if folder.is_dir() else []
-    )
-    if others := sorted(set(others) - {WEIGHTS_FILE}):
-        raise ConfigError(
-            f"{folder} has more than an adapter in it, which would be deleted: {first_few(others)}. Choose another folder."
-        )
     partial = folder.with_name(f".{folder.name}.partial")
     base = BaseIdentity(public_name(base.name), base.revision, base.content_hash, base.config_hash)
     run, facts = run or RunOrigin(), facts or RunFacts()

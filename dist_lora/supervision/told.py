@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import traceback
 
 from dist_lora.errors import DistLoraError, StopNow, StoppedOnRequest
 from dist_lora.text import without_cpp_stack
+
+_GONE = (errno.EIO, errno.EPIPE, errno.EBADF)
 
 
 def report_error(error: BaseException, who: str = "") -> None:
@@ -24,7 +27,9 @@ def tell(text: str) -> None:
     """Print a line to the user; to a terminal that is gone, nothing: a run goes on, or saves and stops, without it."""
     try:
         print(text, file=sys.stderr, flush=True)
-    except OSError:
+    except OSError as error:
+        if error.errno not in _GONE:
+            return
         with contextlib.suppress(
             OSError, ValueError
         ):  # what it couldn't write would be written again at the process's end

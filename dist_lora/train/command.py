@@ -30,7 +30,7 @@ from dist_lora.data.token_set import TokenSet, split_eval
 from dist_lora.data.untrained import check_special_tokens
 from dist_lora.errors import ConfigError, SaveError, StoppedOnRequest, TrainingError, UnwritablePath, cannot_write
 from dist_lora.evaluation.predictions import Predictions
-from dist_lora.files import write_whole
+from dist_lora.files import file_exists, write_whole
 from dist_lora.herd.shape import Shape
 from dist_lora.herd.unfrozen import describe_unfrozen, trained_weights, unfrozen_weights
 from dist_lora.layout.choices import DtypeName, lr_lines, with_lr
@@ -682,10 +682,10 @@ def _warn_of_origin(adapter: Path, config: Config, base: Base) -> None:
             f"model.quant={origin.quant} is the model that was trained"
         )
     if origin.chat_template is not None and origin.chat_template != base.tokenizer.chat_template:
-        log.warning(
-            f"{adapter} was trained with another chat template than this config's: data.chat_template={adapter}/{TEMPLATE_FILE} "
-            "is its own"
-        )
+        own = f"data.chat_template={adapter}/{TEMPLATE_FILE} is its own"
+        if not file_exists(adapter / TEMPLATE_FILE):
+            own = "its own is chat_template in its tokenizer_config.json: save that to a file, and set data.chat_template to it"
+        log.warning(f"{adapter} was trained with another chat template than this config's: {own}")
     rules = guard_rules(config, base, augments=False)
     asked = [(one.name, one.description) for one in rules.categories] if rules is not None else []
     if asked and origin.guard_categories and asked != [*origin.guard_categories]:

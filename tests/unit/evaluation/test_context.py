@@ -46,7 +46,9 @@ def test_a_prompt_whose_logits_are_no_numbers_is_an_error(trainee) -> None:
         with torch.no_grad():
             weight[0] = float("nan")
         with pytest.raises(TrainingError, match="the logits of a prompt aren't finite numbers"):
-            generate(trainee.model, [[65]], stop_ids=frozenset(), max_new_tokens=2, world=World.alone())
+            generate(
+                trainee.model, [[65]], stop_ids=frozenset(), max_new_tokens=2, world=World.alone(), is_checked=True
+            )
     finally:
         with torch.no_grad():
             weight.copy_(before)

@@ -273,21 +273,6 @@ def test_an_empty_folder_is_filled_and_anything_else_is_left_alone(tmp_path):
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "x"
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "optimizer.pt", "checkpoint-5"])
-def test_a_folder_with_more_than_an_adapter_in_it_is_left_alone(adapter, name):
-    (adapter / name).mkdir() if name == "checkpoint-5" else (adapter / name).write_text("x")
-    with pytest.raises(ConfigError, match=f"has more than an adapter in it, which would be deleted: {name}"):
-        write(adapter, random_adapter(tiny_llama()))
-    assert (adapter / name).exists() and read_adapter(adapter).rank == 4
-
-
-def test_an_adapter_is_written_into_the_folder_that_one_is_in(tmp_path, monkeypatch):
-    (tmp_path / "new").mkdir()
-    monkeypatch.chdir(tmp_path / "new")
-    write(Path(), random_adapter(tiny_llama()))
-    assert read_adapter(tmp_path / "new").rank == 4
-
-
 @pytest.mark.parametrize("failing_call", [1, 2])
 def test_a_rename_that_fails_leaves_the_former_adapter(adapter, monkeypatch, failing_call):
     before, calls, real_rename = (adapter / "adapter_model.safetensors").read_bytes(), [], os.rename

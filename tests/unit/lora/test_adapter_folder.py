@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_lora.errors import ConfigError
-from dist_lora.lora.adapter_folder import check_adapter_folder
+from dist_lora.lora.adapter_folder import check_adapter_folder, check_out
 from dist_lora.lora.adapter_reader import open_adapter
 
 
@@ -59,3 +59,19 @@ def test_a_folder_that_lacks_a_part_of_an_adapter_is_left_to_the_reader(here: Pa
         (here / name.replace(".", "-")).mkdir()
         (here / name.replace(".", "-") / name).touch()
         check_adapter_folder(Path(name.replace(".", "-")))
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "optimizer.pt", "checkpoint-5"])
+def test_a_folder_with_more_than_an_adapter_in_it_is_not_gathered_into(here: Path, name: str) -> None:
+    for harmless in (".cache", "additional_chat_templates"):
+        (here / "adapter" / harmless).mkdir()
+    for harmless in ("adapter_model.safetensors", "tokenizer.json", "notes.txt"):
+        (here / "adapter" / harmless).touch()
+    for path in ("adapter", "nothing", "file", "n" * 300, "a\0b"):
+        check_out(Path(path))
+    (here / "adapter" / name).mkdir() if name == "checkpoint-5" else (here / "adapter" / name).touch()
+    with pytest.raises(ConfigError, match=f"--out: adapter has more than an adapter in it, .* deleted: {name}"):
+        check_out(Path("adapter"))
+    for here_too in (".", str(here), "adapter/.."):
+        with pytest.raises(ConfigError, match="is the folder that this runs in"):
+            check_out(Path(here_too))
