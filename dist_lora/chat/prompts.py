@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_lora.data.chat import SampleKind, encode_instruction, encode_prompt, encode_text
+from dist_lora.data.json_text import unpaired_surrogate
 from dist_lora.data.sources import Faults
 from dist_lora.data.text_files import JsonLines
 from dist_lora.errors import ConfigError, DataError, cannot_write
@@ -75,11 +76,8 @@ def _fault(record: dict[str, Any]) -> str | None:
     asked = [key for key in ("prompt", "messages") if key in record]
     if len(asked) != 1:
         return f"found {', '.join(record) or 'no keys'}, expected either prompt (a text) or messages (a list)"
-    try:
-        json.dumps(record, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:
-        code = ord(error.object[error.start])
-        return f"a text has U+{code:04X}, an unpaired surrogate: it is truncated or wrongly escaped"
+    if fault := unpaired_surrogate(json.dumps(record, ensure_ascii=False, default=str)):
+        return fault
     if ANSWER in record:
         return f"it has {ANSWER!r} already, the name under which the answer is written"
     value = record[asked[0]]

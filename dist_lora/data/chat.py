@@ -27,6 +27,7 @@ import xxhash
 
 from dist_lora.base.tokenizer_files import TOKENIZER_FILES, hash_tokenizer_files
 from dist_lora.data.guard import Judged
+from dist_lora.data.json_text import unpaired_surrogate
 from dist_lora.data.left_out import LeftOutError, left_out_of
 from dist_lora.data.pretokenized import Tokens, check_vocabulary, targets_of
 from dist_lora.data.records import Chat, Continuation, Format, Instruction, read_sample, unused_columns
@@ -419,7 +420,7 @@ def _turns_to_mark(chat: Chat, train_on: TrainOn) -> list[int]:
     answers = [index for index, turn in enumerate(chat.turns) if turn.role == "assistant"]
     if train_on == "last":
         answers = answers[-1:]
-    return [index for index in answers if chat.turns[index].is_trained and not chat.turns[index].is_context]
+    return [index for index in answers if chat.turns[index].is_answer_to_learn]
 
 
 def _without_special_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[Chat, str | None]:
@@ -499,11 +500,8 @@ def _with_starts(text: str, *, tokenizer: PreTrainedTokenizerBase, is_plain: boo
     A tokenizer that trims its offsets leaves out the space before a word, so a token begins at the
     latest where the one before it ended; the bytes of one character share that character's position.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        raise DataError(f"a text has U+{code:04X}, an unpaired surrogate: it is truncated or wrongly escaped") from None
+    if fault := unpaired_surrogate(text):
+        raise DataError(fault)
     try:
         encoded = tokenizer(
             text,

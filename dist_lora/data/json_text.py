@@ -30,6 +30,15 @@ def near(text: str, position: int) -> str:
     return f"near {piece!r}" if piece else "at the end of the line"
 
 
+def unpaired_surrogate(text: str) -> str | None:
+    """What is wrong with a text that no file can hold, in words: half of a character; None if it is whole."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"a text has U+{ord(text[error.start]):04X}, an unpaired surrogate: it is truncated or wrongly escaped"
+    return None
+
+
 def first_line(text: str) -> str:
     """The first line of a library's message."""
     return text.strip().splitlines()[0] if text.strip() else "no reason given"

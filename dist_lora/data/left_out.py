@@ -61,7 +61,7 @@ class _Marks:
         self._null = null
         answers = [index for index, turn in enumerate(chat.turns) if turn.role == "assistant"]
         self._last = answers[-1] if answers else -1
-        self._reasons = self._last >= 0 and chat.turns[self._last].is_trained and not chat.turns[self._last].is_context
+        self._reasons = self._last >= 0 and chat.turns[self._last].is_answer_to_learn
         tools = tuple(self._tool(tool, index) for index, tool in enumerate(chat.tools))
         turns = tuple(self._turn(turn, index) for index, turn in enumerate(chat.turns))
         self.chat = Chat(turns, tools, chat.builtin_tools)
@@ -148,13 +148,7 @@ def left_out_of(chat: Chat, *, tokenizer: PreTrainedTokenizerBase) -> LeftOut:
     # Without what refers to a call, which is another word in each record.
     messages = [_without(turn.as_message(), _REFERENCES) for turn in marked.turns]
     key = json.dumps(
-        [
-            messages,
-            [turn.is_trained and not turn.is_context for turn in marked.turns],
-            marked.tools,
-            chat.builtin_tools,
-        ],
-        default=str,
+        [messages, [turn.is_answer_to_learn for turn in marked.turns], marked.tools, chat.builtin_tools], default=str
     )
     template = Renderer(chat, tokenizer).template
     return _judged(_Key(key, template, [lambda: _judge(chat, tokenizer)]))

@@ -47,7 +47,7 @@ class JsonLines:
         try:
             value = parse_json(line.decode())
         except UnicodeDecodeError as error:
-            raise DataError(f"byte {error.start + 1} of the line, 0x{line[error.start]:02x}, is not UTF-8") from None
+            raise DataError(_which_byte(error)) from None
         except json.JSONDecodeError as error:
             hint = (
                 ". An object over several lines, or a list, is read from a file named .json" if _is_cut(error) else ""
@@ -146,16 +146,18 @@ class CsvRows:
 def _not_utf8(file: BinaryIO) -> str:
     """The first line of a file that isn't UTF-8, and which byte of it."""
     file.seek(0)
-    for number in itertools.count(1):
-        line = file.readline()
+    for number, line in enumerate(iter(file.readline, b""), start=1):
         try:
             line.decode()
         except UnicodeDecodeError as error:
-            what = f"byte {error.start + 1} of the line, 0x{line[error.start]:02x}, is not UTF-8"
-            return f"{number}: {what}. From a spreadsheet: iconv -f WINDOWS-1252 -t UTF-8 OLD.csv > NEW.csv"
-        if not line:
-            return "1: the file has changed while it was read"
-    raise AssertionError
+            return (
+                f"{number}: {_which_byte(error)}. From a spreadsheet: iconv -f WINDOWS-1252 -t UTF-8 OLD.csv > NEW.csv"
+            )
+    return "1: the file has changed while it was read"
+
+
+def _which_byte(error: UnicodeDecodeError) -> str:
+    return f"byte {error.start + 1} of the line, 0x{error.object[error.start]:02x}, is not UTF-8"
 
 
 class _Lines:

@@ -65,6 +65,11 @@ class Turn:
     is_asked: bool = False
     is_context: bool = False
 
+    @property
+    def is_answer_to_learn(self) -> bool:
+        """Whether it is trained on where answers alone are, if it is one."""
+        return self.is_trained and not self.is_context
+
     def as_message(self) -> dict[str, Any]:
         """The message as a chat template reads it: without empty keys (templates test with ``in``)."""
         message: dict[str, Any] = {"role": self.role, "content": self.content, **self.extras}

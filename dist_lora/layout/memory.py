@@ -23,7 +23,7 @@ from dist_lora.layout.choices import (
     describe_recomputed,
 )
 from dist_lora.layout.moments import moments_of
-from dist_lora.layout.setup import Setup, base_bytes_on_host, base_bytes_per_rank
+from dist_lora.layout.setup import Setup, base_bytes_on_host, base_bytes_per_rank, cut_of_step
 from dist_lora.layout.storage import FP32
 from dist_lora.text import GIB, size
 
@@ -81,8 +81,7 @@ def setup_of(
 
 def _setup(config: Config, shape: Shape, choices: Choices, *, num_ranks: int, local_size: int, on_gpu: bool) -> Setup:
     train = config.train
-    of_rank = math.ceil(train.global_batch / num_ranks)
-    micro_sequences = min(train.micro_batch, of_rank)
+    rank_sequences, micro_sequences, accumulation_steps = cut_of_step(train, num_ranks)
     return Setup(
         shape=shape,
         quant=config.model.quant,
@@ -95,9 +94,9 @@ def _setup(config: Config, shape: Shape, choices: Choices, *, num_ranks: int, lo
         unfrozen=unfrozen_weights(config, shape),
         micro_sequences=micro_sequences,
         sequence_tokens=train.sequence_length,
-        rank_sequences=of_rank,
+        rank_sequences=rank_sequences,
         global_batch=train.global_batch,
-        accumulation_steps=math.ceil(of_rank / micro_sequences),
+        accumulation_steps=accumulation_steps,
         joins_documents=micro_sequences > 1 and choices.attention != "varlen",
         has_dropout=config.lora.dropout > 0,
         trained_rows=shape.trained_rows(config.lora),

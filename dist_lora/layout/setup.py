@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dist_lora.config.schema import Quant
+from dist_lora.config.schema import Quant, TrainSection
 from dist_lora.herd.shape import Shape
 from dist_lora.herd.unfrozen import layer_of
 from dist_lora.layout.choices import ITEM_BYTES, Choices, Layout
@@ -16,6 +16,13 @@ from dist_lora.layout.storage import BasePart, base_parts
 
 # The linears of a layer that share their input.
 INPUT_GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+def cut_of_step(train: TrainSection, num_ranks: int) -> tuple[int, int, int]:
+    """Sequences of a step that the fullest rank has, how many of them a micro-batch has, and the number of micro-batches."""
+    of_rank = math.ceil(train.global_batch / num_ranks)
+    of_micro = min(train.micro_batch, of_rank)
+    return of_rank, of_micro, math.ceil(of_rank / of_micro)
 
 
 @dataclass(frozen=True)

@@ -112,13 +112,12 @@ def _lock(folder: Path) -> None:
 def _lock_in_time(file: TextIO) -> None:
     """Lock a file that may be locked for a moment: `dist-lora status` and `runs` find out so whether a run is at work."""
     deadline = time.monotonic() + PROBED_S
-    while True:
-        try:
-            return lock(file.fileno())
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(0.02)
+
+    def give_up() -> None:
+        if time.monotonic() > deadline:
+            raise BlockingIOError
+
+    lock(file.fileno(), on_wait=give_up)
 
 
 def close_run_folder() -> None:

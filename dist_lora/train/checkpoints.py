@@ -221,7 +221,7 @@ class RunCheckpoints:
             return b"1" * is_kept
 
         why = why_other_best(checkpoint, self._config, self.held_out)
-        if not self._config.checkpoint.keep_best or self._world.once("the best checkpoint", look) or why:
+        if why or not self._config.checkpoint.keep_best or self._world.once("the best checkpoint", look):
             return why
         return f"the checkpoint of step {best}, the best until step {checkpoint.manifest.step}, wasn't kept"
 

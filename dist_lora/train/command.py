@@ -35,6 +35,7 @@ from dist_lora.herd.shape import Shape
 from dist_lora.herd.unfrozen import describe_unfrozen, trained_weights, unfrozen_weights
 from dist_lora.layout.choices import DtypeName, lr_lines, with_lr
 from dist_lora.layout.machine import is_called
+from dist_lora.layout.setup import cut_of_step
 from dist_lora.lora.learned import read_learned, sentences
 from dist_lora.lora.origin import origin_of
 from dist_lora.lora.patterns import adapters_of, with_linears
@@ -573,9 +574,7 @@ def plan_lines(
     trained = trained_weights(resolved, shape)
     unfrozen = unfrozen_weights(config, shape)
     frozen = shape.num_parameters() - shape.unfrozen_weights(unfrozen)
-    of_rank = math.ceil(train.global_batch / world.world_size)
-    micro_batch = min(train.micro_batch, of_rank)
-    accumulation = math.ceil(of_rank / micro_batch)
+    _, micro_batch, accumulation = cut_of_step(train, world.world_size)
     by_root = " / sqrt(rank)" if lora.scaling == "sqrt_rank" else ""
     linears = len(adapters_of(resolved.lora, num_layers=shape.num_layers))
     adapters = "no adapter"
